@@ -1,0 +1,49 @@
+"""patchcert: train, certify, attack and share certified defenses against adversarial patches and sparse attacks.
+
+The public names are loaded when they are first used, so that ``import patchcert_cli`` does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from patchcert_cli.certificate import Certificate as Certificate
+    from patchcert_cli.certificate import Guarantee as Guarantee
+    from patchcert_cli.certificate import Tally as Tally
+    from patchcert_cli.defenses.base import Defense as Defense
+    from patchcert_cli.errors import PatchcertError as PatchcertError
+    from patchcert_cli.hub import load as load
+    from patchcert_cli.threats import Patch as Patch
+    from patchcert_cli.threats import PatchPercent as PatchPercent
+    from patchcert_cli.threats import Sparse as Sparse
+    from patchcert_cli.threats import Threat as Threat
+    from patchcert_cli.threats import parse_threat as parse_threat
+
+try:
+    __version__ = version("patchcert")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+_HOMES = {
+    "Certificate": "certificate",
+    "Guarantee": "certificate",
+    "Tally": "certificate",
+    "Defense": "defenses.base",
+    "PatchcertError": "errors",
+    "load": "hub",
+    "Patch": "threats",
+    "PatchPercent": "threats",
+    "Sparse": "threats",
+    "Threat": "threats",
+    "parse_threat": "threats",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

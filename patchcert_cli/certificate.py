@@ -1,0 +1,127 @@
+"""What a proof returns, and the counts made of it.
+
+Shapes: B images.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patchcert_cli.threats import Threat
+
+
+class Guarantee(enum.StrEnum):
+    """What a certificate promises; the two are never mixed in one table."""
+
+    RECOVERY = "recovery"  # the answer does not change
+    DETECTION = "detection"  # the answer does not change, or an alarm is raised
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """One proof for each image of a batch. It knows no labels: "certified correct" is computed by :class:`Tally`.
+
+    Attributes:
+        prediction: int64 [B], what the deployed defense answers.
+        certified: bool [B], no allowed change can alter that answer.
+        margin: float64 [B], lower bound of how far the nearest allowed change stays from altering the answer, in the proof's
+            own unit; an image is certified only if it exceeds the rounding error ``slack``.
+        slack: float64 [B], bound of the rounding error of ``margin`` and of the deployed prediction.
+        worst: int64 [B, 4], the atom (top, left, height, width) that comes nearest to altering the answer.
+        rival: int64 [B], the class that comes nearest.
+        threat: the threat model of the claim.
+        method: the name of the proof.
+        guarantee: recovery or detection.
+    """
+
+    prediction: Tensor
+    certified: Tensor
+    margin: Tensor
+    slack: Tensor
+    worst: Tensor
+    rival: Tensor
+    threat: Threat
+    method: str
+    guarantee: Guarantee = Guarantee.RECOVERY
+
+    @classmethod
+    def cat(cls, parts: list[Certificate]) -> Certificate:
+        """Join certificates of consecutive batches of one threat and method."""
+        first = parts[0]
+        joined = {
+            name: torch.cat([getattr(part, name) for part in parts])
+            for name in ("prediction", "certified", "margin", "slack", "worst", "rival")
+        }
+        return cls(**joined, threat=first.threat, method=first.method, guarantee=first.guarantee)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Counts over a data set; accuracies are fractions of ``images``."""
+
+    images: int
+    clean: int
+    certified: int
+
+    @classmethod
+    def of(cls, label: Tensor, prediction: Tensor, certified: Tensor) -> Tally:
+        """Count from int64 [B], int64 [B] and bool [B]: "certified correct" is certified and answered right."""
+        right = prediction == label
+        return cls(int(label.numel()), int(right.sum()), int((right & certified).sum()))
+
+    @property
+    def clean_accuracy(self) -> float:
+        return self.clean / self.images
+
+    @property
+    def certified_accuracy(self) -> float:
+        return self.certified / self.images
+
+    @property
+    def certified_interval(self) -> tuple[float, float]:
+        """Exact 95 % confidence interval of the certified accuracy on the distribution the images were drawn from."""
+        return clopper_pearson(self.certified, self.images)
+
+
+def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
+    """Exact two-sided confidence interval of a binomial proportion (Clopper & Pearson, 1934).
+
+    Each end is found by bisection on the binomial tail, so that no statistics package is needed.
+    """
+    if not 0 <= successes <= trials or trials < 1:
+        raise ValueError(f"{successes} successes of {trials} trials")
+    tail = (1 - level) / 2
+
+    def at_least(count: int, p: float) -> float:
+        """P(X >= count) for X ~ Binomial(trials, p), summed from the terms around the mode outwards."""
+        if count <= 0 or p >= 1:
+            return 1.0
+        if p <= 0:
+            return 0.0
+        head = math.lgamma(trials + 1)
+        return math.fsum(
+            math.exp(
+                head
+                - math.lgamma(i + 1)
+                - math.lgamma(trials - i + 1)
+                + i * math.log(p)
+                + (trials - i) * math.log1p(-p)
+            )
+            for i in range(count, trials + 1)
+        )
+
+    def solve(count: int, target: float) -> float:
+        low, high = 0.0, 1.0
+        while high - low > 1e-12:
+            middle = (low + high) / 2
+            low, high = (middle, high) if at_least(count, middle) < target else (low, middle)
+        return (low + high) / 2
+
+    lower = 0.0 if successes == 0 else solve(successes, tail)
+    upper = 1.0 if successes == trials else solve(successes + 1, 1 - tail)
+    return lower, upper

@@ -1,0 +1,231 @@
+"""The first affine layer of a network under an attacked input, for every atom, without copies of the image.
+
+Shapes: B images, C channels, H x W pixels, A atoms, N first-layer neurons, P pixels or values, h x w a patch.
+
+**Claim (patch).** Let z(x) = W x + b with W already multiplied by the normalization's scale, and let x' differ from x only inside
+a window L, with entries in [x - e x, x + e (1 - x)] for 0 <= e <= 1 (e = 1 is all of [0, 1]). Then z(x') lies in
+``z(x) + e * sum_{i in L} w_i (1/2 - x_i)  -/+  e/2 * sum_{i in L} |w_i|``, and both ends are attained, neuron by neuron.
+Proof: each entry is x_i + e (1/2 - x_i) + e s_i / 2 with s_i free in [-1, 1]. The radius does not depend on the image.
+
+**Claim (sparse).** If at most k pixels change, z_n(x') - z_n(x) is at most the sum of the k largest per-pixel gains
+``sum_c max(w_c (1 - x_c), -w_c x_c)`` and at least minus the sum of the k largest losses ``sum_c max(w_c x_c, -w_c (1 - x_c))``;
+both are attained, neuron by neuron (each neuron picks its own k). Source: Chiang et al., ICLR 2020, section 4, there with the
+input-independent gain |w|.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchcert_cli.certifiers.gains import largest_gains
+from patchcert_cli.certifiers.rules import ChannelAffine, channel_affine, layers_of
+from patchcert_cli.errors import UnsupportedThreat
+from patchcert_cli.geometry import touched_range
+from patchcert_cli.threats import Patch, Sparse
+
+
+@dataclass(frozen=True)
+class Split:
+    """A network cut behind its first linear or convolutional layer.
+
+    Attributes:
+        before: per-channel affine layers and flattening in front of it.
+        first: the first affine layer; None if something else comes first.
+        rest: all layers behind ``first`` (or behind ``before`` if there is none).
+        scale: [C], the product of the scales in ``before``.
+    """
+
+    before: list[nn.Module]
+    first: nn.Linear | nn.Conv2d | None
+    rest: list[nn.Module]
+    scale: Tensor
+
+    @classmethod
+    def of(cls, network: nn.Module, channels: int) -> Split:
+        """Cut ``network`` for images with ``channels`` channels."""
+        layers = layers_of(network)
+        reference = next(iter(network.parameters()))
+        scale = torch.ones(channels, dtype=reference.dtype, device=reference.device)
+        for position, layer in enumerate(layers):
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                return cls(layers[:position], layer, layers[position + 1 :], scale)
+            if isinstance(layer, nn.BatchNorm2d | ChannelAffine):
+                affine = channel_affine(layer)
+                assert affine is not None
+                scale = scale * affine[0]
+            elif not isinstance(layer, nn.Flatten | nn.Identity):
+                return cls([], None, layers, scale)
+        return cls([], None, layers, scale)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The whole network."""
+        return [*self.before, *([self.first] if self.first else []), *self.rest]
+
+    @property
+    def is_dense(self) -> bool:
+        """Fully connected: two or more linear layers with nothing but ReLU between them."""
+        inner = bool(self.rest) and isinstance(self.rest[-1], nn.Linear)
+        return inner and isinstance(self.first, nn.Linear) and all(isinstance(a, nn.Linear | nn.ReLU) for a in self.rest)
+
+    def clean(self, x: Tensor) -> Tensor:
+        """Pre-activation of the first affine layer, [B, N] or [B, N, H', W']."""
+        assert self.first is not None
+        for layer in (*self.before, self.first):
+            x = layer(x)
+        return x
+
+    def dense_weight(self, shape: tuple[int, int, int]) -> Tensor:
+        """Weight of a linear first layer with respect to pixels in [0, 1]: [N, C, H, W]."""
+        assert isinstance(self.first, nn.Linear)
+        return self.first.weight.reshape(-1, *shape) * self.scale.reshape(1, -1, 1, 1)
+
+    def kernel(self) -> Tensor:
+        """Weight of a convolutional first layer with respect to pixels in [0, 1]: [N, C/groups, kh, kw]."""
+        assert isinstance(self.first, nn.Conv2d)
+        if self.first.groups != 1:
+            raise UnsupportedThreat("a grouped convolution as first layer has no all-location bound;", hint="use groups=1.")
+        return self.first.weight * self.scale.reshape(1, -1, 1, 1)
+
+
+def under_patch(values: Tensor, patch: Patch) -> Tensor:
+    """The entries under the patch at every location: [C, H, W, M] -> [A, C*h*w, M], contiguous along M."""
+    view = values.unfold(1, patch.height, 1).unfold(2, patch.width, 1)  # [C, Ah, Aw, M, h, w]
+    return view.permute(1, 2, 0, 4, 5, 3).reshape(-1, values.shape[0] * patch.height * patch.width, values.shape[3])
+
+
+def window_sums(values: Tensor, patch: Patch) -> Tensor:
+    """Sums over channels and the patch window at every location: [N, C, H, W] -> [N, A]."""
+    total = values.sum(dim=1, keepdim=True)
+    return F.avg_pool2d(total, (patch.height, patch.width), stride=1, divisor_override=1).flatten(1)
+
+
+class ConvolutionWindows:
+    """A convolutional first layer under a patch at every location: only the outputs that see the patch are computed."""
+
+    def __init__(self, split: Split, x: Tensor, patch: Patch, epsilon: float) -> None:
+        layer = cast(nn.Conv2d, split.first)
+        self.layer, self.patch, self.epsilon = layer, patch, epsilon
+        self.kernel = split.kernel()
+        self.clean = split.clean(x)  # [B, N, H', W']
+        self.half = 0.5 - x
+        self.locations = patch.atoms(x.shape[2], x.shape[3]).tolist()
+        padding = cast(tuple[int, int], layer.padding)
+        self.rows, self.columns = (
+            [
+                touched_range(
+                    start,
+                    side,
+                    kernel=layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1,
+                    stride=layer.stride[axis],
+                    padding=padding[axis],
+                    size=self.clean.shape[2 + axis],
+                )
+                for start in range(x.shape[2 + axis] - side + 1)
+            ]
+            for axis, side in enumerate((patch.height, patch.width))
+        )
+
+    def chunk(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Lower and upper pre-activations for locations ``start`` to ``stop``: [A'*B, N, H', W'] each."""
+        lower = self.clean.expand(stop - start, *self.clean.shape).clone()
+        upper = lower.clone()
+        for i, (top, left, _, _) in enumerate(self.locations[start:stop]):
+            (r0, r1), (c0, c1) = self.rows[top], self.columns[left]
+            if r0 < r1 and c0 < c1:
+                middle, radius = self._deviation(top, left, (r0, r1), (c0, c1))
+                lower[i, :, :, r0:r1, c0:c1] += middle - radius
+                upper[i, :, :, r0:r1, c0:c1] += middle + radius
+        return lower.flatten(0, 1), upper.flatten(0, 1)
+
+    def _deviation(
+        self, top: int, left: int, rows: tuple[int, int], columns: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Middle [B, N, r, c] and radius [1, N, r, c] of the change of the touched outputs."""
+        h, w, layer = self.patch.height, self.patch.width, self.layer
+        # the pixels that the touched outputs see, with only the patch filled in
+        origin = [n * layer.stride[a] - int(layer.padding[a]) for a, n in enumerate((rows[0], columns[0]))]
+        size = [
+            (n - 1) * layer.stride[a] + layer.dilation[a] * (layer.kernel_size[a] - 1) + 1
+            for a, n in enumerate((rows[1] - rows[0], columns[1] - columns[0]))
+        ]
+        low = [max(top - origin[0], 0), max(left - origin[1], 0)]
+        high = [min(top + h - origin[0], size[0]), min(left + w - origin[1], size[1])]
+        field = self.half.new_zeros(self.half.shape[0] + 1, self.half.shape[1], size[0], size[1])
+        seen = (slice(low[0], high[0]), slice(low[1], high[1]))
+        field[:-1, :, seen[0], seen[1]] = self.half[
+            :, :, low[0] + origin[0] : high[0] + origin[0], low[1] + origin[1] : high[1] + origin[1]
+        ]
+        field[-1, :, seen[0], seen[1]] = 0.5
+        field = field * self.epsilon
+        stride, dilation = layer.stride, layer.dilation
+        middle = F.conv2d(field[:-1], self.kernel, None, stride, 0, dilation)
+        radius = F.conv2d(field[-1:], self.kernel.abs(), None, stride, 0, dilation)
+        return middle, radius
+
+
+def sparse_box(split: Split, x: Tensor, threat: Sparse, *, epsilon: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Lower and upper pre-activation of the first layer when ``threat.k`` pixels or values change (claim above).
+
+    With ``epsilon`` < 1 each changed entry moves at most that fraction of its way to 0 or 1. Shapes [B, N] or [B, N, H', W'].
+    """
+    if split.first is None:
+        raise UnsupportedThreat(
+            f"no certificate against {threat}: the network must begin with a linear or convolutional layer;",
+            hint="put pooling behind it.",
+        )
+    clean = split.clean(x)
+    if isinstance(split.first, nn.Linear):
+        channels, height, width = x.shape[1:]
+        weight = split.dense_weight((channels, height, width)).flatten(2)  # [N, C, P]
+        pixels = x.flatten(2)
+        if threat.unit == "value":
+            weight, pixels = weight.flatten(1)[:, None], pixels.flatten(1)[:, None]
+        up, down = largest_gains(weight, pixels, threat.k)
+    else:
+        up, down = _convolution_gains(split, x, threat, clean)
+    return clean - epsilon * down, clean + epsilon * up
+
+
+def _convolution_gains(split: Split, x: Tensor, threat: Sparse, clean: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`gains.largest_gains` for a convolution: each output sees the pixels of its own receptive field."""
+    layer, kernel = cast(nn.Conv2d, split.first), split.kernel()
+    channels, taps = kernel.shape[1], kernel.shape[2] * kernel.shape[3]
+
+    def columns(image: Tensor) -> Tensor:
+        unfolded = F.unfold(image, layer.kernel_size, layer.dilation, cast(tuple[int, int], layer.padding), layer.stride)
+        return unfolded.reshape(image.shape[0], channels, taps, -1)  # [B, C, T, L]
+
+    content, present = columns(x), columns(torch.ones_like(x[:1]))  # padding is no pixel: it cannot change
+    up, down = [], []
+    for weight in kernel.reshape(-1, 1, channels, taps, 1):
+        gain = (weight.clamp(min=0) - weight * content) * present
+        loss = (weight.abs() * present) - gain
+        for sums, values in ((up, gain), (down, loss)):
+            rows = values.flatten(1, 2) if threat.unit == "value" else values.sum(dim=1)  # [B, T, L]
+            sums.append(rows.topk(min(threat.k, rows.shape[1]), dim=1).values.sum(dim=1))
+    shape = (x.shape[0], -1, *clean.shape[2:])
+    return torch.stack(up, dim=1).reshape(shape), torch.stack(down, dim=1).reshape(shape)
+
+
+def patch_reach(split: Split, shape: tuple[int, int, int], patch: Patch) -> Tensor:
+    """Largest possible |change| of each first-layer output under a patch at any location: [N] or [N, H', W']."""
+    assert split.first is not None
+    if isinstance(split.first, nn.Linear):
+        return window_sums(split.dense_weight(shape).abs(), patch).amax(dim=1)
+    return split.kernel().abs().sum(dim=(1, 2, 3))[:, None, None]
+
+
+def sparse_reach(split: Split, shape: tuple[int, int, int], threat: Sparse) -> Tensor:
+    """Largest possible |change| of each first-layer output when ``threat.k`` entries change: [N] or [N, 1, 1]."""
+    if isinstance(split.first, nn.Linear):
+        reach = split.dense_weight(shape).abs()
+        reach = (reach if threat.unit == "value" else reach.sum(dim=1)).reshape(reach.shape[0], -1)
+        return reach.topk(min(threat.k, reach.shape[1]), dim=1).values.sum(dim=1)
+    return split.kernel().abs().sum(dim=(1, 2, 3))[:, None, None]
+

@@ -1,0 +1,81 @@
+"""Every error a user can meet: one line, a documented exit code, and a hint at what to type next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class PatchcertError(Exception):
+    """Base of all errors of this package; ``code`` is the exit code of the command line."""
+
+    code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{message} {self.hint}" if self.hint else message
+
+
+class UsageError(PatchcertError):
+    """An option or argument that cannot be meant as typed."""
+
+    code = 2
+
+
+class UnsupportedThreat(UsageError):
+    """The defense has no certificate for this threat model."""
+
+
+class UnknownName(PatchcertError):
+    """A model, data set, defense or recipe that does not exist."""
+
+    code = 3
+
+
+class HubError(PatchcertError):
+    """The Hub is out of reach or refuses."""
+
+    code = 4
+
+
+class IntegrityError(PatchcertError):
+    """Weights or configuration that are not what they claim to be."""
+
+    code = 5
+
+
+class DataError(PatchcertError):
+    """Images or labels that are missing or do not fit the model."""
+
+    code = 6
+
+
+class MachineError(PatchcertError):
+    """The machine cannot do it: no such device, out of memory, disk full, broken install."""
+
+    code = 7
+
+
+class ClaimError(PatchcertError):
+    """A published or computed claim that did not hold, such as a certified image that an attack flipped."""
+
+    code = 8
+
+
+INTERRUPTED = 130
+
+
+def unknown(kind: str, given: str, known: Iterable[str], *, see: str = "") -> UnknownName:
+    """An :class:`UnknownName` with suggestions: substring matches first, then close spellings."""
+    names = sorted(known)
+    folded = given.lower().replace("_", "-")
+    near = [name for name in names if folded and (folded in name or name in folded)][:3]
+    near = near or get_close_matches(folded, names, 3, 0.6)
+    hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(names) or 'none'}."
+    if see:
+        hint += f" (see: {see})"
+    return UnknownName(f"no {kind} '{given}'.", hint=hint)

@@ -1,0 +1,35 @@
+"""Plain convolutional networks of Chiang et al. (ICLR 2020): 3x3 and 4x4 convolutions, then one hidden dense layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from patchcert_cli.models.layers import Normalize
+
+
+def build(
+    *,
+    input_shape: Sequence[int],
+    classes: int,
+    channels: Sequence[int] = (16, 16, 32, 32),
+    strides: Sequence[int] = (1, 2, 1, 2),
+    hidden: Sequence[int] = (128,),
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> nn.Sequential:
+    """Normalize, one convolution per entry of ``channels`` (3x3, or 4x4 where it strides), dense: [B, C, H, W] -> [B, classes]."""
+    layers: list[nn.Module] = [Normalize(mean, std)]
+    before = input_shape[0]
+    for after, stride in zip(channels, strides, strict=True):
+        layers += [nn.Conv2d(before, after, 3 if stride == 1 else 4, stride, 1), nn.ReLU()]
+        before = after
+    layers.append(nn.Flatten())
+    with torch.no_grad():
+        width = int(nn.Sequential(*layers)(torch.zeros(1, *input_shape)).shape[1])
+    for after in hidden:
+        layers += [nn.Linear(width, after), nn.ReLU()]
+        width = after
+    return nn.Sequential(*layers, nn.Linear(width, classes))

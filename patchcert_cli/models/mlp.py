@@ -1,0 +1,26 @@
+"""Fully connected networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import nn
+
+from patchcert_cli.models.layers import Normalize
+
+
+def build(
+    *,
+    input_shape: Sequence[int],
+    classes: int,
+    hidden: Sequence[int] = (255,),
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> nn.Sequential:
+    """Normalize, flatten, then ``hidden`` ReLU layers and one linear layer: [B, C, H, W] -> [B, classes]."""
+    widths = [math.prod(input_shape), *hidden]
+    layers: list[nn.Module] = [Normalize(mean, std), nn.Flatten()]
+    for before, after in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], classes))

@@ -1,0 +1,226 @@
+"""Threat models: what an attacker may change, as a finite list of boxes ("atoms") and a budget.
+
+One patch: the atoms are all its placements wholly inside the image, the budget is 1. A sparse attack: the atoms are single
+pixels, the budget is k. ``parse_threat(str(threat)) == threat`` for every threat.
+
+Shapes: B images, C channels, H x W pixels, A atoms. Atoms are rows ``top, left, height, width`` in pixels.
+torch is imported where it is needed, so that parsing a threat costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+
+from patchcert_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@runtime_checkable
+class Threat(Protocol):
+    """A frozen, hashable description of an attacker; it knows neither model nor device."""
+
+    kind: ClassVar[str]
+
+    @property
+    def budget(self) -> int:
+        """How many atoms the attacker may pick."""
+        ...
+
+    def check(self, height: int, width: int, channels: int = 1) -> None:
+        """Raise :class:`UsageError` if the threat does not fit an image of this size."""
+        ...
+
+    def count(self, height: int, width: int) -> int:
+        """The number of atoms A on an image of this size."""
+        ...
+
+    def atoms(self, height: int, width: int) -> Tensor:
+        """All atoms, int64 [A, 4]: top, left, height, width."""
+        ...
+
+    def contains(self, changed: Tensor) -> Tensor:
+        """Whether a change is allowed: bool [B, C, H, W] (entry changed?) -> bool [B]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One rectangle of ``height`` x ``width`` pixels, anywhere inside the image, any content in [0, 1].
+
+    Smaller rectangles are sub-cases: whatever they can do, this patch can do too.
+    """
+
+    height: int
+    width: int
+    kind: ClassVar[str] = "patch"
+
+    @property
+    def budget(self) -> int:
+        return 1
+
+    def resolve(self, height: int, width: int) -> Patch:
+        """The patch in pixels on an ``height`` x ``width`` image: itself."""
+        self.check(height, width)
+        return self
+
+    def check(self, height: int, width: int, channels: int = 1) -> None:
+        if self.height > height or self.width > width:
+            raise UsageError(
+                f"patch {self.height}x{self.width} does not fit a {height}x{width} image;",
+                hint=f"the largest patch is {height}x{width}.",
+            )
+
+    def count(self, height: int, width: int) -> int:
+        return (height - self.height + 1) * (width - self.width + 1)
+
+    def atoms(self, height: int, width: int) -> Tensor:
+        import torch
+
+        self.check(height, width)
+        top, left = torch.meshgrid(
+            torch.arange(height - self.height + 1), torch.arange(width - self.width + 1), indexing="ij"
+        )
+        sides = torch.tensor([self.height, self.width]).expand(top.numel(), 2)
+        return torch.cat([top.reshape(-1, 1), left.reshape(-1, 1), sides], dim=1)
+
+    def contains(self, changed: Tensor) -> Tensor:
+        touched = changed.any(dim=1)  # [B, H, W]
+        return (_extent(touched.any(dim=2)) <= self.height) & (_extent(touched.any(dim=1)) <= self.width)
+
+    def __str__(self) -> str:
+        return f"patch:{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class PatchPercent:
+    """The smallest square patch that covers at least ``percent`` % of the image's pixels.
+
+    2 % of 224x224 is 32x32, the published reading of that figure.
+    """
+
+    percent: Fraction
+    kind: ClassVar[str] = "patch"
+
+    @property
+    def budget(self) -> int:
+        return 1
+
+    def resolve(self, height: int, width: int) -> Patch:
+        """The square patch in pixels that this percentage means on an ``height`` x ``width`` image."""
+        area = math.ceil(self.percent * height * width / 100)
+        side = math.isqrt(area - 1) + 1
+        patch = Patch(side, side)
+        patch.check(height, width)
+        return patch
+
+    def check(self, height: int, width: int, channels: int = 1) -> None:
+        self.resolve(height, width)
+
+    def count(self, height: int, width: int) -> int:
+        return self.resolve(height, width).count(height, width)
+
+    def atoms(self, height: int, width: int) -> Tensor:
+        return self.resolve(height, width).atoms(height, width)
+
+    def contains(self, changed: Tensor) -> Tensor:
+        return self.resolve(int(changed.shape[-2]), int(changed.shape[-1])).contains(changed)
+
+    def __str__(self) -> str:
+        return f"patch:{_decimal(self.percent)}%"
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """At most ``k`` changed entries anywhere: whole pixels with all their channels, or single channel values.
+
+    ``unit="value"`` is what the CIFAR-10 numbers of Chiang et al. (ICLR 2020) count; with one channel both are the same.
+    """
+
+    k: int
+    unit: str = "pixel"
+    kind: ClassVar[str] = "sparse"
+
+    @property
+    def budget(self) -> int:
+        return self.k
+
+    def check(self, height: int, width: int, channels: int = 1) -> None:
+        most = height * width * (channels if self.unit == "value" else 1)
+        if self.k > most:
+            raise UsageError(
+                f"--k {self.k} exceeds the {most} {self.unit}s of a {height}x{width} image;",
+                hint=f"allowed: 1 to {most}.",
+            )
+
+    def count(self, height: int, width: int) -> int:
+        return height * width
+
+    def atoms(self, height: int, width: int) -> Tensor:
+        return Patch(1, 1).atoms(height, width)
+
+    def contains(self, changed: Tensor) -> Tensor:
+        entries = changed if self.unit == "value" else changed.any(dim=1)
+        return entries.flatten(1).sum(dim=1) <= self.k
+
+    def __str__(self) -> str:
+        return f"sparse:{self.k}:value" if self.unit == "value" else f"sparse:{self.k}"
+
+
+def _extent(line: Tensor) -> Tensor:
+    """Length of the shortest interval that holds all True entries: bool [B, n] -> int64 [B], 0 if none."""
+    import torch
+
+    n = line.shape[1]
+    position = torch.arange(n, device=line.device)
+    last = torch.where(line, position, -1).amax(dim=1)
+    first = torch.where(line, position, n).amin(dim=1)
+    return (last - first + 1).clamp(min=0)
+
+
+def _decimal(value: Fraction) -> str:
+    return str(value.numerator) if value.denominator == 1 else f"{float(value):.10g}"
+
+
+def parse_patch(text: str) -> Patch | PatchPercent:
+    """Read ``5``, ``3x7`` or ``2%``."""
+    square = re.fullmatch(r"(\d{1,5})", text)
+    rectangle = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text)
+    percent = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?)%", text)
+    if percent and 0 < Fraction(percent[1]) <= 100:
+        return PatchPercent(Fraction(percent[1]))
+    sides = (square[1], square[1]) if square else (rectangle[1], rectangle[2]) if rectangle else None
+    if sides and int(sides[0]) > 0 and int(sides[1]) > 0:
+        return Patch(int(sides[0]), int(sides[1]))
+    raise UsageError(f"invalid patch '{text}':", hint="use N, HxW or P%, for example 5, 3x7 or 2%.")
+
+
+def parse_sparse(text: str) -> Sparse:
+    """Read ``10``, ``10:pixel`` or ``10:value``."""
+    match = re.fullmatch(r"(\d{1,9})(?::([a-z]+))?", text)
+    if not match or int(match[1]) < 1:
+        raise UsageError(f"invalid sparse budget '{text}':", hint="use a whole number k of 1 or more, for example 10.")
+    unit = match[2] or "pixel"
+    if unit not in UNITS:
+        raise UsageError(f"invalid unit '{unit}':", hint=f"use one of {', '.join(UNITS)}.")
+    return Sparse(int(match[1]), unit)
+
+
+UNITS = ("pixel", "value")
+KINDS: dict[str, Callable[[str], Threat]] = {"patch": parse_patch, "sparse": parse_sparse}
+
+
+def parse_threat(text: str) -> Threat:
+    """Read a threat model: ``patch:5x5``, ``patch:5``, ``patch:3x7``, ``patch:2%``, ``sparse:10``, ``sparse:10:value``."""
+    kind, _, rest = text.strip().partition(":")
+    if kind not in KINDS:
+        raise UsageError(
+            f"invalid threat '{text}':", hint="use patch:HxW, patch:P%, sparse:K or sparse:K:value, for example patch:5x5."
+        )
+    return KINDS[kind](rest)

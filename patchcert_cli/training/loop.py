@@ -1,0 +1,186 @@
+"""The one training loop: any defense's loss, resumable to the bit.
+
+Everything random in epoch e comes from a generator seeded with (seed, e), and the state after each epoch (weights, Adam's
+moments) is on disk, so a run that was killed continues as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchcert_cli import checkpoint, defenses
+from patchcert_cli.certificate import Tally
+from patchcert_cli.data import Images, to_float
+from patchcert_cli.defenses.base import Defense, TrainingStep
+from patchcert_cli.errors import MachineError, UsageError
+from patchcert_cli.training.recipe import Recipe
+
+STATE, METRICS = "state.safetensors", "metrics.jsonl"
+MONITORED = 1000  # validation images certified after each epoch; the last epoch certifies all
+
+Progress = Callable[[int, int, str], None]  # done, total, text
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run.
+
+    Attributes:
+        folder: where config, weights and metrics are.
+        defense: in eval mode.
+        validation: counts on the whole held-out split.
+        epochs_run: epochs this call trained itself; 0 if the run was finished before.
+        seconds: training time of all epochs.
+    """
+
+    folder: Path
+    defense: Defense
+    validation: Tally
+    epochs_run: int
+    seconds: float
+
+
+def train(
+    recipe: Recipe,
+    images: Images,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    fresh: bool = False,
+    progress: Progress = lambda done, total, text: None,
+) -> Trained:
+    """Train ``recipe`` on ``images`` (the training split) into ``folder``, continuing a stopped run of the same recipe.
+
+    Raises:
+        UsageError: the folder holds a run of another recipe.
+    """
+    recipe.validate()
+    if fresh and folder.exists():
+        shutil.rmtree(folder)
+    config = recipe.config()
+    _claim(folder, config)
+    kept, held = images.hold_out(recipe.validation, recipe.seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        defense = defenses.build(config).to(device)
+    optimizer = torch.optim.Adam(defense.parameters(), lr=recipe.learning_rate)
+    start = _restore(folder, recipe, defense, optimizer)
+    lines = _kept_metrics(folder, start)
+    try:
+        for epoch in range(start, recipe.epochs):
+            began = time.perf_counter()
+            loss = _epoch(recipe, epoch, defense, optimizer, kept, progress)
+            row = {"epoch": epoch + 1, "loss": loss, "learning_rate": recipe.rate(epoch + 1), "epsilon": recipe.epsilon(epoch + 1)}
+            row["seconds"] = time.perf_counter() - began
+            last = epoch + 1 == recipe.epochs
+            tally = monitor(defense, held if last else held.limit(MONITORED, recipe.seed), recipe)
+            row |= {"validation_images": tally.images, "clean": tally.clean_accuracy, "certified": tally.certified_accuracy}
+            lines.append(row)
+            checkpoint.write_atomically(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
+            _save(folder, recipe, defense, optimizer, epoch + 1)
+            progress(epoch + 1, recipe.epochs, f"clean {tally.clean_accuracy:.4f} certified {tally.certified_accuracy:.4f} loss {loss:.4f}")
+    except torch.OutOfMemoryError as problem:
+        raise MachineError("out of memory while training;", hint=f"try --batch-size {max(recipe.batch_size // 2, 1)}.") from problem
+    checkpoint.save_defense(folder, defense, config)
+    tally = monitor(defense, held, recipe)
+    return Trained(folder, defense.eval(), tally, recipe.epochs - start, sum(line["seconds"] for line in lines))
+
+
+def _claim(folder: Path, config: dict[str, Any]) -> None:
+    """Write the configuration into an empty folder, or check that the folder is this very run."""
+    path = folder / checkpoint.CONFIG
+    if not path.exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UsageError(f"'{folder}' is not empty and holds no training run;", hint="use another --out.")
+        checkpoint.write_json(path, config)
+        return
+    before, now = checkpoint.read_json(path).get("recipe", {}), config["recipe"]
+    changed = [f"{key} {before.get(key)!r}, not {value!r}" for key, value in now.items() if before.get(key) != value]
+    if changed:
+        raise UsageError(
+            f"'{folder}' was made with other settings ({'; '.join(changed)});", hint="use another --out, or --fresh to start over."
+        )
+
+
+def _epoch(
+    recipe: Recipe, epoch: int, defense: Defense, optimizer: torch.optim.Optimizer, images: Images, progress: Progress
+) -> float:
+    """One pass over the training images; returns the mean loss."""
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
+    order = torch.randperm(len(images), generator=generator)
+    threat, steps = recipe.threat_model, len(order) // recipe.batch_size or 1
+    total = 0.0
+    defense.train()
+    for number in range(steps):
+        at = epoch + number / steps
+        picked = order[number * recipe.batch_size : (number + 1) * recipe.batch_size]
+        x, label = to_float(images.pixels[picked].to(defense.device)), images.labels[picked].to(defense.device)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate(at)
+        optimizer.zero_grad(set_to_none=True)
+        if at < recipe.natural_epochs:
+            loss = F.cross_entropy(defense(x), label)
+        else:
+            step = TrainingStep(threat, recipe.epsilon(at), recipe.locations, recipe.natural, generator)
+            loss = defense.training_loss(x, label, step)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        total += float(loss.detach())
+        progress(epoch, recipe.epochs, f"step {number + 1} of {steps}")
+    defense.eval()
+    return total / steps
+
+
+@torch.no_grad()
+def monitor(defense: Defense, images: Images, recipe: Recipe, batch: int = 500) -> Tally:
+    """Clean and certified counts on held-out training images."""
+    defense.eval()
+    threat = recipe.threat_model
+    prediction, certified = [], []
+    for start in range(0, len(images), batch):
+        certificate = defense.certify(to_float(images.pixels[start : start + batch].to(defense.device)), threat)
+        prediction.append(certificate.prediction.cpu())
+        certified.append(certificate.certified.cpu())
+    return Tally.of(images.labels, torch.cat(prediction), torch.cat(certified))
+
+
+def _save(folder: Path, recipe: Recipe, defense: Defense, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+    tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in defense.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    note = {"recipe": recipe.to_dict(), "epoch": epoch}
+    checkpoint.write_atomically(folder / STATE, checkpoint.pack(tensors, note))
+
+
+def _restore(folder: Path, recipe: Recipe, defense: Defense, optimizer: torch.optim.Optimizer) -> int:
+    """Load the state of the last whole epoch, if there is one; returns how many epochs it has."""
+    if not (folder / STATE).exists():
+        return 0
+    tensors, note = checkpoint.unpack(folder / STATE)
+    model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    defense.load_state_dict(model, strict=True)
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(note["epoch"])
+
+
+def _kept_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
+    """Metrics of the epochs that the restored state has; later lines belong to an epoch that was not saved."""
+    path = folder / METRICS
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()[:epochs]]

@@ -1,0 +1,145 @@
+"""Recipes: everything that decides a training run, validated as a whole before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from patchcert_cli import data, defenses, models
+from patchcert_cli.errors import PatchcertError, UsageError
+from patchcert_cli.threats import Threat, parse_threat
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run. Two runs with equal recipes on the same machine give the same weights.
+
+    Attributes:
+        threat: threat model to train against, for example ``patch:5x5`` or ``sparse:10``.
+        dataset: data set name.
+        defense: defense name.
+        network: network name.
+        network_options: keywords of the network's ``build`` besides shapes and normalization.
+        epochs: passes over the training images.
+        batch_size: images per step.
+        learning_rate: Adam's, until the ramp is over.
+        natural_epochs: first epochs, with the clean loss only.
+        ramp_epochs: epochs over which the attacker grows from nothing to full strength.
+        decay: ``cosine`` (to zero at the end) or ``step`` (halved every ``decay_every`` epochs), after the ramp.
+        decay_every: epochs between halvings for ``decay=step``.
+        locations: 0 trains on the exact worst location, otherwise on this many random ones per image.
+        natural: weight of the clean cross-entropy once the ramp is over, in [0, 1).
+        validation: training images held out.
+        seed: of weights, held-out images, order of images and random locations.
+    """
+
+    threat: str
+    dataset: str = "mnist"
+    defense: str = "ibp"
+    network: str = "mlp"
+    network_options: dict[str, Any] = field(default_factory=lambda: {"hidden": [255]})
+    epochs: int = 60
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    natural_epochs: int = 1
+    ramp_epochs: int = 15
+    decay: str = "cosine"
+    decay_every: int = 10
+    locations: int = 0
+    natural: float = 0.0
+    validation: int = 5000
+    seed: int = 0
+
+    @property
+    def threat_model(self) -> Threat:
+        """The parsed threat."""
+        return parse_threat(self.threat)
+
+    def validate(self) -> Recipe:
+        """This recipe, or one :class:`UsageError` that lists everything wrong with it."""
+        problems: list[str] = []
+
+        def attempt(action: Any) -> None:
+            try:
+                action()
+            except PatchcertError as problem:
+                problems.append(str(problem))
+
+        attempt(lambda: data.info(self.dataset))
+        if self.dataset in data.DATASETS:
+            channels, height, width = data.info(self.dataset).shape
+            attempt(lambda: self.threat_model.check(height, width, channels))
+        else:
+            attempt(lambda: self.threat_model)
+        attempt(lambda: defenses.by_name(self.defense))
+        if self.network not in models.names():
+            problems.append(f"no network '{self.network}'; known: {', '.join(models.names())}.")
+        for name in ("epochs", "batch_size", "decay_every", "validation"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name} {getattr(self, name)} must be 1 or more.")
+        for name in ("natural_epochs", "ramp_epochs", "locations", "seed"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name} {getattr(self, name)} must be 0 or more.")
+        if not 0 < self.learning_rate <= 1:
+            problems.append(f"learning_rate {self.learning_rate} must be in (0, 1].")
+        if not 0 <= self.natural < 1:
+            problems.append(f"natural {self.natural} must be in [0, 1).")
+        if self.decay not in ("cosine", "step"):
+            problems.append(f"decay '{self.decay}' must be cosine or step.")
+        if problems:
+            raise UsageError(" ".join(problems))
+        return self
+
+    def fitted(self) -> Recipe:
+        """With the warm-up shortened to half of a run that is too short for it, as ``--epochs 3`` would be."""
+        warm = self.natural_epochs + self.ramp_epochs
+        if warm <= self.epochs // 2:
+            return self
+        ramp = self.epochs // 2
+        return replace(self, natural_epochs=0, ramp_epochs=ramp)
+
+    def epsilon(self, progress: float) -> float:
+        """Strength of the attacker at ``progress`` epochs (a fraction inside an epoch counts): 0 to 1."""
+        if progress < self.natural_epochs:
+            return 0.0
+        if self.ramp_epochs == 0:
+            return 1.0
+        return min(1.0, (progress - self.natural_epochs) / self.ramp_epochs)
+
+    def rate(self, progress: float) -> float:
+        """Learning rate at ``progress`` epochs."""
+        import math
+
+        start = self.natural_epochs + self.ramp_epochs
+        after = max(0.0, progress - start)
+        if self.decay == "step":
+            return float(self.learning_rate * 0.5 ** int(after // self.decay_every))
+        return self.learning_rate * (1 + math.cos(math.pi * after / max(self.epochs - start, 1))) / 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON and YAML."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """Inverse of :meth:`to_dict`; unknown keys are refused."""
+        known = {item.name for item in fields(cls)}
+        strange = sorted(set(values) - known)
+        if strange:
+            raise UsageError(f"unknown recipe entries: {', '.join(strange)};", hint=f"allowed: {', '.join(sorted(known))}.")
+        return cls(**values)
+
+    def config(self) -> dict[str, Any]:
+        """The ``config.json`` of the defense that this recipe trains."""
+        facts = data.info(self.dataset)
+        options = {**self.network_options, "mean": list(facts.mean), "std": list(facts.std)}
+        return {
+            "format": 1,
+            "defense": self.defense,
+            "dataset": self.dataset,
+            "threat": self.threat,
+            "input_shape": list(facts.shape),
+            "classes": list(facts.classes),
+            "network": {"name": self.network, "options": options},
+            "recipe": self.to_dict(),
+        }

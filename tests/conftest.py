@@ -1,0 +1,24 @@
+"""Every test runs on one thread, without a network, and in a folder of its own."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ.pop("PATCHCERT_DATA", None)
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run inside an empty folder, so that nothing is found or left by accident."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
