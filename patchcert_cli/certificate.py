@@ -76,11 +76,11 @@ class Tally:
 
     @property
     def clean_accuracy(self) -> float:
-        return self.clean / self.images
+        return self.clean / max(self.images, 1)
 
     @property
     def certified_accuracy(self) -> float:
-        return self.certified / self.images
+        return self.certified / max(self.images, 1)
 
     @property
     def certified_interval(self) -> tuple[float, float]:
@@ -98,20 +98,14 @@ def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> tuple[f
     tail = (1 - level) / 2
 
     def at_least(count: int, p: float) -> float:
-        """P(X >= count) for X ~ Binomial(trials, p), summed from the terms around the mode outwards."""
+        """P(X >= count) for X ~ Binomial(trials, p)."""
         if count <= 0 or p >= 1:
             return 1.0
         if p <= 0:
             return 0.0
         head = math.lgamma(trials + 1)
         return math.fsum(
-            math.exp(
-                head
-                - math.lgamma(i + 1)
-                - math.lgamma(trials - i + 1)
-                + i * math.log(p)
-                + (trials - i) * math.log1p(-p)
-            )
+            math.exp(head - math.lgamma(i + 1) - math.lgamma(trials - i + 1) + i * math.log(p) + (trials - i) * math.log1p(-p))
             for i in range(count, trials + 1)
         )
 

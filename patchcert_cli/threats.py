@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
@@ -61,6 +62,10 @@ class Patch:
     width: int
     kind: ClassVar[str] = "patch"
 
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1:
+            raise UsageError(f"invalid patch {self.height}x{self.width}:", hint="both sides must be 1 or more.")
+
     @property
     def budget(self) -> int:
         return 1
@@ -84,9 +89,7 @@ class Patch:
         import torch
 
         self.check(height, width)
-        top, left = torch.meshgrid(
-            torch.arange(height - self.height + 1), torch.arange(width - self.width + 1), indexing="ij"
-        )
+        top, left = torch.meshgrid(torch.arange(height - self.height + 1), torch.arange(width - self.width + 1), indexing="ij")
         sides = torch.tensor([self.height, self.width]).expand(top.numel(), 2)
         return torch.cat([top.reshape(-1, 1), left.reshape(-1, 1), sides], dim=1)
 
@@ -147,6 +150,10 @@ class Sparse:
     unit: str = "pixel"
     kind: ClassVar[str] = "sparse"
 
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.unit not in UNITS:
+            raise UsageError(f"invalid sparse budget {self.k} {self.unit}:", hint=f"use 1 or more of {' or '.join(UNITS)}.")
+
     @property
     def budget(self) -> int:
         return self.k
@@ -185,7 +192,7 @@ def _extent(line: Tensor) -> Tensor:
 
 
 def _decimal(value: Fraction) -> str:
-    return str(value.numerator) if value.denominator == 1 else f"{float(value):.10g}"
+    return format(Decimal(value.numerator) / Decimal(value.denominator), "f")
 
 
 def parse_patch(text: str) -> Patch | PatchPercent:

@@ -1,0 +1,1 @@
+"""Proofs: pure tensors in, pure tensors out."""

@@ -21,9 +21,10 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 from patchcert_cli.certifiers.gains import largest_gains
-from patchcert_cli.certifiers.rules import ChannelAffine, channel_affine, layers_of
+from patchcert_cli.certifiers.rules import IDENTITY, channel_affine, layers_of
 from patchcert_cli.errors import UnsupportedThreat
 from patchcert_cli.geometry import touched_range
 from patchcert_cli.threats import Patch, Sparse
@@ -51,14 +52,16 @@ class Split:
         layers = layers_of(network)
         reference = next(iter(network.parameters()))
         scale = torch.ones(channels, dtype=reference.dtype, device=reference.device)
+        flat = False
         for position, layer in enumerate(layers):
-            if isinstance(layer, nn.Linear | nn.Conv2d):
+            if isinstance(layer, nn.Conv2d) or (isinstance(layer, nn.Linear) and flat):
                 return cls(layers[:position], layer, layers[position + 1 :], scale)
-            if isinstance(layer, nn.BatchNorm2d | ChannelAffine):
-                affine = channel_affine(layer)
-                assert affine is not None
+            affine = None if flat else channel_affine(layer)
+            if affine is not None:
                 scale = scale * affine[0]
-            elif not isinstance(layer, nn.Flatten | nn.Identity):
+            elif isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
+                flat = True
+            elif not isinstance(layer, IDENTITY):
                 return cls([], None, layers, scale)
         return cls([], None, layers, scale)
 
@@ -74,11 +77,28 @@ class Split:
         return inner and isinstance(self.first, nn.Linear) and all(isinstance(a, nn.Linear | nn.ReLU) for a in self.rest)
 
     def clean(self, x: Tensor) -> Tensor:
-        """Pre-activation of the first affine layer, [B, N] or [B, N, H', W']."""
+        """Pre-activation of the first affine layer, [B, N] or [B, N, H', W'].
+
+        For a linear layer the normalization is folded into weight and bias, so that black pixels cost no rounding.
+        """
         assert self.first is not None
+        if isinstance(self.first, nn.Linear):
+            weight = self.dense_weight((x.shape[1], x.shape[2], x.shape[3])).flatten(1)
+            return F.linear(x.flatten(1), weight, self.dense_bias(x))
         for layer in (*self.before, self.first):
             x = layer(x)
         return x
+
+    def dense_bias(self, x: Tensor) -> Tensor:
+        """Pre-activation of a linear first layer at the all-black image, [N], summed in float64."""
+        assert isinstance(self.first, nn.Linear)
+        black = torch.zeros_like(x[:1])
+        for layer in self.before:
+            black = layer(black)
+        bias = black.flatten(1).double() @ self.first.weight.double().t()
+        if self.first.bias is not None:
+            bias = bias + self.first.bias.double()
+        return bias[0].to(x.dtype)
 
     def dense_weight(self, shape: tuple[int, int, int]) -> Tensor:
         """Weight of a linear first layer with respect to pixels in [0, 1]: [N, C, H, W]."""
@@ -103,6 +123,16 @@ def window_sums(values: Tensor, patch: Patch) -> Tensor:
     """Sums over channels and the patch window at every location: [N, C, H, W] -> [N, A]."""
     total = values.sum(dim=1, keepdim=True)
     return F.avg_pool2d(total, (patch.height, patch.width), stride=1, divisor_override=1).flatten(1)
+
+
+def location_masks(patch: Patch, x: Tensor) -> Tensor:
+    """1 under the patch, 0 elsewhere, for every location: [A, H, W] in the type of ``x``."""
+    height, width = x.shape[2:]
+    top, left = (part[:, None] for part in patch.atoms(height, width)[:, :2].to(x.device).unbind(dim=1))
+    row, column = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+    rows = (row >= top) & (row < top + patch.height)
+    columns = (column >= left) & (column < left + patch.width)
+    return (rows[:, :, None] & columns[:, None, :]).to(x.dtype)
 
 
 class ConvolutionWindows:
@@ -143,9 +173,7 @@ class ConvolutionWindows:
                 upper[i, :, :, r0:r1, c0:c1] += middle + radius
         return lower.flatten(0, 1), upper.flatten(0, 1)
 
-    def _deviation(
-        self, top: int, left: int, rows: tuple[int, int], columns: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
+    def _deviation(self, top: int, left: int, rows: tuple[int, int], columns: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Middle [B, N, r, c] and radius [1, N, r, c] of the change of the touched outputs."""
         h, w, layer = self.patch.height, self.patch.width, self.layer
         # the pixels that the touched outputs see, with only the patch filled in
@@ -202,7 +230,8 @@ def _convolution_gains(split: Split, x: Tensor, threat: Sparse, clean: Tensor) -
         return unfolded.reshape(image.shape[0], channels, taps, -1)  # [B, C, T, L]
 
     content, present = columns(x), columns(torch.ones_like(x[:1]))  # padding is no pixel: it cannot change
-    up, down = [], []
+    up: list[Tensor] = []
+    down: list[Tensor] = []
     for weight in kernel.reshape(-1, 1, channels, taps, 1):
         gain = (weight.clamp(min=0) - weight * content) * present
         loss = (weight.abs() * present) - gain
@@ -229,3 +258,23 @@ def sparse_reach(split: Split, shape: tuple[int, int, int], threat: Sparse) -> T
         return reach.topk(min(threat.k, reach.shape[1]), dim=1).values.sum(dim=1)
     return split.kernel().abs().sum(dim=(1, 2, 3))[:, None, None]
 
+
+def first_layer_influence(split: Split, x: Tensor, falls: Tensor, rises: Tensor) -> Tensor:
+    """How much each pixel's change weighs, [B, H, W].
+
+    ``falls`` and ``rises`` (shape of the layer's output) say what lowering or raising each output counts.
+    """
+
+    def back(weights: Tensor, outputs: Tensor) -> Tensor:
+        if isinstance(split.first, nn.Linear):
+            return (outputs @ weights.flatten(1)).reshape(x.shape)
+        layer = cast(nn.Conv2d, split.first)
+        back_through: Tensor = conv2d_input(
+            x.shape, weights, outputs.contiguous(), layer.stride, cast(tuple[int, int], layer.padding), layer.dilation
+        )
+        return back_through
+
+    linear = isinstance(split.first, nn.Linear)
+    weight = split.dense_weight((x.shape[1], x.shape[2], x.shape[3])) if linear else split.kernel()
+    moved = back(weight.clamp(min=0), rises) + back(-weight.clamp(max=0), falls) + x * back(weight, falls - rises)
+    return moved.sum(dim=1)

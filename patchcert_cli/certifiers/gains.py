@@ -3,12 +3,12 @@
 Shapes: B images, N neurons, C channels, P pixels (or single values, then C = 1).
 
 Changing pixel p of image b to anything in [0, 1] raises neuron n by at most ``gain = sum_c max(w (1 - x), -w x)``, which is
-``sum_c max(w, 0) - w x``, and lowers it by at most ``loss = sum_c |w| - gain``. Neither exceeds the reach ``sum_c |w|``, whatever x is.
+``sum_c max(w, 0) - w x``, and lowers it by at most ``loss = sum_c |w| - gain``. Neither exceeds the reach ``sum_c |w|``.
 
-**Claim.** Visit the pixels of a neuron in the order of falling reach and keep the k largest gains seen. Once the smallest kept gain is
-at least the reach of the next pixel, no pixel behind it can enter, so the kept ones are the k largest of all. All images and neurons
-are visited together, one pixel rank at a time, and a neuron leaves when every image is settled. Keeping k sorted values takes k
-maxima and minima a visit.
+**Claim.** Visit the pixels of a neuron in the order of falling reach and keep the k largest gains seen. Once the smallest kept
+gain is at least the reach of the next pixel, no pixel behind it can enter, so the kept ones are the k largest of all. All images
+and neurons are visited together, one pixel rank at a time, and a neuron leaves when every image is settled. Keeping k sorted
+values takes k maxima and minima a visit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def largest_gains(weight: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         x: [B, C, P] in [0, 1].
         k: how many pixels may change; more than P means all.
     """
-    up, down = _LargestGains.apply(weight, x, min(k, weight.shape[2]))  # type: ignore[no-untyped-call]
+    up, down = _LargestGains.apply(weight, x, min(k, weight.shape[2]))
     return up, down
 
 
@@ -55,10 +55,12 @@ class _Order:
         self.sorted, self.order = self.reach.topk(self.count, dim=1)
 
     def extend(self) -> None:
-        """Sort everything: called only if a neuron needs more than the first piece."""
+        """Sort the rest behind the first piece: called only if a neuron needs more than that."""
         if self.count < self.pixels:
+            left = self.reach.scatter(1, self.order, -1.0)  # equal reaches must not be taken twice, nor missed
+            reach, order = left.topk(self.pixels - self.count, dim=1)
+            self.sorted, self.order = torch.cat([self.sorted, reach], dim=1), torch.cat([self.order, order], dim=1)
             self.count = self.pixels
-            self.sorted, self.order = self.reach.sort(dim=1, descending=True)
 
     def next_reach(self, rank: int, neurons: Tensor | None) -> Tensor:
         """Reach of the pixel at ``rank``: [U]."""

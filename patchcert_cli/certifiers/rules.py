@@ -9,34 +9,62 @@ Each rule states two things about a layer f:
   value that leaves it is at most the returned size, and off by at most the returned error, when computed in floating point with
   unit roundoff ``unit`` in any order of summation (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1:
   a dot product of n terms errs by at most gamma_n * sum |w||v| with gamma_n = n u / (1 - n u)). This covers both a box and a
-  plain forward pass: a bound of |W| |v| + |b| also bounds each half of midpoint-radius arithmetic.
+  plain forward pass: a bound of |W| |v| + |b| also bounds each half of midpoint-radius arithmetic. Where a value may overflow,
+  the error is infinite.
+
+Only layers of exactly these types have rules: a subclass with a forward of its own, or with hooks, computes something else.
 """
 
 from __future__ import annotations
-
-from typing import Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.errors import UnsupportedThreat
+from patchcert_cli.layers import Normalize
 
 Box = tuple[Tensor, Tensor]
 
 ROUNDINGS = 8  # roundings besides the dot product itself: midpoint, radius, their sum, bias, normalization
 CONVOLUTION_FACTOR = 16  # fast convolution algorithms (Winograd) err more than a dot product; they stay within this factor
+SINGLE = 2.0**-24  # unit roundoff of float32
+
+IDENTITY = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in eval mode
+MONOTONE = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
+CHANNEL_AFFINE = (Normalize, nn.BatchNorm1d, nn.BatchNorm2d)
+KNOWN: tuple[type[nn.Module], ...] = (*IDENTITY, *MONOTONE, *CHANNEL_AFFINE, nn.Linear, nn.Conv2d)
 
 
-@runtime_checkable
-class ChannelAffine(Protocol):
-    """A layer that maps channel c of its input to ``scale[c] * v + shift[c]``; both are [C]."""
+def layers_of(network: nn.Module) -> list[nn.Module]:
+    """The layers of a (possibly nested) ``Sequential`` in order.
 
-    @property
-    def scale(self) -> Tensor: ...
+    Raises:
+        UnsupportedThreat: a layer has no rule, a forward of its own, or hooks.
+    """
+    if isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward and not _hooked(network):
+        return [layer for child in network for layer in layers_of(child)]
+    if not any(isinstance(network, kind) and type(network).forward is kind.forward for kind in KNOWN) or _hooked(network):
+        raise _no_rule(network)
+    if isinstance(network, nn.Conv2d):
+        _check_padding(network)
+    return [network]
 
-    @property
-    def shift(self) -> Tensor: ...
+
+def _no_rule(layer: nn.Module) -> UnsupportedThreat:
+    return UnsupportedThreat(
+        f"no interval rule for layer {type(layer).__name__};",
+        hint="allowed, without hooks: Sequential, Linear, Conv2d, ReLU, Flatten, pooling, frozen batch norm, Normalize.",
+    )
+
+
+def _check_padding(layer: nn.Conv2d) -> None:
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise UnsupportedThreat("interval bounds need convolutions with numeric zero padding.")
+
+
+def _hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def gamma(terms: int, unit: float) -> float:
@@ -47,24 +75,24 @@ def gamma(terms: int, unit: float) -> float:
     return n * unit / (1 - n * unit)
 
 
-def channel_affine(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """``(scale, shift)``, each [C], if the layer is affine per channel (normalization, frozen batch norm), else None."""
-    if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-        if layer.running_mean is None or layer.running_var is None:
-            raise UnsupportedThreat("batch norm without running statistics mixes images;", hint="freeze it first.")
-        scale = torch.rsqrt(layer.running_var + layer.eps)
-        if layer.affine:
-            scale = scale * layer.weight
-        shift = -layer.running_mean * scale
-        return scale, shift + layer.bias if layer.affine else shift
-    if isinstance(layer, ChannelAffine):
-        return layer.scale, layer.shift
-    return None
+def channel_affine(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``(scale, shift, terms)``, each [C], of a layer that maps channel c to ``scale * v + shift``, else None.
 
-
-def is_identity(layer: nn.Module) -> bool:
-    """Layers that do nothing in eval mode."""
-    return isinstance(layer, nn.Identity | nn.Dropout | nn.Dropout2d)
+    ``terms`` bounds the magnitudes that ``shift`` is a sum of: they can cancel, their rounding errors do not.
+    """
+    if isinstance(layer, Normalize):
+        return layer.scale, layer.shift, layer.shift.abs()
+    if not isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+        return None
+    if layer.running_mean is None or layer.running_var is None:
+        raise UnsupportedThreat("batch norm without running statistics mixes images;", hint="freeze it first.")
+    scale = torch.rsqrt(layer.running_var + layer.eps)
+    if layer.affine:
+        scale = scale * layer.weight
+    moved = layer.running_mean * scale
+    if layer.affine:
+        return scale, layer.bias - moved, layer.bias.abs() + moved.abs()
+    return scale, -moved, moved.abs()
 
 
 def per_channel(values: Tensor, like: Tensor) -> Tensor:
@@ -74,30 +102,29 @@ def per_channel(values: Tensor, like: Tensor) -> Tensor:
 
 def convolve(layer: nn.Conv2d, v: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer's convolution with another weight and bias."""
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        raise UnsupportedThreat("interval bounds need convolutions with numeric zero padding.")
+    _check_padding(layer)
     return F.conv2d(v, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def box(layer: nn.Module, bounds: Box) -> Box:
     """Enclose the image of a box under one layer (exact arithmetic; rounding is accounted for by :func:`noise`)."""
     lower, upper = bounds
-    if is_identity(layer):
+    if isinstance(layer, IDENTITY):
         return bounds
-    if isinstance(layer, nn.ReLU | nn.MaxPool2d | nn.AvgPool2d | nn.AdaptiveAvgPool2d | nn.Flatten):
-        return layer(lower), layer(upper)  # monotone, entry by entry
+    if isinstance(layer, MONOTONE):
+        return layer(lower), layer(upper)  # entry by entry
     middle, radius = (lower + upper) / 2, (upper - lower) / 2
-    if isinstance(layer, nn.Linear):
+    affine = channel_affine(layer)
+    if affine is not None:
+        scale, shift = (per_channel(part, lower) for part in affine[:2])
+        middle, radius = middle * scale + shift, radius * scale.abs()
+    elif isinstance(layer, nn.Linear):
         middle, radius = layer(middle), F.linear(radius, layer.weight.abs())
     elif isinstance(layer, nn.Conv2d):
         middle = convolve(layer, middle, layer.weight, layer.bias)
         radius = convolve(layer, radius, layer.weight.abs(), None)
     else:
-        affine = channel_affine(layer)
-        if affine is None:
-            raise _no_rule(layer)
-        scale, shift = (per_channel(part, lower) for part in affine)
-        middle, radius = middle * scale + shift, radius * scale.abs()
+        raise _no_rule(layer)
     return middle - radius, middle + radius
 
 
@@ -117,45 +144,45 @@ def relative_error(layer: nn.Linear | nn.Conv2d, unit: float) -> float:
 
 def noise(layer: nn.Module, size: Tensor, error: Tensor, unit: float) -> tuple[Tensor, Tensor]:
     """Carry (largest magnitude, largest error), float64 [N, ...] each, through one layer computed with roundoff ``unit``."""
-    if is_identity(layer) or isinstance(layer, nn.ReLU | nn.MaxPool2d | nn.Flatten):
+    if isinstance(layer, (*IDENTITY, nn.ReLU, nn.MaxPool2d, nn.Flatten)):
         return layer(size), layer(error)
-    tiny = torch.finfo(torch.float32).tiny  # what an underflow can lose, in either precision
-    if isinstance(layer, nn.AvgPool2d | nn.AdaptiveAvgPool2d):
-        terms = size[0, 0].numel()
-        rate, out, carried = gamma(terms, unit), layer(size), layer(error)
+    terms, rate = 1, gamma(1, unit)
+    affine = channel_affine(layer)
+    if affine is not None:
+        scale, moved = (per_channel(part.double().abs(), size) for part in (affine[0], affine[2]))
+        out, carried = size * scale + moved, error * scale
+        rounded = out
     elif isinstance(layer, nn.Linear):
         weight = layer.weight.double().abs()
         terms, rate = layer.in_features, relative_error(layer, unit)
         out, carried = F.linear(size, weight, _magnitude(layer.bias)), F.linear(error, weight)
+        rounded = out
     elif isinstance(layer, nn.Conv2d):
         weight = layer.weight.double().abs()
         terms, rate = weight[0].numel(), relative_error(layer, unit)
         out = convolve(layer, size, weight, _magnitude(layer.bias))
         carried = convolve(layer, error, weight, None)
+        # tiled algorithms mix neighbouring outputs, so each may err as the largest does
+        rounded = F.conv2d(size.amax(dim=(2, 3), keepdim=True).expand(-1, -1, *weight.shape[2:]), weight, groups=layer.groups)
+        if layer.bias is not None:
+            rounded = rounded + per_channel(layer.bias.double().abs(), out)
+        rounded = rounded.expand_as(out)
+    elif isinstance(layer, nn.AvgPool2d | nn.AdaptiveAvgPool2d):
+        terms = size[0, 0].numel()
+        rate, out, carried = gamma(terms, unit), layer(size), layer(error)
+        rounded = out
     else:
-        affine = channel_affine(layer)
-        if affine is None:
-            raise _no_rule(layer)
-        scale, shift = (per_channel(part.double().abs(), size) for part in affine)
-        terms, rate = 1, gamma(1, unit)
-        out, carried = size * scale + shift, error * scale
+        raise _no_rule(layer)
     # the factor 2 covers midpoint and radius, each of which may reach the full magnitude; (1 + rate) the second order
-    return out + carried, (carried + 2 * rate * (out + carried)) * (1 + rate) + terms * tiny
+    error = (carried + 2 * rate * (rounded + carried)) * (1 + rate) + terms * torch.finfo(torch.float32).tiny
+    return out + carried, overflow(out + carried, error, unit)
+
+
+def overflow(size: Tensor, error: Tensor, unit: float) -> Tensor:
+    """``error``, but infinite where a value of magnitude ``size``, or a partial sum of it, might overflow."""
+    largest = torch.finfo(torch.float32 if unit == SINGLE else torch.float64).max
+    return error.masked_fill(~(size < largest / 16), float("inf"))
 
 
 def _magnitude(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.double().abs()
-
-
-def _no_rule(layer: nn.Module) -> UnsupportedThreat:
-    return UnsupportedThreat(
-        f"no interval rule for layer {type(layer).__name__};",
-        hint="allowed: Linear, Conv2d, ReLU, Flatten, max and average pooling, frozen batch norm, normalization.",
-    )
-
-
-def layers_of(network: nn.Module) -> list[nn.Module]:
-    """The layers of a (possibly nested) ``Sequential`` in order."""
-    if isinstance(network, nn.Sequential):
-        return [layer for child in network for layer in layers_of(child)]
-    return [cast(nn.Module, network)]

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
+from patchcert_cli import registry
 from patchcert_cli.defenses.base import Defense
-from patchcert_cli.errors import unknown
 
 
 def names() -> list[str]:
     """All defense names."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    return registry.module_names(__path__, but="base")
 
 
 def by_name(name: str) -> type[Defense]:
     """The one :class:`Defense` class that the module ``name`` defines."""
-    if name not in names():
-        raise unknown("defense", name, names())
-    module = importlib.import_module(f"{__name__}.{name}")
-    found = [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, Defense) and value.__module__ == module.__name__
-    ]
-    assert len(found) == 1, f"{module.__name__} must define exactly one Defense"
-    return found[0]
+    # mypy refuses an abstract class where a type is expected; the result is a concrete subclass of it
+    return registry.only_class(registry.entry("defense", __name__, name, names()), Defense)  # type: ignore[type-abstract]
 
 
 def build(config: Mapping[str, Any]) -> Defense:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,10 @@ class Defense(nn.Module, ABC):
     """A classifier whose answer can be certified.
 
     ``predict`` and ``certify`` are about the same function: the certificate's ``prediction`` is what ``predict`` returns, and a
-    certified image keeps that answer under every change that the threat allows.
+    certified image keeps that answer under every change that the threat allows. ``source`` names the paper it comes from.
     """
+
+    source: ClassVar[str] = ""
 
     def __init__(self, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
         super().__init__()
@@ -87,9 +89,9 @@ class Defense(nn.Module, ABC):
 
     def check_input(self, x: Tensor) -> None:
         """Raise :class:`DataError` unless ``x`` is [B, C, H, W] of this model's size with pixels in [0, 1]."""
+        if x.dtype not in (torch.float32, torch.float64):
+            raise DataError(f"images of type {x.dtype};", hint="give float32 in [0, 1]: divide 8-bit images by 255.")
         if x.ndim != 4 or tuple(x.shape[1:]) != self.input_shape:
-            raise DataError(
-                f"images of shape {tuple(x.shape[1:])} do not fit this model;", hint=f"it takes {self.input_shape}."
-            )
+            raise DataError(f"images of shape {tuple(x.shape[1:])} do not fit this model;", hint=f"it takes {self.input_shape}.")
         if len(x) and not bool(((x >= 0) & (x <= 1)).all()):  # also refuses NaN
             raise DataError("pixels outside [0, 1];", hint="divide 8-bit images by 255; normalization lives inside the model.")

@@ -1,7 +1,8 @@
 """Interval bound propagation (Chiang et al., Certified Defenses for Adversarial Patches, ICLR 2020).
 
-Any feed-forward network of linear, convolution, ReLU and pooling layers, trained so that its interval bounds stay tight under the
-threat, and certified by them. Proof and rounding rule: :mod:`patchcert_cli.certifiers.intervals`.
+Any feed-forward network of linear, convolution, ReLU and pooling layers, trained so that its interval bounds stay tight under
+the threat, and certified by them. Proof: :mod:`patchcert_cli.certifiers.intervals`; rounding rule:
+:mod:`patchcert_cli.certifiers.rounding`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from torch import Tensor, nn
 
 from patchcert_cli import models
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.certifiers import intervals
+from patchcert_cli.certifiers import intervals, rounding
 from patchcert_cli.defenses.base import Defense, TrainingStep
+from patchcert_cli.errors import UnsupportedThreat
 from patchcert_cli.threats import Patch, Threat
 
 
 class IntervalDefense(Defense):
     """A plain classifier certified by interval bounds, against patches and sparse changes."""
+
+    source = "Chiang et al., Certified Defenses for Adversarial Patches, ICLR 2020"
 
     def __init__(self, network: nn.Sequential, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
         super().__init__(input_shape=input_shape, classes=classes)
@@ -45,23 +49,31 @@ class IntervalDefense(Defense):
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """Argmax of the logits evaluated in float64, lowest class index first: the same in every batch and on every device."""
+        """Argmax of the logits evaluated in float64, lowest class index first.
+
+        It is the same in every batch and on every device, but for ties closer than float64 can tell, which are never certified.
+        """
         self.check_input(x)
-        return self._predict(intervals.double(self.network), x)
+        return self._predict(rounding.double(self.network), x)
 
     @staticmethod
     def _predict(exact: nn.Module, x: Tensor) -> Tensor:
         logits: Tensor = exact(x.double())
+        if logits.ndim != 2:
+            raise UnsupportedThreat(
+                f"logits of shape {tuple(logits.shape)} are not [B, K];", hint="end the network with Flatten."
+            )
         best = logits.amax(dim=1, keepdim=True)
         return (logits == best).int().argmax(dim=1)
 
     @torch.no_grad()
     def certify(self, x: Tensor, threat: Threat) -> Certificate:
         self.check_input(x)
-        exact = intervals.double(self.network)
-        with intervals.exact_arithmetic():
+        exact = rounding.double(self.network)
+        with rounding.exact_arithmetic():
             prediction = self._predict(exact, x)
-            proof = intervals.prove(self.network, exact, x, prediction, threat)
+            network = exact if x.dtype == torch.float64 else rounding.frozen(self.network)
+            proof = rounding.prove(network, exact, x, prediction, threat)
         height, width = self.input_shape[1:]
         return Certificate(
             prediction=prediction,
@@ -82,11 +94,11 @@ class IntervalDefense(Defense):
         elif step.locations:
             count = threat.count(*self.input_shape[1:])
             chosen = torch.randint(count, (len(x), step.locations), generator=step.generator).to(x.device)
-            margins = intervals.margins_at(self.network, x, label, threat, chosen, epsilon=step.epsilon)
+            margins = intervals.margins_at(self.network, x, label, threat, chosen, per_class=False, epsilon=step.epsilon)
         else:
             with torch.no_grad():
                 worst = intervals.lower_margins(self.network, x, label, threat, epsilon=step.epsilon).worst
-            margins = intervals.margins_at(self.network, x, label, threat, worst, epsilon=step.epsilon)
+            margins = intervals.margins_at(self.network, x, label, threat, worst, per_class=True, epsilon=step.epsilon)
         loss = F.cross_entropy(-margins, label)
         if step.natural > 0:
             loss = (1 - step.natural) * loss + step.natural * F.cross_entropy(self(x), label)

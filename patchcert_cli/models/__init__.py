@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import nn
 
-from patchcert_cli.errors import IntegrityError, unknown
+from patchcert_cli import registry
+from patchcert_cli.errors import IntegrityError
 
 
 def names() -> list[str]:
     """All network names."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "layers")
+    return registry.module_names(__path__, but="")
 
 
 def build(name: str, options: Mapping[str, Any]) -> nn.Sequential:
     """Build network ``name`` with freshly initialized weights; every option is a keyword of its ``build``."""
-    if name not in names():
-        raise unknown("network", name, names())
-    module = importlib.import_module(f"{__name__}.{name}")
+    module = registry.entry("network", __name__, name, names())
     try:
         return cast(nn.Sequential, module.build(**options))
     except (TypeError, ValueError, RuntimeError) as problem:
         raise IntegrityError(f"network '{name}' cannot be built from its options: {problem}") from problem
+
+
+def describe(network: nn.Module) -> str:
+    """Short text such as ``MLP 784-255-10`` or ``CNN 16-16-32-32, dense 100-10``: the widths of all layers."""
+    dense = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+    convolutions = [layer.out_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    widths = [str(layer.out_features) for layer in dense]
+    if not convolutions:
+        return "-".join(["MLP " + str(dense[0].in_features), *widths]) if dense else type(network).__name__
+    return f"CNN {'-'.join(map(str, convolutions))}" + (f", dense {'-'.join(widths)}" if widths else "")

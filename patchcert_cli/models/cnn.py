@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from patchcert_cli.models.layers import Normalize
+from patchcert_cli.layers import Normalize
 
 
 def build(
@@ -20,7 +20,7 @@ def build(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> nn.Sequential:
-    """Normalize, one convolution per entry of ``channels`` (3x3, or 4x4 where it strides), dense: [B, C, H, W] -> [B, classes]."""
+    """Normalize, a convolution per entry of ``channels`` (3x3, or 4x4 where it strides), dense: [B, C, H, W] -> [B, classes]."""
     layers: list[nn.Module] = [Normalize(mean, std)]
     before = input_shape[0]
     for after, stride in zip(channels, strides, strict=True):

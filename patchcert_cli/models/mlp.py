@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
-from patchcert_cli.models.layers import Normalize
+from patchcert_cli.layers import Normalize
 
 
 def build(
@@ -21,6 +22,6 @@ def build(
     """Normalize, flatten, then ``hidden`` ReLU layers and one linear layer: [B, C, H, W] -> [B, classes]."""
     widths = [math.prod(input_shape), *hidden]
     layers: list[nn.Module] = [Normalize(mean, std), nn.Flatten()]
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], classes))

@@ -1,4 +1,4 @@
-"""Layers that belong to a model and carry no parameters to train."""
+"""Layers of our own that both networks and proofs know."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 
 class Normalize(nn.Module):
-    """``(x - mean) / std`` per channel on [B, C, H, W]; inside the model, so that threats speak of pixels in [0, 1]."""
+    """``(x - mean) / std`` per channel on [B, C, H, W]; inside the model, so that threats speak of pixels in [0, 1].
+
+    It is computed as ``x * scale + shift``, with ``scale`` and ``shift`` [C] rounded to float32 once: that is its definition.
+    """
 
     scale: Tensor
     shift: Tensor

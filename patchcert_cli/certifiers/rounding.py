@@ -1,0 +1,199 @@
+"""From interval bounds to a verdict: what rounding may have done, and why it cannot certify.
+
+Shapes: B images, C channels, H x W pixels, N first-layer neurons.
+
+**Rounding rule.** Let m_c be the margin bounds of :mod:`intervals`, e a bound of their rounding error (float32,
+any order of summation) and d the error of a float64 forward pass
+at any x' in [0, 1], both from the error analysis of
+:mod:`rules`. An image is certified at once if m_c > e + d for all c, and not certified if some
+m_c <= -e. Every other image is bounded again in float64, and certified only if m_c exceeds that computation's own error + d. The
+deployed prediction is the argmax of the float64 forward pass, lowest index first.
+
+A sum of n products of which all but s are exactly zero errs by gamma_s only, since adding zero is exact: with normalization
+folded into the first layer, black pixels cost nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchcert_cli.certifiers.first_layer import Split, patch_reach, sparse_reach
+from patchcert_cli.certifiers.intervals import minimum, resolve
+from patchcert_cli.certifiers.rules import SINGLE, gamma, noise, overflow, relative_error
+from patchcert_cli.certifiers.streams import open_stream
+from patchcert_cli.threats import Patch, Sparse, Threat
+
+UNIT = {torch.float32: SINGLE, torch.float64: 2.0**-53}
+
+
+@contextlib.contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Switch off everything that computes in less than the tensors' own precision (TF32, bfloat16 products, autocast)."""
+    switches = _precision_switches()
+    before = [getattr(owner, name) for owner, name, _ in switches]
+    try:
+        for owner, name, exact in switches:
+            setattr(owner, name, exact)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        for (owner, name, _), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
+
+
+def _precision_switches() -> list[tuple[Any, str, Any]]:
+    """``(owner, attribute, exact value)`` of torch's precision flags, in whichever of its two interfaces this process uses."""
+    backends: Any = torch.backends
+    legacy = [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
+    try:
+        for owner, name, _ in legacy:
+            getattr(owner, name)
+        torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer interface has been used, and torch refuses to mix them
+        owners = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv]
+        return [(owner, "fp32_precision", "ieee") for owner in owners]
+    return [(_MatmulPrecision(), "value", "highest"), *legacy]
+
+
+class _MatmulPrecision:
+    """torch's process-wide matmul precision as an attribute."""
+
+    @property
+    def value(self) -> str:
+        return torch.get_float32_matmul_precision()
+
+    @value.setter
+    def value(self, precision: str) -> None:
+        torch.set_float32_matmul_precision(precision)
+
+
+@torch.no_grad()
+def bound_error(split: Split, x: Tensor, threat: Patch | Sparse) -> Tensor:
+    """Bound of the rounding error of the margins that :mod:`intervals` computes in the type of ``x``: float64 [B]."""
+    unit = UNIT[x.dtype]
+    if isinstance(split.first, nn.Linear) and (split.is_dense or isinstance(threat, Sparse)):
+        return _difference_error(*_dense_first(split, x, threat, unit), unit)
+    if isinstance(split.first, nn.Conv2d):
+        size, error = x.double(), torch.zeros_like(x, dtype=torch.float64)
+        for layer in (*split.before, split.first):
+            size, error = noise(layer, size, error, unit)
+        reach = _reach(split, x, threat)
+        # a sum over a window, or of the largest gains, has at most as many terms as the layer itself
+        rate = relative_error(split.first, unit)
+        return _difference_error(split.rest, size + reach, error + 2 * rate * (size + reach), unit)
+    return _difference_error(
+        split.layers, torch.ones_like(x, dtype=torch.float64), torch.zeros_like(x, dtype=torch.float64), unit
+    )
+
+
+def _reach(split: Split, x: Tensor, threat: Patch | Sparse) -> Tensor:
+    """Largest possible change of each first-layer output, with room for its own rounding: float64."""
+    shape = (x.shape[1], x.shape[2], x.shape[3])
+    reach = patch_reach(split, shape, threat) if isinstance(threat, Patch) else sparse_reach(split, shape, threat)
+    return reach.double() * (1 + 1e-3)
+
+
+def _dense_first(split: Split, x: Tensor, threat: Patch | Sparse, unit: float) -> tuple[list[nn.Module], Tensor, Tensor]:
+    """Layers still to come, and size and error [B, N] in front of them, for a linear first layer."""
+    weight = split.dense_weight((x.shape[1], x.shape[2], x.shape[3])).flatten(1).double()
+    bias, exact, reach = split.dense_bias(x).double(), x.flatten(1).double(), _reach(split, x, threat)
+    terms = F.linear(exact, weight.abs(), bias.abs()) + reach
+    moved = x.shape[1] * (threat.height * threat.width if isinstance(threat, Patch) else threat.k)
+    count = (exact != 0).sum(dim=1) + moved
+    rate = torch.tensor([gamma(n, unit) for n in count.tolist()], dtype=torch.float64, device=x.device)[:, None]
+    size, black = torch.zeros_like(x[:1], dtype=torch.float64), torch.zeros_like(x[:1], dtype=torch.float64)
+    for layer in split.before:
+        size, black = noise(layer, size, black, unit)
+    error = 2 * rate * terms + F.linear(black.flatten(1), cast(nn.Linear, split.first).weight.double().abs())
+    error = overflow(terms, error + weight.shape[1] * torch.finfo(torch.float32).tiny, unit)
+    middle = F.linear(exact, weight, bias)
+    if split.rest and isinstance(split.rest[0], nn.ReLU):
+        return split.rest[1:], (middle + reach).clamp(min=0) + error, error
+    return split.rest, middle.abs() + reach + error, error
+
+
+def _difference_error(layers: list[nn.Module], size: Tensor, error: Tensor, unit: float) -> Tensor:
+    """Error of a difference of two outputs: both ends, and the roundings of the difference itself."""
+    for layer in layers:
+        size, error = noise(layer, size, error, unit)
+    total = 2 * error.flatten(1).amax(dim=1) + 4 * unit * size.flatten(1).amax(dim=1)
+    return total.nan_to_num(nan=float("inf"), posinf=float("inf"))
+
+
+@torch.no_grad()
+def forward_error(split: Split, like: Tensor) -> float:
+    """Bound of the error of ``f_y - f_c`` in a float64 forward pass, for every input in [0, 1] of the shape of ``like``."""
+    ones = torch.ones_like(like[:1], dtype=torch.float64)
+    return float(_difference_error(split.layers, ones, torch.zeros_like(ones), UNIT[torch.float64]))
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The smallest margin over rivals and atoms.
+
+    Attributes:
+        margin: float64 [B], lower bound of ``f_target - f_rival`` over all atoms.
+        slack: float64 [B], what rounding may have added to it, plus the rounding of the deployed float64 prediction.
+        worst: int64 [B], the atom index that attains it.
+        rival: int64 [B], the class that attains it.
+    """
+
+    margin: Tensor
+    slack: Tensor
+    worst: Tensor
+    rival: Tensor
+
+
+def prove(network: nn.Module, exact: nn.Module, x: Tensor, target: Tensor, threat: Threat) -> Proof:
+    """Bound the margins of ``target`` in float32, and again in float64 where rounding could decide (the rule above).
+
+    Args:
+        network: a ``Sequential`` in eval mode, images [B, C, H, W] in [0, 1] -> logits [B, K].
+        exact: a float64 copy of ``network``; its argmax is the deployed prediction.
+        x: [B, C, H, W] in [0, 1].
+        target: int64 [B], the deployed prediction.
+        threat: a patch or sparse threat model.
+    """
+    resolved = resolve(threat, x.shape[2], x.shape[3], x.shape[1])
+    if not len(x):
+        none = torch.zeros(0, dtype=torch.float64, device=x.device)
+        return Proof(none, none.clone(), target.clone(), target.clone())
+    deployed = forward_error(Split.of(exact, x.shape[1]), x)
+    proof = _prove(network, x, target, resolved, deployed)
+    error = proof.slack - deployed
+    open_ = ((proof.margin > -error) & (proof.margin <= proof.slack)) | proof.margin.isinf()
+    close = open_.nonzero()[:, 0]
+    if len(close) and x.dtype != torch.float64:
+        again = _prove(exact, x[close].double(), target[close], resolved, deployed)
+        for name in ("margin", "slack", "worst", "rival"):
+            getattr(proof, name)[close] = getattr(again, name)
+    return proof
+
+
+def _prove(network: nn.Module, x: Tensor, target: Tensor, threat: Patch | Sparse, deployed: float) -> Proof:
+    split = Split.of(network, x.shape[1])
+    stream = open_stream(split, x, threat, 1.0)
+    margins = minimum(stream, target)
+    margin, rival = margins.values.scatter(1, target[:, None], float("inf")).min(dim=1)
+    worst = stream.worst_atom(target, rival, margins.worst.gather(1, rival[:, None])[:, 0])
+    slack = bound_error(split, x, threat) + deployed
+    broken = ~torch.isfinite(margins.values).all(dim=1)  # overflow or NaN, for any rival, never certifies
+    return Proof(margin.double().masked_fill(broken, float("-inf")), slack, worst, rival)
+
+
+def double(network: nn.Module) -> nn.Module:
+    """A float64 copy of a network, in eval mode."""
+    return copy.deepcopy(network).double().eval()
+
+
+def frozen(network: nn.Module) -> nn.Module:
+    """The network itself if all of it is in eval mode, else a copy that is: what is deployed and what is proven."""
+    return copy.deepcopy(network).eval() if any(layer.training for layer in network.modules()) else network

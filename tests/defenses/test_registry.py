@@ -1,0 +1,94 @@
+"""Defenses by name, compared with the folder's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from patchcert_cli import defenses
+from patchcert_cli.certificate import Certificate
+from patchcert_cli.defenses.base import Defense
+from patchcert_cli.errors import DataError, UnknownName
+from patchcert_cli.threats import Patch
+
+
+def test_names_are_the_files() -> None:
+    files = {path.stem for path in Path(defenses.__file__).parent.glob("*.py")}
+    assert set(defenses.names()) == files - {"__init__", "base"}
+    assert defenses.names() == sorted(defenses.names())
+
+
+def test_unknown_names_are_refused_with_a_suggestion() -> None:
+    with pytest.raises(UnknownName, match="no defense 'ipb'"):
+        defenses.by_name("ipb")
+    with pytest.raises(UnknownName):
+        defenses.by_name("base")
+
+
+@pytest.mark.parametrize("name", defenses.names())
+class TestEveryDefense:
+    def tiny(self, name: str) -> Defense:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return defenses.by_name(name).tiny()
+
+    def test_tiny_is_a_defense_in_eval_mode(self, name: str) -> None:
+        defense = self.tiny(name)
+        assert isinstance(defense, Defense)
+        assert not defense.training
+        assert defense.input_shape == (1, 4, 4)
+        assert len(defense.classes) == 3
+
+    def test_shapes_and_types(self, name: str) -> None:
+        defense, x = self.tiny(name), torch.rand(5, 1, 4, 4)
+        certificate = defense.certify(x, Patch(2, 2))
+        assert isinstance(certificate, Certificate)
+        assert defense(x).shape == (5, 3)
+        assert defense.predict(x).dtype == certificate.prediction.dtype == torch.int64
+        assert certificate.certified.dtype == torch.bool
+        assert certificate.margin.dtype == certificate.slack.dtype == torch.float64
+        assert certificate.worst.shape == (5, 4)
+        assert certificate.threat == Patch(2, 2)
+        assert torch.equal(certificate.certified, certificate.margin > certificate.slack)
+
+    @pytest.mark.parametrize("count", [0, 1])
+    def test_empty_and_single_batches(self, name: str, count: int) -> None:
+        defense, x = self.tiny(name), torch.rand(count, 1, 4, 4)
+        certificate = defense.certify(x, Patch(2, 2))
+        assert defense.predict(x).shape == certificate.prediction.shape == (count,)
+        assert certificate.certified.shape == certificate.margin.shape == certificate.slack.shape == (count,)
+        assert certificate.worst.shape == (count, 4)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.uint8])
+    def test_other_number_types_are_refused_or_answered_alike(self, name: str, dtype: torch.dtype) -> None:
+        defense, x = self.tiny(name), (torch.rand(6, 1, 4, 4) if dtype.is_floating_point else torch.ones(6, 1, 4, 4)).to(dtype)
+        try:
+            prediction = defense.predict(x)
+            certificate = defense.certify(x, Patch(1, 1))
+        except DataError:
+            return
+        assert torch.equal(prediction, certificate.prediction)
+        assert torch.equal(certificate.certified, defense.certify(x.float(), Patch(1, 1)).certified)
+
+    @pytest.mark.parametrize("bad", [-0.01, 1.01, float("nan"), float("inf")])
+    def test_pixels_outside_the_unit_interval_are_refused(self, name: str, bad: float) -> None:
+        defense, x = self.tiny(name), torch.rand(2, 1, 4, 4)
+        x[1, 0, 3, 3] = bad
+        for ask in (defense.predict, lambda x: defense.certify(x, Patch(1, 1))):
+            with pytest.raises(DataError, match="outside"):
+                ask(x)
+
+    @pytest.mark.parametrize("shape", [(2, 4, 4), (2, 3, 4, 4), (2, 1, 4, 5), (2, 1, 5, 4)])
+    def test_images_of_another_shape_are_refused(self, name: str, shape: tuple[int, ...]) -> None:
+        with pytest.raises(DataError, match="do not fit"):
+            self.tiny(name).predict(torch.rand(shape))
+
+    def test_certifying_changes_nothing(self, name: str) -> None:
+        defense, x = self.tiny(name), torch.rand(4, 1, 4, 4)
+        before, pixels = {key: value.clone() for key, value in defense.state_dict().items()}, x.clone()
+        first, second = defense.certify(x, Patch(2, 2)), defense.certify(x, Patch(2, 2))
+        assert torch.equal(x, pixels)
+        assert all(torch.equal(value, before[key]) for key, value in defense.state_dict().items())
+        assert torch.equal(first.margin, second.margin)

@@ -1,0 +1,165 @@
+"""Certifiers that are wrong in one known way, to show that the soundness checks would see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from patchcert_cli.certificate import Certificate
+from patchcert_cli.certifiers import first_layer, intervals, rounding, streams
+from patchcert_cli.defenses.ibp import IntervalDefense
+from patchcert_cli.threats import Patch, PatchPercent, Sparse
+
+Break = Callable[[pytest.MonkeyPatch], None]
+
+
+def last_locations_missing(axis: int) -> Break:
+    """The last row (axis 0) or column (axis 1) of patch locations is never looked at."""
+    atoms, under, sums = Patch.atoms, first_layer.under_patch, first_layer.window_sums
+
+    def kept(patch: Patch, height: int, width: int) -> Tensor:
+        start = atoms(patch, height, width)[:, axis]
+        return start < max(int(start.max()), 1)
+
+    def apply(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Patch, "atoms", lambda self, h, w: atoms(self, h, w)[kept(self, h, w)])
+        monkeypatch.setattr(Patch, "count", lambda self, h, w: int(kept(self, h, w).sum()))
+        monkeypatch.setattr(streams, "under_patch", lambda v, p: under(v, p)[kept(p, v.shape[1], v.shape[2])])
+        monkeypatch.setattr(streams, "window_sums", lambda v, p: sums(v, p)[:, kept(p, v.shape[2], v.shape[3])])
+
+    return apply
+
+
+def _resolved(change: Callable[[Any], Any]) -> Break:
+    """Another threat is certified than the one that is claimed."""
+    original, prove = rounding.resolve, rounding.prove
+
+    def proven(*args: Any) -> rounding.Proof:
+        proof = prove(*args)
+        return replace(proof, worst=proof.worst * 0)  # the index would belong to the other threat
+
+    def apply(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(rounding, "resolve", lambda *args: change(original(*args)))
+        monkeypatch.setattr(rounding, "prove", proven)
+
+    return apply
+
+
+def _smaller(threat: Patch | Sparse) -> Patch | Sparse:
+    return Patch(max(threat.height - 1, 1), max(threat.width - 1, 1)) if isinstance(threat, Patch) else threat
+
+
+def _one_column_less(threat: Patch | Sparse) -> Patch | Sparse:
+    return Patch(threat.height, max(threat.width - 1, 1)) if isinstance(threat, Patch) else threat
+
+
+def _one_less(threat: Patch | Sparse) -> Patch | Sparse:
+    return replace(threat, k=max(threat.k - 1, 1)) if isinstance(threat, Sparse) else threat
+
+
+def _other_unit(threat: Patch | Sparse) -> Patch | Sparse:
+    if isinstance(threat, Patch):
+        return threat
+    return replace(threat, unit="pixel" if threat.unit == "value" else "value")
+
+
+def radius_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Touched entries move only half of their way."""
+    sums, deviation = streams.window_sums, first_layer.ConvolutionWindows._deviation
+    gains, convolution = first_layer.largest_gains, first_layer._convolution_gains
+
+    def halved(*args: Any) -> tuple[Tensor, Tensor]:
+        middle, radius = deviation(*args)
+        return middle, radius / 2
+
+    monkeypatch.setattr(streams, "window_sums", lambda *args: sums(*args) / 2)
+    monkeypatch.setattr(first_layer.ConvolutionWindows, "_deviation", halved)
+    monkeypatch.setattr(first_layer, "largest_gains", lambda *args: tuple(part / 2 for part in gains(*args)))
+    monkeypatch.setattr(first_layer, "_convolution_gains", lambda *args: tuple(part / 2 for part in convolution(*args)))
+
+
+def _judged(rule: Callable[[Certificate], Tensor]) -> Break:
+    original = IntervalDefense.certify
+
+    def certify(self: IntervalDefense, x: Tensor, threat: Any) -> Certificate:
+        certificate = original(self, x, threat)
+        return replace(certificate, certified=rule(certificate))
+
+    return lambda monkeypatch: monkeypatch.setattr(IntervalDefense, "certify", certify)
+
+
+def _margins(change: Callable[[intervals.Margins, streams.Stream, Tensor], intervals.Margins]) -> Break:
+    original = rounding.minimum
+
+    def margins(stream: streams.Stream, target: Tensor) -> intervals.Margins:
+        return change(original(stream, target), stream, target)
+
+    return lambda monkeypatch: monkeypatch.setattr(rounding, "minimum", margins)
+
+
+def _runner_up_only(margins: intervals.Margins, stream: Any, target: Tensor) -> intervals.Margins:
+    logits = stream.x
+    for layer in stream.split.layers:
+        logits = layer(logits)
+    logits = logits.scatter(1, target[:, None], float("-inf"))
+    rival = torch.arange(logits.shape[1]) == logits.argmax(dim=1)[:, None]
+    return replace(margins, values=torch.where(rival, margins.values, 1e6))
+
+
+def _grouped_by_target(margins: intervals.Margins, stream: Any, target: Tensor) -> intervals.Margins:
+    order = target.argsort(stable=True)
+    return intervals.Margins(margins.values[order], margins.worst[order])
+
+
+def wrong_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upper bounds stand where lower bounds belong."""
+    original = streams.Contrast.__init__
+
+    def swapped(self: streams.Contrast, *args: Any) -> None:
+        original(self, *args)
+        self.halves = torch.cat(list(reversed(self.halves.chunk(2, dim=1))), dim=1)
+
+    monkeypatch.setattr(streams.Contrast, "__init__", swapped)
+
+
+def largest_over_locations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best location decides instead of the worst."""
+
+    def largest(chunks: Any) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = torch.cat(list(chunks)).max(dim=0)
+        return found[0], found[1]
+
+    monkeypatch.setattr(intervals, "_smallest", largest)
+
+
+def percent_rounded_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A percentage becomes a patch one pixel too small."""
+    original = PatchPercent.resolve
+    monkeypatch.setattr(PatchPercent, "resolve", lambda *args: Patch(*(max(1, original(*args).height - 1),) * 2))
+
+
+PATCH_BREAKS: dict[str, Break] = {
+    "last row of locations missing": last_locations_missing(0),
+    "last column of locations missing": last_locations_missing(1),
+    "patch one pixel smaller": _resolved(_smaller),
+    "patch one column narrower": _resolved(_one_column_less),
+    "largest over locations": largest_over_locations,
+    "margins given to other images": _margins(_grouped_by_target),
+}
+SPARSE_BREAKS: dict[str, Break] = {
+    "budget k - 1": _resolved(_one_less),
+    "pixels and values mixed up": _resolved(_other_unit),
+}
+COMMON_BREAKS: dict[str, Break] = {
+    "radius halved": radius_halved,
+    "wrong side": wrong_side,
+    "runner-up only": _margins(_runner_up_only),
+    "a margin of zero is enough": _judged(lambda c: c.margin >= 0),
+    "slack with the wrong sign": _judged(lambda c: c.margin > -c.slack),
+    "margin a little below zero": _judged(lambda c: c.margin > -0.1),
+}

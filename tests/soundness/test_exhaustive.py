@@ -1,0 +1,116 @@
+"""No allowed change moves a certified answer: every location, subset and content, enumerated by ``arena.py``.
+
+The same check runs against certifiers that are wrong in one known way (``breaks.py``), and must catch each.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from patchcert_cli import defenses
+from patchcert_cli.defenses.ibp import IntervalDefense
+from patchcert_cli.threats import Patch, Sparse
+
+from .arena import Arena, Attack, Score, changes, check, draw_images, random_arenas, random_defense, registered_arenas
+from .breaks import COMMON_BREAKS, PATCH_BREAKS, SPARSE_BREAKS, Break
+
+PATCHES: list[Attack] = [Patch(1, 1), Patch(1, 2), Patch(2, 1), Patch(2, 2), Patch(1, 3)]
+SPARSE: list[Attack] = [Sparse(1), Sparse(2), Sparse(1, "value"), Sparse(2, "value")]
+
+
+def assert_sound(score: Score, least: int) -> None:
+    assert score.violations == []
+    assert score.certified >= least, "too few certified images to conclude anything"
+    assert score.uncertified >= least
+    assert score.broken >= least, "the enemy is too weak: hardly any uncertified image was broken"
+
+
+@pytest.mark.parametrize("family", ["dense", "convolutional"])
+@pytest.mark.parametrize("threats", [PATCHES, SPARSE], ids=["patch", "sparse"])
+def test_random_networks_are_certified_soundly(family: str, threats: list[Attack]) -> None:
+    score = check(random_arenas(family), threats)
+    assert score.unsupported == 0
+    assert_sound(score, 150)
+
+
+@pytest.mark.parametrize("name", defenses.names())
+def test_registered_defenses_are_certified_soundly(name: str) -> None:
+    score = check(registered_arenas(name), [*PATCHES, Patch(2, 3), *SPARSE])
+    assert score.unsupported < 12 * 10, "no threat is supported"
+    assert_sound(score, 40)
+
+
+def test_every_defense_of_the_folder_is_registered() -> None:
+    folder = Path(defenses.__file__).parent
+    assert defenses.names() == sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "base"))
+    assert len(defenses.names()) >= 1
+
+
+def test_whole_images_and_larger_budgets() -> None:
+    shape = (1, 3, 3)
+    arenas = [Arena("mlp", random_defense("mlp", shape, seed), draw_images(shape, 16, seed)) for seed in range(20)]
+    assert_sound(check(arenas, [Patch(3, 3), Patch(3, 1), Patch(2, 3), Sparse(3), Sparse(4), Sparse(9)]), 20)
+
+
+@pytest.mark.parametrize("kind", ["linear", "strided"])
+def test_two_channels_with_pixel_and_value_budgets(kind: str) -> None:
+    shape = (2, 3, 3)
+    arenas = [Arena(kind, random_defense(kind, shape, seed), draw_images(shape, 16, seed)) for seed in range(12)]
+    assert_sound(check(arenas, [Sparse(1), Sparse(2), Sparse(3, "value"), Patch(2, 2)]), 20)
+
+
+@pytest.mark.parametrize("family", ["dense", "convolutional"])
+@pytest.mark.parametrize("broken", [*PATCH_BREAKS, *COMMON_BREAKS])
+def test_broken_patch_certifiers_are_caught(family: str, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_caught({**PATCH_BREAKS, **COMMON_BREAKS}[broken], family, PATCHES, monkeypatch)
+
+
+@pytest.mark.parametrize("family", ["dense", "convolutional"])
+@pytest.mark.parametrize("broken", [*SPARSE_BREAKS, *COMMON_BREAKS])
+def test_broken_sparse_certifiers_are_caught(family: str, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a budget of k - 1 = 0 is not a threat, so k = 1 is left out
+    threats = [threat for threat in SPARSE if isinstance(threat, Sparse) and threat.k > 1]
+    assert_caught({**SPARSE_BREAKS, **COMMON_BREAKS}[broken], family, list(threats), monkeypatch)
+
+
+def assert_caught(apply: Break, family: str, threats: list[Attack], monkeypatch: pytest.MonkeyPatch) -> None:
+    arenas = random_arenas(family)
+    assert check(arenas[:6], threats).violations == []
+    apply(monkeypatch)
+    assert check(arenas, threats, until_found=True).violations != []
+
+
+def test_the_enemy_only_does_what_the_threat_allows() -> None:
+    shape = (2, 3, 3)
+    for threat in [*PATCHES, *SPARSE, Sparse(3, "value")]:
+        mask, value = changes(shape, threat)
+        assert bool(threat.contains(mask).all()), threat
+        assert bool(((value >= 0) & (value <= 1)).all())
+        larger = torch.zeros(1, *shape, dtype=torch.bool)
+        larger[0, :, 0, 0] = larger[0, :, 2, 2] = larger[0, :, 0, 2] = larger[0, :, 1, 1] = True
+        assert not bool(threat.contains(larger).any())
+
+
+def test_one_outstanding_pixel_among_equal_weights() -> None:
+    """60 equal weights, k = 1: only changing the one dark pixel moves the answer."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(60, 1), nn.ReLU(), nn.Linear(1, 2))
+    first, last = network[1], network[3]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        first.weight.fill_(1)
+        first.bias.fill_(-29.5)  # 59 pixels at one half and a dark one: the neuron is at 0, and at 1 once that one is lit
+        last.weight.copy_(torch.tensor([[-1.0], [1.0]]))
+        last.bias.copy_(torch.tensor([0.8, -0.8]))
+    defense = IntervalDefense(network.requires_grad_(False), input_shape=(1, 6, 10), classes=("a", "b")).eval()
+    x = torch.full((60, 1, 60), 0.5)
+    x[torch.arange(60), 0, torch.arange(60)] = 0
+    attacked = x.clone()
+    attacked[torch.arange(60), 0, torch.arange(60)] = 1
+    certificate = defense.certify(x.reshape(60, 1, 6, 10), Sparse(1))
+    assert bool((defense.predict(attacked.reshape(60, 1, 6, 10)) != certificate.prediction).all())
+    assert int(certificate.certified.sum()) == 0
