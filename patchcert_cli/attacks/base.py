@@ -1,0 +1,249 @@
+"""What every attack is: a search for an allowed change of an image that changes the deployed answer.
+
+An attack meets the defense only as a :class:`Target`: logits, gradients and answers, each counted as a query. It sees no labels
+and no certificates. The base class, not the attack's author, checks what came back and judges it.
+
+Shapes: B images, C channels, H x W pixels, K classes, R rows (candidates, each owned by one of the B),
+S candidates per image.
+The margin of a row is ``max_{j != y} f_j - f_y`` with the surrogate logits f and the deployed clean answer y.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from patchcert_cli.defenses.base import Defense
+from patchcert_cli.errors import PatchcertError, UsageError
+from patchcert_cli.threats import Threat
+
+CHUNK_VALUES = {"cpu": 1 << 20, "cuda": 1 << 23}  # pixel values that go through the network in one pass
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack found, one entry for each image of a batch.
+
+    Attributes:
+        adversarial: float32 [B, C, H, W] in [0, 1], an allowed change of the image that flips its answer; where none was found,
+            the clean image.
+        success: bool [B], whether the deployed answer changed.
+        prediction: int64 [B], the deployed answer on ``adversarial``.
+        queries: int64 [B], forward and backward passes spent on the image, the base class's own included.
+        clean_prediction: int64 [B], the deployed answer on the clean image.
+    """
+
+    adversarial: Tensor
+    success: Tensor
+    prediction: Tensor
+    queries: Tensor
+    clean_prediction: Tensor
+
+    @classmethod
+    def cat(cls, parts: list[AttackResult]) -> AttackResult:
+        """Join the results of consecutive batches."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+
+class Target:
+    """The defended model as an attack meets it, and the best candidate of each image so far.
+
+    Attributes:
+        answer: int64 [B], the deployed answer on the clean images, which is to be changed.
+        best: float32 [B, C, H, W], the offered candidate of highest margin, at first the clean image.
+        margin: float32 [B], its margin, at first -inf.
+        done: bool [B], whether the deployed answer on ``best`` differs from ``answer``; such an image needs no more work.
+        queries: int64 [B], passes spent so far.
+    """
+
+    def __init__(self, defense: Defense, x: Tensor) -> None:
+        self._defense = defense
+        self.queries = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        self.rows = max(1, CHUNK_VALUES.get(x.device.type, CHUNK_VALUES["cpu"]) // max(1, x[:1].numel()))
+        everyone = torch.arange(len(x), device=x.device)
+        self.answer = self.answers(x, everyone)
+        self.best = x.clone()
+        self.margin = torch.full((len(x),), -torch.inf, device=x.device)
+        self.done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+    def groups(self, rows_per_image: int) -> Iterator[Tensor]:
+        """Consecutive image numbers, int64 [n], so few that ``rows_per_image`` candidates of each make about one chunk."""
+        everyone = torch.arange(len(self.answer), device=self.answer.device)
+        yield from torch.split(everyone, max(1, self.rows // rows_per_image))
+
+    @torch.no_grad()
+    def answers(self, rows: Tensor, owner: Tensor) -> Tensor:
+        """The deployed answers, [R, C, H, W] and int64 [R] -> int64 [R]."""
+        self._count(owner, 1)
+        return torch.cat([self._defense.predict(part) for part in torch.split(rows, self.rows)])
+
+    @torch.no_grad()
+    def logits(self, rows: Tensor, owner: Tensor) -> Tensor:
+        """The surrogate logits, [R, C, H, W] and int64 [R] -> [R, K]."""
+        self._count(owner, 1)
+        logits: Tensor = torch.cat([self._defense(part) for part in torch.split(rows, self.rows)])
+        return logits
+
+    def gap(self, logits: Tensor, owner: Tensor, rival: Tensor | None = None) -> Tensor:
+        """The margin, or ``f_rival - f_y`` for a class int64 [R], of logits [R, K] -> [R]."""
+        own = self.answer[owner][:, None]
+        if rival is not None:
+            return (logits.gather(1, rival[:, None]) - logits.gather(1, own))[:, 0]
+        return logits.scatter(1, own, -torch.inf).amax(dim=1) - logits.gather(1, own)[:, 0]
+
+    def slopes(self, rows: Tensor, owner: Tensor, rival: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The logits of candidates, and the gradient of their :meth:`gap`.
+
+        Args:
+            rows: [R, C, H, W].
+            owner: int64 [R], the image each belongs to.
+            rival: int64 [R], the class to aim at instead of the highest one.
+
+        Returns:
+            [R, K] and [R, C, H, W].
+        """
+        self._count(owner, 2)
+        values, slopes = [], []
+        for part in torch.split(torch.arange(len(rows), device=rows.device), self.rows):
+            with torch.enable_grad():
+                point = rows[part].detach().requires_grad_()
+                logits = self._defense(point)
+                aim = self.gap(logits, owner[part], None if rival is None else rival[part])
+                slopes.append(torch.autograd.grad(aim.sum(), point)[0])
+            values.append(logits.detach())
+        return torch.cat(values), torch.cat(slopes)
+
+    def rivals(self, x: Tensor, owner: Tensor, most: int) -> Tensor:
+        """The classes but the answer, highest logit on [n, C, H, W] first, at most ``most`` of them: int64 [n, T]."""
+        logits = self.logits(x, owner)
+        ranked = logits.scatter(1, self.answer[owner][:, None], -torch.inf).sort(dim=1, descending=True, stable=True).indices
+        return ranked[:, : min(most, logits.shape[1] - 1)]
+
+    def offer(self, candidates: Tensor, margins: Tensor, owner: Tensor) -> None:
+        """Keep the best of each image's candidates, [n, S, C, H, W] with margins [n, S] of the distinct images ``owner`` [n].
+
+        Where the surrogate says that the answer changed, the deployed answer is asked, and decides.
+        """
+        score, pick = margins.max(dim=1)
+        better = ((score > self.margin[owner]) & ~self.done[owner]).nonzero()[:, 0]
+        image, score = owner[better], score[better]
+        self.margin[image] = score
+        self.best[image] = candidates[better, pick[better]]
+        ask = image[score >= 0]  # in a tie the lowest class wins, which may be the rival
+        if len(ask):
+            self.done[ask] = self.answers(self.best[ask], ask) != self.answer[ask]
+
+    def _count(self, owner: Tensor, passes: int) -> None:
+        self.queries += passes * torch.bincount(owner, minlength=len(self.queries))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(ABC):
+    """A search with keyword-only hyper-parameters; authors write :meth:`run`, users call the object.
+
+    Attributes:
+        seed: source of all randomness, together with each image's number.
+    """
+
+    seed: int = 0
+    kinds: ClassVar[tuple[str, ...]] = ()  # the kinds of threat it knows
+
+    @abstractmethod
+    def run(self, target: Target, x: Tensor, threat: Threat, index: Tensor) -> Tensor:
+        """Search for changes that ``threat`` allows and that change ``target.answer``.
+
+        Args:
+            target: the model, and a place to offer candidates to.
+            x: float32 [B, C, H, W] in [0, 1], the clean images.
+            threat: what may be changed; its kind is one of ``kinds`` and it fits the images.
+            index: int64 [B], the number of each image; its randomness is to depend on nothing but this and the seed.
+
+        Returns:
+            float32 [B, C, H, W], the best candidate of each image, or the image itself.
+        """
+
+    @final
+    def __call__(self, defense: Defense, x: Tensor, threat: Threat, *, index: Tensor | None = None) -> AttackResult:
+        """Try to change ``defense.predict(x)`` within ``threat``.
+
+        Args:
+            defense: the model, in eval mode.
+            x: [B, C, H, W] in [0, 1].
+            threat: what may be changed.
+            index: int64 [B], the number of each image in its data set, by default its position in the batch. Neither the size
+                nor the order of batches changes what is drawn for an image.
+
+        Raises:
+            UsageError: the attack does not know this kind of threat, or the threat does not fit the images.
+            DataError: the images do not fit the model.
+            PatchcertError: the attack returned a change that the threat forbids, which is a bug of the attack.
+        """
+        if threat.kind not in self.kinds:
+            raise UsageError(f"{type(self).__name__} cannot attack under {threat};", hint=f"allowed: {', '.join(self.kinds)}.")
+        x = x.detach().to(defense.device, torch.float32)
+        defense.check_input(x)
+        threat.check(int(x.shape[2]), int(x.shape[3]), int(x.shape[1]))
+        index = torch.arange(len(x)) if index is None else index
+        if tuple(index.shape) != (len(x),):
+            raise UsageError(f"{tuple(index.shape)} image numbers do not fit {len(x)} images.")
+        target = Target(defense, x)
+        found = self.run(target, x, threat, index.to(x.device, torch.int64)) if len(x) else x
+        candidate = self._checked(found, x, threat)
+        prediction = target.answers(candidate, torch.arange(len(x), device=x.device))
+        success = prediction != target.answer
+        adversarial = torch.where(success[:, None, None, None], candidate, x)
+        return AttackResult(adversarial, success, prediction, target.queries, target.answer)
+
+    def _checked(self, found: Tensor, x: Tensor, threat: Threat) -> Tensor:
+        """Project to [0, 1] and refuse what the threat forbids."""
+        name = type(self).__name__
+        if found.shape != x.shape or bool(found.isnan().any()):
+            raise PatchcertError(f"attack {name} did not return images: shape {tuple(found.shape)}, or not a number.")
+        candidate = found.detach().to(x).clamp(0, 1)
+        broken = (~threat.contains(candidate != x)).nonzero()[:, 0]
+        if len(broken):
+            raise PatchcertError(
+                f"attack {name} broke the rules: its change of {len(broken)} of {len(x)} images is not within {threat}.",
+                hint="This is a bug of the attack, not of the defense.",
+            )
+        return candidate
+
+    def draw(self, index: Tensor, stream: int, count: int) -> Tensor:
+        """Uniform numbers in [0, 1), float32 [n, count], that depend only on seed, image number [n], ``stream`` and position.
+
+        A counter through the finalizer of SplitMix64 (Steele, Lea & Flood, 2014), the same on every device.
+        """
+        key = _mix(_mix(_mix(torch.full_like(index, _signed(self.seed))) + index) + stream)  # [n]
+        step = _signed(0x9E3779B97F4A7C15)
+        counter = torch.arange(1, count + 1, device=index.device) * step
+        return _shift(_mix(key[:, None] + counter), 40).float() / (1 << 24)
+
+
+def _signed(value: int) -> int:
+    """The value modulo 2^64, as an int64."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(z: Tensor) -> Tensor:
+    """A bijection of int64 in which every input bit moves every output bit."""
+    z = z + _signed(0x9E3779B97F4A7C15)
+    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shift(z, 31)
+
+
+def require(name: str, value: float, least: float, most: float = float("inf")) -> None:
+    """Raise :class:`UsageError` unless a hyper-parameter lies in [least, most]."""
+    if not least <= value <= most:
+        allowed = f"{least} or more" if most == float("inf") else f"{least} to {most}"
+        raise UsageError(f"{name} {value} is out of range;", hint=f"allowed: {allowed}.")
