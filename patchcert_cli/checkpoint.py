@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,51 +14,8 @@ from torch import Tensor
 
 from patchcert_cli import defenses
 from patchcert_cli.defenses.base import Defense
-from patchcert_cli.errors import IntegrityError, MachineError
-
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".th")
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file's content so that a crash leaves either the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except OSError as problem:
-        partial.unlink(missing_ok=True)
-        raise MachineError(
-            f"cannot write '{path}': {problem.strerror or problem}.", hint="Free some space, then run the same command again."
-        ) from problem
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, atomically."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; anything else is an :class:`IntegrityError`."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as problem:
-        raise IntegrityError(f"'{path}' is missing.") from problem
-    except (OSError, ValueError) as problem:
-        raise IntegrityError(f"'{path}' is not readable JSON: {problem}.") from problem
-    if not isinstance(value, dict):
-        raise IntegrityError(f"'{path}' does not hold a JSON object.")
-    return value
+from patchcert_cli.errors import IntegrityError
+from patchcert_cli.files import CONFIG, WEIGHTS, read_json, refuse_pickle, sha256, write_atomically, write_json
 
 
 def pack(tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> bytes:
@@ -71,7 +26,7 @@ def pack(tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> bytes:
 
 def unpack(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`pack` wrote."""
-    _refuse_pickle(path)
+    refuse_pickle(path)
     try:
         tensors = load_file(str(path), device=device)
         with safe_open(str(path), framework="pt") as opened:
@@ -98,7 +53,7 @@ def load_defense(folder: Path, *, device: str = "cpu", expected_sha256: str | No
     weights = folder / WEIGHTS
     if not weights.is_file():
         for candidate in sorted(folder.iterdir()) if folder.is_dir() else []:
-            _refuse_pickle(candidate)
+            refuse_pickle(candidate)
         raise IntegrityError(f"'{folder}' holds no {WEIGHTS};", hint="give a folder that patchcert train or zoo pull made.")
     config = read_json(folder / CONFIG)
     if expected_sha256 is not None and (actual := sha256(weights)) != expected_sha256:
@@ -124,20 +79,8 @@ def _check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], wher
         for name, tensor in expected.items()
         if name in given and given[name].shape != tensor.shape
     ]
-    problems += [f"{name} is {given[name].dtype}" for name, t in expected.items() if name in given and given[name].dtype != t.dtype]
+    problems += [
+        f"{name} is {given[name].dtype}" for name, t in expected.items() if name in given and given[name].dtype != t.dtype
+    ]
     if problems:
         raise IntegrityError(f"'{where}' does not fit its {CONFIG}: {'; '.join(problems[:4])}.")
-
-
-def _refuse_pickle(path: Path) -> None:
-    if path.suffix.lower() in PICKLES:
-        raise IntegrityError(
-            f"'{path}' looks like a pickle, which could run code: it was not opened.", hint="Convert it to safetensors first."
-        )
-    if path.is_file() and path.suffix == ".safetensors":
-        with path.open("rb") as stream:
-            head = stream.read(4)
-        if head[:2] == b"PK" or head[:1] == b"\x80":
-            raise IntegrityError(
-                f"'{path}' is a pickle under another name: it was not opened.", hint="Convert it to safetensors first."
-            )

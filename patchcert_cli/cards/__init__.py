@@ -1,0 +1,44 @@
+"""Model cards and the zoo they stand in: what is claimed about each model. Neither torch nor a network is needed to read them."""
+
+from patchcert_cli.cards.card import DEFAULT_LICENSE, Card, card_for_run, slug
+from patchcert_cli.cards.page import HUB_DATASETS, prose
+from patchcert_cli.cards.records import File, Hub, Measured, Published, Training, Validation, valid_name
+from patchcert_cli.cards.shelf import (
+    DEFAULT_DATASET,
+    DEFAULT_MODELS,
+    ENVIRONMENT,
+    bundled,
+    bundled_card,
+    bundled_folder,
+    bundled_names,
+    default_model,
+)
+from patchcert_cli.files import CARD, CONFIG, WEIGHTS, sha256
+
+__all__ = [
+    "CARD",
+    "CONFIG",
+    "DEFAULT_DATASET",
+    "DEFAULT_LICENSE",
+    "DEFAULT_MODELS",
+    "ENVIRONMENT",
+    "HUB_DATASETS",
+    "WEIGHTS",
+    "Card",
+    "File",
+    "Hub",
+    "Measured",
+    "Published",
+    "Training",
+    "Validation",
+    "bundled",
+    "bundled_card",
+    "bundled_folder",
+    "bundled_names",
+    "card_for_run",
+    "default_model",
+    "prose",
+    "sha256",
+    "slug",
+    "valid_name",
+]

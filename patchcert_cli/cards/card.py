@@ -1,0 +1,237 @@
+"""Model cards: the ``README.md`` of a model folder, YAML front matter and prose, the one source of truth about the model.
+
+``zoo/<name>/`` and ``runs/<name>/`` have the same shape: README.md, config.json, model.safetensors. The ``patchcert`` table of
+the front matter is the card; the Hub's own keys and the prose are made from it: ``Card.from_text(card.render()) == card``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from patchcert_cli.cards import page
+from patchcert_cli.cards.records import (
+    CARD_RULES,
+    Count,
+    File,
+    Hub,
+    Measured,
+    Name,
+    Published,
+    Split,
+    Status,
+    Text,
+    ThreatText,
+    Training,
+    Validation,
+)
+from patchcert_cli.cards.schema import Rule, decode
+from patchcert_cli.errors import IntegrityError
+from patchcert_cli.files import CARD, CONFIG, WEIGHTS, sha256
+from patchcert_cli.threats import parse_threat
+
+DEFAULT_LICENSE = "apache-2.0"
+
+
+@dataclass(frozen=True)
+class Card:
+    """Everything that is claimed about a model.
+
+    Attributes:
+        network: short text such as ``MLP 784-255-10``.
+        threat: what it was trained against.
+        split: what it was trained on, with the count of images kept, for example ``train[55000]``.
+        command: the ``patchcert train`` command that made it.
+        source: the paper that the defense comes from; may be empty.
+        files: sha256 and size of every file but the card.
+        status: ``measured``, ``trained`` (no test measurement yet), ``recipe only`` or ``unreliable`` (for ``reason``).
+        notes: free text, a paragraph of the prose.
+    """
+
+    name: Name
+    status: Status
+    defense: Text
+    network: Text
+    dataset: Text
+    threat: ThreatText
+    split: Split
+    seed: Count
+    recipe: dict[str, Any]
+    command: Text
+    license: Text
+    hub: Hub
+    source: str = ""
+    reason: str = ""
+    notes: str = ""
+    trained: Training | None = None
+    files: dict[str, File] = field(default_factory=dict)
+    validation: Validation | None = None
+    results: tuple[Measured, ...] = ()
+    published: tuple[Published, ...] = ()
+    rules: ClassVar[tuple[Rule, ...]] = CARD_RULES
+
+    @classmethod
+    def read(cls, folder: Path) -> Card:
+        """The card of a model folder.
+
+        Raises:
+            IntegrityError: it is missing or wrong; everything that is wrong is listed.
+        """
+        path = folder / CARD
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError as problem:
+            raise IntegrityError(f"'{folder}' has no model card ({CARD}).") from problem
+        except (OSError, UnicodeDecodeError) as problem:
+            raise IntegrityError(f"'{path}' is not readable: {problem}.") from problem
+        return cls.from_text(text, where=str(path))
+
+    @classmethod
+    def from_text(cls, text: str, *, where: str = CARD) -> Card:
+        """Inverse of :meth:`render`; the prose is not read, and the Hub's own keys must follow from the card."""
+        match = re.match(r"---\n(.*?\n)---\n", text, re.DOTALL)
+        if match is None:
+            raise IntegrityError(f"'{where}' is not a model card: it does not begin with YAML between two lines of ---.")
+        try:
+            front = yaml.load(match[1], getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        except yaml.YAMLError as problem:
+            raise IntegrityError(f"'{where}' is not a model card: {' '.join(str(problem).split())}.") from problem
+        if not isinstance(front, dict) or "patchcert" not in front:
+            raise IntegrityError(f"'{where}' is not a model card: its front matter has no patchcert table.")
+        card, problems = cls._decode(front.pop("patchcert"))
+        if card is not None:
+            expected = page.hub_metadata(card)
+            problems += [
+                f"{key} does not follow from the patchcert table"
+                for key in {**expected, **front}
+                if front.get(key) != expected.get(key)
+            ]
+        _refuse(problems, where)
+        assert card is not None
+        return card
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = CARD) -> Card:
+        """Inverse of :meth:`to_dict`; one :class:`IntegrityError` lists everything that is wrong."""
+        card, problems = cls._decode(values)
+        _refuse(problems, where)
+        assert card is not None
+        return card
+
+    @classmethod
+    def _decode(cls, values: Any) -> tuple[Card | None, list[str]]:
+        problems: list[str] = []
+        card = decode(cls, values, "", problems)
+        return (None if problems else card), problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON and YAML."""
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+
+    def render(self) -> str:
+        """The text of ``README.md``; a card that could not be read back is refused."""
+        plain = self.to_dict()
+        self.from_dict(plain)
+        front = {**page.hub_metadata(self), "patchcert": plain}
+        text = yaml.dump(front, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
+        return f"---\n{text}---\n\n{page.prose(self)}"
+
+    def result(self, threat: str | None = None) -> Measured | None:
+        """The measurement under ``threat``, by default the one that the model was trained against."""
+        wanted = parse_threat(threat or self.threat)
+        return next((one for one in self.results if parse_threat(one.threat) == wanted), None)
+
+    def report(self, threat: str | None = None) -> Published | None:
+        """The published numbers under ``threat``, by default the one that the model was trained against."""
+        wanted = parse_threat(threat or self.threat)
+        return next((one for one in self.published if parse_threat(one.threat) == wanted), None)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights; 0 if there are none."""
+        return self.files[WEIGHTS].size if WEIGHTS in self.files else 0
+
+    def verify(self, folder: Path) -> str:
+        """Check the sha256 of every file of the card in ``folder``; returns that of the weights."""
+        if WEIGHTS not in self.files:
+            raise IntegrityError(f"{self.name} is a recipe without weights;", hint=f"train it: {self.command}")
+        for name, expected in self.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise IntegrityError(f"'{path}' is missing.", hint=f"Fetch it with: patchcert zoo pull {self.name} --force")
+            if (actual := sha256(path)) != expected.sha256:
+                raise IntegrityError(
+                    f"'{path}': sha256 {actual[:12]}… but its card says {expected.sha256[:12]}….",
+                    hint=f"It was not used. Fetch it again with: patchcert zoo pull {self.name} --force",
+                )
+        return self.files[WEIGHTS].sha256
+
+
+class _Dumper(yaml.SafeDumper):
+    """Plain YAML: no anchors for values that occur twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _refuse(problems: list[str], where: str) -> None:
+    if problems:
+        raise IntegrityError(f"'{where}' is not a valid model card: {'; '.join(problems)}.")
+
+
+def slug(text: str) -> str:
+    """The nearest valid model name: ``My run`` becomes ``my-run``."""
+    return "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:96].rstrip("-") or "run"
+
+
+def card_for_run(
+    recipe: Mapping[str, Any],
+    folder: Path,
+    *,
+    network: str,
+    kept: int,
+    validation: Mapping[str, int],
+    trained: Mapping[str, Any],
+    command: str,
+    name: str | None = None,
+    source: str = "",
+) -> Card:
+    """The first card of a finished training run (status ``trained``), about the weights and configuration in ``folder``.
+
+    ``recipe`` holds at least defense, dataset, threat and seed; ``kept`` is the number of images trained on; ``validation`` the
+    counts images, clean, certified on those held out; ``trained`` has seconds, device, threads, torch, patchcert and, if not
+    today, date.
+    """
+    name = name or slug(folder.resolve().name)
+    today = datetime.date.today().isoformat()
+    return Card.from_dict(
+        {
+            "name": name,
+            "status": "trained",
+            **{key: recipe[key] for key in ("defense", "dataset", "threat", "seed")},
+            "network": network,
+            "split": f"train[{kept}]",
+            "recipe": _plain(recipe),
+            "command": command,
+            "license": DEFAULT_LICENSE,
+            "hub": {"repo": f"patchcert/{name}"},
+            "source": source,
+            "trained": {"date": today, **trained},
+            "files": {file: dataclasses.asdict(File.of(folder / file)) for file in (CONFIG, WEIGHTS)},
+            "validation": dict(validation),
+        },
+        where=str(folder / CARD),
+    )

@@ -1,0 +1,176 @@
+"""What a model card shows: the Hub's metadata keys and the prose, both made from the card alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from patchcert_cli.threats import parse_threat
+
+if TYPE_CHECKING:
+    from patchcert_cli.cards.card import Card
+    from patchcert_cli.cards.records import Measured, Published
+
+HUB_DATASETS = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
+CHANGES = {
+    "patch": "replaces the pixels of one such patch, wherever it lies wholly inside the image, by any values in [0, 1]",
+    "sparse": "changes at most so many pixels (single channel values where the threat ends in `:value`) to any values in [0, 1]",
+}
+
+
+def hub_metadata(card: Card) -> dict[str, Any]:
+    """The Hub's own front matter keys."""
+    metadata: dict[str, Any] = {
+        "library_name": "patchcert",
+        "pipeline_tag": "image-classification",
+        "license": card.license,
+        "datasets": [HUB_DATASETS.get(card.dataset, card.dataset)],
+        "tags": ["certified-robustness", f"{parse_threat(card.threat).kind}-attack", card.defense],
+    }
+    if card.results:
+        results = [_hub_result(one) for one in card.results]
+        metadata["model-index"] = [{"name": card.name, "results": results}]
+    return metadata
+
+
+def _hub_result(one: Measured) -> dict[str, Any]:
+    about = {"threat": one.threat, "images": one.images, "guarantee": one.guarantee, "method": one.method}
+    return {
+        "task": {"type": "image-classification"},
+        "dataset": {"name": one.dataset, "type": HUB_DATASETS.get(one.dataset, one.dataset), "split": one.split},
+        "metrics": [
+            {"type": "accuracy", "name": "clean accuracy", "value": one.clean / one.images},
+            {
+                "type": "certified_accuracy",
+                "name": f"certified accuracy ({one.threat})",
+                "value": one.certified / one.images,
+                "args": about,
+            },
+        ],
+    }
+
+
+def prose(card: Card) -> str:
+    """The Markdown below the front matter."""
+    sections = [
+        f"# {card.name}",
+        _summary(card),
+        *([card.notes] if card.notes else []),
+        "## Measured beside published",
+        *_comparison(card),
+        "## Use",
+        *_use(card),
+        "## How it was made",
+        *_making(card),
+        "## What is proven, and what is not",
+        *_proof(card),
+        "## Files",
+        _files(card),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _summary(card: Card) -> str:
+    facts = {
+        "Status": f"**{card.status}**: {card.reason}" if card.reason else card.status,
+        "Defense": f"{card.defense} ({card.source})" if card.source else card.defense,
+        "Network": card.network,
+        "Data set": card.dataset,
+        "Trained against": f"`{card.threat}`",
+        "Licence": card.license,
+        "Hub": f"{card.hub.repo} @ {card.hub.revision}" if card.hub.revision else f"not published yet ({card.hub.repo})",
+    }
+    return "\n".join(f"- {name}: {text}" for name, text in facts.items())
+
+
+def percent(count: int, images: int) -> str:
+    """An accuracy with its count."""
+    return f"{count / images:.2%} ({count}/{images})"
+
+
+def _comparison(card: Card) -> list[str]:
+    lines = [
+        "| threat | data | clean, measured | certified, measured | 95 % interval | clean, published | certified, published |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    published = {str(parse_threat(one.threat)): one for one in card.published}
+    for one in card.results:
+        low, high = one.certified_interval
+        measured = [percent(one.clean, one.images), percent(one.certified, one.images), f"{low:.2%} to {high:.2%}"]
+        cells = [f"`{one.threat}`, {one.guarantee}", f"{one.dataset} {one.split}", *measured]
+        lines.append(_row(cells, published.get(str(parse_threat(one.threat)))))
+    measured_threats = {str(parse_threat(one.threat)) for one in card.results}
+    for threat, report in published.items():
+        if threat not in measured_threats:
+            lines.append(_row([f"`{threat}`", card.dataset, "not measured", "not measured", ""], report))
+    if len(lines) == 2:
+        return ["No test measurement yet, and no published numbers."]
+    notes = ["Published numbers are those of the source; they belong to its weights, not to these:"] if published else []
+    notes += [f"- `{one.threat}`: {one.source}" for one in card.published]
+    made = [f"- `{one.threat}`: `{one.command}` ({one.method}, patchcert {one.patchcert}, {one.date})" for one in card.results]
+    paragraphs = ["\n".join(lines)]
+    if notes:
+        paragraphs += [notes[0], "\n".join(notes[1:])]
+    return paragraphs + (["Measured with:", "\n".join(made)] if made else [])
+
+
+def _row(cells: list[str], report: Published | None) -> str:
+    told = [f"{report.clean:.2%}", f"{report.certified:.2%}"] if report else ["", ""]
+    return "| " + " | ".join([*cells, *told]) + " |"
+
+
+def _use(card: Card) -> list[str]:
+    if not card.files:
+        return ["There are no weights yet. Train them:", _code("bash", card.command)]
+    kind, _, rest = card.threat.partition(":")
+    option = f"--patch {rest}" if kind == "patch" else f"--threat {card.threat}"
+    python = [
+        "import patchcert_cli",
+        "",
+        "# a torch module; images are [B, C, H, W] in [0, 1]",
+        f'defense = patchcert_cli.load("{card.name}")',
+        f'certificate = defense.certify(images, patchcert_cli.parse_threat("{card.threat}"))',
+    ]
+    return [_code("bash", f"patchcert certify {card.name} {option}"), _code("python", "\n".join(python))]
+
+
+def _making(card: Card) -> list[str]:
+    parts = [_code("bash", card.command)]
+    text = f"Trained on `{card.split}` of {card.dataset}, seed {card.seed}."
+    if card.validation:
+        held = card.validation
+        text += f" On {held.images} held-out training images: clean {percent(held.clean, held.images)},"
+        text += f" certified {percent(held.certified, held.images)}. No test image was used to choose anything."
+    if card.trained:
+        made = card.trained
+        text += f" {made.date}, {made.seconds:.0f} s on {made.device} with {made.threads} threads;"
+        text += f" torch {made.torch}, patchcert {made.patchcert}."
+    return [*parts, text, _code("yaml", yaml.safe_dump(card.to_dict()["recipe"], sort_keys=False, allow_unicode=True).rstrip())]
+
+
+def _proof(card: Card) -> list[str]:
+    change = CHANGES.get(parse_threat(card.threat).kind, "makes any change that the threat allows")
+    proven = (
+        f"An image counts as certified only if its answer is right and a proof shows that no attacker who {change}"
+        f" can alter that answer (here `{card.threat}`; guarantee: recovery). The proof is made anew for each image and threat."
+    )
+    if any(one.guarantee == "detection" for one in card.results):
+        proven += " Where the guarantee is detection, the attacker may alter the answer but not without raising an alarm."
+    return [
+        proven,
+        "Not proven: anything about images that are not certified, about larger or additional patches, more pixels or other"
+        " threat models, or about changes outside them such as rotation or noise. The interval speaks about images drawn like"
+        " the test images, not about other data. Success rates of attacks are empirical and are no part of this card.",
+    ]
+
+
+def _files(card: Card) -> str:
+    if not card.files:
+        return "None."
+    rows = [f"| {name} | {file.size} | `{file.sha256}` |" for name, file in card.files.items()]
+    return "\n".join(["| file | bytes | sha256 |", "| --- | --- | --- |", *rows])
+
+
+def _code(language: str, text: str) -> str:
+    return f"```{language}\n{text}\n```"

@@ -1,0 +1,212 @@
+"""The small records that a model card is made of, with the limits of each field and the rules between them."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from patchcert_cli.cards.schema import Must, Rule
+from patchcert_cli.errors import PatchcertError
+from patchcert_cli.files import CONFIG, WEIGHTS, sha256
+from patchcert_cli.threats import parse_threat
+
+STATUSES = ("measured", "trained", "recipe only", "unreliable")
+
+
+def valid_name(name: str) -> bool:
+    """Whether ``name`` may name a model: lower-case words of letters and digits, joined by single ``-`` or ``.``."""
+    return len(name) <= 96 and re.fullmatch(r"[a-z0-9]+(?:[.-][a-z0-9]+)*", name) is not None
+
+
+def _is_threat(text: str) -> bool:
+    try:
+        parse_threat(text)
+    except PatchcertError:
+        return False
+    return True
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+def _match(pattern: str, expected: str) -> Must:
+    return Must(partial(_full, pattern), expected)
+
+
+def _full(pattern: str, text: str) -> bool:
+    return re.fullmatch(pattern, text) is not None
+
+
+Text = Annotated[str, Must(bool, "a text of one character or more")]
+Name = Annotated[str, Must(valid_name, "lower-case letters, digits, '-' and '.'")]
+ThreatText = Annotated[str, Must(_is_threat, "a threat such as patch:5x5 or sparse:10")]
+Date = Annotated[str, Must(_is_date, "a date such as 2026-01-31")]
+Count = Annotated[int, Must(lambda n: n >= 0, "0 or more")]
+Positive = Annotated[int, Must(lambda n: n >= 1, "1 or more")]
+Seconds = Annotated[float, Must(lambda s: s >= 0, "0 or more")]
+Share = Annotated[float, Must(lambda p: 0 <= p <= 1, "a fraction in [0, 1]")]
+Split = Annotated[str, _match(r"[a-z]+\[\d+\]", "a split and how many of its images, such as train[55000]")]
+Sha256 = Annotated[str, _match(r"[0-9a-f]{64}", "a sha256 of 64 hex digits")]
+Commit = Annotated[str, _match(r"[0-9a-f]{40}", "a commit of 40 hex digits")]
+Repo = Annotated[str, _match(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", "organization/name")]
+Status = Annotated[str, Must(STATUSES.__contains__, f"one of {', '.join(STATUSES)}")]
+
+
+def _ordered_counts(images: int, clean: int, certified: int) -> Iterable[str]:
+    if not certified <= clean <= images:
+        yield f"certified {certified}, clean {clean}, images {images}: each must be at most the next"
+
+
+def _interval_holds_the_share(images: int, certified: int, certified_interval: tuple[float, float]) -> Iterable[str]:
+    low, high = certified_interval
+    if not low <= certified / images <= high:
+        yield f"certified_interval [{low}, {high}] does not hold {certified}/{images}"
+
+
+def _ordered_shares(clean: float, certified: float) -> Iterable[str]:
+    if certified > clean:
+        yield f"certified {certified} exceeds clean {clean}"
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file of the model folder must be."""
+
+    sha256: Sha256
+    size: Positive
+
+    @classmethod
+    def of(cls, path: Path) -> File:
+        """The facts of a file on disk."""
+        return cls(sha256(path), path.stat().st_size)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where the model is on the Hub; without a ``revision`` it has not been published there."""
+
+    repo: Repo
+    revision: Commit | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """Where and when the weights were made."""
+
+    date: Date
+    seconds: Seconds
+    device: Text
+    threads: Positive
+    torch: Text
+    patchcert: Text
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Counts on the training images that were held out."""
+
+    images: Positive
+    clean: Count
+    certified: Count
+    rules: ClassVar[tuple[Rule, ...]] = (_ordered_counts,)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measurement with this code: counts, and the exact 95 % interval of the certified accuracy."""
+
+    dataset: Text
+    split: Text
+    images: Positive
+    threat: ThreatText
+    clean: Count
+    certified: Count
+    certified_interval: tuple[Share, Share]
+    method: Text
+    date: Date
+    command: Text
+    patchcert: Text
+    guarantee: Annotated[str, Must(("recovery", "detection").__contains__, "recovery or detection")] = "recovery"
+    rules: ClassVar[tuple[Rule, ...]] = (_ordered_counts, _interval_holds_the_share)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Numbers that a paper reports, as fractions, and which paper and table."""
+
+    threat: ThreatText
+    clean: Share
+    certified: Share
+    source: Text
+    rules: ClassVar[tuple[Rule, ...]] = (_ordered_shares,)
+
+
+def _plain_files(files: dict[str, File]) -> Iterable[str]:
+    for name in files:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.(safetensors|json)", name):
+            yield f"files: '{name}' is not a plain name that ends in .safetensors or .json"
+
+
+def _status_fits(
+    status: str,
+    reason: str,
+    results: tuple[Measured, ...],
+    files: dict[str, File],
+    trained: Training | None,
+    validation: Validation | None,
+) -> Iterable[str]:
+    if status == "recipe only":
+        present = {"files": files, "results": results, "trained": trained, "validation": validation}
+        yield from (f"{name} must be empty while status is recipe only" for name, value in present.items() if value)
+    else:
+        yield from (f"files has no {name}" for name in (WEIGHTS, CONFIG) if name not in files)
+        yield from (
+            f"{name} is missing" for name, value in {"trained": trained, "validation": validation}.items() if value is None
+        )
+    if status == "measured" and not results:
+        yield "results is empty, so status must be trained"
+    if status == "trained" and results:
+        yield "results is not empty, so status must be measured"
+    if (status == "unreliable") != bool(reason):
+        yield "reason is for status unreliable, which needs one"
+
+
+def _recipe_agrees(recipe: dict[str, Any], dataset: str, defense: str, threat: str, seed: int) -> Iterable[str]:
+    said = {"dataset": dataset, "defense": defense, "threat": threat, "seed": seed}
+    yield from (
+        f"recipe.{key} is {recipe[key]!r}, but the card says {value!r}"
+        for key, value in said.items()
+        if recipe.get(key, value) != value
+    )
+
+
+def _recipe_is_plain(recipe: Any) -> Iterable[str]:
+    """YAML reads ``1e-3`` as text, and so does whoever puts a number in quotes."""
+    todo = [("recipe", recipe)]
+    while todo:
+        at, value = todo.pop()
+        if isinstance(value, Mapping):
+            todo += [(f"{at}.{key}", item) for key, item in value.items()]
+        elif isinstance(value, list | tuple):
+            todo += [(f"{at}[{i}]", item) for i, item in enumerate(value)]
+        elif isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", value):
+            yield f"{at} is '{value}', a number written as text"
+        elif not isinstance(value, str | int | float | None):
+            yield f"{at} is {value!r}, not plain text, number or list"
+
+
+def _one_result_each(results: tuple[Measured, ...]) -> Iterable[str]:
+    keys = [(one.dataset, one.split, str(parse_threat(one.threat)), one.guarantee) for one in results]
+    yield from (f"results has {' '.join(key)} more than once" for key in sorted(set(keys)) if keys.count(key) > 1)
+
+
+CARD_RULES: tuple[Rule, ...] = (_plain_files, _status_fits, _recipe_agrees, _recipe_is_plain, _one_result_each)

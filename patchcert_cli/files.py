@@ -1,0 +1,71 @@
+"""The files of a model folder: their names, hashes, and writing them so that a crash loses nothing. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from patchcert_cli.errors import IntegrityError, MachineError
+
+CARD, CONFIG, WEIGHTS = "README.md", "config.json", "model.safetensors"
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".th")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file's content so that a crash leaves either the old or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except OSError as problem:
+        partial.unlink(missing_ok=True)
+        raise MachineError(
+            f"cannot write '{path}': {problem.strerror or problem}.", hint="Free some space, then run the same command again."
+        ) from problem
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; anything else is an :class:`IntegrityError`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as problem:
+        raise IntegrityError(f"'{path}' is missing.") from problem
+    except (OSError, ValueError) as problem:
+        raise IntegrityError(f"'{path}' is not readable JSON: {problem}.") from problem
+    if not isinstance(value, dict):
+        raise IntegrityError(f"'{path}' does not hold a JSON object.")
+    return value
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise :class:`IntegrityError` if a file is a pickle by name or by its first bytes; it is never opened as one."""
+    if path.suffix.lower() in PICKLES:
+        raise IntegrityError(
+            f"'{path}' looks like a pickle, which could run code: it was not opened.", hint="Convert it to safetensors first."
+        )
+    if path.is_file() and path.suffix == ".safetensors":
+        with path.open("rb") as stream:
+            head = stream.read(4)
+        if head[:2] == b"PK" or head[:1] == b"\x80":
+            raise IntegrityError(
+                f"'{path}' is a pickle under another name: it was not opened.", hint="Convert it to safetensors first."
+            )

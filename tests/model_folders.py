@@ -1,0 +1,104 @@
+"""Small model folders for tests: a finished run, and a zoo with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patchcert_cli import cards, checkpoint, defenses
+from patchcert_cli.cards import Card, Hub, Measured, Published
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CONFIG: dict[str, Any] = {
+    "format": 1,
+    "defense": "ibp",
+    "dataset": "mnist",
+    "threat": "patch:2x2",
+    "input_shape": [1, 4, 4],
+    "classes": ["a", "b", "c"],
+    "network": {"name": "mlp", "options": {"hidden": [6], "mean": [0.4], "std": [0.5]}},
+    "recipe": {"threat": "patch:2x2", "dataset": "mnist", "defense": "ibp", "seed": 3, "learning_rate": 1e-05, "hidden": [6]},
+}
+
+
+def make_run(folder: Path) -> Card:
+    """What a finished training run leaves: configuration, weights, a first card."""
+    torch.manual_seed(3)
+    checkpoint.save_defense(folder, defenses.build(CONFIG), CONFIG)
+    card = cards.card_for_run(
+        CONFIG["recipe"],
+        folder,
+        network="MLP 16-6-3",
+        kept=55000,
+        validation={"images": 5000, "clean": 4700, "certified": 3100},
+        trained={"date": "2026-01-31", "seconds": 12.5, "device": "cpu", "threads": 1, "torch": "2.6.0", "patchcert": "0.1.0"},
+        command="patchcert train --patch 2 --seed 3",
+        source="Someone et al., Somewhere 2020",
+    )
+    (folder / cards.CARD).write_text(card.render(), encoding="utf-8")
+    return card
+
+
+def measured(**changes: Any) -> Measured:
+    """A measurement on the test split."""
+    values: dict[str, Any] = {
+        "dataset": "mnist",
+        "split": "test",
+        "images": 10000,
+        "threat": "patch:2x2",
+        "clean": 9300,
+        "certified": 6000,
+        "certified_interval": (0.5903, 0.6096),
+        "method": "interval",
+        "date": "2026-02-01",
+        "command": "patchcert certify runs/small --patch 2",
+        "patchcert": "0.1.0",
+    }
+    return Measured(**{**values, **changes})
+
+
+def make_zoo(zoo: Path, name: str = "small-ibp-p2", *, revision: str | None = None, weights: bool = True) -> Card:
+    """A zoo with one measured model."""
+    folder = zoo / name
+    card = replace(
+        make_run(folder),
+        name=name,
+        status="measured",
+        hub=Hub(f"patchcert/{name}", revision),
+        results=(measured(), measured(threat="sparse:1", certified=5000, certified_interval=(0.49, 0.51), command="other")),
+        published=(Published("patch:2", 0.92, 0.604, "table 1"), Published("patch:3x3", 0.9, 0.3, "table 2")),
+    )
+    (folder / cards.CARD).write_text(card.render(), encoding="utf-8")
+    if not weights:
+        (folder / cards.WEIGHTS).unlink()
+    return card
+
+
+def result_of(run: Path, **changes: Any) -> dict[str, Any]:
+    """What ``result.json`` of certify holds about the model in ``run``."""
+    one = measured()
+    values: dict[str, Any] = {
+        "model": str(run),
+        "model_sha256": cards.sha256(run / cards.WEIGHTS),
+        "defense": "ibp",
+        "dataset": one.dataset,
+        "split": one.split,
+        "images": one.images,
+        "full_split": True,
+        "threat": one.threat,
+        "clean_accuracy": one.clean / one.images,
+        "certified_accuracy": one.certified / one.images,
+        "certified_interval": list(one.certified_interval),
+        "counts": {"clean": one.clean, "certified": one.certified},
+        "method": one.method,
+        "seconds": 3.0,
+        "images_per_second": 3333.3,
+        "device": "cpu",
+        "command": one.command,
+        "patchcert": one.patchcert,
+        "date": one.date,
+    }
+    return {**values, **changes}

@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from model_folders import COMMIT, make_run, make_zoo, result_of
+
+import patchcert_cli
+from patchcert_cli import cards, checkpoint, files, hub
+from patchcert_cli.cards import Card, Published
+from patchcert_cli.errors import ClaimError, HubError, IntegrityError, PatchcertError, UnknownName, UsageError
+
+NAME = "small-ibp-p2"
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    make_zoo(tmp_path / "zoo")
+    return tmp_path / "zoo"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    make_run(tmp_path / "runs" / "p2")
+    return tmp_path / "runs" / "p2"
+
+
+def flip(path: Path) -> None:
+    """Damage the last byte, which leaves a file that loads without complaint."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_a_name_is_served_by_the_bundled_copy(zoo: Path) -> None:
+    found = hub.resolve(NAME, zoo=zoo)
+    assert (found.folder, found.source, found.name) == (zoo / NAME, "bundled", NAME)
+    assert found.card == Card.read(zoo / NAME)
+    assert found.sha256 == checkpoint.sha256(zoo / NAME / cards.WEIGHTS)
+    assert "\n" not in found.note
+
+
+def test_a_folder_or_its_weights_are_served_as_they_are(run: Path) -> None:
+    for given in (run, str(run), os.path.relpath(run), run / cards.WEIGHTS, str(run / cards.WEIGHTS)):
+        found = hub.resolve(given)
+        assert (found.folder.resolve(), found.source) == (run, "folder")
+    (run / cards.CARD).unlink()
+    found = hub.resolve(run)
+    assert (found.card, found.name) == (None, "p2")
+    assert "without a card" in found.note
+
+
+def test_a_folder_in_the_working_directory_needs_no_separator(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.parent)
+    assert hub.resolve("p2").source == "folder"
+
+
+def test_load_rebuilds_the_defense(zoo: Path, run: Path) -> None:
+    x = torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = checkpoint.load_defense(run)[0].predict(x)
+    for defense in (hub.load(run), hub.load(NAME, zoo=zoo), patchcert_cli.load(str(run))):
+        assert torch.equal(defense.predict(x), expected)
+        assert not defense.training
+
+
+@pytest.mark.parametrize(("given", "near"), [("small-ibp-p3", NAME), ("small", NAME), ("Small_IBP_p2", NAME), ("", "zoo list")])
+def test_unknown_names_come_with_suggestions(zoo: Path, given: str, near: str) -> None:
+    for action in (hub.resolve, hub.pull):
+        with pytest.raises(UnknownName, match=near) as caught:
+            action(given, zoo=zoo)
+        assert "patchcert zoo list" in str(caught.value)
+        assert caught.value.code == 3
+
+
+@pytest.mark.parametrize("given", ["../x", "/nowhere/x", "runs/none"])
+def test_missing_folders_are_unknown(given: str) -> None:
+    with pytest.raises(UnknownName, match="no folder"):
+        hub.resolve(given)
+
+
+@pytest.mark.parametrize("name", ["../zoo/small-ibp-p2", "/etc", "Small-ibp-p2", ".."])
+def test_pull_takes_names_and_no_paths(zoo: Path, name: str) -> None:
+    with pytest.raises(UnknownName):
+        hub.pull(name, zoo=zoo)
+
+
+@pytest.mark.parametrize("suffix", files.PICKLES)
+def test_pickles_are_refused_unread(tmp_path: Path, suffix: str) -> None:
+    for given in (f"weights{suffix}", str(tmp_path / f"absent{suffix.upper()}")):
+        with pytest.raises(IntegrityError, match="not opened") as caught:
+            hub.resolve(given)
+        assert caught.value.code == 5
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / f"weights{suffix}").write_bytes(b"\x80\x04")
+    with pytest.raises(IntegrityError, match="not opened"):
+        hub.resolve(tmp_path / "run")
+
+
+def test_other_files_and_empty_folders_are_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="is a file"):
+        hub.resolve(run / cards.CONFIG)
+    with pytest.raises(IntegrityError, match=r"holds no model\.safetensors"):
+        hub.resolve(tmp_path)
+
+
+@pytest.mark.parametrize("file", [cards.WEIGHTS, cards.CONFIG])
+def test_a_file_that_is_not_what_its_card_says_is_refused(zoo: Path, run: Path, file: str) -> None:
+    flip(zoo / NAME / file)
+    flip(run / file)
+    for action in (
+        lambda: hub.resolve(NAME, zoo=zoo),
+        lambda: hub.pull(NAME, zoo=zoo),
+        lambda: hub.resolve(run),
+        lambda: hub.load(run),
+    ):
+        with pytest.raises(IntegrityError, match="sha256") as caught:
+            action()
+        assert caught.value.code == 5
+
+
+def test_a_recipe_without_weights_says_how_to_train(tmp_path: Path) -> None:
+    card = make_zoo(tmp_path)
+    bare = replace(card, status="recipe only", files={}, trained=None, validation=None, results=())
+    (tmp_path / NAME / cards.CARD).write_text(bare.render())
+    for action in (hub.resolve, hub.pull):
+        with pytest.raises(IntegrityError, match="patchcert train --patch 2"):
+            action(NAME, zoo=tmp_path)
+
+
+def test_pull_of_an_unpublished_model_says_so(zoo: Path) -> None:
+    found = hub.pull(NAME, zoo=zoo)
+    assert found.source == "bundled"
+    assert "not published on the Hub yet" in found.note
+
+
+def test_pull_needs_a_whole_commit(zoo: Path) -> None:
+    with pytest.raises(UsageError, match="full commit"):
+        hub.pull(NAME, revision="main", zoo=zoo)
+
+
+def client(zoo: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a process of its own: the Hub client reads its environment once."""
+    variables = {**os.environ, "PATCHCERT_ZOO": str(zoo), "HF_HOME": str(zoo.parent / "hf"), **environment}
+    program = f"from patchcert_cli import hub\n{code}"
+    return subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=60, check=False)
+
+
+SHOW = f"found = hub.pull('{NAME}'); print(found.source, found.note)"
+DEAD = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "code", "reason"),
+    [
+        (DEAD, SHOW, "the Hub is out of reach (http://127.0.0.1:9)"),
+        ({"HF_HUB_OFFLINE": "1"}, SHOW, "HF_HUB_OFFLINE forbids fetching it"),
+        (DEAD, SHOW.replace("')", "', offline=True)"), "--offline forbids fetching it"),
+    ],
+)
+def test_an_unreachable_hub_is_answered_by_the_bundled_copy(
+    tmp_path: Path, environment: dict[str, str], code: str, reason: str
+) -> None:
+    make_zoo(tmp_path / "zoo", revision=COMMIT)
+    began = time.monotonic()
+    done = client(tmp_path / "zoo", code, **environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("bundled small-ibp-p2: the copy that is bundled")
+    assert reason in done.stdout
+    assert time.monotonic() - began < 15
+
+
+def test_without_a_bundled_copy_an_unreachable_hub_is_an_error(tmp_path: Path) -> None:
+    make_zoo(tmp_path / "zoo", revision=COMMIT, weights=False)
+    code = f"try: hub.resolve('{NAME}')\nexcept hub.HubError as problem: print(problem.code, problem)"
+    done = client(tmp_path / "zoo", code, **DEAD)
+    assert done.stdout.startswith("4 small-ibp-p2 is not bundled, and the Hub is out of reach"), done.stderr
+    assert "patchcert zoo pull small-ibp-p2" in done.stdout
+
+
+def test_every_failure_of_the_client_has_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub import errors
+    from huggingface_hub.utils import httpx
+
+    zoo = tmp_path / "zoo"
+    make_zoo(zoo, revision=COMMIT)
+    request = httpx.Request("GET", "http://127.0.0.1:9")
+    answers = {kind: httpx.Response(kind, request=request) for kind in (401, 403, 404, 503)}
+    failures: list[tuple[Exception, str]] = [
+        (errors.GatedRepoError("gated", response=answers[403]), "is gated"),
+        (errors.RepositoryNotFoundError("none", response=answers[401]), "not on the Hub, or is private"),
+        (errors.RevisionNotFoundError("none", response=answers[404]), "no such revision"),
+        (errors.RemoteEntryNotFoundError("none", response=answers[404]), "file of patchcert/small-ibp-p2 is missing"),
+        (errors.HfHubHTTPError("busy", response=answers[503]), "refused patchcert/small-ibp-p2 (503)"),
+        (httpx.ConnectTimeout("no answer"), "forbids fetching it"),  # this process runs with HF_HUB_OFFLINE=1
+        (httpx.RemoteProtocolError("peer closed connection"), "RemoteProtocolError: peer closed connection"),
+        (errors.HFValidationError("bad id"), "HFValidationError: bad id"),
+        (OSError("Consistency check failed"), "OSError: Consistency check failed"),
+    ]
+    for failure, reason in failures:
+
+        def fail(*_: object, failure: Exception = failure, **__: object) -> str:
+            raise failure
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+        found = hub.pull(NAME, zoo=zoo)
+        assert found.source == "bundled"
+        assert reason in found.note
+    (zoo / NAME / cards.WEIGHTS).unlink()
+    with pytest.raises(HubError, match="Consistency"):
+        hub.pull(NAME, zoo=zoo)
+
+
+def test_what_the_hub_sends_is_hashed_and_must_be_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.errors
+
+    card = make_zoo(tmp_path / "zoo", revision=COMMIT)
+    make_zoo(tmp_path / "sent")
+    sent, asked = tmp_path / "sent" / NAME, []
+
+    def answer(repo: str, **options: object) -> str:
+        if options.get("local_files_only"):
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
+        asked.append((repo, options["revision"], options["allow_patterns"], options["force_download"]))
+        return str(sent)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
+    found = hub.pull(NAME, force=True, zoo=tmp_path / "zoo")
+    assert (found.source, found.folder, found.card) == ("hub", sent, card)
+    assert asked == [("patchcert/small-ibp-p2", COMMIT, list(card.files), True)]
+    flip(sent / cards.WEIGHTS)
+    with pytest.raises(IntegrityError, match="--force"):
+        hub.pull(NAME, zoo=tmp_path / "zoo")
+    (sent / cards.WEIGHTS).unlink()
+    assert "holds no model.safetensors" in hub.pull(NAME, zoo=tmp_path / "zoo").note
+
+
+def test_add_makes_a_measured_zoo_model(run: Path, tmp_path: Path) -> None:
+    report = Published("patch:2x2", 0.92, 0.604, "table 1")
+    card = hub.add(run, "mnist-small", {"r.json": result_of(run)}, published=[report], to=tmp_path / "new")
+    assert cards.bundled(zoo=tmp_path / "new") == {"mnist-small": card}
+    assert (card.status, card.hub.repo, card.published) == ("measured", "patchcert/mnist-small", (report,))
+    assert (card.results[0].clean, card.results[0].certified) == (9300, 6000)
+    assert sorted(path.name for path in (tmp_path / "new" / "mnist-small").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    assert hub.resolve("mnist-small", zoo=tmp_path / "new").sha256 == checkpoint.sha256(run / cards.WEIGHTS)
+
+
+def test_add_replaces_only_with_force_and_keeps_the_revision_of_the_same_files(run: Path, tmp_path: Path) -> None:
+    zoo = tmp_path / "new"
+    card = hub.add(run, "x", {"r.json": result_of(run)}, to=zoo)
+    pushed = replace(card, hub=replace(card.hub, revision=COMMIT))
+    (zoo / "x" / cards.CARD).write_text(pushed.render())
+    with pytest.raises(UsageError, match="--force"):
+        hub.add(run, "x", {}, to=zoo)
+    assert hub.add(run, "x", {}, to=zoo, force=True).hub.revision == COMMIT
+    assert cards.bundled_card("x", zoo).status == "trained"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "problem"),
+    [
+        ({"model_sha256": "0" * 64}, ClaimError, "other weights"),
+        ({"full_split": False, "images": 200}, ClaimError, "not about the full test split"),
+        ({"split": "validation"}, ClaimError, "not about the full test split"),
+        ({"dataset": "cifar10"}, ClaimError, "trained on mnist"),
+        ({"certified_accuracy": 0.9}, ClaimError, "certified_accuracy is not its count"),
+        ({"counts": {"clean": 9300}}, IntegrityError, "not a result of patchcert certify"),
+        ({"attack": {}}, IntegrityError, "not a result of patchcert certify"),
+        ({"certified_interval": [0.7, 0.8]}, IntegrityError, "does not hold 6000/10000"),
+        ({"date": 3}, IntegrityError, "date is 3"),
+    ],
+)
+def test_add_refuses_results_that_prove_nothing_about_the_weights(
+    run: Path, tmp_path: Path, changes: dict[str, object], kind: type[PatchcertError], problem: str
+) -> None:
+    with pytest.raises(kind, match=problem):
+        hub.add(run, "x", {"r.json": result_of(run, **changes)}, to=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_add_refuses_a_damaged_run_and_a_bad_name(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot name a model"):
+        hub.add(run, "../x", {}, to=tmp_path / "new")
+    flip(run / cards.WEIGHTS)
+    with pytest.raises(IntegrityError, match="sha256"):
+        hub.add(run, "x", {}, to=tmp_path / "new")
+    (run / cards.CARD).unlink()
+    with pytest.raises(IntegrityError, match="no model card"):
+        hub.add(run, "x", {}, to=tmp_path / "new")
+
+
+def test_a_result_must_be_an_object(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    with pytest.raises(IntegrityError, match="not a readable result"):
+        hub.read_result(path)
+    path.write_text(json.dumps([1]))
+    with pytest.raises(IntegrityError, match="JSON object"):
+        hub.read_result(path)

@@ -1,0 +1,1 @@
+"""The bundled model zoo: one folder per model, each what its Hub repository holds."""
