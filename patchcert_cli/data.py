@@ -111,8 +111,10 @@ def directory(given: Path | None) -> Path:
     return given or Path(os.environ.get(ENVIRONMENT) or DEFAULT_DIRECTORY)
 
 
-def load(name: str, split: str, *, data_dir: Path | None = None, download: bool = False) -> Images:
+def load(name: str, split: str, *, data_dir: Path | None = None, download: bool = False, fetch: str = "") -> Images:
     """Load ``split`` (``train`` or ``test``) of a data set from torchvision's layout, or the bundled copy of a test split.
+
+    ``fetch`` is the command that an error message names as the way to get the data.
 
     Raises:
         UnknownName: no such data set.
@@ -132,12 +134,8 @@ def load(name: str, split: str, *, data_dir: Path | None = None, download: bool 
         return _bundled(name)
     raise DataError(
         f"no {name} {split} data in '{root}' (set --data-dir or {ENVIRONMENT} to a folder in torchvision's layout).",
-        hint=_fetch_hint(name, root),
+        hint=f"Fetch it with: {fetch}" if fetch else "Load it with download=True to fetch it.",
     )
-
-
-def _fetch_hint(name: str, root: Path) -> str:
-    return f"With a network this fetches it: patchcert train --dataset {name} --data-dir {root} --download"
 
 
 @cache
@@ -155,7 +153,9 @@ def _checked(pixels: Tensor, labels: Tensor, facts: DatasetInfo, split: str, sou
         raise DataError(f"{facts.name} {split} data in '{source}' has shape {tuple(pixels.shape)}, not n x {facts.shape}.")
     labels = labels.long()
     if int(labels.max()) >= len(facts.classes):
-        raise DataError(f"{facts.name} {split} data in '{source}' has label {int(labels.max())}, not 0 to {len(facts.classes) - 1}.")
+        raise DataError(
+            f"{facts.name} {split} data in '{source}' has label {int(labels.max())}, not 0 to {len(facts.classes) - 1}."
+        )
     return Images(pixels, labels, torch.arange(len(labels)), facts.name, split, source)
 
 
@@ -188,7 +188,7 @@ def _idx(content: bytes, where: str) -> Tensor:
 
 def _torchvision(name: str, root: Path, split: str, *, download: bool) -> tuple[Tensor, Tensor]:
     try:
-        from torchvision import datasets
+        from torchvision import datasets  # type: ignore[import-untyped]  # it ships no types
     except (RuntimeError, OSError, ImportError) as problem:
         raise MachineError(
             f"torch {torch.__version__} and the installed torchvision do not fit together ({problem}).",
@@ -200,10 +200,8 @@ def _torchvision(name: str, root: Path, split: str, *, download: bool) -> tuple[
     except (RuntimeError, OSError) as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         action = "downloaded to" if download else "read from"
-        raise DataError(
-            f"{name} could not be {action} '{root}': {reason}.",
-            hint=_fetch_hint(name, root),
-        ) from problem
+        remedy = "Check the network." if download else "Delete it, then run the command again with --download."
+        raise DataError(f"{name} could not be {action} '{root}': {reason}.", hint=remedy) from problem
     pixels = torch.as_tensor(loaded.data)
     if pixels.ndim == 4:
         pixels = pixels.permute(0, 3, 1, 2).contiguous()

@@ -66,7 +66,10 @@ class ClaimError(PatchcertError):
     code = 8
 
 
-INTERRUPTED = 130
+class Interrupted(PatchcertError):
+    """Stopped by Ctrl-C; what was done so far is on disk."""
+
+    code = 130
 
 
 def unknown(kind: str, given: str, known: Iterable[str], *, see: str = "") -> UnknownName:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchcert_cli import checkpoint, defenses
+from patchcert_cli import checkpoint, defenses, files
 from patchcert_cli.certificate import Tally
 from patchcert_cli.data import Images, to_float
 from patchcert_cli.defenses.base import Defense, TrainingStep
-from patchcert_cli.errors import MachineError, UsageError
+from patchcert_cli.errors import Interrupted, MachineError, UsageError
+from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.training.recipe import Recipe
 
 STATE, METRICS = "state.safetensors", "metrics.jsonl"
 MONITORED = 1000  # validation images certified after each epoch; the last epoch certifies all
-
-Progress = Callable[[int, int, str], None]  # done, total, text
 
 
 @dataclass(frozen=True)
@@ -57,15 +55,16 @@ def train(
     *,
     device: str = "cpu",
     fresh: bool = False,
-    progress: Progress = lambda done, total, text: None,
+    progress: Progress | None = None,
 ) -> Trained:
     """Train ``recipe`` on ``images`` (the training split) into ``folder``, continuing a stopped run of the same recipe.
 
     Raises:
         UsageError: the folder holds a run of another recipe.
     """
+    progress = progress or Silent()
     recipe.validate()
-    if fresh and folder.exists():
+    if fresh and (folder / files.CONFIG).exists():  # never somebody's other folder
         shutil.rmtree(folder)
     config = recipe.config()
     _claim(folder, config)
@@ -75,22 +74,38 @@ def train(
         defense = defenses.build(config).to(device)
     optimizer = torch.optim.Adam(defense.parameters(), lr=recipe.learning_rate)
     start = _restore(folder, recipe, defense, optimizer)
+    if start:
+        progress.note(f"resuming {folder}: {start} of {recipe.epochs} epochs done")
     lines = _kept_metrics(folder, start)
     try:
         for epoch in range(start, recipe.epochs):
             began = time.perf_counter()
             loss = _epoch(recipe, epoch, defense, optimizer, kept, progress)
-            row = {"epoch": epoch + 1, "loss": loss, "learning_rate": recipe.rate(epoch + 1), "epsilon": recipe.epsilon(epoch + 1)}
+            row = {
+                "epoch": epoch + 1,
+                "loss": loss,
+                "learning_rate": recipe.rate(epoch + 1),
+                "epsilon": recipe.epsilon(epoch + 1),
+            }
             row["seconds"] = time.perf_counter() - began
             last = epoch + 1 == recipe.epochs
             tally = monitor(defense, held if last else held.limit(MONITORED, recipe.seed), recipe)
             row |= {"validation_images": tally.images, "clean": tally.clean_accuracy, "certified": tally.certified_accuracy}
             lines.append(row)
-            checkpoint.write_atomically(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
+            files.write_atomically(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
             _save(folder, recipe, defense, optimizer, epoch + 1)
-            progress(epoch + 1, recipe.epochs, f"clean {tally.clean_accuracy:.4f} certified {tally.certified_accuracy:.4f} loss {loss:.4f}")
+            progress.note(
+                f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f}, validation clean {tally.clean_accuracy:.2%}, "
+                f"certified {tally.certified_accuracy:.2%} of {tally.images} ({row['seconds']:.0f} s)"
+            )
     except torch.OutOfMemoryError as problem:
-        raise MachineError("out of memory while training;", hint=f"try --batch-size {max(recipe.batch_size // 2, 1)}.") from problem
+        raise MachineError(
+            "out of memory while training;", hint=f"try --batch-size {max(recipe.batch_size // 2, 1)}."
+        ) from problem
+    except KeyboardInterrupt as problem:
+        raise Interrupted(
+            f"interrupted after {len(lines)} of {recipe.epochs} epochs;", hint="resume with the same command."
+        ) from problem
     checkpoint.save_defense(folder, defense, config)
     tally = monitor(defense, held, recipe)
     return Trained(folder, defense.eval(), tally, recipe.epochs - start, sum(line["seconds"] for line in lines))
@@ -98,17 +113,18 @@ def train(
 
 def _claim(folder: Path, config: dict[str, Any]) -> None:
     """Write the configuration into an empty folder, or check that the folder is this very run."""
-    path = folder / checkpoint.CONFIG
+    path = folder / files.CONFIG
     if not path.exists():
         if folder.is_dir() and any(folder.iterdir()):
             raise UsageError(f"'{folder}' is not empty and holds no training run;", hint="use another --out.")
-        checkpoint.write_json(path, config)
+        files.write_json(path, config)
         return
-    before, now = checkpoint.read_json(path).get("recipe", {}), config["recipe"]
+    before, now = files.read_json(path).get("recipe", {}), config["recipe"]
     changed = [f"{key} {before.get(key)!r}, not {value!r}" for key, value in now.items() if before.get(key) != value]
     if changed:
         raise UsageError(
-            f"'{folder}' was made with other settings ({'; '.join(changed)});", hint="use another --out, or --fresh to start over."
+            f"'{folder}' was made with other settings ({'; '.join(changed)});",
+            hint="use another --out, or --fresh to start over.",
         )
 
 
@@ -136,7 +152,7 @@ def _epoch(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         total += float(loss.detach())
-        progress(epoch, recipe.epochs, f"step {number + 1} of {steps}")
+        progress.update(epoch * steps + number + 1, recipe.epochs * steps, f"epoch {epoch + 1} of {recipe.epochs}")
     defense.eval()
     return total / steps
 
@@ -159,7 +175,7 @@ def _save(folder: Path, recipe: Recipe, defense: Defense, optimizer: torch.optim
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
     note = {"recipe": recipe.to_dict(), "epoch": epoch}
-    checkpoint.write_atomically(folder / STATE, checkpoint.pack(tensors, note))
+    files.write_atomically(folder / STATE, checkpoint.pack(tensors, note))
 
 
 def _restore(folder: Path, recipe: Recipe, defense: Defense, optimizer: torch.optim.Optimizer) -> int:

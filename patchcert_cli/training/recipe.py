@@ -7,7 +7,7 @@ from typing import Any
 
 from patchcert_cli import data, defenses, models
 from patchcert_cli.errors import PatchcertError, UsageError
-from patchcert_cli.threats import Threat, parse_threat
+from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
 
 
 @dataclass(frozen=True)
@@ -143,3 +143,40 @@ class Recipe:
             "network": {"name": self.network, "options": options},
             "recipe": self.to_dict(),
         }
+
+    @property
+    def name(self) -> str:
+        """Short name of what this recipe trains, such as ``mnist-ibp-p5`` or ``cifar10-ibp-k4-value``."""
+        threat = self.threat_model
+        if isinstance(threat, Sparse):
+            tail = f"k{threat.k}" + ("-value" if threat.unit == "value" else "")
+        elif isinstance(threat, Patch) and threat.height == threat.width:
+            tail = f"p{threat.height}"
+        else:
+            tail = "p" + str(threat).removeprefix("patch:").replace("%", "pct")
+        return f"{self.dataset}-{self.defense}-{tail}"
+
+    @property
+    def command(self) -> str:
+        """The ``patchcert train`` command that makes this very recipe, with what differs from the threat's default spelled out."""
+        threat = self.threat_model
+        if isinstance(threat, Sparse):
+            words = f"--threat sparse --k {threat.k}" + (" --unit value" if threat.unit == "value" else "")
+        else:
+            shape = str(threat).removeprefix("patch:")
+            square = isinstance(threat, Patch) and threat.height == threat.width
+            words = f"--threat patch --patch {shape.split('x')[0] if square else shape}"
+        default = for_threat(threat).to_dict()
+        for name, value in self.to_dict().items():
+            if name != "threat" and value != default[name]:
+                flag = "hidden" if name == "network_options" else name.replace("_", "-")
+                text = ",".join(map(str, value["hidden"])) if name == "network_options" else str(value)
+                words += f" --{flag} {text}"
+        return f"patchcert train {words}"
+
+
+def for_threat(threat: Threat) -> Recipe:
+    """The recipe that trains for this threat model unless told otherwise."""
+    if isinstance(threat, Sparse):
+        return Recipe(str(threat), network_options={"hidden": [512]}, epochs=30, ramp_epochs=10)
+    return Recipe(str(threat))

@@ -1,0 +1,61 @@
+"""The command line: parse, call one library function, print. Every error is one line and a documented exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from patchcert_cli import __version__
+from patchcert_cli.cli import attack, certify, train, zoo
+from patchcert_cli.errors import PatchcertError
+
+HELP = """Train, certify, attack and share certified defenses against adversarial patches and sparse attacks.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 ok, 1 bug, 2 usage, 3 unknown name, 4 Hub out of reach,
+5 integrity, 6 data, 7 machine, 8 claim broken, 130 interrupted.
+"""
+
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train", epilog=train.EXAMPLES)(train.train)
+app.command("certify", epilog=certify.EXAMPLES)(certify.certify)
+app.command("attack", epilog=attack.EXAMPLES)(attack.attack)
+app.add_typer(zoo.app, name="zoo")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"patchcert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of patchcert itself."""
+
+
+def run() -> None:
+    """Entry point of the ``patchcert`` command."""
+    try:
+        app()
+    except PatchcertError as problem:
+        if os.environ.get("PATCHCERT_DEBUG"):
+            raise
+        typer.echo(f"error[{problem.code}]: {problem}", err=True)
+        sys.exit(problem.code)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,177 @@
+"""Options that several subcommands share, and what they mean together."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from patchcert_cli.cli import show
+from patchcert_cli.errors import UnsupportedThreat, UsageError
+from patchcert_cli.threats import KINDS, UNITS, Sparse, Threat, parse_patch, parse_sparse, parse_threat
+
+if TYPE_CHECKING:
+    from patchcert_cli.evaluate import Plan, Subject
+
+THREAT, DATA, RUN = "Threat model", "Data", "Run"
+
+PatchOption = Annotated[
+    str | None,
+    typer.Option(
+        "--patch", metavar="N|HxW|P%", help="One patch of this size in pixels, or share of the image.", rich_help_panel=THREAT
+    ),
+]
+ModelArgument = Annotated[
+    str | None, typer.Argument(metavar="[NAME|PATH]", help="Zoo model or run folder. Default: the data set's documented default.")
+]
+ThreatOption = Annotated[
+    str | None,
+    typer.Option(
+        "--threat",
+        metavar="patch|sparse",
+        help="Kind of attacker. Default: what the other options say, else the model's own.",
+        rich_help_panel=THREAT,
+    ),
+]
+KOption = Annotated[
+    int | None, typer.Option("--k", help="How many pixels or values a sparse attacker changes.", rich_help_panel=THREAT)
+]
+UnitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--unit",
+        metavar="pixel|value",
+        help="What --k counts: pixels with all channels (default), or single channel values.",
+        rich_help_panel=THREAT,
+    ),
+]
+DatasetOption = Annotated[
+    str | None, typer.Option("--dataset", help="Data set. Default: the model's own, else mnist.", rich_help_panel=DATA)
+]
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir", envvar="PATCHCERT_DATA", help="Folder in torchvision's layout. Default: ./data.", rich_help_panel=DATA
+    ),
+]
+DownloadOption = Annotated[
+    bool, typer.Option("--download", help="Fetch the data set into the data directory first.", rich_help_panel=DATA)
+]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", help="Only this many images: a fixed subset chosen by --seed.", rich_help_panel=DATA)
+]
+BatchOption = Annotated[
+    int | None, typer.Option("--batch-size", help="Images at a time; results do not depend on it.", rich_help_panel=RUN)
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to compute.", rich_help_panel=RUN)
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.", rich_help_panel=RUN)]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Run folder. Default: a folder under runs/ named after the run.", rich_help_panel=RUN)
+]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming the run folder.", rich_help_panel=RUN)]
+JsonOption = Annotated[
+    str | None,
+    typer.Option(
+        "--json",
+        metavar="PATH|-",
+        help="Also write the result as one JSON object; - means stdout, and then nothing else is printed there.",
+        rich_help_panel=RUN,
+    ),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done and how long it would take; write nothing.", rich_help_panel=RUN)
+]
+
+
+def threat_from(*, threat: str | None, patch: str | None, k: int | None, unit: str | None) -> Threat | None:
+    """The threat model that the options name, or None if the model's own is meant."""
+    if threat is not None and ":" in threat:
+        if patch is not None or k is not None or unit is not None:
+            raise UsageError(f"--threat {threat} is complete;", hint="leave --patch, --k and --unit out.")
+        return parse_threat(threat)
+    if threat is not None and threat not in KINDS:
+        raise UnsupportedThreat(f"no threat '{threat}'.", hint=f"Use one of: {', '.join(KINDS)}.")
+    if unit is not None and unit not in UNITS:
+        raise UsageError(f"invalid unit '{unit}':", hint=f"use one of {', '.join(UNITS)}.")
+    if patch is not None and (threat == "sparse" or k is not None):
+        raise UsageError("--patch and --k describe different attackers;", hint="give one of them.")
+    if k is not None and threat == "patch":
+        raise UsageError("--k does not go with --threat patch;", hint="use --threat sparse, or --patch.")
+    if unit is not None and (patch is not None or threat == "patch"):
+        raise UsageError("--unit goes with --k only;", hint="a patch always changes whole pixels.")
+    if patch is not None:
+        return parse_patch(patch)
+    if k is None:
+        return None
+    if k < 1:
+        raise UsageError(f"--k {k} must be 1 or more.")
+    return parse_sparse(f"{k}:{unit or 'pixel'}")
+
+
+def own_threat(own: str, *, threat: str | None, unit: str | None) -> Threat:
+    """The threat model that a model was trained for, if it is of the kind asked for."""
+    meant = parse_threat(own)
+    if (threat is not None and meant.kind != threat) or (unit is not None and not isinstance(meant, Sparse)):
+        raise UsageError(
+            f"this model's own threat is {meant};", hint="say which one is meant: --patch 5, or --threat sparse --k 10."
+        )
+    return Sparse(meant.k, unit) if unit is not None and isinstance(meant, Sparse) else meant
+
+
+def typed_command() -> str:
+    """What the user typed, for manifests and cards."""
+    return shlex.join(["patchcert", *sys.argv[1:]])
+
+
+def open_subject(model: str | None, dataset: str | None, device: str) -> tuple[Subject, dict[str, Any], str]:
+    """Resolve and load a model: ``(subject, configuration, one line about where it came from)``."""
+    from patchcert_cli import cards, checkpoint, data, hub
+    from patchcert_cli import device as devices
+    from patchcert_cli.evaluate import Subject
+
+    place = devices.resolve(device)
+    if dataset is not None:
+        data.info(dataset)
+    name = model or cards.default_model(dataset or cards.DEFAULT_DATASET)
+    found = hub.resolve(name)
+    defense, config = checkpoint.load_defense(found.folder, device=place, expected_sha256=found.sha256)
+    note = found.note if model else f"no model given: {name}, the default for {dataset or cards.DEFAULT_DATASET}. {found.note}"
+    return Subject(defense, name, str(config["defense"]), found.sha256, found.source), config, note
+
+
+def open_plan(
+    model: str | None,
+    chosen: Threat | None,
+    *,
+    threat: str | None,
+    unit: str | None,
+    dataset: str | None,
+    data_dir: Path | None,
+    download: bool,
+    limit: int | None,
+    batch_size: int | None,
+    device: str,
+    seed: int,
+) -> Plan:
+    """Load model and test images for an evaluation, and say on stderr where both came from."""
+    from patchcert_cli import data
+    from patchcert_cli.evaluate import BATCH_SIZE, Plan
+
+    subject, config, note = open_subject(model, dataset, device)
+    show.say(note)
+    meant = chosen or own_threat(str(config["threat"]), threat=threat, unit=unit)
+    whole = data.load(
+        dataset or str(config["dataset"]), "test", data_dir=data_dir, download=download, fetch=f"{typed_command()} --download"
+    )
+    where = "bundled with patchcert" if whole.source == "bundled" else f"from '{whole.source}'"
+    show.say(f"{whole.name} test images {where}")
+    images = whole.limit(limit, seed)
+    size = BATCH_SIZE if batch_size is None else batch_size
+    plan = Plan(subject, images, meant, len(whole), seed, size, typed_command())
+    plan.check()
+    return plan

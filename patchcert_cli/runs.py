@@ -1,0 +1,89 @@
+"""Run folders of evaluations: claimed for one set of settings, appended to image by image, safe against crashes.
+
+A folder holds ``manifest.json`` (what is run), ``records.jsonl`` (one line per image) and, once every image is done,
+``result.json``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patchcert_cli import __version__, files
+from patchcert_cli.errors import IntegrityError, MachineError, UsageError
+
+MANIFEST, RECORDS, RESULT = "manifest.json", "records.jsonl", "result.json"
+NUMERICS = {"bounds": "float32", "near_zero": "float64", "prediction": "float64", "tf32": False}
+
+Record = dict[str, Any]
+
+
+class Run:
+    """A run folder: claimed for one identity, appended to image by image."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any], *, device: str, command: str, fresh: bool) -> None:
+        self.folder, self.identity = folder, identity
+        if fresh and (folder / MANIFEST).exists():
+            shutil.rmtree(folder)
+        if (folder / MANIFEST).exists():
+            self._check_same(files.read_json(folder / MANIFEST))
+        elif folder.is_dir() and any(folder.iterdir()):
+            raise UsageError(f"'{folder}' is not empty and holds no evaluation run;", hint="use another --out.")
+        else:
+            files.write_json(
+                folder / MANIFEST,
+                {
+                    **identity,
+                    "numerics": NUMERICS,
+                    "device": device,
+                    "versions": {"patchcert": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+                    "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                    "command": command,
+                },
+            )
+        self.records = self._read()
+
+    def _check_same(self, manifest: dict[str, Any]) -> None:
+        changed = [
+            f"{key} {manifest.get(key)!r}, not {value!r}" for key, value in self.identity.items() if manifest.get(key) != value
+        ]
+        if changed:
+            raise UsageError(
+                f"'{self.folder}' was made with other settings ({'; '.join(changed)});",
+                hint="use another --out, or --fresh to start over.",
+            )
+
+    def _read(self) -> dict[int, Record]:
+        """Records so far; a last line torn by a crash is cut off."""
+        path = self.folder / RECORDS
+        if not path.exists():
+            return {}
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            files.write_atomically(path, whole)
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+        except ValueError as problem:
+            raise IntegrityError(f"'{path}' is damaged: {problem};", hint="use --fresh to start over.") from problem
+        return {int(line["index"]): line for line in lines}
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Write the records of one batch."""
+        records = list(records)
+        try:
+            with (self.folder / RECORDS).open("a", encoding="utf-8") as stream:
+                stream.write("".join(json.dumps(record) + "\n" for record in records))
+        except OSError as problem:
+            raise MachineError(
+                f"cannot write '{self.folder / RECORDS}': {problem.strerror or problem};",
+                hint=f"free some space and run the same command: {len(self.records)} images are kept.",
+            ) from problem
+        self.records.update((record["index"], record) for record in records)

@@ -1,0 +1,80 @@
+"""A whole training run: data, loop, card. The folder it leaves has the shape of a zoo folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patchcert_cli import __version__, cards, data, files, hub, models
+from patchcert_cli import device as devices
+from patchcert_cli.errors import IntegrityError
+from patchcert_cli.progress import Progress, Silent
+from patchcert_cli.training import loop
+from patchcert_cli.training.recipe import Recipe
+
+
+def recipe_of(name_or_path: str) -> Recipe:
+    """The recipe that a zoo model or a run folder was trained with."""
+    config = files.read_json(hub.resolve(name_or_path).folder / files.CONFIG)
+    if not isinstance(config.get("recipe"), dict):
+        raise IntegrityError(f"'{name_or_path}' does not say how it was trained;", hint="give --patch or --threat instead.")
+    return Recipe.from_dict(config["recipe"])
+
+
+def run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    data_dir: Path | None = None,
+    download: bool = False,
+    device: str = "auto",
+    fresh: bool = False,
+    fetch: str = "",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train ``recipe`` into ``folder``, continuing a stopped run, and write its card; returns a summary of plain values.
+
+    Raises:
+        DataError: the training data is not there; the message names the command that fetches it.
+        UsageError: the recipe is wrong, or the folder holds a run of another one.
+        Interrupted: stopped by Ctrl-C; whole epochs are kept.
+    """
+    progress = progress or Silent()
+    place = devices.resolve(device)
+    images = data.load(recipe.dataset, "train", data_dir=data_dir, download=download, fetch=fetch)
+    made = loop.train(recipe, images, folder, device=place, fresh=fresh, progress=progress)
+    weights = files.sha256(folder / files.WEIGHTS)
+    validation = {"images": made.validation.images, "clean": made.validation.clean, "certified": made.validation.certified}
+    if made.epochs_run or not (folder / files.CARD).exists():
+        card = cards.card_for_run(
+            recipe.to_dict(),
+            folder,
+            network=models.describe(made.defense),
+            kept=len(images) - recipe.validation,
+            validation=validation,
+            trained={
+                "seconds": round(made.seconds, 1),
+                "device": place,
+                "threads": torch.get_num_threads(),
+                "torch": str(torch.__version__),
+                "patchcert": __version__,
+            },
+            command=recipe.command,
+            source=made.defense.source,
+        )
+        files.write_atomically(folder / files.CARD, card.render().encode())
+    else:
+        progress.note(f"{folder} is finished; --fresh trains it again")
+    return {
+        "out": str(folder),
+        "model_sha256": weights,
+        "defense": recipe.defense,
+        "dataset": recipe.dataset,
+        "threat": recipe.threat,
+        "epochs": recipe.epochs,
+        "validation": {"images": made.validation.images, "counts": {k: validation[k] for k in ("clean", "certified")}},
+        "seconds": made.seconds,
+        "device": place,
+    }

@@ -1,0 +1,147 @@
+"""Who may import whom, read from the source with ``ast``; the reference is ``docs/architecture.md``."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import patchcert_cli
+
+PACKAGE = "patchcert_cli"
+ROOT = Path(patchcert_cli.__file__).parent
+FILES = sorted(path for path in ROOT.rglob("*.py") if "__pycache__" not in path.parts)
+LONGEST_FILE, LONGEST_FUNCTION = 380, 80
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Files under ``where`` ("" for all, but not under ``but``) never import anything that begins with ``what``."""
+
+    where: str
+    what: tuple[str, ...]
+    but: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.where or 'all'}-{'-'.join(name.removeprefix(PACKAGE + '.') for name in self.what)}"
+
+
+def ours(*names: str) -> tuple[str, ...]:
+    return tuple(f"{PACKAGE}.{name}" for name in names)
+
+
+RULES = [
+    Rule("attacks/", ours("certifiers")),
+    Rule("certifiers/", ours("models", "defenses", "data", "attacks", "training", "cli", "hub", "evaluate")),
+    Rule("models/", ours("certificate", "certifiers", "defenses", "threats", "attacks", "training", "cli")),
+    Rule("threats.py", ours("certificate", "certifiers", "defenses", "models", "attacks", "training", "cli", "data")),
+    Rule("geometry.py", ours("certificate", "certifiers", "defenses", "models", "attacks", "training", "cli", "data")),
+    Rule("certificate.py", ours("certifiers", "defenses", "models", "attacks", "training", "cli", "data")),
+    Rule("defenses/", ours("attacks", "training", "cli", "hub", "evaluate", "report")),
+    Rule("", ours("cli"), ("cli/", "__main__.py")),
+    Rule("", ("huggingface_hub",), ("hub.py",)),
+    Rule("", ("typer", "rich"), ("cli/",)),
+    Rule("", ("click",)),
+    Rule("", ("pickle", "dill", "joblib", "cloudpickle")),
+]
+
+
+def label(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imported(module: ast.Module, path: Path) -> Iterator[str]:
+    """Absolute names of everything imported, inside functions too, with ``from a import b`` as ``a.b``."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = [PACKAGE, *path.relative_to(ROOT).parts[:-1]]
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            source = ".".join(filter(None, (base, node.module)))
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def breaches(rule: Rule, files: list[tuple[str, list[str]]]) -> list[str]:
+    return [
+        f"{where} imports {name}"
+        for where, names in files
+        if where.startswith(rule.where) and not where.startswith(rule.but or ("\0",))
+        for name in names
+        if any(name == banned or name.startswith(banned + ".") for banned in rule.what)
+    ]
+
+
+@pytest.fixture(scope="module")
+def imports() -> list[tuple[str, list[str]]]:
+    return [(label(path), list(imported(tree(path), path))) for path in FILES]
+
+
+def test_the_package_was_read() -> None:
+    names = {label(path) for path in FILES}
+    assert {"threats.py", "certifiers/intervals.py", "defenses/ibp.py", "models/mlp.py", "attacks/__init__.py"} <= names
+    assert len(names) >= 20
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_imports_go_one_way(rule: Rule, imports: list[tuple[str, list[str]]]) -> None:
+    assert breaches(rule, imports) == []
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_each_rule_would_catch_a_breach(rule: Rule) -> None:
+    where = rule.where if rule.where.endswith(".py") else f"{rule.where}some.py"
+    assert breaches(rule, [(where, [f"{rule.what[0]}.thing"])]) == [f"{where} imports {rule.what[0]}.thing"]
+    assert breaches(rule, [(where, ["torch.nn"])]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("import a.b as c", "a.b"),
+        ("from a import b", "a.b"),
+        ("def f():\n    from a.b import c", "a.b.c"),
+        ("from . import base", f"{PACKAGE}.attacks.base"),
+        ("from ..certifiers import rules", f"{PACKAGE}.certifiers.rules"),
+        ("if True:\n    import pickle", "pickle"),
+    ],
+)
+def test_every_form_of_import_is_read(text: str, name: str) -> None:
+    assert list(imported(ast.parse(text), ROOT / "attacks" / "some.py")) == [name]
+
+
+def calls(module: ast.Module) -> list[str]:
+    return [ast.unparse(node.func) for node in ast.walk(module) if isinstance(node, ast.Call)]
+
+
+def test_only_the_command_line_prints() -> None:
+    found = [label(path) for path in FILES if not label(path).startswith("cli/") and "print" in calls(tree(path))]
+    assert found == []
+
+
+def test_nothing_is_ever_unpickled() -> None:
+    banned = {"torch.load", "torch.save", "pickle.load", "pickle.loads", "eval", "exec", "np.load", "numpy.load"}
+    found = [f"{label(path)}: {name}" for path in FILES for name in calls(tree(path)) if name in banned]
+    assert found == []
+
+
+def test_no_file_is_a_drawer_for_everything() -> None:
+    assert [label(path) for path in FILES if path.stem in ("utils", "util", "helpers", "misc", "common")] == []
+
+
+def test_files_and_functions_stay_short() -> None:
+    long = [f"{label(path)}: {lines} lines" for path in FILES if (lines := len(path.read_text().splitlines())) > LONGEST_FILE]
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                if (lines := node.end_lineno - node.lineno + 1) > LONGEST_FUNCTION:
+                    long.append(f"{label(path)}: {node.name} has {lines} lines")
+    assert long == []

@@ -1,0 +1,159 @@
+"""Training: a killed run continues to the very same weights, and every mistake is refused before anything is lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from patchcert_cli import cards, checkpoint, data, files
+from patchcert_cli.errors import DataError, Interrupted, UsageError
+from patchcert_cli.threats import Sparse, parse_threat
+from patchcert_cli.training import loop, session
+from patchcert_cli.training.recipe import Recipe, for_threat
+
+TINY = Recipe(
+    "patch:5x5", network_options={"hidden": [12]}, epochs=3, batch_size=50, natural_epochs=0, ramp_epochs=1, validation=100
+)
+
+
+def images(count: int = 300) -> data.Images:
+    """A few real digits; which split they are from does not matter here."""
+    return data.load("mnist", "test").limit(count, 0)
+
+
+def digest(folder: Path) -> str:
+    return files.sha256(folder / files.WEIGHTS)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tests.training.test_loop import TINY, images
+from patchcert_cli.training import loop
+
+class Killer:
+    def update(self, done, total, text):
+        if done == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+    def note(self, text):
+        pass
+
+loop.train(TINY, images(), Path(sys.argv[1]), progress=Killer())
+"""
+
+
+@pytest.mark.parametrize("step", [2, 6, 11])
+def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path, step: int) -> None:
+    whole = loop.train(TINY, images(), tmp_path / "whole")
+    root = Path(__file__).parents[2]
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "cut"), str(step)], cwd=root, capture_output=True)
+    assert killed.returncode == -9
+    assert not (tmp_path / "cut" / files.WEIGHTS).exists()
+    again = loop.train(TINY, images(), tmp_path / "cut")
+    assert again.epochs_run == 3 - (step - 1) // 4
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+    rows = [json.loads(line) for line in (tmp_path / "cut" / loop.METRICS).read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert again.validation == whole.validation
+
+
+def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
+    one = loop.train(replace(TINY, epochs=1), images(), tmp_path / "a")
+    two = loop.train(replace(TINY, epochs=1), images(), tmp_path / "b")
+    other = loop.train(replace(TINY, epochs=1, seed=1), images(), tmp_path / "c")
+    assert digest(one.folder) == digest(two.folder) != digest(other.folder)
+
+
+def test_ctrl_c_keeps_whole_epochs_and_says_how_to_go_on(tmp_path: Path) -> None:
+    class Stop:
+        def update(self, done: int, total: int, text: str) -> None:
+            if done == 6:
+                raise KeyboardInterrupt
+
+        def note(self, text: str) -> None:
+            pass
+
+    with pytest.raises(Interrupted, match="after 1 of 3 epochs; resume with the same command") as caught:
+        loop.train(TINY, images(), tmp_path / "run", progress=Stop())
+    assert caught.value.code == 130
+    assert loop.train(TINY, images(), tmp_path / "run").epochs_run == 2
+
+
+def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    loop.train(replace(TINY, epochs=1), images(), tmp_path / "run")
+    before = digest(tmp_path / "run")
+    with pytest.raises(UsageError, match="made with other settings .*seed 0, not 5.*--fresh"):
+        loop.train(replace(TINY, epochs=1, seed=5), images(), tmp_path / "run")
+    assert digest(tmp_path / "run") == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not empty"):
+        loop.train(TINY, images(), tmp_path / "full")
+    with pytest.raises(UsageError, match="not empty"):
+        loop.train(TINY, images(), tmp_path / "full", fresh=True)
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("threat", ["patch:3x3", "sparse:4"])
+@pytest.mark.parametrize("locations", [0, 5])
+def test_training_raises_certified_accuracy(tmp_path: Path, threat: str, locations: int) -> None:
+    recipe = replace(
+        TINY, threat=threat, network_options={"hidden": [32]}, epochs=6, batch_size=40, ramp_epochs=2, locations=locations
+    )
+    made = loop.train(recipe, images(1100), tmp_path / "run")
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        untrained = checkpoint.defenses.build(recipe.config())
+    held = images(1100).hold_out(recipe.validation, recipe.seed)[1]
+    assert made.validation.certified > 2 * loop.monitor(untrained, held, recipe).certified
+    assert made.validation.certified >= 20
+
+
+def test_recipes_name_everything_wrong_at_once_and_spell_out_their_command() -> None:
+    with pytest.raises(UsageError) as caught:
+        Recipe("patch:40x40", epochs=0, network="transformer", natural=1.5, decay="never").validate()
+    for word in ("40x40", "epochs", "transformer", "natural", "never"):
+        assert word in str(caught.value)
+    assert for_threat(Sparse(10)).command == "patchcert train --threat sparse --k 10"
+    recipe = replace(Recipe("patch:3x7"), epochs=9, network_options={"hidden": [40, 20]})
+    assert recipe.command == "patchcert train --threat patch --patch 3x7 --hidden 40,20 --epochs 9"
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    with pytest.raises(UsageError, match="unknown recipe entries: colour"):
+        Recipe.from_dict({"threat": "patch:5x5", "colour": "red"})
+
+
+def test_the_attacker_grows_and_the_learning_rate_falls() -> None:
+    recipe = Recipe("patch:5x5", epochs=60, natural_epochs=1, ramp_epochs=15)
+    strengths = [recipe.epsilon(progress / 4) for progress in range(241)]
+    assert strengths == sorted(strengths)
+    assert strengths[0] == 0 and strengths[4 * 16] == 1 == strengths[-1]
+    rates = [recipe.rate(progress / 4) for progress in range(241)]
+    assert rates == sorted(rates, reverse=True) and rates[0] == 1e-3 and rates[-1] == pytest.approx(0, abs=1e-12)
+    short = Recipe("patch:5x5", epochs=3).fitted()
+    assert short.natural_epochs + short.ramp_epochs <= 1
+
+
+def test_a_session_leaves_a_folder_with_a_valid_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = images()
+    monkeypatch.setattr(data, "load", lambda *args, **options: some)
+    found = session.run(replace(TINY, epochs=1), tmp_path / "small")
+    card = cards.Card.read(tmp_path / "small")
+    assert card.verify(tmp_path / "small") == found["model_sha256"]
+    assert (card.threat, card.network, card.status) == ("patch:5x5", "MLP 784-12-10", "trained")
+    assert session.recipe_of(str(tmp_path / "small")) == replace(TINY, epochs=1)
+    assert parse_threat(str(found["threat"])).budget == 1
+
+
+def test_missing_training_data_names_the_one_command_that_fetches_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="Fetch it with: patchcert train --patch 5 --download") as caught:
+        session.run(TINY, tmp_path / "run", data_dir=tmp_path, fetch="patchcert train --patch 5 --download")
+    assert caught.value.code == 6
+    assert not (tmp_path / "run").exists()
