@@ -78,7 +78,7 @@ def training(defense: nn.Module, images: data.Images, batch: int = 256, part: in
     x, label = data.to_float(images.pixels[:batch]), images.labels[:batch]
     network = defense.network
     assert isinstance(network, nn.Module)
-    step = TrainingStep(PATCH, 1.0, 0, 0.0, torch.Generator())
+    step = TrainingStep(PATCH, 1.0, 0, 0.0, False, torch.Generator())
 
     def fast() -> list[Tensor]:
         return list(torch.autograd.grad(defense.training_loss(x, label, step), list(network.parameters())))  # type: ignore[operator]

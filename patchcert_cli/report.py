@@ -16,15 +16,13 @@ def certify_rows(result: dict[str, Any]) -> Rows:
     """What a certify run found."""
     low, high = result["certified_interval"]
     counts, images = result["counts"], result["images"]
+    certified = share(result["certified_accuracy"], counts["certified"], images)
     return [
         ("model", f"{result['model']} ({result['defense']}, {result['model_source']}, sha256 {result['model_sha256'][:12]})"),
         ("data", _data(result)),
         ("threat", f"{result['threat']}, anywhere in the image, any content in [0, 1]"),
         ("clean", share(result["clean_accuracy"], counts["clean"], images)),
-        (
-            "certified",
-            f"{share(result['certified_accuracy'], counts['certified'], images)}, 95 % interval {100 * low:.2f} to {100 * high:.2f} %",
-        ),
+        ("certified", f"{certified}, 95 % interval {100 * low:.2f} to {100 * high:.2f} %"),
         ("guarantee", f"{result['guarantee']} by {result['method']} bounds"),
         ("time", _time(result)),
         ("records", str(result["records"])),
@@ -56,12 +54,10 @@ def plain_rows(values: dict[str, Any]) -> Rows:
 def train_rows(result: dict[str, Any]) -> Rows:
     """What a training run made."""
     counts, images = result["validation"]["counts"], result["validation"]["images"]
+    spent = f"{result['epochs']} epochs in {result['seconds']:.0f} s on {result['device']}"
     return [
         ("model", f"{result['out']} ({result['defense']}, sha256 {result['model_sha256'][:12]})"),
-        (
-            "trained for",
-            f"{result['threat']} on {result['dataset']}, {result['epochs']} epochs in {result['seconds']:.0f} s on {result['device']}",
-        ),
+        ("trained for", f"{result['threat']} on {result['dataset']}, {spent}"),
         ("clean", f"{share(counts['clean'] / images, counts['clean'], images)} of the held-out training images"),
         ("certified", f"{share(counts['certified'] / images, counts['certified'], images)} of the held-out training images"),
         ("next", f"patchcert certify {result['out']}"),

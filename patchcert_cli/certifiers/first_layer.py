@@ -269,9 +269,9 @@ def first_layer_influence(split: Split, x: Tensor, falls: Tensor, rises: Tensor)
         if isinstance(split.first, nn.Linear):
             return (outputs @ weights.flatten(1)).reshape(x.shape)
         layer = cast(nn.Conv2d, split.first)
-        back_through: Tensor = conv2d_input(
-            x.shape, weights, outputs.contiguous(), layer.stride, cast(tuple[int, int], layer.padding), layer.dilation
-        )
+        padding = cast(tuple[int, int], layer.padding)
+        outputs = outputs.contiguous()
+        back_through: Tensor = conv2d_input(x.shape, weights, outputs, layer.stride, padding, layer.dilation)  # type: ignore[no-untyped-call]
         return back_through
 
     linear = isinstance(split.first, nn.Linear)

@@ -51,6 +51,8 @@ RECIPE_FIELDS = (  # options that go into the recipe under their own name
     "decay_every",
     "locations",
     "natural",
+    "bounded_epochs",
+    "bounded_natural",
     "validation",
     "seed",
 )
@@ -85,6 +87,12 @@ def train(
         int | None, _recipe_option("--locations", "0: the exact worst location; N: N random locations per image.")
     ] = None,
     natural: Annotated[float | None, _recipe_option("--natural", "Weight of the clean loss after the ramp, in [0, 1).")] = None,
+    bounded_epochs: Annotated[
+        int | None, _recipe_option("--bounded-epochs", "Last epochs, in which an image's loss is bounded.")
+    ] = None,
+    bounded_natural: Annotated[
+        float | None, _recipe_option("--bounded-natural", "Weight of the clean loss in those epochs, in [0, 1).")
+    ] = None,
     validation: Annotated[int | None, _recipe_option("--validation", "Training images held out.")] = None,
     seed: Annotated[int | None, _recipe_option("--seed", "Seed of everything random.")] = None,
     data_dir: DataDirOption = None,

@@ -27,6 +27,7 @@ class TrainingStep:
         epsilon: fraction of the way to 0 or 1 that touched entries may move, ramped from 0 to 1.
         locations: 0 for every location of a patch, else the number of random locations per image.
         natural: weight of the clean cross-entropy in [0, 1].
+        bounded: whether the loss of an image is bounded, as the certified error is.
         generator: source of all randomness, on the CPU.
     """
 
@@ -34,6 +35,7 @@ class TrainingStep:
     epsilon: float
     locations: int
     natural: float
+    bounded: bool
     generator: torch.Generator
 
 

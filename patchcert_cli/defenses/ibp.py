@@ -87,7 +87,11 @@ class IntervalDefense(Defense):
         )
 
     def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:
-        """Cross-entropy of the negated margin bounds, each at its worst location (Chiang et al., section 3.2)."""
+        """Cross-entropy of the negated margin bounds, each at its worst location (Chiang et al., section 3.2).
+
+        The bounded form is ``1 - exp(-cross-entropy)``, one minus the worst-case softmax probability: like the certified error
+        it stops pushing where nothing can be won, so the images near the decision get the gradient.
+        """
         threat = intervals.resolve(step.threat, *self.input_shape[1:], self.input_shape[0])
         if not isinstance(threat, Patch):
             margins = intervals.lower_margins(self.network, x, label, threat, epsilon=step.epsilon).values
@@ -99,7 +103,8 @@ class IntervalDefense(Defense):
             with torch.no_grad():
                 worst = intervals.lower_margins(self.network, x, label, threat, epsilon=step.epsilon).worst
             margins = intervals.margins_at(self.network, x, label, threat, worst, per_class=True, epsilon=step.epsilon)
-        loss = F.cross_entropy(-margins, label)
+        losses = F.cross_entropy(-margins, label, reduction="none")
+        loss = (1 - torch.exp(-losses) if step.bounded else losses).mean()
         if step.natural > 0:
             loss = (1 - step.natural) * loss + step.natural * F.cross_entropy(self(x), label)
         return loss

@@ -147,7 +147,9 @@ def _epoch(
         if at < recipe.natural_epochs:
             loss = F.cross_entropy(defense(x), label)
         else:
-            step = TrainingStep(threat, recipe.epsilon(at), recipe.locations, recipe.natural, generator)
+            bounded = recipe.bounded(at)
+            natural = recipe.bounded_natural if bounded else recipe.natural
+            step = TrainingStep(threat, recipe.epsilon(at), recipe.locations, natural, bounded, generator)
             loss = defense.training_loss(x, label, step)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -29,6 +30,8 @@ class Recipe:
         decay_every: epochs between halvings for ``decay=step``.
         locations: 0 trains on the exact worst location, otherwise on this many random ones per image.
         natural: weight of the clean cross-entropy once the ramp is over, in [0, 1).
+        bounded_epochs: last epochs, in which an image's loss is bounded; the learning rate restarts at half.
+        bounded_natural: weight of the clean cross-entropy in them, in [0, 1).
         validation: training images held out.
         seed: of weights, held-out images, order of images and random locations.
     """
@@ -38,7 +41,7 @@ class Recipe:
     defense: str = "ibp"
     network: str = "mlp"
     network_options: dict[str, Any] = field(default_factory=lambda: {"hidden": [255]})
-    epochs: int = 60
+    epochs: int = 80
     batch_size: int = 256
     learning_rate: float = 1e-3
     natural_epochs: int = 1
@@ -47,6 +50,8 @@ class Recipe:
     decay_every: int = 10
     locations: int = 0
     natural: float = 0.0
+    bounded_epochs: int = 20
+    bounded_natural: float = 0.1
     validation: int = 5000
     seed: int = 0
 
@@ -74,16 +79,15 @@ class Recipe:
         attempt(lambda: defenses.by_name(self.defense))
         if self.network not in models.names():
             problems.append(f"no network '{self.network}'; known: {', '.join(models.names())}.")
-        for name in ("epochs", "batch_size", "decay_every", "validation"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name} {getattr(self, name)} must be 1 or more.")
-        for name in ("natural_epochs", "ramp_epochs", "locations", "seed"):
-            if getattr(self, name) < 0:
-                problems.append(f"{name} {getattr(self, name)} must be 0 or more.")
+        least = dict.fromkeys(("epochs", "batch_size", "decay_every", "validation"), 1)
+        least |= dict.fromkeys(("natural_epochs", "ramp_epochs", "locations", "bounded_epochs", "seed"), 0)
+        given = self.to_dict()
+        problems += [f"{name} {given[name]} must be {low} or more." for name, low in least.items() if given[name] < low]
         if not 0 < self.learning_rate <= 1:
             problems.append(f"learning_rate {self.learning_rate} must be in (0, 1].")
-        if not 0 <= self.natural < 1:
-            problems.append(f"natural {self.natural} must be in [0, 1).")
+        problems += [
+            f"{name} {given[name]} must be in [0, 1)." for name in ("natural", "bounded_natural") if not 0 <= given[name] < 1
+        ]
         if self.decay not in ("cosine", "step"):
             problems.append(f"decay '{self.decay}' must be cosine or step.")
         if problems:
@@ -91,12 +95,11 @@ class Recipe:
         return self
 
     def fitted(self) -> Recipe:
-        """With the warm-up shortened to half of a run that is too short for it, as ``--epochs 3`` would be."""
-        warm = self.natural_epochs + self.ramp_epochs
-        if warm <= self.epochs // 2:
+        """With its phases shortened to a third each if the run is too short for them, as one of 3 epochs would be."""
+        if self.natural_epochs + self.ramp_epochs + self.bounded_epochs < self.epochs:
             return self
-        ramp = self.epochs // 2
-        return replace(self, natural_epochs=0, ramp_epochs=ramp)
+        third = self.epochs // 3
+        return replace(self, natural_epochs=0, ramp_epochs=third, bounded_epochs=min(self.bounded_epochs, third))
 
     def epsilon(self, progress: float) -> float:
         """Strength of the attacker at ``progress`` epochs (a fraction inside an epoch counts): 0 to 1."""
@@ -106,15 +109,21 @@ class Recipe:
             return 1.0
         return min(1.0, (progress - self.natural_epochs) / self.ramp_epochs)
 
-    def rate(self, progress: float) -> float:
-        """Learning rate at ``progress`` epochs."""
-        import math
+    def bounded(self, progress: float) -> bool:
+        """Whether ``progress`` epochs lie in the phase of the bounded loss."""
+        return progress >= self.epochs - self.bounded_epochs
 
-        start = self.natural_epochs + self.ramp_epochs
+    def rate(self, progress: float) -> float:
+        """Learning rate at ``progress`` epochs: constant until the ramp is over, then falling; again in the bounded phase."""
+        turn = self.epochs - self.bounded_epochs
+        if progress < turn or not self.bounded_epochs:
+            peak, start, end = self.learning_rate, self.natural_epochs + self.ramp_epochs, turn
+        else:
+            peak, start, end = self.learning_rate / 2, turn, self.epochs
         after = max(0.0, progress - start)
         if self.decay == "step":
-            return float(self.learning_rate * 0.5 ** int(after // self.decay_every))
-        return self.learning_rate * (1 + math.cos(math.pi * after / max(self.epochs - start, 1))) / 2
+            return float(peak * 0.5 ** int(after // self.decay_every))
+        return peak * (1 + math.cos(math.pi * after / max(end - start, 1))) / 2
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON and YAML."""
@@ -158,7 +167,7 @@ class Recipe:
 
     @property
     def command(self) -> str:
-        """The ``patchcert train`` command that makes this very recipe, with what differs from the threat's default spelled out."""
+        """The ``patchcert train`` command that makes this very recipe: what differs from the threat's default is spelled out."""
         threat = self.threat_model
         if isinstance(threat, Sparse):
             words = f"--threat sparse --k {threat.k}" + (" --unit value" if threat.unit == "value" else "")
@@ -178,5 +187,5 @@ class Recipe:
 def for_threat(threat: Threat) -> Recipe:
     """The recipe that trains for this threat model unless told otherwise."""
     if isinstance(threat, Sparse):
-        return Recipe(str(threat), network_options={"hidden": [512]}, epochs=30, ramp_epochs=10)
+        return Recipe(str(threat), network_options={"hidden": [512]}, epochs=32, ramp_epochs=8, bounded_epochs=12)
     return Recipe(str(threat))

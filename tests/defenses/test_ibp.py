@@ -32,7 +32,7 @@ def batch(count: int = 7, classes: int = 5) -> tuple[Tensor, Tensor]:
 
 
 def step(threat: Threat, *, epsilon: float = 1.0, locations: int = 0, natural: float = 0.0, seed: int = 0) -> TrainingStep:
-    return TrainingStep(threat, epsilon, locations, natural, torch.Generator().manual_seed(seed))
+    return TrainingStep(threat, epsilon, locations, natural, False, torch.Generator().manual_seed(seed))
 
 
 def margins_by_location(defense: IntervalDefense, x: Tensor, label: Tensor, side: int, epsilon: float) -> Tensor:

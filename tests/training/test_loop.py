@@ -18,7 +18,14 @@ from patchcert_cli.training import loop, session
 from patchcert_cli.training.recipe import Recipe, for_threat
 
 TINY = Recipe(
-    "patch:5x5", network_options={"hidden": [12]}, epochs=3, batch_size=50, natural_epochs=0, ramp_epochs=1, validation=100
+    "patch:5x5",
+    network_options={"hidden": [12]},
+    epochs=3,
+    batch_size=50,
+    natural_epochs=0,
+    ramp_epochs=1,
+    bounded_epochs=1,
+    validation=100,
 )
 
 
@@ -123,22 +130,25 @@ def test_recipes_name_everything_wrong_at_once_and_spell_out_their_command() -> 
     for word in ("40x40", "epochs", "transformer", "natural", "never"):
         assert word in str(caught.value)
     assert for_threat(Sparse(10)).command == "patchcert train --threat sparse --k 10"
-    recipe = replace(Recipe("patch:3x7"), epochs=9, network_options={"hidden": [40, 20]})
-    assert recipe.command == "patchcert train --threat patch --patch 3x7 --hidden 40,20 --epochs 9"
+    recipe = replace(Recipe("patch:3x7"), epochs=99, network_options={"hidden": [40, 20]})
+    assert recipe.command == "patchcert train --threat patch --patch 3x7 --hidden 40,20 --epochs 99"
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     with pytest.raises(UsageError, match="unknown recipe entries: colour"):
         Recipe.from_dict({"threat": "patch:5x5", "colour": "red"})
 
 
 def test_the_attacker_grows_and_the_learning_rate_falls() -> None:
-    recipe = Recipe("patch:5x5", epochs=60, natural_epochs=1, ramp_epochs=15)
+    recipe = Recipe("patch:5x5", epochs=60, natural_epochs=1, ramp_epochs=15, bounded_epochs=20)
     strengths = [recipe.epsilon(progress / 4) for progress in range(241)]
     assert strengths == sorted(strengths)
     assert strengths[0] == 0 and strengths[4 * 16] == 1 == strengths[-1]
     rates = [recipe.rate(progress / 4) for progress in range(241)]
-    assert rates == sorted(rates, reverse=True) and rates[0] == 1e-3 and rates[-1] == pytest.approx(0, abs=1e-12)
+    first, last = rates[:160], rates[160:]
+    assert first == sorted(first, reverse=True) and last == sorted(last, reverse=True)
+    assert (rates[0], rates[160]) == (1e-3, 5e-4) and rates[-1] == pytest.approx(0, abs=1e-12)
+    assert [recipe.bounded(progress) for progress in (0, 39.9, 40, 59.9)] == [False, False, True, True]
     short = Recipe("patch:5x5", epochs=3).fitted()
-    assert short.natural_epochs + short.ramp_epochs <= 1
+    assert (short.natural_epochs, short.ramp_epochs, short.bounded_epochs) == (0, 1, 1)
 
 
 def test_a_session_leaves_a_folder_with_a_valid_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
