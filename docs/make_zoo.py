@@ -23,6 +23,7 @@ def rows() -> list[tuple[Card, str]]:
 
 
 def percent(count: float, total: float = 1) -> str:
+    """A share in percent, with two digits."""
     return f"{100 * count / total:.2f}"
 
 
@@ -37,8 +38,8 @@ def table() -> str:
         paper = card.report(threat)
         assert found is not None
         low, high = (percent(end) for end in found.certified_interval)
-        reported = f"{percent(paper.clean)} / {percent(paper.certified)}" if paper else "–"
-        certified = f"**{percent(found.certified, found.images)}** ({low}–{high})"
+        reported = f"{percent(paper.clean)} / {percent(paper.certified)}" if paper else "none"
+        certified = f"**{percent(found.certified, found.images)}** ({low} to {high})"
         cells = (f"[`{card.name}`](zoo/{card.name})", card.network, f"`{threat}`", f"{found.images} {found.split}")
         lines.append(f"| {' | '.join(cells)} | {percent(found.clean, found.images)} | {certified} | {reported} |")
     return "\n".join(lines)
@@ -50,7 +51,8 @@ def picture() -> str:
     left, width, step, top = 190, 520, 44, 62
     height = top + step * len(entries) + 46
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 70} {height}" font-family="sans-serif" font-size="13">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 70} {height}" '
+        'font-family="sans-serif" font-size="13">',
         f'<rect width="100%" height="100%" fill="white"/><g fill="{INK}">',
         f'<rect x="{left}" y="18" width="14" height="12" fill="{CLEAN}"/><text x="{left + 20}" y="29">clean</text>',
         f'<rect x="{left + 80}" y="18" width="14" height="12" fill="{MEASURED}"/><text x="{left + 100}" y="29">certified</text>',
@@ -79,6 +81,7 @@ def picture() -> str:
 
 
 def main() -> int:
+    """Write or check both; returns the exit code."""
     readme, chart = ROOT / "README.md", ROOT / "docs" / "zoo.svg"
     before, after = readme.read_text().split(START)[0], readme.read_text().split(END)[1]
     wanted = {readme: f"{before}{START}\n{table()}\n{END}{after}", chart: picture()}
