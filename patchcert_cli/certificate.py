@@ -97,17 +97,13 @@ def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> tuple[f
         raise ValueError(f"{successes} successes of {trials} trials")
     tail = (1 - level) / 2
 
+    head = math.lgamma(trials + 1)
+    choose = [head - math.lgamma(i + 1) - math.lgamma(trials - i + 1) for i in range(trials + 1)]
+
     def at_least(count: int, p: float) -> float:
-        """P(X >= count) for X ~ Binomial(trials, p)."""
-        if count <= 0 or p >= 1:
-            return 1.0
-        if p <= 0:
-            return 0.0
-        head = math.lgamma(trials + 1)
-        return math.fsum(
-            math.exp(head - math.lgamma(i + 1) - math.lgamma(trials - i + 1) + i * math.log(p) + (trials - i) * math.log1p(-p))
-            for i in range(count, trials + 1)
-        )
+        """P(X >= count) for X ~ Binomial(trials, p), 0 < p < 1."""
+        yes, no = math.log(p), math.log1p(-p)
+        return math.fsum(math.exp(choose[i] + i * yes + (trials - i) * no) for i in range(count, trials + 1))
 
     def solve(count: int, target: float) -> float:
         low, high = 0.0, 1.0

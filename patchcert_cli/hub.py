@@ -5,7 +5,6 @@ A download is pinned to a commit and every file is hashed against the bundled ca
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -199,19 +198,6 @@ def _reason(problem: Exception, repo: str, offline: bool) -> str:
         return f"the Hub is out of reach ({constants.ENDPOINT})"
     lines = str(problem).splitlines()
     return f"fetching {repo} failed ({type(problem).__name__}{': ' + lines[0] if lines else ''})"
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """A ``result.json`` of patchcert certify, as an object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise IntegrityError(
-            f"'{path}' is not a readable result: {problem}.", hint="Give a result.json of patchcert certify."
-        ) from problem
-    if not isinstance(value, dict):
-        raise IntegrityError(f"'{path}' does not hold a JSON object.", hint="Give a result.json of patchcert certify.")
-    return value
 
 
 def add(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -300,12 +299,3 @@ def test_add_refuses_a_damaged_run_and_a_bad_name(run: Path, tmp_path: Path) -> 
     (run / cards.CARD).unlink()
     with pytest.raises(IntegrityError, match="no model card"):
         hub.add(run, "x", {}, to=tmp_path / "new")
-
-
-def test_a_result_must_be_an_object(tmp_path: Path) -> None:
-    path = tmp_path / "result.json"
-    with pytest.raises(IntegrityError, match="not a readable result"):
-        hub.read_result(path)
-    path.write_text(json.dumps([1]))
-    with pytest.raises(IntegrityError, match="JSON object"):
-        hub.read_result(path)

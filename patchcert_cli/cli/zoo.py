@@ -99,14 +99,14 @@ def add(
     as_json: AsJson = False,
 ) -> None:
     """Copy a finished training run into the zoo, with a card that tells what certify measured."""
-    from patchcert_cli import cards, hub
+    from patchcert_cli import cards, files, hub
 
     if published and not source:
         source = cards.Card.read(run).source
     card = hub.add(
         run,
         name,
-        {str(path): hub.read_result(path) for path in result or []},
+        {str(path): files.read_json(path) for path in result or []},
         published=[_published(text, source or "") for text in published or []],
         notes=notes,
         to=to,
