@@ -74,7 +74,7 @@ def train(
         defense = defenses.build(config).to(device)
     optimizer = torch.optim.Adam(defense.parameters(), lr=recipe.learning_rate)
     start = _restore(folder, recipe, defense, optimizer)
-    if start:
+    if 0 < start < recipe.epochs:
         progress.note(f"resuming {folder}: {start} of {recipe.epochs} epochs done")
     lines = _kept_metrics(folder, start)
     try:

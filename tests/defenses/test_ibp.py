@@ -79,6 +79,16 @@ def test_random_locations_are_shared_by_all_classes(locations: int) -> None:
     assert float(fast.detach()) == pytest.approx(float(F.cross_entropy(-smallest, label).detach()), rel=1e-5)
 
 
+def test_the_bounded_loss_is_one_minus_the_worst_case_probability() -> None:
+    defense = build()
+    x, label = batch()
+    plain = step(Patch(2, 2))
+    bounded = TrainingStep(plain.threat, 1.0, 0, 0.0, True, plain.generator)
+    margins = margins_by_location(defense, x, label, 2, 1.0).amin(dim=0)
+    right = (-margins).softmax(dim=1).gather(1, label[:, None])
+    assert float(defense.training_loss(x, label, bounded).detach()) == pytest.approx(float(1 - right.mean().detach()), rel=1e-5)
+
+
 def test_the_sparse_loss_is_that_of_the_margins() -> None:
     defense = build()
     x, label = batch()
