@@ -6,13 +6,14 @@ Shapes: n images, C channels, H x W pixels.
 from __future__ import annotations
 
 import gzip
+import math
 import os
+import struct
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -180,10 +181,11 @@ def _idx(content: bytes, where: str) -> Tensor:
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise DataError(f"'{where}' is not an IDX file of bytes.", hint="Delete it and fetch the data again.")
     axes = content[3]
-    sizes = np.frombuffer(content, ">i4", axes, 4).astype(int) if len(content) >= 4 + 4 * axes else np.array([-1])
-    if len(content) != 4 + 4 * axes + int(np.prod(sizes)):
+    start = 4 + 4 * axes
+    sizes = struct.unpack(f">{axes}i", content[4:start]) if len(content) >= start else (-1,)
+    if len(content) != start + math.prod(sizes):
         raise DataError(f"'{where}' is truncated or damaged.", hint="Delete it and fetch the data again.")
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(sizes).copy())
+    return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).reshape(sizes)
 
 
 def _torchvision(name: str, root: Path, split: str, *, download: bool) -> tuple[Tensor, Tensor]:
