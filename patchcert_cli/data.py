@@ -6,6 +6,7 @@ Shapes: n images, C channels, H x W pixels.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import os
 import struct
@@ -79,6 +80,12 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def digest(self) -> str:
+        """sha256 of the pixels and labels."""
+        content = hashlib.sha256(self.pixels.contiguous().numpy())
+        content.update(self.labels.contiguous().numpy())
+        return content.hexdigest()
 
     def take(self, positions: Tensor) -> Images:
         """The images at these positions, in this order."""

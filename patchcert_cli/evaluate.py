@@ -74,6 +74,7 @@ class Plan:
             "defense": self.subject.kind,
             "dataset": self.images.name,
             "split": self.images.split,
+            "data_sha256": self.images.digest(),
             "images": len(self.images),
             "subset_seed": self.seed if len(self.images) < self.total else None,
             "threat": str(self.threat),
