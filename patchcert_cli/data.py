@@ -83,8 +83,8 @@ class Images:
 
     def digest(self) -> str:
         """sha256 of the pixels and labels."""
-        content = hashlib.sha256(self.pixels.contiguous().numpy())
-        content.update(self.labels.contiguous().numpy())
+        content = hashlib.sha256(self.pixels.numpy().tobytes())
+        content.update(self.labels.numpy().tobytes())
         return content.hexdigest()
 
     def take(self, positions: Tensor) -> Images:
