@@ -53,6 +53,7 @@ RECIPE_FIELDS = (  # options that go into the recipe under their own name
     "natural",
     "bounded_epochs",
     "bounded_natural",
+    "bounded_shift",
     "validation",
     "seed",
 )
@@ -92,6 +93,9 @@ def train(
     ] = None,
     bounded_natural: Annotated[
         float | None, _recipe_option("--bounded-natural", "Weight of the clean loss in those epochs, in [0, 1).")
+    ] = None,
+    bounded_shift: Annotated[
+        int | None, _recipe_option("--bounded-shift", "Largest random translation in those epochs, in pixels.")
     ] = None,
     validation: Annotated[int | None, _recipe_option("--validation", "Training images held out.")] = None,
     seed: Annotated[int | None, _recipe_option("--seed", "Seed of everything random.")] = None,

@@ -23,6 +23,7 @@ from patchcert_cli.data import Images, to_float
 from patchcert_cli.defenses.base import Defense, TrainingStep
 from patchcert_cli.errors import Interrupted, MachineError, UsageError
 from patchcert_cli.progress import Progress, Silent
+from patchcert_cli.training import augment
 from patchcert_cli.training.recipe import Recipe
 
 STATE, METRICS = "state.safetensors", "metrics.jsonl"
@@ -148,6 +149,7 @@ def _epoch(
             loss = F.cross_entropy(defense(x), label)
         else:
             bounded = recipe.bounded(at)
+            x = augment.shift(x, recipe.bounded_shift, generator) if bounded else x
             natural = recipe.bounded_natural if bounded else recipe.natural
             step = TrainingStep(threat, recipe.epsilon(at), recipe.locations, natural, bounded, generator)
             loss = defense.training_loss(x, label, step)

@@ -32,6 +32,7 @@ class Recipe:
         natural: weight of the clean cross-entropy once the ramp is over, in [0, 1).
         bounded_epochs: last epochs, in which an image's loss is bounded; the learning rate restarts at half.
         bounded_natural: weight of the clean cross-entropy in them, in [0, 1).
+        bounded_shift: pixels by which an image is moved at random in them, at most; against memorizing.
         validation: training images held out.
         seed: of weights, held-out images, order of images and random locations.
     """
@@ -52,6 +53,7 @@ class Recipe:
     natural: float = 0.0
     bounded_epochs: int = 20
     bounded_natural: float = 0.1
+    bounded_shift: int = 0
     validation: int = 5000
     seed: int = 0
 
@@ -80,7 +82,7 @@ class Recipe:
         if self.network not in models.names():
             problems.append(f"no network '{self.network}'; known: {', '.join(models.names())}.")
         least = dict.fromkeys(("epochs", "batch_size", "decay_every", "validation"), 1)
-        least |= dict.fromkeys(("natural_epochs", "ramp_epochs", "locations", "bounded_epochs", "seed"), 0)
+        least |= dict.fromkeys(("natural_epochs", "ramp_epochs", "locations", "bounded_epochs", "bounded_shift", "seed"), 0)
         given = self.to_dict()
         problems += [f"{name} {given[name]} must be {low} or more." for name, low in least.items() if given[name] < low]
         if not 0 < self.learning_rate <= 1:

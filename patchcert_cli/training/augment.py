@@ -1,0 +1,26 @@
+"""Random changes of training images, on whatever device they are on.
+
+Shapes: B images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def shift(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Move each image [B, C, H, W] by up to ``most`` pixels along both axes; what comes in from outside is 0.
+
+    ``generator`` is on the CPU, so that every device moves the images alike.
+    """
+    if most == 0:
+        return x
+    batch, _, height, width = x.shape
+    moves = torch.randint(2 * most + 1, (2, batch, 1), generator=generator).to(x.device)
+    rows = moves[0] + torch.arange(height, device=x.device)  # [B, H], positions in the padded image
+    columns = moves[1] + torch.arange(width, device=x.device)
+    padded = F.pad(x, (most, most, most, most)).permute(0, 2, 3, 1)  # [B, H', W', C]
+    image = torch.arange(batch, device=x.device)[:, None, None]
+    return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
