@@ -25,7 +25,7 @@ PatchOption = Annotated[
     ),
 ]
 ModelArgument = Annotated[
-    str | None, typer.Argument(metavar="[NAME|PATH]", help="Zoo model or run folder. Default: the data set's documented default.")
+    str | None, typer.Argument(metavar="NAME|PATH", help="Zoo model or run folder. Default: the data set's documented default.")
 ]
 ThreatOption = Annotated[
     str | None,
