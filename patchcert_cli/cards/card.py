@@ -140,7 +140,7 @@ class Card:
         plain = self.to_dict()
         self.from_dict(plain)
         front = {**page.hub_metadata(self), "patchcert": plain}
-        text = yaml.dump(front, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
+        text = yaml.dump(front, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=1_000_000)
         return f"---\n{text}---\n\n{page.prose(self)}"
 
     def result(self, threat: str | None = None) -> Measured | None:
