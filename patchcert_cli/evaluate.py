@@ -28,7 +28,7 @@ from patchcert_cli.runs import RECORDS, RESULT, Record, Run
 from patchcert_cli.threats import Threat
 
 BROKEN = "broken.safetensors"  # adversarial images of certified ones
-BATCH_SIZE = 500
+BATCH_SIZE = 1000
 
 
 @dataclass(frozen=True)

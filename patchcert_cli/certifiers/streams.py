@@ -23,7 +23,7 @@ from patchcert_cli.certifiers.first_layer import (
 from patchcert_cli.certifiers.rules import Box, propagate
 from patchcert_cli.threats import Patch, Sparse
 
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}  # working memory of one chunk of locations: a core's caches, a part of the GPU
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}  # working memory of one chunk of locations: a core's caches, a part of the GPU
 
 
 def open_stream(split: Split, x: Tensor, threat: Patch | Sparse, epsilon: float) -> Stream:
