@@ -117,9 +117,8 @@ def main() -> None:
     print(f"{options.model}, torch {torch.__version__}, {options.threads} threads, float32")
     certificate = seconds(lambda: defense.certify(data.to_float(images.pixels[:BATCH_SIZE]), PATCH))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(
-        f"defense.certify at the default batch of {BATCH_SIZE}: {BATCH_SIZE / certificate:.0f} images/s, peak memory {peak:.2f} GB"
-    )
+    speed = BATCH_SIZE / certificate
+    print(f"defense.certify at the default batch of {BATCH_SIZE}: {speed:.0f} images/s, peak memory {peak:.2f} GB")
     network = defense.network
     assert isinstance(network, nn.Module)
     certification(network, images, options.images)
