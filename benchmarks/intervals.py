@@ -21,7 +21,8 @@ from patchcert_cli.certifiers import intervals
 from patchcert_cli.certifiers.rules import layers_of, propagate
 from patchcert_cli.certifiers.streams import BoxedImages
 from patchcert_cli.defenses.base import TrainingStep
-from patchcert_cli.evaluate import BATCH_SIZE
+from patchcert_cli.defenses.ibp import IntervalOptions
+from patchcert_cli.plan import BATCH_SIZE
 from patchcert_cli.threats import Patch
 
 PATCH = Patch(5, 5)
@@ -85,7 +86,8 @@ def training(defense: nn.Module, images: data.Images, batch: int = 256, part: in
     x, label = data.to_float(images.pixels[:batch]), images.labels[:batch]
     network = defense.network
     assert isinstance(network, nn.Module)
-    step = TrainingStep(PATCH, 1.0, 0, 0.0, False, torch.Generator())
+    exact = IntervalOptions(natural_epochs=0, ramp_epochs=0, bounded_epochs=0)
+    step = TrainingStep(PATCH, exact, 0.0, 1, torch.Generator())
 
     def fast() -> list[Tensor]:
         return list(torch.autograd.grad(defense.training_loss(x, label, step), list(network.parameters())))  # type: ignore[operator]

@@ -17,6 +17,8 @@ from patchcert_cli.defenses.base import Defense
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.files import CONFIG, WEIGHTS, read_json, refuse_pickle, sha256, write_atomically, write_json
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 def pack(tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> bytes:
     """Safetensors bytes, the same for the same content: all metadata in one JSON string, tensors contiguous on the CPU."""
@@ -41,7 +43,15 @@ def unpack(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str
 def save_defense(folder: Path, defense: Defense, config: Mapping[str, Any]) -> None:
     """Write ``config.json`` and ``model.safetensors``."""
     write_json(folder / CONFIG, config)
-    write_atomically(folder / WEIGHTS, pack(defense.state_dict(), {"defense": config["defense"]}))
+    stored = getattr(torch, config.get("recipe", {}).get("stored", "float32"))
+    tensors = {name: _stored(tensor, stored) for name, tensor in defense.state_dict().items()}
+    write_atomically(folder / WEIGHTS, pack(tensors, {"defense": config["defense"]}))
+
+
+def _stored(tensor: Tensor, kind: torch.dtype) -> Tensor:
+    """A tensor in fewer bits, if that does not change it."""
+    short = tensor.to(kind) if tensor.is_floating_point() and tensor.ndim > 1 else tensor
+    return short if torch.equal(short.to(tensor), tensor) else tensor
 
 
 def load_defense(folder: Path, *, device: str = "cpu", expected_sha256: str | None = None) -> tuple[Defense, dict[str, Any]]:
@@ -67,7 +77,7 @@ def load_defense(folder: Path, *, device: str = "cpu", expected_sha256: str | No
         raise IntegrityError(f"'{folder / CONFIG}' does not describe a defense: {problem!r}.") from problem
     tensors, _ = unpack(weights)
     _check_fit(defense.state_dict(), tensors, weights)
-    defense.load_state_dict(tensors, strict=True)
+    defense.load_state_dict(tensors, strict=True)  # half precision widens without a change
     return defense.to(torch.device(device)).eval(), config
 
 
@@ -80,7 +90,9 @@ def _check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], wher
         if name in given and given[name].shape != tensor.shape
     ]
     problems += [
-        f"{name} is {given[name].dtype}" for name, t in expected.items() if name in given and given[name].dtype != t.dtype
+        f"{name} is {given[name].dtype}"
+        for name, tensor in expected.items()
+        if name in given and given[name].dtype not in (tensor.dtype, *(HALF if tensor.is_floating_point() else ()))
     ]
     if problems:
         raise IntegrityError(f"'{where}' does not fit its {CONFIG}: {'; '.join(problems[:4])}.")

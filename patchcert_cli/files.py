@@ -64,8 +64,8 @@ def refuse_pickle(path: Path) -> None:
         )
     if path.is_file() and path.suffix == ".safetensors":
         with path.open("rb") as stream:
-            head = stream.read(4)
-        if head[:2] == b"PK" or head[:1] == b"\x80":
+            head = stream.read(9)
+        if head[8:] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):  # safetensors may begin with any length
             raise IntegrityError(
                 f"'{path}' is a pickle under another name: it was not opened.", hint="Convert it to safetensors first."
             )

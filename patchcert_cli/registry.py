@@ -14,9 +14,9 @@ from patchcert_cli.errors import unknown
 Base = TypeVar("Base")
 
 
-def module_names(path: Iterable[str], *, but: str) -> list[str]:
-    """The modules of a package's ``__path__``, without the one that holds what they share."""
-    return sorted(module.name for module in pkgutil.iter_modules(path) if module.name != but)
+def module_names(path: Iterable[str], *, but: tuple[str, ...]) -> list[str]:
+    """The modules of a package's ``__path__``, without those that hold what they share."""
+    return sorted(module.name for module in pkgutil.iter_modules(path) if module.name not in but)
 
 
 def entry(kind: str, package: str, name: str, known: list[str]) -> ModuleType:

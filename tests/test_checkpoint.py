@@ -47,7 +47,7 @@ def test_weights_of_another_shape_or_name_are_refused(folder: Path) -> None:
     tensors = load_file(folder / files.WEIGHTS)
     for change, message in (
         ({"network.2.weight": torch.zeros(13, 784)}, r"shape \(13, 784\) instead of \(12, 784\)"),
-        ({"network.2.weight": torch.zeros(12, 784, dtype=torch.float16)}, "float16"),
+        ({"network.2.weight": torch.zeros(12, 784, dtype=torch.float64)}, "float64"),
         ({"extra": torch.zeros(1)}, "unexpected extra"),
     ):
         save_file({**tensors, **change}, folder / files.WEIGHTS)

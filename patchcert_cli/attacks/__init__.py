@@ -13,7 +13,7 @@ from patchcert_cli.threats import Threat
 
 def names() -> list[str]:
     """All attack names."""
-    return registry.module_names(__path__, but="base")
+    return registry.module_names(__path__, but=("base",))
 
 
 def by_name(name: str) -> type[Attack]:

@@ -19,7 +19,6 @@ import yaml
 from patchcert_cli.cards import page
 from patchcert_cli.cards.records import (
     CARD_RULES,
-    Count,
     File,
     Hub,
     Measured,
@@ -32,9 +31,9 @@ from patchcert_cli.cards.records import (
     Training,
     Validation,
 )
-from patchcert_cli.cards.schema import Rule, decode
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.files import CARD, CONFIG, WEIGHTS, sha256
+from patchcert_cli.schema import Count, Rule, decode
 from patchcert_cli.threats import parse_threat
 
 DEFAULT_LICENSE = "apache-2.0"

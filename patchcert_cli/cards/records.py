@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from patchcert_cli.cards.schema import Must, Rule
 from patchcert_cli.errors import PatchcertError
 from patchcert_cli.files import CONFIG, WEIGHTS, sha256
+from patchcert_cli.schema import Count, Must, NonNegative, Positive, Rule
 from patchcert_cli.threats import parse_threat
 
 STATUSES = ("measured", "trained", "recipe only", "unreliable")
@@ -50,9 +50,7 @@ Text = Annotated[str, Must(bool, "a text of one character or more")]
 Name = Annotated[str, Must(valid_name, "lower-case letters, digits, '-' and '.'")]
 ThreatText = Annotated[str, Must(_is_threat, "a threat such as patch:5x5 or sparse:10")]
 Date = Annotated[str, Must(_is_date, "a date such as 2026-01-31")]
-Count = Annotated[int, Must(lambda n: n >= 0, "0 or more")]
-Positive = Annotated[int, Must(lambda n: n >= 1, "1 or more")]
-Seconds = Annotated[float, Must(lambda s: s >= 0, "0 or more")]
+Seconds = NonNegative
 Share = Annotated[float, Must(lambda p: 0 <= p <= 1, "a fraction in [0, 1]")]
 Split = Annotated[str, _match(r"[a-z]+\[\d+\]", "a split and how many of its images, such as train[55000]")]
 Sha256 = Annotated[str, _match(r"[0-9a-f]{64}", "a sha256 of 64 hex digits")]

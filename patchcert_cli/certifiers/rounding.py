@@ -15,11 +15,9 @@ folded into the first layer, black pixels cost nothing.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -32,47 +30,6 @@ from patchcert_cli.certifiers.streams import open_stream
 from patchcert_cli.threats import Patch, Sparse, Threat
 
 UNIT = {torch.float32: SINGLE, torch.float64: 2.0**-53}
-
-
-@contextlib.contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """Switch off everything that computes in less than the tensors' own precision (TF32, bfloat16 products, autocast)."""
-    switches = _precision_switches()
-    before = [getattr(owner, name) for owner, name, _ in switches]
-    try:
-        for owner, name, exact in switches:
-            setattr(owner, name, exact)
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        for (owner, name, _), value in zip(switches, before, strict=True):
-            setattr(owner, name, value)
-
-
-def _precision_switches() -> list[tuple[Any, str, Any]]:
-    """``(owner, attribute, exact value)`` of torch's precision flags, in whichever of its two interfaces this process uses."""
-    backends: Any = torch.backends
-    legacy = [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
-    try:
-        for owner, name, _ in legacy:
-            getattr(owner, name)
-        torch.get_float32_matmul_precision()
-    except RuntimeError:  # the newer interface has been used, and torch refuses to mix them
-        owners = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv]
-        return [(owner, "fp32_precision", "ieee") for owner in owners]
-    return [(_MatmulPrecision(), "value", "highest"), *legacy]
-
-
-class _MatmulPrecision:
-    """torch's process-wide matmul precision as an attribute."""
-
-    @property
-    def value(self) -> str:
-        return torch.get_float32_matmul_precision()
-
-    @value.setter
-    def value(self, precision: str) -> None:
-        torch.set_float32_matmul_precision(precision)
 
 
 @torch.no_grad()

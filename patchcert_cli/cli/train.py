@@ -45,15 +45,10 @@ RECIPE_FIELDS = (  # options that go into the recipe under their own name
     "epochs",
     "batch_size",
     "learning_rate",
-    "natural_epochs",
-    "ramp_epochs",
-    "decay",
-    "decay_every",
-    "locations",
-    "natural",
-    "bounded_epochs",
-    "bounded_natural",
-    "bounded_shift",
+    "optimizer",
+    "weight_decay",
+    "precision",
+    "stored",
     "validation",
     "seed",
 )
@@ -71,31 +66,25 @@ def train(
     recipe: RecipeOption = None,
     dataset: Annotated[str | None, _recipe_option("--dataset", "Data set; mnist unless the recipe says otherwise.")] = None,
     defense: Annotated[str | None, _recipe_option("--defense", "Defense to train.")] = None,
-    network: Annotated[str | None, _recipe_option("--network", "Network: mlp or cnn.")] = None,
-    hidden: Annotated[
-        str | None, _recipe_option("--hidden", "Widths of the hidden dense layers, for example 255 or 512,256.")
+    network: Annotated[
+        str | None, _recipe_option("--network", "Network; the defense's own unless the recipe says otherwise.")
+    ] = None,
+    network_option: Annotated[
+        list[str] | None,
+        _recipe_option("--network-option", "NAME=VALUE for the network, for example hidden=512,256; repeatable."),
     ] = None,
     epochs: Annotated[int | None, _recipe_option("--epochs", "Passes over the training images.")] = None,
     batch_size: Annotated[int | None, _recipe_option("--batch-size", "Images per step.")] = None,
-    learning_rate: Annotated[float | None, _recipe_option("--learning-rate", "Adam's learning rate before it decays.")] = None,
-    natural_epochs: Annotated[int | None, _recipe_option("--natural-epochs", "First epochs, with the clean loss only.")] = None,
-    ramp_epochs: Annotated[
-        int | None, _recipe_option("--ramp-epochs", "Epochs over which the attacker grows to full strength.")
+    learning_rate: Annotated[float | None, _recipe_option("--learning-rate", "The highest learning rate.")] = None,
+    optimizer: Annotated[str | None, _recipe_option("--optimizer", "adam, adamw or sgd.")] = None,
+    weight_decay: Annotated[float | None, _recipe_option("--weight-decay", "Weight decay.")] = None,
+    precision: Annotated[str | None, _recipe_option("--precision", "float32, or bfloat16 for autocast while it trains.")] = None,
+    stored: Annotated[
+        str | None, _recipe_option("--stored", "What finished weights are rounded to: float32, float16 or bfloat16.")
     ] = None,
-    decay: Annotated[str | None, _recipe_option("--decay", "Learning rate after the ramp: cosine or step.")] = None,
-    decay_every: Annotated[int | None, _recipe_option("--decay-every", "Epochs between halvings with --decay step.")] = None,
-    locations: Annotated[
-        int | None, _recipe_option("--locations", "0: the exact worst location; N: N random locations per image.")
-    ] = None,
-    natural: Annotated[float | None, _recipe_option("--natural", "Weight of the clean loss after the ramp, in [0, 1).")] = None,
-    bounded_epochs: Annotated[
-        int | None, _recipe_option("--bounded-epochs", "Last epochs, in which an image's loss is bounded.")
-    ] = None,
-    bounded_natural: Annotated[
-        float | None, _recipe_option("--bounded-natural", "Weight of the clean loss in those epochs, in [0, 1).")
-    ] = None,
-    bounded_shift: Annotated[
-        int | None, _recipe_option("--bounded-shift", "Largest random translation in those epochs, in pixels.")
+    option: Annotated[
+        list[str] | None,
+        _recipe_option("--option", "NAME=VALUE of the defense's own training; repeatable. --dry-run lists them."),
     ] = None,
     validation: Annotated[int | None, _recipe_option("--validation", "Training images held out.")] = None,
     seed: Annotated[int | None, _recipe_option("--seed", "Seed of everything random.")] = None,
@@ -110,8 +99,6 @@ def train(
     """Train a certified defense; the run folder has the shape of a zoo folder, and the same command resumes a stopped run."""
     chosen = threat_from(threat=threat, patch=patch, k=k, unit=unit)
     given: dict[str, Any] = {name: value for name, value in locals().items() if name in RECIPE_FIELDS and value is not None}
-    if hidden is not None:
-        given["network_options"] = {"hidden": _widths(hidden)}
     if recipe is not None and chosen is not None:
         given["threat"] = str(chosen)
 
@@ -120,12 +107,14 @@ def train(
     from patchcert_cli.training import session
 
     if recipe is not None:
-        made = replace(session.recipe_of(recipe), **given)
+        start = session.recipe_of(recipe)
     elif chosen is not None:
-        made = replace(recipes.for_threat(chosen), **given)
+        start = recipes.for_threat(chosen, defense or "ibp")
     else:
         raise UsageError("no threat model given;", hint="use --patch 5, or --threat sparse --k 10, or --recipe NAME.")
-    made = made.validate().fitted()
+    given["network_options"] = start.network_options | _pairs(network_option, "--network-option")
+    given["options"] = start.options | _pairs(option, "--option")
+    made = replace(start, **given).validate().fitted()
     folder = out or Path("runs") / made.name
     if dry_run:
         value = {**made.to_dict(), "out": str(folder)}
@@ -145,11 +134,14 @@ def train(
     show.result(report.train_rows(found), found, json)
 
 
-def _widths(text: str) -> list[int]:
-    try:
-        widths = [int(part) for part in text.split(",")]
-    except ValueError:
-        widths = []
-    if not widths or min(widths) < 1:
-        raise UsageError(f"invalid widths '{text}':", hint="use whole numbers with commas, for example 255 or 512,256.")
-    return widths
+def _pairs(texts: list[str] | None, flag: str) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` texts."""
+    from patchcert_cli.training.recipe import read
+
+    pairs = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise UsageError(f"{flag} '{text}' cannot be read;", hint=f"use NAME=VALUE, for example {flag} epochs=3.")
+        pairs[name.replace("-", "_")] = read(value)
+    return pairs

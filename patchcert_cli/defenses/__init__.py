@@ -1,4 +1,4 @@
-"""Defenses by name: each module of this folder but ``base`` is one, and its file name is its name everywhere."""
+"""Defenses by name: each module of this folder but ``base`` and ``evidence`` is one, and its file name is its name everywhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from patchcert_cli.defenses.base import Defense
 
 def names() -> list[str]:
     """All defense names."""
-    return registry.module_names(__path__, but="base")
+    return registry.module_names(__path__, but=("base", "evidence"))
 
 
 def by_name(name: str) -> type[Defense]:

@@ -6,7 +6,7 @@ Shapes: B images, C channels, H x W pixels, K classes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,8 +14,37 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.errors import DataError
+from patchcert_cli.errors import DataError, UsageError
 from patchcert_cli.threats import Threat
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of training images: mirrored left to right with probability 1/2, and moved by up to ``shift`` pixels."""
+
+    flip: bool = False
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a defense is trained, besides what every run has; each defense names its own subclass.
+
+    Limits of single fields stand in their annotations, as :mod:`patchcert_cli.schema` reads them.
+    """
+
+    def fitted(self, epochs: int) -> Options:
+        """These options with phases shortened where a run is too short for them."""
+        return self
+
+    def rate(self, progress: float, epochs: int) -> float:
+        """Share of the peak learning rate after ``progress`` of ``epochs`` epochs: a short climb, then linearly to zero."""
+        at = progress / epochs
+        return min(at / 0.1, 1.0, (1 - at) / 0.9) + 1e-3
+
+    def augment(self, progress: float, epochs: int) -> Augment:
+        """What is done to training images after ``progress`` epochs."""
+        return Augment()
 
 
 @dataclass(frozen=True)
@@ -24,29 +53,44 @@ class TrainingStep:
 
     Attributes:
         threat: the threat model to train against.
-        epsilon: fraction of the way to 0 or 1 that touched entries may move, ramped from 0 to 1.
-        locations: 0 for every location of a patch, else the number of random locations per image.
-        natural: weight of the clean cross-entropy in [0, 1].
-        bounded: whether the loss of an image is bounded, as the certified error is.
+        options: the defense's own :class:`Options`.
+        progress: epochs done; a fraction inside an epoch counts.
+        epochs: epochs of the whole run.
         generator: source of all randomness, on the CPU.
     """
 
     threat: Threat
-    epsilon: float
-    locations: int
-    natural: float
-    bounded: bool
+    options: Options
+    progress: float
+    epochs: int
     generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is to be certified: a threat model, and the name of a proof, by default the defense's best."""
+
+    threat: Threat
+    method: str | None = None
 
 
 class Defense(nn.Module, ABC):
     """A classifier whose answer can be certified.
 
     ``predict`` and ``certify`` are about the same function: the certificate's ``prediction`` is what ``predict`` returns, and a
-    certified image keeps that answer under every change that the threat allows. ``source`` names the paper it comes from.
+    certified image keeps that answer under every change that the threat allows.
+
+    Attributes:
+        source: the paper it comes from.
+        methods: names of its proofs, the best one first.
+        options: how it is trained.
+        default_network: the network that it is trained with unless told otherwise.
     """
 
     source: ClassVar[str] = ""
+    methods: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[type[Options]] = Options
+    default_network: ClassVar[str] = ""
 
     def __init__(self, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
         super().__init__()
@@ -72,13 +116,37 @@ class Defense(nn.Module, ABC):
         """[B, C, H, W] in [0, 1] -> int64 [B], the deployed answer; it depends on neither threat nor label."""
 
     @abstractmethod
-    def certify(self, x: Tensor, threat: Threat) -> Certificate:
-        """Prove, image by image, that no change allowed by ``threat`` alters ``predict(x)``.
+    def certify_each(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
+        """Prove, image by image and claim by claim, that no change allowed by the threat alters ``predict(x)``.
 
         Raises:
-            UnsupportedThreat: the defense has no proof for this threat model.
-            UsageError: the threat does not fit the image.
+            UnsupportedThreat: the defense has no proof for a threat model.
+            UsageError: a threat does not fit the image, or the defense has no proof of a claim's method.
         """
+
+    def certify(self, x: Tensor, threat: Threat, method: str | None = None) -> Certificate:
+        """One claim; see :meth:`certify_each`."""
+        return self.certify_each(x, [Claim(threat, method)])[0]
+
+    def check_method(self, method: str | None) -> None:
+        """Raise :class:`UsageError` unless the defense has a proof of this name."""
+        if method is not None and method not in self.methods:
+            raise UsageError(f"this defense has no proof '{method}';", hint=f"allowed: {', '.join(self.methods)}.")
+
+    def remark(self, threat: Threat) -> str:
+        """What a user should know about this threat model besides the numbers, in one line; may be empty."""
+        return ""
+
+    def margin_map(self, x: Tensor, patch: Threat) -> Tensor:
+        """The margin at every location of a patch, float64 [B, P, Q]: positive where the patch cannot do harm.
+
+        Raises:
+            UsageError: the defense has no margins by location, or the threat is not a patch.
+        """
+        raise UsageError("this defense has no margins by location;", hint="--map is for bagcert and smoothing models.")
+
+    def finish(self, x: Tensor) -> None:
+        """Fit what training leaves open to some training images [B, C, H, W], before validation and before saving."""
 
     @abstractmethod
     def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:

@@ -9,6 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchcert_cli.defenses.base import Augment
+
+
+def apply(x: Tensor, how: Augment, generator: torch.Generator) -> Tensor:
+    """What ``how`` says, image by image: [B, C, H, W] -> [B, C, H, W]."""
+    return shift(flip(x, generator) if how.flip else x, how.shift, generator)
+
+
+def flip(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror each image [B, C, H, W] left to right with probability 1/2."""
+    mirrored = (torch.rand(len(x), generator=generator) < 0.5).to(x.device)
+    return torch.where(mirrored[:, None, None, None], x.flip(3), x)
+
 
 def shift(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
     """Move each image [B, C, H, W] by up to ``most`` pixels along both axes; what comes in from outside is 0.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from patchcert_cli import data, defenses, models
+from patchcert_cli import data, defenses, models, schema
+from patchcert_cli.defenses.base import Options
 from patchcert_cli.errors import PatchcertError, UsageError
 from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+PRECISIONS = ("float32", "bfloat16")
+STORED = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -19,43 +24,35 @@ class Recipe:
         threat: threat model to train against, for example ``patch:5x5`` or ``sparse:10``.
         dataset: data set name.
         defense: defense name.
-        network: network name.
+        network: network name; empty for the defense's default.
         network_options: keywords of the network's ``build`` besides shapes and normalization.
         epochs: passes over the training images.
         batch_size: images per step.
-        learning_rate: Adam's, until the ramp is over.
-        natural_epochs: first epochs, with the clean loss only.
-        ramp_epochs: epochs over which the attacker grows from nothing to full strength.
-        decay: ``cosine`` (to zero at the end) or ``step`` (halved every ``decay_every`` epochs), after the ramp.
-        decay_every: epochs between halvings for ``decay=step``.
-        locations: 0 trains on the exact worst location, otherwise on this many random ones per image.
-        natural: weight of the clean cross-entropy once the ramp is over, in [0, 1).
-        bounded_epochs: last epochs, in which an image's loss is bounded; the learning rate restarts at half.
-        bounded_natural: weight of the clean cross-entropy in them, in [0, 1).
-        bounded_shift: pixels by which an image is moved at random in them, at most; against memorizing.
+        learning_rate: the highest; its course is the defense's.
+        optimizer: ``adam``, ``adamw`` or ``sgd`` (Nesterov momentum 0.9).
+        weight_decay: of every parameter.
+        precision: what the network computes in while it trains; ``bfloat16`` means autocast.
+        stored: what the weights of the finished model are rounded to; it is validated and certified as stored.
         validation: training images held out.
-        seed: of weights, held-out images, order of images and random locations.
+        seed: of weights, held-out images, order of images and all else that is random.
+        options: the defense's own, see its ``Options``; those left out have their defaults.
     """
 
     threat: str
     dataset: str = "mnist"
     defense: str = "ibp"
-    network: str = "mlp"
-    network_options: dict[str, Any] = field(default_factory=lambda: {"hidden": [255]})
+    network: str = ""
+    network_options: dict[str, Any] = field(default_factory=dict)
     epochs: int = 80
     batch_size: int = 256
     learning_rate: float = 1e-3
-    natural_epochs: int = 1
-    ramp_epochs: int = 15
-    decay: str = "cosine"
-    decay_every: int = 10
-    locations: int = 0
-    natural: float = 0.0
-    bounded_epochs: int = 20
-    bounded_natural: float = 0.1
-    bounded_shift: int = 0
+    optimizer: str = "adam"
+    weight_decay: float = 0.0
+    precision: str = "float32"
+    stored: str = "float32"
     validation: int = 5000
     seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def threat_model(self) -> Threat:
@@ -63,12 +60,12 @@ class Recipe:
         return parse_threat(self.threat)
 
     def validate(self) -> Recipe:
-        """This recipe, or one :class:`UsageError` that lists everything wrong with it."""
+        """This recipe with every default filled in, or one :class:`UsageError` that lists everything wrong with it."""
         problems: list[str] = []
 
-        def attempt(action: Any) -> None:
+        def attempt(action: Any) -> Any:
             try:
-                action()
+                return action()
             except PatchcertError as problem:
                 problems.append(str(problem))
 
@@ -78,61 +75,39 @@ class Recipe:
             attempt(lambda: self.threat_model.check(height, width, channels))
         else:
             attempt(lambda: self.threat_model)
-        attempt(lambda: defenses.by_name(self.defense))
-        if self.network not in models.names():
-            problems.append(f"no network '{self.network}'; known: {', '.join(models.names())}.")
-        least = dict.fromkeys(("epochs", "batch_size", "decay_every", "validation"), 1)
-        least |= dict.fromkeys(("natural_epochs", "ramp_epochs", "locations", "bounded_epochs", "bounded_shift", "seed"), 0)
-        given = self.to_dict()
+        defense = attempt(lambda: defenses.by_name(self.defense))
+        network = self.network or (defense.default_network if defense else "")
+        if network not in models.names():
+            problems.append(f"no network '{network}'; known: {', '.join(models.names())}.")
+        given = asdict(self)
+        least = {"epochs": 1, "batch_size": 1, "validation": 1, "seed": 0, "weight_decay": 0}
         problems += [f"{name} {given[name]} must be {low} or more." for name, low in least.items() if given[name] < low]
         if not 0 < self.learning_rate <= 1:
             problems.append(f"learning_rate {self.learning_rate} must be in (0, 1].")
-        problems += [
-            f"{name} {given[name]} must be in [0, 1)." for name in ("natural", "bounded_natural") if not 0 <= given[name] < 1
-        ]
-        if self.decay not in ("cosine", "step"):
-            problems.append(f"decay '{self.decay}' must be cosine or step.")
+        for name, allowed in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS), ("stored", STORED)):
+            if given[name] not in allowed:
+                problems.append(f"{name} '{given[name]}' must be one of {', '.join(allowed)}.")
+        options = attempt(lambda: _options(defense.options, self.options, self.defense)) if defense else None
         if problems:
             raise UsageError(" ".join(problems))
-        return self
+        assert options is not None
+        return replace(self, network=network, options=asdict(options))
+
+    @property
+    def training(self) -> Options:
+        """The defense's own options."""
+        return _options(defenses.by_name(self.defense).options, self.options, self.defense)
 
     def fitted(self) -> Recipe:
-        """With its phases shortened to a third each if the run is too short for them, as one of 3 epochs would be."""
-        if self.natural_epochs + self.ramp_epochs + self.bounded_epochs < self.epochs:
-            return self
-        third = self.epochs // 3
-        return replace(self, natural_epochs=0, ramp_epochs=third, bounded_epochs=min(self.bounded_epochs, third))
-
-    def epsilon(self, progress: float) -> float:
-        """Strength of the attacker at ``progress`` epochs (a fraction inside an epoch counts): 0 to 1."""
-        if progress < self.natural_epochs:
-            return 0.0
-        if self.ramp_epochs == 0:
-            return 1.0
-        return min(1.0, (progress - self.natural_epochs) / self.ramp_epochs)
-
-    def bounded(self, progress: float) -> bool:
-        """Whether ``progress`` epochs lie in the phase of the bounded loss."""
-        return progress >= self.epochs - self.bounded_epochs
-
-    def rate(self, progress: float) -> float:
-        """Learning rate at ``progress`` epochs: constant until the ramp is over, then falling; again in the bounded phase."""
-        turn = self.epochs - self.bounded_epochs
-        if progress < turn or not self.bounded_epochs:
-            peak, start, end = self.learning_rate, self.natural_epochs + self.ramp_epochs, turn
-        else:
-            peak, start, end = self.learning_rate / 2, turn, self.epochs
-        after = max(0.0, progress - start)
-        if self.decay == "step":
-            return float(peak * 0.5 ** int(after // self.decay_every))
-        return peak * (1 + math.cos(math.pi * after / max(end - start, 1))) / 2
+        """With phases shortened where the run is too short for them."""
+        return replace(self, options=asdict(self.training.fitted(self.epochs)))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON and YAML."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """Inverse of :meth:`to_dict`; unknown keys are refused."""
         known = {item.name for item in fields(cls)}
         strange = sorted(set(values) - known)
@@ -142,7 +117,7 @@ class Recipe:
 
     def config(self) -> dict[str, Any]:
         """The ``config.json`` of the defense that this recipe trains."""
-        facts = data.info(self.dataset)
+        ready, facts = self.validate(), data.info(self.dataset)
         options = {**self.network_options, "mean": list(facts.mean), "std": list(facts.std)}
         return {
             "format": 1,
@@ -151,8 +126,9 @@ class Recipe:
             "threat": self.threat,
             "input_shape": list(facts.shape),
             "classes": list(facts.classes),
-            "network": {"name": self.network, "options": options},
-            "recipe": self.to_dict(),
+            "network": {"name": ready.network, "options": options},
+            "options": ready.options,
+            "recipe": ready.to_dict(),
         }
 
     @property
@@ -169,25 +145,62 @@ class Recipe:
 
     @property
     def command(self) -> str:
-        """The ``patchcert train`` command that makes this very recipe: what differs from the threat's default is spelled out."""
+        """The ``patchcert train`` command that makes this very recipe: what differs from the defaults is spelled out."""
         threat = self.threat_model
         if isinstance(threat, Sparse):
-            words = f"--threat sparse --k {threat.k}" + (" --unit value" if threat.unit == "value" else "")
+            words = [f"--threat sparse --k {threat.k}"] + (["--unit value"] if threat.unit == "value" else [])
         else:
             shape = str(threat).removeprefix("patch:")
             square = isinstance(threat, Patch) and threat.height == threat.width
-            words = f"--threat patch --patch {shape.split('x')[0] if square else shape}"
-        default = for_threat(threat).to_dict()
-        for name, value in self.to_dict().items():
-            if name != "threat" and value != default[name]:
-                flag = "hidden" if name == "network_options" else name.replace("_", "-")
-                text = ",".join(map(str, value["hidden"])) if name == "network_options" else str(value)
-                words += f" --{flag} {text}"
-        return f"patchcert train {words}"
+            words = [f"--threat patch --patch {shape.split('x')[0] if square else shape}"]
+        given, default = self.validate().to_dict(), for_threat(threat, self.defense).validate().to_dict()
+        if self.defense != for_threat(threat).defense:
+            words.append(f"--defense {self.defense}")
+        for name, value in given.items():
+            flag = {"network_options": "network-option", "options": "option"}.get(name)
+            if flag:
+                words += [f"--{flag} {key}={written(item)}" for key, item in value.items() if default[name].get(key) != item]
+            elif name not in ("threat", "defense") and value != default[name]:
+                words.append(f"--{name.replace('_', '-')} {value}")
+        return " ".join(["patchcert train", *words])
 
 
-def for_threat(threat: Threat) -> Recipe:
-    """The recipe that trains for this threat model unless told otherwise."""
+def _options(kind: type[Options], values: Mapping[str, Any], defense: str) -> Options:
+    problems: list[str] = []
+    made = schema.decode(kind, values, "", problems)
+    if problems:
+        known = ", ".join(item.name for item in fields(kind)) or "none"
+        raise UsageError(f"training options of {defense}: {'; '.join(problems)};", hint=f"known: {known}.")
+    assert isinstance(made, Options)
+    return made
+
+
+def written(value: Any) -> str:
+    """A value as it is typed after ``--option name=``; :func:`read` is its inverse."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def read(text: str) -> Any:
+    """A typed value: numbers, ``True`` and ``False``, lists with commas, else text."""
+    if "," in text:
+        return [read(part) for part in text.split(",") if part]
+    if text in ("True", "False"):
+        return text == "True"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def for_threat(threat: Threat, defense: str = "ibp") -> Recipe:
+    """The recipe that trains ``defense`` for this threat model unless told otherwise."""
+    if defense != "ibp":
+        return Recipe(
+            str(threat), "cifar10", defense, precision="bfloat16", optimizer="adamw", weight_decay=1e-4, stored="float16"
+        )
     if isinstance(threat, Sparse):
-        return Recipe(str(threat), network_options={"hidden": [512]}, epochs=32, ramp_epochs=8, bounded_epochs=12)
-    return Recipe(str(threat))
+        options = {"ramp_epochs": 8, "bounded_epochs": 12}
+        return Recipe(str(threat), network_options={"hidden": [512]}, epochs=32, options=options)
+    return Recipe(str(threat), network_options={"hidden": [255]})

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from patchcert_cli.certifiers import intervals, rounding, streams
 from patchcert_cli.errors import UnsupportedThreat, UsageError
+from patchcert_cli.exact import exact_arithmetic
 from patchcert_cli.threats import Patch, PatchPercent, Sparse, parse_threat
 
 from . import reference
@@ -190,7 +191,7 @@ def test_precision_settings_are_restored() -> None:
     inside = []
 
     def work() -> None:
-        with rounding.exact_arithmetic():
+        with exact_arithmetic():
             inside.append(torch.get_float32_matmul_precision())
             raise ZeroDivisionError
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from patchcert_cli.certifiers import intervals, rounding
 from patchcert_cli.defenses.base import TrainingStep
-from patchcert_cli.defenses.ibp import IntervalDefense
+from patchcert_cli.defenses.ibp import IntervalDefense, IntervalOptions
 from patchcert_cli.threats import Patch, Sparse, Threat
 
 CONFIG = {
@@ -32,7 +34,8 @@ def batch(count: int = 7, classes: int = 5) -> tuple[Tensor, Tensor]:
 
 
 def step(threat: Threat, *, epsilon: float = 1.0, locations: int = 0, natural: float = 0.0, seed: int = 0) -> TrainingStep:
-    return TrainingStep(threat, epsilon, locations, natural, False, torch.Generator().manual_seed(seed))
+    options = IntervalOptions(natural_epochs=0, ramp_epochs=10, bounded_epochs=0, locations=locations, natural=natural)
+    return TrainingStep(threat, options, 10 * epsilon, 20, torch.Generator().manual_seed(seed))
 
 
 def margins_by_location(defense: IntervalDefense, x: Tensor, label: Tensor, side: int, epsilon: float) -> Tensor:
@@ -83,7 +86,7 @@ def test_the_bounded_loss_is_one_minus_the_worst_case_probability() -> None:
     defense = build()
     x, label = batch()
     plain = step(Patch(2, 2))
-    bounded = TrainingStep(plain.threat, 1.0, 0, 0.0, True, plain.generator)
+    bounded = replace(plain, options=IntervalOptions(natural_epochs=0, ramp_epochs=0, bounded_natural=0.0))
     margins = margins_by_location(defense, x, label, 2, 1.0).amin(dim=0)
     right = (-margins).softmax(dim=1).gather(1, label[:, None])
     assert float(defense.training_loss(x, label, bounded).detach()) == pytest.approx(float(1 - right.mean().detach()), rel=1e-5)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from patchcert_cli import cards, checkpoint, data, files
+from patchcert_cli.defenses.ibp import IntervalOptions
 from patchcert_cli.errors import DataError, Interrupted, UsageError
 from patchcert_cli.threats import Sparse, parse_threat
 from patchcert_cli.training import loop, session
@@ -22,10 +23,8 @@ TINY = Recipe(
     network_options={"hidden": [12]},
     epochs=3,
     batch_size=50,
-    natural_epochs=0,
-    ramp_epochs=1,
-    bounded_epochs=1,
     validation=100,
+    options={"natural_epochs": 0, "ramp_epochs": 1, "bounded_epochs": 1},
 )
 
 
@@ -112,9 +111,8 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("threat", ["patch:3x3", "sparse:4"])
 @pytest.mark.parametrize("locations", [0, 5])
 def test_training_raises_certified_accuracy(tmp_path: Path, threat: str, locations: int) -> None:
-    recipe = replace(
-        TINY, threat=threat, network_options={"hidden": [32]}, epochs=6, batch_size=40, ramp_epochs=2, locations=locations
-    )
+    options = {**TINY.options, "ramp_epochs": 2, "locations": locations}
+    recipe = replace(TINY, threat=threat, network_options={"hidden": [32]}, epochs=6, batch_size=40, options=options).validate()
     made = loop.train(recipe, images(1100), tmp_path / "run")
     with torch.random.fork_rng():
         torch.manual_seed(9)
@@ -126,28 +124,30 @@ def test_training_raises_certified_accuracy(tmp_path: Path, threat: str, locatio
 
 def test_recipes_name_everything_wrong_at_once_and_spell_out_their_command() -> None:
     with pytest.raises(UsageError) as caught:
-        Recipe("patch:40x40", epochs=0, network="transformer", natural=1.5, decay="never").validate()
+        Recipe("patch:40x40", epochs=0, network="transformer", options={"natural": 1.5, "decay": "never"}).validate()
     for word in ("40x40", "epochs", "transformer", "natural", "never"):
         assert word in str(caught.value)
     assert for_threat(Sparse(10)).command == "patchcert train --threat sparse --k 10"
-    recipe = replace(Recipe("patch:3x7"), epochs=99, network_options={"hidden": [40, 20]})
-    assert recipe.command == "patchcert train --threat patch --patch 3x7 --hidden 40,20 --epochs 99"
+    recipe = replace(Recipe("patch:3x7"), epochs=99, network_options={"hidden": [40, 20]}, options={"decay": "step"})
+    words = "--network-option hidden=40,20 --epochs 99 --option decay=step"
+    assert recipe.command == f"patchcert train --threat patch --patch 3x7 {words}"
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     with pytest.raises(UsageError, match="unknown recipe entries: colour"):
         Recipe.from_dict({"threat": "patch:5x5", "colour": "red"})
 
 
 def test_the_attacker_grows_and_the_learning_rate_falls() -> None:
-    recipe = Recipe("patch:5x5", epochs=60, natural_epochs=1, ramp_epochs=15, bounded_epochs=20)
-    strengths = [recipe.epsilon(progress / 4) for progress in range(241)]
+    options = IntervalOptions(natural_epochs=1, ramp_epochs=15, bounded_epochs=20)
+    strengths = [options.epsilon(progress / 4) for progress in range(241)]
     assert strengths == sorted(strengths)
     assert strengths[0] == 0 and strengths[4 * 16] == 1 == strengths[-1]
-    rates = [recipe.rate(progress / 4) for progress in range(241)]
+    rates = [options.rate(progress / 4, 60) for progress in range(241)]
     first, last = rates[:160], rates[160:]
     assert first == sorted(first, reverse=True) and last == sorted(last, reverse=True)
-    assert (rates[0], rates[160]) == (1e-3, 5e-4) and rates[-1] == pytest.approx(0, abs=1e-12)
-    assert [recipe.bounded(progress) for progress in (0, 39.9, 40, 59.9)] == [False, False, True, True]
-    short = Recipe("patch:5x5", epochs=3).fitted()
+    assert (rates[0], rates[160]) == (1.0, 0.5) and rates[-1] == pytest.approx(0, abs=1e-12)
+    assert [options.bounded(progress, 60) for progress in (0, 39.9, 40, 59.9)] == [False, False, True, True]
+    short = Recipe("patch:5x5", epochs=3).fitted().training
+    assert isinstance(short, IntervalOptions)
     assert (short.natural_epochs, short.ramp_epochs, short.bounded_epochs) == (0, 1, 1)
 
 
@@ -158,7 +158,7 @@ def test_a_session_leaves_a_folder_with_a_valid_card(tmp_path: Path, monkeypatch
     card = cards.Card.read(tmp_path / "small")
     assert card.verify(tmp_path / "small") == found["model_sha256"]
     assert (card.threat, card.network, card.status) == ("patch:5x5", "MLP 784-12-10", "trained")
-    assert session.recipe_of(str(tmp_path / "small")) == replace(TINY, epochs=1)
+    assert session.recipe_of(str(tmp_path / "small")) == replace(TINY, epochs=1).validate()
     assert parse_threat(str(found["threat"])).budget == 1
 
 

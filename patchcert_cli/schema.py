@@ -25,6 +25,12 @@ class Must:
     expected: str
 
 
+Count = Annotated[int, Must(lambda n: n >= 0, "0 or more")]
+Positive = Annotated[int, Must(lambda n: n >= 1, "1 or more")]
+Fraction = Annotated[float, Must(lambda p: 0 <= p < 1, "in [0, 1)")]
+NonNegative = Annotated[float, Must(lambda v: v >= 0, "0 or more")]
+
+
 def decode(kind: Any, value: Any, at: str, problems: list[str]) -> Any:
     """``value`` as ``kind``; what is wrong is appended to ``problems``, and the result then means nothing."""
     origin, arguments = get_origin(kind), get_args(kind)
@@ -78,7 +84,7 @@ def _scalar(kind: type, value: Any, at: str, problems: list[str]) -> Any:
 
 def _record(kind: Any, value: Any, at: str, problems: list[str]) -> Any:
     if not isinstance(value, Mapping):
-        problems.append(f"{at or 'the card'} is {_shown(value)}, not a table")
+        problems.append(f"{at or 'the whole'} is {_shown(value)}, not a table")
         return None
     prefix, before = f"{at}." if at else "", len(problems)
     hints, known = get_type_hints(kind, include_extras=True), {item.name: item for item in fields(kind)}

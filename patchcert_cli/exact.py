@@ -1,0 +1,246 @@
+"""Convolutional networks that compute without rounding error.
+
+Votes are decided by signs and by which of two numbers is larger. If the numbers carried rounding errors, a pixel far from a
+cell could flip it: fast convolutions mix neighbours, and batch sizes change the order of sums. So a network is *frozen* before
+it is deployed: weights and activations become multiples of powers of two, few enough bits that no sum is ever rounded.
+
+**Theorem.** Let every input v_i of a sum ``b + sum_i w_i v_i`` be an integer multiple of 2^e, every w_i of 2^a, b of 2^(a+e), and
+let ``|b| + sum_i |w_i| V <= 2^p * 2^(a+e)`` where ``|v_i| <= V`` and p is the number of significant bits of the floating-point
+type (24 or 53). Then floating-point evaluation in any order, with or without fused multiply-add, gives the exact value.
+Proof: each product and each partial sum is an integer multiple of 2^(a+e) of magnitude at most 2^p 2^(a+e); all of those are
+representable, and an operation whose exact result is representable is not rounded (IEEE 754).
+
+Hence the deployed function is the same on every device, in every batch, and a cell that sees no changed pixel does not change.
+
+Shapes: B images, C channels, H x W positions, O output channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchcert_cli.errors import IntegrityError
+
+BITS = {torch.float32: 24, torch.float64: 53}  # integers up to 2^p are exact
+SMALLEST = {torch.float32: -100, torch.float64: -900}  # exponents of weights that leave their products normal numbers
+ENOUGH = 6  # bits that a channel's largest weight needs, sign aside, for float32 to be chosen
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What is known of the values on a connection: multiples of ``2**exponent`` with magnitudes up to ``most``."""
+
+    exponent: int
+    most: float
+
+
+PIXELS = Wire(0, 255.0)  # pixels in [0, 1] become whole numbers 0 to 255; see :func:`to_steps`
+
+
+def to_steps(x: Tensor) -> Tensor:
+    """[0, 1] -> whole numbers 0 to 255, exact for 8-bit images; the deployed network sees nothing else."""
+    return (x * 255).round()
+
+
+class Grid(nn.Module):
+    """Where activations are put on a grid: steps of ``2**exponent``, at most ``2**bits - 1`` of them.
+
+    Until the network is frozen it lets values pass unchanged; :func:`observing` records how large they become.
+    """
+
+    exponent: Tensor
+    peak: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.register_buffer("exponent", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("peak", torch.zeros(()), persistent=False)
+        self.observing = False
+
+    def forward(self, v: Tensor) -> Tensor:
+        if self.observing:
+            self.peak.copy_(torch.maximum(self.peak, v.detach().abs().amax().to(self.peak)))
+        return v
+
+    def settle(self) -> None:
+        """The finest step that reaches what was observed."""
+        self.exponent.fill_(math.ceil(math.log2(max(float(self.peak), 2.0**-20) / (2**self.bits - 1))))
+
+    @property
+    def wire(self) -> Wire:
+        """What leaves the grid."""
+        step = int(self.exponent)
+        return Wire(step, math.ldexp(2**self.bits - 1, step))
+
+
+@contextlib.contextmanager
+def observing(network: nn.Module) -> Iterator[None]:
+    """Let every :class:`Grid` of a network see what passes, then fit its steps to it."""
+    grids = [layer for layer in network.modules() if isinstance(layer, Grid)]
+    for grid in grids:
+        grid.peak.zero_()
+        grid.observing = True
+    try:
+        yield
+    finally:
+        for grid in grids:
+            grid.observing = False
+    for grid in grids:
+        grid.settle()
+
+
+def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
+    """Weight [O, C, h, w] and bias [O], float64 on the CPU, of a convolution followed by a frozen batch norm."""
+    weight = convolution.weight.detach().double().cpu()
+    bias = weight.new_zeros(len(weight)) if convolution.bias is None else convolution.bias.detach().double().cpu()
+    if norm is None:
+        return weight, bias
+    mean, variance, gain, offset = (
+        cast(Tensor, part).detach().double().cpu() for part in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    )
+    scale = gain / torch.sqrt(variance + norm.eps)  # these operations are rounded alike on every machine
+    return weight * scale[:, None, None, None], (bias - mean) * scale + offset
+
+
+def absorb(weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a valid convolution of ``scale * v + shift`` (each [C]) as a convolution of v."""
+    moved = (weight * shift[:, None, None]).sum(dim=(1, 2, 3))
+    return weight * scale[:, None, None], bias + moved
+
+
+class Affine(nn.Module):
+    """An exact convolution, made by :func:`affine`."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor, like: nn.Conv2d) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.stride, self.padding, self.dilation = like.stride, like.padding, like.dilation
+
+    def forward(self, v: Tensor) -> Tensor:
+        # channels of at most 24 bits: the bias is part of the exact sum
+        return F.conv2d(v, self.weight, self.bias, self.stride, self.padding, self.dilation)
+
+
+def affine(
+    weight: Tensor, bias: Tensor, like: nn.Conv2d, wire: Wire, dtype: torch.dtype, *, beside: float = 0.0
+) -> tuple[Affine, int]:
+    """The nearest exact convolution, each output channel with as many bits as the theorem allows.
+
+    Args:
+        weight, bias: float64 [O, C, h, w] and [O].
+        like: stride, padding (zeros) and dilation.
+        wire: what comes in.
+        dtype: float32 or float64.
+        beside: largest magnitude of what will be added to the result before it is put on a grid.
+
+    Returns: the layer and the fewest bits, sign aside, that the largest weight of a channel got.
+    """
+    room = math.ldexp(1.0, BITS[dtype] - 1)  # half of what is exact: quantized weights may be larger than their originals
+    total = weight.abs().flatten(1).sum(dim=1) * wire.most + bias.abs() + beside  # [O]
+    power = torch.floor(torch.log2(room / total.clamp(min=2.0**-60)))  # the sum in units of 2^-power stays below the room
+    exponent = -(power + wire.exponent)  # of the weights: products are multiples of 2^-power
+    fine = torch.exp2(exponent)
+    quantized = torch.round(weight / fine[:, None, None, None]) * fine[:, None, None, None]
+    shifted = torch.round(bias * torch.exp2(power)) * torch.exp2(-power)
+    spent = (quantized.abs().flatten(1).sum(dim=1) * wire.most + shifted.abs() + beside) * torch.exp2(power)
+    if not bool((spent <= 2 * room).all()) or float(exponent.min()) < SMALLEST[dtype]:
+        raise IntegrityError("weights too far apart in size to compute with exactly;", hint="train the network again.")
+    largest = (quantized.abs().flatten(1).amax(dim=1) / fine).clamp(min=1)
+    useful = torch.where(weight.flatten(1).abs().sum(dim=1) > 0, torch.log2(largest), torch.inf)
+    return Affine(quantized.to(dtype), shifted.to(dtype), like), int(min(float(useful.min()), 53.0))
+
+
+class Freezable(Protocol):
+    """A network that can say what it is in whole steps."""
+
+    def freeze(self, precision: torch.dtype) -> tuple[nn.Module, int]:
+        """The exact network whose sums fit ``precision``, and the fewest bits that the largest weight of a channel got."""
+        ...
+
+
+def freeze(network: Freezable) -> nn.Module:
+    """The deployed form of a network: in float32 if that leaves its weights bits enough, else in float64.
+
+    Which of the two depends on the weights alone, so that the same function is deployed everywhere.
+    """
+    frozen, bits = network.freeze(torch.float32)
+    if bits < ENOUGH:
+        frozen, _ = network.freeze(torch.float64)
+    return frozen.eval().to(memory_format=torch.channels_last)
+
+
+def execution_type(frozen: nn.Module, device: torch.device) -> torch.dtype:
+    """What to compute a frozen network in: off the CPU float64, whose convolutions are plain sums of products everywhere."""
+    weight = next(iter(frozen.buffers()))
+    if device.type != "cpu" and weight.dtype != torch.float64:
+        frozen.double()
+        return torch.float64
+    return weight.dtype
+
+
+def onto(v: Tensor, grid: Grid | Wire) -> Tensor:
+    """Put non-negative values on a grid: the nearest step (ties to even), at most the highest."""
+    wire = grid.wire if isinstance(grid, Grid) else grid
+    step = math.ldexp(1.0, wire.exponent)
+    return (v / step).round_().clamp_(max=wire.most / step).mul_(step)
+
+
+@contextlib.contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Switch off everything that computes in less than the tensors' own precision (TF32, bfloat16 products, autocast).
+
+    Also switches off NNPACK, whose convolutions are not plain sums of products.
+    """
+    switches = _precision_switches()
+    before = [getattr(owner, name) for owner, name, _ in switches]
+    try:
+        for owner, name, exact in switches:
+            setattr(owner, name, exact)
+        with (
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+            torch.backends.nnpack.flags(enabled=False),
+        ):
+            yield
+    finally:
+        for (owner, name, _), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
+
+
+def _precision_switches() -> list[tuple[Any, str, Any]]:
+    """``(owner, attribute, exact value)`` of torch's precision flags, in whichever of its two interfaces this process uses."""
+    backends: Any = torch.backends
+    legacy = [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
+    try:
+        for owner, name, _ in legacy:
+            getattr(owner, name)
+        torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer interface has been used, and torch refuses to mix them
+        owners = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv]
+        return [(owner, "fp32_precision", "ieee") for owner in owners]
+    return [(_MatmulPrecision(), "value", "highest"), *legacy]
+
+
+class _MatmulPrecision:
+    """torch's process-wide matmul precision as an attribute."""
+
+    @property
+    def value(self) -> str:
+        return torch.get_float32_matmul_precision()
+
+    @value.setter
+    def value(self, precision: str) -> None:
+        torch.set_float32_matmul_precision(precision)
