@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import math
 import os
 import struct
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,26 +28,34 @@ DEFAULT_DIRECTORY = "data"
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of a data set without opening it; ``mean`` and ``std`` are per channel over its training images."""
+    """What is known of a data set without opening it.
+
+    Attributes:
+        mean, std: per channel over its training images.
+        test_images: how many its test split has.
+        bundled: how many of them, the first ones, come with the package.
+    """
 
     name: str
     shape: tuple[int, int, int]
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    bundled_test: bool = False
+    test_images: int = 10_000
+    bundled: int = 0
 
 
 DATASETS = {
     info.name: info
     for info in (
-        DatasetInfo("mnist", (1, 28, 28), tuple("0123456789"), (0.1307,), (0.3081,), bundled_test=True),
+        DatasetInfo("mnist", (1, 28, 28), tuple("0123456789"), (0.1307,), (0.3081,), bundled=10_000),
         DatasetInfo(
             "cifar10",
             (3, 32, 32),
             ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
             (0.4914, 0.4822, 0.4465),
             (0.2470, 0.2435, 0.2616),
+            bundled=1_000,
         ),
     )
 }
@@ -138,7 +148,8 @@ def load(name: str, split: str, *, data_dir: Path | None = None, download: bool 
         found = _torchvision(name, root, split, download=False) if (root / "cifar-10-batches-py").is_dir() else None
     if found is not None:
         return _checked(*found, facts, split, str(root))
-    if facts.bundled_test and split == "test":
+    whole = facts.bundled == facts.test_images
+    if facts.bundled and split == "test" and (whole or data_dir is None):  # a part never stands in for a folder that was named
         return _bundled(name)
     raise DataError(
         f"no {name} {split} data in '{root}' (set --data-dir or {ENVIRONMENT} to a folder in torchvision's layout).",
@@ -148,11 +159,25 @@ def load(name: str, split: str, *, data_dir: Path | None = None, download: bool 
 
 @cache
 def _bundled(name: str) -> Images:
-    folder = resources.files("patchcert_cli") / "samples"
-    pixels, labels = (
-        _idx(gzip.decompress((folder / f"{name}-test-{part}.idx.gz").read_bytes()), part) for part in ("images", "labels")
-    )
-    return _checked(pixels, labels, info(name), "test", "bundled")
+    folder, facts = resources.files("patchcert_cli") / "samples", info(name)
+    labels = _idx(gzip.decompress((folder / f"{name}-test-labels.idx.gz").read_bytes()), "labels")
+    grey = folder / f"{name}-test-images.idx.gz"
+    if facts.shape[0] == 1:
+        pixels = _idx(gzip.decompress(grey.read_bytes()), "images")
+    else:  # colour images, in rows on one sheet
+        sheet = pixels_of(io.BytesIO((folder / f"{name}-test-images.png").read_bytes()))  # [C, rows * H, columns * W]
+        _, height, width = facts.shape
+        pixels = sheet.unfold(1, height, height).unfold(2, width, width).permute(1, 2, 0, 3, 4).reshape(-1, *facts.shape)
+    return _checked(pixels, labels, facts, "test", "bundled")
+
+
+def pixels_of(file: Any) -> Tensor:
+    """The 8-bit pixels of a picture file, uint8 [C, H, W]."""
+    import numpy
+    from PIL import Image
+
+    with Image.open(file) as picture:
+        return torch.from_numpy(numpy.array(picture)).permute(2, 0, 1).contiguous()
 
 
 def _checked(pixels: Tensor, labels: Tensor, facts: DatasetInfo, split: str, source: str) -> Images:

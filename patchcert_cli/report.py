@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 Rows = list[tuple[str, str]]
+ANYWHERE = "anywhere in the image, any content in [0, 1]"
 
 
 def share(fraction: float, count: int, total: int) -> str:
@@ -13,20 +14,65 @@ def share(fraction: float, count: int, total: int) -> str:
 
 
 def certify_rows(result: dict[str, Any]) -> Rows:
-    """What a certify run found."""
-    low, high = result["certified_interval"]
-    counts, images = result["counts"], result["images"]
-    certified = share(result["certified_accuracy"], counts["certified"], images)
-    return [
-        ("model", f"{result['model']} ({result['defense']}, {result['model_source']}, sha256 {result['model_sha256'][:12]})"),
+    """What a certify run found, claim by claim."""
+    counts, images, claims = result["counts"], result["images"], claim_list(result)
+    rows = [
+        ("model", _model(result)),
         ("data", _data(result)),
-        ("threat", f"{result['threat']}, anywhere in the image, any content in [0, 1]"),
         ("clean", share(result["clean_accuracy"], counts["clean"], images)),
-        ("certified", f"{certified}, 95 % interval {100 * low:.2f} to {100 * high:.2f} %"),
-        ("guarantee", f"{result['guarantee']} by {result['method']} bounds"),
-        ("time", _time(result)),
-        ("records", str(result["records"])),
     ]
+    if len(claims) == 1:
+        rows.insert(2, ("threat", f"{result['threat']}, {ANYWHERE}"))
+        rows += [("certified", _certified(claims[0])), ("guarantee", f"{claims[0]['guarantee']} by {claims[0]['method']} bounds")]
+    else:
+        rows.append(("guarantee", f"{claims[0]['guarantee']}; {ANYWHERE}"))
+        several = len({claim["method"] for claim in claims}) > 1
+        rows += [(claim["threat"] + (f", {claim['method']}" if several else ""), _certified(claim)) for claim in claims]
+    return [*rows, ("time", _time(result)), ("records", str(result["records"]))]
+
+
+def claim_list(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each claim of a certify result: threat, method, guarantee, images, counts, interval."""
+    return [
+        {
+            **{key: claim[key] for key in ("threat", "method", "guarantee", "certified_interval")},
+            "images": result["images"],
+            **claim["counts"],
+        }
+        for claim in result.get("claims", [result])
+    ]
+
+
+def plot_title(result: dict[str, Any]) -> str:
+    """What a plot of a certify result is about."""
+    return f"{result['model']}: {_data(result)}"
+
+
+def single_rows(found: dict[str, Any]) -> Rows:
+    """What certifying one picture found."""
+    rows = [
+        ("image", str(found["image"])),
+        ("model", _model(found)),
+        ("label", f"{found['label']} (class {found['prediction']})"),
+    ]
+    for claim in found["claims"]:
+        top, left, height, width = claim["worst"]
+        verdict = "certified: no such change alters the label" if claim["certified"] else "not certified"
+        place = f"weakest at row {top}, column {left} ({height}x{width}), towards {claim['rival']}"
+        rows.append((f"{claim['threat']}, {claim['method']}", f"{verdict}; margin {claim['margin']:g}, {place}"))
+    if "map" in found:
+        rows.append(("locations", f"{found['weak_locations']} of {found['locations']} are weak; map in {found['map']}"))
+    return rows
+
+
+def _certified(claim: dict[str, Any]) -> str:
+    low, high = claim["certified_interval"]
+    said = share(claim["certified"] / claim["images"], claim["certified"], claim["images"])
+    return f"{said}, 95 % interval {100 * low:.2f} to {100 * high:.2f} %"
+
+
+def _model(result: dict[str, Any]) -> str:
+    return f"{result['model']} ({result['defense']}, {result['model_source']}, sha256 {result['model_sha256'][:12]})"
 
 
 def attack_rows(result: dict[str, Any]) -> Rows:
@@ -34,9 +80,9 @@ def attack_rows(result: dict[str, Any]) -> Rows:
     counts, images = result["counts"], result["images"]
     survived = round(result["attacked_accuracy"] * images)
     rows = [
-        ("model", f"{result['model']} ({result['defense']}, {result['model_source']}, sha256 {result['model_sha256'][:12]})"),
+        ("model", _model(result)),
         ("data", _data(result)),
-        ("threat", f"{result['threat']}, anywhere in the image, any content in [0, 1]"),
+        ("threat", f"{result['threat']}, {ANYWHERE}"),
         ("clean", share(result["clean_accuracy"], counts["clean"], images)),
         ("attacked", f"{share(result['attacked_accuracy'], survived, images)} (empirical: a stronger attack may find more)"),
     ]

@@ -208,6 +208,28 @@ def parse_patch(text: str) -> Patch | PatchPercent:
     raise UsageError(f"invalid patch '{text}':", hint="use N, HxW or P%, for example 5, 3x7 or 2%.")
 
 
+def parse_patches(text: str) -> list[Patch | PatchPercent]:
+    """Read what :func:`parse_patch` reads, or a range of square patches such as ``1..10``."""
+    match = re.fullmatch(r"(\d{1,4})\.\.(\d{1,4})", text)
+    if not match:
+        return [parse_patch(text)]
+    first, last = int(match[1]), int(match[2])
+    if not 1 <= first <= last:
+        raise UsageError(f"invalid range of patches '{text}':", hint="use FIRST..LAST, both 1 or more, for example 1..10.")
+    return [Patch(side, side) for side in range(first, last + 1)]
+
+
+def patches_of_area(area: int, height: int, width: int) -> list[Patch]:
+    """The largest patches of at most ``area`` pixels, one of every height, that fit an ``height`` x ``width`` image.
+
+    A shape that fits inside another one of them is left out: what it can do, the other can do too.
+    """
+    if area < 1:
+        raise UsageError(f"--patch-area {area} must be 1 or more.")
+    shapes = [Patch(side, min(area // side, width)) for side in range(1, min(area, height) + 1)]
+    return [one for one in shapes if not any(one.width <= other.width and one.height < other.height for other in shapes)]
+
+
 def parse_sparse(text: str) -> Sparse:
     """Read ``10``, ``10:pixel`` or ``10:value``."""
     match = re.fullmatch(r"(\d{1,9})(?::([a-z]+))?", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchcert_cli import attacks, checkpoint, data, defenses, evaluate, files, runs
+from patchcert_cli import attacks, checkpoint, data, defenses, evaluate, files, results, runs
 from patchcert_cli.certificate import Certificate
+from patchcert_cli.defenses.base import Claim
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError, Interrupted, MachineError, UsageError
+from patchcert_cli.plan import Plan, Subject
 from patchcert_cli.progress import Silent
-from patchcert_cli.threats import Patch, Threat
+from patchcert_cli.threats import Patch
 from patchcert_cli.training.recipe import Recipe
 
 
-def make_plan(count: int = 40, **changes: Any) -> evaluate.Plan:
+def make_plan(count: int = 40, **changes: Any) -> Plan:
     recipe = Recipe("patch:5x5", network_options={"hidden": [12]})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         defense = defenses.build(recipe.config())
     whole = data.load("mnist", "test")
-    subject = evaluate.Subject(defense, "random", "ibp", "0" * 64, "folder")
-    plan = evaluate.Plan(subject, whole.limit(count, 0), Patch(2, 2), len(whole), batch_size=16, command="test")
+    subject = Subject(defense, "random", "ibp", "0" * 64, "folder")
+    plan = Plan(subject, whole.limit(count, 0), (Claim(Patch(2, 2)),), len(whole), batch_size=16, command="test")
     return replace(plan, **changes)
 
 
@@ -83,8 +86,8 @@ def test_a_stopped_run_resumes_and_a_torn_line_is_dropped(tmp_path: Path) -> Non
 def test_other_settings_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     evaluate.certify(make_plan(), tmp_path / "run")
     with pytest.raises(UsageError, match="made with other settings .*patch:2x2.*patch:3x3.*--fresh"):
-        evaluate.certify(make_plan(threat=Patch(3, 3)), tmp_path / "run")
-    assert evaluate.certify(make_plan(threat=Patch(3, 3)), tmp_path / "run", fresh=True)["threat"] == "patch:3x3"
+        evaluate.certify(make_plan(claims=(Claim(Patch(3, 3)),)), tmp_path / "run")
+    assert evaluate.certify(make_plan(claims=(Claim(Patch(3, 3)),)), tmp_path / "run", fresh=True)["threat"] == "patch:3x3"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match="not empty"):
@@ -92,35 +95,35 @@ def test_other_settings_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").exists()
     (tmp_path / "run" / runs.RECORDS).write_text("{]\n")
     with pytest.raises(IntegrityError, match="damaged"):
-        evaluate.certify(make_plan(threat=Patch(3, 3)), tmp_path / "run")
+        evaluate.certify(make_plan(claims=(Claim(Patch(3, 3)),)), tmp_path / "run")
 
 
 def test_out_of_memory_halves_the_batch_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = evaluate.certify(make_plan(), tmp_path / "reference")
     plan, sizes = make_plan(), []
-    real = plan.subject.defense.certify
+    real = plan.subject.defense.certify_each
 
     def short_of_memory(limit: int) -> Any:
-        def certify(x: Tensor, threat: Threat) -> Certificate:
+        def certify(x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
             sizes.append(len(x))
             if len(x) > limit:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return real(x, threat)
+            return real(x, claims)
 
         return certify
 
-    monkeypatch.setattr(plan.subject.defense, "certify", short_of_memory(5))
+    monkeypatch.setattr(plan.subject.defense, "certify_each", short_of_memory(5))
     assert evaluate.certify(plan, tmp_path / "small")["counts"] == reference["counts"]
     assert sizes[:3] == [16, 8, 4]
     assert verdicts(read(tmp_path / "small")) == verdicts(read(tmp_path / "reference"))
-    monkeypatch.setattr(plan.subject.defense, "certify", short_of_memory(0))
+    monkeypatch.setattr(plan.subject.defense, "certify_each", short_of_memory(0))
     with pytest.raises(MachineError, match="batch of one image"):
         evaluate.certify(plan, tmp_path / "none")
 
-    def broken(x: Tensor, threat: Threat) -> Certificate:
+    def broken(x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(plan.subject.defense, "certify", broken)
+    monkeypatch.setattr(plan.subject.defense, "certify_each", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         evaluate.certify(plan, tmp_path / "bug")
 
@@ -146,20 +149,19 @@ def test_an_attack_is_held_against_the_certificates(tmp_path: Path, monkeypatch:
     plan = make_plan(count=12)
     attacker = attacks.for_threat(plan.threat, seed=0, steps=2, restarts=0, locations=2)
     found = evaluate.attack(plan, attacker, {"steps": 2}, tmp_path / "sound")
-    evaluate.check_claim(found)
+    results.check_claim(found)
     assert found["attacked_accuracy"] >= found["certified_accuracy"]
     assert found["queries"] > 0 and found["broken"] == []
-    real = plan.subject.defense.certify
+    real = plan.subject.defense.certify_each
 
-    def everything(x: Tensor, threat: Threat) -> Certificate:
-        certificate = real(x, threat)
-        return replace(certificate, certified=torch.ones_like(certificate.certified))
+    def everything(x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
+        return [replace(one, certified=torch.ones_like(one.certified)) for one in real(x, claims)]
 
-    monkeypatch.setattr(plan.subject.defense, "certify", everything)
-    found = evaluate.attack(replace(plan, threat=Patch(14, 14)), attacker, {"steps": 2}, tmp_path / "broken")
+    monkeypatch.setattr(plan.subject.defense, "certify_each", everything)
+    found = evaluate.attack(replace(plan, claims=(Claim(Patch(14, 14)),)), attacker, {"steps": 2}, tmp_path / "broken")
     assert found["broken"]
     with pytest.raises(ClaimError, match="certified images were flipped") as caught:
-        evaluate.check_claim(found)
+        results.check_claim(found)
     assert caught.value.code == 8
     kept = list((tmp_path / "broken").glob(f"*{evaluate.BROKEN}"))
     tensors, _ = checkpoint.unpack(kept[0])
@@ -169,7 +171,7 @@ def test_an_attack_is_held_against_the_certificates(tmp_path: Path, monkeypatch:
 def test_images_that_do_not_fit_are_refused() -> None:
     plan = make_plan()
     with pytest.raises(UsageError, match="does not fit a 28x28 image"):
-        evaluate.dry_run(replace(plan, threat=Patch(29, 3)), Path("x"))
+        evaluate.dry_run(replace(plan, claims=(Claim(Patch(29, 3)),)), Path("x"))
     with pytest.raises(UsageError, match="--batch-size 0"):
         replace(plan, batch_size=0).check()
     wrong = replace(plan.images, pixels=torch.zeros(40, 3, 32, 32, dtype=torch.uint8))

@@ -26,6 +26,7 @@ from patchcert_cli.cli.options import (
     ThreatOption,
     UnitOption,
     open_plan,
+    own_threat,
     threat_from,
 )
 
@@ -80,13 +81,12 @@ def attack(
     """
     chosen = threat_from(threat=threat, patch=patch, k=k, unit=unit)
 
-    from patchcert_cli import attacks, evaluate, report
+    from patchcert_cli import attacks, evaluate, report, results
+    from patchcert_cli.defenses.base import Claim
 
     plan = open_plan(
         model,
-        chosen,
-        threat=threat,
-        unit=unit,
+        lambda own, _: [Claim(chosen or own_threat(own, threat=threat, unit=unit))],
         dataset=dataset,
         data_dir=data_dir,
         download=download,
@@ -106,4 +106,4 @@ def attack(
     with show.progress() as progress:
         found = evaluate.attack(plan, attacker, settings, out, join=join, fresh=fresh, progress=progress)
     show.result(report.attack_rows(found), found, json)
-    evaluate.check_claim(found)
+    results.check_claim(found)

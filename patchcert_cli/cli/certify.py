@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from patchcert_cli.cli import show
 from patchcert_cli.cli.options import (
+    RUN,
+    THREAT,
     BatchOption,
     DataDirOption,
     DatasetOption,
@@ -16,27 +23,77 @@ from patchcert_cli.cli.options import (
     LimitOption,
     ModelArgument,
     OutOption,
-    PatchOption,
     SeedOption,
     ThreatOption,
     UnitOption,
     open_plan,
+    open_subject,
+    own_threat,
     threat_from,
 )
+from patchcert_cli.errors import UsageError
+from patchcert_cli.threats import Threat, parse_patches, patches_of_area
 
-EXAMPLES = "Examples:  patchcert certify --patch 5   |   patchcert certify mnist-ibp-k10 --threat sparse --k 10 --json -"
+EXAMPLES = (
+    "Examples:  patchcert certify --patch 5   |   patchcert certify --patch 1..10 --plot curve.png"
+    "   |   patchcert certify --image cat.png --patch 5 --map map.png"
+)
+CONDITIONS = ("exact", "3.1", "3.2", "3.3")
+PICTURE = "One picture, and plots"
+
+AreaOption = Annotated[
+    int | None,
+    typer.Option("--patch-area", help="Every aspect ratio of a patch of this many pixels.", rich_help_panel=THREAT),
+]
+ConditionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--condition",
+        metavar="exact|3.1|3.2|3.3|all",
+        help="Proof for votes: exact, or a published looser condition, or all side by side.",
+        rich_help_panel=RUN,
+    ),
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", help="Draw accuracy over patch sizes or shapes into this file.", rich_help_panel=PICTURE),
+]
+ImageOption = Annotated[
+    Path | None, typer.Option("--image", help="Certify this one picture instead of test images.", rich_help_panel=PICTURE)
+]
+MapOption = Annotated[
+    Path | None,
+    typer.Option("--map", help="Draw its margin at every location of the patch into this file.", rich_help_panel=PICTURE),
+]
+ResizeOption = Annotated[
+    bool, typer.Option("--resize", help="Scale the picture's middle square to the model's size.", rich_help_panel=PICTURE)
+]
 
 
 def certify(
     model: ModelArgument = None,
-    patch: PatchOption = None,
+    patch: Annotated[
+        str | None,
+        typer.Option(
+            "--patch",
+            metavar="N|HxW|P%|N..M",
+            help="One patch of this size in pixels, or share of the image; N..M for every size.",
+            rich_help_panel=THREAT,
+        ),
+    ] = None,
+    patch_area: AreaOption = None,
     threat: ThreatOption = None,
     k: KOption = None,
     unit: UnitOption = None,
+    condition: ConditionOption = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     download: DownloadOption = False,
     limit: LimitOption = None,
+    image: ImageOption = None,
+    resize: ResizeOption = False,
+    map_: MapOption = None,
+    plot: PlotOption = None,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -50,15 +107,34 @@ def certify(
     The run folder holds result.json, records.jsonl (one line per image) and manifest.json.
     The same command resumes a stopped run.
     """
-    chosen = threat_from(threat=threat, patch=patch, k=k, unit=unit)
+    methods = _methods(condition)
+    area = [] if patch_area is None else [patch_area]
+    given = _threats(patch, patch_area, threat, k, unit)
 
-    from patchcert_cli import evaluate, report
+    from patchcert_cli import evaluate, pictures, report, single
+    from patchcert_cli.defenses.base import Claim
 
+    def claims(own: str, shape: tuple[int, int, int]) -> list[Claim]:
+        threats = [*given, *(one for pixels in area for one in patches_of_area(pixels, *shape[1:]))]
+        threats = threats or [own_threat(own, threat=threat, unit=unit)]
+        return [Claim(one, method) for one in threats for method in methods]
+
+    _check_pictures(image, plot, map_, dry_run=dry_run)
+    for path in filter(None, (plot, map_)):
+        pictures.require()
+        pictures.check_path(path)
+    if image is not None:
+        subject, config, note = open_subject(model, dataset, device)
+        show.say(note)
+        meant = claims(str(config["threat"]), subject.defense.input_shape)
+        found, notes = single.certify(subject, image, meant, resize=resize, map_to=map_)
+        for text in notes:
+            show.say(text)
+        show.result(report.single_rows(found), found, json)
+        return
     plan = open_plan(
         model,
-        chosen,
-        threat=threat,
-        unit=unit,
+        claims,
         dataset=dataset,
         data_dir=data_dir,
         download=download,
@@ -73,4 +149,41 @@ def certify(
         return
     with show.progress() as progress:
         found = evaluate.certify(plan, out, fresh=fresh, progress=progress)
+    for text in dict.fromkeys(plan.subject.defense.remark(claim.threat) for claim in plan.claims):
+        if text:
+            show.say(text)
+    if plot is not None:
+        pictures.plot(report.claim_list(found), plot, title=report.plot_title(found))
+        show.say(f"drew {plot}")
     show.result(report.certify_rows(found), found, json)
+
+
+def _methods(condition: str | None) -> list[str | None]:
+    """The proofs that --condition names; None is the defense's best."""
+    if condition is None:
+        return [None]
+    if condition not in (*CONDITIONS, "all"):
+        raise UsageError(f"no condition '{condition}';", hint=f"use one of {', '.join(CONDITIONS)}, or all.")
+    return list(CONDITIONS) if condition == "all" else [condition]
+
+
+def _threats(patch: str | None, area: int | None, threat: str | None, k: int | None, unit: str | None) -> list[Threat]:
+    """What --patch, --threat and --k name; empty if --patch-area or the model's own threat is meant."""
+    if area is not None:
+        if patch is not None or k is not None or threat not in (None, "patch"):
+            raise UsageError("--patch-area describes every shape itself;", hint="leave --patch, --threat and --k out.")
+        if area < 1:
+            raise UsageError(f"--patch-area {area} must be 1 or more.")
+        return []
+    if patch is not None and ".." in patch:
+        threat_from(threat=threat, patch="1", k=k, unit=unit)
+        return list(parse_patches(patch))
+    one = threat_from(threat=threat, patch=patch, k=k, unit=unit)
+    return [] if one is None else [one]
+
+
+def _check_pictures(image: Path | None, plot: Path | None, map_: Path | None, *, dry_run: bool) -> None:
+    if map_ is not None and image is None:
+        raise UsageError("--map draws one picture;", hint="say which: --image FILE.")
+    if image is not None and (plot is not None or dry_run):
+        raise UsageError(f"{'--plot' if plot else '--dry-run'} does not go with --image;", hint="leave one of them out.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,8 @@ from patchcert_cli.errors import UnsupportedThreat, UsageError
 from patchcert_cli.threats import KINDS, UNITS, Sparse, Threat, parse_patch, parse_sparse, parse_threat
 
 if TYPE_CHECKING:
-    from patchcert_cli.evaluate import Plan, Subject
+    from patchcert_cli.defenses.base import Claim
+    from patchcert_cli.plan import Plan, Subject
 
 THREAT, DATA, RUN = "Threat model", "Data", "Run"
 
@@ -49,7 +51,7 @@ UnitOption = Annotated[
     ),
 ]
 DatasetOption = Annotated[
-    str | None, typer.Option("--dataset", help="Data set. Default: the model's own, else mnist.", rich_help_panel=DATA)
+    str | None, typer.Option("--dataset", help="Data set. Default: the model's own, else cifar10.", rich_help_panel=DATA)
 ]
 DataDirOption = Annotated[
     Path | None,
@@ -132,7 +134,7 @@ def open_subject(model: str | None, dataset: str | None, device: str) -> tuple[S
     """Resolve and load a model: ``(subject, configuration, one line about where it came from)``."""
     from patchcert_cli import cards, checkpoint, data, hub
     from patchcert_cli import device as devices
-    from patchcert_cli.evaluate import Subject
+    from patchcert_cli.plan import Subject
 
     place = devices.resolve(device)
     if dataset is not None:
@@ -146,10 +148,8 @@ def open_subject(model: str | None, dataset: str | None, device: str) -> tuple[S
 
 def open_plan(
     model: str | None,
-    chosen: Threat | None,
+    claims: Callable[[str, tuple[int, int, int]], Sequence[Claim]],
     *,
-    threat: str | None,
-    unit: str | None,
     dataset: str | None,
     data_dir: Path | None,
     download: bool,
@@ -158,20 +158,26 @@ def open_plan(
     device: str,
     seed: int,
 ) -> Plan:
-    """Load model and test images for an evaluation, and say on stderr where both came from."""
+    """Load model and test images for an evaluation, and say on stderr where both came from.
+
+    ``claims`` makes what is to be certified from the model's own threat model and its input shape.
+    """
     from patchcert_cli import data
-    from patchcert_cli.evaluate import BATCH_SIZE, Plan
+    from patchcert_cli.plan import BATCH_SIZE, Plan
 
     subject, config, note = open_subject(model, dataset, device)
     show.say(note)
-    meant = chosen or own_threat(str(config["threat"]), threat=threat, unit=unit)
+    meant = tuple(claims(str(config["threat"]), subject.defense.input_shape))
     whole = data.load(
         dataset or str(config["dataset"]), "test", data_dir=data_dir, download=download, fetch=f"{typed_command()} --download"
     )
+    total = data.info(whole.name).test_images if whole.source == "bundled" else len(whole)
     where = "bundled with patchcert" if whole.source == "bundled" else f"from '{whole.source}'"
+    if len(whole) < total:
+        where += f": the first {len(whole)} of {total}; --data-dir or --download for all of them"
     show.say(f"{whole.name} test images {where}")
     images = whole.limit(limit, seed)
     size = BATCH_SIZE if batch_size is None else batch_size
-    plan = Plan(subject, images, meant, len(whole), seed, size, typed_command())
+    plan = Plan(subject, images, meant, total, seed, size, typed_command())
     plan.check()
     return plan

@@ -1,0 +1,172 @@
+"""BagCert (Metzen & Yatsura, Efficient Certified Defenses Against Patch Attacks, ICLR 2021).
+
+A network with a small receptive field scores every class at every cell; a positive score is one vote, and the class with the most
+votes is the answer. A patch reaches the few cells that see it. The deployed network computes without rounding error
+(:mod:`patchcert_cli.exact`), so no vote is ever in doubt, and the proof is exact (:mod:`patchcert_cli.certifiers.additive`).
+
+Shapes: B images, C channels, H x W pixels, K classes, N x M cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchcert_cli import exact, models
+from patchcert_cli.certifiers.additive import Votes
+from patchcert_cli.defenses.base import Augment, Options, TrainingStep
+from patchcert_cli.defenses.evidence import EvidenceDefense
+from patchcert_cli.errors import IntegrityError
+from patchcert_cli.geometry import Axis, Cover
+from patchcert_cli.models.region import RegionScorer
+from patchcert_cli.schema import Count, NonNegative, Positive
+from patchcert_cli.threats import Patch
+
+PIECE = 1 << 25  # activations of one layer that are computed at a time
+
+
+class Step(torch.autograd.Function):
+    """1 where a score is positive, else 0; its gradient is that of a sigmoid (straight-through)."""
+
+    @staticmethod
+    def forward(context: Any, scores: Tensor) -> Tensor:
+        context.save_for_backward(scores)
+        return (scores > 0).to(scores)
+
+    @staticmethod
+    def backward(context: Any, slope: Tensor) -> Tensor:
+        likelihood = context.saved_tensors[0].sigmoid()
+        return cast(Tensor, slope * likelihood * (1 - likelihood))
+
+
+@dataclass(frozen=True)
+class BagCertOptions(Options):
+    """Training of BagCert.
+
+    Attributes:
+        margin: M; the loss of an image is ``max(0, M - D)`` with D the smallest mean vote difference to a rival. It stands for
+            patches of unknown size: a patch that reaches a share r of the cells is certified about when D > 2 r.
+        sharpness: T; the rivals' share is the soft maximum ``logsumexp(T s) / T``, which gives every rival a gradient; 0 takes
+            the maximum itself.
+        one_hot: weight of ``mean((sum_c s_c - 1)^2)`` over cells, which asks each cell to vote for one class.
+        warm_up_epochs: first epochs, with cross-entropy of the mean scores.
+        every: train on every so-manieth cell along both axes, at a random phase; the deployed network uses all cells.
+        flip: mirror images at random.
+        shift: move images by up to this many pixels.
+    """
+
+    margin: NonNegative = 0.5
+    sharpness: NonNegative = 15.0
+    one_hot: NonNegative = 0.0
+    warm_up_epochs: Count = 0
+    every: Positive = 2
+    flip: bool = True
+    shift: Count = 4
+
+    def augment(self, progress: float, epochs: int) -> Augment:
+        return Augment(flip=self.flip, shift=self.shift)
+
+
+class BagCert(EvidenceDefense):
+    """Cells of a region scorer vote by the signs of their scores."""
+
+    source = "Metzen & Yatsura, Efficient Certified Defenses Against Patch Attacks, ICLR 2021"
+    options = BagCertOptions
+    default_network = "region"
+
+    def __init__(self, scorer: RegionScorer, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
+        super().__init__(input_shape=input_shape, classes=classes)
+        self.scorer = scorer
+        self._frozen: tuple[object, nn.Module] | None = None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> BagCert:
+        shape, classes = tuple(config["input_shape"]), tuple(config["classes"])
+        options = {**config["network"]["options"], "input_shape": shape, "classes": len(classes)}
+        scorer: Any = models.build(config["network"]["name"], options)
+        if not isinstance(scorer, RegionScorer):
+            raise IntegrityError(f"bagcert needs a region scorer, not '{config['network']['name']}';", hint="use network region.")
+        return cls(scorer, input_shape=shape, classes=classes)
+
+    @classmethod
+    def tiny(cls) -> BagCert:
+        shape = (1, 4, 4)
+        plan = {"widths": (4, 6), "kernels": (2, 1), "dilations": (1, 1), "mixes": (0, 1)}
+        options = {"input_shape": shape, "classes": 3, "mean": (0.4,), "std": (0.5,), **plan}
+        scorer: Any = models.build("region", options)
+        made = cls(scorer, input_shape=shape, classes=("a", "b", "c")).eval()
+        made.finish(torch.rand(64, *shape))
+        return made
+
+    @property
+    def receptive_field(self) -> int:
+        """Side of the square of pixels that a cell sees."""
+        return self.scorer.receptive_field
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Smooth surrogate: the mean over cells of the sigmoid of the scores, [B, K]."""
+        scores: Tensor = self.scorer(x)
+        return scores.sigmoid().mean(dim=(2, 3))
+
+    def votes(self, x: Tensor) -> Votes:
+        """``s = [score > 0]`` of all cells; no score is in doubt, since none is rounded."""
+        network, parts = self.deployed(), []
+        size = max(1, PIECE // (self.scorer.widest * self.input_shape[1] * self.input_shape[2]))
+        with exact.exact_arithmetic():
+            for part in torch.split(x, size):
+                steps = exact.to_steps(part).to(exact.execution_type(network, part.device))
+                parts.append(network(steps.contiguous(memory_format=torch.channels_last)) > 0)
+        scores = torch.cat(parts) if parts else x.new_zeros((0, len(self.classes), 1, 1)).bool()
+        return Votes(scores.contiguous())
+
+    def cover(self, patch: Patch) -> Cover:
+        height, width = self.input_shape[1:]
+        return Cover(
+            Axis.sliding(height, patch.height, kernel=self.receptive_field),
+            Axis.sliding(width, patch.width, kernel=self.receptive_field),
+        )
+
+    def deployed(self) -> nn.Module:
+        """The network that computes without rounding error; made anew when weights change."""
+        state = tuple((tensor.data_ptr(), tensor._version) for tensor in self.scorer.state_dict(keep_vars=True).values())
+        if self._frozen is None or self._frozen[0] != state:
+            self._frozen = (state, exact.freeze(self.scorer).to(self.device))
+        return self._frozen[1]
+
+    @torch.no_grad()
+    def finish(self, x: Tensor) -> None:
+        """Choose the steps of the deployed network's activations from some training images."""
+        self.eval()
+        with exact.observing(self.scorer):
+            for part in torch.split(x, 250):
+                self.scorer(part)
+
+    def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:
+        """Margin hinge over the mean vote differences, straight-through, with the one-hot penalty (section 3.3 of the paper).
+
+        The scores of ``every``-th cells are the very scores of the whole map at those cells.
+        """
+        options = step.options
+        assert isinstance(options, BagCertOptions)
+        if options.every > 1:
+            cells = min(self.input_shape[1:]) - self.receptive_field + 1
+            down, right = torch.randint(min(options.every, cells), (2,), generator=step.generator).tolist()
+            x = x[:, :, down:, right:]
+        scores = self.scorer(x, options.every)
+        if step.progress < options.warm_up_epochs:
+            return F.cross_entropy(scores.mean(dim=(2, 3)).float(), label)
+        votes: Tensor = Step.apply(scores.float())
+        share = votes.mean(dim=(2, 3))  # [B, K]
+        own = share.gather(1, label[:, None])[:, 0]
+        others = share.scatter(1, label[:, None], -1.0)
+        soft = options.sharpness
+        rival = torch.logsumexp(soft * others, dim=1) / soft if soft > 0 else others.amax(dim=1)
+        loss = F.relu(options.margin - (own - rival)).mean()
+        if options.one_hot > 0:
+            loss = loss + options.one_hot * (votes.sum(dim=1) - 1).square().mean()
+        return loss

@@ -1,0 +1,133 @@
+"""Region scorers (Metzen & Yatsura, Efficient Certified Defenses Against Patch Attacks, ICLR 2021): one score per class and cell.
+
+Valid convolutions without pooling, and residual 1x1 convolutions between them, so that a cell sees a square of exactly
+``receptive_field`` pixels and there is one cell for every place of that square in the image.
+
+Shapes: B images, C channels, H x W pixels, K classes, N x M cells, N = H - receptive_field + 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchcert_cli import exact
+from patchcert_cli.errors import UsageError
+from patchcert_cli.exact import Grid, Wire
+from patchcert_cli.layers import Normalize
+
+
+class Mix(nn.Module):
+    """``v + relu(norm(conv1x1(v)))``."""
+
+    def __init__(self, width: int, bits: int) -> None:
+        super().__init__()
+        self.convolution, self.norm, self.grid = nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), Grid(bits)
+
+    def forward(self, v: Tensor) -> Tensor:
+        return cast(Tensor, self.grid(v + F.relu(self.norm(self.convolution(v)))))
+
+
+class Stage(nn.Module):
+    """A valid convolution with norm and ReLU, then ``mixes`` of :class:`Mix`."""
+
+    def __init__(self, before: int, width: int, kernel: int, dilation: int, mixes: int, bits: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(before, width, kernel, dilation=dilation, bias=False)
+        self.norm, self.grid = nn.BatchNorm2d(width), Grid(bits)
+        self.mixes = nn.Sequential(*(Mix(width, bits) for _ in range(mixes)))
+
+    def forward(self, v: Tensor, stride: int, dilation: int) -> Tensor:
+        v = F.conv2d(v, self.convolution.weight, None, stride, 0, dilation)
+        return cast(Tensor, self.mixes(self.grid(F.relu(self.norm(v)))))
+
+
+class RegionScorer(nn.Module):
+    """[B, C, H, W] in [0, 1] -> scores [B, K, N, M]; a cell speaks for a class where its score is positive."""
+
+    def __init__(
+        self, shape: Sequence[int], classes: int, plan: Sequence[tuple[int, int, int, int]], normalize: Normalize, bits: int
+    ) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.dilations = [dilation for _, _, dilation, _ in plan]
+        self.receptive_field = 1 + sum((kernel - 1) * dilation for _, kernel, dilation, _ in plan)
+        if self.receptive_field > min(shape[1:]):
+            raise UsageError(
+                f"a receptive field of {self.receptive_field} is larger than the {shape[1]}x{shape[2]} image;",
+                hint=f"allowed: up to {min(shape[1:])}.",
+            )
+        widths = [shape[0], *(width for width, *_ in plan)]
+        self.stages = nn.ModuleList(
+            Stage(before, after, kernel, dilation, mixes, bits)
+            for (before, after), (_, kernel, dilation, mixes) in zip(pairwise(widths), plan, strict=True)
+        )
+        self.head = nn.Conv2d(widths[-1], classes, 1)
+        self.widest = max(widths)
+
+    def forward(self, x: Tensor, every: int = 1) -> Tensor:
+        """Scores of all cells, or with ``every`` only of each so-manieth along both axes, at a fraction of the cost."""
+        v, spacing = self.normalize(x), 1
+        for at, stage in enumerate(self.stages):
+            apart = math.gcd(every, *self.dilations[at + 1 :])  # later layers look at multiples of this distance only
+            v = stage(v, apart // spacing, self.dilations[at] // spacing)
+            spacing = apart
+        return cast(Tensor, self.head(v))
+
+    def freeze(self, precision: torch.dtype) -> tuple[nn.Module, int]:
+        """The deployed network of whole steps (:mod:`patchcert_cli.exact`), and the fewest bits of a channel's largest weight."""
+        layers: list[nn.Module] = []
+        fewest, wire = 53, exact.PIXELS
+        scale, shift = self.normalize.scale.double().cpu() / 255, self.normalize.shift.double().cpu()
+        for at, stage in enumerate(cast(list[Stage], list(self.stages))):
+            weight, bias = exact.fold(stage.convolution, stage.norm)
+            weight, bias = exact.absorb(weight, bias, scale, shift) if at == 0 else (weight, bias)
+            layer, bits = exact.affine(weight, bias, stage.convolution, wire, precision)
+            fewest, wire = min(fewest, bits), stage.grid.wire
+            layers.append(_Step(layer, wire, residual=False))
+            for mix in cast(list[Mix], list(stage.mixes)):
+                layer, bits = exact.affine(
+                    *exact.fold(mix.convolution, mix.norm), mix.convolution, wire, precision, beside=wire.most
+                )
+                fewest, wire = min(fewest, bits), mix.grid.wire
+                layers.append(_Step(layer, wire, residual=True))
+        layer, bits = exact.affine(*exact.fold(self.head, None), self.head, wire, precision)
+        return nn.Sequential(*layers, layer), min(fewest, bits)
+
+
+class _Step(nn.Module):
+    """Exact convolution, ReLU, with ``residual`` plus what came in, onto a grid."""
+
+    def __init__(self, layer: exact.Affine, wire: Wire, *, residual: bool) -> None:
+        super().__init__()
+        self.layer, self.wire, self.residual = layer, wire, residual
+
+    def forward(self, v: Tensor) -> Tensor:
+        out = self.layer(v).relu_()
+        return exact.onto(out.add_(v) if self.residual else out, self.wire)
+
+
+def build(
+    *,
+    input_shape: Sequence[int],
+    classes: int,
+    widths: Sequence[int] = (64, 128, 256),
+    kernels: Sequence[int] = (3, 3, 2),
+    dilations: Sequence[int] = (1, 1, 2),
+    mixes: Sequence[int] = (1, 1, 2),
+    bits: int = 8,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Any:
+    """A :class:`RegionScorer`; each stage has a width, a kernel, a dilation and a number of residual 1x1 convolutions.
+
+    The receptive field is ``1 + sum((kernel - 1) * dilation)``. Activations of the deployed network have ``bits`` bits.
+    """
+    plan = list(zip(widths, kernels, dilations, mixes, strict=True))
+    return RegionScorer(input_shape, classes, plan, Normalize(mean, std), bits)

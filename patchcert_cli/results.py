@@ -1,0 +1,131 @@
+"""From certificates to records, and from records to a result: plain values, one row for each claim.
+
+A record has the fields of :data:`VERDICT` itself if the plan has one claim, else a list of them under ``claims``; so has the
+result with the fields of a row.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchcert_cli import __version__
+from patchcert_cli.certificate import Certificate, Tally
+from patchcert_cli.data import Images
+from patchcert_cli.errors import ClaimError
+from patchcert_cli.plan import Plan
+from patchcert_cli.runs import RECORDS, Record, Run
+
+VERDICT = ("certified", "margin", "worst", "rival", "method")
+
+
+def certify_records(part: Images, certificates: Sequence[Certificate]) -> Iterable[Record]:
+    """One record per image: index, label, prediction, and for each claim certified, margin, worst atom, rival, method."""
+    columns = [list(_verdicts(certificate)) for certificate in certificates]
+    predictions = certificates[0].prediction.tolist()
+    for position, (index, label) in enumerate(zip(part.index.tolist(), part.labels.tolist(), strict=True)):
+        record = {"index": index, "label": label, "prediction": predictions[position]}
+        verdicts = [column[position] for column in columns]
+        yield {**record, **verdicts[0]} if len(verdicts) == 1 else {**record, "claims": verdicts}
+
+
+def _verdicts(certificate: Certificate) -> Iterable[dict[str, Any]]:
+    parts = (certificate.certified, certificate.margin, certificate.worst, certificate.rival)
+    for certified, margin, worst, rival in zip(*(part.tolist() for part in parts), strict=True):
+        yield dict(zip(VERDICT, (certified, margin, worst, rival, certificate.method), strict=True))
+
+
+def so_far(records: Iterable[Record]) -> str:
+    """Clean and certified accuracy of the first claim, in words, of some records."""
+    rows: Sequence[Record] = list(records)
+    right = sum(r["prediction"] == r["label"] for r in rows)
+    text = f"clean {right / len(rows):.2%}"
+    firsts = [r["claims"][0] if "claims" in r else r for r in rows]
+    if "certified" in firsts[0]:
+        certified = sum(first["certified"] and r["prediction"] == r["label"] for first, r in zip(firsts, rows, strict=True))
+        text += f", certified {certified / len(rows):.2%}"
+    return text
+
+
+def ordered(plan: Plan, run: Run) -> list[Record]:
+    """All records in the order of the images; exactly one each."""
+    indices = plan.images.index.tolist()
+    assert len(run.records) == len(indices), "records and images differ"
+    return [run.records[index] for index in indices]
+
+
+def certify_result(plan: Plan, run: Run, seconds: float, resumed: int) -> dict[str, Any]:
+    """What ``result.json`` of a certify run holds."""
+    records = ordered(plan, run)
+    if len(plan.claims) == 1:
+        return summary(plan, run, records, seconds, resumed) | _row(plan, records, 0)
+    common = summary(plan, run, records, seconds, resumed)
+    del common["threat"]
+    return common | {"claims": [_row(plan, records, at) for at in range(len(plan.claims))]}
+
+
+def summary(plan: Plan, run: Run, records: Sequence[Record], seconds: float, resumed: int) -> dict[str, Any]:
+    """What every evaluation says of itself; ``counts`` has only the clean ones."""
+    clean = sum(r["prediction"] == r["label"] for r in records)
+    return {
+        "model": plan.subject.name,
+        "model_sha256": plan.subject.sha256,
+        "model_source": plan.subject.source,
+        "defense": plan.subject.kind,
+        "dataset": plan.images.name,
+        "split": plan.images.split,
+        "data_source": plan.images.source,
+        "images": len(records),
+        "full_split": len(records) == plan.total,
+        "threat": str(plan.threat),
+        "clean_accuracy": clean / max(len(records), 1),
+        "counts": {"clean": clean},
+        "seconds": seconds,
+        "resumed": resumed,
+        "images_per_second": (len(records) - resumed) / seconds if seconds > 0 else 0.0,
+        "device": str(plan.subject.defense.device),
+        "records": str(run.folder / RECORDS),
+        "command": plan.command,
+        "patchcert": __version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _row(plan: Plan, records: Sequence[Record], at: int) -> dict[str, Any]:
+    """One claim over all images."""
+    verdicts = [r["claims"][at] if "claims" in r else r for r in records]
+    tally = certified_tally(records, verdicts)
+    return {
+        "threat": str(plan.claims[at].threat),
+        "method": verdicts[0]["method"],
+        "guarantee": "recovery",
+        "clean_accuracy": tally.clean_accuracy,
+        "certified_accuracy": tally.certified_accuracy,
+        "certified_interval": list(tally.certified_interval),
+        "counts": {"clean": tally.clean, "certified": tally.certified},
+    }
+
+
+def certified_tally(records: Sequence[Record], verdicts: Sequence[Record]) -> Tally:
+    """Counts of records whose claim has these verdicts."""
+
+    def column(rows: Sequence[Record], name: str) -> Tensor:
+        return torch.tensor([int(row[name]) for row in rows])
+
+    return Tally.of(column(records, "label"), column(records, "prediction"), column(verdicts, "certified").bool())
+
+
+def check_claim(result: dict[str, Any]) -> None:
+    """Raise :class:`ClaimError` if an attack flipped certified images."""
+    broken = result.get("broken", [])
+    if broken:
+        shown = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
+        raise ClaimError(
+            f"{len(broken)} certified images were flipped (indices {shown}): the certificate is wrong.",
+            hint=f"Please report it with {Path(str(result['records'])).parent}.",
+        )
