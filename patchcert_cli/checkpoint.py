@@ -78,7 +78,9 @@ def load_defense(folder: Path, *, device: str = "cpu", expected_sha256: str | No
     tensors, _ = unpack(weights)
     _check_fit(defense.state_dict(), tensors, weights)
     defense.load_state_dict(tensors, strict=True)  # half precision widens without a change
-    return defense.to(torch.device(device)).eval(), config
+    defense = defense.to(torch.device(device)).eval()
+    defense.self_test()
+    return defense, config
 
 
 def _check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], where: Path) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from patchcert_cli.errors import IntegrityError
 
 BITS = {torch.float32: 24, torch.float64: 53}  # integers up to 2^p are exact
-SMALLEST = {torch.float32: -100, torch.float64: -900}  # exponents of weights that leave their products normal numbers
+FAR = {torch.float32: 100, torch.float64: 900}  # exponents of weights, up or down, that leave products normal numbers
 ENOUGH = 6  # bits that a channel's largest weight needs, sign aside, for float32 to be chosen
 
 
@@ -156,7 +156,7 @@ def affine(
     quantized = torch.round(weight / fine[:, None, None, None]) * fine[:, None, None, None]
     shifted = torch.round(bias * torch.exp2(power)) * torch.exp2(-power)
     spent = (quantized.abs().flatten(1).sum(dim=1) * wire.most + shifted.abs() + beside) * torch.exp2(power)
-    if not bool((spent <= 2 * room).all()) or float(exponent.min()) < SMALLEST[dtype]:
+    if not bool((spent <= 2 * room).all()) or float(exponent.abs().max()) > FAR[dtype]:
         raise IntegrityError("weights too far apart in size to compute with exactly;", hint="train the network again.")
     largest = (quantized.abs().flatten(1).amax(dim=1) / fine).clamp(min=1)
     useful = torch.where(weight.flatten(1).abs().sum(dim=1) > 0, torch.log2(largest), torch.inf)

@@ -6,7 +6,9 @@ and independent: the cells that a rectangle touches are those of its rows and of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -60,8 +62,18 @@ class Axis:
         """One cell that sees all ``length`` pixels."""
         return cls(1, ((0,),) * (length - side + 1))
 
+    @cached_property
+    def sweep(self) -> tuple[int, int] | None:
+        """``(first, width)`` if start i touches exactly cells first + i to first + i + width - 1, for every i; else None."""
+        if not self.touched or not self.touched[0]:
+            return None
+        first, width = self.touched[0][0], len(self.touched[0])
+        even = all(cells == tuple(range(first + i, first + i + width)) for i, cells in enumerate(self.touched))
+        return (first, width) if even else None
+
+    @cache  # noqa: B019  # axes are few and small
     def matrix(self) -> Tensor:
-        """float32 [starts, cells], 1 where a start touches a cell."""
+        """float32 [starts, cells], 1 where a start touches a cell; shared, not to be written to."""
         import torch
 
         mask = torch.zeros(len(self.touched), self.cells)
@@ -69,16 +81,17 @@ class Axis:
             mask[start, list(cells)] = 1
         return mask
 
-    def distinct(self) -> list[int]:
+    @cache  # noqa: B019
+    def distinct(self) -> tuple[int, ...]:
         """Starts whose cells are not all in another's, the first of equals: the others cannot be worse."""
         sets = [frozenset(cells) for cells in self.touched]
-        return [
+        return tuple(
             at
             for at, mine in enumerate(sets)
             if not any(mine < other or (mine == other and before < at) for before, other in enumerate(sets))
-        ]
+        )
 
-    def pick(self, starts: list[int]) -> Axis:
+    def pick(self, starts: Sequence[int]) -> Axis:
         """Only these starts."""
         return Axis(self.cells, tuple(self.touched[start] for start in starts))
 

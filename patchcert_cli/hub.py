@@ -227,7 +227,7 @@ def add(
         raise UsageError(f"'{name}' cannot name a model;", hint="use lower-case letters, digits, '-' and '.'.")
     if (zoo / name).exists() and not force:
         raise UsageError(f"'{zoo / name}' exists;", hint="replace it with --force, or use another --name.")
-    entries = [_entry(result, where, found) for where, result in results.items()]
+    entries = [entry for where, result in results.items() for entry in _entries(result, where, found)]
     files = {file: File.of(found.folder / file) for file in (cards.WEIGHTS, cards.CONFIG)}
     card = replace(
         found.card,
@@ -260,8 +260,13 @@ def _hub(zoo: Path, name: str, files: Mapping[str, File]) -> cards.Hub:
     return cards.Hub(f"patchcert/{name}")
 
 
+def _entries(result: Mapping[str, Any], where: str, found: Resolved) -> list[dict[str, Any]]:
+    """A certify result as the card tells it, one entry for each claim, after holding it against the weights."""
+    common = {key: value for key, value in result.items() if key != "claims"}
+    return [_entry({**common, **claim}, where, found) for claim in result.get("claims", [{}])]
+
+
 def _entry(result: Mapping[str, Any], where: str, found: Resolved) -> dict[str, Any]:
-    """A certify result as the card tells it, after holding it against the weights."""
     assert found.card is not None
     if "attack" in result or "certified" not in (result.get("counts") or {}):
         raise IntegrityError(f"'{where}' is not a result of patchcert certify.")

@@ -45,7 +45,7 @@ def claim_list(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def plot_title(result: dict[str, Any]) -> str:
     """What a plot of a certify result is about."""
-    return f"{result['model']}: {_data(result)}"
+    return f"{result['model']}\n{_data(result)}"
 
 
 def single_rows(found: dict[str, Any]) -> Rows:

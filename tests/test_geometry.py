@@ -134,7 +134,7 @@ def test_distinct_starts_keep_every_largest_set_once() -> None:
     for axis in random_axes():
         sets = [set(cells) for cells in axis.touched]
         kept = axis.distinct()
-        assert kept == sorted(set(kept))
+        assert list(kept) == sorted(set(kept))
         for cells in sets:
             assert any(cells <= sets[start] for start in kept), "a set that no kept one covers"
         for one, other in product(kept, repeat=2):

@@ -143,9 +143,10 @@ class Card:
         return f"---\n{text}---\n\n{page.prose(self)}"
 
     def result(self, threat: str | None = None) -> Measured | None:
-        """The measurement under ``threat``, by default the one that the model was trained against."""
+        """The measurement under ``threat``, by default the one that the model was trained against; of several proofs the best."""
         wanted = parse_threat(threat or self.threat)
-        return next((one for one in self.results if parse_threat(one.threat) == wanted), None)
+        found = [one for one in self.results if parse_threat(one.threat) == wanted]
+        return max(found, key=lambda one: one.certified, default=None)
 
     def report(self, threat: str | None = None) -> Published | None:
         """The published numbers under ``threat``, by default the one that the model was trained against."""

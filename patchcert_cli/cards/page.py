@@ -98,7 +98,7 @@ def _comparison(card: Card) -> list[str]:
     for one in card.results:
         low, high = one.certified_interval
         measured = [percent(one.clean, one.images), percent(one.certified, one.images), f"{low:.2%} to {high:.2%}"]
-        cells = [f"`{one.threat}`, {one.guarantee}", f"{one.dataset} {one.split}", *measured]
+        cells = [f"`{one.threat}`, {one.guarantee} ({one.method})", f"{one.dataset} {one.split}", *measured]
         lines.append(_row(cells, published.get(str(parse_threat(one.threat)))))
     measured_threats = {str(parse_threat(one.threat)) for one in card.results}
     for threat, report in published.items():
@@ -108,7 +108,7 @@ def _comparison(card: Card) -> list[str]:
         return ["No test measurement yet, and no published numbers."]
     notes = ["Published numbers are those of the source; they belong to its weights, not to these:"] if published else []
     notes += [f"- `{one.threat}`: {one.source}" for one in card.published]
-    made = [f"- `{one.threat}`: `{one.command}` ({one.method}, patchcert {one.patchcert}, {one.date})" for one in card.results]
+    made = list(dict.fromkeys(f"- `{one.command}` (patchcert {one.patchcert}, {one.date})" for one in card.results))
     paragraphs = ["\n".join(lines)]
     if notes:
         paragraphs += [notes[0], "\n".join(notes[1:])]

@@ -203,7 +203,7 @@ def _recipe_is_plain(recipe: Any) -> Iterable[str]:
 
 
 def _one_result_each(results: tuple[Measured, ...]) -> Iterable[str]:
-    keys = [(one.dataset, one.split, str(parse_threat(one.threat)), one.guarantee) for one in results]
+    keys = [(one.dataset, one.split, str(parse_threat(one.threat)), one.guarantee, one.method) for one in results]
     yield from (f"results has {' '.join(key)} more than once" for key in sorted(set(keys)) if keys.count(key) > 1)
 
 

@@ -36,7 +36,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from patchcert_cli.exact import exact_arithmetic
@@ -44,8 +43,8 @@ from patchcert_cli.geometry import Axis, Cover
 
 METHODS = ("exact", "3.1", "3.2", "3.3")
 LARGEST_SUM = 2**24
-CHUNK = 1 << 18  # scores at a time, so that a chunk stays in a core's cache
-DENSE = 64  # up to this many cells along an axis, a product with a 0/1 matrix beats running sums
+CHUNK = 1 << 19  # scores at a time, so that a chunk stays in a core's cache
+DENSE = 64  # up to this many cells along an axis, a product with a 0/1 matrix beats sums of neighbours
 
 Aggregate = Callable[[Tensor], Tensor]  # scores [..., N, M] -> [...], monotone in every score
 
@@ -66,12 +65,21 @@ class Votes:
 
     def sums(self) -> Tensor:
         """S, int64 [B, K]."""
-        return self.scores.sum(dim=(2, 3), dtype=torch.float32 if self.scores.is_floating_point() else torch.int64).long()
+        parts = torch.split(self.scores, max(1, CHUNK // max(1, self.scores[:1].numel())))
+        return torch.cat([part.float().sum(dim=(2, 3)) for part in parts]).long()  # exact below 2^24
 
     def answer(self) -> Tensor:
         """int64 [B], the class of the largest sum, the lowest index among equals."""
-        sums = self.sums()
-        return (sums == sums.amax(dim=1, keepdim=True)).int().argmax(dim=1)
+        return _first_largest(self.sums())
+
+    def of(self, label: Tensor) -> Votes:
+        """The scores of one class, int64 [B], of each image: [B, 1, N, M]."""
+        return Votes(_of(self.scores, label), None if self.unknown is None else _of(self.unknown, label), self.weight)
+
+
+def _first_largest(sums: Tensor) -> Tensor:
+    """The class of the largest of sums [B, K], the lowest index among equals: int64 [B]."""
+    return (sums == sums.amax(dim=1, keepdim=True)).int().argmax(dim=1)
 
 
 @dataclass(frozen=True)
@@ -79,11 +87,13 @@ class Proof:
     """The smallest margin over rivals and locations.
 
     Attributes:
+        answer: int64 [B], the class that is proven.
         margin: float64 [B], in votes; the answer cannot change iff it is positive.
         worst: int64 [B], the number of a location that attains it.
         rival: int64 [B], a class that attains it.
     """
 
+    answer: Tensor
     margin: Tensor
     worst: Tensor
     rival: Tensor
@@ -91,81 +101,112 @@ class Proof:
 
 def box_sums(scores: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """Sums of float32 scores [..., N, M] over every location's cells: [..., P, Q], exact for whole numbers below 2^24."""
-    with exact_arithmetic():
-        return _along(_along(scores, columns).transpose(-1, -2), rows).transpose(-1, -2)
+    return _turned_sums(scores, rows, columns).transpose(-1, -2)
+
+
+def _turned_sums(scores: Tensor, rows: Axis, columns: Axis) -> Tensor:
+    """:func:`box_sums` as contiguous [..., Q, P]."""
+    if max(rows.cells, columns.cells) > DENSE and rows.sweep and columns.sweep:
+        return _swept(_swept(scores, -1, columns), -2, rows).transpose(-1, -2).contiguous()
+    return _along(_along(scores, columns).transpose(-1, -2).contiguous(), rows)
 
 
 def _along(scores: Tensor, axis: Axis) -> Tensor:
     """Sums over the touched cells of the last axis."""
-    if axis.cells <= DENSE or any(cells and cells[-1] - cells[0] != len(cells) - 1 for cells in axis.touched):
-        return scores @ axis.matrix().to(scores).t()
-    running = F.pad(scores.cumsum(dim=-1), (1, 0))
-    start = torch.tensor([cells[0] if cells else 0 for cells in axis.touched], device=scores.device)
-    stop = torch.tensor([cells[-1] + 1 if cells else 0 for cells in axis.touched], device=scores.device)
-    return running.index_select(-1, stop) - running.index_select(-1, start)
+    return scores @ axis.matrix().to(scores).t()
 
 
+def _swept(scores: Tensor, dim: int, axis: Axis) -> Tensor:
+    """Sums over neighbouring windows of one width: windows of 2, 4, 8, ... cells are made of two of half the width."""
+    assert axis.sweep is not None
+    (first, width), count = axis.sweep, len(axis.touched)
+    doubled, span, at = scores.narrow(dim, first, count + width - 1), 1, 0
+    total: Tensor | None = None
+    while True:
+        if width & span:
+            part = doubled.narrow(dim, at, count)
+            total = part if total is None else total + part
+            at += span
+        if 2 * span > width:
+            break
+        length = doubled.shape[dim] - span
+        doubled = doubled.narrow(dim, 0, length) + doubled.narrow(dim, span, length)
+        span *= 2
+    assert total is not None
+    return total
+
+
+@exact_arithmetic()
 def prove(votes: Votes, cover: Cover, method: str = "exact") -> Proof:
     """The theorem, or one of the published conditions, for every image, location and rival.
 
     Args:
         votes: what the cells say.
         cover: which of them each location touches.
-        method: ``exact``, ``3.2`` or ``3.3``; for ``3.1`` see :func:`prove_aggregate`.
+        method: ``exact``, ``3.1``, ``3.2`` or ``3.3``.
     """
     if method == "3.1":
         return prove_aggregate(votes, cover, lambda scores: scores.sum(dim=(-1, -2)))
-    keep = (cover.rows.distinct(), cover.columns.distinct()) if cover.budget == 1 else None
-    rows, columns = (cover.rows.pick(keep[0]), cover.columns.pick(keep[1])) if keep else (cover.rows, cover.columns)
+    keep = (cover.rows.distinct(), cover.columns.distinct())
+    if cover.budget > 1:  # several locations may be alike
+        keep = (tuple(range(len(cover.rows.touched))), tuple(range(len(cover.columns.touched))))
+    rows, columns = cover.rows.pick(keep[0]), cover.columns.pick(keep[1])
     size = max(1, CHUNK // max(1, votes.scores[:1].numel()))
-    answer = votes.answer()
-    parts = [
-        _prove(part, y, rows, columns, cover.budget, method)
-        for part, y in zip(_chunks(votes, size), torch.split(answer, size), strict=True)
-    ]
-    margin, worst, rival = (torch.cat(part) for part in zip(*parts, strict=True))
-    if keep:  # numbers of the kept locations -> numbers of all
-        of_row, of_column = (torch.tensor(kept, device=worst.device) for kept in keep)
-        worst = of_row[worst // len(keep[1])] * len(cover.columns.touched) + of_column[worst % len(keep[1])]
-    return Proof(margin.double(), worst, rival)
+    parts = [_prove(part, Cover(rows, columns, cover.budget), method) for part in _chunks(votes, size)]
+    answer, margin, worst, rival = (torch.cat(part) for part in zip(*parts, strict=True))
+    of_row, of_column = (torch.tensor(kept, device=worst.device) for kept in keep)  # numbers of the kept locations -> of all
+    worst = of_row[worst % len(keep[0])] * len(cover.columns.touched) + of_column[worst // len(keep[0])]
+    return Proof(answer, margin.double(), worst, rival)
 
 
 def _chunks(votes: Votes, size: int) -> Iterator[Votes]:
-    for begin in range(0, max(1, len(votes.scores)), size):  # no images are one empty chunk
+    for begin in range(0, max(len(votes.scores), 1), size):
         part = slice(begin, begin + size)
         yield Votes(votes.scores[part], None if votes.unknown is None else votes.unknown[part], votes.weight)
 
 
-def _ends(votes: Votes) -> tuple[Tensor, Tensor]:
-    """The least and the most that every score can be, float32; the same tensor where all are known."""
-    scores = votes.scores.float()
-    if votes.unknown is None or not bool(votes.unknown.any()):
+def _ends(votes: Votes, classes: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """The least and the most that every score of some classes can be, float32; the same tensor where all are known."""
+    scores = votes.scores[:, classes].float()
+    if votes.unknown is None:
         return scores, scores
+    unknown = votes.unknown[:, classes]
     most = torch.ones_like(scores) if votes.weight is None else votes.weight.to(scores).expand_as(scores)
-    return scores.masked_fill(votes.unknown, 0), torch.where(votes.unknown, most, scores)
+    return scores.masked_fill(unknown, 0), torch.where(unknown, most, scores)
 
 
-def _prove(votes: Votes, answer: Tensor, rows: Axis, columns: Axis, budget: int, method: str) -> tuple[Tensor, Tensor, Tensor]:
-    least, most = _ends(votes)
-    size = _sizes(votes, rows, columns)  # [P, Q], the largest sum of scores in each location
-    own, all_own = _of(least, answer), _of(least.sum(dim=(2, 3)), answer)  # [B, 1, N, M], [B, 1]
-    lead = all_own - most.sum(dim=(2, 3))  # [B, K], S_y - S_j
-    if method == "3.3":
-        largest, where = size.flatten().max(dim=0)
-        margin, worst = lead - 2 * budget * largest, where.expand_as(lead)
-    else:
-        loss = _losses(own, most, size, rows, columns)  # [B, K, P * Q]
-        if budget == 1:
-            taken, worst = loss.max(dim=2)
-        else:
-            several = loss.topk(min(budget, loss.shape[2]), dim=2)
-            taken, worst = several.values.sum(dim=2), several.indices[:, :, 0]
-        margin = lead - taken
+def _prove(votes: Votes, cover: Cover, method: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Answer, margin, location (counted column by column) and rival of one chunk of images, a block of classes at a time."""
+    rows, columns, budget = cover.rows, cover.columns, cover.budget
+    classes = votes.scores.shape[1]
+    block = max(1, CHUNK // max(1, votes.scores[:, :1].numel()))
+    ends = _ends(votes) if block >= classes else None
+    answer = _first_largest(ends[0].sum(dim=(2, 3))) if ends and votes.unknown is None else votes.answer()
+    own = _of(ends[0], answer) if ends else _ends(votes.of(answer))[0]  # [B, 1, N, M]
+    size = _sizes(votes, rows, columns).t().contiguous()  # [Q, P], the largest sum of scores in each location
+    total = own.sum(dim=(2, 3))  # [B, 1]
+    base = (size + _turned_sums(own, rows, columns)).flatten(2)  # [B, 1, Q * P]
+    margins, places = [], []
+    for first in range(0, classes, block):
+        most = ends[1] if ends else _ends(votes, slice(first, first + block))[1]  # [B, K', N, M]
+        lead = total - most.sum(dim=(2, 3))  # [B, K'], S_y - S_j
+        if method == "3.3":
+            largest, where = size.flatten().max(dim=0)
+            taken, worst = 2 * budget * largest, where.expand_as(lead)
+        else:  # sum_{i in A(L)} (w_i + s_iy - s_ij)
+            loss = base - _turned_sums(most, rows, columns).flatten(2)
+            if budget == 1:
+                taken, worst = loss.max(dim=2)
+            else:
+                several = loss.topk(min(budget, loss.shape[2]), dim=2)
+                taken, worst = several.values.sum(dim=2), several.indices[:, :, 0]
+        margins.append(lead - taken)
+        places.append(worst)
+    margin, worst = torch.cat(margins, dim=1), torch.cat(places, dim=1)
     if method == "exact":
-        margin = margin + (answer[:, None] < torch.arange(margin.shape[1], device=margin.device)).to(margin)
-    margin = margin.scatter(1, answer[:, None], float("inf"))
-    smallest, rival = margin.min(dim=1)
-    return smallest, worst.gather(1, rival[:, None])[:, 0], rival
+        margin = margin + (answer[:, None] < torch.arange(classes, device=margin.device))
+    smallest, rival = margin.scatter(1, answer[:, None], float("inf")).min(dim=1)
+    return answer, smallest, worst.gather(1, rival[:, None])[:, 0], rival
 
 
 def _sizes(votes: Votes, rows: Axis, columns: Axis) -> Tensor:
@@ -176,34 +217,29 @@ def _sizes(votes: Votes, rows: Axis, columns: Axis) -> Tensor:
     return box_sums(weight, rows, columns)
 
 
-def _losses(own: Tensor, most: Tensor, size: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """``sum_{i in A(L)} (w_i + s_iy - s_ij)`` for every rival and location: [B, K, P * Q]."""
-    boxes = box_sums(most, rows, columns)
-    base = size + box_sums(own, rows, columns)
-    return (base - boxes).flatten(2)
-
-
 def _of(values: Tensor, answer: Tensor) -> Tensor:
     """The entries [B, 1, ...] of values [B, K, ...] at the class int64 [B]."""
-    index = answer.reshape(-1, *([1] * (values.ndim - 1))).expand(-1, 1, *values.shape[2:])
-    return values.gather(1, index)
+    return values[torch.arange(len(answer), device=answer.device), answer][:, None]
 
 
+@exact_arithmetic()
 def margin_map(votes: Votes, cover: Cover) -> Tensor:
     """The smallest margin over rivals at every location, budget 1, float64 [B, P, Q]; see the theorem."""
-    maps = []
+    rows, columns = cover.rows, cover.columns
+    size, maps = _sizes(votes, rows, columns), []
     for part in _chunks(votes, max(1, CHUNK // max(1, votes.scores[:1].numel()))):
         answer = part.answer()
         least, most = _ends(part)
-        loss = _losses(_of(least, answer), most, _sizes(part, cover.rows, cover.columns), cover.rows, cover.columns)
-        lead = _of(least.sum(dim=(2, 3)), answer) - most.sum(dim=(2, 3))
-        credit = (answer[:, None] < torch.arange(lead.shape[1], device=lead.device)).to(lead)
-        margin = (lead + credit)[:, :, None] - loss
-        margin.scatter_(1, answer[:, None, None].expand(-1, 1, margin.shape[2]), float("inf"))
-        maps.append(margin.amin(dim=1).reshape(len(answer), len(cover.rows.touched), len(cover.columns.touched)))
+        own = _of(least, answer)
+        lead = own.sum(dim=(2, 3)) - most.sum(dim=(2, 3))  # [B, K]
+        lead = lead + (answer[:, None] < torch.arange(lead.shape[1], device=lead.device))
+        margin = lead[:, :, None, None] - (size + box_sums(own, rows, columns) - box_sums(most, rows, columns))
+        rivals = torch.arange(lead.shape[1], device=lead.device) != answer[:, None]
+        maps.append(margin.masked_fill(~rivals[:, :, None, None], float("inf")).amin(dim=1))
     return torch.cat(maps).double()
 
 
+@exact_arithmetic()
 def prove_aggregate(votes: Votes, cover: Cover, aggregate: Aggregate) -> Proof:
     """Condition 3.1: the worst case of any aggregation that is monotone in every score, one location after another.
 
@@ -215,7 +251,7 @@ def prove_aggregate(votes: Votes, cover: Cover, aggregate: Aggregate) -> Proof:
     least, most = (part.double() for part in _ends(votes))
     weight = least.new_ones(least.shape[2:]) if votes.weight is None else votes.weight.double()
     total = aggregate(votes.scores.double())
-    answer = (total == total.amax(dim=1, keepdim=True)).int().argmax(dim=1)
+    answer = _first_largest(total)
     own = _of(least, answer)
     smallest = torch.full((len(answer),), float("inf"), dtype=torch.float64, device=least.device)
     worst, rival = torch.zeros_like(answer), torch.zeros_like(answer)
@@ -230,4 +266,4 @@ def prove_aggregate(votes: Votes, cover: Cover, aggregate: Aggregate) -> Proof:
             smallest = torch.where(lower, margin, smallest)
             worst = torch.where(lower, torch.full_like(worst, p * len(cover.columns.touched) + q), worst)
             rival = torch.where(lower, who, rival)
-    return Proof(smallest, worst, rival)
+    return Proof(answer, smallest, worst, rival)

@@ -120,9 +120,6 @@ def certify(
         return [Claim(one, method) for one in threats for method in methods]
 
     _check_pictures(image, plot, map_, dry_run=dry_run)
-    for path in filter(None, (plot, map_)):
-        pictures.require()
-        pictures.check_path(path)
     if image is not None:
         subject, config, note = open_subject(model, dataset, device)
         show.say(note)
@@ -183,7 +180,13 @@ def _threats(patch: str | None, area: int | None, threat: str | None, k: int | N
 
 
 def _check_pictures(image: Path | None, plot: Path | None, map_: Path | None, *, dry_run: bool) -> None:
+    """Refuse what cannot be drawn before anything is computed."""
+    from patchcert_cli import pictures
+
     if map_ is not None and image is None:
         raise UsageError("--map draws one picture;", hint="say which: --image FILE.")
     if image is not None and (plot is not None or dry_run):
         raise UsageError(f"{'--plot' if plot else '--dry-run'} does not go with --image;", hint="leave one of them out.")
+    for path in filter(None, (plot, map_)):
+        pictures.require()
+        pictures.check_path(path)

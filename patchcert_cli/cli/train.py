@@ -117,6 +117,7 @@ def train(
     made = replace(start, **given).validate().fitted()
     folder = out or Path("runs") / made.name
     if dry_run:
+        session.check(made)
         value = {**made.to_dict(), "out": str(folder)}
         show.result(report.plain_rows(value), value, json)
         return

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,10 @@ from patchcert_cli.defenses.evidence import EvidenceDefense
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.geometry import Axis, Cover
 from patchcert_cli.models.region import RegionScorer
-from patchcert_cli.schema import Count, NonNegative, Positive
+from patchcert_cli.schema import Count, Must, NonNegative, Positive
 from patchcert_cli.threats import Patch
 
+STEPS = 255  # the largest weight of a position
 PIECE = 1 << 25  # activations of one layer that are computed at a time
 
 
@@ -56,6 +57,7 @@ class BagCertOptions(Options):
         one_hot: weight of ``mean((sum_c s_c - 1)^2)`` over cells, which asks each cell to vote for one class.
         warm_up_epochs: first epochs, with cross-entropy of the mean scores.
         every: train on every so-manieth cell along both axes, at a random phase; the deployed network uses all cells.
+        aggregate: ``sum``, every cell counts alike, or ``weighted``, each position has a learned weight; monotone either way.
         flip: mirror images at random.
         shift: move images by up to this many pixels.
     """
@@ -65,6 +67,7 @@ class BagCertOptions(Options):
     one_hot: NonNegative = 0.0
     warm_up_epochs: Count = 0
     every: Positive = 2
+    aggregate: Annotated[str, Must(("sum", "weighted").__contains__, "sum or weighted")] = "sum"
     flip: bool = True
     shift: Count = 4
 
@@ -79,9 +82,18 @@ class BagCert(EvidenceDefense):
     options = BagCertOptions
     default_network = "region"
 
-    def __init__(self, scorer: RegionScorer, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        scorer: RegionScorer,
+        *,
+        input_shape: tuple[int, int, int],
+        classes: tuple[str, ...],
+        aggregate: str = "sum",
+    ) -> None:
         super().__init__(input_shape=input_shape, classes=classes)
         self.scorer = scorer
+        cells = [side - scorer.receptive_field + 1 for side in input_shape[1:]]
+        self.position = nn.Parameter(torch.ones(cells)) if aggregate == "weighted" else None
         self._frozen: tuple[object, nn.Module] | None = None
 
     @classmethod
@@ -91,7 +103,8 @@ class BagCert(EvidenceDefense):
         scorer: Any = models.build(config["network"]["name"], options)
         if not isinstance(scorer, RegionScorer):
             raise IntegrityError(f"bagcert needs a region scorer, not '{config['network']['name']}';", hint="use network region.")
-        return cls(scorer, input_shape=shape, classes=classes)
+        aggregate = str(config.get("options", {}).get("aggregate", "sum"))
+        return cls(scorer, input_shape=shape, classes=classes, aggregate=aggregate)
 
     @classmethod
     def tiny(cls) -> BagCert:
@@ -100,7 +113,12 @@ class BagCert(EvidenceDefense):
         options = {"input_shape": shape, "classes": 3, "mean": (0.4,), "std": (0.5,), **plan}
         scorer: Any = models.build("region", options)
         made = cls(scorer, input_shape=shape, classes=("a", "b", "c")).eval()
-        made.finish(torch.rand(64, *shape))
+        sample = torch.rand(64, *shape)
+        made.finish(sample)
+        with torch.no_grad():  # a class is mostly, sometimes or hardly ever voted for
+            scores = scorer(sample)
+            spread, middle = scores.std(dim=(0, 2, 3)), scores.mean(dim=(0, 2, 3))
+            scorer.head.bias += 6 * torch.randn(3) * spread - middle
         return made
 
     @property
@@ -109,20 +127,39 @@ class BagCert(EvidenceDefense):
         return self.scorer.receptive_field
 
     def forward(self, x: Tensor) -> Tensor:
-        """Smooth surrogate: the mean over cells of the sigmoid of the scores, [B, K]."""
-        scores: Tensor = self.scorer(x)
-        return scores.sigmoid().mean(dim=(2, 3))
+        """Smooth surrogate: the (weighted) mean over cells of the sigmoid of the scores, [B, K]."""
+        return self._share(self.scorer(x).sigmoid())
 
-    def votes(self, x: Tensor) -> Votes:
-        """``s = [score > 0]`` of all cells; no score is in doubt, since none is rounded."""
+    def _share(self, votes: Tensor, down: int = 0, right: int = 0, every: int = 1) -> Tensor:
+        """The mean of votes [B, K, n, m] of every so-manieth cell from (down, right) on, by the weights of positions: [B, K]."""
+        if self.position is None:
+            return votes.mean(dim=(2, 3))
+        weight = F.softplus(self.position)[down::every, right::every]
+        return (votes * (weight / weight.sum())).sum(dim=(2, 3))
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Whole numbers [N, M], how much each position counts; None for 1."""
+        if self.position is None:
+            return None
+        weight = F.softplus(self.position.detach().double())
+        return (weight * (STEPS / weight.amax())).round()
+
+    def scores(self, x: Tensor) -> Tensor:
+        """The scores of all cells as the deployed network computes them, [B, K, N, M]; a cell votes where they are positive."""
         network, parts = self.deployed(), []
         size = max(1, PIECE // (self.scorer.widest * self.input_shape[1] * self.input_shape[2]))
         with exact.exact_arithmetic():
             for part in torch.split(x, size):
                 steps = exact.to_steps(part).to(exact.execution_type(network, part.device))
-                parts.append(network(steps.contiguous(memory_format=torch.channels_last)) > 0)
-        scores = torch.cat(parts) if parts else x.new_zeros((0, len(self.classes), 1, 1)).bool()
-        return Votes(scores.contiguous())
+                parts.append(network(steps.contiguous(memory_format=torch.channels_last)))
+        return torch.cat(parts)
+
+    def count(self, scores: Tensor) -> Votes:
+        """``s = [score > 0]``, times the weight of its position; no score is in doubt, since none is rounded."""
+        weights = self.weights
+        votes = (scores > 0).contiguous()
+        return Votes(votes) if weights is None else Votes(votes * weights.float(), weight=weights)
 
     def cover(self, patch: Patch) -> Cover:
         height, width = self.input_shape[1:]
@@ -153,6 +190,7 @@ class BagCert(EvidenceDefense):
         """
         options = step.options
         assert isinstance(options, BagCertOptions)
+        down = right = 0
         if options.every > 1:
             cells = min(self.input_shape[1:]) - self.receptive_field + 1
             down, right = torch.randint(min(options.every, cells), (2,), generator=step.generator).tolist()
@@ -161,7 +199,7 @@ class BagCert(EvidenceDefense):
         if step.progress < options.warm_up_epochs:
             return F.cross_entropy(scores.mean(dim=(2, 3)).float(), label)
         votes: Tensor = Step.apply(scores.float())
-        share = votes.mean(dim=(2, 3))  # [B, K]
+        share = self._share(votes, down, right, options.every)
         own = share.gather(1, label[:, None])[:, 0]
         others = share.scatter(1, label[:, None], -1.0)
         soft = options.sharpness

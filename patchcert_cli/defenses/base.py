@@ -145,6 +145,13 @@ class Defense(nn.Module, ABC):
         """
         raise UsageError("this defense has no margins by location;", hint="--map is for bagcert and smoothing models.")
 
+    def self_test(self) -> None:
+        """Check what the proof assumes of the network, when a model is loaded.
+
+        Raises:
+            IntegrityError: the network is not what the proof takes it for.
+        """
+
     def finish(self, x: Tensor) -> None:
         """Fit what training leaves open to some training images [B, C, H, W], before validation and before saving."""
 

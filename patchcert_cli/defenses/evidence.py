@@ -20,7 +20,7 @@ from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers import additive
 from patchcert_cli.certifiers.additive import Votes
 from patchcert_cli.defenses.base import Claim, Defense
-from patchcert_cli.errors import UnsupportedThreat, UsageError
+from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.geometry import Cover
 from patchcert_cli.threats import Patch, PatchPercent, Sparse, Threat
 
@@ -31,8 +31,16 @@ class EvidenceDefense(Defense):
     methods: ClassVar[tuple[str, ...]] = additive.METHODS
 
     @abstractmethod
+    def scores(self, x: Tensor) -> Tensor:
+        """What votes are made of, [B, K, N, M], from images [B, C, H, W] in [0, 1]; the same in any batch and on any device."""
+
+    @abstractmethod
+    def count(self, scores: Tensor) -> Votes:
+        """The votes that scores [B, K, N, M] mean, cell by cell."""
+
     def votes(self, x: Tensor) -> Votes:
-        """What the cells say about images [B, C, H, W] in [0, 1]; the same in every batch and on every device."""
+        """What the cells say about images [B, C, H, W] in [0, 1]."""
+        return self.count(self.scores(x))
 
     @abstractmethod
     def cover(self, patch: Patch) -> Cover:
@@ -51,10 +59,9 @@ class EvidenceDefense(Defense):
         for claim in claims:
             self.check_method(claim.method)
         votes = self.votes(x)
-        answer = votes.answer()
-        return [self._certificate(votes, answer, claim) for claim in claims]
+        return [self._certificate(votes, claim) for claim in claims]
 
-    def _certificate(self, votes: Votes, answer: Tensor, claim: Claim) -> Certificate:
+    def _certificate(self, votes: Votes, claim: Claim) -> Certificate:
         height, width = self.input_shape[1:]
         method = claim.method or self.methods[0]
         cover = self.cover_of(claim.threat)
@@ -62,11 +69,11 @@ class EvidenceDefense(Defense):
             raise UnsupportedThreat(f"condition 3.1 is not for {claim.threat};", hint="it is for one patch or one pixel.")
         proof = additive.prove(votes, cover, method)
         return Certificate(
-            prediction=answer,
+            prediction=proof.answer,
             certified=proof.margin > 0,
             margin=proof.margin,
             slack=torch.zeros_like(proof.margin),  # whole numbers; what rounding may decide is the attacker's
-            worst=claim.threat.atoms(height, width).to(answer.device)[proof.worst],
+            worst=claim.threat.atoms(height, width).to(proof.worst.device)[proof.worst],
             rival=proof.rival,
             threat=claim.threat,
             method="additive" if method == "exact" else f"condition {method}",
@@ -86,6 +93,26 @@ class EvidenceDefense(Defense):
         if isinstance(threat, Sparse) and threat.unit == "pixel":
             return replace(self.cover(Patch(1, 1)), budget=threat.k)
         raise UnsupportedThreat(f"votes have no certificate against {threat};", hint="allowed: patch, and sparse pixels.")
+
+    @torch.no_grad()
+    def self_test(self) -> None:
+        """Push NaN through single pixels: it must reach the very cells that :meth:`cover` counts."""
+        _, height, width = self.input_shape
+        pixels = sorted({(0, 0), (0, width - 1), (height - 1, 0), (height - 1, width - 1), (height // 2, width // 3)})
+        x = torch.full((len(pixels), *self.input_shape), 0.5, device=self.device)
+        for at, (row, column) in enumerate(pixels):
+            x[at, :, row, column] = float("nan")
+        reached = self.scores(x).isnan().any(dim=1).cpu()  # [n, N, M]
+        cover = self.cover(Patch(1, 1))
+        rows, columns = cover.rows.matrix().bool(), cover.columns.matrix().bool()
+        for at, (row, column) in enumerate(pixels):
+            claimed = rows[row][:, None] & columns[column]
+            if not torch.equal(reached[at], claimed):
+                raise IntegrityError(
+                    f"the pixel at row {row}, column {column} reaches {int(reached[at].sum())} cells,"
+                    f" but the proof counts {int(claimed.sum())}.",
+                    hint="The network is not what its configuration says; its certificates would be void.",
+                )
 
     def remark(self, threat: Threat) -> str:
         """Says so where a patch reaches so many cells that no image whatever can be certified."""

@@ -26,7 +26,13 @@ def build(name: str, options: Mapping[str, Any]) -> nn.Sequential:
 
 
 def describe(network: nn.Module) -> str:
-    """Short text such as ``MLP 784-255-10`` or ``CNN 16-16-32-32, dense 100-10``: the widths of all layers."""
+    """Short text such as ``MLP 784-255-10`` or ``CNN 16-16-32-32, dense 100-10``: the widths of all layers.
+
+    A network that has a ``summary`` of its own is described by that, and by its number of parameters.
+    """
+    for part in network.modules():
+        if isinstance(getattr(part, "summary", None), str):
+            return f"{part.summary}, {sum(weight.numel() for weight in part.parameters()) / 1e6:.2f}M parameters"
     dense = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
     convolutions = [layer.out_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)]
     widths = [str(layer.out_features) for layer in dense]

@@ -71,6 +71,12 @@ class RegionScorer(nn.Module):
         self.head = nn.Conv2d(widths[-1], classes, 1)
         self.widest = max(widths)
 
+    @property
+    def summary(self) -> str:
+        """Kind and widths, for cards."""
+        widths = "-".join(str(cast(Stage, stage).norm.num_features) for stage in self.stages)
+        return f"region scorer {widths}, receptive field {self.receptive_field}"
+
     def forward(self, x: Tensor, every: int = 1) -> Tensor:
         """Scores of all cells, or with ``every`` only of each so-manieth along both axes, at a fraction of the cost."""
         v, spacing = self.normalize(x), 1

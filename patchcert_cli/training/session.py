@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from patchcert_cli import __version__, cards, data, files, hub, models
+from patchcert_cli import __version__, cards, data, defenses, files, hub, models
 from patchcert_cli import device as devices
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.progress import Progress, Silent
@@ -21,6 +21,12 @@ def recipe_of(name_or_path: str) -> Recipe:
     if not isinstance(config.get("recipe"), dict):
         raise IntegrityError(f"'{name_or_path}' does not say how it was trained;", hint="give --patch or --threat instead.")
     return Recipe.from_dict(config["recipe"])
+
+
+def check(recipe: Recipe) -> None:
+    """Raise what building the recipe's network raises, before any data is loaded."""
+    with torch.random.fork_rng():
+        defenses.build(recipe.config())
 
 
 def run(
@@ -43,6 +49,7 @@ def run(
     """
     progress = progress or Silent()
     place = devices.resolve(device)
+    check(recipe)
     images = data.load(recipe.dataset, "train", data_dir=data_dir, download=download, fetch=fetch)
     made = loop.train(recipe, images, folder, device=place, fresh=fresh, progress=progress)
     weights = files.sha256(folder / files.WEIGHTS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise, product
@@ -12,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchcert_cli import geometry
 from patchcert_cli.certifiers import additive
 from patchcert_cli.certifiers.additive import METHODS, Aggregate, Proof, Votes, prove, prove_aggregate
 from patchcert_cli.geometry import Axis, Cover
 
 from . import ballots
+from .ballot_breaks import BREAKS, SPARSE_BREAKS
 from .ballots import Ballots, Line
 
 SLIDING = [
@@ -119,6 +118,8 @@ def test_margins_are_those_of_the_theorem(kind: str) -> None:
         plain = prove(votes(given), given.cover(), "3.2")
         assert torch.equal(proof.margin, chart.flatten(1).amin(dim=1))
         assert torch.equal(votes(given).sums(), given.scores.sum(dim=(2, 3)))
+        assert proof.answer.tolist() == [ballots.answer(total) for total in given.scores.sum(dim=(2, 3)).tolist()]
+        assert torch.equal(proof.answer, votes(given).answer())
         for index in range(len(given.scores)):
             slow = ballots.margins(given, index)
             assert chart[index].flatten().tolist() == [min(of.values()) for of in slow]
@@ -139,6 +140,7 @@ def test_the_type_of_the_scores_does_not_matter(dtype: torch.dtype) -> None:
 
 
 def assert_same(one: Proof, other: Proof) -> None:
+    assert torch.equal(one.answer, other.answer)
     assert torch.equal(one.margin, other.margin)
     assert torch.equal(one.worst, other.worst)
     assert torch.equal(one.rival, other.rival)
@@ -334,7 +336,7 @@ def test_a_patch_as_large_as_the_image_certifies_nothing(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_no_images(method: str) -> None:
     proof = prove(Votes(torch.zeros(0, 3, 3, 3)), Cover(Line(4, 1, 2).axis(), Line(4, 1, 2).axis()), method)
-    assert proof.margin.shape == proof.worst.shape == proof.rival.shape == (0,)
+    assert proof.answer.shape == proof.margin.shape == proof.worst.shape == proof.rival.shape == (0,)
     assert proof.margin.dtype == torch.float64
 
 
@@ -351,118 +353,32 @@ def test_sums_beyond_float32_are_refused() -> None:
         prove(heavy, Cover(Line(2, 1, 1).axis(), Line(2, 1, 1).axis()))
 
 
-# Proofs that are wrong in one known way: the enemy above must see each.
-
-Break = Callable[[pytest.MonkeyPatch], None]
-
-
-def window_one_short(side: int) -> Break:
-    original = geometry.touched_range
-
-    def shorter(*args: Any, **options: Any) -> tuple[int, int]:
-        first, stop = original(*args, **options)
-        return (first, max(first, stop - 1)) if side else (min(first + 1, stop), stop)
-
-    return lambda monkeypatch: monkeypatch.setattr(geometry, "touched_range", shorter)
-
-
-def runner_up_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = additive._losses
-
-    def losses(own: Tensor, most: Tensor, *args: Any) -> Tensor:
-        total = most.sum(dim=(2, 3))
-        first = (total == total.amax(dim=1, keepdim=True)).int().argmax(dim=1, keepdim=True)
-        second = total.scatter(1, first, -1).argmax(dim=1)
-        rival = torch.arange(total.shape[1]) == second[:, None]
-        return original(own, most, *args).masked_fill(~rival[:, :, None], -1e6)
-
-    monkeypatch.setattr(additive, "_losses", losses)
-
-
-def half_the_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = additive._sizes
-    monkeypatch.setattr(additive, "_sizes", lambda *args: original(*args) / 2)
-
-
-def loss_of_one_class_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The attacker silences y but cannot add votes for j."""
-    monkeypatch.setattr(
-        additive, "_losses", lambda own, most, size, *axes: additive.box_sums(own.expand_as(most), *axes).flatten(2)
-    )
-
-
-def ties_always_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = additive.prove
-
-    def kind(given: Votes, cover: Cover, method: str) -> Proof:
-        proof = original(given, cover, "3.2")
-        return replace(proof, margin=proof.margin + 1)
-
-    monkeypatch.setattr(additive, "prove", kind)
-
-
-def ties_to_the_highest(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = additive.prove
-    monkeypatch.setattr(additive, "prove", lambda v, c, m: original(Votes(v.scores.flip(1), None, v.weight), c, m))
-
-
-def credit_of_the_other_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Backwards:
-        """torch, but its ranges run backwards."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(torch, name)
-
-        def arange(self, count: int, **options: Any) -> Tensor:
-            return torch.arange(count, **options).flip(0)
-
-    monkeypatch.setattr(additive, "torch", Backwards())
-
-
-def no_wrap_around(monkeypatch: pytest.MonkeyPatch) -> None:
-    def bands(length: int, side: int, *, band: int, stride: int = 1) -> Axis:
-        shown = [set(range(first, min(first + band, length))) for first in range(0, length, stride)]
-        patches = [set(range(start, start + side)) for start in range(length - side + 1)]
-        return Axis(len(shown), tuple(tuple(i for i, pixels in enumerate(shown) if pixels & patch) for patch in patches))
-
-    monkeypatch.setattr(Axis, "bands", bands)
-
-
-def distinct(keep: Callable[[list[int]], list[int]]) -> Break:
-    original = Axis.distinct
-    return lambda monkeypatch: monkeypatch.setattr(Axis, "distinct", lambda axis: keep(original(axis)))
-
-
-def largest_location_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starts that touch fewer cells than the most are dropped, though no single other one covers them."""
-
-    def largest(axis: Axis) -> list[int]:
-        most = max(len(cells) for cells in axis.touched)
-        return [next(start for start, cells in enumerate(axis.touched) if len(cells) == most)]
-
-    monkeypatch.setattr(Axis, "distinct", largest)
-
-
-BREAKS: dict[str, tuple[Break, str]] = {
-    "window one cell short at the end": (window_one_short(1), "exact"),
-    "window one cell short at the start": (window_one_short(0), "exact"),
-    "runner-up only": (runner_up_only, "exact"),
-    "half of the cells": (half_the_cells, "exact"),
-    "global rule with a factor of 1": (half_the_cells, "3.3"),
-    "votes are lost but never won": (loss_of_one_class_only, "exact"),
-    "ties always stay": (ties_always_stay, "exact"),
-    "answer of the highest index": (ties_to_the_highest, "exact"),
-    "credit of the other side": (credit_of_the_other_side, "exact"),
-    "no wrap-around": (no_wrap_around, "exact"),
-    "last distinct start dropped": (distinct(lambda starts: starts[:-1] or starts), "exact"),
-    "first distinct start dropped": (distinct(lambda starts: starts[1:] or starts), "exact"),
-    "only one of the largest starts": (largest_location_only, "exact"),
-}
-
-
 @pytest.mark.parametrize("name", BREAKS)
 def test_broken_proofs_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     apply, method = BREAKS[name]
     assert compare(method=method).unsound == []
     apply(monkeypatch)
     assert compare(method=method, until_found=True).unsound != []
+
+
+@pytest.mark.parametrize("name", SPARSE_BREAKS)
+def test_broken_budgets_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ballots.draw(Line(9, 1, 1), Line(1, 1, 1), classes=2, count=60, seed=0)
+    broken = [ballots.breakable(given, index, 2) for index in range(60)]
+
+    def unsound() -> bool:
+        yes = (additive.prove(votes(given), given.cover(2)).margin > 0).tolist()
+        return any(good and bad for good, bad in zip(yes, broken, strict=True))
+
+    assert not unsound()
+    SPARSE_BREAKS[name](monkeypatch)
+    assert unsound()
+
+
+def test_votes_of_one_class() -> None:
+    given = some_ballots("weighted")[1]
+    label = torch.arange(len(given.scores)) % 3
+    own = Votes(given.scores, given.scores > 0, given.weight).of(label)
+    assert torch.equal(own.scores[:, 0], torch.stack([scores[c] for scores, c in zip(given.scores, label, strict=True)]))
+    assert own.unknown is not None and torch.equal(own.unknown, own.scores > 0)
+    assert own.weight is given.weight and votes(given).of(label).unknown is None

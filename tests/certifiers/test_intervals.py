@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from patchcert_cli.certifiers import intervals, rounding, streams
 from patchcert_cli.errors import UnsupportedThreat, UsageError
-from patchcert_cli.exact import exact_arithmetic
 from patchcert_cli.threats import Patch, PatchPercent, Sparse, parse_threat
 
 from . import reference
@@ -184,21 +183,6 @@ def test_layers_without_a_rule_are_refused(layer: nn.Module) -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(9, 6), layer, nn.Linear(6, 3)).eval()
     with pytest.raises(UnsupportedThreat):
         margins(net, images((1, 3, 3), 2), torch.tensor([0, 1]), Patch(1, 1))
-
-
-def test_precision_settings_are_restored() -> None:
-    before = torch.get_float32_matmul_precision()
-    inside = []
-
-    def work() -> None:
-        with exact_arithmetic():
-            inside.append(torch.get_float32_matmul_precision())
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        work()
-    assert inside == ["highest"]
-    assert torch.get_float32_matmul_precision() == before
 
 
 def test_a_single_linear_layer_is_merged_with_the_difference() -> None:

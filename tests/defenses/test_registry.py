@@ -9,22 +9,25 @@ import torch
 
 from patchcert_cli import defenses
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.defenses.base import Defense
-from patchcert_cli.errors import DataError, UnknownName
-from patchcert_cli.threats import Patch
+from patchcert_cli.defenses.base import Claim, Defense
+from patchcert_cli.errors import DataError, UnknownName, UnsupportedThreat, UsageError
+from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
+
+THREATS = [Patch(1, 1), Patch(2, 2), Patch(1, 4), Patch(4, 4), parse_threat("patch:7%"), Sparse(1), Sparse(3), Sparse(1, "value")]
 
 
 def test_names_are_the_files() -> None:
     files = {path.stem for path in Path(defenses.__file__).parent.glob("*.py")}
-    assert set(defenses.names()) == files - {"__init__", "base"}
+    assert set(defenses.names()) == files - {"__init__", "base", "evidence"}
     assert defenses.names() == sorted(defenses.names())
 
 
 def test_unknown_names_are_refused_with_a_suggestion() -> None:
     with pytest.raises(UnknownName, match="no defense 'ipb'"):
         defenses.by_name("ipb")
-    with pytest.raises(UnknownName):
-        defenses.by_name("base")
+    for shared in ("base", "evidence"):
+        with pytest.raises(UnknownName):
+            defenses.by_name(shared)
 
 
 @pytest.mark.parametrize("name", defenses.names())
@@ -92,3 +95,38 @@ class TestEveryDefense:
         assert torch.equal(x, pixels)
         assert all(torch.equal(value, before[key]) for key, value in defense.state_dict().items())
         assert torch.equal(first.margin, second.margin)
+
+    @pytest.mark.parametrize("threat", THREATS, ids=str)
+    @pytest.mark.parametrize("count", [0, 6])
+    def test_every_proof_is_about_the_deployed_answer(self, name: str, threat: Threat, count: int) -> None:
+        """Each method either refuses the threat or certifies what ``predict`` says."""
+        defense, x, supported = self.tiny(name), torch.rand(count, 1, 4, 4), 0
+        assert defense.methods
+        for method in (None, *defense.methods):
+            try:
+                certificate = defense.certify(x, threat, method)
+            except UnsupportedThreat:
+                continue
+            supported += 1
+            assert torch.equal(certificate.prediction, defense.predict(x))
+            assert torch.equal(certificate.certified, certificate.margin > certificate.slack)
+            assert certificate.threat == threat
+            atoms = {tuple(atom) for atom in threat.atoms(4, 4).tolist()}
+            assert {tuple(worst) for worst in certificate.worst.tolist()} <= atoms
+            assert bool((certificate.rival != certificate.prediction).all())
+            if isinstance(threat, Patch) and threat.height == threat.width == 4:
+                assert not bool(certificate.certified.all()) or count == 0
+        assert supported or not isinstance(threat, Patch)
+
+    def test_claims_together_are_the_claims_alone(self, name: str) -> None:
+        defense, x = self.tiny(name), torch.rand(5, 1, 4, 4)
+        claims = [Claim(threat) for threat in (Patch(1, 1), Patch(2, 3), Sparse(2))]
+        for claim, certificate in zip(claims, defense.certify_each(x, claims), strict=True):
+            alone = defense.certify(x, claim.threat)
+            assert torch.equal(certificate.margin, alone.margin) and torch.equal(certificate.worst, alone.worst)
+            assert certificate.threat == claim.threat
+        assert defense.certify_each(x, []) == []
+        with pytest.raises(UsageError, match="no proof 'guess'"):
+            defense.certify_each(x, [Claim(Patch(1, 1)), Claim(Patch(1, 1), "guess")])
+        with pytest.raises(UsageError, match="does not fit"):
+            defense.certify(x, Patch(5, 1))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli import defenses
+from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.base import Defense
 from patchcert_cli.defenses.ibp import IntervalDefense
 from patchcert_cli.errors import UnsupportedThreat
@@ -96,12 +97,12 @@ class Score:
         return Score(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
 
-def check(arenas: list[Arena], threats: list[Attack], *, until_found: bool = False) -> Score:
+def check(arenas: list[Arena], threats: list[Attack], *, method: str | None = None, until_found: bool = False) -> Score:
     """Certify every image and look for certified answers that an allowed change moves, all of them or one."""
     score = Score()
     for arena, threat in product(arenas, threats):
         try:
-            certificate = arena.defense.certify(arena.images, threat)
+            certificate = arena.defense.certify(arena.images, threat, method)
         except UnsupportedThreat:
             score.unsupported += 1
             continue
@@ -177,9 +178,66 @@ def random_arenas(family: str) -> list[Arena]:
 def registered_arenas(name: str) -> list[Arena]:
     """The defense ``name`` with several random weights."""
     arenas = []
-    for seed in range(12):
+    for seed in range(10):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             defense = defenses.by_name(name).tiny().eval()
-        arenas.append(Arena(f"{name} {seed}", defense, draw_images(defense.input_shape, 24, seed)))
+        arenas.append(Arena(f"{name} {seed}", defense, draw_images(defense.input_shape, 16, seed)))
     return arenas
+
+
+REGIONS: dict[str, tuple[tuple[int, int, int], dict[str, list[int]]]] = {
+    "pairs": ((1, 6, 6), {"widths": [3, 4], "kernels": [2, 1], "dilations": [1, 1], "mixes": [0, 1]}),
+    "colour": ((2, 5, 6), {"widths": [4], "kernels": [2], "dilations": [1], "mixes": [0]}),
+    "dilated": ((1, 7, 6), {"widths": [3], "kernels": [2], "dilations": [2], "mixes": [1]}),
+    "single": ((1, 4, 5), {"widths": [3], "kernels": [1], "dilations": [1], "mixes": [0]}),
+}
+
+
+def random_region(name: str, seed: int, *, classes: int = 3, lean: float = 2.0) -> BagCert:
+    """A random BagCert; the larger ``lean``, the more its cells agree with each other."""
+    shape, plan = REGIONS[name]
+    options = {**plan, "mean": [0.5] * shape[0], "std": [0.5] * shape[0]}
+    made = {"input_shape": shape, "classes": list("abcd")[:classes], "network": {"name": "region", "options": options}}
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        defense = BagCert.from_config(made).eval()
+        x = draw_images(shape, 64, seed + 1000)
+        scores = defense.scorer(x)
+        spread, middle = scores.std(dim=(0, 2, 3)), scores.mean(dim=(0, 2, 3))
+        defense.scorer.head.bias += lean * torch.randn(classes) * spread - middle
+        defense.finish(x)
+    return defense
+
+
+def pixel_votes(bias: float = 0.5) -> BagCert:
+    """Cells of one pixel each: a bright one votes for b, a dark one for a, and all can be set independently."""
+    options = {"widths": [2], "kernels": [1], "dilations": [1], "mixes": [0], "mean": [0.0], "std": [1.0]}
+    made = {"input_shape": (1, 4, 4), "classes": ["a", "b"], "network": {"name": "region", "options": options}}
+    defense = BagCert.from_config(made).eval()
+    stage, head = defense.scorer.stages[0], defense.scorer.head
+    with torch.no_grad():
+        stage.convolution.weight.copy_(torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1))
+        stage.norm.bias.copy_(torch.tensor([bias, -bias]))  # relu(bias - x), relu(x - bias)
+        head.weight.copy_(torch.eye(2).reshape(2, 2, 1, 1))
+        head.bias.zero_()
+        defense.finish(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1).expand(2, 1, 4, 4))
+    return defense
+
+
+@cache
+def voting_arenas() -> list[Arena]:
+    """Random BagCert models with 16 to 25 cells, so that patches of several sizes leave something to certify."""
+    arenas = []
+    for name, seed in product(REGIONS, range(4)):
+        defense = random_region(name, seed, classes=2 + seed % 2, lean=(1.0, 2.0, 4.0)[seed % 3])
+        arenas.append(Arena(f"{name} {seed}", defense, draw_images(defense.input_shape, 10, seed)))
+    return arenas
+
+
+@cache
+def pixel_arena() -> Arena:
+    """Images of every brightness, from all dark to all bright, for :func:`pixel_votes`."""
+    generator = torch.Generator().manual_seed(0)
+    share = torch.linspace(0, 1, 80)[:, None, None, None]
+    return Arena("pixels", pixel_votes(), (torch.rand(80, 1, 4, 4, generator=generator) < share).float())

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from certifiers import ballot_breaks
 from torch import Tensor
 
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers import first_layer, intervals, rounding, streams
+from patchcert_cli.defenses.evidence import EvidenceDefense
 from patchcert_cli.defenses.ibp import IntervalDefense
 from patchcert_cli.threats import Patch, PatchPercent, Sparse
 
@@ -86,8 +88,8 @@ def radius_halved(monkeypatch: pytest.MonkeyPatch) -> None:
 def _judged(rule: Callable[[Certificate], Tensor]) -> Break:
     original = IntervalDefense.certify
 
-    def certify(self: IntervalDefense, x: Tensor, threat: Any) -> Certificate:
-        certificate = original(self, x, threat)
+    def certify(self: IntervalDefense, x: Tensor, threat: Any, method: str | None = None) -> Certificate:
+        certificate = original(self, x, threat, method)
         return replace(certificate, certified=rule(certificate))
 
     return lambda monkeypatch: monkeypatch.setattr(IntervalDefense, "certify", certify)
@@ -163,3 +165,34 @@ COMMON_BREAKS: dict[str, Break] = {
     "slack with the wrong sign": _judged(lambda c: c.margin > -c.slack),
     "margin a little below zero": _judged(lambda c: c.margin > -0.1),
 }
+
+
+def covering(change: Callable[[Any], Any]) -> Break:
+    """Votes are certified against another threat than the one that is claimed."""
+    original = EvidenceDefense.cover_of
+    return lambda monkeypatch: monkeypatch.setattr(
+        EvidenceDefense, "cover_of", lambda self, threat: original(self, change(threat))
+    )
+
+
+def answer_of_another_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is sure, the proof is about another class than the deployed answer."""
+    original = EvidenceDefense.certify_each
+
+    def certify_each(self: EvidenceDefense, x: Tensor, claims: Any) -> list[Certificate]:
+        return [
+            replace(certificate, prediction=(certificate.prediction + (certificate.margin > 1)) % len(self.classes))
+            for certificate in original(self, x, claims)
+        ]
+
+    monkeypatch.setattr(EvidenceDefense, "certify_each", certify_each)
+
+
+# those about wrapping and about a third class are caught by the enemy of ``test_additive.py``
+VOTE_BREAKS: dict[str, tuple[Break, str]] = {
+    **{name: known for name, known in ballot_breaks.BREAKS.items() if name not in ("no wrap-around", "runner-up only")},
+    "patch one pixel smaller": (covering(_smaller), "exact"),
+    "patch one column narrower": (covering(_one_column_less), "exact"),
+    "a proof about another answer": (answer_of_another_network, "exact"),
+}
+VOTE_SPARSE_BREAKS: dict[str, Break] = {**ballot_breaks.SPARSE_BREAKS, "budget k - 1 in the cover": covering(_one_less)}

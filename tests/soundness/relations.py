@@ -39,10 +39,10 @@ def smaller_patches(defense: Defense, x: Tensor) -> list[str]:
     ]
 
 
-def smaller_budgets(defense: Defense, x: Tensor) -> list[str]:
+def smaller_budgets(defense: Defense, x: Tensor, units: tuple[str, ...] = ("pixel", "value")) -> list[str]:
     """k entries are weaker than k + 1."""
     found = []
-    for unit in ("pixel", "value"):
+    for unit in units:
         certificates = [defense.certify(x, Sparse(k, unit)) for k in range(1, 5)]
         found += [breach for weak, strong in pairwise(certificates) for breach in _implied(strong, weak)]
     return found
@@ -53,8 +53,22 @@ def values_within_pixels(defense: Defense, x: Tensor) -> list[str]:
     found = []
     for k in (1, 2, 3):
         found += _implied(defense.certify(x, Sparse(k)), defense.certify(x, Sparse(k, "value")))
-    single, patch = defense.certify(x, Sparse(1)), defense.certify(x, Patch(1, 1))
-    return found + _implied(single, patch)
+    return found + one_pixel_is_a_patch(defense, x)
+
+
+def one_pixel_is_a_patch(defense: Defense, x: Tensor) -> list[str]:
+    """One pixel is a patch of one pixel."""
+    return _implied(defense.certify(x, Sparse(1)), defense.certify(x, Patch(1, 1)))
+
+
+def weaker_proofs(defense: Defense, x: Tensor, threat: Threat, methods: tuple[str, ...]) -> list[str]:
+    """Each proof certifies all that the next one does, about the same answer."""
+    certificates = [defense.certify(x, threat, method) for method in methods]
+    return [
+        f"image {i}: {threat} {strong.method}, but not {weak.method}"
+        for weak, strong in pairwise(certificates)
+        for i in ((strong.certified & ~weak.certified) | (strong.prediction != weak.prediction)).nonzero()[:, 0].tolist()
+    ]
 
 
 def percent_is_a_square(defense: Defense, x: Tensor, percent: int) -> list[str]:

@@ -12,14 +12,30 @@ import torch
 from torch import nn
 
 from patchcert_cli import defenses
+from patchcert_cli.certifiers import additive
+from patchcert_cli.defenses.evidence import EvidenceDefense
 from patchcert_cli.defenses.ibp import IntervalDefense
 from patchcert_cli.threats import Patch, Sparse
 
-from .arena import Arena, Attack, Score, changes, check, draw_images, random_arenas, random_defense, registered_arenas
-from .breaks import COMMON_BREAKS, PATCH_BREAKS, SPARSE_BREAKS, Break
+from .arena import (
+    Arena,
+    Attack,
+    Score,
+    changes,
+    check,
+    draw_images,
+    pixel_arena,
+    random_arenas,
+    random_defense,
+    registered_arenas,
+    voting_arenas,
+)
+from .breaks import COMMON_BREAKS, PATCH_BREAKS, SPARSE_BREAKS, VOTE_BREAKS, VOTE_SPARSE_BREAKS, Break
 
 PATCHES: list[Attack] = [Patch(1, 1), Patch(1, 2), Patch(2, 1), Patch(2, 2), Patch(1, 3)]
-SPARSE: list[Attack] = [Sparse(1), Sparse(2), Sparse(1, "value"), Sparse(2, "value")]
+PIXELS: list[Attack] = [Sparse(1), Sparse(2)]
+VALUES: list[Attack] = [Sparse(1, "value"), Sparse(2, "value")]
+SPARSE = [*PIXELS, *VALUES]
 
 
 def assert_sound(score: Score, least: int) -> None:
@@ -39,9 +55,62 @@ def test_random_networks_are_certified_soundly(family: str, threats: list[Attack
 
 @pytest.mark.parametrize("name", defenses.names())
 def test_registered_defenses_are_certified_soundly(name: str) -> None:
-    score = check(registered_arenas(name), [*PATCHES, Patch(2, 3), *SPARSE])
-    assert score.unsupported < 12 * 10, "no threat is supported"
-    assert_sound(score, 40)
+    arenas = registered_arenas(name)
+    patches, pixels, values = (check(arenas, some) for some in ([*PATCHES, Patch(2, 3)], PIXELS, VALUES))
+    assert patches.unsupported == 0, "every defense knows patches"
+    assert_sound(patches + pixels + values, 60)
+    assert patches.certified >= 30 and patches.broken >= 30
+    if pixels.unsupported == 0:
+        assert pixels.certified >= 30 and pixels.broken >= 30
+
+
+@pytest.mark.parametrize("name", [name for name in defenses.names() if issubclass(defenses.by_name(name), EvidenceDefense)])
+def test_votes_are_certified_against_patches_and_pixels_but_not_values(name: str) -> None:
+    arenas = registered_arenas(name)
+    assert check(arenas[:1], [*PATCHES, *PIXELS]).unsupported == 0
+    assert check(arenas[:1], VALUES).unsupported == len(VALUES)
+    for method in additive.METHODS[1:]:
+        assert check(arenas[:4], [*PATCHES, Sparse(1)], method=method).violations == []
+
+
+@pytest.mark.parametrize("threat", [*PATCHES, Patch(2, 3), Patch(1, 5), *PIXELS], ids=str)
+def test_random_regions_are_certified_soundly(threat: Attack) -> None:
+    largest = isinstance(threat, Patch) and threat.height * threat.width > 4  # too many contents of two channels
+    arenas = [arena for arena in voting_arenas() if not (largest and arena.defense.input_shape[0] == 2)]
+    assert_sound(check(arenas, [threat]), 5 if largest else 15)
+
+
+def test_independent_cells_are_certified_wherever_no_attack_exists() -> None:
+    """One pixel per cell: the proof is exact, and the published conditions are not."""
+    arena, certified = pixel_arena(), dict.fromkeys(additive.METHODS, 0)
+    for threat in [*PATCHES, Patch(2, 3), Patch(4, 1), Patch(3, 3), Sparse(1), Sparse(2)]:
+        for method in additive.METHODS:
+            if method == "3.1" and threat.budget > 1:
+                continue
+            proven = arena.defense.certify(arena.images, threat, method).certified
+            assert not bool((proven & arena.breakable(threat)).any()), (threat, method)
+            if method == "exact" and threat.budget == 1:
+                assert torch.equal(proven, ~arena.breakable(threat)), threat
+            certified[method] += int(proven.sum()) if threat.budget == 1 else 0
+    assert certified["exact"] > certified["3.2"] == certified["3.1"] > certified["3.3"] > 0
+
+
+@pytest.mark.parametrize("broken", VOTE_BREAKS)
+def test_broken_proofs_of_votes_are_caught(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply, method = VOTE_BREAKS[broken]
+    assert_votes_caught(apply, method, PATCHES, monkeypatch)
+
+
+@pytest.mark.parametrize("broken", VOTE_SPARSE_BREAKS)
+def test_broken_budgets_of_votes_are_caught(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_votes_caught(VOTE_SPARSE_BREAKS[broken], "exact", [Sparse(2)], monkeypatch)
+
+
+def assert_votes_caught(apply: Break, method: str, threats: list[Attack], monkeypatch: pytest.MonkeyPatch) -> None:
+    arenas = [pixel_arena(), *voting_arenas()]
+    assert check(arenas[:3], threats, method=method).violations == []
+    apply(monkeypatch)
+    assert check(arenas, threats, method=method, until_found=True).violations != []
 
 
 def test_every_defense_of_the_folder_is_registered() -> None:

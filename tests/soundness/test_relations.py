@@ -12,11 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patchcert_cli import defenses
 from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses.evidence import EvidenceDefense
 from patchcert_cli.threats import Patch, Sparse, Threat
 
 from . import breaks, relations
-from .arena import draw_images, random_defense
+from .arena import REGIONS, draw_images, random_defense, random_region, registered_arenas
 
 SHAPES = [(1, 3, 3), (2, 3, 4), (1, 4, 3), (3, 3, 3)]
 DEFENSES = st.builds(
@@ -64,6 +66,48 @@ def test_batch_size_and_order_do_not_matter(defense: Defense, seed: int, threat:
     assert relations.batches_do_not_matter(defense, images(defense, seed), threat, torch.tensor(order)) == []
 
 
+VOTING = [name for name in defenses.names() if issubclass(defenses.by_name(name), EvidenceDefense)]
+VOTERS = st.one_of(
+    st.builds(random_region, st.sampled_from(sorted(REGIONS)), st.integers(0, 10_000), lean=st.sampled_from([1.0, 3.0])),
+    st.builds(lambda name, seed: registered_arenas(name)[seed].defense, st.sampled_from(VOTING), st.integers(0, 9)),
+)
+
+
+@few
+@given(VOTERS, st.integers(0, 1000))
+def test_weaker_attackers_of_votes(defense: Defense, seed: int) -> None:
+    x = images(defense, seed)
+    assert relations.smaller_patches(defense, x) == []
+    assert relations.smaller_budgets(defense, x, ("pixel",)) == []
+    assert relations.one_pixel_is_a_patch(defense, x) == []
+
+
+@few
+@given(VOTERS, st.integers(0, 1000), THREATS.filter(lambda threat: threat != Sparse(2, "value")), st.permutations(range(6)))
+def test_batches_and_proofs_of_votes(defense: Defense, seed: int, threat: Threat, order: list[int]) -> None:
+    x = images(defense, seed)
+    assert relations.batches_do_not_matter(defense, x, threat, torch.tensor(order)) == []
+    assert relations.percent_is_a_square(defense, x, 1 + seed % 100) == []
+    methods = ("exact", "3.2", "3.1", "3.3") if threat.budget == 1 else ("exact", "3.2", "3.3")
+    assert relations.weaker_proofs(defense, x, threat, methods) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", sorted(REGIONS))
+def test_votes_are_the_same_on_every_device(name: str) -> None:
+    for seed in range(5):
+        defense = random_region(name, seed)
+        x = images(defense, seed, 32)
+        threats = (Patch(1, 1), Patch(2, 2), Sparse(2))
+        here, maps = [defense.certify(x, threat) for threat in threats], defense.margin_map(x, Patch(2, 1))
+        defense.to("cuda")
+        for mine, threat in zip(here, threats, strict=True):
+            there = defense.certify(x.to("cuda"), threat)
+            assert torch.equal(mine.prediction, there.prediction.cpu())
+            assert torch.equal(mine.margin, there.margin.cpu())
+        assert torch.equal(maps, defense.margin_map(x.to("cuda"), Patch(2, 1)).cpu())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["mlp", "deep", "cnn", "strided"])
 @pytest.mark.parametrize("threat", [Patch(1, 1), Patch(2, 2), Sparse(1), Sparse(2, "value")], ids=str)
@@ -87,6 +131,21 @@ def percent(defense: Defense, x: torch.Tensor) -> list[str]:
 
 def order(defense: Defense, x: torch.Tensor) -> list[str]:
     return relations.batches_do_not_matter(defense, x, Patch(1, 1), torch.arange(len(x)).flip(0))
+
+
+VOTES_CAUGHT: dict[str, tuple[breaks.Break, Relation]] = {
+    "margins given to other images": (breaks.VOTE_BREAKS["margins given to other images"][0], order),
+    "percentage rounded down": (breaks.percent_rounded_down, percent),
+}
+
+
+@pytest.mark.parametrize("name", VOTES_CAUGHT)
+def test_relations_catch_broken_proofs_of_votes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply, relation = VOTES_CAUGHT[name]
+    tried = [(defense, images(defense, seed, 12)) for seed in range(8) for defense in [random_region("single", seed)]]
+    assert [breach for defense, x in tried for breach in relation(defense, x)] == []
+    apply(monkeypatch)
+    assert any(relation(defense, x) for defense, x in tried)
 
 
 CAUGHT: dict[str, tuple[breaks.Break, Relation]] = {

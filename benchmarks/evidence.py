@@ -1,0 +1,122 @@
+"""Votes: what the proof costs beside the forward pass, how fast it is by itself, and smoothing beside another toolbox.
+
+    python benchmarks/evidence.py [--bagcert NAME|PATH] [--smoothing NAME|PATH] [--images N] [--threads N]
+
+Prints ratios measured in this one run. If the Adversarial Robustness Toolbox is installed (``pip install
+adversarial-robustness-toolbox``), its derandomized smoothing certifies the same images with the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from patchcert_cli import data, hub
+from patchcert_cli.certifiers import additive
+from patchcert_cli.certifiers.additive import Votes
+from patchcert_cli.defenses.bagcert import BagCert
+from patchcert_cli.defenses.base import Claim
+from patchcert_cli.defenses.smoothing import Smoothing
+from patchcert_cli.geometry import Axis, Cover
+from patchcert_cli.threats import Patch
+
+PATCH = Patch(5, 5)
+
+
+def seconds(work: Callable[[], object], repeats: int = 3) -> float:
+    """The best of some runs, after one to warm up."""
+    work()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def overhead(defense: BagCert, x: Tensor) -> None:
+    sizes = [Claim(Patch(side, side)) for side in range(1, 11)]
+    forward = seconds(lambda: defense.scores(x))
+    one, ten = seconds(lambda: defense.certify_each(x, sizes[4:5])), seconds(lambda: defense.certify_each(x, sizes))
+    print(f"bagcert, {len(x)} images: forward pass {forward:.3f} s = {len(x) / forward:.0f} images/s")
+    print(
+        f"  certify 5x5 at all 784 locations: +{100 * (one / forward - 1):.1f} %; sizes 1..10: +{100 * (ten / forward - 1):.1f} %"
+    )
+
+
+def proof() -> None:
+    generator = torch.Generator().manual_seed(0)
+    small = Votes(torch.rand(8192, 10, 26, 26, generator=generator) < 0.2)
+    axis = Axis.sliding(32, 5, kernel=7)
+    quick = seconds(lambda: additive.prove(small, Cover(axis, axis)))
+    cells = len(small.scores) * 10 * 784 / quick
+    print(f"proof on stored votes, 26x26 cells, 10 classes, 5x5: {len(small.scores) / quick:.0f} images/s")
+    wide = Votes(torch.rand(1, 1000, 218, 218, generator=generator) < 0.01)
+    axis = Axis.sliding(224, 32, kernel=7)
+    slow = seconds(lambda: additive.prove(wide, Cover(axis, axis)), repeats=1)
+    many = 1000 * axis_count(224, 32) ** 2 / slow
+    print(f"  locations times classes a second: {cells:.2e}; on a 218x218 map with 1,000 classes, 32x32: {many:.2e}")
+    print(f"  ratio {many / cells:.2f} (above 1 means that the large map is cheaper per location)")
+
+
+def axis_count(length: int, side: int) -> int:
+    return length - side + 1
+
+
+def smoothing(defense: Smoothing, x: Tensor) -> None:
+    quick = seconds(lambda: defense.certify(x, PATCH), 2)
+    print(f"column smoothing, {len(x)} images, {defense.cells} bands each, crop: {len(x) / quick:.1f} images/s")
+    if importlib.util.find_spec("art") is None:
+        print("  the Adversarial Robustness Toolbox is not installed: not compared")
+        return
+    slow = seconds(lambda: toolbox(defense.network, x), 1)
+    print(f"  the toolbox, same weights, whole frames: {len(x) / slow:.1f} images/s; ratio {slow / quick:.1f}")
+
+
+def toolbox(network: nn.Module, x: Tensor) -> Any:
+    """Predict and certify with the Adversarial Robustness Toolbox, column ablations of 4 pixels."""
+    from art.estimators.certification.derandomized_smoothing import (  # type: ignore[import-not-found]
+        PyTorchDeRandomizedSmoothing,
+    )
+
+    smoothed = PyTorchDeRandomizedSmoothing(
+        model=network,
+        loss=nn.CrossEntropyLoss(),
+        input_shape=(3, 32, 32),
+        nb_classes=10,
+        ablation_size=4,
+        ablation_type="column",
+        algorithm="levine2020",
+        threshold=0.2,
+        logits=True,
+        clip_values=(0, 1),
+        device_type="cpu",
+        verbose=False,
+    )
+    counts = smoothed.predict(x.numpy(), batch_size=128)
+    return smoothed.ablator.certify(torch.as_tensor(counts), size_to_certify=PATCH.width)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bagcert", default="cifar-bagcert-rf7")
+    parser.add_argument("--smoothing", default="cifar-smoothing-column")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"torch {torch.__version__}, {options.threads} threads")
+    x = data.to_float(data.load("cifar10", "test").pixels[: options.images])
+    overhead(cast(BagCert, hub.load(options.bagcert)), x)
+    proof()
+    smoothing(cast(Smoothing, hub.load(options.smoothing)), x[: max(options.images // 4, 1)])
+
+
+if __name__ == "__main__":
+    main()
