@@ -18,8 +18,12 @@ INK, GRID, MEASURED, CLEAN, PUBLISHED = "#1f2933", "#d9dee3", "#2f6f8f", "#a9c7d
 
 
 def rows() -> list[tuple[Card, str]]:
-    """Every measured (card, threat), in the order of names."""
-    return [(card, result.threat) for card in bundled().values() for result in card.results]
+    """Every measured card with the threat it was trained against, and those with published numbers, in the order of names."""
+    found = []
+    for card in bundled().values():
+        threats = dict.fromkeys(result.threat for result in card.results)
+        found += [(card, threat) for threat in threats if threat == card.threat or card.report(threat)]
+    return found
 
 
 def percent(count: float, total: float = 1) -> str:
