@@ -151,6 +151,8 @@ def affine(
     room = math.ldexp(1.0, BITS[dtype] - 1)  # half of what is exact: quantized weights may be larger than their originals
     total = weight.abs().flatten(1).sum(dim=1) * wire.most + bias.abs() + beside  # [O]
     power = torch.floor(torch.log2(room / total.clamp(min=2.0**-60)))  # the sum in units of 2^-power stays below the room
+    if beside > 0:  # what is added is in steps of the wire, which must be whole units too
+        power = power.clamp(min=-wire.exponent)
     exponent = -(power + wire.exponent)  # of the weights: products are multiples of 2^-power
     fine = torch.exp2(exponent)
     quantized = torch.round(weight / fine[:, None, None, None]) * fine[:, None, None, None]
@@ -180,6 +182,23 @@ def freeze(network: Freezable) -> nn.Module:
     if bits < ENOUGH:
         frozen, _ = network.freeze(torch.float64)
     return frozen.eval().to(memory_format=torch.channels_last)
+
+
+class Deployed:
+    """The frozen form of a network, made anew when its weights have changed (in place changes through ``.data`` go unnoticed)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.made: tuple[object, nn.Module] | None = None
+
+    def __call__(self) -> nn.Module:
+        """The network to predict and certify with, on the device of the weights."""
+        tensors = self.network.state_dict(keep_vars=True).values()
+        state = tuple((tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in tensors)
+        if self.made is None or self.made[0] != state:
+            device = next(iter(self.network.parameters())).device
+            self.made = (state, freeze(cast(Freezable, self.network)).to(device))
+        return self.made[1]
 
 
 def execution_type(frozen: nn.Module, device: torch.device) -> torch.dtype:

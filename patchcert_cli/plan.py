@@ -83,6 +83,7 @@ class Plan:
             "model": self.subject.name,
             "model_sha256": self.subject.sha256,
             "defense": self.subject.kind,
+            "numerics": dict(self.subject.defense.numerics),
             "dataset": self.images.name,
             "split": self.images.split,
             "data_sha256": self.images.digest(),

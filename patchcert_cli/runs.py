@@ -20,7 +20,6 @@ from patchcert_cli import __version__, files
 from patchcert_cli.errors import IntegrityError, MachineError, UsageError
 
 MANIFEST, RECORDS, RESULT = "manifest.json", "records.jsonl", "result.json"
-NUMERICS = {"bounds": "float32", "near_zero": "float64", "prediction": "float64", "tf32": False}
 
 Record = dict[str, Any]
 
@@ -41,7 +40,6 @@ class Run:
                 folder / MANIFEST,
                 {
                     **identity,
-                    "numerics": NUMERICS,
                     "device": device,
                     "versions": {"patchcert": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
                     "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

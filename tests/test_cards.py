@@ -86,9 +86,7 @@ def test_numbers_are_numbers_and_the_hub_reads_them(card: Card) -> None:
 
 def test_the_prose_tells_measured_beside_published(card: Card) -> None:
     text = card.render()
-    row = (
-        "| `patch:2x2`, recovery | mnist test | 93.00% (9300/10000) | 60.00% (6000/10000) | 59.03% to 60.96% | 92.00% | 60.40% |"
-    )
+    row = "| `patch:2x2`, recovery (interval) | mnist test | 93.00% (9300/10000) | 60.00% (6000/10000) | 59.03% to 60.96% | 92.00% | 60.40% |"
     assert row in text
     assert "| `patch:3x3` | mnist | not measured | not measured |  | 90.00% | 30.00% |" in text
     assert f"patchcert certify {card.name} --patch 2x2" in text
@@ -161,7 +159,7 @@ def test_every_problem_is_listed_at_once(card: Card) -> None:
         ({"split": "train"}, "split is 'train', not a split and how many"),
         ({"trained__seconds": float("nan")}, "trained.seconds is nan, not a number"),
         ({"trained__date": "31.1.2026"}, "trained.date is '31.1.2026', not a date"),
-        ({"results__1__threat": "patch:2"}, "results has mnist test patch:2x2 recovery more than once"),
+        ({"results__1__threat": "patch:2"}, "results has mnist test patch:2x2 recovery interval more than once"),
         ({"published__0__certified": 0.95}, "published[0].certified 0.95 exceeds clean 0.92"),
     ],
 )

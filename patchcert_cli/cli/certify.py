@@ -107,16 +107,15 @@ def certify(
     The run folder holds result.json, records.jsonl (one line per image) and manifest.json.
     The same command resumes a stopped run.
     """
-    methods = _methods(condition)
-    area = [] if patch_area is None else [patch_area]
+    methods, area = _methods(condition), [] if patch_area is None else [patch_area]
     given = _threats(patch, patch_area, threat, k, unit)
 
     from patchcert_cli import evaluate, pictures, report, single
     from patchcert_cli.defenses.base import Claim
 
     def claims(own: str, shape: tuple[int, int, int]) -> list[Claim]:
-        threats = [*given, *(one for pixels in area for one in patches_of_area(pixels, *shape[1:]))]
-        threats = threats or [own_threat(own, threat=threat, unit=unit)]
+        shapes = [one for pixels in area for one in patches_of_area(pixels, *shape[1:])]
+        threats = [*given, *shapes] or [own_threat(own, threat=threat, unit=unit)]
         return [Claim(one, method) for one in threats for method in methods]
 
     _check_pictures(image, plot, map_, dry_run=dry_run)
@@ -125,8 +124,7 @@ def certify(
         show.say(note)
         meant = claims(str(config["threat"]), subject.defense.input_shape)
         found, notes = single.certify(subject, image, meant, resize=resize, map_to=map_)
-        for text in notes:
-            show.say(text)
+        show.say("\n".join(notes))
         show.result(report.single_rows(found), found, json)
         return
     plan = open_plan(
@@ -146,9 +144,7 @@ def certify(
         return
     with show.progress() as progress:
         found = evaluate.certify(plan, out, fresh=fresh, progress=progress)
-    for text in dict.fromkeys(plan.subject.defense.remark(claim.threat) for claim in plan.claims):
-        if text:
-            show.say(text)
+    show.say("\n".join(filter(None, dict.fromkeys(plan.subject.defense.remark(claim.threat) for claim in plan.claims))))
     if plot is not None:
         pictures.plot(report.claim_list(found), plot, title=report.plot_title(found))
         show.say(f"drew {plot}")

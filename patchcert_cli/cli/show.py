@@ -72,8 +72,9 @@ def progress() -> Iterator[TerminalProgress]:
 
 
 def say(text: str) -> None:
-    """A remark on stderr."""
-    typer.echo(text, err=True)
+    """A remark on stderr; nothing if it is empty."""
+    if text:
+        typer.echo(text, err=True)
 
 
 def result(rows: Sequence[tuple[str, str]], value: dict[str, Any], json_to: str | None) -> None:

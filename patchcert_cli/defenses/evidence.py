@@ -9,7 +9,7 @@ Shapes: B images, C channels, H x W pixels, K classes, N x M cells, P x Q locati
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -29,6 +29,7 @@ class EvidenceDefense(Defense):
     """A classifier whose cells vote."""
 
     methods: ClassVar[tuple[str, ...]] = additive.METHODS
+    numerics: ClassVar[Mapping[str, str]] = {"votes": "exact"}
 
     @abstractmethod
     def scores(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +93,7 @@ class IntervalDefense(Defense):
     source = "Chiang et al., Certified Defenses for Adversarial Patches, ICLR 2020"
     methods = ("interval",)
     options = IntervalOptions
+    numerics: ClassVar[Mapping[str, str]] = {"bounds": "float32", "near_zero": "float64", "prediction": "float64"}
     default_network = "mlp"
 
     def __init__(self, network: nn.Sequential, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from patchcert_cli import exact, models, schema
@@ -98,7 +98,7 @@ class Smoothing(EvidenceDefense):
         self.network, self.how = network, how
         self.register_buffer("rows", kept(input_shape[1], how, along=("row", "block")), persistent=False)
         self.register_buffer("columns", kept(input_shape[2], how, along=("column", "block")), persistent=False)
-        self._frozen: tuple[object, nn.Module] | None = None
+        self.deployed = exact.Deployed(network)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Smoothing:
@@ -157,9 +157,13 @@ class Smoothing(EvidenceDefense):
     def forward(self, x: Tensor) -> Tensor:
         """Smooth surrogate: the mean over all cells of the softmax, [B, K].
 
-        Views are computed anew for the gradient, so that the activations of all of them are never held at once.
+        Where there are many views, they are computed anew for the gradient, so that their activations are never held at once.
         """
-        parts = [checkpoint(self._likelihood, x, *pairs, use_reentrant=False) for pairs in self._pieces(x)]
+        pieces = list(self._pieces(x))
+        if len(pieces) == 1:
+            parts = [self._likelihood(x, *pieces[0])]
+        else:
+            parts = [checkpoint(self._likelihood, x, *piece, use_reentrant=False) for piece in pieces]
         return torch.cat(parts).reshape(len(x), self.cells, len(self.classes)).mean(dim=1)
 
     def _likelihood(self, x: Tensor, image: Tensor, cell: Tensor) -> Tensor:
@@ -192,13 +196,6 @@ class Smoothing(EvidenceDefense):
         if self.how.ablation in (along, "block"):
             return Axis.bands(length, side, band=self.how.band, stride=self.how.stride)
         return Axis.whole(length, side)
-
-    def deployed(self) -> nn.Module:
-        """The network that computes without rounding error; made anew when weights change."""
-        state = tuple((tensor.data_ptr(), tensor._version) for tensor in self.network.state_dict(keep_vars=True).values())
-        if self._frozen is None or self._frozen[0] != state:
-            self._frozen = (state, exact.freeze(self.network).to(self.device))
-        return self._frozen[1]
 
     @torch.no_grad()
     def finish(self, x: Tensor) -> None:
