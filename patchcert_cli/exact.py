@@ -211,10 +211,10 @@ def execution_type(frozen: nn.Module, device: torch.device) -> torch.dtype:
 
 
 def onto(v: Tensor, grid: Grid | Wire) -> Tensor:
-    """Put non-negative values on a grid: the nearest step (ties to even), at most the highest."""
+    """Put non-negative values on a grid, in place: the nearest step (ties to even), at most the highest."""
     wire = grid.wire if isinstance(grid, Grid) else grid
     step = math.ldexp(1.0, wire.exponent)
-    return (v / step).round_().clamp_(max=wire.most / step).mul_(step)
+    return v.mul_(1 / step).round_().clamp_(max=wire.most / step).mul_(step)
 
 
 @contextlib.contextmanager

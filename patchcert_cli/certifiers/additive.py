@@ -107,7 +107,7 @@ def box_sums(scores: Tensor, rows: Axis, columns: Axis) -> Tensor:
 def _turned_sums(scores: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """:func:`box_sums` as contiguous [..., Q, P]."""
     if max(rows.cells, columns.cells) > DENSE and rows.sweep and columns.sweep:
-        return _swept(_swept(scores, -1, columns), -2, rows).transpose(-1, -2).contiguous()
+        return _swept(scores, rows, columns).transpose(-1, -2).contiguous()
     return _along(_along(scores, columns).transpose(-1, -2).contiguous(), rows)
 
 
@@ -116,21 +116,36 @@ def _along(scores: Tensor, axis: Axis) -> Tensor:
     return scores @ axis.matrix().to(scores).t()
 
 
-def _swept(scores: Tensor, dim: int, axis: Axis) -> Tensor:
-    """Sums over neighbouring windows of one width: windows of 2, 4, 8, ... cells are made of two of half the width."""
-    assert axis.sweep is not None
-    (first, width), count = axis.sweep, len(axis.touched)
-    doubled, span, at = scores.narrow(dim, first, count + width - 1), 1, 0
-    total: Tensor | None = None
+def _swept(scores: Tensor, rows: Axis, columns: Axis) -> Tensor:
+    """Sums over neighbouring windows of one shape, as a view [..., P, Q].
+
+    The maps are taken as one long row each, so that every addition runs over neighbours in memory; windows that run over the end
+    of a row of cells are computed too, and left out of the view.
+    """
+    assert rows.sweep is not None and columns.sweep is not None
+    (top, height), (left, width) = rows.sweep, columns.sweep
+    length = scores.shape[-1]
+    sums = _windows(_windows(scores.flatten(-2), width, 1), height, length)
+    shape = (*scores.shape[:-2], len(rows.touched), len(columns.touched))
+    return sums.as_strided(shape, (*sums.stride()[:-1], length, 1), sums.storage_offset() + top * length + left)
+
+
+def _windows(row: Tensor, width: int, apart: int) -> Tensor:
+    """Sums of ``width`` entries that lie ``apart`` along the last axis, from every entry that has so many behind it.
+
+    Windows of 2, 4, 8, ... entries are made of two of half the width.
+    """
+    count = row.shape[-1] - (width - 1) * apart
+    doubled, span, at, total = row, 1, 0, None
     while True:
         if width & span:
-            part = doubled.narrow(dim, at, count)
+            part = doubled.narrow(-1, at * apart, count)
             total = part if total is None else total + part
             at += span
         if 2 * span > width:
             break
-        length = doubled.shape[dim] - span
-        doubled = doubled.narrow(dim, 0, length) + doubled.narrow(dim, span, length)
+        rest = doubled.shape[-1] - span * apart
+        doubled = doubled.narrow(-1, 0, rest) + doubled.narrow(-1, span * apart, rest)
         span *= 2
     assert total is not None
     return total

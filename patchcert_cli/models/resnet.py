@@ -57,7 +57,7 @@ class Block(nn.Module):
         return cast(Tensor, self.grid(F.relu(self.second_norm(self.second(inner)) + beside)))
 
     def freeze(self, wire: Wire, precision: torch.dtype) -> tuple[nn.Module, int]:
-        """The exact block behind ``wire``, and the fewest bits of a channel's largest weight.
+        """The exact block behind ``wire``, and the fewest bits of a channel's largest weight; 0 where only float64 will do.
 
         The second convolution and the shortcut are one sum over the channels of both, to which the theorem applies as a whole;
         the step of what the shortcut carries is moved into its weights, and out again afterwards.
@@ -80,8 +80,10 @@ class Block(nn.Module):
         if self.projection is not None:
             shortcut = exact.Affine(beside.contiguous(), torch.zeros_like(joint.bias), self.projection)
             return _Block(first, second, shortcut, inner, self.grid.wire), min(bits, fewest)
-        if not torch.equal(beside, straight.to(beside)):
-            raise IntegrityError("weights too far apart in size to compute with exactly;", hint="train the network again.")
+        if not torch.equal(beside, straight.to(beside)):  # the shortcut's steps are too fine for what is added to them
+            if precision == torch.float64:
+                raise IntegrityError("weights too far apart in size to compute with exactly;", hint="train the network again.")
+            fewest = 0
         return _Block(first, second, None, inner, self.grid.wire), min(bits, fewest)
 
 

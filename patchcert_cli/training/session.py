@@ -16,7 +16,9 @@ from patchcert_cli.training.recipe import Recipe
 
 
 def recipe_of(name_or_path: str) -> Recipe:
-    """The recipe that a zoo model or a run folder was trained with."""
+    """The recipe of a zoo model, which may have no weights yet, or the one that a run folder was trained with."""
+    if name_or_path in cards.bundled_names():
+        return Recipe.from_dict(cards.bundled_card(name_or_path).recipe)
     config = files.read_json(hub.resolve(name_or_path).folder / files.CONFIG)
     if not isinstance(config.get("recipe"), dict):
         raise IntegrityError(f"'{name_or_path}' does not say how it was trained;", hint="give --patch or --threat instead.")
