@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from patchcert_cli import checkpoint, files, results
-from patchcert_cli.attacks.base import Attack
+from patchcert_cli.attacks.base import Attack, Start
 from patchcert_cli.data import Images, to_float
 from patchcert_cli.errors import Interrupted, MachineError
 from patchcert_cli.plan import Plan
@@ -59,7 +59,8 @@ def attack(
 ) -> dict[str, Any]:
     """Attack every image of a plan; with ``join`` certify the same images and hold the attack against the certificates.
 
-    ``settings`` names the attack's options in the manifest. The attack itself sees the defense alone.
+    ``settings`` names the attack's options in the manifest. The attack sees the defense and, with ``join``, the location and the
+    rival of the smallest certified margin as a place to begin.
 
     Raises:
         ClaimError: a certified image was flipped. The records and the adversarial images are on disk.
@@ -73,7 +74,8 @@ def attack(
     def batch(part: Images) -> list[Record]:
         x = to_float(part.pixels).to(defense.device)
         certificate = defense.certify(x, plan.threat) if join else None
-        outcome = attacker(defense, x, plan.threat, index=part.index)
+        start = None if certificate is None else Start(certificate.worst, certificate.rival)
+        outcome = attacker(defense, x, plan.threat, index=part.index, start=start)
         records = results.certify_records(part, [certificate]) if certificate else [{"index": i} for i in part.index.tolist()]
         columns = zip(
             part.labels.tolist(),

@@ -4,11 +4,13 @@ Votes are decided by signs and by which of two numbers is larger. If the numbers
 cell could flip it: fast convolutions mix neighbours, and batch sizes change the order of sums. So a network is *frozen* before
 it is deployed: weights and activations become multiples of powers of two, few enough bits that no sum is ever rounded.
 
-**Theorem.** Let every input v_i of a sum ``b + sum_i w_i v_i`` be an integer multiple of 2^e, every w_i of 2^a, b of 2^(a+e), and
-let ``|b| + sum_i |w_i| V <= 2^p * 2^(a+e)`` where ``|v_i| <= V`` and p is the number of significant bits of the floating-point
-type (24 or 53). Then floating-point evaluation in any order, with or without fused multiply-add, gives the exact value.
-Proof: each product and each partial sum is an integer multiple of 2^(a+e) of magnitude at most 2^p 2^(a+e); all of those are
-representable, and an operation whose exact result is representable is not rounded (IEEE 754).
+**Theorem.** Let every input v_i of a sum ``b + sum_i w_i v_i`` be an integer multiple of 2^e in [0, V], every w_i one of 2^a, b
+one of 2^(a+e), and let ``|b| + W V <= 2^p * 2^(a+e)``. Here W is the larger of the sum of the positive w_i and that of the
+negative ones without their sign, and p is the number of significant bits of the floating-point type (24 or 53). Then
+floating-point evaluation in any order, with or without fused multiply-add, gives the exact value.
+Proof: each product and each partial sum is an integer multiple of 2^(a+e). A partial sum lies between -|b| - W V and |b| + W V,
+since its positive products sum to at most W V, and so do its negative ones. All such numbers are representable, and an operation
+whose exact result is representable is not rounded (IEEE 754).
 
 Hence the deployed function is the same on every device, in every batch, and a cell that sees no changed pixel does not change.
 
@@ -149,7 +151,7 @@ def affine(
     Returns: the layer and the fewest bits, sign aside, that the largest weight of a channel got.
     """
     room = math.ldexp(1.0, BITS[dtype] - 1)  # half of what is exact: quantized weights may be larger than their originals
-    total = weight.abs().flatten(1).sum(dim=1) * wire.most + bias.abs() + beside  # [O]
+    total = _reach(weight) * wire.most + bias.abs() + beside  # [O]
     power = torch.floor(torch.log2(room / total.clamp(min=2.0**-60)))  # the sum in units of 2^-power stays below the room
     if beside > 0:  # what is added is in steps of the wire, which must be whole units too
         power = power.clamp(min=-wire.exponent)
@@ -157,12 +159,18 @@ def affine(
     fine = torch.exp2(exponent)
     quantized = torch.round(weight / fine[:, None, None, None]) * fine[:, None, None, None]
     shifted = torch.round(bias * torch.exp2(power)) * torch.exp2(-power)
-    spent = (quantized.abs().flatten(1).sum(dim=1) * wire.most + shifted.abs() + beside) * torch.exp2(power)
+    spent = (_reach(quantized) * wire.most + shifted.abs() + beside) * torch.exp2(power)
     if not bool((spent <= 2 * room).all()) or float(exponent.abs().max()) > FAR[dtype]:
         raise IntegrityError("weights too far apart in size to compute with exactly;", hint="train the network again.")
     largest = (quantized.abs().flatten(1).amax(dim=1) / fine).clamp(min=1)
     useful = torch.where(weight.flatten(1).abs().sum(dim=1) > 0, torch.log2(largest), torch.inf)
     return Affine(quantized.to(dtype), shifted.to(dtype), like), int(min(float(useful.min()), 53.0))
+
+
+def _reach(weight: Tensor) -> Tensor:
+    """W of the theorem for each channel of weights [O, C, h, w]: how far a sum over inputs in [0, 1] can be from zero."""
+    flat = weight.flatten(1)
+    return torch.maximum(flat.clamp(min=0).sum(dim=1), flat.clamp(max=0).sum(dim=1).abs())
 
 
 class Freezable(Protocol):

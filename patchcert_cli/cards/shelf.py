@@ -13,8 +13,8 @@ from patchcert_cli.errors import IntegrityError, UnknownName, UsageError, unknow
 from patchcert_cli.threats import KINDS, parse_threat
 
 ENVIRONMENT = "PATCHCERT_ZOO"  # a folder to use instead of the bundled zoo
-DEFAULT_DATASET = "mnist"
-DEFAULT_MODELS = {"mnist": "mnist-ibp-p5"}
+DEFAULT_DATASET = "cifar10"
+DEFAULT_MODELS = {"cifar10": "cifar-bagcert-rf7", "mnist": "mnist-ibp-p5"}
 
 
 def bundled_folder() -> Path:

@@ -110,6 +110,12 @@ class ResNet(nn.Module):
         self.head = nn.Conv2d(before, classes, 1)
         self.positions = size[0] * size[1]
 
+    @property
+    def summary(self) -> str:
+        """Kind and widths, for cards."""
+        widths = dict.fromkeys(cast(Block, block).second_norm.num_features for block in self.blocks)
+        return f"ResNet-{2 * len(self.blocks) + 2} {'-'.join(map(str, widths))}"
+
     def forward(self, x: Tensor) -> Tensor:
         v = self.blocks(self.grid(F.relu(self.norm(self.stem(x)))))
         return cast(Tensor, self.head(v.mean(dim=(2, 3), keepdim=True)).flatten(1))
