@@ -211,7 +211,7 @@ class Deployed:
 
 def execution_type(frozen: nn.Module, device: torch.device) -> torch.dtype:
     """What to compute a frozen network in: off the CPU float64, whose convolutions are plain sums of products everywhere."""
-    weight = next(iter(frozen.buffers()))
+    weight = next(layer.weight for layer in frozen.modules() if isinstance(layer, Affine))
     if device.type != "cpu" and weight.dtype != torch.float64:
         frozen.double()
         return torch.float64

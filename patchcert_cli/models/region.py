@@ -51,11 +51,21 @@ class Stage(nn.Module):
 class RegionScorer(nn.Module):
     """[B, C, H, W] in [0, 1] -> scores [B, K, N, M]; a cell speaks for a class where its score is positive."""
 
+    places: Tensor | None
+
     def __init__(
-        self, shape: Sequence[int], classes: int, plan: Sequence[tuple[int, int, int, int]], normalize: Normalize, bits: int
+        self,
+        shape: Sequence[int],
+        classes: int,
+        plan: Sequence[tuple[int, int, int, int]],
+        normalize: Normalize,
+        bits: int,
+        *,
+        places: bool = False,
     ) -> None:
         super().__init__()
         self.normalize = normalize
+        self.register_buffer("places", coordinates(shape[1], shape[2]) if places else None, persistent=False)
         self.dilations = [dilation for _, _, dilation, _ in plan]
         self.receptive_field = 1 + sum((kernel - 1) * dilation for _, kernel, dilation, _ in plan)
         if self.receptive_field > min(shape[1:]):
@@ -63,7 +73,7 @@ class RegionScorer(nn.Module):
                 f"a receptive field of {self.receptive_field} is larger than the {shape[1]}x{shape[2]} image;",
                 hint=f"allowed: up to {min(shape[1:])}.",
             )
-        widths = [shape[0], *(width for width, *_ in plan)]
+        widths = [shape[0] + (2 if places else 0), *(width for width, *_ in plan)]
         self.stages = nn.ModuleList(
             Stage(before, after, kernel, dilation, mixes, bits)
             for (before, after), (_, kernel, dilation, mixes) in zip(pairwise(widths), plan, strict=True)
@@ -79,7 +89,16 @@ class RegionScorer(nn.Module):
 
     def forward(self, x: Tensor, every: int = 1) -> Tensor:
         """Scores of all cells, or with ``every`` only of each so-manieth along both axes, at a fraction of the cost."""
-        v, spacing = self.normalize(x), 1
+        return self.score(self.prepare(x), every)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """What the first convolution sees, pixel by pixel: normalized, and with ``places`` coordinates from -1 to 1."""
+        v: Tensor = self.normalize(x)
+        return v if self.places is None else torch.cat([v, (self.places / 127.5 - 1).to(v).expand(len(v), -1, -1, -1)], dim=1)
+
+    def score(self, v: Tensor, every: int = 1) -> Tensor:
+        """Scores of the cells of a prepared image, or of any part of one."""
+        spacing = 1
         for at, stage in enumerate(self.stages):
             apart = math.gcd(every, *self.dilations[at + 1 :])  # later layers look at multiples of this distance only
             v = stage(v, apart // spacing, self.dilations[at] // spacing)
@@ -91,6 +110,9 @@ class RegionScorer(nn.Module):
         layers: list[nn.Module] = []
         fewest, wire = 53, exact.PIXELS
         scale, shift = self.normalize.scale.double().cpu() / 255, self.normalize.shift.double().cpu()
+        if self.places is not None:
+            layers.append(_Placed(self.places))
+            scale, shift = torch.cat([scale, scale.new_full((2,), 1 / 127.5)]), torch.cat([shift, shift.new_full((2,), -1.0)])
         for at, stage in enumerate(cast(list[Stage], list(self.stages))):
             weight, bias = exact.fold(stage.convolution, stage.norm)
             weight, bias = exact.absorb(weight, bias, scale, shift) if at == 0 else (weight, bias)
@@ -105,6 +127,26 @@ class RegionScorer(nn.Module):
                 layers.append(_Step(layer, wire, residual=True))
         layer, bits = exact.affine(*exact.fold(self.head, None), self.head, wire, precision)
         return nn.Sequential(*layers, layer), min(fewest, bits)
+
+
+def coordinates(height: int, width: int) -> Tensor:
+    """Row and column of each pixel in whole steps from 0 to 255, [1, 2, H, W]."""
+    row, column = ((torch.arange(side) * (255 / max(side - 1, 1))).round() for side in (height, width))
+    return torch.stack([row[:, None].expand(height, width), column[None, :].expand(height, width)])[None]
+
+
+class _Placed(nn.Module):
+    """Pixels in whole steps, with their coordinates in whole steps."""
+
+    places: Tensor
+
+    def __init__(self, places: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("places", places)
+
+    def forward(self, v: Tensor) -> Tensor:
+        both = torch.cat([v, self.places.to(v).expand(len(v), -1, -1, -1)], dim=1)
+        return both.contiguous(memory_format=torch.channels_last)
 
 
 class _Step(nn.Module):
@@ -127,13 +169,15 @@ def build(
     kernels: Sequence[int] = (3, 3, 2),
     dilations: Sequence[int] = (1, 1, 2),
     mixes: Sequence[int] = (1, 1, 2),
+    places: bool = False,
     bits: int = 8,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Any:
     """A :class:`RegionScorer`; each stage has a width, a kernel, a dilation and a number of residual 1x1 convolutions.
 
-    The receptive field is ``1 + sum((kernel - 1) * dilation)``. Activations of the deployed network have ``bits`` bits.
+    The receptive field is ``1 + sum((kernel - 1) * dilation)``. With ``places`` a cell knows where it is, which no attacker can
+    change: good where objects are centred. Activations of the deployed network have ``bits`` bits.
     """
     plan = list(zip(widths, kernels, dilations, mixes, strict=True))
-    return RegionScorer(input_shape, classes, plan, Normalize(mean, std), bits)
+    return RegionScorer(input_shape, classes, plan, Normalize(mean, std), bits, places=places)
