@@ -1,11 +1,12 @@
 """What every attack is: a search for an allowed change of an image that changes the deployed answer.
 
 An attack meets the defense only as a :class:`Target`: logits, gradients and answers, each counted as a query. It sees no labels
-and no certificates. The base class, not the attack's author, checks what came back and judges it.
+and no certificates, but it may be told where to begin. The base class, not the attack's author, checks what came back and judges.
 
 Shapes: B images, C channels, H x W pixels, K classes, R rows (candidates, each owned by one of the B),
 S candidates per image.
-The margin of a row is ``max_{j != y} f_j - f_y`` with the surrogate logits f and the deployed clean answer y.
+The margin of a row is ``max_{j != y} f_j - f_y`` with the logits f of the defense's first surrogate and the deployed clean answer
+y; further surrogates only lend their gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses.base import Defense, Surrogate
 from patchcert_cli.errors import PatchcertError, UsageError
 from patchcert_cli.threats import Threat
 
@@ -50,6 +51,57 @@ class AttackResult:
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where an attack may begin, for example where a certificate found the least room.
+
+    Attributes:
+        location: int64 [B, 4], one of the threat's atoms for each image: top, left, height, width.
+        rival: int64 [B], the class to aim at.
+    """
+
+    location: Tensor
+    rival: Tensor
+
+    def checked(self, x: Tensor, threat: Threat, classes: int) -> Start:
+        """The same on the images' device, [B, C, H, W]; raises :class:`UsageError` unless it fits them."""
+        shapes = tuple(self.location.shape), tuple(self.rival.shape)
+        if shapes != ((len(x), 4), (len(x),)):
+            raise UsageError(f"a start of shapes {shapes[0]} and {shapes[1]} does not fit {len(x)} images.")
+        location, rival = self.location.to(x.device, torch.int64), self.rival.to(x.device, torch.int64)
+        atoms = threat.atoms(int(x.shape[2]), int(x.shape[3])).to(x.device)
+        if not bool((location[:, None] == atoms).all(dim=2).any(dim=1).all()):
+            raise UsageError(f"a start at a location that {threat} does not have.")
+        if not bool(((rival >= 0) & (rival < classes)).all()):
+            raise UsageError("a start with a rival that is no class;", hint=f"allowed: 0 to {classes - 1}.")
+        return Start(location, rival)
+
+
+class Lens:
+    """A surrogate's view of candidates that differ from their image inside one box alone; see :class:`Surrogate`.
+
+    Attributes:
+        boxes: int64 [n, S, 4].
+    """
+
+    def __init__(self, surrogate: Surrogate, clean: Tensor, boxes: Tensor) -> None:
+        """For n distinct images [n, C, H, W]."""
+        self.surrogate, self.boxes = surrogate, boxes
+        with torch.no_grad():
+            self._rest = surrogate.rest(clean, boxes)
+
+    def take(self, images: Tensor) -> Lens:
+        """The same for some of the images, bool [n]."""
+        taken = object.__new__(Lens)
+        taken.surrogate, taken.boxes, taken._rest = self.surrogate, self.boxes[images], self._rest[images]
+        return taken
+
+    def __call__(self, rows: Tensor, part: Tensor) -> Tensor:
+        """Logits [r, K] of rows [r, C, H, W], which are number ``part`` int64 [r] of all n * S."""
+        near = self.surrogate.near(rows, self.boxes.flatten(0, 1)[part])
+        return near + self._rest.flatten(0, 1)[part]
+
+
 class Target:
     """The defended model as an attack meets it, and the best candidate of each image so far.
 
@@ -57,18 +109,24 @@ class Target:
         answer: int64 [B], the deployed answer on the clean images, which is to be changed.
         best: float32 [B, C, H, W], the offered candidate of highest margin, at first the clean image.
         margin: float32 [B], its margin, at first -inf.
+        box: int64 [B, 4], where ``best`` differs from the image, if that was said.
         done: bool [B], whether the deployed answer on ``best`` differs from ``answer``; such an image needs no more work.
         queries: int64 [B], passes spent so far.
+        start: where to begin, a hint that an attack may ignore.
+        surrogates: what to climb, the most faithful one first.
     """
 
-    def __init__(self, defense: Defense, x: Tensor) -> None:
-        self._defense = defense
+    def __init__(self, defense: Defense, x: Tensor, start: Start | None = None) -> None:
+        self._defense, self.start = defense, start
+        self.surrogates = defense.surrogates()
+        self.activations = defense.activations
         self.queries = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        self.rows = max(1, CHUNK_VALUES.get(x.device.type, CHUNK_VALUES["cpu"]) // max(1, x[:1].numel()))
+        self.rows = max(1, CHUNK_VALUES.get(x.device.type, CHUNK_VALUES["cpu"]) // max(1, x[:1].numel(), self.activations))
         everyone = torch.arange(len(x), device=x.device)
         self.answer = self.answers(x, everyone)
         self.best = x.clone()
         self.margin = torch.full((len(x),), -torch.inf, device=x.device)
+        self.box = torch.zeros(len(x), 4, dtype=torch.int64, device=x.device)
         self.done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
     def groups(self, rows_per_image: int) -> Iterator[Tensor]:
@@ -82,12 +140,20 @@ class Target:
         self._count(owner, 1)
         return torch.cat([self._defense.predict(part) for part in torch.split(rows, self.rows)])
 
-    @torch.no_grad()
-    def logits(self, rows: Tensor, owner: Tensor) -> Tensor:
-        """The surrogate logits, [R, C, H, W] and int64 [R] -> [R, K]."""
+    def lens(self, clean: Tensor, owner: Tensor, boxes: Tensor, which: int = 0) -> Lens:
+        """A surrogate for S boxes int64 [n, S, 4] on each of the distinct images [n, C, H, W], numbers ``owner`` [n]."""
         self._count(owner, 1)
-        logits: Tensor = torch.cat([self._defense(part) for part in torch.split(rows, self.rows)])
-        return logits
+        return Lens(self.surrogates[which], clean, boxes)
+
+    def _logits(self, rows: Tensor, part: Tensor, lens: Lens | None) -> Tensor:
+        return self.surrogates[0].whole(rows) if lens is None else lens(rows, part)
+
+    @torch.no_grad()
+    def logits(self, rows: Tensor, owner: Tensor, lens: Lens | None = None) -> Tensor:
+        """The logits of the first surrogate or of a lens, [R, C, H, W] and int64 [R] -> [R, K]."""
+        self._count(owner, 1)
+        parts = torch.split(torch.arange(len(rows), device=rows.device), self.rows)
+        return torch.cat([self._logits(rows[part], part, lens) for part in parts])
 
     def gap(self, logits: Tensor, owner: Tensor, rival: Tensor | None = None) -> Tensor:
         """The margin, or ``f_rival - f_y`` for a class int64 [R], of logits [R, K] -> [R]."""
@@ -96,13 +162,14 @@ class Target:
             return (logits.gather(1, rival[:, None]) - logits.gather(1, own))[:, 0]
         return logits.scatter(1, own, -torch.inf).amax(dim=1) - logits.gather(1, own)[:, 0]
 
-    def slopes(self, rows: Tensor, owner: Tensor, rival: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def slopes(self, rows: Tensor, owner: Tensor, rival: Tensor | None = None, lens: Lens | None = None) -> tuple[Tensor, Tensor]:
         """The logits of candidates, and the gradient of their :meth:`gap`.
 
         Args:
             rows: [R, C, H, W].
             owner: int64 [R], the image each belongs to.
             rival: int64 [R], the class to aim at instead of the highest one.
+            lens: what sees the rows, by default the first surrogate.
 
         Returns:
             [R, K] and [R, C, H, W].
@@ -112,7 +179,7 @@ class Target:
         for part in torch.split(torch.arange(len(rows), device=rows.device), self.rows):
             with torch.enable_grad():
                 point = rows[part].detach().requires_grad_()
-                logits = self._defense(point)
+                logits = self._logits(point, part, lens)
                 aim = self.gap(logits, owner[part], None if rival is None else rival[part])
                 slopes.append(torch.autograd.grad(aim.sum(), point)[0])
             values.append(logits.detach())
@@ -124,17 +191,20 @@ class Target:
         ranked = logits.scatter(1, self.answer[owner][:, None], -torch.inf).sort(dim=1, descending=True, stable=True).indices
         return ranked[:, : min(most, logits.shape[1] - 1)]
 
-    def offer(self, candidates: Tensor, margins: Tensor, owner: Tensor) -> None:
+    def offer(self, candidates: Tensor, margins: Tensor, owner: Tensor, boxes: Tensor | None = None) -> None:
         """Keep the best of each image's candidates, [n, S, C, H, W] with margins [n, S] of the distinct images ``owner`` [n].
 
-        Where the surrogate says that the answer changed, the deployed answer is asked, and decides.
+        Where the surrogate says that the answer changed or nearly so, the deployed answer is asked, and decides. ``boxes``
+        int64 [n, S, 4] say where the candidates differ from their images.
         """
         score, pick = margins.max(dim=1)
         better = ((score > self.margin[owner]) & ~self.done[owner]).nonzero()[:, 0]
         image, score = owner[better], score[better]
         self.margin[image] = score
         self.best[image] = candidates[better, pick[better]]
-        ask = image[score >= 0]  # in a tie the lowest class wins, which may be the rival
+        if boxes is not None:
+            self.box[image] = boxes[better, pick[better]]
+        ask = image[score >= -self.surrogates[0].slack]  # in a tie the lowest class wins, which may be the rival
         if len(ask):
             self.done[ask] = self.answers(self.best[ask], ask) != self.answer[ask]
 
@@ -168,7 +238,9 @@ class Attack(ABC):
         """
 
     @final
-    def __call__(self, defense: Defense, x: Tensor, threat: Threat, *, index: Tensor | None = None) -> AttackResult:
+    def __call__(
+        self, defense: Defense, x: Tensor, threat: Threat, *, index: Tensor | None = None, start: Start | None = None
+    ) -> AttackResult:
         """Try to change ``defense.predict(x)`` within ``threat``.
 
         Args:
@@ -177,9 +249,10 @@ class Attack(ABC):
             threat: what may be changed.
             index: int64 [B], the number of each image in its data set, by default its position in the batch. Neither the size
                 nor the order of batches changes what is drawn for an image.
+            start: where to begin, by default wherever the attack finds best.
 
         Raises:
-            UsageError: the attack does not know this kind of threat, or the threat does not fit the images.
+            UsageError: the attack does not know this kind of threat, or the threat or the start does not fit the images.
             DataError: the images do not fit the model.
             PatchcertError: the attack returned a change that the threat forbids, which is a bug of the attack.
         """
@@ -191,7 +264,7 @@ class Attack(ABC):
         index = torch.arange(len(x)) if index is None else index
         if tuple(index.shape) != (len(x),):
             raise UsageError(f"{tuple(index.shape)} image numbers do not fit {len(x)} images.")
-        target = Target(defense, x)
+        target = Target(defense, x, None if start is None else start.checked(x, threat, len(defense.classes)))
         found = self.run(target, x, threat, index.to(x.device, torch.int64)) if len(x) else x
         candidate = self._checked(found, x, threat)
         prediction = target.answers(candidate, torch.arange(len(x), device=x.device))

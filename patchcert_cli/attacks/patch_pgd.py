@@ -1,7 +1,11 @@
-"""One patch: look at every location with a few contents, then projected gradient ascent inside the most damaging ones.
+"""One patch: projected gradient ascent inside one location, which a hint or a search gives, then inside others.
 
-Projected gradient: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018. Inside a patch, every
-content in [0, 1] is allowed, so the projection is a clamp and what lies outside stays the clean image.
+Projected gradient: Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018; momentum: Dong et al.,
+Boosting Adversarial Attacks with Momentum, CVPR 2018. Inside a patch, every content in [0, 1] is allowed, so the projection is a
+clamp and what lies outside stays the clean image.
+
+Where cells of small receptive fields vote, what a patch writes persuades the cells that see nothing else, wherever it lies. So a
+content that was found at one location is carried to others, and climbs on where it does most.
 
 Shapes: n images at work, C channels, H x W pixels, A atoms (locations), S kept locations, T rival classes.
 """
@@ -20,29 +24,45 @@ from patchcert_cli.threats import Threat
 
 BLOCK = 16  # locations of an image that are tried together; an image whose answer flips is done after its block
 CONTENTS = 3  # black, white, and the corner that the gradient at the clean image points to
+BEGIN = 1 << 20  # the first random stream of the first location
+CHEAP = 1 << 26  # activations that looking at every location may cost
+MOMENTUM = 0.75
+JUDGED = 8  # steps between two looks of the first surrogate while another is climbed
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchPGD(Attack):
-    """Screen every location, then climb the margin inside the worst of them.
+    """Climb the margin where the hint says, or else where the clean gradient promises most; then elsewhere.
 
-    The third screened content is the corner of [0, 1] that maximizes the linearized ``f_j - f_y`` inside the location, for the
-    rival j that gains most there; for a linear model this is the strongest patch there is.
+    Where the network is small, every location is looked at with three contents, and the worst of them are climbed in. The third
+    content is the corner of [0, 1] that maximizes the linearized ``f_j - f_y`` inside the location, for the rival j that gains
+    most there; for a linear model this is the strongest patch there is.
+
+    Where it is not, one location is climbed in, and if that went far, the best content is carried to ``carried`` locations on a
+    grid and next to the best one, and climbs on in the worst of these with half the step, ``rounds`` times.
 
     Attributes:
         seed: source of all randomness, together with each image's number.
-        locations: locations per image to climb in, the most damaging screened ones.
-        restarts: random contents to climb from at each location, after the three screened ones.
-        steps: gradient steps per climb; 0 only screens.
+        locations: locations per image to climb in, the most damaging ones; half as many where a content is carried.
+        restarts: random contents to climb from at each location; after screening, beside the three screened ones.
+        steps: gradient steps per climb; 0 only looks.
         step_size: first step of a climb in pixel values, falling linearly to 0.
         rivals: classes whose gradient at the clean image is used, highest logit first.
+        screen: whether every location is looked at with three contents; by default where that is cheap.
+        hope: share of the way from the clean margin to zero that the first location must have brought, or no other is tried.
+        carried: locations of the grid that the best content is carried to.
+        rounds: how often.
     """
 
     locations: int = 10
     restarts: int = 2
     steps: int = 40
-    step_size: float = 0.1
+    step_size: float = 0.2
     rivals: int = 9
+    screen: bool | None = None
+    hope: float = 0.7
+    carried: int = 100
+    rounds: int = 3
     kinds: ClassVar[tuple[str, ...]] = ("patch",)
 
     def __post_init__(self) -> None:
@@ -51,18 +71,69 @@ class PatchPGD(Attack):
         require("steps", self.steps, 0)
         require("step_size", self.step_size, 0, 1)
         require("rivals", self.rivals, 1)
+        require("hope", self.hope, 0, 1)
+        require("carried", self.carried, 1)
+        require("rounds", self.rounds, 0)
 
     def run(self, target: Target, x: Tensor, threat: Threat, index: Tensor) -> Tensor:
         """Work through the images in groups whose candidates make one chunk."""
         atoms = threat.atoms(int(x.shape[2]), int(x.shape[3])).to(x.device)
+        screen = len(atoms) * CONTENTS * target.activations <= CHEAP if self.screen is None else self.screen
         for owner in target.groups(max(BLOCK * CONTENTS, self.locations)):
-            boxes, corners = self._screen(target, x, owner, atoms)
-            noise = [self._noise(index[owner], restart, corners) for restart in range(self.restarts)]
-            for content in (torch.zeros_like(corners), torch.ones_like(corners), corners, *noise) if self.steps else ():
-                live = (~target.done[owner]).nonzero()[:, 0]
-                if len(live):
-                    self._climb(target, x[owner[live]], owner[live], boxes[live], content[live])
+            if target.start is not None:
+                self._begin(target, x, owner, index, target.start.location[owner], target.start.rival[owner])
+            elif not screen:
+                self._begin(target, x, owner, index, *self._promising(target, x, owner, atoms))
+            if screen:
+                self._search(target, x, owner, index, atoms)
+            else:
+                owner = self._hopeful(target, x, owner)
+                for number in range(self.rounds):
+                    self._carry(target, x, owner, atoms, number)
         return target.best
+
+    def _begin(self, target: Target, x: Tensor, owner: Tensor, index: Tensor, location: Tensor, rival: Tensor) -> None:
+        """Climb at one location of each image, int64 [n, 4], on every surrogate, towards a rival int64 [n] and towards any.
+
+        The first climb starts from the image, its negative and random contents, the others from the image and its negative.
+        """
+        clean = x[owner]
+        noise = [self._noise(index[owner], BEGIN + restart, clean) for restart in range(self.restarts)]
+        content = torch.stack([clean, 1 - clean, *noise], dim=1)
+        for which in range(len(target.surrogates)):
+            for aimed in (True, False):
+                live = ~target.done[owner]
+                if bool(live.any()):
+                    rows = content[live]
+                    boxes = location[live, None].expand(-1, rows.shape[1], -1)
+                    aim = rival[live, None].expand(-1, rows.shape[1]) if aimed else None
+                    self._climb(target, x, owner[live], boxes, rows, aim, which=which)
+                    content = content[:, :2]
+
+    def _hopeful(self, target: Target, x: Tensor, owner: Tensor) -> Tensor:
+        """Those images, int64 [n] -> int64 [n'], that withstood so far, but not by much."""
+        owner = owner[~target.done[owner]]
+        before = target.gap(target.logits(x[owner], owner), owner) if len(owner) else target.margin[owner]
+        return owner[target.margin[owner] >= (1 - self.hope) * before]
+
+    def _promising(self, target: Target, x: Tensor, owner: Tensor, atoms: Tensor) -> tuple[Tensor, Tensor]:
+        """The location and the rival of highest first-order margin, int64 [n, 4] and [n]."""
+        rival, estimate, _ = self._linearize(target, x[owner], owner, atoms)
+        value, best = estimate.max(dim=1)  # [n, A]
+        at = value.argmax(dim=1, keepdim=True)  # [n, 1]
+        return atoms[at[:, 0]], rival.gather(1, best.gather(1, at))[:, 0]
+
+    def _search(self, target: Target, x: Tensor, owner: Tensor, index: Tensor, atoms: Tensor) -> None:
+        """Screen all locations, and climb in the worst."""
+        owner = owner[~target.done[owner]]
+        if not len(owner):
+            return
+        boxes, corners = self._screen(target, x, owner, atoms)
+        noise = [self._noise(index[owner], restart, corners) for restart in range(self.restarts)]
+        for content in (torch.zeros_like(corners), torch.ones_like(corners), corners, *noise) if self.steps else ():
+            live = ~target.done[owner]
+            if bool(live.any()):
+                self._climb(target, x, owner[live], boxes[live], content[live])
 
     def _screen(self, target: Target, x: Tensor, owner: Tensor, atoms: Tensor) -> tuple[Tensor, Tensor]:
         """Offer every location's contents, most promising location first; int64 [n] -> the worst locations and their corners.
@@ -71,7 +142,7 @@ class PatchPGD(Attack):
             int64 [n, S, 4] and float32 [n, S, C, H, W], of which the part inside the location is meant.
         """
         clean = x[owner]
-        estimate, corner = self._linearize(target, clean, owner, atoms)  # [n, T, A], [n, T, C, H, W]
+        _, estimate, corner = self._linearize(target, clean, owner, atoms)  # [n, T, A], [n, T, C, H, W]
         value, rival = estimate.max(dim=1)  # [n, A]
         order = value.sort(dim=1, descending=True, stable=True).indices
         score = torch.full_like(value, -torch.inf)
@@ -79,12 +150,9 @@ class PatchPGD(Attack):
         for block in torch.split(order, BLOCK, dim=1):
             place = block[live]  # [n', L]
             best = corner[live[:, None], rival[live[:, None], place]]  # [n', L, C, H, W]
-            content = torch.stack([torch.zeros_like(best), torch.ones_like(best), best], dim=2)
-            inside = _inside(atoms[place], clean)[:, :, None]  # [n', L, 1, 1, H, W]
-            rows = torch.where(inside, content, clean[live][:, None, None]).flatten(1, 2)  # [n', L * CONTENTS, C, H, W]
-            owners = owner[live].repeat_interleave(rows.shape[1])
-            margin = target.gap(target.logits(rows.flatten(0, 1), owners), owners).reshape(rows.shape[:2])
-            target.offer(rows, margin, owner[live])
+            content = torch.stack([torch.zeros_like(best), torch.ones_like(best), best], dim=2).flatten(1, 2)
+            boxes = atoms[place].repeat_interleave(CONTENTS, dim=1)  # [n', L * CONTENTS, 4]
+            margin = self._look(target, clean[live], owner[live], boxes, content)
             score[live[:, None], place] = margin.reshape(*place.shape, CONTENTS).amax(dim=2).to(score)
             live = live[~target.done[owner[live]]]
             if not len(live):
@@ -93,8 +161,8 @@ class PatchPGD(Attack):
         images = torch.arange(len(owner), device=x.device)[:, None]
         return atoms[kept], corner[images, rival[images, kept]]
 
-    def _linearize(self, target: Target, clean: Tensor, owner: Tensor, atoms: Tensor) -> tuple[Tensor, Tensor]:
-        """First-order margin of each rival at each location [n, T, A], and the corner that attains it [n, T, C, H, W].
+    def _linearize(self, target: Target, clean: Tensor, owner: Tensor, atoms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rivals [n, T], first-order margin of each at each location [n, T, A], and the corner that attains it [n, T, C, H, W].
 
         An entry that may move to 0 or 1 adds at most ``max(g (1 - x), -g x)``; a location adds the sum over its entries.
         """
@@ -104,28 +172,76 @@ class PatchPGD(Attack):
         logits, slope = target.slopes(rows.flatten(0, 1), owners, rival.flatten())
         now, slope = target.gap(logits, owners, rival.flatten()).reshape(rival.shape), slope.reshape(rows.shape)
         gain = torch.maximum(slope * (1 - rows), -slope * rows).sum(dim=2)  # [n, T, H, W]
-        return now[:, :, None] + _box_sums(gain, atoms), (slope > 0).to(clean)
+        return rival, now[:, :, None] + _box_sums(gain, atoms), (slope > 0).to(clean)
 
     def _noise(self, index: Tensor, restart: int, like: Tensor) -> Tensor:
-        """Random contents of the shape [n, S, C, H, W]."""
+        """Random contents of the shape [n, ...]."""
         return self.draw(index, restart, like[0].numel()).reshape(like.shape)
 
-    def _climb(self, target: Target, clean: Tensor, owner: Tensor, boxes: Tensor, content: Tensor) -> None:
-        """Sign-gradient ascent of the margin from ``content`` [n, S, C, H, W] inside ``boxes`` [n, S, 4]."""
-        inside = _inside(boxes, clean)  # [n, S, 1, H, W]
-        point = torch.where(inside, content, clean[:, None])
+    def _carry(self, target: Target, x: Tensor, owner: Tensor, atoms: Tensor, number: int) -> None:
+        """Try each image's best content elsewhere, and climb on where it does most."""
+        owner = owner[~target.done[owner]]
+        if not len(owner):
+            return
+        clean, box = x[owner], target.box[owner]
+        boxes = torch.cat([_grid(atoms, self.carried, number).expand(len(owner), -1, -1), _around(atoms, box)], dim=1)
+        content = _moved(target.best[owner], box, boxes)
+        margin = self._look(target, clean, owner, boxes, content)
+        live = ~target.done[owner]
+        if not self.steps or not bool(live.any()):
+            return
+        kept = margin.sort(dim=1, descending=True, stable=True).indices[live, : (self.locations + 1) // 2]
+        images = live.nonzero()
+        self._climb(target, x, owner[live], boxes[images, kept], content[images, kept], first=self.step_size / 2)
+
+    def _look(self, target: Target, clean: Tensor, owner: Tensor, boxes: Tensor, content: Tensor) -> Tensor:
+        """Offer contents [n, S, C, H, W] inside boxes [n, S, 4] as they are, and return their margins [n, S]."""
+        rows = torch.where(_inside(boxes, clean), content, clean[:, None])
+        owners = owner.repeat_interleave(rows.shape[1])
+        lens = target.lens(clean, owner, boxes)
+        margin = target.gap(target.logits(rows.flatten(0, 1), owners, lens), owners).reshape(rows.shape[:2])
+        target.offer(rows, margin, owner, boxes)
+        return margin
+
+    def _climb(
+        self,
+        target: Target,
+        x: Tensor,
+        owner: Tensor,
+        boxes: Tensor,
+        content: Tensor,
+        rival: Tensor | None = None,
+        which: int = 0,
+        first: float | None = None,
+    ) -> None:
+        """Sign-gradient ascent with momentum, of the margin or towards ``rival`` [n, S], on one of the surrogates.
+
+        It starts from ``content`` [n, S, C, H, W] inside ``boxes`` [n, S, 4], with a ``first`` step, by default the attack's.
+        """
+        inside = _inside(boxes, x)  # [n, S, 1, H, W]
+        point, pull = torch.where(inside, content, x[owner][:, None]), torch.zeros_like(content)
+        lens = target.lens(x[owner], owner, boxes, which)
+        judge = lens if which == 0 else target.lens(x[owner], owner, boxes)
         for step in range(self.steps + 1):
             rows, owners = point.flatten(0, 1), owner.repeat_interleave(point.shape[1])
-            last = step == self.steps
-            logits, slope = (target.logits(rows, owners), rows) if last else target.slopes(rows, owners)
-            target.offer(point, target.gap(logits, owners).reshape(point.shape[:2]), owner)
+            last, aim = step == self.steps, None if rival is None else rival.flatten()
+            logits, slope = (None, rows) if last else target.slopes(rows, owners, aim, lens)
+            if last or (which > 0 and step % JUDGED == JUDGED - 1):
+                logits = target.logits(rows, owners, judge)
+            elif which > 0:
+                logits = None
+            if logits is not None:
+                target.offer(point, target.gap(logits, owners).reshape(point.shape[:2]), owner, boxes)
             going = ~target.done[owner]
             if last or not bool(going.any()):
                 return
-            rate = self.step_size * (1 - step / self.steps)
-            point = torch.where(inside, (point + rate * slope.reshape(point.shape).sign()).clamp(0, 1), point)
+            slope = slope.reshape(point.shape) * inside
+            pull = MOMENTUM * pull + slope / slope.abs().sum(dim=(2, 3, 4), keepdim=True).clamp(min=1e-30)
+            rate = (self.step_size if first is None else first) * (1 - step / self.steps)
+            point = torch.where(inside, (point + rate * pull.sign()).clamp(0, 1), point)
             if not bool(going.all()):
-                point, inside, owner = point[going], inside[going], owner[going]
+                point, pull, inside, owner, boxes = point[going], pull[going], inside[going], owner[going], boxes[going]
+                rival, lens, judge = None if rival is None else rival[going], lens.take(going), judge.take(going)
 
 
 def _inside(boxes: Tensor, x: Tensor) -> Tensor:
@@ -142,3 +258,27 @@ def _box_sums(values: Tensor, atoms: Tensor) -> Tensor:
     top, left, height, width = atoms.unbind(dim=1)
     bottom, right = top + height, left + width
     return total[..., bottom, right] - total[..., top, right] - total[..., bottom, left] + total[..., top, left]
+
+
+def _grid(atoms: Tensor, count: int, phase: int) -> Tensor:
+    """About ``count`` locations, evenly spread, or all; each phase gives others."""
+    apart = max(1, round((len(atoms) / count) ** 0.5))
+    return atoms[((atoms[:, :2] - phase) % apart == 0).all(dim=1)]
+
+
+def _around(atoms: Tensor, box: Tensor) -> Tensor:
+    """The locations one pixel from a box on both axes or one, int64 [n, 4] -> [n, 8, 4], at the border some of them twice."""
+    steps = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2)).to(box)
+    moved = box[:, None, :2] + steps[steps.abs().sum(dim=1) > 0]
+    most = atoms[:, :2].amax(dim=0)
+    return torch.cat([moved.clamp(min=torch.zeros_like(most), max=most), box[:, None, 2:].expand(-1, moved.shape[1], -1)], dim=2)
+
+
+def _moved(x: Tensor, box: Tensor, boxes: Tensor) -> Tensor:
+    """Images [n, C, H, W] rolled so that what stands in ``box`` [n, 4] stands in each of ``boxes`` [n, S, 4]: [n, S, C, H, W]."""
+    height, width = x.shape[2:]
+    shift = boxes[:, :, :2] - box[:, None, :2]  # [n, S, 2]
+    row = (torch.arange(height, device=x.device) - shift[..., :1]) % height  # [n, S, H]
+    column = (torch.arange(width, device=x.device) - shift[..., 1:]) % width  # [n, S, W]
+    image = torch.arange(len(x), device=x.device)[:, None, None, None]
+    return x.permute(0, 2, 3, 1)[image, row[..., :, None], column[..., None, :]].permute(0, 1, 4, 2, 3)

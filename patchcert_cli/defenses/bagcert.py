@@ -9,7 +9,7 @@ Shapes: B images, C channels, H x W pixels, K classes, N x M cells.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from patchcert_cli import exact, models
 from patchcert_cli.certifiers.additive import Votes
-from patchcert_cli.defenses.base import Augment, Options, TrainingStep
+from patchcert_cli.defenses.base import Augment, Options, Surrogate, TrainingStep
 from patchcert_cli.defenses.evidence import EvidenceDefense
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.geometry import Axis, Cover
@@ -75,6 +75,48 @@ class BagCertOptions(Options):
         return Augment(flip=self.flip, shift=self.shift)
 
 
+class CellSurrogate(Surrogate):
+    """Sums over cells; a box alters the cells that see it, which are computed from the pixels that they see.
+
+    All windows are as large as one in the middle of the image needs, and moved inside where they would stick out.
+    """
+
+    def __init__(self, defense: BagCert, vote: Callable[[Tensor], Tensor]) -> None:
+        self._scorer, self._vote, self._reach = defense.scorer, vote, defense.receptive_field - 1
+        weight = defense.weights
+        cells = [side - self._reach for side in defense.input_shape[1:]]
+        self._weight = torch.ones(cells, device=defense.device) if weight is None else weight.float()
+        self.slack = 2 * float(self._weight.amax())  # the deployed network is rounded, and some cells decide otherwise
+
+    def whole(self, x: Tensor) -> Tensor:
+        return (self._vote(self._scorer(x)) * self._weight).sum(dim=(2, 3))
+
+    def near(self, x: Tensor, boxes: Tensor) -> Tensor:
+        row, column = self._window(boxes, self._reach, x)  # [B, h] and [B, w], pixels
+        image = torch.arange(len(x), device=x.device)[:, None, None]
+        whole = self._scorer.prepare(x)
+        seen = whole.permute(0, 2, 3, 1)[image, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
+        row, column = self._window(boxes, 0, x)  # cells
+        weight = self._weight[row[:, :, None], column[:, None, :]]
+        return (self._vote(self._scorer.score(seen)) * weight[:, None]).sum(dim=(2, 3))
+
+    def rest(self, x: Tensor, boxes: Tensor) -> Tensor:
+        votes = self._vote(self._scorer(x)) * self._weight
+        row, column = self._window(boxes, 0, x)  # [B, S, n] and [B, S, m]
+        image = torch.arange(len(x), device=x.device)[:, None, None, None]
+        inside = votes.permute(0, 2, 3, 1)[image, row[..., :, None], column[..., None, :]]  # [B, S, n, m, K]
+        return votes.sum(dim=(2, 3))[:, None] - inside.sum(dim=(2, 3))
+
+    def _window(self, boxes: Tensor, more: int, x: Tensor) -> list[Tensor]:
+        """Rows and columns, int64 [..., h] and [..., w], of the first cell's first pixel to the last cell's, and ``more``."""
+        found = []
+        for axis, length in enumerate(x.shape[2:]):
+            size = min(length - self._reach, int(boxes[..., 2 + axis].amax()) + self._reach)  # cells
+            first = (boxes[..., axis] - self._reach).clamp(0, length - self._reach - size)
+            found.append(first[..., None] + torch.arange(size + more, device=x.device))
+        return found
+
+
 class BagCert(EvidenceDefense):
     """Cells of a region scorer vote by the signs of their scores."""
 
@@ -94,7 +136,7 @@ class BagCert(EvidenceDefense):
         self.scorer = scorer
         cells = [side - scorer.receptive_field + 1 for side in input_shape[1:]]
         self.position = nn.Parameter(torch.ones(cells)) if aggregate == "weighted" else None
-        self._frozen: tuple[object, nn.Module] | None = None
+        self.deployed = exact.Deployed(scorer)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> BagCert:
@@ -129,6 +171,14 @@ class BagCert(EvidenceDefense):
     def forward(self, x: Tensor) -> Tensor:
         """Smooth surrogate: the (weighted) mean over cells of the sigmoid of the scores, [B, K]."""
         return self._share(self.scorer(x).sigmoid())
+
+    def surrogates(self) -> tuple[Surrogate, ...]:
+        """Votes with the gradient of sigmoids (straight-through), and the plain scores."""
+        return CellSurrogate(self, Step.apply), CellSurrogate(self, lambda scores: scores)
+
+    @property
+    def activations(self) -> int:
+        return self.scorer.widest * self.input_shape[1] * self.input_shape[2]
 
     def _share(self, votes: Tensor, down: int = 0, right: int = 0, every: int = 1) -> Tensor:
         """The mean of votes [B, K, n, m] of every so-manieth cell from (down, right) on, by the weights of positions: [B, K]."""
@@ -168,13 +218,6 @@ class BagCert(EvidenceDefense):
             Axis.sliding(width, patch.width, kernel=self.receptive_field),
         )
 
-    def deployed(self) -> nn.Module:
-        """The network that computes without rounding error; made anew when weights change."""
-        state = tuple((tensor.data_ptr(), tensor._version) for tensor in self.scorer.state_dict(keep_vars=True).values())
-        if self._frozen is None or self._frozen[0] != state:
-            self._frozen = (state, exact.freeze(self.scorer).to(self.device))
-        return self._frozen[1]
-
     @torch.no_grad()
     def finish(self, x: Tensor) -> None:
         """Choose the steps of the deployed network's activations from some training images."""
@@ -194,8 +237,7 @@ class BagCert(EvidenceDefense):
         if options.every > 1:
             cells = min(self.input_shape[1:]) - self.receptive_field + 1
             down, right = torch.randint(min(options.every, cells), (2,), generator=step.generator).tolist()
-            x = x[:, :, down:, right:]
-        scores = self.scorer(x, options.every)
+        scores = self.scorer.score(self.scorer.prepare(x)[:, :, down:, right:], options.every)
         if step.progress < options.warm_up_epochs:
             return F.cross_entropy(scores.mean(dim=(2, 3)).float(), label)
         votes: Tensor = Step.apply(scores.float())

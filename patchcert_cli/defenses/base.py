@@ -5,8 +5,9 @@ Shapes: B images, C channels, H x W pixels, K classes.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -74,6 +75,35 @@ class Claim:
     method: str | None = None
 
 
+class Surrogate:
+    """A stand-in for the deployed answer that has gradients, for attacks: class scores on any scale, the highest answers.
+
+    Changes inside a box often reach a small part of the network. A defense that can compute this part alone overrides
+    :meth:`near` and :meth:`rest`, such that ``whole(x') == rest(x, boxes) + near(x', boxes)`` wherever x' differs from x inside
+    the box alone.
+
+    Attributes:
+        slack: how far the deployed answer may be from this one: a margin above ``-slack`` is worth asking it.
+    """
+
+    slack: float = 0.0
+
+    def __init__(self, scores: Callable[[Tensor], Tensor]) -> None:
+        self._scores = scores
+
+    def whole(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] in [0, 1] -> [B, K]."""
+        return self._scores(x)
+
+    def near(self, x: Tensor, boxes: Tensor) -> Tensor:
+        """The part that boxes can alter, [B, C, H, W] and int64 [B, 4], all of one size -> [B, K]."""
+        return self.whole(x)
+
+    def rest(self, x: Tensor, boxes: Tensor) -> Tensor:
+        """The other part, [B, C, H, W] and S boxes for each image, int64 [B, S, 4] -> [B, S, K], or 1 for K where it is zero."""
+        return x.new_zeros(*boxes.shape[:2], 1)
+
+
 class Defense(nn.Module, ABC):
     """A classifier whose answer can be certified.
 
@@ -84,12 +114,14 @@ class Defense(nn.Module, ABC):
         source: the paper it comes from.
         methods: names of its proofs, the best one first.
         options: how it is trained.
+        numerics: what its answers and proofs are computed in, for manifests.
         default_network: the network that it is trained with unless told otherwise.
     """
 
     source: ClassVar[str] = ""
     methods: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[type[Options]] = Options
+    numerics: ClassVar[Mapping[str, str]] = {}
     default_network: ClassVar[str] = ""
 
     def __init__(self, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
@@ -110,6 +142,15 @@ class Defense(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] in [0, 1] -> [B, K], a smooth surrogate for losses and gradient attacks."""
+
+    def surrogates(self) -> tuple[Surrogate, ...]:
+        """What attacks climb, the most faithful one first; candidates are compared by it."""
+        return (Surrogate(self),)
+
+    @property
+    def activations(self) -> int:
+        """How many numbers the largest layer holds for one image, at least about; passes of attacks are cut accordingly."""
+        return math.prod(self.input_shape)
 
     @abstractmethod
     def predict(self, x: Tensor) -> Tensor:
