@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from patchcert_cli import cards
+from patchcert_cli import cards, data
 from patchcert_cli.cli import main
 from patchcert_cli.training.recipe import Recipe
 
@@ -41,7 +42,9 @@ def test_every_command_of_the_readme_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     commands = block("## What you can type")
-    assert len(commands) == 9
+    assert len(commands) == 14
+    picture = data.load("cifar10", "test").pixels[0].permute(1, 2, 0).numpy()
+    Image.fromarray(picture).save("cat.png")
     ours = tmp_path / "runs" / "p5"  # what the train command of the README would have left
     ours.mkdir(parents=True)
     for name in ("config.json", "model.safetensors"):

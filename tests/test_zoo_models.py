@@ -9,7 +9,8 @@ import patchcert_cli
 from patchcert_cli import cards, data
 from patchcert_cli.certificate import Tally, clopper_pearson
 
-NAMES = cards.bundled_names()
+NAMES = [name for name, card in cards.bundled().items() if card.files]  # those with weights
+DEAR = {"smoothing": 4}  # images for attacks on defenses that run a network for every band
 
 
 def measured(name: str, count: int | None) -> tuple[Tally, cards.Measured]:
@@ -42,12 +43,13 @@ def test_the_whole_split_gives_the_counts_of_the_card(name: str) -> None:
 def test_the_attack_breaks_no_certificate(name: str) -> None:
     card = cards.bundled_card(name)
     threat, defense = patchcert_cli.parse_threat(card.threat), patchcert_cli.load(name)
-    images = data.load(card.dataset, "test").limit(30, 2)
+    images = data.load(card.dataset, "test").limit(DEAR.get(card.defense, 30), 2)
     x = data.to_float(images.pixels)
     from patchcert_cli import attacks
 
     certificate = defense.certify(x, threat)
-    outcome = attacks.for_threat(threat)(defense, x, threat, index=images.index)
+    options = {"steps": 6, "restarts": 0, "rounds": 0} if card.defense in DEAR else {}
+    outcome = attacks.for_threat(threat, **options)(defense, x, threat, index=images.index)
     assert not bool((outcome.success & certificate.certified).any())
-    assert int(certificate.certified.sum()) > 10
+    assert int(certificate.certified.sum()) >= len(x) // 4
     assert torch.equal(outcome.clean_prediction, certificate.prediction)

@@ -133,6 +133,10 @@ class Smoothing(EvidenceDefense):
         """How many ablations of an image there are."""
         return len(self.rows) * len(self.columns)
 
+    @property
+    def activations(self) -> int:
+        return self.cells * self.network.most
+
     def views(self, x: Tensor, image: Tensor, cell: Tensor, full: float = 1.0) -> Tensor:
         """Ablated and encoded images.
 
