@@ -26,7 +26,6 @@ from torch.nn.grad import conv2d_input
 from patchcert_cli.certifiers.gains import largest_gains
 from patchcert_cli.certifiers.rules import IDENTITY, channel_affine, layers_of
 from patchcert_cli.errors import UnsupportedThreat
-from patchcert_cli.geometry import touched_range
 from patchcert_cli.threats import Patch, Sparse
 
 
@@ -135,68 +134,6 @@ def location_masks(patch: Patch, x: Tensor) -> Tensor:
     return (rows[:, :, None] & columns[:, None, :]).to(x.dtype)
 
 
-class ConvolutionWindows:
-    """A convolutional first layer under a patch at every location: only the outputs that see the patch are computed."""
-
-    def __init__(self, split: Split, x: Tensor, patch: Patch, epsilon: float) -> None:
-        layer = cast(nn.Conv2d, split.first)
-        self.layer, self.patch, self.epsilon = layer, patch, epsilon
-        self.kernel = split.kernel()
-        self.clean = split.clean(x)  # [B, N, H', W']
-        self.half = 0.5 - x
-        self.locations = patch.atoms(x.shape[2], x.shape[3]).tolist()
-        padding = cast(tuple[int, int], layer.padding)
-        self.rows, self.columns = (
-            [
-                touched_range(
-                    start,
-                    side,
-                    kernel=layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1,
-                    stride=layer.stride[axis],
-                    padding=padding[axis],
-                    size=self.clean.shape[2 + axis],
-                )
-                for start in range(x.shape[2 + axis] - side + 1)
-            ]
-            for axis, side in enumerate((patch.height, patch.width))
-        )
-
-    def chunk(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Lower and upper pre-activations for locations ``start`` to ``stop``: [A'*B, N, H', W'] each."""
-        lower = self.clean.expand(stop - start, *self.clean.shape).clone()
-        upper = lower.clone()
-        for i, (top, left, _, _) in enumerate(self.locations[start:stop]):
-            (r0, r1), (c0, c1) = self.rows[top], self.columns[left]
-            if r0 < r1 and c0 < c1:
-                middle, radius = self._deviation(top, left, (r0, r1), (c0, c1))
-                lower[i, :, :, r0:r1, c0:c1] += middle - radius
-                upper[i, :, :, r0:r1, c0:c1] += middle + radius
-        return lower.flatten(0, 1), upper.flatten(0, 1)
-
-    def _deviation(self, top: int, left: int, rows: tuple[int, int], columns: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Middle [B, N, r, c] and radius [1, N, r, c] of the change of the touched outputs."""
-        h, w, layer = self.patch.height, self.patch.width, self.layer
-        # the pixels that the touched outputs see, with only the patch filled in
-        origin = [n * layer.stride[a] - int(layer.padding[a]) for a, n in enumerate((rows[0], columns[0]))]
-        size = [
-            (n - 1) * layer.stride[a] + layer.dilation[a] * (layer.kernel_size[a] - 1) + 1
-            for a, n in enumerate((rows[1] - rows[0], columns[1] - columns[0]))
-        ]
-        low = [max(top - origin[0], 0), max(left - origin[1], 0)]
-        high = [min(top + h - origin[0], size[0]), min(left + w - origin[1], size[1])]
-        field = self.half.new_zeros(self.half.shape[0] + 1, self.half.shape[1], size[0], size[1])
-        seen = (slice(low[0], high[0]), slice(low[1], high[1]))
-        field[:-1, :, seen[0], seen[1]] = self.half[
-            :, :, low[0] + origin[0] : high[0] + origin[0], low[1] + origin[1] : high[1] + origin[1]
-        ]
-        field[-1, :, seen[0], seen[1]] = 0.5
-        field = field * self.epsilon
-        stride, dilation = layer.stride, layer.dilation
-        middle = F.conv2d(field[:-1], self.kernel, None, stride, 0, dilation)
-        radius = F.conv2d(field[-1:], self.kernel.abs(), None, stride, 0, dilation)
-        return middle, radius
-
-
 def sparse_box(split: Split, x: Tensor, threat: Sparse, *, epsilon: float = 1.0) -> tuple[Tensor, Tensor]:
     """Lower and upper pre-activation of the first layer when ``threat.k`` pixels or values change (claim above).
 
@@ -243,11 +180,8 @@ def _convolution_gains(split: Split, x: Tensor, threat: Sparse, clean: Tensor) -
 
 
 def patch_reach(split: Split, shape: tuple[int, int, int], patch: Patch) -> Tensor:
-    """Largest possible |change| of each first-layer output under a patch at any location: [N] or [N, H', W']."""
-    assert split.first is not None
-    if isinstance(split.first, nn.Linear):
-        return window_sums(split.dense_weight(shape).abs(), patch).amax(dim=1)
-    return split.kernel().abs().sum(dim=(1, 2, 3))[:, None, None]
+    """Largest possible |change| of each output of a linear first layer under a patch at any location: [N]."""
+    return window_sums(split.dense_weight(shape).abs(), patch).amax(dim=1)
 
 
 def sparse_reach(split: Split, shape: tuple[int, int, int], threat: Sparse) -> Tensor:

@@ -8,7 +8,8 @@ interval lower bound of f_y - f_c on the box {x' : x' = x outside L, x' in [0, 1
 pre-activations that :mod:`first_layer` gives. If m_c > 0 for every c != y then argmax f(x') = y for every x' that T allows.
 Proof: each x' lies in one of the boxes, and interval arithmetic encloses (:mod:`rules`); the last linear layer is merged with
 the difference e_y - e_c first. Source: Chiang et al., Certified Defenses for Adversarial Patches, ICLR 2020, section 3. Theirs
-is computed on one boxed copy of the image per location; here the first layer comes from sums over the patch window.
+is computed on one boxed copy of the image per location; here only the windows that a patch reaches are computed for each
+location (:mod:`windows`), and a fully connected network's first layer comes from sums over the patch window.
 
 These are statements of exact arithmetic; :mod:`rounding` accounts for the rest.
 """
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from patchcert_cli.certifiers.first_layer import Split, location_masks, window_sums
 from patchcert_cli.certifiers.rules import Box, propagate
 from patchcert_cli.certifiers.streams import Contrast, Stream, open_stream
+from patchcert_cli.certifiers.windows import Windows
 from patchcert_cli.errors import UnsupportedThreat
 from patchcert_cli.threats import Patch, PatchPercent, Sparse, Threat
 
@@ -71,11 +73,8 @@ def lower_margins(network: nn.Module, x: Tensor, target: Tensor, threat: Threat,
 
 def minimum(stream: Stream, target: Tensor) -> Margins:
     """The smallest margins over all atoms of a stream; ``target`` is int64 [B]."""
-    parts = []
-    groups = [(target == y).nonzero()[:, 0] for y in range(int(target.max()) + 1)]
-    for y, group in enumerate(groups):  # with one target, the last layer is one product per chunk
-        if len(group):
-            parts.append(_smallest(stream.chunks(group, Contrast(stream.split, y))))
+    groups = stream.groups(target)
+    parts = [_smallest(stream.chunks(group, Contrast(stream.split, target[group]))) for group in groups]
     back = torch.cat(groups).argsort()
     values, worst = (torch.cat(part, dim=1)[:, back].t() for part in zip(*parts, strict=True))
     return Margins(values, worst)
@@ -119,8 +118,7 @@ def margins_at(
     image = torch.arange(len(x), device=x.device)[:, None].expand_as(chosen)
     pairs, back = (image * atoms + chosen).unique(return_inverse=True)  # type: ignore[no-untyped-call]  # distinct (image, location)
     owner, location = pairs // atoms, pairs % atoms
-    box = _chosen_box(split, x, patch, owner, location, epsilon)
-    lower, upper = propagate(split.rest[:-1] if split.is_dense else split.layers[:-1], box)  # [U, N]
+    lower, upper = _chosen(split, x, patch, owner, location, epsilon)  # [U, N]
     contrast = final.weight[target][:, None] - final.weight  # [B, K, N]
     better, worse = contrast.clamp(min=0), contrast.clamp(max=0)
     if per_class:
@@ -131,14 +129,17 @@ def margins_at(
     return margin + bias[target][:, None] - bias
 
 
-def _chosen_box(split: Split, x: Tensor, patch: Patch, owner: Tensor, location: Tensor, epsilon: float) -> Box:
-    """Bounds for U pairs (image ``owner``, ``location``): of the first layer if the network is dense, else boxed images."""
-    moved = location_masks(patch, x)[location, None] * epsilon  # [U, 1, H, W]
+def _chosen(split: Split, x: Tensor, patch: Patch, owner: Tensor, location: Tensor, epsilon: float) -> Box:
+    """Bounds in front of the last layer for U pairs (image ``owner``, ``location``), [U, N] each, with gradient."""
     if not split.is_dense:
-        lower = x[owner] * (1 - moved)
-        return lower, lower + moved
+        windows = Windows(split.layers[:-1], x, patch, epsilon, clip=False)
+        order = windows.reach.order(location)
+        back = order.argsort()
+        lower, upper = windows.bounds(owner[order], location[order])
+        return lower[back], upper[back]
+    moved = location_masks(patch, x)[location, None] * epsilon  # [U, 1, H, W]
     weight = split.dense_weight((x.shape[1], x.shape[2], x.shape[3]))  # [N, C, H, W]
     content = (0.5 - x)[owner] * moved
     middle = split.clean(x)[owner] + content.flatten(1) @ weight.flatten(1).t()
     radius = (epsilon / 2) * window_sums(weight.abs(), patch)[:, location].t()
-    return middle - radius, middle + radius
+    return propagate(split.rest[:-1], (middle - radius, middle + radius))

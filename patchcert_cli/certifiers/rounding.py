@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from patchcert_cli.certifiers.first_layer import Split, patch_reach, sparse_reach
 from patchcert_cli.certifiers.intervals import minimum, resolve
-from patchcert_cli.certifiers.rules import SINGLE, gamma, noise, overflow, relative_error
-from patchcert_cli.certifiers.streams import open_stream
+from patchcert_cli.certifiers.routes import Route
+from patchcert_cli.certifiers.rules import UNIT, gamma, noise, overflow, relative_error
+from patchcert_cli.certifiers.streams import Stream, WindowStream, open_stream
+from patchcert_cli.certifiers.window_rounding import difference, errors
 from patchcert_cli.threats import Patch, Sparse, Threat
-
-UNIT = {torch.float32: SINGLE, torch.float64: 2.0**-53}
 
 
 @torch.no_grad()
@@ -38,6 +38,9 @@ def bound_error(split: Split, x: Tensor, threat: Patch | Sparse) -> Tensor:
     unit = UNIT[x.dtype]
     if isinstance(split.first, nn.Linear) and (split.is_dense or isinstance(threat, Sparse)):
         return _difference_error(*_dense_first(split, x, threat, unit), unit)
+    if isinstance(threat, Patch):
+        found = errors(Route.of(split.layers[:-1], x[:1]), split.layers[-1:], x)
+        return found.single if x.dtype == torch.float32 else found.double
     if isinstance(split.first, nn.Conv2d):
         size, error = x.double(), torch.zeros_like(x, dtype=torch.float64)
         for layer in (*split.before, split.first):
@@ -46,9 +49,7 @@ def bound_error(split: Split, x: Tensor, threat: Patch | Sparse) -> Tensor:
         # a sum over a window, or of the largest gains, has at most as many terms as the layer itself
         rate = relative_error(split.first, unit)
         return _difference_error(split.rest, size + reach, error + 2 * rate * (size + reach), unit)
-    return _difference_error(
-        split.layers, torch.ones_like(x, dtype=torch.float64), torch.zeros_like(x, dtype=torch.float64), unit
-    )
+    raise AssertionError("without an affine first layer there is no sparse stream")
 
 
 def _reach(split: Split, x: Tensor, threat: Patch | Sparse) -> Tensor:
@@ -81,8 +82,7 @@ def _difference_error(layers: list[nn.Module], size: Tensor, error: Tensor, unit
     """Error of a difference of two outputs: both ends, and the roundings of the difference itself."""
     for layer in layers:
         size, error = noise(layer, size, error, unit)
-    total = 2 * error.flatten(1).amax(dim=1) + 4 * unit * size.flatten(1).amax(dim=1)
-    return total.nan_to_num(nan=float("inf"), posinf=float("inf"))
+    return difference(size, error, unit)
 
 
 @torch.no_grad()
@@ -124,26 +124,68 @@ def prove(network: nn.Module, exact: nn.Module, x: Tensor, target: Tensor, threa
         none = torch.zeros(0, dtype=torch.float64, device=x.device)
         return Proof(none, none.clone(), target.clone(), target.clone())
     deployed = forward_error(Split.of(exact, x.shape[1]), x)
-    proof = _prove(network, x, target, resolved, deployed)
-    error = proof.slack - deployed
+    stream = open_stream(Split.of(network, x.shape[1]), x, resolved, 1.0, watch=True)
+    proof, error = _prove(stream, x, target, resolved, deployed)
     open_ = ((proof.margin > -error) & (proof.margin <= proof.slack)) | proof.margin.isinf()
     close = open_.nonzero()[:, 0]
-    if len(close) and x.dtype != torch.float64:
-        again = _prove(exact, x[close].double(), target[close], resolved, deployed)
-        for name in ("margin", "slack", "worst", "rival"):
-            getattr(proof, name)[close] = getattr(again, name)
+    if not len(close) or x.dtype == torch.float64:
+        return proof
+    wide = open_stream(Split.of(exact, x.shape[1]), x[close].double(), resolved, 1.0)
+    if isinstance(wide, WindowStream) and isinstance(stream, WindowStream):
+        close, again = _prove_pairs(stream, wide, proof, error, close, target[close], deployed)
+    else:
+        again, _ = _prove(wide, x[close].double(), target[close], resolved, deployed)
+    for name in ("margin", "slack", "worst", "rival"):
+        getattr(proof, name)[close] = getattr(again, name)
     return proof
 
 
-def _prove(network: nn.Module, x: Tensor, target: Tensor, threat: Patch | Sparse, deployed: float) -> Proof:
-    split = Split.of(network, x.shape[1])
-    stream = open_stream(split, x, threat, 1.0)
+def _prove(stream: Stream, x: Tensor, target: Tensor, threat: Patch | Sparse, deployed: float) -> tuple[Proof, Tensor]:
+    """A proof in the type of ``x``, and the part of its slack that is about the margins; ``deployed`` bounds the other part."""
     margins = minimum(stream, target)
     margin, rival = margins.values.scatter(1, target[:, None], float("inf")).min(dim=1)
     worst = stream.worst_atom(target, rival, margins.worst.gather(1, rival[:, None])[:, 0])
-    slack = bound_error(split, x, threat) + deployed
+    if stream.errors is None:
+        error, slack = (found := bound_error(stream.split, x, threat)), found + deployed
+    else:
+        error = stream.errors.single if x.dtype == torch.float32 else stream.errors.double
+        slack = error + stream.errors.double.clamp(max=deployed)
     broken = ~torch.isfinite(margins.values).all(dim=1)  # overflow or NaN, for any rival, never certifies
-    return Proof(margin.double().masked_fill(broken, float("-inf")), slack, worst, rival)
+    return Proof(margin.double().masked_fill(broken, float("-inf")), slack, worst, rival), error
+
+
+def _prove_pairs(
+    stream: WindowStream, wide: WindowStream, proof: Proof, error: Tensor, close: Tensor, target: Tensor, deployed: float
+) -> tuple[Tensor, Proof]:
+    """Those of the images ``close`` that may be certified, and their proof in float64, from few of their locations.
+
+    Where the location that looks worst has no sufficient margin in float64, an image stays uncertified. Of the others, with m
+    the smallest margin found and e the bound of its error, the exact minimum is at most m + e, so it is not attained where
+    m + 2 e is exceeded.
+    """
+    assert stream.errors is not None
+    slack = stream.errors.double[close] + stream.errors.double[close].clamp(max=deployed)
+    every = torch.arange(len(close), device=close.device)
+    first, _ = _at_pairs(wide, every, proof.worst[close], target)
+    kept = (first > slack).nonzero()[:, 0]
+    limit = proof.margin[close] + 2 * error[close]
+    asked = ~(stream.least[:, close[kept]] > limit[kept])
+    asked[proof.worst[close[kept]], torch.arange(len(kept), device=close.device)] = True
+    location, image = asked.nonzero().unbind(dim=1)
+    least, rival = _at_pairs(wide, kept[image], location, target)
+    margin = least.new_full(kept.shape, float("inf")).scatter_reduce(0, image, least, "amin")
+    attained = (least == margin[image]).nonzero()[:, 0]
+    pair = torch.full_like(kept, len(least)).scatter_reduce(0, image[attained], attained, "amin")
+    return close[kept], Proof(margin, slack[kept], location[pair], rival[pair])
+
+
+def _at_pairs(wide: WindowStream, owner: Tensor, location: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest margin over rivals of each pair (image, location), minus infinity if one is no number, and the rival: [N]."""
+    if not len(owner):
+        return owner.double(), owner
+    margins = wide.at_pairs(owner, location, target[owner])
+    least, rival = margins.scatter(1, target[owner][:, None], float("inf")).min(dim=1)
+    return least.masked_fill(~torch.isfinite(margins).all(dim=1), float("-inf")), rival
 
 
 def double(network: nn.Module) -> nn.Module:

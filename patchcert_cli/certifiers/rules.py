@@ -29,11 +29,19 @@ Box = tuple[Tensor, Tensor]
 ROUNDINGS = 8  # roundings besides the dot product itself: midpoint, radius, their sum, bias, normalization
 CONVOLUTION_FACTOR = 16  # fast convolution algorithms (Winograd) err more than a dot product; they stay within this factor
 SINGLE = 2.0**-24  # unit roundoff of float32
+UNIT = {torch.float32: SINGLE, torch.float64: 2.0**-53}
 
 IDENTITY = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in eval mode
 MONOTONE = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
 CHANNEL_AFFINE = (Normalize, nn.BatchNorm1d, nn.BatchNorm2d)
 KNOWN: tuple[type[nn.Module], ...] = (*IDENTITY, *MONOTONE, *CHANNEL_AFFINE, nn.Linear, nn.Conv2d)
+
+ALLOWED = "Sequential, Linear, Conv2d, ReLU, Flatten, pooling, frozen batch norm, Normalize"
+INSTEAD = {
+    **dict.fromkeys(("ELU", "GELU", "Hardswish", "LeakyReLU", "Mish", "ReLU6", "SELU", "SiLU", "Sigmoid", "Tanh"), "ReLU"),
+    **dict.fromkeys(("GroupNorm", "InstanceNorm2d", "LayerNorm", "LocalResponseNorm", "RMSNorm"), "batch norm"),
+    "AdaptiveMaxPool2d": "MaxPool2d",
+}
 
 
 def layers_of(network: nn.Module) -> list[nn.Module]:
@@ -52,9 +60,11 @@ def layers_of(network: nn.Module) -> list[nn.Module]:
 
 
 def _no_rule(layer: nn.Module) -> UnsupportedThreat:
+    name = type(layer).__name__
+    instead = f"use {INSTEAD[name]}; " if name in INSTEAD else ""
     return UnsupportedThreat(
-        f"no interval rule for layer {type(layer).__name__};",
-        hint="allowed, without hooks: Sequential, Linear, Conv2d, ReLU, Flatten, pooling, frozen batch norm, Normalize.",
+        f"no interval rule for layer {name};",
+        hint=f"{instead}allowed, without hooks: {ALLOWED}.",
     )
 
 
@@ -142,37 +152,61 @@ def relative_error(layer: nn.Linear | nn.Conv2d, unit: float) -> float:
     return CONVOLUTION_FACTOR * gamma(layer.weight[0].numel(), unit)
 
 
-def noise(layer: nn.Module, size: Tensor, error: Tensor, unit: float) -> tuple[Tensor, Tensor]:
-    """Carry (largest magnitude, largest error), float64 [N, ...] each, through one layer computed with roundoff ``unit``."""
-    if isinstance(layer, (*IDENTITY, nn.ReLU, nn.MaxPool2d, nn.Flatten)):
-        return layer(size), layer(error)
-    terms, rate = 1, gamma(1, unit)
+def is_exact(layer: nn.Module) -> bool:
+    """Whether a layer rounds nothing."""
+    return isinstance(layer, (*IDENTITY, nn.ReLU, nn.MaxPool2d, nn.Flatten))
+
+
+def carry(layer: nn.Module, error: Tensor) -> Tensor:
+    """Largest errors behind a layer that rounds nothing, float64 [N, ...], from those in front of it."""
     affine = channel_affine(layer)
     if affine is not None:
-        scale, moved = (per_channel(part.double().abs(), size) for part in (affine[0], affine[2]))
-        out, carried = size * scale + moved, error * scale
-        rounded = out
-    elif isinstance(layer, nn.Linear):
-        weight = layer.weight.double().abs()
-        terms, rate = layer.in_features, relative_error(layer, unit)
-        out, carried = F.linear(size, weight, _magnitude(layer.bias)), F.linear(error, weight)
-        rounded = out
-    elif isinstance(layer, nn.Conv2d):
-        weight = layer.weight.double().abs()
-        terms, rate = weight[0].numel(), relative_error(layer, unit)
-        out = convolve(layer, size, weight, _magnitude(layer.bias))
-        carried = convolve(layer, error, weight, None)
-        # tiled algorithms mix neighbouring outputs, so each may err as the largest does
-        rounded = F.conv2d(size.amax(dim=(2, 3), keepdim=True).expand(-1, -1, *weight.shape[2:]), weight, groups=layer.groups)
-        if layer.bias is not None:
-            rounded = rounded + per_channel(layer.bias.double().abs(), out)
-        rounded = rounded.expand_as(out)
-    elif isinstance(layer, nn.AvgPool2d | nn.AdaptiveAvgPool2d):
-        terms = size[0, 0].numel()
-        rate, out, carried = gamma(terms, unit), layer(size), layer(error)
-        rounded = out
-    else:
+        return error * per_channel(affine[0].double().abs(), error)
+    if isinstance(layer, nn.Linear):
+        return F.linear(error, layer.weight.double().abs())
+    if isinstance(layer, nn.Conv2d):
+        return convolve(layer, error, layer.weight.double().abs(), None)
+    if not isinstance(layer, (*IDENTITY, *MONOTONE)):
         raise _no_rule(layer)
+    behind: Tensor = layer(error)
+    return behind
+
+
+def terms_of(layer: nn.Module, size: Tensor) -> int:
+    """How many terms an output of the layer is the sum of, on inputs like ``size``."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    if isinstance(layer, nn.Conv2d):
+        return layer.weight[0].numel()
+    return size[0, 0].numel() if isinstance(layer, nn.AvgPool2d | nn.AdaptiveAvgPool2d) else 1
+
+
+def magnitude(layer: nn.Module, size: Tensor) -> Tensor:
+    """Sums of the magnitudes of the terms of each output, float64 [N, ...], from the largest magnitudes of the inputs."""
+    behind, affine = carry(layer, size), channel_affine(layer)
+    if affine is not None:
+        return behind + per_channel(affine[2].double(), size)
+    bias = layer.bias if isinstance(layer, nn.Linear | nn.Conv2d) else None
+    if bias is None:
+        return behind
+    return behind + (per_channel(bias.double().abs(), behind) if isinstance(layer, nn.Conv2d) else bias.double().abs())
+
+
+def mixed(layer: nn.Conv2d, size: Tensor) -> Tensor:
+    """As :func:`magnitude` for tiled algorithms, which mix neighbouring outputs, so that each may err as the largest does."""
+    weight = layer.weight.double().abs()
+    rounded = F.conv2d(size.amax(dim=(2, 3), keepdim=True).expand(-1, -1, *weight.shape[2:]), weight, groups=layer.groups)
+    return rounded if layer.bias is None else rounded + per_channel(layer.bias.double().abs(), rounded)
+
+
+def noise(layer: nn.Module, size: Tensor, error: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+    """Carry (largest magnitude, largest error), float64 [N, ...] each, through one layer computed with roundoff ``unit``."""
+    carried = carry(layer, error)
+    if is_exact(layer):
+        return carry(layer, size), carried
+    out, terms = magnitude(layer, size), terms_of(layer, size)
+    rounded = mixed(layer, size) if isinstance(layer, nn.Conv2d) else out
+    rate = relative_error(layer, unit) if isinstance(layer, nn.Linear | nn.Conv2d) else gamma(terms, unit)
     # the factor 2 covers midpoint and radius, each of which may reach the full magnitude; (1 + rate) the second order
     error = (carried + 2 * rate * (rounded + carried)) * (1 + rate) + terms * torch.finfo(torch.float32).tiny
     return out + carried, overflow(out + carried, error, unit)
@@ -182,7 +216,3 @@ def overflow(size: Tensor, error: Tensor, unit: float) -> Tensor:
     """``error``, but infinite where a value of magnitude ``size``, or a partial sum of it, might overflow."""
     largest = torch.finfo(torch.float32 if unit == SINGLE else torch.float64).max
     return error.masked_fill(~(size < largest / 16), float("inf"))
-
-
-def _magnitude(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.double().abs()

@@ -1,4 +1,4 @@
-"""Defenses by name: each module of this folder but ``base`` and ``evidence`` is one, and its file name is its name everywhere."""
+"""Defenses by name: each module of this folder but those in ``SHARED`` is one, and its file name is its name everywhere."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 from patchcert_cli import registry
 from patchcert_cli.defenses.base import Defense
 
+SHARED = ("base", "evidence", "guide", "interval_loss", "interval_options", "interval_regularizers")
+
 
 def names() -> list[str]:
     """All defense names."""
-    return registry.module_names(__path__, but=("base", "evidence"))
+    return registry.module_names(__path__, but=SHARED)
 
 
 def by_name(name: str) -> type[Defense]:

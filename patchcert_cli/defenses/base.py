@@ -58,6 +58,7 @@ class TrainingStep:
         progress: epochs done; a fraction inside an epoch counts.
         epochs: epochs of the whole run.
         generator: source of all randomness, on the CPU.
+        aid: what trains along, as :meth:`Defense.prepare` made it; None if the loss needs nothing.
     """
 
     threat: Threat
@@ -65,6 +66,7 @@ class TrainingStep:
     progress: float
     epochs: int
     generator: torch.Generator
+    aid: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,10 @@ class Defense(nn.Module, ABC):
         Raises:
             IntegrityError: the network is not what the proof takes it for.
         """
+
+    def prepare(self, options: Options) -> nn.Module | None:
+        """Start a training run: set fresh weights as ``options`` say, and return what trains along but is not deployed."""
+        return None
 
     def finish(self, x: Tensor) -> None:
         """Fit what training leaves open to some training images [B, C, H, W], before validation and before saving."""

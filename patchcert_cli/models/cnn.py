@@ -19,17 +19,24 @@ def build(
     hidden: Sequence[int] = (128,),
     mean: Sequence[float],
     std: Sequence[float],
+    norm: bool = False,
 ) -> nn.Sequential:
-    """Normalize, a convolution per entry of ``channels`` (3x3, or 4x4 where it strides), dense: [B, C, H, W] -> [B, classes]."""
+    """Normalize, a convolution per entry of ``channels`` (3x3, or 4x4 where it strides), dense: [B, C, H, W] -> [B, classes].
+
+    With ``norm`` there is a batch norm in front of each ReLU.
+    """
     layers: list[nn.Module] = [Normalize(mean, std)]
     before = input_shape[0]
     for after, stride in zip(channels, strides, strict=True):
-        layers += [nn.Conv2d(before, after, 3 if stride == 1 else 4, stride, 1), nn.ReLU()]
+        layers += [nn.Conv2d(before, after, 3 if stride == 1 else 4, stride, 1)]
+        layers += [*([nn.BatchNorm2d(after)] if norm else []), nn.ReLU()]
         before = after
     layers.append(nn.Flatten())
+    front = nn.Sequential(*layers).eval()  # batch norm would take the zeros for data
     with torch.no_grad():
-        width = int(nn.Sequential(*layers)(torch.zeros(1, *input_shape)).shape[1])
+        width = int(front(torch.zeros(1, *input_shape)).shape[1])
+    front.train()
     for after in hidden:
-        layers += [nn.Linear(width, after), nn.ReLU()]
+        layers += [nn.Linear(width, after), *([nn.BatchNorm1d(after)] if norm else []), nn.ReLU()]
         width = after
     return nn.Sequential(*layers, nn.Linear(width, classes))

@@ -18,10 +18,14 @@ def build(
     hidden: Sequence[int] = (255,),
     mean: Sequence[float],
     std: Sequence[float],
+    norm: bool = False,
 ) -> nn.Sequential:
-    """Normalize, flatten, then ``hidden`` ReLU layers and one linear layer: [B, C, H, W] -> [B, classes]."""
+    """Normalize, flatten, then ``hidden`` ReLU layers and one linear layer: [B, C, H, W] -> [B, classes].
+
+    With ``norm`` there is a batch norm in front of each ReLU.
+    """
     widths = [math.prod(input_shape), *hidden]
     layers: list[nn.Module] = [Normalize(mean, std), nn.Flatten()]
     for before, after in pairwise(widths):
-        layers += [nn.Linear(before, after), nn.ReLU()]
+        layers += [nn.Linear(before, after), *([nn.BatchNorm1d(after)] if norm else []), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], classes))

@@ -1,7 +1,7 @@
 """The one training loop: any defense's loss, resumable to the bit.
 
 Everything random in epoch e comes from a generator seeded with (seed, e), and the state after each epoch (weights, the
-optimizer's moments) is on disk, so a run that was killed continues as if it had not been.
+optimizer's moments, what trains along) is on disk, so a run that was killed continues as if it had not been.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchcert_cli import checkpoint, defenses, files
 from patchcert_cli.certificate import Tally
@@ -72,16 +72,18 @@ def train(
     kept, held = images.hold_out(recipe.validation, recipe.seed)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        defense = _laid_out(defenses.build(config).to(device), recipe)
-    optimizer = _optimizer(defense, recipe)
-    start = _restore(folder, recipe, defense, optimizer)
+        defense = defenses.build(config)
+        aid = (defense.prepare(recipe.training) or nn.Module()).to(device)
+        defense = _laid_out(defense.to(device), recipe)
+    optimizer = _optimizer([*defense.parameters(), *aid.parameters()], recipe)
+    start = _restore(folder, recipe, defense, aid, optimizer)
     if 0 < start < recipe.epochs:
         progress.note(f"resuming {folder}: {start} of {recipe.epochs} epochs done")
     lines = _kept_metrics(folder, start)
     try:
         for epoch in range(start, recipe.epochs):
             began = time.perf_counter()
-            loss = _epoch(recipe, epoch, defense, optimizer, kept, progress)
+            loss = _epoch(recipe, epoch, defense, aid, optimizer, kept, progress)
             seconds, last = time.perf_counter() - began, epoch + 1 == recipe.epochs
             row = {"epoch": epoch + 1, "loss": loss, "learning_rate": _rate(recipe, epoch + 1), "seconds": seconds}
             said = f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f} ({seconds:.0f} s)"
@@ -93,7 +95,7 @@ def train(
                 said += f", validation clean {clean:.2%}, certified {certified:.2%} of {tally.images}"
             lines.append(row)
             files.write_atomically(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
-            _save(folder, recipe, defense, optimizer, epoch + 1)
+            _save(folder, recipe, defense, aid, optimizer, epoch + 1)
             progress.note(said)
     except torch.OutOfMemoryError as problem:
         raise MachineError(
@@ -117,6 +119,8 @@ def _claim(folder: Path, config: dict[str, Any]) -> None:
         files.write_json(path, config)
         return
     before, now = files.read_json(path).get("recipe", {}), config["recipe"]
+    if before:  # what an older run does not mention has its default
+        before = Recipe.from_dict(before).validate().to_dict()
     changed = [f"{key} {before.get(key)!r}, not {value!r}" for key, value in now.items() if before.get(key) != value]
     if changed:
         raise UsageError(
@@ -130,8 +134,8 @@ def _laid_out(defense: Defense, recipe: Recipe) -> Defense:
     return defense.to(memory_format=torch.channels_last) if recipe.precision == "bfloat16" else defense
 
 
-def _optimizer(defense: Defense, recipe: Recipe) -> torch.optim.Optimizer:
-    weights, rate, decay = defense.parameters(), recipe.learning_rate, recipe.weight_decay
+def _optimizer(weights: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    rate, decay = recipe.learning_rate, recipe.weight_decay
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(weights, lr=rate, momentum=0.9, nesterov=True, weight_decay=decay)
     if recipe.optimizer == "adamw":
@@ -154,7 +158,13 @@ def _finish(recipe: Recipe, defense: Defense, images: Images, *, rounded: bool) 
 
 
 def _epoch(
-    recipe: Recipe, epoch: int, defense: Defense, optimizer: torch.optim.Optimizer, images: Images, progress: Progress
+    recipe: Recipe,
+    epoch: int,
+    defense: Defense,
+    aid: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Images,
+    progress: Progress,
 ) -> float:
     """One pass over the training images; returns the mean loss."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
@@ -173,7 +183,7 @@ def _epoch(
             group["lr"] = recipe.learning_rate * options.rate(at, recipe.epochs)
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(defense.device.type, torch.bfloat16, enabled=reduced):
-            loss = defense.training_loss(x, label, TrainingStep(threat, options, at, recipe.epochs, generator))
+            loss = defense.training_loss(x, label, TrainingStep(threat, options, at, recipe.epochs, generator, aid))
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         total += float(loss.detach())
@@ -195,21 +205,23 @@ def monitor(defense: Defense, images: Images, recipe: Recipe, batch: int = 500) 
     return Tally.of(images.labels, torch.cat(prediction), torch.cat(certified))
 
 
-def _save(folder: Path, recipe: Recipe, defense: Defense, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+def _save(folder: Path, recipe: Recipe, defense: Defense, aid: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
     tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in defense.state_dict().items()}
+    tensors |= {f"aid.{name}": value for name, value in aid.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
     note = {"recipe": recipe.to_dict(), "epoch": epoch}
     files.write_atomically(folder / STATE, checkpoint.pack(tensors, note))
 
 
-def _restore(folder: Path, recipe: Recipe, defense: Defense, optimizer: torch.optim.Optimizer) -> int:
+def _restore(folder: Path, recipe: Recipe, defense: Defense, aid: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Load the state of the last whole epoch, if there is one; returns how many epochs it has."""
     if not (folder / STATE).exists():
         return 0
     tensors, note = checkpoint.unpack(folder / STATE)
-    model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    defense.load_state_dict(model, strict=True)
+    for part, prefix in ((defense, "model."), (aid, "aid.")):
+        own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        part.load_state_dict(own, strict=True)
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):

@@ -26,9 +26,9 @@ def recipe_of(name_or_path: str) -> Recipe:
 
 
 def check(recipe: Recipe) -> None:
-    """Raise what building the recipe's network raises, before any data is loaded."""
+    """Raise what building and preparing the recipe's network raises, before any data is loaded."""
     with torch.random.fork_rng():
-        defenses.build(recipe.config())
+        defenses.build(recipe.config()).prepare(recipe.training)
 
 
 def run(

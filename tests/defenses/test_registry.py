@@ -15,17 +15,19 @@ from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
 
 THREATS = [Patch(1, 1), Patch(2, 2), Patch(1, 4), Patch(4, 4), parse_threat("patch:7%"), Sparse(1), Sparse(3), Sparse(1, "value")]
 
+SHARED = ("base", "evidence", "guide", "interval_loss", "interval_options", "interval_regularizers")
+
 
 def test_names_are_the_files() -> None:
     files = {path.stem for path in Path(defenses.__file__).parent.glob("*.py")}
-    assert set(defenses.names()) == files - {"__init__", "base", "evidence"}
+    assert set(defenses.names()) == files - {"__init__", *SHARED}
     assert defenses.names() == sorted(defenses.names())
 
 
 def test_unknown_names_are_refused_with_a_suggestion() -> None:
     with pytest.raises(UnknownName, match="no defense 'ipb'"):
         defenses.by_name("ipb")
-    for shared in ("base", "evidence"):
+    for shared in SHARED:
         with pytest.raises(UnknownName):
             defenses.by_name(shared)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from certifiers import ballot_breaks
 from torch import Tensor
 
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.certifiers import first_layer, intervals, rounding, streams
+from patchcert_cli.certifiers import first_layer, intervals, rounding, streams, windows
 from patchcert_cli.defenses.evidence import EvidenceDefense
 from patchcert_cli.defenses.ibp import IntervalDefense
 from patchcert_cli.threats import Patch, PatchPercent, Sparse
@@ -22,17 +22,19 @@ Break = Callable[[pytest.MonkeyPatch], None]
 
 def last_locations_missing(axis: int) -> Break:
     """The last row (axis 0) or column (axis 1) of patch locations is never looked at."""
-    atoms, under, sums = Patch.atoms, first_layer.under_patch, first_layer.window_sums
 
-    def kept(patch: Patch, height: int, width: int) -> Tensor:
-        start = atoms(patch, height, width)[:, axis]
-        return start < max(int(start.max()), 1)
+    def without(chunks: Callable[..., Iterator[Tensor]]) -> Callable[..., Iterator[Tensor]]:
+        def kept(self: Any, *args: Any) -> Iterator[Tensor]:
+            start = self.patch.atoms(*self.x.shape[2:])[:, axis]
+            margins = torch.cat(list(chunks(self, *args)))
+            margins[start >= max(int(start.max()), 1)] = float("inf")
+            yield margins
+
+        return kept
 
     def apply(monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(Patch, "atoms", lambda self, h, w: atoms(self, h, w)[kept(self, h, w)])
-        monkeypatch.setattr(Patch, "count", lambda self, h, w: int(kept(self, h, w).sum()))
-        monkeypatch.setattr(streams, "under_patch", lambda v, p: under(v, p)[kept(p, v.shape[1], v.shape[2])])
-        monkeypatch.setattr(streams, "window_sums", lambda v, p: sums(v, p)[:, kept(p, v.shape[2], v.shape[3])])
+        for stream in (streams.DenseStream, streams.WindowStream):
+            monkeypatch.setattr(stream, "chunks", without(stream.chunks))
 
     return apply
 
@@ -72,15 +74,15 @@ def _other_unit(threat: Patch | Sparse) -> Patch | Sparse:
 
 def radius_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Touched entries move only half of their way."""
-    sums, deviation = streams.window_sums, first_layer.ConvolutionWindows._deviation
+    sums, pixels = streams.window_sums, windows.Windows._pixels
     gains, convolution = first_layer.largest_gains, first_layer._convolution_gains
 
-    def halved(*args: Any) -> tuple[Tensor, Tensor]:
-        middle, radius = deviation(*args)
-        return middle, radius / 2
+    def halved(*args: Any) -> windows.Field:
+        field = pixels(*args)
+        return replace(field, radius=field.radius / 2)
 
     monkeypatch.setattr(streams, "window_sums", lambda *args: sums(*args) / 2)
-    monkeypatch.setattr(first_layer.ConvolutionWindows, "_deviation", halved)
+    monkeypatch.setattr(windows.Windows, "_pixels", halved)
     monkeypatch.setattr(first_layer, "largest_gains", lambda *args: tuple(part / 2 for part in gains(*args)))
     monkeypatch.setattr(first_layer, "_convolution_gains", lambda *args: tuple(part / 2 for part in convolution(*args)))
 
@@ -124,7 +126,7 @@ def wrong_side(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def swapped(self: streams.Contrast, *args: Any) -> None:
         original(self, *args)
-        self.halves = torch.cat(list(reversed(self.halves.chunk(2, dim=1))), dim=1)
+        self.halves = [torch.cat(list(reversed(half.chunk(2, dim=1))), dim=1) for half in self.halves]
 
     monkeypatch.setattr(streams.Contrast, "__init__", swapped)
 

@@ -71,6 +71,62 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Pa
     assert again.validation == whole.validation
 
 
+GUIDED = replace(
+    TINY,
+    network_options={"hidden": [12], "norm": True},
+    options={
+        **TINY.options,
+        "natural_epochs": 1,
+        "bounded_epochs": 0,
+        "pick": "guided",
+        "locations": 1,
+        "init": "ibp",
+        "tightness": 0.1,
+        "balance": 0.1,
+        "linear": 0.5,
+        "flip": True,
+        "shift": 1,
+    },
+)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_trains_along_is_resumed_to_the_bit_and_not_deployed(tmp_path: Path, precision: str) -> None:
+    class Stop:
+        def update(self, done: int, total: int, text: str) -> None:
+            if done == 11:
+                raise KeyboardInterrupt
+
+        def note(self, text: str) -> None:
+            pass
+
+    recipe = replace(GUIDED, precision=precision)
+    loop.train(recipe, images(), tmp_path / "whole")
+    with pytest.raises(Interrupted, match="after 2 of 3"):
+        loop.train(recipe, images(), tmp_path / "cut", progress=Stop())
+    assert loop.train(recipe, images(), tmp_path / "cut").epochs_run == 1
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+    states = [checkpoint.unpack(tmp_path / name / loop.STATE)[0] for name in ("cut", "whole")]
+    aids = [name for name in states[0] if name.startswith("aid.")]
+    assert len(aids) == 22 and states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    deployed = checkpoint.unpack(tmp_path / "whole" / files.WEIGHTS)[0]
+    assert not any("aid" in name or "down" in name for name in deployed)
+    assert "network.3.running_mean" in deployed
+    assert bool((states[0]["model.network.3.running_mean"] != 0).any())
+
+
+def test_a_run_from_before_an_option_existed_goes_on(tmp_path: Path) -> None:
+    loop.train(replace(TINY, epochs=1), images(), tmp_path / "run")
+    config = files.read_json(tmp_path / "run" / files.CONFIG)
+    for name in ("pick", "flip", "linear"):
+        del config["recipe"]["options"][name]
+    files.write_json(tmp_path / "run" / files.CONFIG, config)
+    assert loop.train(replace(TINY, epochs=1), images(), tmp_path / "run").epochs_run == 0
+    with pytest.raises(UsageError, match="made with other settings"):
+        loop.train(replace(TINY, epochs=1, options={**TINY.options, "flip": True}), images(), tmp_path / "run")
+
+
 def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
     one = loop.train(replace(TINY, epochs=1), images(), tmp_path / "a")
     two = loop.train(replace(TINY, epochs=1), images(), tmp_path / "b")
