@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from patchcert_cli import data, hub
 from patchcert_cli.certifiers import intervals
+from patchcert_cli.certifiers.first_layer import location_masks
 from patchcert_cli.certifiers.rules import layers_of, propagate
-from patchcert_cli.certifiers.streams import BoxedImages
 from patchcert_cli.defenses.base import TrainingStep
-from patchcert_cli.defenses.ibp import IntervalOptions
+from patchcert_cli.defenses.interval_options import IntervalOptions
 from patchcert_cli.plan import BATCH_SIZE
 from patchcert_cli.threats import Patch
 
@@ -34,7 +34,9 @@ def dense_margins(network: nn.Module, x: Tensor, target: Tensor, locations: int 
     final = layers[-1]
     assert isinstance(final, nn.Linear)
     atoms = PATCH.count(x.shape[2], x.shape[3])
-    lower, upper = propagate(layers[:-1], BoxedImages(x, PATCH).chunk(0, locations or atoms))
+    moved = location_masks(PATCH, x)[: locations or atoms, None, None]
+    boxed = x - moved * x
+    lower, upper = propagate(layers[:-1], (boxed.flatten(0, 1), (boxed + moved).flatten(0, 1)))
     lower, upper = lower.reshape(-1, len(x), lower.shape[1]), upper.reshape(-1, len(x), upper.shape[1])
     contrast = final.weight[target][:, None] - final.weight  # [B, K, N]
     margins = torch.einsum("bkn,abn->abk", contrast.clamp(min=0), lower) + torch.einsum(

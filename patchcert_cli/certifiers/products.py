@@ -69,13 +69,19 @@ def on_each_piece(
     """``action`` on all that the outputs see, [n, C, H', W'], zero outside the windows: [N, *size, channels]."""
     if 0 in (len(v), *size):
         return v.new_zeros(len(v), *size, channels)
-    parts = [action(_seen(v, piece, slides, size).permute(0, 3, 1, 2)).permute(0, 2, 3, 1) for piece in pieces]
+    parts = []
+    for piece in pieces:
+        seen = widened(v[piece.pairs], *piece.margins((v.shape[1], v.shape[2]), slides, size))
+        parts.append(action(seen.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _seen(v: Tensor, piece: Piece, slides: Slides, size: Size) -> Tensor:
-    rows, columns = piece.margins((v.shape[1], v.shape[2]), slides, size)
-    return F.pad(v[piece.pairs], (0, 0, *columns, *rows))
+def widened(v: Tensor, rows: Size, columns: Size) -> Tensor:
+    """Windows with ``rows`` more above and below and ``columns`` more left and right, of zeros; or less, if negative."""
+    height, width = v.shape[1:3]
+    if height + min(rows[0], 0) + min(rows[1], 0) <= 0 or width + min(columns[0], 0) + min(columns[1], 0) <= 0:
+        return v.new_zeros(len(v), height + sum(rows), width + sum(columns), v.shape[3])  # nothing of them is left
+    return F.pad(v, (0, 0, *columns, *rows))
 
 
 Product = tuple[int, int, int]  # where its factors begin in a window and in a kernel, and how many entries are multiplied

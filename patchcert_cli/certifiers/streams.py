@@ -1,6 +1,6 @@
 """Margins of all atoms of a threat, chunk by chunk, so that memory does not grow with their number.
 
-Shapes: B images, G images that are treated together, C channels, H x W pixels, A atoms, K classes, N neurons of the layer at hand.
+Shapes: B images, G images treated together, C channels, H x W pixels, A atoms, K classes, N neurons of the layer at hand.
 """
 
 from __future__ import annotations

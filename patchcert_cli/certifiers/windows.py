@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers.products import convolve, convolve_maps, is_plain, on_each_piece
+from patchcert_cli.certifiers.products import convolve, convolve_maps, is_plain, on_each_piece, widened
 from patchcert_cli.certifiers.reach import Place, Reach, is_sliding
 from patchcert_cli.certifiers.routes import Route
 from patchcert_cli.certifiers.rules import IDENTITY, Box, box, channel_affine
@@ -232,11 +232,11 @@ class Windows:
         channels = field.deviation.shape[3]
         for piece in place.pieces[t] if 0 not in size else ():
             rows, columns = piece.margins(place.sizes[t], path, size)
-            grown, some = (0, 0, *columns, *rows), place.some(piece.pairs)
+            some = place.some(piece.pairs)
             clean = self._gather(at, some.cells(t, (*rows, *columns)), "clean")
             clean = clean.flatten(0, 2).index_fill(0, some.outside(t, (*rows, *columns)), float("-inf")).reshape(clean.shape)
-            middle = clean + F.pad(field.deviation[piece.pairs], grown)
-            radius = F.pad(field.radius[piece.pairs], grown)
+            middle = clean + widened(field.deviation[piece.pairs], rows, columns)
+            radius = widened(field.radius[piece.pairs], rows, columns)
             lower, upper = (
                 F.max_pool2d(v.permute(0, 3, 1, 2), layer.kernel_size, layer.stride, 0, layer.dilation).permute(0, 2, 3, 1)
                 for v in (middle - radius, middle + radius)
