@@ -1,4 +1,4 @@
-"""Certification and training of a convolutional network in windows, against boxed copies of each image pushed through every layer.
+"""Certification and training of a convolutional network in windows, against boxed copies of each image through every layer.
 
     python benchmarks/windows.py [--images N] [--dense N] [--batch N] [--locations N] [--threads N]
 
@@ -80,13 +80,15 @@ def certification(network: nn.Module, images: int, dense: int) -> None:
     print(explain(network, SHAPE, PATCH))
 
     def least(way: Callable[..., Tensor], copies: int, part: Tensor = locations) -> Tensor:
-        parts = part.split(max(1, copies // dense))
+        parts = torch.split(part, max(1, copies // dense))
         return torch.stack([way(network, few, wanted, some).amin(dim=0) for some in parts]).amin(dim=0)
 
-    times = {}
-    for name, way in (("one boxed copy per location", boxed), ("whole maps behind the first layer", behind_first)):
-        copies = min((8, 32, 64), key=lambda size: seconds(lambda: least(way, size, locations[:64])))  # each way at its best
-        times[name] = seconds(lambda: least(way, copies)) / dense
+    def best(way: Callable[..., Tensor]) -> float:
+        """Seconds an image, with as many copies at a time as suit this way best."""
+        copies = min((8, 32, 64), key=lambda size: seconds(lambda: least(way, size, locations[:64])))
+        return seconds(lambda: least(way, copies)) / dense
+
+    times = {"one boxed copy per location": best(boxed), "whole maps behind the first layer": best(behind_first)}
     reference = least(boxed, 32)
     quick = seconds(lambda: intervals.lower_margins(network, x, target, PATCH), 2) / images
     found = intervals.lower_margins(network, few, wanted, PATCH).values
@@ -122,8 +124,8 @@ def training(network: nn.Module, batch: int, count: int) -> None:
             moved = location_masks(PATCH, x)[rows.flatten(), None]
             lower = some.repeat_interleave(count, dim=0) * (1 - moved)
             bounds = propagate(layers_of(network)[:-1], (lower, lower + moved))
-            ends = (v.reshape(len(some), count, -1).transpose(0, 1) for v in bounds)
-            margins = margins_of(final, *ends, label[i : i + part]).amin(dim=0)
+            low, high = (v.reshape(len(some), count, -1).transpose(0, 1) for v in bounds)
+            margins = margins_of(final, low, high, label[i : i + part]).amin(dim=0)
             loss = F.cross_entropy(-scale * margins, label[i : i + part], reduction="sum") / batch
             total = [a.add_(b) for a, b in zip(total, torch.autograd.grad(loss, parameters), strict=True)]
         return total

@@ -107,6 +107,19 @@ def _block(v: Tensor, begin: int, rows: int, step: int, columns: int) -> Tensor:
     return v.as_strided((rows, columns), (step, 1), v.storage_offset() + begin)
 
 
+class _Parts(dict[tuple[int, int], Tensor]):
+    """Consecutive entries of each kernel of a weight [C', kh, kw, C], as matrices [C', terms], by their beginning and number."""
+
+    def __init__(self, weight: Tensor | None) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def __missing__(self, key: tuple[int, int]) -> Tensor:
+        assert self.weight is not None
+        self[key] = _block(self.weight, key[0], len(self.weight), self.weight[0].numel(), key[1])
+        return self[key]
+
+
 class _Convolution(torch.autograd.Function):
     """``weight`` is [C', kh, kw, C]; every output is a sum of products of matrices [n, m] and [m, C']."""
 
@@ -118,14 +131,12 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(v, weight)
         ctx.pieces, ctx.stride = pieces, stride
         out = v.new_empty(len(v), *size, len(weight)) if room is None else room
-        window, kernel = v[0].numel(), weight[0].numel()
+        window, parts = v[0].numel(), _Parts(weight)
         for target, begin, products in _outputs(out, v.shape, weight.shape, pieces, stride):
             if not products:
                 target.zero_()
-            for at, (there, here, terms) in enumerate(products):
-                seen = _block(v, begin + there, len(target), window, terms)
-                part = _block(weight, here, len(weight), kernel, terms)
-                torch.addmm(target, seen, part.t(), beta=min(at, 1), out=target)
+            for at, (there, here, terms) in enumerate(products):  # what the memory held before is not a summand
+                target.addmm_(_block(v, begin + there, len(target), window, terms), parts[here, terms].t(), beta=min(at, 1))
         return out
 
     @staticmethod
@@ -133,14 +144,14 @@ class _Convolution(torch.autograd.Function):
         v, weight = ctx.saved_tensors
         v_grad = torch.zeros_like(v) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        window, kernel = v[0].numel(), weight[0].numel()
+        window, parts, part_grads = v[0].numel(), _Parts(weight), _Parts(weight_grad)
         for target, begin, products in _outputs(grads[0].contiguous(), v.shape, weight.shape, ctx.pieces, ctx.stride):
             for there, here, terms in products:
-                where, which = (begin + there, len(target), window, terms), (here, len(weight), kernel, terms)
+                where = (begin + there, len(target), window, terms)
                 if v_grad is not None:
-                    _block(v_grad, *where).addmm_(target, _block(weight, *which))
+                    _block(v_grad, *where).addmm_(target, parts[here, terms])
                 if weight_grad is not None:
-                    _block(weight_grad, *which).addmm_(target.t(), _block(v, *where))
+                    part_grads[here, terms].addmm_(target.t(), _block(v, *where))
         return v_grad, weight_grad, None, None, None, None
 
 
