@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
+_home = tempfile.TemporaryDirectory()  # the Hub client reads its home once, when it is imported
+os.environ["HF_HOME"] = _home.name
 os.environ.pop("PATCHCERT_DATA", None)
 os.environ.pop("PATCHCERT_ZOO", None)
 
