@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 import yaml
 
-from patchcert_cli.cards import page
 from patchcert_cli import verified
+from patchcert_cli.cards import page
 from patchcert_cli.cards.records import (
     CARD_RULES,
     File,

@@ -12,9 +12,11 @@ import hashlib
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from patchcert_cli.errors import HubError, IntegrityError, MachineError, Patchce
 from patchcert_cli.files import CARD
 from patchcert_cli.verified import repository, snapshot
 
-TIMEOUT = 10.0  # seconds that the Hub has for its first answer
+UPLOAD_TIMEOUT = 120.0  # seconds that the Hub has to take in what was sent
+TRIES, PAUSE = 3, 0.5  # for the first answer of a Hub that has a problem of its own
 AGENT: dict[str, Any] = {"library_name": "patchcert", "library_version": __version__}
 NO_ROOM = {errno.ENOSPC: "full", errno.EDQUOT: "over its quota", errno.EFBIG: "full", errno.EROFS: "read-only"}
 NO_ROOM |= {errno.EACCES: "not writable", errno.EPERM: "not writable"}
@@ -103,7 +106,8 @@ def fetch_card(repo: str, revision: str | None, *, offline: bool = False) -> tup
     _allowed(repo, offline)
     with _told(repo), _alone(repo):
         if not whole:
-            commit = _api().model_info(repo, revision=revision or "main", timeout=TIMEOUT).sha or ""
+            commit = _commit(repo, revision or "main")
+            _remember_commit(repo, revision or "main", commit)
         path = snapshot(repo, commit) / CARD
         if not _intact(path):
             _discard(path)
@@ -198,18 +202,72 @@ def _api() -> Any:
     return HfApi(**AGENT)
 
 
+@cache
+def _be_patient_within_limits() -> None:
+    """No request of this process waits for ever: the client itself lists a repository without any limit of time.
+
+    Nor does it wait as long as a stranger's server asks it to.
+    """
+    from huggingface_hub import constants, set_client_factory
+    from huggingface_hub.utils import get_session, httpx  # type: ignore[attr-defined]
+
+    hooks = get_session().event_hooks
+
+    def limit(request: Any) -> None:
+        most = constants.HF_HUB_DOWNLOAD_TIMEOUT if request.method in ("GET", "HEAD") else UPLOAD_TIMEOUT
+        given = request.extensions.get("timeout") or {}
+        request.extensions["timeout"] = {
+            kind: min(given.get(kind) or most, most) for kind in ("connect", "read", "write", "pool")
+        }
+
+    def hurry(response: Any) -> None:
+        for name in ("Retry-After", "RateLimit"):
+            response.headers.pop(name, None)
+
+    def client() -> Any:
+        both: dict[str, Any] = {"request": [*hooks["request"], limit], "response": [*hooks["response"], hurry]}
+        return httpx.Client(event_hooks=both, follow_redirects=True, timeout=None)
+
+    set_client_factory(client)
+
+
 def _download(repo: str, commit: str, names: list[str], force: bool) -> None:
     """One plain request says at once whether the Hub answers: the download itself would try for long."""
     from huggingface_hub import snapshot_download
 
-    _api().model_info(repo, revision=commit, timeout=TIMEOUT)
+    _commit(repo, commit)
     snapshot_download(repo, revision=commit, allow_patterns=names, force_download=force, **AGENT)
+
+
+def _commit(repo: str, revision: str) -> str:
+    """The commit that ``revision`` means on the Hub, which may take a moment to come to itself."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for again in range(TRIES):
+        try:
+            return str(_api().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha or "")
+        except HfHubHTTPError as problem:
+            if problem.response.status_code < 500 or again + 1 == TRIES:
+                raise
+            time.sleep(PAUSE * 2**again)
+    raise AssertionError("unreachable")
 
 
 def _known_commit(repo: str, revision: str) -> str:
     """The commit that a branch or tag had when it was last looked up; empty if it never was."""
-    path = repository(repo) / "refs" / revision
+    path = _reference(repo, revision)
     return path.read_text().strip() if path.is_file() else ""
+
+
+def _remember_commit(repo: str, revision: str, commit: str) -> None:
+    path = _reference(repo, revision)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(commit)
+
+
+def _reference(repo: str, revision: str) -> Path:
+    return verified.home() / "patchcert" / "refs" / repo.replace("/", "--") / revision.replace("/", "--")
 
 
 def _intact(path: Path) -> bool:
@@ -258,6 +316,7 @@ def _told(repo: str) -> Iterator[None]:
     from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars, logging  # type: ignore[attr-defined]
 
+    _be_patient_within_limits()
     if not os.environ.get("PATCHCERT_DEBUG"):
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if not sys.stderr.isatty():
@@ -272,6 +331,8 @@ def _told(repo: str) -> Iterator[None]:
                 f"the Hub's cache '{verified.hub_cache()}' is {NO_ROOM[problem.errno]}: {problem.strerror}.",
                 hint="Free some space, or put it elsewhere with HF_HOME.",
             ) from problem
+        if isinstance(problem, OSError) and str(problem).startswith("Consistency check failed"):
+            raise IntegrityError(f"the Hub sent a file of {repo} with another size than it says; not kept.") from problem
         raise HubError(f"{_reason(problem, repo)} ({constants.ENDPOINT}).") from problem
 
 
