@@ -7,30 +7,25 @@ repository; those that waited find it in the cache. Whatever the client raises l
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from patchcert_cli import __version__, verified
 from patchcert_cli.cards import File
-from patchcert_cli.errors import HubError, IntegrityError, MachineError, PatchcertError
+from patchcert_cli.errors import HubError, IntegrityError
 from patchcert_cli.files import CARD
+from patchcert_cli.hub.trouble import reason, told
 from patchcert_cli.verified import repository, snapshot
 
-UPLOAD_TIMEOUT = 120.0  # seconds that the Hub has to take in what was sent
 TRIES, PAUSE = 3, 0.5  # for the first answer of a Hub that has a problem of its own
 AGENT: dict[str, Any] = {"library_name": "patchcert", "library_version": __version__}
-NO_ROOM = {errno.ENOSPC: "full", errno.EDQUOT: "over its quota", errno.EFBIG: "full", errno.EROFS: "read-only"}
-NO_ROOM |= {errno.EACCES: "not writable", errno.EPERM: "not writable"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ def fetch(repo: str, commit: str, expected: Mapping[str, File], *, offline: bool
     if found:
         return found
     _allowed(repo, offline)
-    with _told(repo), _alone(repo):
+    with told(repo), _alone(repo):
         found = None if force else cached(repo, commit, expected)  # another process may just have fetched it
         if found:
             return found
@@ -104,7 +99,7 @@ def fetch_card(repo: str, revision: str | None, *, offline: bool = False) -> tup
     if commit and (whole or offline) and _intact(snapshot(repo, commit) / CARD):
         return commit, snapshot(repo, commit)
     _allowed(repo, offline)
-    with _told(repo), _alone(repo):
+    with told(repo), _alone(repo):
         if not whole:
             commit = _commit(repo, revision or "main")
             _remember_commit(repo, revision or "main", commit)
@@ -130,7 +125,7 @@ def push(repo: str, files: Mapping[str, bytes | Path], message: str, *, create_p
     from huggingface_hub import CommitOperationAdd
 
     _allowed(repo, offline=False)
-    with _told(repo):
+    with told(repo):
         api = _api()
         api.create_repo(repo, exist_ok=True, private=private or None)
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
@@ -160,7 +155,7 @@ def remove(repo: str) -> int:
     folder = repository(repo)
     if not folder.is_dir():
         return 0
-    with _told(repo), _alone(repo):
+    with told(repo), _alone(repo):
         blobs = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
         freed = sum(path.stat().st_size for path in blobs)
         for path in blobs:
@@ -179,7 +174,7 @@ def reachable(timeout: float = 3.0) -> str:
     try:
         get_session().get(f"{constants.ENDPOINT}/api/models", params={"limit": 1}, timeout=timeout)
     except Exception as problem:  # whatever a server, a proxy or a name service does
-        return _reason(problem, constants.ENDPOINT)
+        return reason(problem, constants.ENDPOINT)
     return ""
 
 
@@ -200,35 +195,6 @@ def _api() -> Any:
     from huggingface_hub import HfApi
 
     return HfApi(**AGENT)
-
-
-@cache
-def _be_patient_within_limits() -> None:
-    """No request of this process waits for ever: the client itself lists a repository without any limit of time.
-
-    Nor does it wait as long as a stranger's server asks it to.
-    """
-    from huggingface_hub import constants, set_client_factory
-    from huggingface_hub.utils import get_session, httpx  # type: ignore[attr-defined]
-
-    hooks = get_session().event_hooks
-
-    def limit(request: Any) -> None:
-        most = constants.HF_HUB_DOWNLOAD_TIMEOUT if request.method in ("GET", "HEAD") else UPLOAD_TIMEOUT
-        given = request.extensions.get("timeout") or {}
-        request.extensions["timeout"] = {
-            kind: min(given.get(kind) or most, most) for kind in ("connect", "read", "write", "pool")
-        }
-
-    def hurry(response: Any) -> None:
-        for name in ("Retry-After", "RateLimit"):
-            response.headers.pop(name, None)
-
-    def client() -> Any:
-        both: dict[str, Any] = {"request": [*hooks["request"], limit], "response": [*hooks["response"], hurry]}
-        return httpx.Client(event_hooks=both, follow_redirects=True, timeout=None)
-
-    set_client_factory(client)
 
 
 def _download(repo: str, commit: str, names: list[str], force: bool) -> None:
@@ -308,74 +274,3 @@ def _alone(repo: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(path):
         yield
-
-
-@contextmanager
-def _told(repo: str) -> Iterator[None]:
-    """Turn what the client raises into one of our errors, and keep it from talking."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import disable_progress_bars, logging  # type: ignore[attr-defined]
-
-    _be_patient_within_limits()
-    if not os.environ.get("PATCHCERT_DEBUG"):
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    try:
-        yield
-    except PatchcertError:
-        raise
-    except Exception as problem:  # a stranger's server can make the client raise anything
-        if isinstance(problem, OSError) and problem.errno in NO_ROOM:
-            raise MachineError(
-                f"the Hub's cache '{verified.hub_cache()}' is {NO_ROOM[problem.errno]}: {problem.strerror}.",
-                hint="Free some space, or put it elsewhere with HF_HOME.",
-            ) from problem
-        if isinstance(problem, OSError) and str(problem).startswith("Consistency check failed"):
-            raise IntegrityError(f"the Hub sent a file of {repo} with another size than it says; not kept.") from problem
-        raise HubError(f"{_reason(problem, repo)} ({constants.ENDPOINT}).") from problem
-
-
-def _reason(problem: BaseException, repo: str) -> str:
-    """What went wrong on the way to the Hub, as the end of a sentence."""
-    from huggingface_hub import errors
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx or httpx2, whichever the client uses
-
-    if isinstance(problem, errors.GatedRepoError):  # a RepositoryNotFoundError too: asked first
-        return f"{repo} is gated: ask for access on its page and log in with hf auth login"
-    if isinstance(problem, errors.RepositoryNotFoundError):
-        return f"{repo} is not on the Hub, or is private: log in with hf auth login, or set HF_TOKEN"
-    if isinstance(problem, errors.RevisionNotFoundError):
-        return f"{repo} has no such revision on the Hub"
-    if isinstance(problem, errors.RemoteEntryNotFoundError):
-        return f"a file of {repo} is missing on the Hub"
-    if isinstance(problem, errors.HfHubHTTPError):
-        return _refusal(repo, problem.response.status_code)
-    if isinstance(problem, errors.HFValidationError):
-        return f"'{repo}' is no name on the Hub"
-    if isinstance(problem, httpx.TimeoutException):
-        return "the Hub did not answer in time"
-    if isinstance(problem, httpx.ConnectError):
-        return "the Hub is out of reach"
-    if isinstance(problem, errors.FileMetadataError):
-        return "what answers is not a Hub"
-    if isinstance(problem, httpx.HTTPError):
-        return f"the connection broke off while fetching {repo}"
-    deeper = problem.__cause__ or problem.__context__
-    if deeper is not None and not isinstance(problem, ValueError):
-        return _reason(deeper, repo)
-    if isinstance(problem, ValueError):
-        return "what answers is not a Hub"
-    lines = str(problem).splitlines()
-    return f"fetching {repo} failed: {type(problem).__name__}{': ' + lines[0] if lines else ''}"
-
-
-def _refusal(repo: str, status: int) -> str:
-    why = {
-        401: "log in with hf auth login, or set HF_TOKEN",
-        403: "your token does not allow it",
-        404: "it is not there",
-        429: "too many requests; try again later",
-    }
-    default = "the Hub has a problem of its own; try again later" if status >= 500 else "no reason given"
-    return f"the Hub refused {repo} with status {status}: {why.get(status, default)}"
