@@ -92,26 +92,30 @@ def fetch(repo: str, commit: str, expected: Mapping[str, File], *, offline: bool
 def fetch_card(repo: str, revision: str | None, *, offline: bool = False) -> tuple[str, Path]:
     """The commit that ``revision`` means (a commit, branch or tag; by default main), and the folder with its card.
 
-    A card has no hash that we know in advance: its bytes must have the hash that git gave them.
+    A card has no hash that we know in advance: its bytes must have the hash that git gave them, which the Hub tells apart from
+    the file. It is remembered, so that a card that was checked once needs no network.
     """
     whole = revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
     commit = str(revision) if whole else _known_commit(repo, revision or "main")
-    if commit and (whole or offline) and _intact(snapshot(repo, commit) / CARD):
+    if commit and (whole or offline) and _checked(repo, commit):
         return commit, snapshot(repo, commit)
     _allowed(repo, offline)
     with told(repo), _alone(repo):
         if not whole:
             commit = _commit(repo, revision or "main")
-            _remember_commit(repo, revision or "main", commit)
+            _remember(_note("refs", repo, revision or "main"), commit)
+        if _checked(repo, commit):
+            return commit, snapshot(repo, commit)
         path = snapshot(repo, commit) / CARD
-        if not _intact(path):
-            _discard(path)
-            _download(repo, commit, [CARD], force=False)
+        _discard(path)
+        _download(repo, commit, [CARD], force=False)
         if not path.is_file():
             raise IntegrityError(f"{repo} @ {commit[:7]} has no model card ({CARD}).", hint="Ask its author for one.")
-        if not _intact(path):
+        told_of = _api().get_paths_info(repo, [CARD], revision=commit)
+        if not told_of or (told_of[0].lfs.sha256 if told_of[0].lfs else told_of[0].blob_id) not in _names(path.read_bytes()):
             _discard(path)
             raise IntegrityError(f"the Hub sent a damaged card of {repo} @ {commit[:7]}: not used, not kept.", hint="Try again.")
+        _remember(_note("cards", repo, commit), verified.digest(path))
     return commit, path.parent
 
 
@@ -222,24 +226,26 @@ def _commit(repo: str, revision: str) -> str:
 
 def _known_commit(repo: str, revision: str) -> str:
     """The commit that a branch or tag had when it was last looked up; empty if it never was."""
-    path = _reference(repo, revision)
+    path = _note("refs", repo, revision)
     return path.read_text().strip() if path.is_file() else ""
 
 
-def _remember_commit(repo: str, revision: str, commit: str) -> None:
-    path = _reference(repo, revision)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(commit)
+def _note(kind: str, repo: str, revision: str) -> Path:
+    """Where it is remembered what a branch meant, or what a card that was checked is."""
+    return verified.home() / "patchcert" / kind / repo.replace("/", "--") / revision.replace("/", "--")
 
 
-def _reference(repo: str, revision: str) -> Path:
-    return verified.home() / "patchcert" / "refs" / repo.replace("/", "--") / revision.replace("/", "--")
+def _remember(note: Path, text: str) -> None:
+    note.parent.mkdir(parents=True, exist_ok=True)
+    partial = note.with_name(f"{note.name}.{os.getpid()}.partial")
+    partial.write_text(text)
+    os.replace(partial, note)
 
 
-def _intact(path: Path) -> bool:
-    """Whether a file of the cache has the content that its blob is named after, git's sha1 or the sha256."""
+def _checked(repo: str, commit: str) -> bool:
+    """Whether the card in the cache is the one that was checked when it came."""
     try:
-        return os.path.basename(os.path.realpath(path)) in _names(path.read_bytes())
+        return verified.digest(snapshot(repo, commit) / CARD) == _note("cards", repo, commit).read_text()
     except OSError:
         return False
 

@@ -35,6 +35,7 @@ def publish(hub: LoopbackHub, zoo: Path) -> Card:
     return card
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("count", [8, pytest.param(100, marks=pytest.mark.slow)])
 def test_pulls_of_one_model_at_once_fetch_it_once(tmp_path: Path, count: int) -> None:
     with LoopbackHub() as hub:
@@ -103,6 +104,7 @@ def pulls(home: Path, seeds: range) -> list[tuple[int, str, int, str, str]]:
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_no_fault_ever_serves_wrong_content_or_a_traceback(tmp_path: Path, count: int) -> None:
     workers = 10
