@@ -91,7 +91,7 @@ def pull(
     if revision not in (None, card.hub.revision):
         return _foreign(card.hub.repo, revision, offline=offline, force=force)
     if not card.files:
-        raise IntegrityError(f"{name}: no weights are published yet;", hint=f"train it: {card.command}")
+        raise IntegrityError(f"{name}: no weights are published yet;", hint=f"train it: patchcert train --recipe {name}")
     bundled = (zoo or cards.bundled_folder()) / name
     reason = "it is not published on the Hub yet"
     if card.hub.revision is not None:
