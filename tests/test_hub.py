@@ -131,12 +131,12 @@ def test_a_file_that_is_not_what_its_card_says_is_refused(zoo: Path, run: Path, 
 
 
 def test_a_recipe_without_weights_says_how_to_train(tmp_path: Path) -> None:
-    card = make_zoo(tmp_path)
+    card = make_zoo(tmp_path / "zoo")
     bare = replace(card, status="recipe only", files={}, trained=None, validation=None, results=())
-    (tmp_path / NAME / cards.CARD).write_text(bare.render())
+    (tmp_path / "zoo" / NAME / cards.CARD).write_text(bare.render())
     for action in (hub.resolve, hub.pull):
         with pytest.raises(IntegrityError, match=f"no weights are published yet; train it: patchcert train --recipe {NAME}"):
-            action(NAME, zoo=tmp_path)
+            action(NAME, zoo=tmp_path / "zoo")
 
 
 def test_pull_of_an_unpublished_model_says_so(zoo: Path) -> None:
