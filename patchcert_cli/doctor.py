@@ -113,7 +113,11 @@ def _zoo() -> Iterator[Finding]:
 
 
 def _data(data_dir: Path | None) -> Iterator[Finding]:
-    for name in data.DATASETS:
+    for name, facts in data.DATASETS.items():
+        if facts.folders:  # reading it would pack it
+            there = (data.directory(data_dir) / name).is_dir()
+            yield Finding(name, f"in '{data.directory(data_dir) / name}'" if there else "none; see " + facts.page)
+            continue
         try:
             images = data.load(name, "test", data_dir=data_dir)
         except PatchcertError as problem:

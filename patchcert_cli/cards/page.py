@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from patchcert_cli.cards.card import Card
     from patchcert_cli.cards.records import Measured, Published
 
-HUB_DATASETS = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
+HUB_DATASETS = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10", "imagenet": "ILSVRC/imagenet-1k"}
 CHANGES = {
     "patch": "replaces the pixels of one such patch, wherever it lies wholly inside the image, by any values in [0, 1]",
     "sparse": "changes at most so many pixels (single channel values where the threat ends in `:value`) to any values in [0, 1]",

@@ -175,9 +175,15 @@ def open_plan(
     subject, config, note = open_subject(model, dataset, device)
     show.say(note)
     meant = tuple(claims(str(config["threat"]), subject.defense.input_shape))
-    whole = data.load(
-        dataset or str(config["dataset"]), "test", data_dir=data_dir, download=download, fetch=f"{typed_command()} --download"
-    )
+    with show.progress() as progress:
+        whole = data.load(
+            dataset or str(config["dataset"]),
+            "test",
+            data_dir=data_dir,
+            download=download,
+            fetch=f"{typed_command()} --download",
+            progress=progress,
+        )
     total = data.info(whole.name).test_images if whole.source == "bundled" else len(whole)
     where = "bundled with patchcert" if whole.source == "bundled" else f"from '{whole.source}'"
     if len(whole) < total:
