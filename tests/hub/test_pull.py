@@ -217,6 +217,8 @@ def test_every_fault_is_one_line_and_leaves_nothing_unverified(
         Fault("status", "weights", "*", 1, 500),
         Fault("status", "api", "*", 1, 503),
         Fault("slow", "weights", times=None, pause=0.1),
+        Fault("stall", "/tree/", times=1),  # the client alone would wait for ever
+        Fault("status", "weights", "GET", 1, 429, headers={"Retry-After": "3600"}),  # and here for an hour
         Fault("truncated", "weights", times=1),
         Fault("wrong_etag", "weights", times=None),
     ],
