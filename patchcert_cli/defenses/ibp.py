@@ -1,7 +1,8 @@
 """Interval bound propagation (Chiang et al., Certified Defenses for Adversarial Patches, ICLR 2020).
 
 Any feed-forward network of linear, convolution, ReLU and pooling layers, trained so that its interval bounds stay tight under
-the threat, and certified by them. Proof: :mod:`patchcert_cli.certifiers.intervals`; rounding rule:
+the threat, and certified by them, or by linear bounds where they leave something open. Proofs:
+:mod:`patchcert_cli.certifiers.intervals` and :mod:`patchcert_cli.certifiers.linear`; rounding rule:
 :mod:`patchcert_cli.certifiers.rounding`.
 """
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from patchcert_cli import models
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.certifiers import intervals, rounding
+from patchcert_cli.certifiers import intervals, refine, rounding
 from patchcert_cli.defenses.base import Augment, Claim, Defense, Options, TrainingStep
 from patchcert_cli.errors import UnsupportedThreat
 from patchcert_cli.exact import exact_arithmetic
@@ -88,10 +89,10 @@ class IntervalOptions(Options):
 
 
 class IntervalDefense(Defense):
-    """A plain classifier certified by interval bounds, against patches and sparse changes."""
+    """A plain classifier certified by interval and linear bounds, against patches and sparse changes."""
 
     source = "Chiang et al., Certified Defenses for Adversarial Patches, ICLR 2020"
-    methods = ("interval",)
+    methods = ("best", "interval", "linear")  # linear bounds are added to interval bounds, so best and linear are one
     options = IntervalOptions
     numerics: ClassVar[Mapping[str, str]] = {"bounds": "float32", "near_zero": "float64", "prediction": "float64"}
     default_network = "mlp"
@@ -140,14 +141,16 @@ class IntervalDefense(Defense):
         self.check_input(x)
         for claim in claims:
             self.check_method(claim.method)
-        return [self._certify(x, claim.threat) for claim in claims]
+        return [self._certify(x, claim.threat, linear=(claim.method or self.methods[0]) != "interval") for claim in claims]
 
-    def _certify(self, x: Tensor, threat: Threat) -> Certificate:
+    def _certify(self, x: Tensor, threat: Threat, *, linear: bool) -> Certificate:
         exact = rounding.double(self.network)
         with exact_arithmetic():
             prediction = self._predict(exact, x)
             network = exact if x.dtype == torch.float64 else rounding.frozen(self.network)
             proof = rounding.prove(network, exact, x, prediction, threat)
+            if linear:
+                proof = refine.improve(exact, x, prediction, threat, proof)
         height, width = self.input_shape[1:]
         return Certificate(
             prediction=prediction,
@@ -157,7 +160,7 @@ class IntervalDefense(Defense):
             worst=threat.atoms(height, width).to(x.device)[proof.worst],
             rival=proof.rival,
             threat=threat,
-            method="interval",
+            method="linear" if linear else "interval",
         )
 
     def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:

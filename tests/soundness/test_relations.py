@@ -55,6 +55,12 @@ def test_values_are_certified_where_pixels_are(defense: Defense, seed: int) -> N
 
 
 @few
+@given(DEFENSES, st.integers(0, 1000), THREATS)
+def test_linear_bounds_certify_all_that_interval_bounds_do(defense: Defense, seed: int, threat: Threat) -> None:
+    assert relations.weaker_proofs(defense, images(defense, seed), threat, ("linear", "interval")) == []
+
+
+@few
 @given(DEFENSES, st.integers(0, 1000), st.integers(1, 100))
 def test_a_percentage_is_certified_as_its_square(defense: Defense, seed: int, percent: int) -> None:
     assert relations.percent_is_a_square(defense, images(defense, seed), percent) == []
@@ -157,10 +163,17 @@ CAUGHT: dict[str, tuple[breaks.Break, Relation]] = {
 }
 
 
+def interval_defense(seed: int) -> Defense:
+    """One that is asked for interval bounds alone, whose margins are ordered too."""
+    defense = random_defense("mlp", (2, 3, 3), seed)
+    defense.methods = ("interval",)  # type: ignore[misc]
+    return defense
+
+
 @pytest.mark.parametrize("name", CAUGHT)
 def test_relations_catch_broken_certifiers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     apply, relation = CAUGHT[name]
-    tried = [(defense, images(defense, seed, 12)) for seed in range(8) for defense in [random_defense("mlp", (2, 3, 3), seed)]]
+    tried = [(defense, images(defense, seed, 12)) for seed in range(8) for defense in [interval_defense(seed)]]
     assert [breach for defense, x in tried for breach in relation(defense, x)] == []
     apply(monkeypatch)
     assert any(relation(defense, x) for defense, x in tried)
