@@ -44,7 +44,7 @@ def test_every_command_of_the_readme_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     commands = block("## What you can type")
-    assert len(commands) == 18
+    assert len(commands) == 19
     picture = data.load("cifar10", "test").pixels[0].permute(1, 2, 0).numpy()
     Image.fromarray(picture).save("cat.png")
     ours = tmp_path / "runs" / "p5"  # what the train command of the README would have left

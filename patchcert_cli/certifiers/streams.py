@@ -26,10 +26,10 @@ from patchcert_cli.threats import Patch, Sparse
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}  # working memory of one chunk of locations: a core's caches, a part of the GPU
 
 
-def open_stream(split: Split, x: Tensor, threat: Patch | Sparse, epsilon: float) -> Stream:
+def open_stream(split: Split, x: Tensor, threat: Patch | Sparse, epsilon: float, visits: int = 0) -> Stream:
     """The stream that fits network and threat."""
     if isinstance(threat, Sparse):
-        return SparseStream(split, x, threat, epsilon)
+        return SparseStream(split, x, threat, epsilon, visits)
     if split.is_dense:
         return DenseStream(split, x, threat, epsilon)
     if isinstance(split.first, nn.Linear) and not split.rest:  # a linear model: its only layer is merged with the contrast
@@ -93,9 +93,9 @@ def _chunk(per_atom_bytes: int, device: torch.device) -> int:
 class SparseStream:
     """One box of pre-activations holds every sparse change."""
 
-    def __init__(self, split: Split, x: Tensor, threat: Sparse, epsilon: float) -> None:
+    def __init__(self, split: Split, x: Tensor, threat: Sparse, epsilon: float, visits: int = 0) -> None:
         self.split, self.x = split, x
-        self.box = sparse_box(split, x, threat, epsilon=epsilon)
+        self.box = sparse_box(split, x, threat, epsilon=epsilon, visits=visits)
         self.lower, self.upper = propagate(split.rest[:-1], self.box)
 
     def chunks(self, group: Tensor, contrast: Contrast) -> Iterator[Tensor]:

@@ -41,6 +41,10 @@ class IntervalOptions(Options):
         bounded_epochs: last epochs, in which an image's loss is bounded; the learning rate restarts at half.
         bounded_natural: weight of the clean cross-entropy in them.
         bounded_shift: pixels by which an image is moved at random in them, at most; against memorizing.
+        flip: mirror images at random, in all epochs.
+        shift: pixels by which an image is moved at random in all epochs, at most.
+        visits: sparse threats on fully connected networks: pixels or values that the training bound looks at per neuron, those of
+            the largest weights; 0 is all, which is exact. Certification always looks at all that matter.
     """
 
     natural_epochs: Count = 1
@@ -52,6 +56,9 @@ class IntervalOptions(Options):
     bounded_epochs: Count = 20
     bounded_natural: Fraction = 0.1
     bounded_shift: Count = 0
+    flip: bool = False
+    shift: Count = 0
+    visits: Count = 0
 
     def fitted(self, epochs: int) -> IntervalOptions:
         """Phases of a third each if the run is too short for them, as one of 3 epochs would be."""
@@ -73,7 +80,8 @@ class IntervalOptions(Options):
         return progress >= epochs - self.bounded_epochs
 
     def augment(self, progress: float, epochs: int) -> Augment:
-        return Augment(shift=self.bounded_shift if self.bounded(progress, epochs) else 0)
+        shift = max(self.shift, self.bounded_shift) if self.bounded(progress, epochs) else self.shift
+        return Augment(flip=self.flip, shift=shift)
 
     def rate(self, progress: float, epochs: int) -> float:
         """Constant until the ramp is over, then falling; again, from half, in the bounded phase."""
@@ -94,7 +102,12 @@ class IntervalDefense(Defense):
     source = "Chiang et al., Certified Defenses for Adversarial Patches, ICLR 2020"
     methods = ("best", "interval", "linear")  # linear bounds are added to interval bounds, so best and linear are one
     options = IntervalOptions
-    numerics: ClassVar[Mapping[str, str]] = {"bounds": "float32", "near_zero": "float64", "prediction": "float64"}
+    numerics: ClassVar[Mapping[str, str]] = {
+        "bounds": "float32",
+        "near_zero": "float64",
+        "linear": "float64",
+        "prediction": "float64",
+    }
     default_network = "mlp"
 
     def __init__(self, network: nn.Sequential, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
@@ -176,7 +189,7 @@ class IntervalDefense(Defense):
         epsilon, bounded = options.epsilon(step.progress), options.bounded(step.progress, step.epochs)
         threat = intervals.resolve(step.threat, *self.input_shape[1:], self.input_shape[0])
         if not isinstance(threat, Patch):
-            margins = intervals.lower_margins(self.network, x, label, threat, epsilon=epsilon).values
+            margins = intervals.lower_margins(self.network, x, label, threat, epsilon=epsilon, visits=options.visits).values
         elif options.locations:
             count = threat.count(*self.input_shape[1:])
             chosen = torch.randint(count, (len(x), options.locations), generator=step.generator).to(x.device)
