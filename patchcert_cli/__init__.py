@@ -6,7 +6,6 @@ The public names are loaded when they are first used, so that ``import patchcert
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,10 +21,7 @@ if TYPE_CHECKING:
     from patchcert_cli.threats import Threat as Threat
     from patchcert_cli.threats import parse_threat as parse_threat
 
-try:
-    __version__ = version("patchcert")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0+unknown"
+__version__ = "0.1.0"
 
 _HOMES = {
     "Certificate": "certificate",

@@ -12,12 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from patchcert_cli import defenses
+from patchcert_cli import cards, defenses
 from patchcert_cli.defenses.base import Defense
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.files import CONFIG, WEIGHTS, read_json, refuse_pickle, sha256, write_atomically, write_json
+from patchcert_cli.files import CONFIG, INDEX, WEIGHTS, read_json, refuse_pickle, shard, write_atomically, write_json
 
 HALF = (torch.float16, torch.bfloat16)
+SHARD_BYTES = 5_000_000_000  # the most that one weight file holds
 
 
 def pack(tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> bytes:
@@ -40,12 +41,47 @@ def unpack(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str
     return tensors, note
 
 
-def save_defense(folder: Path, defense: Defense, config: Mapping[str, Any]) -> None:
-    """Write ``config.json`` and ``model.safetensors``."""
+def save_defense(folder: Path, defense: Defense, config: Mapping[str, Any], *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write ``config.json`` and ``model.safetensors``, or several files and their index if they exceed ``shard_bytes``."""
     write_json(folder / CONFIG, config)
     stored = getattr(torch, config.get("recipe", {}).get("stored", "float32"))
     tensors = {name: _stored(tensor, stored) for name, tensor in defense.state_dict().items()}
-    write_atomically(folder / WEIGHTS, pack(tensors, {"defense": config["defense"]}))
+    parts = _shards(tensors, shard_bytes)
+    note = {"defense": config["defense"]}
+    for number, part in enumerate(parts, 1):
+        write_atomically(folder / (shard(number, len(parts)) if len(parts) > 1 else WEIGHTS), pack(part, note))
+    if len(parts) > 1:
+        held = {name: shard(number, len(parts)) for number, part in enumerate(parts, 1) for name in part}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": held})
+
+
+def _shards(tensors: Mapping[str, Tensor], most: int) -> list[dict[str, Tensor]]:
+    """The tensors in order, in as few parts of at most ``most`` bytes as that allows; a larger tensor is alone."""
+    parts: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if parts[-1] and filled + tensor.nbytes > most:
+            parts.append({})
+            filled = 0
+        parts[-1][name] = tensor
+        filled += tensor.nbytes
+    return parts
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder. Of an index only the names of tensors count: the files are those that were hashed."""
+    names = [name for name in cards.weights_of(folder) if name != INDEX]
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        part, _ = unpack(folder / name)
+        twice = tensors.keys() & part.keys()
+        if twice:
+            raise IntegrityError(f"'{folder}' holds {min(twice)} in several files.")
+        tensors |= part
+    if len(names) > 1 and set(read_json(folder / INDEX).get("weight_map", ())) != tensors.keys():
+        raise IntegrityError(f"'{folder / INDEX}' lists other tensors than its files hold.")
+    return tensors
 
 
 def _stored(tensor: Tensor, kind: torch.dtype) -> Tensor:
@@ -60,23 +96,24 @@ def load_defense(folder: Path, *, device: str = "cpu", expected_sha256: str | No
     Raises:
         IntegrityError: a file is missing or damaged, a hash differs, or names or shapes of weights do not fit the configuration.
     """
-    weights = folder / WEIGHTS
-    if not weights.is_file():
+    files = cards.weights_of(folder) if folder.is_dir() else []
+    if not files:
         for candidate in sorted(folder.iterdir()) if folder.is_dir() else []:
             refuse_pickle(candidate)
         raise IntegrityError(f"'{folder}' holds no {WEIGHTS};", hint="give a folder that patchcert train or zoo pull made.")
     config = read_json(folder / CONFIG)
-    if expected_sha256 is not None and (actual := sha256(weights)) != expected_sha256:
+    actual = cards.weights_sha256({name: cards.File.of(folder / name) for name in files})
+    if expected_sha256 not in (None, actual):
         raise IntegrityError(
-            f"{weights}: sha256 {actual[:12]}… but its card says {expected_sha256[:12]}….",
+            f"{folder / files[0]}: sha256 {actual[:12]}… but its card says {str(expected_sha256)[:12]}….",
             hint="Fetch it again with: patchcert zoo pull NAME, or train it again.",
         )
     try:
         defense = defenses.build(config)
     except (KeyError, TypeError, ValueError) as problem:
         raise IntegrityError(f"'{folder / CONFIG}' does not describe a defense: {problem!r}.") from problem
-    tensors, _ = unpack(weights)
-    _check_fit(defense.state_dict(), tensors, weights)
+    tensors = _weights(folder)
+    _check_fit(defense.state_dict(), tensors, folder / files[0])
     defense.load_state_dict(tensors, strict=True)  # half precision widens without a change
     defense = defense.to(torch.device(device)).eval()
     defense.self_test()

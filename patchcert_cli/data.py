@@ -1,5 +1,9 @@
 """Data sets as 8-bit images, found on disk, fetched on request, or bundled; pixels become floats in [0, 1] batch by batch.
 
+A data set that comes as pictures in class folders (:mod:`patchcert_cli.folders`) lies in ``DIR/NAME/train/CLASS/`` and
+``DIR/NAME/val/CLASS/``. When it is first used it is packed into ``DIR/.patchcert/``, or if that cannot be written to into
+``HF_HOME/patchcert/packed/``, and from then on mapped: no subset of it is ever copied.
+
 Shapes: n images, C channels, H x W pixels.
 """
 
@@ -10,6 +14,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import struct
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,10 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchcert_cli import folders, verified
 from patchcert_cli.errors import DataError, MachineError, UsageError, unknown
+from patchcert_cli.progress import Progress
 
 ENVIRONMENT = "PATCHCERT_DATA"
 DEFAULT_DIRECTORY = "data"
+STORE = ".patchcert"  # inside the data directory: packed pictures
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,9 @@ class DatasetInfo:
         mean, std: per channel over its training images.
         test_images: how many its test split has.
         bundled: how many of them, the first ones, come with the package.
+        folders: what its class folders are called, a pattern, if it comes as pictures in class folders; class i is the i-th
+            folder in the order of names.
+        page: where to get it, if nobody can download it for you.
     """
 
     name: str
@@ -43,6 +54,8 @@ class DatasetInfo:
     std: tuple[float, ...]
     test_images: int = 10_000
     bundled: int = 0
+    folders: str = ""
+    page: str = ""
 
 
 DATASETS = {
@@ -57,6 +70,16 @@ DATASETS = {
             (0.2470, 0.2435, 0.2616),
             bundled=1_000,
         ),
+        DatasetInfo(
+            "imagenet",  # ILSVRC 2012; its test split is the official validation images
+            (3, 224, 224),
+            tuple(map(str, range(1000))),  # class i is the i-th WordNet id
+            (0.485, 0.456, 0.406),
+            (0.229, 0.224, 0.225),
+            test_images=50_000,
+            folders=r"n\d{8}",
+            page="https://image-net.org/download.php",
+        ),
     )
 }
 
@@ -69,16 +92,37 @@ def info(name: str) -> DatasetInfo:
 
 
 @dataclass(frozen=True)
-class Images:
-    """Labelled 8-bit images.
+class Rows:
+    """Rows of a mapped file of images: which ones, so that no subset needs a copy.
 
     Attributes:
-        pixels: uint8 [n, C, H, W].
+        file: uint8 [N, C, H, W].
+        at: int64 [n].
+        sha256: of the whole file.
+    """
+
+    file: Tensor
+    at: Tensor
+    sha256: str
+
+    @property
+    def outline(self) -> Tensor:
+        """uint8 [n, C, H, W] on the meta device: shape and type without content, so that nobody takes the file for its rows."""
+        return torch.empty((len(self.at), *self.file.shape[1:]), dtype=torch.uint8, device="meta")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled 8-bit images, in memory or mapped from a file.
+
+    Attributes:
+        pixels: uint8 [n, C, H, W]; of mapped images only the shape. :meth:`read` reads both kinds.
         labels: int64 [n].
         index: int64 [n], position of each image in its full split.
         name: data set.
         split: ``train``, ``validation`` or ``test``.
         source: where it came from: ``bundled`` or a folder.
+        mapped: where mapped images are; None for images in memory.
     """
 
     pixels: Tensor
@@ -87,19 +131,33 @@ class Images:
     name: str
     split: str
     source: str
+    mapped: Rows | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def read(self, positions: Tensor | slice = slice(None)) -> Tensor:
+        """The pixels at some positions, uint8 [m, C, H, W]."""
+        if self.mapped is None:
+            return self.pixels[positions]
+        return self.mapped.file.index_select(0, self.mapped.at[positions])
+
     def digest(self) -> str:
-        """sha256 of the pixels and labels."""
-        content = hashlib.sha256(self.pixels.numpy().tobytes())
+        """sha256 of the pixels and labels; for mapped images the sha256 of their file, not read again, stands for the pixels."""
+        if self.mapped is None:
+            content = hashlib.sha256(self.pixels.numpy().tobytes())
+        else:
+            content = hashlib.sha256(self.mapped.sha256.encode() + self.mapped.at.numpy().tobytes())
         content.update(self.labels.numpy().tobytes())
         return content.hexdigest()
 
     def take(self, positions: Tensor) -> Images:
         """The images at these positions, in this order."""
-        return replace(self, pixels=self.pixels[positions], labels=self.labels[positions], index=self.index[positions])
+        labels, index = self.labels[positions], self.index[positions]
+        if self.mapped is None:
+            return replace(self, pixels=self.pixels[positions], labels=labels, index=index)
+        mapped = replace(self.mapped, at=self.mapped.at[positions])
+        return replace(self, pixels=mapped.outline, labels=labels, index=index, mapped=mapped)
 
     def limit(self, count: int | None, seed: int) -> Images:
         """A seeded, fixed subset of ``count`` images in the split's order; a larger subset contains the smaller ones."""
@@ -129,17 +187,30 @@ def directory(given: Path | None) -> Path:
     return given or Path(os.environ.get(ENVIRONMENT) or DEFAULT_DIRECTORY)
 
 
-def load(name: str, split: str, *, data_dir: Path | None = None, download: bool = False, fetch: str = "") -> Images:
-    """Load ``split`` (``train`` or ``test``) of a data set from torchvision's layout, or the bundled copy of a test split.
+def load(
+    name: str,
+    split: str,
+    *,
+    data_dir: Path | None = None,
+    download: bool = False,
+    fetch: str = "",
+    progress: Progress | None = None,
+) -> Images:
+    """Load ``split`` (``train`` or ``test``) of a data set from a data directory, or the bundled copy of a test split.
 
-    ``fetch`` is the command that an error message names as the way to get the data.
+    ``fetch`` is the command that an error message names as the way to get the data; ``progress`` is told how far a data set in
+    class folders is packed.
 
     Raises:
         UnknownName: no such data set.
+        UsageError: nobody can download it for you.
         DataError: it is not there, or not intact; the message says what to type.
+        MachineError: no room to pack it.
     """
     facts = info(name)
     root = directory(data_dir)
+    if facts.folders:
+        return _in_folders(facts, root, split, download, progress)
     if download:
         _torchvision(name, root, split, download=True)
     if name == "mnist":
@@ -155,6 +226,34 @@ def load(name: str, split: str, *, data_dir: Path | None = None, download: bool 
         f"no {name} {split} data in '{root}' (set --data-dir or {ENVIRONMENT} to a folder in torchvision's layout).",
         hint=f"Fetch it with: {fetch}" if fetch else "Load it with download=True to fetch it.",
     )
+
+
+def _in_folders(facts: DatasetInfo, root: Path, split: str, download: bool, progress: Progress | None) -> Images:
+    """A data set of pictures in class folders, mapped."""
+    base = root / facts.name
+    folder = base / ("train" if split == "train" else "val")
+    obtain = (
+        f"Get it at {facts.page} (this needs an account) and put its pictures into '{base}/train/<wnid>/' and"
+        f" '{base}/val/<wnid>/', or name another folder with --data-dir or {ENVIRONMENT}."
+    )
+    if download:
+        raise UsageError(f"{facts.name} cannot be downloaded by --download.", hint=obtain)
+    if not folder.is_dir():
+        raise DataError(f"no {facts.name} {split} data: there is no folder '{folder}'.", hint=obtain)
+    names, wanted = folders.class_names(folder), len(facts.classes)
+    strange = [name for name in names if not re.fullmatch(facts.folders, name)]
+    if strange or len(names) != wanted:  # classes are told by position, so that any other set of folders would be mistaken
+        found = f"{len(names)} class folders ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        found += f", {len(strange)} of them not named so ({strange[0]})" if strange else ""
+        raise DataError(
+            f"'{folder}' is not {facts.name}: it has {found}.",
+            hint=f"Its {wanted} class folders are named after WordNet ids, such as n01440764.",
+        )
+    stores = (root / STORE, verified.home() / "patchcert" / "packed")
+    packed = folders.load(folder, facts.shape[1], stores=stores, progress=progress)
+    count = torch.arange(len(packed.labels))
+    mapped = Rows(packed.pixels, count, packed.sha256)
+    return Images(mapped.outline, packed.labels, count, facts.name, split, str(root), mapped)
 
 
 @cache

@@ -38,7 +38,7 @@ def certify(plan: Plan, folder: Path | None = None, *, fresh: bool = False, prog
     defense = plan.subject.defense
 
     def batch(part: Images) -> list[Record]:
-        x = to_float(part.pixels).to(defense.device)
+        x = to_float(part.read()).to(defense.device)
         return list(results.certify_records(part, defense.certify_each(x, plan.claims)))
 
     def result(seconds: float, resumed: int) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def attack(
     defense = plan.subject.defense
 
     def batch(part: Images) -> list[Record]:
-        x = to_float(part.pixels).to(defense.device)
+        x = to_float(part.read()).to(defense.device)
         certificate = defense.certify(x, plan.threat) if join else None
         start = None if certificate is None else Start(certificate.worst, certificate.rival)
         outcome = attacker(defense, x, plan.threat, index=part.index, start=start)
@@ -117,7 +117,7 @@ def dry_run(plan: Plan, folder: Path, attacker: Attack | None = None, batch: int
     """What an evaluation would do and how long it would take, from measured small batches; writes nothing."""
     defense = plan.subject.defense
     part = plan.images.take(torch.arange(min(batch if attacker is None else batch // 8, len(plan.images))))
-    x, times = to_float(part.pixels).to(defense.device), []
+    x, times = to_float(part.read()).to(defense.device), []
     for _ in range(2):
         began = time.perf_counter()
         if attacker is None:

@@ -5,20 +5,42 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from patchcert_cli.errors import IntegrityError, MachineError
 
 CARD, CONFIG, WEIGHTS = "README.md", "config.json", "model.safetensors"
+INDEX, LEDGER = "model.safetensors.index.json", "records.jsonl.gz"  # of weights in several files; published records
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".th")
+
+
+def shard(number: int, of: int) -> str:
+    """Name of one of several weight files, numbered from 1."""
+    return f"model-{number:05}-of-{of:05}.safetensors"
+
+
+def weight_files(names: Iterable[str]) -> list[str]:
+    """The names that hold weights: ``model.safetensors``, or the index and all its shards; empty if one is missing."""
+    given = set(names)
+    if WEIGHTS in given:
+        return [WEIGHTS]
+    counts = [int(match[1]) for name in given if (match := re.fullmatch(r"model-\d{5}-of-(\d{5})\.safetensors", name))]
+    wanted = [INDEX, *(shard(number, counts[0]) for number in range(1, counts[0] + 1))] if counts else []
+    return wanted if given.issuperset(wanted) else []
 
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_of(content: bytes) -> str:
+    """Hex digest of bytes."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -31,6 +31,28 @@ def certify_rows(result: dict[str, Any]) -> Rows:
     return [*rows, ("time", _time(result)), ("records", str(result["records"]))]
 
 
+def verify_rows(outcome: dict[str, Any]) -> Rows:
+    """What comparing a claim with its weights found."""
+    images, most = outcome["images"], outcome["false_share_at_most"]
+    agree = f"{outcome['agree']}/{images} records agree"
+    if most is not None and images < outcome["of"]:
+        agree += f"; with 95 % confidence at most {100 * most:.2f} % of all {outcome['of']} are false"
+    rows = [
+        ("model", f"{outcome['model']} (sha256 {outcome['model_sha256'][:12]}…)"),
+        ("claim", f"{outcome['claim']} on {outcome['dataset']} {outcome['split']}"),
+        ("records", agree),
+    ]
+    for row in outcome["different"]:
+        said, found = (", ".join(f"{key} {value}" for key, value in row[side].items()) for side in ("published", "found"))
+        rows.append((f"image {row['index']}", f"published: {said}; found: {found}"))
+    broken = f"broke {len(outcome['broken'])} of {outcome['attacked']} certified" if outcome["attacked"] else "not run"
+    if outcome["attacked"] < outcome["certified"]:
+        broken += f" ({outcome['certified']} are certified)"
+    rows += [("attack", broken + (f" (indices {', '.join(map(str, outcome['broken']))})" if outcome["broken"] else ""))]
+    verdict = "claim consistent" if outcome["holds"] else "claim does not reproduce"
+    return [*rows, ("verdict", verdict), ("time", f"{outcome['seconds']:.1f} s"), ("out", outcome["out"])]
+
+
 def claim_list(result: dict[str, Any]) -> list[dict[str, Any]]:
     """One row for each claim of a certify result: threat, method, guarantee, images, counts, interval."""
     return [

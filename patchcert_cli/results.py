@@ -7,6 +7,7 @@ result with the fields of a row.
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,11 @@ def so_far(records: Iterable[Record]) -> str:
         certified = sum(first["certified"] and r["prediction"] == r["label"] for first, r in zip(firsts, rows, strict=True))
         text += f", certified {certified / len(rows):.2%}"
     return text
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a run folder, in the order in which they were made."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def ordered(plan: Plan, run: Run) -> list[Record]:

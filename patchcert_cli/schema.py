@@ -11,6 +11,7 @@ import math
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 Rule = Callable[..., Iterable[str]]
@@ -87,7 +88,7 @@ def _record(kind: Any, value: Any, at: str, problems: list[str]) -> Any:
         problems.append(f"{at or 'the whole'} is {_shown(value)}, not a table")
         return None
     prefix, before = f"{at}." if at else "", len(problems)
-    hints, known = get_type_hints(kind, include_extras=True), {item.name: item for item in fields(kind)}
+    hints, known = _hints(kind), {item.name: item for item in fields(kind)}
     problems += [f"{prefix}{name} is not a known entry" for name in value if name not in known]
     good: dict[str, Any] = {}
     for name, item in known.items():
@@ -103,10 +104,21 @@ def _record(kind: Any, value: Any, at: str, problems: list[str]) -> Any:
         else:
             problems.append(f"{prefix}{name} is missing")
     for rule in getattr(kind, "rules", ()):
-        needed = list(inspect.signature(rule).parameters)
+        needed = _needed(rule)
         if all(name in good for name in needed):
             problems += [prefix + text for text in rule(**{name: good[name] for name in needed})]
     return kind(**good) if len(problems) == before else None
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+@cache
+def _needed(rule: Any) -> tuple[str, ...]:
+    """The fields that a rule is about."""
+    return tuple(inspect.signature(rule).parameters)
 
 
 def _shown(value: Any) -> str:

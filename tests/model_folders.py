@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from patchcert_cli import cards, checkpoint, defenses
-from patchcert_cli.cards import Card, Hub, Measured, Published
+from patchcert_cli.cards import Card, File, Hub, Measured, Published
+from patchcert_cli.ledger import Ledger, Row, Stated
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG: dict[str, Any] = {
@@ -60,15 +63,36 @@ def measured(**changes: Any) -> Measured:
     return Measured(**{**values, **changes})
 
 
+def book(sha256: str, results: tuple[Measured, ...]) -> Ledger:
+    """Records with the counts of these measurements: the first images are right, the first of them certified."""
+    claims = tuple(Stated(one.threat, one.method, one.guarantee) for one in results)
+    clean, nothing = results[0].clean, (0.5,) * len(claims)
+    rows = {}
+    for i in range(results[0].images):
+        certified = tuple(i < one.certified for one in results)
+        rows[i] = Row(i % 3, i % 3 if i < clean else (i + 1) % 3, certified, nothing)
+    return Ledger(sha256, results[0].dataset, results[0].split, claims, rows)
+
+
+@cache
+def packed(sha256: str, results: tuple[Measured, ...]) -> bytes:
+    """The file of :func:`book`."""
+    return book(sha256, results).pack()
+
+
 def make_zoo(zoo: Path, name: str = "small-ibp-p2", *, revision: str | None = None, weights: bool = True) -> Card:
     """A zoo with one measured model."""
     folder = zoo / name
+    results = (measured(), measured(threat="sparse:1", certified=5000, certified_interval=(0.49, 0.51), command="other"))
+    card = make_run(folder)
+    (folder / cards.LEDGER).write_bytes(packed(cards.weights_sha256(card.files), results))
     card = replace(
-        make_run(folder),
+        card,
         name=name,
+        files={**card.files, cards.LEDGER: File.of(folder / cards.LEDGER)},
         status="measured",
         hub=Hub(f"patchcert/{name}", revision),
-        results=(measured(), measured(threat="sparse:1", certified=5000, certified_interval=(0.49, 0.51), command="other")),
+        results=results,
         published=(Published("patch:2", 0.92, 0.604, "table 1"), Published("patch:3x3", 0.9, 0.3, "table 2")),
     )
     (folder / cards.CARD).write_text(card.render(), encoding="utf-8")
@@ -102,3 +126,18 @@ def result_of(run: Path, **changes: Any) -> dict[str, Any]:
         "date": one.date,
     }
     return {**values, **changes}
+
+
+def write_result(folder: Path, run: Path, **changes: Any) -> Path:
+    """A certify run about the model in ``run``: ``result.json``, and beside it records with its counts."""
+    result = result_of(run, **changes)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    counts = {"certified": 6000, **result["counts"]}
+    one = measured(threat=result["threat"], clean=counts["clean"], certified=counts["certified"], certified_interval=(0, 1))
+    lines = [
+        {"index": index, **asdict(row), "certified": row.certified[0], "margin": 0.5}
+        for index, row in book(result["model_sha256"], (one,)).rows.items()
+    ]
+    (folder / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "result.json"

@@ -42,7 +42,7 @@ RULES = [
     Rule("certificate.py", ours("certifiers", "defenses", "models", "attacks", "training", "cli", "data")),
     Rule("defenses/", ours("attacks", "training", "cli", "hub", "evaluate", "report")),
     Rule("", ours("cli"), ("cli/", "__main__.py")),
-    Rule("", ("huggingface_hub",), ("hub.py",)),
+    Rule("", ("huggingface_hub",), ("hub/client.py", "hub/trouble.py")),
     Rule("", ("typer", "rich"), ("cli/",)),
     Rule("", ("click",)),
     Rule("", ("pickle", "dill", "joblib", "cloudpickle")),

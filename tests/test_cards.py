@@ -45,7 +45,10 @@ def test_every_field_differs_from_its_default_in_some_round_trip(tmp_path: Path)
         run, status="recipe only", files={}, trained=None, validation=None, published=(Published("sparse:4", 1.0, 0, "t"),)
     )
     detection = replace(
-        run, status="measured", results=(measured(guarantee="detection", certified=0, certified_interval=(0, 1e-3)),)
+        run,
+        status="measured",
+        files={**run.files, cards.LEDGER: cards.File("0" * 64, 7)},
+        results=(measured(guarantee="detection", certified=0, certified_interval=(0, 1e-3)),),
     )
     for card in (run, unreliable, recipe_only, detection):
         assert Card.from_text(card.render()) == card
@@ -151,8 +154,8 @@ def test_every_problem_is_listed_at_once(card: Card) -> None:
         ({"results": []}, "results is empty, so status must be trained"),
         ({"trained": None}, "trained is missing"),
         ({"files": {}}, "files has no model.safetensors"),
-        ({"files": {"../x.json": {"sha256": "0" * 64, "size": 1}}}, "'../x.json' is not a plain name"),
-        ({"files": {"weights.pt": {"sha256": "0" * 64, "size": 1}}}, "'weights.pt' is not a plain name"),
+        ({"files": {"../x.json": {"sha256": "0" * 64, "size": 1}}}, "'../x.json' is not records.jsonl.gz or a plain name"),
+        ({"files": {"weights.pt": {"sha256": "0" * 64, "size": 1}}}, "'weights.pt' is not records.jsonl.gz or a plain name"),
         ({"files": 3}, "files is 3, not a table"),
         ({"seed": True}, "seed is True, not a whole number"),
         ({"seed": 4}, "recipe.seed is 3, but the card says 4"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,27 @@ def test_subsets_are_seeded_nested_and_in_order() -> None:
     assert set(kept.index.tolist()) | set(held.index.tolist()) == set(range(10_000))
     with pytest.raises(UsageError, match="hold 10000 of 10000"):
         images.hold_out(10_000, 0)
+
+
+def test_images_in_memory_are_read_as_they_lie() -> None:
+    images = data.load("mnist", "test").limit(30, 0)
+    assert images.mapped is None
+    assert images.read().data_ptr() == images.pixels.data_ptr() and torch.equal(images.read(), images.pixels)
+    assert images.read(slice(4, 9)).data_ptr() == images.pixels[4:].data_ptr()
+    some = torch.tensor([7, 7, 2])
+    assert torch.equal(images.read(some), images.pixels[some])
+    assert torch.equal(images.take(some).read(), images.pixels[some])
+    content = images.pixels.numpy().tobytes() + images.labels.numpy().tobytes()
+    assert images.digest() == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("name", data.DATASETS)
+def test_every_data_set_is_described_whole(name: str) -> None:
+    facts = data.info(name)
+    assert facts.name == name and len(facts.mean) == len(facts.std) == facts.shape[0]
+    assert len(set(facts.classes)) == len(facts.classes) >= 10
+    assert 0 <= facts.bundled <= facts.test_images
+    assert bool(facts.folders) == bool(facts.page)
 
 
 def test_missing_damaged_and_unknown_data_are_told_apart(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_folders import COMMIT, make_run, make_zoo, result_of
+from model_folders import COMMIT, make_run, make_zoo, write_result
 
 import patchcert_cli
 from patchcert_cli import cards, checkpoint, files, hub
 from patchcert_cli.cards import Card, Published
-from patchcert_cli.errors import ClaimError, HubError, IntegrityError, PatchcertError, UnknownName, UsageError
+from patchcert_cli.errors import ClaimError, IntegrityError, PatchcertError, UnknownName, UsageError
 
 NAME = "small-ibp-p2"
 
@@ -31,6 +31,12 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "p2"
 
 
+def given(tmp_path: Path, run: Path, **changes: object) -> dict[str, dict[str, object]]:
+    """A result of certify about ``run``, as ``add`` takes it."""
+    path = write_result(tmp_path / "certify", run, **changes)
+    return {str(path): files.read_json(path)}
+
+
 def flip(path: Path) -> None:
     """Damage the last byte, which leaves a file that loads without complaint."""
     content = bytearray(path.read_bytes())
@@ -42,7 +48,7 @@ def test_a_name_is_served_by_the_bundled_copy(zoo: Path) -> None:
     found = hub.resolve(NAME, zoo=zoo)
     assert (found.folder, found.source, found.name) == (zoo / NAME, "bundled", NAME)
     assert found.card == Card.read(zoo / NAME)
-    assert found.sha256 == checkpoint.sha256(zoo / NAME / cards.WEIGHTS)
+    assert found.sha256 == files.sha256(zoo / NAME / cards.WEIGHTS)
     assert "\n" not in found.note
 
 
@@ -125,12 +131,12 @@ def test_a_file_that_is_not_what_its_card_says_is_refused(zoo: Path, run: Path, 
 
 
 def test_a_recipe_without_weights_says_how_to_train(tmp_path: Path) -> None:
-    card = make_zoo(tmp_path)
+    card = make_zoo(tmp_path / "zoo")
     bare = replace(card, status="recipe only", files={}, trained=None, validation=None, results=())
-    (tmp_path / NAME / cards.CARD).write_text(bare.render())
+    (tmp_path / "zoo" / NAME / cards.CARD).write_text(bare.render())
     for action in (hub.resolve, hub.pull):
-        with pytest.raises(IntegrityError, match="patchcert train --patch 2"):
-            action(NAME, zoo=tmp_path)
+        with pytest.raises(IntegrityError, match=f"no weights are published yet; train it: patchcert train --recipe {NAME}"):
+            action(NAME, zoo=tmp_path / "zoo")
 
 
 def test_pull_of_an_unpublished_model_says_so(zoo: Path) -> None:
@@ -147,7 +153,7 @@ def test_pull_needs_a_whole_commit(zoo: Path) -> None:
 def client(zoo: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a process of its own: the Hub client reads its environment once."""
     variables = {**os.environ, "PATCHCERT_ZOO": str(zoo), "HF_HOME": str(zoo.parent / "hf"), **environment}
-    program = f"from patchcert_cli import hub\n{code}"
+    program = f"from patchcert_cli import errors, hub\n{code}"
     return subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -177,75 +183,14 @@ def test_an_unreachable_hub_is_answered_by_the_bundled_copy(
 
 def test_without_a_bundled_copy_an_unreachable_hub_is_an_error(tmp_path: Path) -> None:
     make_zoo(tmp_path / "zoo", revision=COMMIT, weights=False)
-    code = f"try: hub.resolve('{NAME}')\nexcept hub.HubError as problem: print(problem.code, problem)"
+    code = f"try: hub.resolve('{NAME}')\nexcept errors.HubError as problem: print(problem.code, problem)"
     done = client(tmp_path / "zoo", code, **DEAD)
-    assert done.stdout.startswith("4 small-ibp-p2 is not bundled, and the Hub is out of reach"), done.stderr
-    assert "patchcert zoo pull small-ibp-p2" in done.stdout
-
-
-def test_every_failure_of_the_client_has_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-    from huggingface_hub import errors
-    from huggingface_hub.utils import httpx
-
-    zoo = tmp_path / "zoo"
-    make_zoo(zoo, revision=COMMIT)
-    request = httpx.Request("GET", "http://127.0.0.1:9")
-    answers = {kind: httpx.Response(kind, request=request) for kind in (401, 403, 404, 503)}
-    failures: list[tuple[Exception, str]] = [
-        (errors.GatedRepoError("gated", response=answers[403]), "is gated"),
-        (errors.RepositoryNotFoundError("none", response=answers[401]), "not on the Hub, or is private"),
-        (errors.RevisionNotFoundError("none", response=answers[404]), "no such revision"),
-        (errors.RemoteEntryNotFoundError("none", response=answers[404]), "file of patchcert/small-ibp-p2 is missing"),
-        (errors.HfHubHTTPError("busy", response=answers[503]), "refused patchcert/small-ibp-p2 (503)"),
-        (httpx.ConnectTimeout("no answer"), "forbids fetching it"),  # this process runs with HF_HUB_OFFLINE=1
-        (httpx.RemoteProtocolError("peer closed connection"), "RemoteProtocolError: peer closed connection"),
-        (errors.HFValidationError("bad id"), "HFValidationError: bad id"),
-        (OSError("Consistency check failed"), "OSError: Consistency check failed"),
-    ]
-    for failure, reason in failures:
-
-        def fail(*_: object, failure: Exception = failure, **__: object) -> str:
-            raise failure
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
-        found = hub.pull(NAME, zoo=zoo)
-        assert found.source == "bundled"
-        assert reason in found.note
-    (zoo / NAME / cards.WEIGHTS).unlink()
-    with pytest.raises(HubError, match="Consistency"):
-        hub.pull(NAME, zoo=zoo)
-
-
-def test_what_the_hub_sends_is_hashed_and_must_be_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub.errors
-
-    card = make_zoo(tmp_path / "zoo", revision=COMMIT)
-    make_zoo(tmp_path / "sent")
-    sent, asked = tmp_path / "sent" / NAME, []
-
-    def answer(repo: str, **options: object) -> str:
-        if options.get("local_files_only"):
-            raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
-        asked.append((repo, options["revision"], options["allow_patterns"], options["force_download"]))
-        return str(sent)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
-    found = hub.pull(NAME, force=True, zoo=tmp_path / "zoo")
-    assert (found.source, found.folder, found.card) == ("hub", sent, card)
-    assert asked == [("patchcert/small-ibp-p2", COMMIT, list(card.files), True)]
-    flip(sent / cards.WEIGHTS)
-    with pytest.raises(IntegrityError, match="--force"):
-        hub.pull(NAME, zoo=tmp_path / "zoo")
-    (sent / cards.WEIGHTS).unlink()
-    assert "holds no model.safetensors" in hub.pull(NAME, zoo=tmp_path / "zoo").note
+    assert done.stdout.startswith("4 the Hub is out of reach (http://127.0.0.1:9)"), done.stderr
 
 
 def test_add_makes_a_measured_zoo_model(run: Path, tmp_path: Path) -> None:
     report = Published("patch:2x2", 0.92, 0.604, "table 1")
-    card = hub.add(run, "mnist-small", {"r.json": result_of(run)}, published=[report], to=tmp_path / "new")
+    card = hub.add(run, "mnist-small", given(tmp_path, run), published=[report], to=tmp_path / "new")
     assert cards.bundled(zoo=tmp_path / "new") == {"mnist-small": card}
     assert (card.status, card.hub.repo, card.published) == ("measured", "patchcert/mnist-small", (report,))
     assert (card.results[0].clean, card.results[0].certified) == (9300, 6000)
@@ -253,18 +198,20 @@ def test_add_makes_a_measured_zoo_model(run: Path, tmp_path: Path) -> None:
         "README.md",
         "config.json",
         "model.safetensors",
+        "records.jsonl.gz",
     ]
-    assert hub.resolve("mnist-small", zoo=tmp_path / "new").sha256 == checkpoint.sha256(run / cards.WEIGHTS)
+    assert hub.resolve("mnist-small", zoo=tmp_path / "new").sha256 == files.sha256(run / cards.WEIGHTS)
 
 
 def test_add_replaces_only_with_force_and_keeps_the_revision_of_the_same_files(run: Path, tmp_path: Path) -> None:
     zoo = tmp_path / "new"
-    card = hub.add(run, "x", {"r.json": result_of(run)}, to=zoo)
+    card = hub.add(run, "x", given(tmp_path, run), to=zoo)
     pushed = replace(card, hub=replace(card.hub, revision=COMMIT))
     (zoo / "x" / cards.CARD).write_text(pushed.render())
     with pytest.raises(UsageError, match="--force"):
         hub.add(run, "x", {}, to=zoo)
-    assert hub.add(run, "x", {}, to=zoo, force=True).hub.revision == COMMIT
+    assert hub.add(run, "x", given(tmp_path, run), to=zoo, force=True).hub.revision == COMMIT
+    assert hub.add(run, "x", {}, to=zoo, force=True).hub.revision is None  # without its records it is something else
     assert cards.bundled_card("x", zoo).status == "trained"
 
 
@@ -286,7 +233,7 @@ def test_add_refuses_results_that_prove_nothing_about_the_weights(
     run: Path, tmp_path: Path, changes: dict[str, object], kind: type[PatchcertError], problem: str
 ) -> None:
     with pytest.raises(kind, match=problem):
-        hub.add(run, "x", {"r.json": result_of(run, **changes)}, to=tmp_path / "new")
+        hub.add(run, "x", given(tmp_path, run, **changes), to=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

@@ -1,8 +1,8 @@
 """Model cards and the zoo they stand in: what is claimed about each model. Neither torch nor a network is needed to read them."""
 
-from patchcert_cli.cards.card import DEFAULT_LICENSE, Card, card_for_run, slug
+from patchcert_cli.cards.card import DEFAULT_LICENSE, Card, card_for_run, slug, weights_of
 from patchcert_cli.cards.page import HUB_DATASETS, prose
-from patchcert_cli.cards.records import File, Hub, Measured, Published, Training, Validation, valid_name
+from patchcert_cli.cards.records import File, Hub, Measured, Published, Training, Validation, valid_name, weights_sha256
 from patchcert_cli.cards.shelf import (
     DEFAULT_DATASET,
     DEFAULT_MODELS,
@@ -13,7 +13,7 @@ from patchcert_cli.cards.shelf import (
     bundled_names,
     default_model,
 )
-from patchcert_cli.files import CARD, CONFIG, WEIGHTS, sha256
+from patchcert_cli.files import CARD, CONFIG, INDEX, LEDGER, WEIGHTS, sha256, weight_files
 
 __all__ = [
     "CARD",
@@ -23,6 +23,8 @@ __all__ = [
     "DEFAULT_MODELS",
     "ENVIRONMENT",
     "HUB_DATASETS",
+    "INDEX",
+    "LEDGER",
     "WEIGHTS",
     "Card",
     "File",
@@ -41,4 +43,7 @@ __all__ = [
     "sha256",
     "slug",
     "valid_name",
+    "weight_files",
+    "weights_of",
+    "weights_sha256",
 ]

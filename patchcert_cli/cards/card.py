@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from patchcert_cli import verified
 from patchcert_cli.cards import page
 from patchcert_cli.cards.records import (
     CARD_RULES,
@@ -30,9 +31,10 @@ from patchcert_cli.cards.records import (
     ThreatText,
     Training,
     Validation,
+    weights_sha256,
 )
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.files import CARD, CONFIG, WEIGHTS, sha256
+from patchcert_cli.files import CARD, CONFIG, weight_files
 from patchcert_cli.schema import Count, Rule, decode
 from patchcert_cli.threats import parse_threat
 
@@ -156,22 +158,22 @@ class Card:
     @property
     def size(self) -> int:
         """Bytes of the weights; 0 if there are none."""
-        return self.files[WEIGHTS].size if WEIGHTS in self.files else 0
+        return sum(self.files[name].size for name in weight_files(self.files))
 
     def verify(self, folder: Path) -> str:
         """Check the sha256 of every file of the card in ``folder``; returns that of the weights."""
-        if WEIGHTS not in self.files:
-            raise IntegrityError(f"{self.name} is a recipe without weights;", hint=f"train it: {self.command}")
+        if not self.files:
+            raise IntegrityError(f"{self.name}: no weights are published yet;", hint=f"train it: {self.command}")
         for name, expected in self.files.items():
             path = folder / name
             if not path.is_file():
                 raise IntegrityError(f"'{path}' is missing.", hint=f"Fetch it with: patchcert zoo pull {self.name} --force")
-            if (actual := sha256(path)) != expected.sha256:
+            if (actual := verified.digest(path)) != expected.sha256:
                 raise IntegrityError(
                     f"'{path}': sha256 {actual[:12]}… but its card says {expected.sha256[:12]}….",
                     hint=f"It was not used. Fetch it again with: patchcert zoo pull {self.name} --force",
                 )
-        return self.files[WEIGHTS].sha256
+        return weights_sha256(self.files)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -190,6 +192,11 @@ def _plain(value: Any) -> Any:
 def _refuse(problems: list[str], where: str) -> None:
     if problems:
         raise IntegrityError(f"'{where}' is not a valid model card: {'; '.join(problems)}.")
+
+
+def weights_of(folder: Path) -> list[str]:
+    """The names of the files in ``folder`` that hold weights; empty if there are none or not all of them."""
+    return weight_files(path.name for path in folder.iterdir() if path.is_file())
 
 
 def slug(text: str) -> str:
@@ -230,7 +237,7 @@ def card_for_run(
             "hub": {"repo": f"patchcert/{name}"},
             "source": source,
             "trained": {"date": today, **trained},
-            "files": {file: dataclasses.asdict(File.of(folder / file)) for file in (CONFIG, WEIGHTS)},
+            "files": {file: dataclasses.asdict(File.of(folder / file)) for file in (CONFIG, *weights_of(folder))},
             "validation": dict(validation),
         },
         where=str(folder / CARD),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from patchcert_cli.cards.card import Card
     from patchcert_cli.cards.records import Measured, Published
 
-HUB_DATASETS = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10"}
+HUB_DATASETS = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10", "imagenet": "ILSVRC/imagenet-1k"}
 CHANGES = {
     "patch": "replaces the pixels of one such patch, wherever it lies wholly inside the image, by any values in [0, 1]",
     "sparse": "changes at most so many pixels (single channel values where the threat ends in `:value`) to any values in [0, 1]",
@@ -125,14 +125,15 @@ def _use(card: Card) -> list[str]:
         return ["There are no weights yet. Train them:", _code("bash", card.command)]
     kind, _, rest = card.threat.partition(":")
     option = f"--patch {rest}" if kind == "patch" else f"--threat {card.threat}"
+    name = card.name if card.hub.repo == f"patchcert/{card.name}" else f"{card.hub.repo}@{card.hub.revision or 'COMMIT'}"
     python = [
         "import patchcert_cli",
         "",
         "# a torch module; images are [B, C, H, W] in [0, 1]",
-        f'defense = patchcert_cli.load("{card.name}")',
+        f'defense = patchcert_cli.load("{name}")',
         f'certificate = defense.certify(images, patchcert_cli.parse_threat("{card.threat}"))',
     ]
-    return [_code("bash", f"patchcert certify {card.name} {option}"), _code("python", "\n".join(python))]
+    return [_code("bash", f"patchcert certify {name} {option}"), _code("python", "\n".join(python))]
 
 
 def _making(card: Card) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from patchcert_cli import verified
 from patchcert_cli.errors import PatchcertError
-from patchcert_cli.files import CONFIG, WEIGHTS, sha256
+from patchcert_cli.files import CONFIG, LEDGER, WEIGHTS, weight_files
 from patchcert_cli.schema import Count, Must, NonNegative, Positive, Rule
 from patchcert_cli.threats import parse_threat
 
@@ -85,7 +87,7 @@ class File:
     @classmethod
     def of(cls, path: Path) -> File:
         """The facts of a file on disk."""
-        return cls(sha256(path), path.stat().st_size)
+        return cls(verified.digest(path), path.stat().st_size)
 
 
 @dataclass(frozen=True)
@@ -148,10 +150,18 @@ class Published:
     rules: ClassVar[tuple[Rule, ...]] = (_ordered_shares,)
 
 
+def weights_sha256(files: Mapping[str, File]) -> str:
+    """What identifies weights: the sha256 of their file, or of the list of their files' names and sha256."""
+    names = weight_files(files)
+    if len(names) == 1:
+        return files[names[0]].sha256
+    return hashlib.sha256("".join(f"{name} {files[name].sha256}\n" for name in names).encode()).hexdigest()
+
+
 def _plain_files(files: dict[str, File]) -> Iterable[str]:
     for name in files:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.(safetensors|json)", name):
-            yield f"files: '{name}' is not a plain name that ends in .safetensors or .json"
+        if name != LEDGER and not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.(safetensors|json)", name):
+            yield f"files: '{name}' is not {LEDGER} or a plain name that ends in .safetensors or .json"
 
 
 def _status_fits(
@@ -166,7 +176,8 @@ def _status_fits(
         present = {"files": files, "results": results, "trained": trained, "validation": validation}
         yield from (f"{name} must be empty while status is recipe only" for name, value in present.items() if value)
     else:
-        yield from (f"files has no {name}" for name in (WEIGHTS, CONFIG) if name not in files)
+        needed = {WEIGHTS: bool(weight_files(files)), CONFIG: CONFIG in files, LEDGER: LEDGER in files or not results}
+        yield from (f"files has no {name}" for name, there in needed.items() if not there)
         yield from (
             f"{name} is missing" for name, value in {"trained": trained, "validation": validation}.items() if value is None
         )

@@ -134,10 +134,11 @@ def location_masks(patch: Patch, x: Tensor) -> Tensor:
     return (rows[:, :, None] & columns[:, None, :]).to(x.dtype)
 
 
-def sparse_box(split: Split, x: Tensor, threat: Sparse, *, epsilon: float = 1.0) -> tuple[Tensor, Tensor]:
+def sparse_box(split: Split, x: Tensor, threat: Sparse, *, epsilon: float = 1.0, visits: int = 0) -> tuple[Tensor, Tensor]:
     """Lower and upper pre-activation of the first layer when ``threat.k`` pixels or values change (claim above).
 
-    With ``epsilon`` < 1 each changed entry moves at most that fraction of its way to 0 or 1. Shapes [B, N] or [B, N, H', W'].
+    With ``epsilon`` < 1 each changed entry moves at most that fraction of its way to 0 or 1. ``visits`` is for training: see
+    :func:`gains.largest_gains`. Shapes [B, N] or [B, N, H', W'].
     """
     if split.first is None:
         raise UnsupportedThreat(
@@ -151,7 +152,7 @@ def sparse_box(split: Split, x: Tensor, threat: Sparse, *, epsilon: float = 1.0)
         pixels = x.flatten(2)
         if threat.unit == "value":
             weight, pixels = weight.flatten(1)[:, None], pixels.flatten(1)[:, None]
-        up, down = largest_gains(weight, pixels, threat.k)
+        up, down = largest_gains(weight, pixels, threat.k, visits=visits)
     else:
         up, down = _convolution_gains(split, x, threat, clean)
     return clean - epsilon * down, clean + epsilon * up

@@ -53,7 +53,9 @@ def resolve(threat: Threat, height: int, width: int, channels: int) -> Patch | S
     raise UnsupportedThreat(f"interval bounds have no certificate against {threat};", hint="allowed: patch, sparse.")
 
 
-def lower_margins(network: nn.Module, x: Tensor, target: Tensor, threat: Threat, *, epsilon: float = 1.0) -> Margins:
+def lower_margins(
+    network: nn.Module, x: Tensor, target: Tensor, threat: Threat, *, epsilon: float = 1.0, visits: int = 0
+) -> Margins:
     """Interval lower bounds of ``f_target - f_class`` over every atom of ``threat``.
 
     Args:
@@ -62,13 +64,14 @@ def lower_margins(network: nn.Module, x: Tensor, target: Tensor, threat: Threat,
         target: int64 [B], the class to defend.
         threat: a patch or sparse threat model.
         epsilon: below 1, touched entries move only this fraction of their way to 0 or 1 (for training ramps).
+        visits: for training against a sparse threat: the most pixels or values per neuron that are looked at; 0 is all.
 
     Gradients flow for sparse threats; for patches take them with :func:`margins_at` at the location found here.
     """
     split = Split.of(network, x.shape[1])
     resolved = resolve(threat, x.shape[2], x.shape[3], x.shape[1])
     with torch.set_grad_enabled(torch.is_grad_enabled() and isinstance(resolved, Sparse)):
-        return minimum(open_stream(split, x, resolved, epsilon), target)
+        return minimum(open_stream(split, x, resolved, epsilon, visits=visits), target)
 
 
 def minimum(stream: Stream, target: Tensor) -> Margins:

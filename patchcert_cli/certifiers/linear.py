@@ -248,9 +248,8 @@ class Engine:
         stream = open_stream(self.split, self.x[chosen], self.threat, 1.0)
         target = self.target[chosen]
         table = self.x.new_empty(len(chosen), self.source.locations, self.classes)
-        for y in target.unique().tolist():  # type: ignore[no-untyped-call]
-            group = (target == y).nonzero()[:, 0]
-            table[group] = torch.cat(list(stream.chunks(group, Contrast(stream.split, y)))).permute(2, 0, 1)
+        for group in stream.groups(target):
+            table[group] = torch.cat(list(stream.chunks(group, Contrast(stream.split, target[group])))).permute(2, 0, 1)
         return table.scatter_(2, target[:, None, None].expand(-1, table.shape[1], 1), float("inf"))
 
 

@@ -161,14 +161,14 @@ def _prove_pairs(
 
     Where the location that looks worst has no sufficient margin in float64, an image stays uncertified. Of the others, with m
     the smallest margin found and e the bound of its error, the exact minimum is at most m + e, so it is not attained where
-    m + 2 e is exceeded.
+    m + 2 e is exceeded. Of an image with a margin that is no number, every location is asked.
     """
     assert stream.errors is not None
     slack = stream.errors.double[close] + stream.errors.double[close].clamp(max=deployed)
     every = torch.arange(len(close), device=close.device)
     first, _ = _at_pairs(wide, every, proof.worst[close], target)
     kept = (first > slack).nonzero()[:, 0]
-    limit = proof.margin[close] + 2 * error[close]
+    limit = (proof.margin[close] + 2 * error[close]).masked_fill(proof.margin[close].isinf(), float("inf"))
     asked = ~(stream.least[:, close[kept]] > limit[kept])
     asked[proof.worst[close[kept]], torch.arange(len(kept), device=close.device)] = True
     location, image = asked.nonzero().unbind(dim=1)

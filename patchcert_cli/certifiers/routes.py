@@ -70,15 +70,29 @@ class Route:
         return cls(layers, layers[:at], None, layers[at:], path, shape)
 
 
+def joins(network: nn.Module, shape: tuple[int, int, int]) -> str | None:
+    """The layer before which windows end although no dense layer takes them up, for images [C, H, W]; None if there is none.
+
+    Raises:
+        UnsupportedThreat: a layer has no rule; the message says which, and what to use instead.
+    """
+    route = _route(network, shape)
+    first = next((layer for layer in route.rest if not (_flattens(layer) or isinstance(layer, IDENTITY))), None)
+    return None if route.entry is not None or first is None else type(first).__name__
+
+
+def _route(network: nn.Module, shape: tuple[int, int, int]) -> Route:
+    parameter = next(iter(network.parameters()), torch.zeros(()))
+    return Route.of(layers_of(network), torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device))
+
+
 def explain(network: nn.Module, shape: tuple[int, int, int], patch: Patch) -> str:
     """One line about how a network is bounded on images [C, H, W] of this shape.
 
     Raises:
         UnsupportedThreat: a layer has no rule; the message says which, and what to use instead.
     """
-    layers = layers_of(network)
-    parameter = next(iter(network.parameters()), torch.zeros(()))
-    route = Route.of(layers, torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device))
+    route = _route(network, shape)
     reach = Reach(route.path, (shape[1], shape[2]), patch, clip=True)
     rows, columns = (track.length.amax(dim=1).tolist() for track in reach.axes)
     sizes = [f"{h}x{w} of {height}x{width}" for h, w, (height, width) in zip(rows, columns, reach.maps, strict=True)]

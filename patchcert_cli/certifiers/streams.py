@@ -24,10 +24,12 @@ MARGIN_BYTES = 1 << 28  # margins of all locations that are kept at a time
 FEW = 8  # images below which windows of one size are faster than the least windows, which are of many sizes
 
 
-def open_stream(split: Split, x: Tensor, threat: Patch | Sparse, epsilon: float, *, watch: bool = False) -> Stream:
+def open_stream(
+    split: Split, x: Tensor, threat: Patch | Sparse, epsilon: float, *, watch: bool = False, visits: int = 0
+) -> Stream:
     """The stream that fits network and threat; with ``watch`` it may find out about rounding errors on its way."""
     if isinstance(threat, Sparse):
-        return SparseStream(split, x, threat, epsilon)
+        return SparseStream(split, x, threat, epsilon, visits)
     if split.is_dense:
         return DenseStream(split, x, threat, epsilon)
     if isinstance(split.first, nn.Linear) and not split.rest:  # a linear model: its only layer is merged with the contrast
@@ -122,9 +124,9 @@ class SparseStream:
 
     errors: Errors | None = None
 
-    def __init__(self, split: Split, x: Tensor, threat: Sparse, epsilon: float) -> None:
+    def __init__(self, split: Split, x: Tensor, threat: Sparse, epsilon: float, visits: int = 0) -> None:
         self.split, self.x = split, x
-        self.box = sparse_box(split, x, threat, epsilon=epsilon)
+        self.box = sparse_box(split, x, threat, epsilon=epsilon, visits=visits)
         self.lower, self.upper = propagate(split.rest[:-1], self.box)
 
     def groups(self, target: Tensor) -> list[Tensor]:

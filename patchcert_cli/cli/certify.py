@@ -39,6 +39,7 @@ EXAMPLES = (
     "   |   patchcert certify --image cat.png --patch 5 --map map.png"
 )
 CONDITIONS = ("exact", "3.1", "3.2", "3.3")
+BOUNDS = ("interval", "linear", "best")
 PICTURE = "One picture, and plots"
 
 AreaOption = Annotated[
@@ -51,6 +52,15 @@ ConditionOption = Annotated[
         "--condition",
         metavar="exact|3.1|3.2|3.3|all",
         help="Proof for votes: exact, or a published looser condition, or all side by side.",
+        rich_help_panel=RUN,
+    ),
+]
+BoundsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--bounds",
+        metavar="interval|linear|best|all",
+        help="Bounds for networks: interval, or linear ones added where they leave something open (best, the default).",
         rich_help_panel=RUN,
     ),
 ]
@@ -86,6 +96,7 @@ def certify(
     k: KOption = None,
     unit: UnitOption = None,
     condition: ConditionOption = None,
+    bounds: BoundsOption = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     download: DownloadOption = False,
@@ -107,7 +118,7 @@ def certify(
     The run folder holds result.json, records.jsonl (one line per image) and manifest.json.
     The same command resumes a stopped run.
     """
-    methods, area = _methods(condition), [] if patch_area is None else [patch_area]
+    methods, area = _methods(condition, bounds), [] if patch_area is None else [patch_area]
     given = _threats(patch, patch_area, threat, k, unit)
 
     from patchcert_cli import evaluate, pictures, report, single
@@ -151,8 +162,14 @@ def certify(
     show.result(report.certify_rows(found), found, json)
 
 
-def _methods(condition: str | None) -> list[str | None]:
-    """The proofs that --condition names; None is the defense's best."""
+def _methods(condition: str | None, bounds: str | None) -> list[str | None]:
+    """The proofs that --condition or --bounds names; None is the defense's best."""
+    if bounds is not None:
+        if condition is not None:
+            raise UsageError("--condition is for votes and --bounds for networks;", hint="give one of them.")
+        if bounds not in (*BOUNDS, "all"):
+            raise UsageError(f"no bounds '{bounds}';", hint=f"use one of {', '.join(BOUNDS)}, or all.")
+        return ["interval", "linear"] if bounds == "all" else [bounds]
     if condition is None:
         return [None]
     if condition not in (*CONDITIONS, "all"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -88,6 +89,12 @@ JsonOption = Annotated[
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be done and how long it would take; write nothing.", rich_help_panel=RUN)
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
+
+
+def print_json(value: Any) -> None:
+    """A value as JSON on stdout."""
+    typer.echo(json.dumps(value, indent=2))
 
 
 def threat_from(*, threat: str | None, patch: str | None, k: int | None, unit: str | None) -> Threat | None:
@@ -168,9 +175,15 @@ def open_plan(
     subject, config, note = open_subject(model, dataset, device)
     show.say(note)
     meant = tuple(claims(str(config["threat"]), subject.defense.input_shape))
-    whole = data.load(
-        dataset or str(config["dataset"]), "test", data_dir=data_dir, download=download, fetch=f"{typed_command()} --download"
-    )
+    with show.progress() as progress:
+        whole = data.load(
+            dataset or str(config["dataset"]),
+            "test",
+            data_dir=data_dir,
+            download=download,
+            fetch=f"{typed_command()} --download",
+            progress=progress,
+        )
     total = data.info(whole.name).test_images if whole.source == "bundled" else len(whole)
     where = "bundled with patchcert" if whole.source == "bundled" else f"from '{whole.source}'"
     if len(whole) < total:

@@ -8,15 +8,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
-from rich.table import Table
 
 from patchcert_cli.files import write_json
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
 
 PATIENCE = 1.0  # seconds before any progress is shown
 PLAIN_EVERY = 10.0  # seconds between plain progress lines
@@ -26,6 +26,8 @@ class TerminalProgress:
     """A bar on stderr, or plain lines when stderr is not a terminal; nothing for work under a second."""
 
     def __init__(self) -> None:
+        from rich.console import Console
+
         self.console = Console(stderr=True)
         self.bars: Bars | None = None
         self.task: TaskID | None = None
@@ -38,6 +40,9 @@ class TerminalProgress:
             return
         if self.console.is_terminal:
             if self.bars is None:
+                from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+                from rich.progress import Progress as Bars
+
                 columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
                 self.bars = Bars(*columns, console=self.console, transient=True)
                 self.bars.start()
@@ -85,6 +90,9 @@ def result(rows: Sequence[tuple[str, str]], value: dict[str, Any], json_to: str 
     if json_to is not None:
         write_json(Path(json_to), value)
     if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
         table = Table(show_header=False, box=None, padding=(0, 2))
         table.add_column(style="bold")
         table.add_column(overflow="fold")

@@ -1,20 +1,20 @@
-"""``patchcert zoo``: list, show and pull models, and add a finished run."""
+"""``patchcert zoo``: list, show, pull and remove models; verify, add and push are in files of their own."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from patchcert_cli.cli import shelve, verify
+from patchcert_cli.cli.options import AsJson, print_json
+
 if TYPE_CHECKING:
-    from patchcert_cli.cards import Card, Published
+    from patchcert_cli.cards import Card
 
-app = typer.Typer(name="zoo", help="List, show and pull models, and add a finished run.", no_args_is_help=True)
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
+app = typer.Typer(name="zoo", help="List, show, pull, verify and publish models.", no_args_is_help=True)
 COLUMNS = ("name", "defense", "threat", "clean", "certified", "published", "size", "licence", "where")
 NONE = "-"
 
@@ -34,7 +34,7 @@ def list_(
     zoo = cards.bundled_folder()
     found = [(card, _where(card, zoo)) for card in cards.bundled(dataset=dataset, threat=threat).values()]
     if as_json:
-        _print_json([_summary(card, where) for card, where in found])
+        print_json([_summary(card, where) for card, where in found])
     elif not found:
         typer.echo("no model fits", err=True)
     else:
@@ -48,7 +48,7 @@ def show(name: Annotated[str, typer.Argument(help="A model of the zoo.", metavar
 
     card = cards.bundled_card(name)
     if as_json:
-        _print_json(card.to_dict())
+        print_json(card.to_dict())
     elif sys.stdout.isatty():
         from rich.console import Console
         from rich.markdown import Markdown
@@ -58,93 +58,68 @@ def show(name: Annotated[str, typer.Argument(help="A model of the zoo.", metavar
         typer.echo(cards.prose(card), nl=False)
 
 
-@app.command("pull", epilog="Examples:\n\n patchcert zoo pull mnist-ibp-p5\n\n patchcert zoo pull mnist-ibp-p5 --offline")
+@app.command(
+    "pull",
+    epilog="Examples:\n\n patchcert zoo pull mnist-ibp-p5\n\n patchcert zoo pull mnist-ibp-p5 --offline"
+    "\n\n patchcert zoo pull org/model@COMMIT",
+)
 def pull(
-    name: Annotated[str, typer.Argument(help="A model of the zoo.", metavar="NAME")],
+    name: Annotated[str, typer.Argument(help="A model of the zoo, or anybody's: org/model@COMMIT.", metavar="NAME")],
+    revision: Annotated[
+        str | None, typer.Option(metavar="COMMIT", help="Another commit than the card's, checked against its own card.")
+    ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Use what is on this disk, without a network.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Fetch it again even if it is in the cache.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch a model from the Hub at its pinned commit, or use the bundled copy, and check its sha256."""
+    """Fetch a model from the Hub at its pinned commit, or use the cached or bundled copy, and check the sha256 of every file."""
     from patchcert_cli import hub
 
-    found = hub.pull(name, offline=offline, force=force)
+    found = hub.pull(name, offline=offline, force=force, revision=revision)
     assert found.card is not None
     if as_json:
-        _print_json(hub.facts(found))
+        print_json(hub.facts(found))
         return
     typer.echo(found.note, err=True)
     typer.echo(str(found.folder))
-    typer.echo(f"{_size(found.card.size)} · sha256 ok ({found.sha256[:12]}…) · licence {found.card.license}")
+    count = len(found.card.files)
+    typer.echo(f"{count} files · {_size(found.card.size)} · sha256 ok ({found.sha256[:12]}…) · licence {found.card.license}")
 
 
-@app.command(
-    "add",
-    epilog="Examples:\n\n patchcert zoo add runs/p5 --name mnist-ibp-p5 --result runs/certify-p5/result.json"
-    " --published patch:5x5=0.92/0.60 --source 'Author et al., Venue 2020, table 1'",
-)
-def add(
-    run: Annotated[Path, typer.Argument(help="The folder of a finished training run.", metavar="RUN")],
-    name: Annotated[str, typer.Option(help="Its name in the zoo.")],
-    result: Annotated[
-        list[Path] | None, typer.Option(help="A result.json of certify on the full test split; repeatable.")
-    ] = None,
-    published: Annotated[
-        list[str] | None, typer.Option(help="THREAT=CLEAN/CERTIFIED that a paper reports, as fractions; repeatable.")
-    ] = None,
-    source: Annotated[str | None, typer.Option(help="Where --published numbers stand; the run's own source by default.")] = None,
-    notes: Annotated[str | None, typer.Option(help="A paragraph for the card.")] = None,
-    to: Annotated[Path | None, typer.Option(help="The zoo folder; that of the source tree by default.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a model of this name.")] = False,
-    as_json: AsJson = False,
+@app.command("remove", epilog="Examples:\n\n patchcert zoo remove mnist-ibp-p5\n\n patchcert zoo remove org/model")
+def remove(
+    name: Annotated[str, typer.Argument(help="A model of the zoo, or org/model.", metavar="NAME")], as_json: AsJson = False
 ) -> None:
-    """Copy a finished training run into the zoo, with a card that tells what certify measured."""
-    from patchcert_cli import cards, files, hub
+    """Take a model, all its revisions, out of the Hub's cache. Copies that are bundled with patchcert stay."""
+    from patchcert_cli import cards, hub
 
-    if published and not source:
-        source = cards.Card.read(run).source
-    card = hub.add(
-        run,
-        name,
-        {str(path): files.read_json(path) for path in result or []},
-        published=[_published(text, source or "") for text in published or []],
-        notes=notes,
-        to=to,
-        force=force,
-    )
+    address = hub.ADDRESS.fullmatch(name)
+    card = None if address else cards.bundled_card(name)
+    repo = card.hub.repo if card else address["repo"] if address else name
+    freed = hub.remove(repo)
     if as_json:
-        _print_json(card.to_dict())
-    else:
-        typer.echo(f"{card.name}: {card.status}, {len(card.results)} results, sha256 {card.files[cards.WEIGHTS].sha256[:12]}…")
+        print_json({"name": name, "repo": repo, "freed": freed})
+        return
+    said = f"{repo}: freed {_size(freed)}" if freed else f"{repo} is not in the Hub's cache: nothing to remove"
+    typer.echo(said + ("; the bundled copy stays" if card and card.files else ""))
 
 
-def _published(text: str, source: str) -> Published:
-    """Read ``THREAT=CLEAN/CERTIFIED``."""
-    from patchcert_cli.cards import Published
-    from patchcert_cli.errors import UsageError
-    from patchcert_cli.threats import parse_threat
-
-    threat, _, shares = text.partition("=")
-    try:
-        clean, certified = (float(share) for share in shares.split("/"))
-    except ValueError as problem:
-        raise UsageError(
-            f"--published '{text}' cannot be read;", hint="use THREAT=CLEAN/CERTIFIED, such as patch:5x5=0.92/0.60."
-        ) from problem
-    if not 0 <= certified <= clean <= 1:
-        raise UsageError(f"--published '{text}':", hint="give fractions with 0 <= CERTIFIED <= CLEAN <= 1.")
-    if not source:
-        raise UsageError("--published needs a source;", hint="say with --source where the numbers stand.")
-    return Published(str(parse_threat(threat)), clean, certified, source)
+app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
+app.command("add", epilog=shelve.ADD)(shelve.add)
+app.command("push", epilog=shelve.PUSH)(shelve.push)
 
 
 def _where(card: Card, zoo: Path) -> str:
-    from patchcert_cli.cards import WEIGHTS
+    """Where the weights are: bundled, in the Hub's cache, on the Hub."""
+    from patchcert_cli import cards, verified
 
     if not card.files:
         return "recipe only"
-    places = ["bundled"] if (zoo / card.name / WEIGHTS).is_file() else []
-    return "+".join(places + (["hub"] if card.hub.revision else [])) or "missing"
+    places = ["bundled"] if cards.weights_of(zoo / card.name) else []
+    if card.hub.revision:
+        places += ["cached"] if verified.snapshot(card.hub.repo, card.hub.revision).is_dir() else []
+        places += ["hub"]
+    return "+".join(places) or "missing"
 
 
 def _summary(card: Card, where: str) -> dict[str, Any]:
@@ -176,10 +151,6 @@ def _size(count: int) -> str:
     if not count:
         return NONE
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{max(count / 1e3, 0.1):.1f} kB"
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
 
 
 def _print_table(rows: list[list[str]]) -> None:

@@ -83,8 +83,9 @@ class CellSurrogate(Surrogate):
 
     def __init__(self, defense: BagCert, vote: Callable[[Tensor], Tensor]) -> None:
         self._scorer, self._vote, self._reach = defense.scorer, vote, defense.receptive_field - 1
+        self._stride = defense.scorer.stride
         weight = defense.weights
-        cells = [side - self._reach for side in defense.input_shape[1:]]
+        cells = [defense.scorer.cells(side) for side in defense.input_shape[1:]]
         self._weight = torch.ones(cells, device=defense.device) if weight is None else weight.float()
         self.slack = 2 * float(self._weight.amax())  # the deployed network is rounded, and some cells decide otherwise
 
@@ -92,28 +93,33 @@ class CellSurrogate(Surrogate):
         return (self._vote(self._scorer(x)) * self._weight).sum(dim=(2, 3))
 
     def near(self, x: Tensor, boxes: Tensor) -> Tensor:
-        row, column = self._window(boxes, self._reach, x)  # [B, h] and [B, w], pixels
+        row, column = self._window(boxes, x, pixels=True)  # [B, h] and [B, w]
         image = torch.arange(len(x), device=x.device)[:, None, None]
         whole = self._scorer.prepare(x)
         seen = whole.permute(0, 2, 3, 1)[image, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
-        row, column = self._window(boxes, 0, x)  # cells
+        row, column = self._window(boxes, x)  # cells
         weight = self._weight[row[:, :, None], column[:, None, :]]
         return (self._vote(self._scorer.score(seen)) * weight[:, None]).sum(dim=(2, 3))
 
     def rest(self, x: Tensor, boxes: Tensor) -> Tensor:
         votes = self._vote(self._scorer(x)) * self._weight
-        row, column = self._window(boxes, 0, x)  # [B, S, n] and [B, S, m]
+        row, column = self._window(boxes, x)  # [B, S, n] and [B, S, m]
         image = torch.arange(len(x), device=x.device)[:, None, None, None]
         inside = votes.permute(0, 2, 3, 1)[image, row[..., :, None], column[..., None, :]]  # [B, S, n, m, K]
         return votes.sum(dim=(2, 3))[:, None] - inside.sum(dim=(2, 3))
 
-    def _window(self, boxes: Tensor, more: int, x: Tensor) -> list[Tensor]:
-        """Rows and columns, int64 [..., h] and [..., w], of the first cell's first pixel to the last cell's, and ``more``."""
-        found = []
+    def _window(self, boxes: Tensor, x: Tensor, *, pixels: bool = False) -> list[Tensor]:
+        """Rows and columns, int64 [..., h] and [..., w], of the cells that see a box, or of all the pixels that they see.
+
+        Cell i sees pixels ``i * stride`` to ``i * stride + reach``.
+        """
+        found, stride, reach = [], self._stride, self._reach
         for axis, length in enumerate(x.shape[2:]):
-            size = min(length - self._reach, int(boxes[..., 2 + axis].amax()) + self._reach)  # cells
-            first = (boxes[..., axis] - self._reach).clamp(0, length - self._reach - size)
-            found.append(first[..., None] + torch.arange(size + more, device=x.device))
+            cells = (length - reach - 1) // stride + 1
+            size = min(cells, -(-(int(boxes[..., 2 + axis].amax()) + reach) // stride))
+            first = (-((reach - boxes[..., axis]) // stride)).clamp(0, cells - size)  # ceil((start - reach) / stride)
+            begin, count = (first * stride, (size - 1) * stride + reach + 1) if pixels else (first, size)
+            found.append(begin[..., None] + torch.arange(count, device=x.device))
         return found
 
 
@@ -134,7 +140,7 @@ class BagCert(EvidenceDefense):
     ) -> None:
         super().__init__(input_shape=input_shape, classes=classes)
         self.scorer = scorer
-        cells = [side - scorer.receptive_field + 1 for side in input_shape[1:]]
+        cells = [scorer.cells(side) for side in input_shape[1:]]
         self.position = nn.Parameter(torch.ones(cells)) if aggregate == "weighted" else None
         self.deployed = exact.Deployed(scorer)
 
@@ -214,8 +220,8 @@ class BagCert(EvidenceDefense):
     def cover(self, patch: Patch) -> Cover:
         height, width = self.input_shape[1:]
         return Cover(
-            Axis.sliding(height, patch.height, kernel=self.receptive_field),
-            Axis.sliding(width, patch.width, kernel=self.receptive_field),
+            Axis.sliding(height, patch.height, kernel=self.receptive_field, stride=self.scorer.stride),
+            Axis.sliding(width, patch.width, kernel=self.receptive_field, stride=self.scorer.stride),
         )
 
     @torch.no_grad()
@@ -235,9 +241,10 @@ class BagCert(EvidenceDefense):
         assert isinstance(options, BagCertOptions)
         down = right = 0
         if options.every > 1:
-            cells = min(self.input_shape[1:]) - self.receptive_field + 1
+            cells = self.scorer.cells(min(self.input_shape[1:]))
             down, right = torch.randint(min(options.every, cells), (2,), generator=step.generator).tolist()
-        scores = self.scorer.score(self.scorer.prepare(x)[:, :, down:, right:], options.every)
+        apart = self.scorer.stride
+        scores = self.scorer.score(self.scorer.prepare(x)[:, :, down * apart :, right * apart :], options.every)
         if step.progress < options.warm_up_epochs:
             return F.cross_entropy(scores.mean(dim=(2, 3)).float(), label)
         votes: Tensor = Step.apply(scores.float())

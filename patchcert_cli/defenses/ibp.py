@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from patchcert_cli import models
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.certifiers import pairwise, refine, rounding
+from patchcert_cli.certifiers import pairwise, refine, rounding, routes
 from patchcert_cli.certifiers.folding import fold
 from patchcert_cli.defenses import interval_loss, interval_regularizers
 from patchcert_cli.defenses.base import Claim, Defense, Options, TrainingStep
@@ -24,16 +24,21 @@ from patchcert_cli.defenses.guide import Guide
 from patchcert_cli.defenses.interval_options import IntervalOptions
 from patchcert_cli.errors import UnsupportedThreat
 from patchcert_cli.exact import exact_arithmetic
-from patchcert_cli.threats import Threat
+from patchcert_cli.threats import Patch, PatchPercent, Threat
 
 
 class IntervalDefense(Defense):
-    """A plain classifier certified by interval bounds, against patches and sparse changes."""
+    """A plain classifier certified by interval and linear bounds, against patches and sparse changes."""
 
     source = "Chiang et al., Certified Defenses for Adversarial Patches, ICLR 2020"
     methods = ("best", "interval", "linear")  # linear bounds are added to interval bounds, so best and linear are one
     options = IntervalOptions
-    numerics: ClassVar[Mapping[str, str]] = {"bounds": "float32", "near_zero": "float64", "prediction": "float64"}
+    numerics: ClassVar[Mapping[str, str]] = {
+        "bounds": "float32",
+        "near_zero": "float64",
+        "linear": "float64",
+        "prediction": "float64",
+    }
     default_network = "mlp"
 
     def __init__(self, network: nn.Sequential, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
@@ -100,6 +105,17 @@ class IntervalDefense(Defense):
             rival=proof.rival,
             threat=threat,
             method="linear" if linear else "interval",
+        )
+
+    def remark(self, threat: Threat) -> str:
+        if not isinstance(threat, Patch | PatchPercent):
+            return ""
+        layer = routes.joins(self.network, self.input_shape)
+        if layer is None:
+            return ""
+        return (
+            f"from {layer} on every location costs a pass over whole maps instead of a window; faster: Flatten and Linear right "
+            "behind convolutions and pooling."
         )
 
     def prepare(self, options: Options) -> nn.Module | None:

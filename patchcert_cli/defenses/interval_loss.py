@@ -11,7 +11,6 @@ search for locations runs without gradient, and only what was picked is bounded 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,8 +97,7 @@ def _bounds(network: nn.Module, x: Tensor, label: Tensor, threat: Patch | Sparse
     epsilon = options.epsilon(step.progress)
     none = x.new_zeros(())
     if isinstance(threat, Sparse):
-        keywords: dict[str, Any] = {"visits": options.visits} if options.visits else {}
-        found = intervals.lower_margins(network, x, label, threat, epsilon=epsilon, **keywords)
+        found = intervals.lower_margins(network, x, label, threat, epsilon=epsilon, visits=options.visits)
         return Bounds(found.values, torch.zeros_like(found.worst), none)
     guide = step.aid if options.picked == "guided" else None
     prediction = guide(x) if guide is not None else none  # under autocast: it decides where to look, and proves nothing

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast, get_origin, get_type_hints
 
 from torch import nn
 
@@ -20,9 +20,17 @@ def build(name: str, options: Mapping[str, Any]) -> nn.Sequential:
     """Build network ``name`` with freshly initialized weights; every option is a keyword of its ``build``."""
     module = registry.entry("network", __name__, name, names())
     try:
-        return cast(nn.Sequential, module.build(**options))
+        return cast(nn.Sequential, module.build(**listed(name, options)))
     except (TypeError, ValueError, RuntimeError) as problem:
         raise IntegrityError(f"network '{name}' cannot be built from its options: {problem}") from problem
+
+
+def listed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of network ``name``, with a single whole number where a list is wanted made a list: ``hidden=255``."""
+    kinds = get_type_hints(registry.entry("network", __name__, name, names()).build)
+    return {
+        key: [value] if type(value) is int and get_origin(kinds.get(key)) is Sequence else value for key, value in options.items()
+    }
 
 
 def describe(network: nn.Module) -> str:

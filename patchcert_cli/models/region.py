@@ -1,9 +1,10 @@
 """Region scorers (Metzen & Yatsura, Efficient Certified Defenses Against Patch Attacks, ICLR 2021): one score per class and cell.
 
 Valid convolutions without pooling, and residual 1x1 convolutions between them, so that a cell sees a square of exactly
-``receptive_field`` pixels and there is one cell for every place of that square in the image.
+``receptive_field`` pixels and there is one cell for every place of that square in the image, or with a ``stride`` for every
+so-manieth place along both axes: the same scores as without, at a fraction of the cost.
 
-Shapes: B images, C channels, H x W pixels, K classes, N x M cells, N = H - receptive_field + 1.
+Shapes: B images, C channels, H x W pixels, K classes, N x M cells, N = (H - receptive_field) // stride + 1.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class Mix(nn.Module):
 class Stage(nn.Module):
     """A valid convolution with norm and ReLU, then ``mixes`` of :class:`Mix`."""
 
-    def __init__(self, before: int, width: int, kernel: int, dilation: int, mixes: int, bits: int) -> None:
+    def __init__(self, before: int, width: int, kernel: int, stride: int, dilation: int, mixes: int, bits: int) -> None:
         super().__init__()
-        self.convolution = nn.Conv2d(before, width, kernel, dilation=dilation, bias=False)
+        self.convolution = nn.Conv2d(before, width, kernel, stride, dilation=dilation, bias=False)
         self.norm, self.grid = nn.BatchNorm2d(width), Grid(bits)
         self.mixes = nn.Sequential(*(Mix(width, bits) for _ in range(mixes)))
 
@@ -62,8 +63,11 @@ class RegionScorer(nn.Module):
         bits: int,
         *,
         places: bool = False,
+        stride: int = 1,
     ) -> None:
         super().__init__()
+        if stride < 1:
+            raise UsageError(f"a stride of {stride} leaves no cells;", hint="allowed: 1 or more.")
         self.normalize = normalize
         self.register_buffer("places", coordinates(shape[1], shape[2]) if places else None, persistent=False)
         self.dilations = [dilation for _, _, dilation, _ in plan]
@@ -73,19 +77,43 @@ class RegionScorer(nn.Module):
                 f"a receptive field of {self.receptive_field} is larger than the {shape[1]}x{shape[2]} image;",
                 hint=f"allowed: up to {min(shape[1:])}.",
             )
+        self.stride = stride
         widths = [shape[0] + (2 if places else 0), *(width for width, *_ in plan)]
         self.stages = nn.ModuleList(
-            Stage(before, after, kernel, dilation, mixes, bits)
-            for (before, after), (_, kernel, dilation, mixes) in zip(pairwise(widths), plan, strict=True)
+            Stage(before, after, kernel, step, apart, mixes, bits)
+            for (before, after), (_, kernel, _, mixes), (step, apart) in zip(pairwise(widths), plan, self._steps(1), strict=True)
         )
         self.head = nn.Conv2d(widths[-1], classes, 1)
-        self.widest = max(widths)
+        self.widest = max(self._per_pixel(widths, classes))
+
+    def _steps(self, every: int) -> list[tuple[int, int]]:
+        """Stride and dilation of each stage's convolution, if only every so-manieth cell along both axes is wanted."""
+        steps, spacing = [], 1
+        for at, dilation in enumerate(self.dilations):
+            apart = math.gcd(every * self.stride, *self.dilations[at + 1 :])  # later layers look at multiples of this alone
+            steps.append((apart // spacing, dilation // spacing))
+            spacing = apart
+        return steps
+
+    def _per_pixel(self, widths: Sequence[int], classes: int) -> list[int]:
+        """How many numbers each layer holds, per pixel of the image."""
+        counts, apart = [widths[0]], 1
+        for width, (step, _) in zip(widths[1:], self._steps(1), strict=True):
+            apart *= step
+            counts.append(-(-width // apart**2))
+        return [*counts, -(-classes // apart**2)]
+
+    def cells(self, length: int) -> int:
+        """How many cells there are along an axis of so many pixels."""
+        return (length - self.receptive_field) // self.stride + 1
 
     @property
     def summary(self) -> str:
         """Kind and widths, for cards."""
         widths = "-".join(str(cast(Stage, stage).norm.num_features) for stage in self.stages)
-        return f"region scorer {widths}, receptive field {self.receptive_field}"
+        return f"region scorer {widths}, receptive field {self.receptive_field}" + (
+            f", stride {self.stride}" if self.stride > 1 else ""
+        )
 
     def forward(self, x: Tensor, every: int = 1) -> Tensor:
         """Scores of all cells, or with ``every`` only of each so-manieth along both axes, at a fraction of the cost."""
@@ -97,12 +125,9 @@ class RegionScorer(nn.Module):
         return v if self.places is None else torch.cat([v, (self.places / 127.5 - 1).to(v).expand(len(v), -1, -1, -1)], dim=1)
 
     def score(self, v: Tensor, every: int = 1) -> Tensor:
-        """Scores of the cells of a prepared image, or of any part of one."""
-        spacing = 1
-        for at, stage in enumerate(self.stages):
-            apart = math.gcd(every, *self.dilations[at + 1 :])  # later layers look at multiples of this distance only
-            v = stage(v, apart // spacing, self.dilations[at] // spacing)
-            spacing = apart
+        """Scores of the cells of a prepared image, or of any part of one that begins with a cell's first pixel."""
+        for stage, (step, apart) in zip(self.stages, self._steps(every), strict=True):
+            v = stage(v, step, apart)
         return cast(Tensor, self.head(v))
 
     def freeze(self, precision: torch.dtype) -> tuple[nn.Module, int]:
@@ -170,6 +195,7 @@ def build(
     dilations: Sequence[int] = (1, 1, 2),
     mixes: Sequence[int] = (1, 1, 2),
     places: bool = False,
+    stride: int = 1,
     bits: int = 8,
     mean: Sequence[float],
     std: Sequence[float],
@@ -177,7 +203,8 @@ def build(
     """A :class:`RegionScorer`; each stage has a width, a kernel, a dilation and a number of residual 1x1 convolutions.
 
     The receptive field is ``1 + sum((kernel - 1) * dilation)``. With ``places`` a cell knows where it is, which no attacker can
-    change: good where objects are centred. Activations of the deployed network have ``bits`` bits.
+    change: good where objects are centred. ``stride`` is how far cells are apart, in pixels; the earlier layers are computed as
+    sparsely as the dilations of the later ones allow. Activations of the deployed network have ``bits`` bits.
     """
     plan = list(zip(widths, kernels, dilations, mixes, strict=True))
-    return RegionScorer(input_shape, classes, plan, Normalize(mean, std), bits, places=places)
+    return RegionScorer(input_shape, classes, plan, Normalize(mean, std), bits, places=places, stride=stride)

@@ -91,7 +91,9 @@ class Recipe:
         if problems:
             raise UsageError(" ".join(problems))
         assert options is not None
-        return replace(self, network=network, options=asdict(options))
+        return replace(
+            self, network=network, network_options=models.listed(network, self.network_options), options=asdict(options)
+        )
 
     @property
     def training(self) -> Options:

@@ -52,9 +52,9 @@ def run(
     progress = progress or Silent()
     place = devices.resolve(device)
     check(recipe)
-    images = data.load(recipe.dataset, "train", data_dir=data_dir, download=download, fetch=fetch)
+    images = data.load(recipe.dataset, "train", data_dir=data_dir, download=download, fetch=fetch, progress=progress)
     made = loop.train(recipe, images, folder, device=place, fresh=fresh, progress=progress)
-    weights = files.sha256(folder / files.WEIGHTS)
+    weights = cards.weights_sha256({name: cards.File.of(folder / name) for name in cards.weights_of(folder)})
     validation = {"images": made.validation.images, "clean": made.validation.clean, "certified": made.validation.certified}
     if made.epochs_run or not (folder / files.CARD).exists():
         card = cards.card_for_run(

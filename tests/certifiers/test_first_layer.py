@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from patchcert_cli.certifiers import first_layer
 from patchcert_cli.certifiers.first_layer import Split, sparse_box, under_patch, window_sums
+from patchcert_cli.certifiers.gains import largest_gains
 from patchcert_cli.errors import UnsupportedThreat
 from patchcert_cli.threats import Patch, Sparse
 
@@ -159,3 +160,20 @@ def test_first_convolutions_with_other_paddings_are_refused(options: dict[str, o
     net = nn.Sequential(nn.Conv2d(1, 2, 3, **options), nn.Flatten(), nn.Linear(32, 3))  # type: ignore[arg-type]
     with pytest.raises(UnsupportedThreat, match="zero padding"):
         Split.of(net, 1)
+
+
+def test_few_visits_look_at_the_largest_weights_only() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, x = torch.randn(5, 1, 40, generator=generator), torch.rand(7, 1, 40, generator=generator)
+    exact_up, exact_down = largest_gains(weight, x, 3)
+    kept = weight.abs()[:, 0].argsort(dim=1, descending=True)[:, :10]
+    few = torch.zeros_like(weight).scatter(2, kept[:, None], weight.gather(2, kept[:, None]))
+    up, down = largest_gains(weight, x, 3, visits=10)
+    expected_up, expected_down = largest_gains(few, x, 3)
+    assert torch.allclose(up, expected_up)
+    assert torch.allclose(down, expected_down)
+    assert bool((up <= exact_up + 1e-6).all()) and bool((down <= exact_down + 1e-6).all())
+    assert all(torch.equal(a, b) for a, b in zip(largest_gains(weight, x, 3, visits=40), (exact_up, exact_down), strict=True))
+    weight.requires_grad_()
+    (gradient,) = torch.autograd.grad(sum(part.sum() for part in largest_gains(weight, x, 3, visits=10)), weight)
+    assert int((gradient != 0).sum(dim=2).max()) <= 10

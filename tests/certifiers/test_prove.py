@@ -71,7 +71,7 @@ def test_nothing_is_certified_whose_exact_margin_is_not_positive(threat: Threat)
     certified = 0
     for seed in range(10):
         layers, x = network("mlp2", seed), images((1, 4, 5), 4, seed)
-        certificate = defense(layers, (1, 4, 5)).certify(x, threat)
+        certificate = defense(layers, (1, 4, 5)).certify(x, threat, "interval")
         path = reference.steps(layers, (1, 4, 5), Fraction)
         for i, y in enumerate(certificate.prediction.tolist()):
             v = reference.numbers(x[i], Fraction)

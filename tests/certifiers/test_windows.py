@@ -267,6 +267,7 @@ def test_whole_maps_only_where_a_layer_needs_them() -> None:
     for name, layout in EVERY.items():
         text = routes.explain(network(name), layout.shape, Patch(2, 2))
         assert ("whole maps" in text) == (name in WHOLE_MAPS), (name, text)
+        assert (routes.joins(network(name), layout.shape) is not None) == (name in ODD), name
     assert "2x2 of 16x12, 4x4 of 16x12, 4x4 of 8x6, 6x6 of 8x6, 4x3 of 4x3, 4x3 of 4x3; then 5 features" in routes.explain(
         network("five-layers"), (2, 16, 12), Patch(2, 2)
     )

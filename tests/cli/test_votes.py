@@ -148,7 +148,7 @@ def test_bad_input_is_one_clear_line(patchcert, model: str, picture: str, words:
 
 def test_intervals_have_no_conditions_and_no_map(patchcert, picture: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
     done = patchcert("certify", "mnist-ibp-p5", "--patch", "5", "--condition", "3.3", "--limit", "4")
-    assert done.code == 2 and "this defense has no proof '3.3'; allowed: interval." in done.err
+    assert done.code == 2 and "this defense has no proof '3.3'; allowed: best, interval, linear." in done.err
     done = patchcert("certify", "mnist-ibp-p5", "--patch", "5", "--image", picture, "--resize", "--map", "m.png")
     assert done.code == 2 and "--map is for bagcert and smoothing models" in done.err
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from model_folders import make_run, make_zoo, result_of
+from model_folders import make_run, make_zoo, write_result
 from typer.testing import CliRunner, Result
 
 from patchcert_cli import cards
@@ -113,13 +113,8 @@ def test_pull_refuses_weights_that_changed(zoo: Path) -> None:
     assert "sha256" in fail(IntegrityError, "pull", NAME)
 
 
-def write(path: Path, value: object) -> Path:
-    path.write_text(json.dumps(value))
-    return path
-
-
 def test_add_copies_a_run_with_its_results(zoo: Path, run: Path, tmp_path: Path) -> None:
-    result = write(tmp_path / "r.json", result_of(run))
+    result = write_result(tmp_path / "r", run)
     command = (
         "add",
         run,
@@ -146,7 +141,7 @@ def test_add_copies_a_run_with_its_results(zoo: Path, run: Path, tmp_path: Path)
 def test_add_refuses_other_weights_and_parts_of_the_split(
     zoo: Path, run: Path, tmp_path: Path, changes: dict[str, object]
 ) -> None:
-    fail(ClaimError, "add", run, "--name", "new", "--result", write(tmp_path / "r.json", result_of(run, **changes)))
+    fail(ClaimError, "add", run, "--name", "new", "--result", write_result(tmp_path / "r", run, **changes))
     assert not (zoo / "new").exists()
 
 

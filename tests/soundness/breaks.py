@@ -83,7 +83,7 @@ def radius_halved(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(streams, "window_sums", lambda *args: sums(*args) / 2)
     monkeypatch.setattr(windows.Windows, "_pixels", halved)
-    monkeypatch.setattr(first_layer, "largest_gains", lambda *args: tuple(part / 2 for part in gains(*args)))
+    monkeypatch.setattr(first_layer, "largest_gains", lambda *args, **more: tuple(part / 2 for part in gains(*args, **more)))
     monkeypatch.setattr(first_layer, "_convolution_gains", lambda *args: tuple(part / 2 for part in convolution(*args)))
 
 

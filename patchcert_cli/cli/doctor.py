@@ -1,0 +1,31 @@
+"""``patchcert doctor``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from patchcert_cli.cli import show
+from patchcert_cli.cli.options import DataDirOption, JsonOption
+
+EXAMPLES = "Examples:  patchcert doctor   |   patchcert doctor --offline --json -"
+
+
+def doctor(
+    data_dir: DataDirOption = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not ask the Hub anything.")] = False,
+    json: JsonOption = None,
+) -> None:
+    """Say what this machine has: versions, devices, the Hub, cache, disk, zoo, data. The first problem decides the exit code."""
+    from patchcert_cli import doctor
+
+    findings = doctor.examine(data_dir=data_dir, offline=offline)
+    problems = [finding.problem for finding in findings if finding.problem]
+    value = {
+        "facts": {finding.name: finding.value for finding in findings},
+        "problems": [{"code": problem.code, "problem": str(problem)} for problem in problems],
+    }
+    show.result([(finding.name, finding.value) for finding in findings], value, json)
+    if problems:
+        raise problems[0]

@@ -1,0 +1,34 @@
+"""``patchcert report``: pages made from what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(name="report", help="Make pages from what was measured.", no_args_is_help=True)
+
+
+@app.callback()
+def report() -> None:
+    """Make pages from what was measured."""
+
+
+@app.command("zoo", epilog="Examples:\n\n patchcert report zoo\n\n patchcert report zoo --out site/ --dataset cifar10")
+def zoo(
+    out: Annotated[Path, typer.Option("--out", help="The folder that gets index.html.")] = Path("site"),
+    dataset: Annotated[str | None, typer.Option(help="Only models for this data set.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an index.html that this command did not write.")] = False,
+) -> None:
+    """Write the zoo as one web page: leaderboards, curves and cards.
+
+    It is made from the model cards alone. The page stands for itself: it loads nothing, and opens without a server.
+    """
+    from patchcert_cli import cards, site
+    from patchcert_cli.errors import UsageError
+
+    found = cards.bundled(dataset=dataset)
+    if not found:
+        raise UsageError("there is no model to report on;", hint="see: patchcert zoo list")
+    typer.echo(site.write(found.values(), out, force=force))

@@ -1,0 +1,115 @@
+"""From what certify measured to what a card may say: a claim counts only with every record of the full test split behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from patchcert_cli import files, ledger
+from patchcert_cli.cards import Card, weights_sha256
+from patchcert_cli.errors import ClaimError, IntegrityError, PatchcertError
+from patchcert_cli.hub.find import Resolved
+
+RESULT = "result.json"
+MEASURED = ("dataset", "split", "images", "threat", "certified_interval", "method", "date", "command", "patchcert", "guarantee")
+
+Results = Mapping[str, Mapping[str, Any]]  # results of certify, by the path of their result.json
+
+
+def measured(found: Resolved, results: Results) -> tuple[Card, bytes | None]:
+    """The card of ``found`` with these results as its measurements, and the records behind them as one file.
+
+    Raises:
+        ClaimError: a result is about other weights or not about every image of the test split, or its records do not bear it out.
+        IntegrityError: something is not a result of certify.
+    """
+    assert found.card is not None
+    entries = [entry for where, result in results.items() for entry in _entries(result, where, found)]
+    book = ledger.of_runs(results)
+    status = "measured" if entries else "trained"
+    kept = {name: file for name, file in found.card.files.items() if name != files.LEDGER}
+    card = replace(found.card, status=status, results=(), files=kept).to_dict()
+    if book is None:
+        return Card.from_dict(card, where=found.name), None
+    packed = book.pack()
+    card["files"][files.LEDGER] = {"sha256": files.sha256_of(packed), "size": len(packed)}
+    return Card.from_dict({**card, "results": entries}, where=found.name), packed
+
+
+def check(card: Card, folder: Path) -> None:
+    """Raise :class:`ClaimError` unless the records in ``folder`` bear out every measurement of ``card``."""
+    where = str(folder)
+    if not card.results:
+        raise ClaimError(f"{card.name} has no measurement on the full test split.", hint=_how(card, where))
+    if files.LEDGER not in card.files or not (folder / files.LEDGER).is_file():
+        raise ClaimError(f"'{folder / files.LEDGER}' is missing: the measurements of {card.name} have no records.")
+    book = ledger.read(folder / files.LEDGER)
+    if book.model_sha256 != weights_sha256(card.files):
+        raise ClaimError(f"the records of {card.name} are about other weights (sha256 {book.model_sha256[:12]}…).")
+    ledger.against(book, card.results, where)
+
+
+def results_about(found: Resolved, places: list[Path]) -> dict[str, Mapping[str, Any]]:
+    """The newest results in ``places`` about these weights and the full test split, one for each set of claims.
+
+    Raises:
+        ClaimError: there is none; says what there is instead.
+    """
+    assert found.card is not None
+    fitting: dict[str, tuple[float, str, Mapping[str, Any]]] = {}
+    partial: list[str] = []
+    for path in sorted({path.resolve() for place in places if place.is_dir() for path in place.glob(f"*/{RESULT}")}):
+        try:
+            result = files.read_json(path)
+        except PatchcertError:
+            continue  # a run that crashed while writing is none
+        if result.get("model_sha256") != found.sha256 or "attack" in result:
+            continue
+        if result.get("split") != "test" or result.get("full_split") is not True:
+            partial.append(f"{result.get('images')} images of {result.get('split')}")
+            continue
+        stated = repr(sorted((one.get("threat"), one.get("method")) for one in result.get("claims", [result])))
+        entry = (path.stat().st_mtime, str(path), result)
+        fitting[stated] = max(fitting.get(stated, entry), entry, key=lambda one: one[0])
+    if not fitting:
+        there = f" (only {', '.join(dict.fromkeys(partial))})" if partial else ""
+        raise ClaimError(f"no result of these weights on the full test split{there}.", hint=_how(found.card, str(found.folder)))
+    return {path: result for _, path, result in fitting.values()}
+
+
+def _how(card: Card, where: str) -> str:
+    kind, _, rest = card.threat.partition(":")
+    option = f"--patch {rest}" if kind == "patch" else f"--threat {card.threat}"
+    return f"Make one: patchcert certify {where} {option}"
+
+
+def _entries(result: Mapping[str, Any], where: str, found: Resolved) -> list[dict[str, Any]]:
+    """A certify result as the card tells it, one entry for each claim, after holding it against the weights."""
+    common = {key: value for key, value in result.items() if key != "claims"}
+    return [_entry({**common, **claim}, where, found) for claim in result.get("claims", [{}])]
+
+
+def _entry(result: Mapping[str, Any], where: str, found: Resolved) -> dict[str, Any]:
+    assert found.card is not None
+    if "attack" in result or "certified" not in (result.get("counts") or {}):
+        raise IntegrityError(f"'{where}' is not a result of patchcert certify.")
+    if result.get("model_sha256") != found.sha256:
+        raise ClaimError(
+            f"'{where}' is about other weights (sha256 {str(result.get('model_sha256'))[:12]}…, not {found.sha256[:12]}…).",
+            hint="Certify this run.",
+        )
+    if result.get("split") != "test" or result.get("full_split") is not True:
+        raise ClaimError(
+            f"'{where}' is about {result.get('images')} images of {result.get('split')}, not about the full test split.",
+            hint="Certify it without --limit.",
+        )
+    if result.get("dataset") != found.card.dataset:
+        raise ClaimError(f"'{where}' is about {result.get('dataset')}, but the model was trained on {found.card.dataset}.")
+    counts = result["counts"]
+    for key in ("clean", "certified"):
+        if result.get(f"{key}_accuracy") != counts.get(key, -1) / (result.get("images") or 1):
+            raise ClaimError(f"'{where}': {key}_accuracy is not its count over its images.")
+    said = {key: result[key] for key in MEASURED if key in result}
+    return {**said, "clean": counts.get("clean"), "certified": counts["certified"]}

@@ -1,0 +1,118 @@
+"""Who stands in which table, and where: one board for each data set, split, threat and guarantee that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from patchcert_cli.cards import Card, Measured, Published
+from patchcert_cli.threats import KINDS, UNITS, Patch, PatchPercent, Sparse, Threat, parse_threat
+
+GUARANTEES = {
+    "recovery": "the answer stays right",
+    "detection": "the answer stays right, or an alarm is raised",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model on a board: its best measurement there, and what the paper reports for its own weights.
+
+    ``rank`` is None if the model was found unreliable. Equal certified accuracies share a rank.
+    """
+
+    card: Card
+    result: Measured
+    paper: Published | None
+    rank: int | None = None
+
+    @property
+    def certified(self) -> Fraction:
+        """Certified accuracy, exactly."""
+        return Fraction(self.result.certified, self.result.images)
+
+
+@dataclass(frozen=True)
+class Board:
+    """Models measured alike, the best first. ``own``: shown first, since one of them was trained against this threat."""
+
+    dataset: str
+    split: str
+    threat: Threat
+    guarantee: str
+    entries: tuple[Entry, ...]
+    own: bool
+
+
+Key = tuple[str, str, Threat, str]  # data set, split, threat, guarantee
+
+
+def boards(cards: Iterable[Card]) -> list[Board]:
+    """All boards, by data set, threat, split and guarantee; recovery and detection never meet."""
+    found: dict[Key, list[Entry]] = {}
+    for card in cards:
+        best: dict[Key, Measured] = {}
+        for one in card.results:
+            key = (one.dataset, one.split, parse_threat(one.threat), one.guarantee)
+            if key not in best or _share(one) > _share(best[key]):
+                best[key] = one
+        for key, one in best.items():
+            found.setdefault(key, []).append(Entry(card, one, paper_for(card, one)))
+    keys = sorted(found, key=lambda key: (key[0], difficulty(key[2]), key[1], list(GUARANTEES).index(key[3])))
+    owned = {key for key in keys if any(parse_threat(entry.card.threat) == key[2] for entry in found[key])}
+    for dataset in {key[0] for key in keys} - {key[0] for key in owned}:
+        owned.add(max((key for key in keys if key[0] == dataset), key=lambda key: len(found[key])))
+    return [Board(*key, entries=_ranked(found[key]), own=key in owned) for key in keys]
+
+
+def paper_for(card: Card, result: Measured) -> Published | None:
+    """What stands beside a measurement.
+
+    A published number does not say its guarantee: it stands beside nothing if the card has both for this threat.
+    """
+    threat = parse_threat(result.threat)
+    promised = {one.guarantee for one in card.results if parse_threat(one.threat) == threat}
+    return card.report(result.threat) if promised == {result.guarantee} and result.dataset == card.dataset else None
+
+
+def _share(one: Measured) -> Fraction:
+    return Fraction(one.certified, one.images)
+
+
+def _ranked(entries: list[Entry]) -> tuple[Entry, ...]:
+    def order(entry: Entry) -> tuple[bool, Fraction, Fraction, str]:
+        clean = Fraction(entry.result.clean, entry.result.images)
+        return entry.card.status == "unreliable", -entry.certified, -clean, entry.card.name
+
+    ranked: list[Entry] = []
+    for entry in sorted(entries, key=order):
+        better = sum(other.certified > entry.certified for other in ranked)
+        rank = None if entry.card.status == "unreliable" else better + 1
+        ranked.append(Entry(entry.card, entry.result, entry.paper, rank))
+    return tuple(ranked)
+
+
+def difficulty(threat: Threat) -> tuple[int, int, Fraction, str]:
+    """An order of threats: patches before pixels, small before large."""
+    kind = list(KINDS).index(threat.kind)
+    if isinstance(threat, Patch):
+        return kind, 0, Fraction(threat.height * threat.width), f"{threat.height:06}"
+    if isinstance(threat, PatchPercent):
+        return kind, 1, threat.percent, ""
+    return kind, UNITS.index(threat.unit) if isinstance(threat, Sparse) else 0, Fraction(threat.budget), str(threat)
+
+
+def describe(threat: Threat) -> str:
+    """A threat in words."""
+    if isinstance(threat, Patch):
+        return f"one patch of {threat.height}x{threat.width} pixels, anywhere in the image"
+    if isinstance(threat, PatchPercent):
+        return f"one square patch of {str(threat).partition(':')[2][:-1]} % of the image, anywhere in it"
+    things = "single channel values" if isinstance(threat, Sparse) and threat.unit == "value" else "pixels"
+    return f"any {threat.budget} {things}"
+
+
+def own(card: Card) -> str:
+    """The canonical name of the threat that a model was trained against."""
+    return str(parse_threat(card.threat))

@@ -1,0 +1,132 @@
+"""Many pulls at once, and many faults in a row."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from model_folders import make_zoo
+
+from patchcert_cli import cards, files
+from patchcert_cli.cards import Card
+
+from .loopback import LoopbackHub
+
+NAME = "small-ibp-p2"
+REPO = f"patchcert/{NAME}"
+PULL = f"from patchcert_cli import hub; print(hub.pull('{NAME}').folder)"
+
+
+def publish(hub: LoopbackHub, zoo: Path) -> Card:
+    """Put the zoo's only model on the hub; its card alone stays."""
+    card = make_zoo(zoo)
+    folder = zoo / NAME
+    commit = hub.add(REPO, {path.name: path.read_bytes() for path in folder.iterdir()})
+    for name in card.files:
+        (folder / name).unlink()
+    card = Card.from_dict({**card.to_dict(), "hub": {"repo": REPO, "revision": commit}})
+    (folder / cards.CARD).write_text(card.render(), encoding="utf-8")
+    return card
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("count", [8, pytest.param(100, marks=pytest.mark.slow)])
+def test_pulls_of_one_model_at_once_fetch_it_once(tmp_path: Path, count: int) -> None:
+    with LoopbackHub() as hub:
+        card = publish(hub, tmp_path / "zoo")
+        variables = hub.environment(tmp_path / "hf", PATCHCERT_ZOO=str(tmp_path / "zoo"))
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", PULL], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            for _ in range(count)
+        ]
+        done = [process.communicate(timeout=600) for process in processes]
+        assert [process.returncode for process in processes] == [0] * count, done
+        assert [err for _, err in done] == [""] * count
+        folders = {out.strip() for out, _ in done}
+        assert len(folders) == 1
+        for name, facts in card.files.items():
+            assert hub.downloads(name) == 1
+            assert files.sha256(Path(*folders) / name) == facts.sha256
+
+
+DRIVER = """
+import contextlib, io, json, os, shutil, sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+from hub.faults import random_fault
+from hub.loopback import LoopbackHub
+from hub.test_crowds import NAME, REPO, publish
+
+home = Path(sys.argv[1])
+with LoopbackHub() as hub:
+    os.environ |= hub.environment(home / "hf", PATCHCERT_ZOO=str(home / "zoo"), HF_HUB_DOWNLOAD_TIMEOUT="1")
+    os.environ["HF_HUB_ETAG_TIMEOUT"] = "1"
+    os.environ.pop("HF_HUB_OFFLINE", None)
+    card = publish(hub, home / "zoo")
+    from patchcert_cli.cli import main
+    for seed in map(int, sys.argv[2:]):
+        fault = random_fault(seed)
+        hub.faults[:] = [fault] if fault else []
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        name = NAME if seed % 3 else REPO + "@" + card.hub.revision
+        sys.argv = ["patchcert", "zoo", "pull", name]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main.run()
+            except SystemExit as stop:
+                code = stop.code or 0
+        print(json.dumps([seed, str(fault), code, out.getvalue(), err.getvalue()]))
+        sys.stdout.flush()
+        if seed % 2:
+            shutil.rmtree(home / "hf", ignore_errors=True)
+"""
+
+
+def pulls(home: Path, seeds: range) -> list[tuple[int, str, int, str, str]]:
+    """Pull under one fault per seed, all in one process with a Hub of its own; every other time from an empty cache."""
+    tests = Path(__file__).parents[1]
+    program = DRIVER.format(paths=[str(tests)])
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("HF_HUB_OFFLINE", "HF_HOME"):
+        variables.pop(name, None)
+    variables["HF_HOME"] = str(home / "hf")
+    command = [sys.executable, "-c", program, str(home), *map(str, seeds)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=3600, check=False)
+    assert done.returncode == 0, done.stderr
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_no_fault_ever_serves_wrong_content_or_a_traceback(tmp_path: Path, count: int) -> None:
+    workers = 10 if count < 100 else 40  # most of the time is the patience of the client
+    share = [range(first, count, workers) for first in range(workers)]
+    with ThreadPoolExecutor(workers) as pool:
+        told = [row for rows in pool.map(lambda at: pulls(tmp_path / str(at), share[at]), range(workers)) for row in rows]
+    assert sorted(row[0] for row in told) == list(range(count))
+    codes: Counter[int] = Counter()
+    for seed, fault, code, out, err in told:
+        codes[code] += 1
+        assert "Traceback" not in err, (seed, fault, err)
+        assert code in (0, 4, 5), (seed, fault, code, err)
+        home = tmp_path / str(seed % workers)
+        card = Card.read(home / "zoo" / NAME)
+        if code == 0:
+            assert "sha256 ok" in out, (seed, fault)
+        else:
+            assert (out, err.count("\n")) == ("", 1), (seed, fault, err)
+        for path in (home / "hf").rglob("snapshots/*/*"):
+            if path.name in card.files and path.is_file():
+                assert files.sha256(path) == card.files[path.name].sha256, (seed, fault)
+    print(f"{count} pulls, {len({fault for _, fault, *_ in told})} faults: exit codes {dict(codes)}")
+    assert codes[0]
+    assert codes[4]
+    assert codes[5]
