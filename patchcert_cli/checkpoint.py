@@ -112,12 +112,21 @@ def load_defense(folder: Path, *, device: str = "cpu", expected_sha256: str | No
         defense = defenses.build(config)
     except (KeyError, TypeError, ValueError) as problem:
         raise IntegrityError(f"'{folder / CONFIG}' does not describe a defense: {problem!r}.") from problem
-    tensors = _weights(folder)
-    _check_fit(defense.state_dict(), tensors, folder / files[0])
-    defense.load_state_dict(tensors, strict=True)  # half precision widens without a change
+    defense.load_state_dict(weights_for(defense, folder), strict=True)  # half precision widens without a change
     defense = defense.to(torch.device(device)).eval()
     defense.self_test()
     return defense, config
+
+
+def weights_for(defense: Defense, folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder, for a defense that has such ones.
+
+    Raises:
+        IntegrityError: names, shapes or types are not those of the defense.
+    """
+    tensors = _weights(folder)
+    _check_fit(defense.state_dict(), tensors, folder / cards.weights_of(folder)[0])
+    return tensors
 
 
 def _check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], where: Path) -> None:

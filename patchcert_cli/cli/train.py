@@ -51,6 +51,7 @@ RECIPE_FIELDS = (  # options that go into the recipe under their own name
     "stored",
     "validation",
     "seed",
+    "start",
 )
 
 
@@ -88,6 +89,10 @@ def train(
     ] = None,
     validation: Annotated[int | None, _recipe_option("--validation", "Training images held out.")] = None,
     seed: Annotated[int | None, _recipe_option("--seed", "Seed of everything random.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--start", metavar="NAME|PATH", help="Begin with this model's weights.", rich_help_panel=RECIPE),
+    ] = None,
     data_dir: DataDirOption = None,
     download: DownloadOption = False,
     device: DeviceOption = "auto",
@@ -107,14 +112,16 @@ def train(
     from patchcert_cli.training import session
 
     if recipe is not None:
-        start = session.recipe_of(recipe)
+        basis = session.recipe_of(recipe)
     elif chosen is not None:
-        start = recipes.for_threat(chosen, defense or "ibp")
+        basis = recipes.for_threat(chosen, defense or "ibp")
     else:
         raise UsageError("no threat model given;", hint="use --patch 5, or --threat sparse --k 10, or --recipe NAME.")
-    given["network_options"] = start.network_options | _pairs(network_option, "--network-option")
-    given["options"] = start.options | _pairs(option, "--option")
-    made = replace(start, **given).validate().fitted()
+    given["network_options"] = basis.network_options | _pairs(network_option, "--network-option")
+    given["options"] = basis.options | _pairs(option, "--option")
+    if "start" in given:
+        given["start_sha256"] = ""
+    made = session.started(replace(basis, **given).validate().fitted())
     folder = out or Path("runs") / made.name
     if dry_run:
         session.check(made)

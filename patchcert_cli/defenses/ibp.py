@@ -85,26 +85,32 @@ class IntervalDefense(Defense):
         self.check_input(x)
         for claim in claims:
             self.check_method(claim.method)
-        return [self._certify(x, claim.threat, linear=(claim.method or self.methods[0]) != "interval") for claim in claims]
-
-    def _certify(self, x: Tensor, threat: Threat, *, linear: bool) -> Certificate:
-        exact = rounding.double(self.network)
+        exact, found = rounding.double(self.network), []
         with exact_arithmetic():
             prediction = self._predict(exact, x)
             network = exact if x.dtype == torch.float64 else rounding.frozen(self.network)
-            proof = rounding.prove(network, exact, x, prediction, threat)
-            if linear:
-                proof = refine.improve(exact, x, prediction, threat, proof)
+            proofs = {
+                threat: rounding.prove(network, exact, x, prediction, threat)
+                for threat in dict.fromkeys(claim.threat for claim in claims)
+            }
+            for claim in claims:
+                proof, linear = proofs[claim.threat], (claim.method or self.methods[0]) != "interval"
+                if linear:
+                    proof = refine.improve(exact, x, prediction, claim.threat, proof)
+                found.append(self._certificate(prediction, proof, claim.threat, "linear" if linear else "interval"))
+        return found
+
+    def _certificate(self, prediction: Tensor, proof: rounding.Proof, threat: Threat, method: str) -> Certificate:
         height, width = self.input_shape[1:]
         return Certificate(
             prediction=prediction,
             certified=proof.margin > proof.slack,
             margin=proof.margin,
             slack=proof.slack,
-            worst=threat.atoms(height, width).to(x.device)[proof.worst],
+            worst=threat.atoms(height, width).to(prediction.device)[proof.worst],
             rival=proof.rival,
             threat=threat,
-            method="linear" if linear else "interval",
+            method=method,
         )
 
     def remark(self, threat: Threat) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,14 @@ def train(
     images: Images,
     folder: Path,
     *,
+    initial: Mapping[str, Tensor] | None = None,
     device: str = "cpu",
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Trained:
     """Train ``recipe`` on ``images`` (the training split) into ``folder``, continuing a stopped run of the same recipe.
+
+    ``initial`` are the weights to begin with, if not fresh ones.
 
     Raises:
         UsageError: the folder holds a run of another recipe.
@@ -74,6 +78,8 @@ def train(
         torch.manual_seed(recipe.seed)
         defense = defenses.build(config)
         aid = (defense.prepare(recipe.training) or nn.Module()).to(device)
+        if initial is not None:
+            defense.load_state_dict(initial, strict=True)
         defense = _laid_out(defense.to(device), recipe)
     optimizer = _optimizer([*defense.parameters(), *aid.parameters()], recipe)
     start = _restore(folder, recipe, defense, aid, optimizer)
@@ -106,8 +112,14 @@ def train(
             f"interrupted after {len(lines)} of {recipe.epochs} epochs;", hint="resume with the same command."
         ) from problem
     checkpoint.save_defense(folder, defense, config)
-    tally = monitor(defense, held, recipe)
+    tally = _validated(lines[-1]) if lines else monitor(defense, held, recipe)
     return Trained(folder, defense.eval(), tally, recipe.epochs - start, sum(line["seconds"] for line in lines))
+
+
+def _validated(row: Mapping[str, Any]) -> Tally:
+    """Counts of the last epoch's validation, which is that of the finished model."""
+    images = int(row["validation_images"])
+    return Tally(images, round(row["clean"] * images), round(row["certified"] * images))
 
 
 def _claim(folder: Path, config: dict[str, Any]) -> None:

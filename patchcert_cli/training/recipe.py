@@ -35,6 +35,8 @@ class Recipe:
         stored: what the weights of the finished model are rounded to; it is validated and certified as stored.
         validation: training images held out.
         seed: of weights, held-out images, order of images and all else that is random.
+        start: the model whose weights the run begins with, as ``--start`` names it; empty for fresh ones.
+        start_sha256: those weights' digest, so that equal recipes begin alike.
         options: the defense's own, see its ``Options``; those left out have their defaults.
     """
 
@@ -52,6 +54,8 @@ class Recipe:
     stored: str = "float32"
     validation: int = 5000
     seed: int = 0
+    start: str = ""
+    start_sha256: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -162,7 +166,7 @@ class Recipe:
             flag = {"network_options": "network-option", "options": "option"}.get(name)
             if flag:
                 words += [f"--{flag} {key}={written(item)}" for key, item in value.items() if default[name].get(key) != item]
-            elif name not in ("threat", "defense") and value != default[name]:
+            elif name not in ("threat", "defense", "start_sha256") and value != default[name]:
                 words.append(f"--{name.replace('_', '-')} {value}")
         return " ".join(["patchcert train", *words])
 

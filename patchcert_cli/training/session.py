@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from patchcert_cli import __version__, cards, data, defenses, files, hub, models
+from patchcert_cli import __version__, cards, checkpoint, data, defenses, files, hub, models
 from patchcert_cli import device as devices
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.progress import Progress, Silent
@@ -25,10 +28,33 @@ def recipe_of(name_or_path: str) -> Recipe:
     return Recipe.from_dict(config["recipe"])
 
 
-def check(recipe: Recipe) -> None:
-    """Raise what building and preparing the recipe's network raises, before any data is loaded."""
+def started(recipe: Recipe) -> Recipe:
+    """The recipe with the digest of the weights that it starts from."""
+    if not recipe.start:
+        return recipe
+    found = hub.resolve(recipe.start)
+    digest = cards.weights_sha256({name: cards.File.of(found.folder / name) for name in cards.weights_of(found.folder)})
+    if recipe.start_sha256 not in ("", digest):
+        raise IntegrityError(
+            f"'{recipe.start}' has weights {digest[:12]}…, but the recipe starts from {recipe.start_sha256[:12]}…;",
+            hint="name the model that it was started from with --start.",
+        )
+    return replace(recipe, start_sha256=digest)
+
+
+def check(recipe: Recipe) -> Mapping[str, Tensor] | None:
+    """The weights to begin with, if not fresh ones; raises what building and preparing the recipe's network raises.
+
+    Raises:
+        IntegrityError: the weights to begin with are not those of the recipe, or those of another network.
+    """
     with torch.random.fork_rng():
-        defenses.build(recipe.config()).prepare(recipe.training)
+        defense = defenses.build(recipe.config())
+        defense.prepare(recipe.training)
+    if not recipe.start:
+        return None
+    folder = hub.resolve(started(recipe).start).folder
+    return checkpoint.weights_for(defense, folder)
 
 
 def run(
@@ -51,9 +77,9 @@ def run(
     """
     progress = progress or Silent()
     place = devices.resolve(device)
-    check(recipe)
+    initial = check(recipe)
     images = data.load(recipe.dataset, "train", data_dir=data_dir, download=download, fetch=fetch, progress=progress)
-    made = loop.train(recipe, images, folder, device=place, fresh=fresh, progress=progress)
+    made = loop.train(recipe, images, folder, initial=initial, device=place, fresh=fresh, progress=progress)
     weights = cards.weights_sha256({name: cards.File.of(folder / name) for name in cards.weights_of(folder)})
     validation = {"images": made.validation.images, "clean": made.validation.clean, "certified": made.validation.certified}
     if made.epochs_run or not (folder / files.CARD).exists():

@@ -13,7 +13,7 @@ import torch
 
 from patchcert_cli import cards, checkpoint, data, files
 from patchcert_cli.defenses.ibp import IntervalOptions
-from patchcert_cli.errors import DataError, Interrupted, UsageError
+from patchcert_cli.errors import DataError, IntegrityError, Interrupted, UsageError
 from patchcert_cli.threats import Sparse, parse_threat
 from patchcert_cli.training import loop, session
 from patchcert_cli.training.recipe import Recipe, for_threat
@@ -223,3 +223,22 @@ def test_missing_training_data_names_the_one_command_that_fetches_it(tmp_path: P
         session.run(TINY, tmp_path / "run", data_dir=tmp_path, fetch="patchcert train --patch 5 --download")
     assert caught.value.code == 6
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_can_begin_with_the_weights_of_another(tmp_path: Path) -> None:
+    first = loop.train(TINY, images(), tmp_path / "first")
+    further = session.started(replace(TINY, start=str(tmp_path / "first"), learning_rate=1e-9, epochs=1, options={}).fitted())
+    assert further.start_sha256 == cards.weights_sha256({files.WEIGHTS: cards.File.of(tmp_path / "first" / files.WEIGHTS)})
+    made = loop.train(further, images(), tmp_path / "next", initial=session.check(further))
+    for name, value in made.defense.state_dict().items():
+        torch.testing.assert_close(value, first.defense.state_dict()[name], atol=1e-6, rtol=0)
+    assert "--start" in further.command
+
+
+def test_weights_to_begin_with_must_be_the_recipes_and_fit(tmp_path: Path) -> None:
+    loop.train(TINY, images(), tmp_path / "first")
+    there = replace(TINY, start=str(tmp_path / "first"))
+    with pytest.raises(IntegrityError, match="starts from 000000000000"):
+        session.started(replace(there, start_sha256="0" * 64))
+    with pytest.raises(IntegrityError, match="instead of"):
+        session.check(session.started(replace(there, network_options={"hidden": [13]})))
