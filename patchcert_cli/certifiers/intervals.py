@@ -113,6 +113,31 @@ def margins_at(
 
     Returns: [B, K]; 0 in the target's column.
     """
+    better, worse, offset, (lower, upper) = _contrasted(network, x, target, patch, chosen, epsilon)
+    if not per_class:
+        return (lower @ better.transpose(1, 2) + upper @ worse.transpose(1, 2)).amin(dim=1) + offset
+    return (better * lower + worse * upper).sum(dim=2) + offset
+
+
+def margins_table(network: nn.Module, x: Tensor, target: Tensor, patch: Patch, chosen: Tensor, *, epsilon: float = 1.0) -> Tensor:
+    """The interval lower bounds of ``f_target - f_class`` at each of R locations of each image, with gradient.
+
+    Args:
+        chosen: int64 [B, R], indices of locations.
+
+    Returns: [B, R, K]; 0 in the target's column.
+    """
+    better, worse, offset, (lower, upper) = _contrasted(network, x, target, patch, chosen, epsilon)
+    return lower @ better.transpose(1, 2) + upper @ worse.transpose(1, 2) + offset[:, None]
+
+
+def _contrasted(
+    network: nn.Module, x: Tensor, target: Tensor, patch: Patch, chosen: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor, Box]:
+    """The last layer merged with ``e_target - e_class``, and the box in front of it at ``chosen`` locations [B, R].
+
+    Returns: its weights for lower and for upper ends [B, K, N], its bias [B, K], and the box [B, R, N].
+    """
     split = Split.of(network, x.shape[1])
     final = split.rest[-1] if split.rest else None
     if not isinstance(final, nn.Linear):
@@ -120,19 +145,13 @@ def margins_at(
     atoms = patch.count(x.shape[2], x.shape[3])
     image = torch.arange(len(x), device=x.device)[:, None].expand_as(chosen)
     pairs, back = (image * atoms + chosen).unique(return_inverse=True)  # type: ignore[no-untyped-call]  # distinct (image, location)
-    owner, location = pairs // atoms, pairs % atoms
-    lower, upper = _chosen(split, x, patch, owner, location, epsilon)  # [U, N]
+    lower, upper = _at_pairs(split, x, patch, pairs // atoms, pairs % atoms, epsilon)  # [U, N]
     contrast = final.weight[target][:, None] - final.weight  # [B, K, N]
-    better, worse = contrast.clamp(min=0), contrast.clamp(max=0)
-    if per_class:
-        margin = (better * lower[back] + worse * upper[back]).sum(dim=2)
-    else:
-        margin = (lower[back] @ better.transpose(1, 2) + upper[back] @ worse.transpose(1, 2)).amin(dim=1)
     bias = final.bias if final.bias is not None else final.weight.new_zeros(final.out_features)
-    return margin + bias[target][:, None] - bias
+    return contrast.clamp(min=0), contrast.clamp(max=0), bias[target][:, None] - bias, (lower[back], upper[back])
 
 
-def _chosen(split: Split, x: Tensor, patch: Patch, owner: Tensor, location: Tensor, epsilon: float) -> Box:
+def _at_pairs(split: Split, x: Tensor, patch: Patch, owner: Tensor, location: Tensor, epsilon: float) -> Box:
     """Bounds in front of the last layer for U pairs (image ``owner``, ``location``), [U, N] each, with gradient."""
     if not split.is_dense:
         windows = Windows(split.layers[:-1], x, patch, epsilon, clip=False)

@@ -21,41 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli.certifiers.first_layer import Split, location_masks, sparse_box, window_sums
-from patchcert_cli.certifiers.intervals import _chosen as inner_bounds
+from patchcert_cli.certifiers.intervals import margins_table
 from patchcert_cli.certifiers.rules import Box, box
-from patchcert_cli.errors import UnsupportedThreat, UsageError
+from patchcert_cli.errors import UsageError
 from patchcert_cli.threats import Patch, Sparse
 
 PAIRS = {"cpu": 4096, "cuda": 32768}  # bounded at a time without gradient
 
 
-def margins_table(network: nn.Module, x: Tensor, target: Tensor, patch: Patch, chosen: Tensor, *, epsilon: float = 1.0) -> Tensor:
-    """Interval lower bounds of ``f_target - f_class`` at each of R locations of each image, with gradient.
-
-    The minimum over R is :func:`intervals.margins_at`.
-
-    Args:
-        chosen: int64 [B, R], indices of locations.
-
-    Returns: [B, R, K]; 0 in the target's column.
-    """
-    split = Split.of(network, x.shape[1])
-    final = split.rest[-1] if split.rest else None
-    if not isinstance(final, nn.Linear):
-        raise UnsupportedThreat("training on patches needs a network that ends in a linear layer behind another layer.")
-    atoms = patch.count(x.shape[2], x.shape[3])
-    image = torch.arange(len(x), device=x.device)[:, None].expand_as(chosen)
-    pairs, back = (image * atoms + chosen).unique(return_inverse=True)  # type: ignore[no-untyped-call]
-    lower, upper = inner_bounds(split, x, patch, pairs // atoms, pairs % atoms, epsilon)  # [U, N]
-    contrast = final.weight[target][:, None] - final.weight  # [B, K, N]
-    better, worse = (part.transpose(1, 2) for part in (contrast.clamp(min=0), contrast.clamp(max=0)))
-    margin = lower[back] @ better + upper[back] @ worse
-    return margin if final.bias is None else margin + final.bias[target][:, None, None] - final.bias
-
-
 @torch.no_grad()
 def screen(network: nn.Module, x: Tensor, target: Tensor, patch: Patch, chosen: Tensor, *, epsilon: float = 1.0) -> Tensor:
-    """:func:`margins_table` without gradient, some images at a time."""
+    """Interval bounds :func:`intervals.margins_table` without gradient, some images at a time."""
     step = max(1, PAIRS.get(x.device.type, PAIRS["cpu"]) // chosen.shape[1])
     parts = [slice(start, start + step) for start in range(0, len(x), step)]
     return torch.cat([margins_table(network, x[part], target[part], patch, chosen[part], epsilon=epsilon) for part in parts])

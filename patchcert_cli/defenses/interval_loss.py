@@ -106,7 +106,7 @@ def _bounds(network: nn.Module, x: Tensor, label: Tensor, threat: Patch | Sparse
         if per_class or not (guide or options.linear or options.tightness or options.balance):
             margins = intervals.margins_at(network, x, label, threat, chosen, per_class=per_class, epsilon=epsilon)
             return Bounds(margins, chosen if per_class else chosen[:, :1].expand_as(margins), none)
-        table = pairwise.margins_table(network, x, label, threat, chosen, epsilon=epsilon)
+        table = intervals.margins_table(network, x, label, threat, chosen, epsilon=epsilon)
         margins, index = table.min(dim=1)
         if guide is not None:
             error = F.mse_loss(guided(prediction, threat, chosen), table.detach())

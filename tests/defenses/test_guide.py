@@ -79,7 +79,7 @@ def test_the_loss_and_both_gradients() -> None:
     expected = torch.nn.functional.cross_entropy(-margins, label)
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     error = torch.nn.functional.mse_loss(
-        guided(aid(x), PATCH, chosen), pairwise.margins_table(net, x, label, PATCH, chosen).detach()
+        guided(aid(x), PATCH, chosen), intervals.margins_table(net, x, label, PATCH, chosen).detach()
     )
     for module, value in ((net, expected), (aid, error)):
         weights = list(module.parameters())

@@ -67,7 +67,7 @@ def slow_table(network: nn.Sequential, x: Tensor, label: Tensor, epsilon: float 
 def test_the_table_of_margins_and_its_gradient(name: str, epsilon: float) -> None:
     network, (x, label) = build(name), batch()
     chosen = torch.randint(LOCATIONS, (6, 9), generator=torch.Generator().manual_seed(5))
-    fast = pairwise.margins_table(network, x, label, PATCH, chosen, epsilon=epsilon)
+    fast = intervals.margins_table(network, x, label, PATCH, chosen, epsilon=epsilon)
     slow = slow_table(network, x, label, epsilon).gather(1, chosen[:, :, None].expand(-1, -1, CLASSES))
     assert torch.allclose(fast, slow, atol=1e-5)
     assert torch.allclose(pairwise.screen(network, x, label, PATCH, chosen, epsilon=epsilon), slow, atol=1e-5)
