@@ -119,8 +119,7 @@ def train(
         raise UsageError("no threat model given;", hint="use --patch 5, or --threat sparse --k 10, or --recipe NAME.")
     given["network_options"] = basis.network_options | _pairs(network_option, "--network-option")
     given["options"] = basis.options | _pairs(option, "--option")
-    if "start" in given:
-        given["start_sha256"] = ""
+    given |= {"start_sha256": ""} if start is not None else {}
     made = session.started(replace(basis, **given).validate().fitted())
     folder = out or Path("runs") / made.name
     if dry_run:

@@ -141,6 +141,11 @@ def _network(kind: str, shape: tuple[int, int, int]) -> nn.Sequential:
             *(nn.Conv2d(channels, 2, 2, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
             nn.Linear(2 * ((height + 1) // 2) * ((width + 1) // 2), 3),
         )
+    if kind == "two convolutions":
+        return nn.Sequential(
+            *(nn.Conv2d(channels, 2, 2, 1, 1), nn.ReLU(), nn.Conv2d(2, 3, 3, 2, 1), nn.ReLU(), nn.Flatten()),
+            nn.Linear(3 * (height // 2 + 1) * (width // 2 + 1), 3),
+        )
     assert kind == "strided"
     return nn.Sequential(
         *(nn.Conv2d(channels, 3, 2, 2, 1), nn.ReLU(), nn.Flatten()), nn.Linear(3 * (height // 2 + 1) * (width // 2 + 1), 3)
@@ -165,7 +170,7 @@ def random_defense(kind: str, shape: tuple[int, int, int], seed: int, *, whole: 
 @cache
 def random_arenas(family: str) -> list[Arena]:
     """Many random networks: ``dense`` or ``convolutional``, one and two channels, 3x3 and 4x4 images."""
-    kinds = ("mlp", "mlp", "deep") if family == "dense" else ("cnn", "strided")
+    kinds = ("mlp", "mlp", "deep") if family == "dense" else ("cnn", "strided", "two convolutions")
     arenas = []
     for kind, shape, seed in product(kinds, ((1, 3, 3), (1, 4, 4), (2, 3, 3)), range(4)):
         for whole in (False, True):

@@ -12,9 +12,10 @@ from certifiers import ballot_breaks
 from torch import Tensor
 
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.certifiers import first_layer, intervals, rounding, streams, windows
+from patchcert_cli.certifiers import first_layer, intervals, reach, rounding, streams, windows
 from patchcert_cli.defenses.evidence import EvidenceDefense
 from patchcert_cli.defenses.ibp import IntervalDefense
+from patchcert_cli.geometry import touched_range
 from patchcert_cli.threats import Patch, PatchPercent, Sparse
 
 Break = Callable[[pytest.MonkeyPatch], None]
@@ -154,6 +155,36 @@ PATCH_BREAKS: dict[str, Break] = {
     "patch one column narrower": _resolved(_one_column_less),
     "largest over locations": largest_over_locations,
     "margins given to other images": _margins(_grouped_by_target),
+}
+
+
+def _touched(change: Callable[[reach.Slide, int, int], tuple[int, int]]) -> Break:
+    """Windows of convolutions and pooling are others than those that a patch can reach."""
+    return lambda monkeypatch: monkeypatch.setattr(
+        reach.Slide, "touched", lambda self, start, side, clip: change(self, start, side)
+    )
+
+
+def _clipped(slide: reach.Slide, start: int, side: int, *, padding: int | None = None) -> tuple[int, int]:
+    padding = slide.padding if padding is None else padding
+    first, last = touched_range(start, side, kernel=slide.extent, stride=slide.stride, padding=padding, size=slide.size)
+    return first, max(last - first, 0)
+
+
+def _one_short(slide: reach.Slide, start: int, side: int) -> tuple[int, int]:
+    first, count = _clipped(slide, start, side)
+    return first, max(count - 1, 1)
+
+
+def _one_late(slide: reach.Slide, start: int, side: int) -> tuple[int, int]:
+    first, count = _clipped(slide, start, side)
+    return (first + 1, count - 1) if count > 1 else (first, count)
+
+
+WINDOW_BREAKS: dict[str, Break] = {
+    "window one cell short": _touched(_one_short),
+    "window begins one cell late": _touched(_one_late),
+    "padding forgotten": _touched(lambda slide, start, side: _clipped(slide, start, side, padding=0)),
 }
 SPARSE_BREAKS: dict[str, Break] = {
     "budget k - 1": _resolved(_one_less),

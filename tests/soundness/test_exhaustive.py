@@ -33,7 +33,7 @@ from .arena import (
     registered_arenas,
     voting_arenas,
 )
-from .breaks import COMMON_BREAKS, PATCH_BREAKS, SPARSE_BREAKS, VOTE_BREAKS, VOTE_SPARSE_BREAKS, Break
+from .breaks import COMMON_BREAKS, PATCH_BREAKS, SPARSE_BREAKS, VOTE_BREAKS, VOTE_SPARSE_BREAKS, WINDOW_BREAKS, Break
 
 PATCHES: list[Attack] = [Patch(1, 1), Patch(1, 2), Patch(2, 1), Patch(2, 2), Patch(1, 3)]
 PIXELS: list[Attack] = [Sparse(1), Sparse(2)]
@@ -148,6 +148,11 @@ def test_two_channels_with_pixel_and_value_budgets(kind: str) -> None:
 @pytest.mark.parametrize("broken", [*PATCH_BREAKS, *COMMON_BREAKS])
 def test_broken_patch_certifiers_are_caught(family: str, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_caught({**PATCH_BREAKS, **COMMON_BREAKS}[broken], family, PATCHES, monkeypatch)
+
+
+@pytest.mark.parametrize("broken", WINDOW_BREAKS)
+def test_broken_windows_are_caught(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_caught(WINDOW_BREAKS[broken], "convolutional", PATCHES, monkeypatch)
 
 
 @pytest.mark.parametrize("family", ["dense", "convolutional"])
