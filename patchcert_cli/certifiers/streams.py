@@ -250,8 +250,10 @@ class WindowStream(PatchStream):
         """Margins of pairs (image ``owner``, ``location``), int64 [N] each, against their ``target`` [N]: [N, K]."""
         found, where = [], []
         for start in range(0, len(self.x), IMAGES):
-            windows = Windows(self.body, self.x[start : start + IMAGES], self.patch, self.epsilon, clip=False)
             own = ((owner >= start) & (owner < start + IMAGES)).nonzero()[:, 0]
+            if not len(own):
+                continue
+            windows = Windows(self.body, self.x[start : start + IMAGES], self.patch, self.epsilon, clip=False)
             order = own[windows.reach.order(location[own])]
             for part in torch.split(order, _chunk(windows.widest(1) * self.x.element_size() // 2, self.x.device)):
                 lower, upper = windows.bounds(owner[part] - start, location[part])

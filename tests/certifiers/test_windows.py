@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli.certifiers import intervals, products, routes, streams, windows
-from patchcert_cli.certifiers.first_layer import location_masks
+from patchcert_cli.certifiers.first_layer import Split, location_masks
 from patchcert_cli.certifiers.reach import Piece, Reach, Slide
 from patchcert_cli.certifiers.rules import Box, layers_of, propagate
 from patchcert_cli.certifiers.windows import Windows
@@ -162,6 +162,18 @@ def test_all_ways_through_the_stream_agree(long: int, few: int, monkeypatch: pyt
             found = intervals.lower_margins(net, x, target, Patch(3, 3))
             assert float((found.values - expected.values).abs().max()) <= 1e-12
             assert torch.equal(found.worst, expected.worst)
+
+
+def test_pairs_of_some_images_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = network("five-layers").double(), images(MORE["five-layers"].shape, 7).double()
+    target, patch = torch.tensor([2, 0, 1, 2, 0, 2, 1]), Patch(3, 3)
+    owner, location = torch.tensor([6, 0, 6, 1]), torch.tensor([5, 40, 0, 7])
+    expected = intervals.margins_table(net, x[owner], target[owner], patch, location[:, None])[:, 0]
+    monkeypatch.setattr(streams, "IMAGES", 2)  # nothing is asked about images 2 to 5
+    with torch.no_grad():
+        stream = streams.WindowStream(Split.of(net, x.shape[1]), x, patch, 1.0)
+        found = stream.at_pairs(owner, location, target[owner])
+    torch.testing.assert_close(found, expected.detach(), atol=1e-12, rtol=0)
 
 
 def chosen_margins(net: nn.Sequential, x: Tensor, target: Tensor, patch: Patch, chosen: Tensor, epsilon: float) -> Tensor:
