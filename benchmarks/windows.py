@@ -30,7 +30,7 @@ PATCH, SHAPE = Patch(5, 5), (3, 32, 32)
 
 def five_layers() -> nn.Sequential:
     torch.manual_seed(0)
-    channels, strides, half = (64, 64, 128, 128, 128), (1, 2, 1, 2, 1), (0.5,) * 3
+    channels, strides, half = (64, 64, 128, 128, 128), (1, 1, 2, 1, 1), (0.5,) * 3
     return cnn.build(input_shape=SHAPE, classes=10, channels=channels, strides=strides, hidden=(512,), mean=half, std=half).eval()
 
 
