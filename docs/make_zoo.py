@@ -75,7 +75,7 @@ def picture() -> str:
         parts.append(f'<text x="{left - 10}" y="{y + 29}" text-anchor="end" fill="#5b6770" font-size="11">{threat}</text>')
         parts.append(f'<rect x="{left}" y="{y}" width="{width * clean:.1f}" height="26" fill="{CLEAN}"/>')
         parts.append(f'<rect x="{left}" y="{y}" width="{width * certified:.1f}" height="26" fill="{MEASURED}"/>')
-        parts.append(f'<text x="{left + 10}" y="{y + 18}" fill="white">{percent(certified)} % certified</text>')
+        parts.append(f'<text x="{left + 10}" y="{y + 18}" fill="white">{percent(certified)} %</text>')
         if paper:
             parts.append(
                 f'<rect x="{left + width * paper.certified - 1.5:.1f}" y="{y - 4}" width="3" height="34" fill="{PUBLISHED}"/>'
