@@ -17,7 +17,8 @@ from patchcert_cli.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMPACT = ("cifar-bagcert-rf7", "cifar-ibp-p2", "cifar-ibp-p5", "cifar-smoothing-column")  # much smaller than the published networks, and below their numbers
+# Much smaller than the published networks, and below their numbers.
+COMPACT = ("cifar-bagcert-rf7", "cifar-ibp-p2", "cifar-ibp-p5", "cifar-smoothing-column")
 
 
 def block(heading: str) -> list[str]:
