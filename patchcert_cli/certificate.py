@@ -14,6 +14,8 @@ from torch import Tensor
 
 from patchcert_cli.threats import Threat
 
+ALERT = -1  # in place of a class: the answer of a defense that raises an alarm
+
 
 class Guarantee(enum.StrEnum):
     """What a certificate promises; the two are never mixed in one table."""
@@ -21,14 +23,19 @@ class Guarantee(enum.StrEnum):
     RECOVERY = "recovery"  # the answer does not change
     DETECTION = "detection"  # the answer does not change, or an alarm is raised
 
+    def kept(self, before: Tensor, after: Tensor) -> Tensor:
+        """Whether answers int64 [B] after a change are as good as those before it: bool [B]."""
+        same = before == after
+        return same | (after == ALERT) if self is Guarantee.DETECTION else same
+
 
 @dataclass(frozen=True)
 class Certificate:
     """One proof for each image of a batch. It knows no labels: "certified correct" is computed by :class:`Tally`.
 
     Attributes:
-        prediction: int64 [B], what the deployed defense answers.
-        certified: bool [B], no allowed change can alter that answer.
+        prediction: int64 [B], what the deployed defense answers; :data:`ALERT` for an alarm, which is never certified.
+        certified: bool [B], no allowed change can alter that answer, or with ``detection`` not without an alarm.
         margin: float64 [B], lower bound of how far the nearest allowed change stays from altering the answer, in the proof's
             own unit; an image is certified only if it exceeds the rounding error ``slack``.
         slack: float64 [B], bound of the rounding error of ``margin`` and of the deployed prediction.
@@ -37,6 +44,8 @@ class Certificate:
         threat: the threat model of the claim.
         method: the name of the proof.
         guarantee: recovery or detection.
+        passes: int64 [B], how often the network was asked for the answer and for all claims of the call, where that differs from
+            image to image; else None.
     """
 
     prediction: Tensor
@@ -48,6 +57,7 @@ class Certificate:
     threat: Threat
     method: str
     guarantee: Guarantee = Guarantee.RECOVERY
+    passes: Tensor | None = None
 
     @classmethod
     def cat(cls, parts: list[Certificate]) -> Certificate:
@@ -57,7 +67,9 @@ class Certificate:
             name: torch.cat([getattr(part, name) for part in parts])
             for name in ("prediction", "certified", "margin", "slack", "worst", "rival")
         }
-        return cls(**joined, threat=first.threat, method=first.method, guarantee=first.guarantee)
+        counted = [part.passes for part in parts if part.passes is not None]
+        passes = torch.cat(counted) if counted else None
+        return cls(**joined, threat=first.threat, method=first.method, guarantee=first.guarantee, passes=passes)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from patchcert_cli.files import CONFIG, INDEX, WEIGHTS, read_json, refuse_pickle
 
 HALF = (torch.float16, torch.bfloat16)
 SHARD_BYTES = 5_000_000_000  # the most that one weight file holds
+MOST_SHOWN = 4  # things wrong with weights that an error lists
 
 
 def pack(tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> bytes:
@@ -125,11 +127,12 @@ def weights_for(defense: Defense, folder: Path) -> dict[str, Tensor]:
         IntegrityError: names, shapes or types are not those of the defense.
     """
     tensors = _weights(folder)
-    _check_fit(defense.state_dict(), tensors, folder / cards.weights_of(folder)[0])
+    check_fit(defense.state_dict(), tensors, f"'{folder / cards.weights_of(folder)[0]}' does not fit its {CONFIG}")
     return tensors
 
 
-def _check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], where: Path) -> None:
+def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], otherwise: str, *, hint: str = "") -> None:
+    """Raise :class:`IntegrityError`, which begins with ``otherwise``, unless names, shapes and kinds of tensors agree."""
     problems = [f"missing {name}" for name in expected if name not in given]
     problems += [f"unexpected {name}" for name in given if name not in expected]
     problems += [
@@ -143,4 +146,15 @@ def _check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], wher
         if name in given and given[name].dtype not in (tensor.dtype, *(HALF if tensor.is_floating_point() else ()))
     ]
     if problems:
-        raise IntegrityError(f"'{where}' does not fit its {CONFIG}: {'; '.join(problems[:4])}.")
+        more = f" and {len(problems) - MOST_SHOWN} more" if len(problems) > MOST_SHOWN else ""
+        raise IntegrityError(f"{otherwise}: {'; '.join(problems[:MOST_SHOWN])}{more}.", hint=hint)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of names, kinds, shapes and values of tensors, which identifies weights that are in no file."""
+    content = hashlib.sha256()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        content.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        content.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()

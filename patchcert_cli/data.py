@@ -1,8 +1,9 @@
 """Data sets as 8-bit images, found on disk, fetched on request, or bundled; pixels become floats in [0, 1] batch by batch.
 
 A data set that comes as pictures in class folders (:mod:`patchcert_cli.folders`) lies in ``DIR/NAME/train/CLASS/`` and
-``DIR/NAME/val/CLASS/``. When it is first used it is packed into ``DIR/.patchcert/``, or if that cannot be written to into
-``HF_HOME/patchcert/packed/``, and from then on mapped: no subset of it is ever copied.
+``DIR/NAME/val/CLASS/``; somebody's own pictures, ``imagefolder:DIR/FOLDER``, in ``DIR/FOLDER/CLASS/``. When it is first used it
+is packed into ``DIR/.patchcert/``, or if that cannot be written to into ``HF_HOME/patchcert/packed/``, and from then on mapped:
+no subset of it is ever copied.
 
 Shapes: n images, C channels, H x W pixels.
 """
@@ -16,6 +17,7 @@ import math
 import os
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -26,69 +28,15 @@ import torch
 from torch import Tensor
 
 from patchcert_cli import folders, verified
-from patchcert_cli.errors import DataError, MachineError, UsageError, unknown
+from patchcert_cli.datasets import DATASETS as DATASETS
+from patchcert_cli.datasets import DatasetInfo as DatasetInfo
+from patchcert_cli.datasets import info as info
+from patchcert_cli.errors import DataError, MachineError, UsageError
 from patchcert_cli.progress import Progress
 
 ENVIRONMENT = "PATCHCERT_DATA"
 DEFAULT_DIRECTORY = "data"
 STORE = ".patchcert"  # inside the data directory: packed pictures
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What is known of a data set without opening it.
-
-    Attributes:
-        mean, std: per channel over its training images.
-        test_images: how many its test split has.
-        bundled: how many of them, the first ones, come with the package.
-        folders: what its class folders are called, a pattern, if it comes as pictures in class folders; class i is the i-th
-            folder in the order of names.
-        page: where to get it, if nobody can download it for you.
-    """
-
-    name: str
-    shape: tuple[int, int, int]
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    test_images: int = 10_000
-    bundled: int = 0
-    folders: str = ""
-    page: str = ""
-
-
-DATASETS = {
-    info.name: info
-    for info in (
-        DatasetInfo("mnist", (1, 28, 28), tuple("0123456789"), (0.1307,), (0.3081,), bundled=10_000),
-        DatasetInfo(
-            "cifar10",
-            (3, 32, 32),
-            ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-            (0.4914, 0.4822, 0.4465),
-            (0.2470, 0.2435, 0.2616),
-            bundled=1_000,
-        ),
-        DatasetInfo(
-            "imagenet",  # ILSVRC 2012; its test split is the official validation images
-            (3, 224, 224),
-            tuple(map(str, range(1000))),  # class i is the i-th WordNet id
-            (0.485, 0.456, 0.406),
-            (0.229, 0.224, 0.225),
-            test_images=50_000,
-            folders=r"n\d{8}",
-            page="https://image-net.org/download.php",
-        ),
-    )
-}
-
-
-def info(name: str) -> DatasetInfo:
-    """The facts of data set ``name``."""
-    if name not in DATASETS:
-        raise unknown("data set", name, DATASETS)
-    return DATASETS[name]
 
 
 @dataclass(frozen=True)
@@ -120,9 +68,10 @@ class Images:
         labels: int64 [n].
         index: int64 [n], position of each image in its full split.
         name: data set.
-        split: ``train``, ``validation`` or ``test``.
+        split: ``train``, ``validation`` or ``test``, or ``folder`` for own pictures, which have none.
         source: where it came from: ``bundled`` or a folder.
         mapped: where mapped images are; None for images in memory.
+        classes: what the labels are called.
     """
 
     pixels: Tensor
@@ -132,6 +81,7 @@ class Images:
     split: str
     source: str
     mapped: Rows | None = None
+    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -159,6 +109,10 @@ class Images:
         mapped = replace(self.mapped, at=self.mapped.at[positions])
         return replace(self, pixels=mapped.outline, labels=labels, index=index, mapped=mapped)
 
+    def relabelled(self, outputs: Sequence[int]) -> Images:
+        """The same images, label i replaced by ``outputs[i]``."""
+        return replace(self, labels=torch.tensor(outputs, dtype=torch.int64)[self.labels])
+
     def limit(self, count: int | None, seed: int) -> Images:
         """A seeded, fixed subset of ``count`` images in the split's order; a larger subset contains the smaller ones."""
         if count is None or count >= len(self):
@@ -175,6 +129,23 @@ class Images:
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         held = replace(self.take(order[:count].sort().values), split="validation")
         return self.take(order[count:].sort().values), held
+
+
+@dataclass(frozen=True)
+class Glance:
+    """Images of a split, and what it would take to have them all.
+
+    Attributes:
+        images: all that there are; if they would have to be packed first, a seeded subset.
+        there: how many there are.
+        total: how many images the split has.
+        disk: bytes that packing them takes; 0 if nothing has to be packed.
+    """
+
+    images: Images
+    there: int
+    total: int
+    disk: int = 0
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -209,7 +180,7 @@ def load(
     """
     facts = info(name)
     root = directory(data_dir)
-    if facts.folders:
+    if facts.short:
         return _in_folders(facts, root, split, download, progress)
     if download:
         _torchvision(name, root, split, download=True)
@@ -228,32 +199,90 @@ def load(
     )
 
 
-def _in_folders(facts: DatasetInfo, root: Path, split: str, download: bool, progress: Progress | None) -> Images:
-    """A data set of pictures in class folders, mapped."""
-    base = root / facts.name
+def glance(name: str, split: str, count: int, seed: int, *, data_dir: Path | None = None, fetch: str = "") -> Glance:
+    """Images of a split without packing or downloading anything, and if that means to do without most of them, ``count`` ones.
+
+    Other arguments and errors are those of :func:`load`.
+    """
+    facts, root = info(name), directory(data_dir)
+    if facts.short:
+        folder, stores = _class_folders(facts, root, split)
+        listing = folders.scan(folder)
+        size, total = facts.shape[1], len(listing)
+        if folders.find(listing, size, facts.short, stores=stores) is None:
+            chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+            pixels = folders.glance(listing, chosen.tolist(), size, facts.short)
+            split, source = _called(facts, split, root)
+            some = Images(pixels, listing.labels[chosen], chosen, facts.name, split, source, classes=listing.classes)
+            return Glance(some, total, total, total * 3 * size * size)
+    whole = load(name, split, data_dir=data_dir, fetch=fetch)
+    return Glance(whole, len(whole), whole_split(whole))
+
+
+def class_names(name: str, split: str, *, data_dir: Path | None = None) -> tuple[str, ...]:
+    """What the labels of a split are called, without opening an image; errors are those of :func:`load`."""
+    facts = info(name)
+    return folders.class_names(_class_folders(facts, directory(data_dir), split)[0]) if facts.short else facts.classes
+
+
+def count(name: str) -> int:
+    """How many pictures there are in somebody's own class folders."""
+    path = info(name).path
+    assert path is not None, f"{name} is no folder"
+    return len(folders.scan(path))
+
+
+def whole_split(images: Images) -> int:
+    """How many images the split has that these were loaded from; of a bundled one only some are there."""
+    return info(images.name).test_images if images.source == "bundled" else len(images)
+
+
+def _class_folders(facts: DatasetInfo, root: Path, split: str) -> tuple[Path, tuple[Path, Path]]:
+    """Where the class folders of a split are, checked by their names, and where packed files of theirs may lie."""
+    home = verified.home() / "patchcert" / "packed"
+    if facts.path is not None:
+        return facts.path, (facts.path.parent / STORE, home)
+    base = root / facts.label
     folder = base / ("train" if split == "train" else "val")
-    obtain = (
-        f"Get it at {facts.page} (this needs an account) and put its pictures into '{base}/train/<wnid>/' and"
-        f" '{base}/val/<wnid>/', or name another folder with --data-dir or {ENVIRONMENT}."
-    )
-    if download:
-        raise UsageError(f"{facts.name} cannot be downloaded by --download.", hint=obtain)
     if not folder.is_dir():
-        raise DataError(f"no {facts.name} {split} data: there is no folder '{folder}'.", hint=obtain)
+        raise DataError(f"no {facts.label} {split} data: there is no folder '{folder}'.", hint=_obtain(facts, base))
     names, wanted = folders.class_names(folder), len(facts.classes)
     strange = [name for name in names if not re.fullmatch(facts.folders, name)]
     if strange or len(names) != wanted:  # classes are told by position, so that any other set of folders would be mistaken
         found = f"{len(names)} class folders ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         found += f", {len(strange)} of them not named so ({strange[0]})" if strange else ""
         raise DataError(
-            f"'{folder}' is not {facts.name}: it has {found}.",
+            f"'{folder}' is not {facts.label}: it has {found}.",
             hint=f"Its {wanted} class folders are named after WordNet ids, such as n01440764.",
         )
-    stores = (root / STORE, verified.home() / "patchcert" / "packed")
-    packed = folders.load(folder, facts.shape[1], stores=stores, progress=progress)
+    return folder, (root / STORE, home)
+
+
+def _obtain(facts: DatasetInfo, base: Path) -> str:
+    return (
+        f"Get it at {facts.page} (this needs an account) and put its pictures into '{base}/train/<wnid>/' and"
+        f" '{base}/val/<wnid>/', or name another folder with --data-dir or {ENVIRONMENT}."
+    )
+
+
+def _called(facts: DatasetInfo, split: str, root: Path) -> tuple[str, str]:
+    """Split and source of pictures in class folders, as :class:`Images` tell them."""
+    return (split, str(root)) if facts.path is None else ("folder", str(facts.path))
+
+
+def _in_folders(facts: DatasetInfo, root: Path, split: str, download: bool, progress: Progress | None) -> Images:
+    """A data set of pictures in class folders, mapped."""
+    if download and facts.path is not None:
+        raise UsageError(f"{facts.name} is a folder of yours;", hint="leave --download out.")
+    if download:
+        hint = _obtain(facts, root / facts.label)
+        raise UsageError(f"{facts.label} cannot be downloaded by --download.", hint=hint)
+    folder, stores = _class_folders(facts, root, split)
+    packed = folders.load(folder, facts.shape[1], facts.short, stores=stores, progress=progress)
     count = torch.arange(len(packed.labels))
     mapped = Rows(packed.pixels, count, packed.sha256)
-    return Images(mapped.outline, packed.labels, count, facts.name, split, str(root), mapped)
+    split, source = _called(facts, split, root)
+    return Images(mapped.outline, packed.labels, count, facts.name, split, source, mapped, packed.classes)
 
 
 @cache
@@ -288,7 +317,7 @@ def _checked(pixels: Tensor, labels: Tensor, facts: DatasetInfo, split: str, sou
         raise DataError(
             f"{facts.name} {split} data in '{source}' has label {int(labels.max())}, not 0 to {len(facts.classes) - 1}."
         )
-    return Images(pixels, labels, torch.arange(len(labels)), facts.name, split, source)
+    return Images(pixels, labels, torch.arange(len(labels)), facts.name, split, source, classes=facts.classes)
 
 
 def _mnist(folder: Path, split: str) -> tuple[Tensor, Tensor] | None:

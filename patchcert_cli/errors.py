@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+LISTED = 40  # names that an error lists in full
+
 
 class PatchcertError(Exception):
     """Base of all errors of this package; ``code`` is the exit code of the command line."""
@@ -73,12 +75,18 @@ class Interrupted(PatchcertError):
 
 
 def unknown(kind: str, given: str, known: Iterable[str], *, see: str = "") -> UnknownName:
-    """An :class:`UnknownName` with suggestions: substring matches first, then close spellings."""
+    """An :class:`UnknownName` with suggestions: substring matches first, then close spellings; ``-`` and ``_`` are the same."""
     names = sorted(known)
-    folded = given.lower().replace("_", "-")
-    near = [name for name in names if folded and (folded in name or name in folded)][:3]
-    near = near or get_close_matches(folded, names, 3, 0.6)
-    hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(names) or 'none'}."
+    folded, alike = _folded(given), {_folded(name): name for name in reversed(names)}
+    near = [name for name in names if folded and (folded in _folded(name) or _folded(name) in folded)][:3]
+    near = near or [alike[one] for one in get_close_matches(folded, alike, 3, 0.6)]
+    hint = f"Did you mean {', '.join(near)}?" if near else ""
+    if not near and len(names) <= LISTED:
+        hint = f"Known: {', '.join(names) or 'none'}."
     if see:
-        hint += f" (see: {see})"
+        hint += f" (see: {see})" if hint else f"See: {see}"
     return UnknownName(f"no {kind} '{given}'.", hint=hint)
+
+
+def _folded(name: str) -> str:
+    return name.lower().replace("_", "-")

@@ -1,8 +1,8 @@
 """Pictures in one folder per class, packed once into a flat file of 8-bit pixels that is mapped into memory and never read whole.
 
 ``FOLDER/CLASS/PICTURE``: classes are numbered in the order of their names, pictures in the order of classes, then names. Each
-picture becomes a square as classifiers are usually tested on: its shorter side scaled to 256/224 of the square's (bicubic with
-antialiasing), then the middle cut out; colours only, as stored, without turning by EXIF.
+picture becomes a square as classifiers are usually tested on: its shorter side scaled to 256/224 of the square's, or as the
+caller says (bicubic with antialiasing), then the middle cut out; colours only, as stored, without turning by EXIF.
 
 The packed file lies in a store, a folder that the caller names, with a JSON beside it that says what it holds. It is made
 again when the names, sizes or times of the pictures have changed. What is half done is kept, block by block.
@@ -125,23 +125,34 @@ def scan(folder: Path) -> Listing:
     return Listing(folder, classes, pictures, labels)
 
 
-def load(folder: Path, size: int, *, stores: Sequence[Path], progress: Progress | None = None) -> Packed:
+def shorter(size: int) -> int:
+    """The usual length of a picture's shorter side before a square of ``size`` pixels is cut out of its middle."""
+    return round(size * SCALE)
+
+
+def load(
+    folder: Path, size: int, short: int | None = None, *, stores: Sequence[Path], progress: Progress | None = None
+) -> Packed:
     """The pictures of ``folder`` as squares of ``size`` pixels, packed if they are not yet.
 
-    ``stores`` are looked through for the packed file; it is made in the first of them that can be written to.
+    Args:
+        folder: holds a folder per class.
+        size: S, of the squares.
+        short: what the shorter side of a picture is scaled to before, :func:`shorter` by default.
+        stores: looked through for the packed file; it is made in the first of them that can be written to.
+        progress: is told how far it is packed.
 
     Raises:
         DataError: the folder is not one of class folders with pictures, or a picture cannot be read.
         MachineError: the disk is too small, or another process is packing the same folder.
         Interrupted: stopped by Ctrl-C; the same call goes on where it stopped.
     """
-    listing = scan(folder)
-    wanted = {"format": FORMAT, "size": size, "pictures": len(listing), "listing": listing.digest()}
-    for store in stores:
-        found = _opened(_place(store, folder, size), listing, wanted)
-        if found is not None:
-            return found
-    place = _place(_writable(stores), folder, size)
+    listing, short = scan(folder), short or shorter(size)
+    found = find(listing, size, short, stores=stores)
+    if found is not None:
+        return found
+    wanted = _wanted(listing, size, short)
+    place = _place(_writable(stores), folder, size, short)
     with _alone(place):
         found = _opened(place, listing, wanted)  # another process may have been quicker
         if found is None:
@@ -152,8 +163,21 @@ def load(folder: Path, size: int, *, stores: Sequence[Path], progress: Progress 
     return found
 
 
-def square(path: Path, size: int) -> bytes:
-    """One picture as the bytes of uint8 [3, S, S].
+def find(listing: Listing, size: int, short: int, *, stores: Sequence[Path]) -> Packed | None:
+    """The packed file of these pictures, if there is one that holds them as they are now; see :func:`load`."""
+    wanted = _wanted(listing, size, short)
+    places = (_place(store, listing.folder, size, short) for store in stores)
+    return next((found for place in places if (found := _opened(place, listing, wanted)) is not None), None)
+
+
+def glance(listing: Listing, numbers: Sequence[int], size: int, short: int) -> Tensor:
+    """Some pictures of a listing as uint8 [m, 3, S, S], read from their own files."""
+    squares = b"".join(square(listing.path(number), size, short) for number in numbers)
+    return torch.frombuffer(bytearray(squares), dtype=torch.uint8).reshape(len(numbers), 3, size, size)
+
+
+def square(path: Path, size: int, short: int | None = None) -> bytes:
+    """One picture as the bytes of uint8 [3, S, S]; ``short`` is the length of its shorter side before, see :func:`shorter`.
 
     Raises:
         DataError: it cannot be read, or has more than 8 bits.
@@ -172,7 +196,7 @@ def square(path: Path, size: int) -> bytes:
         ) from problem
     if deep:
         raise DataError(f"'{path}' has more than 8 bits per channel;", hint="save it as 8-bit PNG or JPEG.")
-    short = round(size * SCALE)
+    short = short or shorter(size)
     width, height = picture.size
     wide, high = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
     left, top = round((wide - size) / 2), round((high - size) / 2)
@@ -180,12 +204,19 @@ def square(path: Path, size: int) -> bytes:
     return numpy.asarray(picture).transpose(2, 0, 1).tobytes()
 
 
-def _place(store: Path, folder: Path, size: int) -> Path:
+def _wanted(listing: Listing, size: int, short: int) -> dict[str, Any]:
+    """What a packed file must say of itself to hold these pictures."""
+    said = {"format": FORMAT, "size": size, "pictures": len(listing), "listing": listing.digest()}
+    return said if short == shorter(size) else {**said, "short": short}
+
+
+def _place(store: Path, folder: Path, size: int, short: int) -> Path:
     """Where the packed file of ``folder`` is in ``store``. A data directory can be moved as a whole with the store inside."""
     whole, home = folder.resolve(), store.resolve().parent
     key = whole.relative_to(home) if whole.is_relative_to(home) else whole
     name = "-".join(key.relative_to(key.anchor).parts[-2:])
-    return store / f"{name}-{size}-{files.sha256_of(os.fsencode(key.as_posix()))[:8]}.u8"
+    sides = f"{size}" if short == shorter(size) else f"{size}of{short}"
+    return store / f"{name}-{sides}-{files.sha256_of(os.fsencode(key.as_posix()))[:8]}.u8"
 
 
 def _writable(stores: Sequence[Path]) -> Path:
@@ -220,6 +251,7 @@ def _opened(place: Path, listing: Listing, wanted: dict[str, Any]) -> Packed | N
 def _pack(listing: Listing, wanted: dict[str, Any], place: Path, progress: Progress) -> None:
     """Write the packed file and the JSON beside it; it is complete as soon as it has its name."""
     size, total = int(wanted["size"]), len(listing)
+    short = int(wanted.get("short", shorter(size)))
     bytes_each = 3 * size * size
     for stale in (place.with_suffix(".json"), place):  # of other pictures; whoever has it mapped keeps it
         stale.unlink(missing_ok=True)
@@ -236,7 +268,7 @@ def _pack(listing: Listing, wanted: dict[str, Any], place: Path, progress: Progr
             while done < total:
                 end = min(done + BLOCK, total)
                 paths = [listing.path(number) for number in range(done, end)]
-                content = b"".join(pool.map(square, paths, [size] * len(paths)))
+                content = b"".join(pool.map(square, paths, [size] * len(paths), [short] * len(paths)))
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())  # before the journal says so

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 
 
 class Normalize(nn.Module):
@@ -26,3 +29,56 @@ class Normalize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] in [0, 1] -> [B, C, H, W], zero mean and unit deviation over the training set."""
         return x * self.scale.reshape(1, -1, 1, 1) + self.shift.reshape(1, -1, 1, 1)
+
+
+class Prepared(nn.Module):
+    """A classifier behind the preprocessing that it was made for: images [B, C, H, W] in [0, 1], of any size, to logits [B, K].
+
+    A defense masks the images as they are given to it. They are resized here, behind the masks, so that no pixel of a patch has
+    leaked into another one before it is covered.
+
+    Attributes:
+        model: the classifier, normalized [B, C', H', W'] -> [B, K]; its parameters are all that is stored.
+        size: H' and W'; None to leave images as they are.
+        summary: what it is, for cards.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        size: Sequence[int] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        channels: int | None = None,
+        interpolation: str = "bicubic",
+        summary: str = "",
+    ) -> None:
+        """Wrap ``model``.
+
+        Args:
+            model: the classifier.
+            size: its input height and width; None if it takes images as they are.
+            mean: per channel; None, as ``std``, if it takes pixels in [0, 1].
+            std: per channel.
+            channels: how many it takes; a grey image is repeated for one that takes three. None if it takes any.
+            interpolation: how images of another size are resized: bicubic or bilinear, both with antialiasing, or nearest.
+            summary: what it is; its class by default.
+        """
+        super().__init__()
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation '{interpolation}' must be one of {', '.join(INTERPOLATIONS)}")
+        self.model, self.channels, self.interpolation = model, channels, interpolation
+        self.size = None if size is None else (int(size[0]), int(size[1]))
+        self.normalize = nn.Identity() if mean is None or std is None else Normalize(mean, std)
+        self.summary = summary or type(model).__name__
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] == 1 and self.channels == 3:
+            x = x.expand(-1, 3, -1, -1)
+        if self.size is not None and tuple(x.shape[2:]) != self.size:
+            smooth = self.interpolation != "nearest"
+            more = {"align_corners": False, "antialias": True} if smooth else {}
+            x = F.interpolate(x, self.size, mode=self.interpolation, **more).clamp(0, 1)
+        logits: Tensor = self.model(self.normalize(x))
+        return logits

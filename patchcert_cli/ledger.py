@@ -35,6 +35,11 @@ class Stated:
     def __str__(self) -> str:
         return f"{self.threat} ({self.method}, {self.guarantee})"
 
+    @property
+    def about(self) -> str:
+        """The threat, and the guarantee unless it is recovery."""
+        return self.threat if self.guarantee == "recovery" else f"{self.threat} ({self.guarantee})"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -61,8 +66,8 @@ class Ledger:
         right = [row for row in self.rows.values() if row.label == row.prediction]
         return len(right), sum(row.certified[at] for row in right)
 
-    def position(self, threat: str, method: str | None = None) -> int:
-        """Which claim is about ``threat``, proven by ``method``, or by the proof that certifies most.
+    def position(self, threat: str, method: str | None = None, guarantee: str = "recovery") -> int:
+        """Which claim promises ``guarantee`` under ``threat``, proven by ``method``, or by the proof that certifies most.
 
         Raises:
             ClaimError: none is.
@@ -71,12 +76,12 @@ class Ledger:
         found = [
             at
             for at, claim in enumerate(self.claims)
-            if parse_threat(claim.threat) == wanted and method in (None, claim.method) and claim.guarantee == "recovery"
+            if parse_threat(claim.threat) == wanted and method in (None, claim.method) and claim.guarantee == guarantee
         ]
         if not found:
             raise ClaimError(
-                f"no published records for {threat}{f' by {method}' if method else ''};",
-                hint=f"there are records for {', '.join(dict.fromkeys(claim.threat for claim in self.claims))}.",
+                f"no published records for {threat}{f' by {method}' if method else ''} that promise {guarantee};",
+                hint=f"there are records for {', '.join(dict.fromkeys(claim.about for claim in self.claims))}.",
             )
         return max(found, key=lambda at: self.counts(at)[1])
 

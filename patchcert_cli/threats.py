@@ -1,7 +1,7 @@
 """Threat models: what an attacker may change, as a finite list of boxes ("atoms") and a budget.
 
-One patch: the atoms are all its placements wholly inside the image, the budget is 1. A sparse attack: the atoms are single
-pixels, the budget is k. ``parse_threat(str(threat)) == threat`` for every threat.
+One patch: the atoms are all its placements wholly inside the image, the budget is 1; several patches have a larger budget. A
+sparse attack: the atoms are single pixels, the budget is k. ``parse_threat(str(threat)) == threat`` for every threat.
 
 Shapes: B images, C channels, H x W pixels, A atoms. Atoms are rows ``top, left, height, width`` in pixels.
 torch is imported where it is needed, so that parsing a threat costs nothing.
@@ -180,6 +180,62 @@ class Sparse:
         return f"sparse:{self.k}:value" if self.unit == "value" else f"sparse:{self.k}"
 
 
+@dataclass(frozen=True)
+class Patches:
+    """``number`` patches of one shape, each anywhere inside the image; they may overlap."""
+
+    number: int
+    each: Patch | PatchPercent
+    kind: ClassVar[str] = "patches"
+
+    def __post_init__(self) -> None:
+        if self.number < 2:
+            raise UsageError(f"invalid number of patches {self.number}:", hint="use 2 or more; one patch is patch:5x5.")
+
+    @property
+    def budget(self) -> int:
+        return self.number
+
+    def check(self, height: int, width: int, channels: int = 1) -> None:
+        self.each.check(height, width, channels)
+
+    def count(self, height: int, width: int) -> int:
+        return self.each.count(height, width)
+
+    def atoms(self, height: int, width: int) -> Tensor:
+        return self.each.atoms(height, width)
+
+    def contains(self, changed: Tensor) -> Tensor:
+        patch = self.each.resolve(int(changed.shape[-2]), int(changed.shape[-1]))
+        return _within(changed.any(dim=1), patch, self.number)
+
+    def __str__(self) -> str:
+        return f"patches:{self.number}:{str(self.each).removeprefix('patch:')}"
+
+
+def _within(touched: Tensor, patch: Patch, number: int) -> Tensor:
+    """Whether ``number`` patches can hide all touched pixels: bool [B, H, W] -> bool [B].
+
+    Some patch hides the first touched pixel in reading order. Nothing above it is touched, so that patch may as well start in its
+    row, or as low as it fits; what is left after each of its places is for the others.
+    """
+    import torch
+
+    if number == 1:
+        return patch.contains(touched[:, None])
+    batch, height, width = touched.shape
+    first = touched.flatten(1).int().argmax(dim=1)  # 0 if none is
+    top = (first // width).clamp(max=height - patch.height)[:, None]
+    row, column = torch.arange(height, device=touched.device), torch.arange(width, device=touched.device)
+    rows = (row >= top) & (row < top + patch.height)
+    found = torch.zeros(batch, dtype=torch.bool, device=touched.device)
+    for back in range(patch.width):
+        left = (first % width - back).clamp(min=0, max=width - patch.width)[:, None]
+        columns = (column >= left) & (column < left + patch.width)
+        found |= _within(touched & ~(rows[:, :, None] & columns[:, None, :]), patch, number - 1)
+    return found
+
+
 def _extent(line: Tensor) -> Tensor:
     """Length of the shortest interval that holds all True entries: bool [B, n] -> int64 [B], 0 if none."""
     import torch
@@ -230,6 +286,14 @@ def patches_of_area(area: int, height: int, width: int) -> list[Patch]:
     return [one for one in shapes if not any(one.width <= other.width and one.height < other.height for other in shapes)]
 
 
+def parse_several(text: str) -> Patches:
+    """Read ``2:5``, ``2:3x7`` or ``2:2%``: how many patches, and the shape of each."""
+    match = re.fullmatch(r"(\d{1,2}):(.*)", text)
+    if not match:
+        raise UsageError(f"invalid patches '{text}':", hint="use a number and a shape, for example 2:5 or 2:3x7.")
+    return Patches(int(match[1]), parse_patch(match[2]))
+
+
 def parse_sparse(text: str) -> Sparse:
     """Read ``10``, ``10:pixel`` or ``10:value``."""
     match = re.fullmatch(r"(\d{1,9})(?::([a-z]+))?", text)
@@ -242,14 +306,15 @@ def parse_sparse(text: str) -> Sparse:
 
 
 UNITS = ("pixel", "value")
-KINDS: dict[str, Callable[[str], Threat]] = {"patch": parse_patch, "sparse": parse_sparse}
+KINDS: dict[str, Callable[[str], Threat]] = {"patch": parse_patch, "sparse": parse_sparse, "patches": parse_several}
 
 
 def parse_threat(text: str) -> Threat:
-    """Read a threat model: ``patch:5x5``, ``patch:5``, ``patch:3x7``, ``patch:2%``, ``sparse:10``, ``sparse:10:value``."""
+    """Read a threat model: ``patch:5x5``, ``patch:5``, ``patch:3x7``, ``patch:2%``, ``patches:2:5x5``, ``sparse:10:value``."""
     kind, _, rest = text.strip().partition(":")
     if kind not in KINDS:
         raise UsageError(
-            f"invalid threat '{text}':", hint="use patch:HxW, patch:P%, sparse:K or sparse:K:value, for example patch:5x5."
+            f"invalid threat '{text}':",
+            hint="use patch:HxW, patch:P%, patches:N:HxW, sparse:K or sparse:K:value, for example patch:5x5.",
         )
     return KINDS[kind](rest)

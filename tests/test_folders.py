@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from patchcert_cli import data, evaluate, folders, verified
+from patchcert_cli import data, evaluate, folders, outlook, verified
 from patchcert_cli.checkpoint import load_defense
 from patchcert_cli.defenses.base import Claim
 from patchcert_cli.errors import DataError, Interrupted, MachineError, UsageError
@@ -67,9 +67,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     honest = folders.square
 
-    def square(path: Path, size: int) -> bytes:
+    def square(path: Path, size: int, short: int | None = None) -> bytes:
         names.append(path.name)
-        return honest(path, size)
+        return honest(path, size, short)
 
     monkeypatch.setattr(folders, "square", square)
     monkeypatch.setattr(folders, "BLOCK", 4)
@@ -133,6 +133,23 @@ def test_classes_and_pictures_are_in_the_order_of_their_names_and_packed_once(tm
     assert (beside["size"], beside["pictures"], beside["classes"]) == (SIZE, 15, ["a", "b", "c"])
     assert len(folders.load(folder, 8, stores=[tmp_path / "store"]).pixels) == 15  # another size is another file
     assert load(folder).sha256 == packed.sha256 and len(list((tmp_path / "store").glob("*.u8"))) == 2
+
+
+def test_a_shorter_side_of_its_own_is_a_file_of_its_own(tmp_path: Path, opened: list[str]) -> None:
+    folder = fill(tmp_path / "d")
+    usual, tight = load(folder), folders.load(folder, SIZE, SIZE, stores=[tmp_path / "store"])
+    assert len(list((tmp_path / "store").glob("*.u8"))) == 2 and usual.sha256 != tight.sha256
+    assert tight.pixels[4].numpy().tobytes() == folders.square(folder / WORDS[0] / f"{WORDS[0]}_4.png", SIZE, SIZE)
+    opened.clear()
+    assert folders.load(folder, SIZE, folders.shorter(SIZE), stores=[tmp_path / "store"]).path == usual.path
+    listing = folders.scan(folder)
+    found = folders.find(listing, SIZE, SIZE, stores=[tmp_path / "none", tmp_path / "store"])
+    assert found is not None and found.path == tight.path and not opened
+    assert folders.find(listing, SIZE, SIZE + 1, stores=[tmp_path / "store"]) is None
+    assert torch.equal(folders.glance(listing, [7, 3], SIZE, SIZE), tight.pixels[[7, 3]])
+    assert opened == [f"{WORDS[1]}_2.png", f"{WORDS[0]}_3.png"]
+    touch(folder / WORDS[0] / f"{WORDS[0]}_0.png")
+    assert folders.find(folders.scan(folder), SIZE, SIZE, stores=[tmp_path / "store"]) is None
 
 
 def touch(path: Path) -> None:
@@ -300,7 +317,7 @@ def test_the_first_store_that_can_be_written_to_is_used(tmp_path: Path, opened: 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ImageNet of three classes and 16x16 pixels."""
-    facts = replace(data.info("imagenet"), shape=(3, SIZE, SIZE), classes=("0", "1", "2"), test_images=15)
+    facts = replace(data.info("imagenet"), shape=(3, SIZE, SIZE), classes=("0", "1", "2"), test_images=15, short=18)
     monkeypatch.setitem(data.DATASETS, "imagenet", facts)
 
 
@@ -422,7 +439,7 @@ def test_training_and_certifying_are_those_of_images_in_memory(
         subject = Subject(defense, "m", "bagcert", "0" * 64, "folder")
         plan = Plan(subject, images.limit(11, 0), (Claim(Patch(2, 2)),), 15, batch_size=4)
         results.append(evaluate.certify(plan, tmp_path / f"certified-{len(results)}"))
-        evaluate.dry_run(plan, tmp_path / "out")
+        outlook.evaluation(plan, tmp_path / "out")
     records = [(tmp_path / f"certified-{number}" / "records.jsonl").read_text() for number in (0, 1)]
     assert records[0] == records[1] and len(records[0].splitlines()) == 11 == results[0]["images"]
     manifest = json.loads((tmp_path / "certified-0" / "manifest.json").read_text())

@@ -219,6 +219,7 @@ def test_add_replaces_only_with_force_and_keeps_the_revision_of_the_same_files(r
     ("changes", "kind", "problem"),
     [
         ({"model_sha256": "0" * 64}, ClaimError, "other weights"),
+        ({"defense": "minority", "guarantee": "detection"}, ClaimError, "about minority with these weights, but the model is"),
         ({"full_split": False, "images": 200}, ClaimError, "not about the full test split"),
         ({"split": "validation"}, ClaimError, "not about the full test split"),
         ({"dataset": "cifar10"}, ClaimError, "trained on mnist"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from patchcert_cli import defenses, exact, models
-from patchcert_cli.defenses import bagcert
+from patchcert_cli.defenses import evidence
 from patchcert_cli.defenses.bagcert import BagCert, BagCertOptions
 from patchcert_cli.defenses.base import TrainingStep
 from patchcert_cli.errors import IntegrityError, UsageError
@@ -168,7 +168,7 @@ def test_a_stride_is_named_and_checked_and_costs_less(monkeypatch: pytest.Monkey
     for layer in defense.deployed().modules():
         if isinstance(layer, exact.Affine) and layer.weight.shape[2:] != (1, 1):
             layer.register_forward_hook(note)
-    monkeypatch.setattr(bagcert, "PIECE", 1 << 25)
+    monkeypatch.setattr(evidence, "PIECE", 1 << 25)
     defense.predict(arena.draw_images(defense.input_shape, 2, 0))
     assert shapes == [(23, 20), (11, 9), (5, 4), (2, 1)]
     with pytest.raises(UsageError, match=r"a stride of 0 leaves no cells; allowed: 1 or more\."):
@@ -176,16 +176,20 @@ def test_a_stride_is_named_and_checked_and_costs_less(monkeypatch: pytest.Monkey
 
 
 LISTS = {  # per network, options that are lists, with a single number each
+    "masked": {"widths": 4},
     "mlp": {"hidden": 12},
     "cnn": {"channels": 4, "strides": 2, "hidden": 5},
     "region": {"widths": 4, "kernels": 3, "dilations": 1, "mixes": 0},
     "resnet": {"widths": 4, "blocks": 1, "strides": 2},
+    "timm": {"size": 8},
 }
 
 
 @pytest.mark.parametrize("name", models.names())
 def test_a_single_number_is_a_list_of_one(name: str) -> None:
     base = {"input_shape": (3, 8, 8), "classes": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
+    if name == "timm":
+        pytest.importorskip("timm")
     given = LISTS[name]
     alone = models.build(name, {**base, **given})
     in_lists = models.build(name, {**base, **{key: [value] for key, value in given.items()}})

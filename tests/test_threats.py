@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchcert_cli.errors import UsageError
-from patchcert_cli.threats import Patch, PatchPercent, Sparse, Threat, parse_patch, parse_sparse, parse_threat
+from patchcert_cli.threats import Patch, Patches, PatchPercent, Sparse, Threat, parse_patch, parse_sparse, parse_threat
 
 PATCHES = st.builds(Patch, st.integers(1, 99_999), st.integers(1, 99_999))
 PERCENTS = st.builds(lambda millionths: PatchPercent(Fraction(millionths, 10**6)), st.integers(1, 100 * 10**6))
+SEVERAL = st.builds(Patches, st.integers(2, 99), st.one_of(PATCHES, PERCENTS))
 SPARSE = st.builds(Sparse, st.integers(1, 999_999_999), st.sampled_from(["pixel", "value"]))
 every = settings(max_examples=300, derandomize=True, deadline=None)
 
@@ -32,6 +33,9 @@ every = settings(max_examples=300, derandomize=True, deadline=None)
         ("sparse:10", Sparse(10), "sparse:10"),
         ("sparse:10:pixel", Sparse(10), "sparse:10"),
         (" sparse:4:value ", Sparse(4, "value"), "sparse:4:value"),
+        ("patches:2:5", Patches(2, Patch(5, 5)), "patches:2:5x5"),
+        ("patches:03:3x7", Patches(3, Patch(3, 7)), "patches:3:3x7"),
+        ("patches:2:1.50%", Patches(2, PatchPercent(Fraction(3, 2))), "patches:2:1.5%"),
     ],
 )
 def test_parse_and_print(text: str, threat: Threat, canonical: str) -> None:
@@ -41,7 +45,7 @@ def test_parse_and_print(text: str, threat: Threat, canonical: str) -> None:
 
 
 @every
-@given(st.one_of(PATCHES, SPARSE))
+@given(st.one_of(PATCHES, SPARSE, SEVERAL))
 def test_printing_and_parsing_are_inverse(threat: Threat) -> None:
     assert parse_threat(str(threat)) == threat
     assert len({threat, parse_threat(str(threat))}) == 1
@@ -150,6 +154,33 @@ def test_contains_equals_brute_force(channels: int) -> None:
         assert Sparse(k).contains(changed).tolist() == [len(found) <= k for found in pixels]
         values = [sum(map(int, change.flatten().tolist())) <= k for change in changed]
         assert Sparse(k, "value").contains(changed).tolist() == values
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_several_patches_contain_what_some_places_of_them_hide(number: int) -> None:
+    codes = torch.arange(0, 2**16, 97)
+    changed = ((codes[:, None] >> torch.arange(16)) & 1).bool().reshape(-1, 1, 4, 4)
+    pixels = [{(r, c) for r, c in product(range(4), repeat=2) if bool(change[0, r, c])} for change in changed]
+    seen = set()
+    for h, w in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 2), (2, 3), (1, 4)):
+        places = [{(t + i, le + j) for i, j in product(range(h), range(w))} for t in range(5 - h) for le in range(5 - w)]
+        unions = [set().union(*chosen) for chosen in combinations(places, min(number, len(places)))]
+        expected = [any(found <= union for union in unions) for found in pixels]
+        assert Patches(number, Patch(h, w)).contains(changed).tolist() == expected
+        seen |= set(expected)
+    assert seen == {True, False}
+
+
+def test_several_patches_are_refused_where_one_would_be_and_as_one() -> None:
+    with pytest.raises(UsageError, match="one patch is patch:5x5"):
+        parse_threat("patches:1:5")
+    for text in ("patches:2", "patches:5x5", "patches:2:", "patches:2:0", "patches:x:5", "patches:2:5:5", "patches:100:5"):
+        with pytest.raises(UsageError, match="invalid patch"):
+            parse_threat(text)
+    with pytest.raises(UsageError, match="does not fit a 3x3 image"):
+        parse_threat("patches:2:4").check(3, 3)
+    two = parse_threat("patches:2:2x3")
+    assert (two.budget, two.count(4, 4), two.atoms(4, 4).tolist()) == (2, 6, Patch(2, 3).atoms(4, 4).tolist())
 
 
 def test_contains_every_subset_of_k_pixels_and_no_larger_one() -> None:

@@ -1,7 +1,7 @@
 """Model cards and the zoo they stand in: what is claimed about each model. Neither torch nor a network is needed to read them."""
 
 from patchcert_cli.cards.card import DEFAULT_LICENSE, Card, card_for_run, slug, weights_of
-from patchcert_cli.cards.page import HUB_DATASETS, prose
+from patchcert_cli.cards.page import HUB_DATASETS, metric, prose
 from patchcert_cli.cards.records import File, Hub, Measured, Published, Training, Validation, valid_name, weights_sha256
 from patchcert_cli.cards.shelf import (
     DEFAULT_DATASET,
@@ -39,6 +39,7 @@ __all__ = [
     "bundled_names",
     "card_for_run",
     "default_model",
+    "metric",
     "prose",
     "sha256",
     "slug",

@@ -21,6 +21,7 @@ from patchcert_cli.cards import page
 from patchcert_cli.cards.records import (
     CARD_RULES,
     File,
+    GuaranteeText,
     Hub,
     Measured,
     Name,
@@ -48,11 +49,14 @@ class Card:
     Attributes:
         network: short text such as ``MLP 784-255-10``.
         threat: what it was trained against.
+        guarantee: what the defense promises, which the published numbers and those on held-out images are about.
         split: what it was trained on, with the count of images kept, for example ``train[55000]``.
-        command: the ``patchcert train`` command that made it.
+        command: the ``patchcert train`` command that made it; of public weights the one that measures them.
+        classifier: the address of somebody's public weights that the defense is put around, if that is what the model is.
         source: the paper that the defense comes from; may be empty.
         files: sha256 and size of every file but the card.
-        status: ``measured``, ``trained`` (no test measurement yet), ``recipe only`` or ``unreliable`` (for ``reason``).
+        status: ``measured``, ``trained`` (no test measurement yet), ``recipe only``, ``public weights`` (of others, not measured
+            here) or ``unreliable`` (for ``reason``).
         notes: free text, a paragraph of the prose.
     """
 
@@ -68,6 +72,8 @@ class Card:
     command: Text
     license: Text
     hub: Hub
+    guarantee: GuaranteeText = "recovery"
+    classifier: str = ""
     source: str = ""
     reason: str = ""
     notes: str = ""
@@ -134,7 +140,12 @@ class Card:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON and YAML."""
-        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+        plain = {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+        if self.guarantee == "recovery":  # which goes without saying
+            del plain["guarantee"]
+        if not self.classifier:
+            del plain["classifier"]
+        return plain
 
     def render(self) -> str:
         """The text of ``README.md``; a card that could not be read back is refused."""
@@ -145,9 +156,11 @@ class Card:
         return f"---\n{text}---\n\n{page.prose(self)}"
 
     def result(self, threat: str | None = None) -> Measured | None:
-        """The measurement under ``threat``, by default the one that the model was trained against; of several proofs the best."""
+        """The measurement of the card's guarantee under ``threat``, by default the one that the model was trained against; of
+        several proofs the best.
+        """
         wanted = parse_threat(threat or self.threat)
-        found = [one for one in self.results if parse_threat(one.threat) == wanted]
+        found = [one for one in self.results if parse_threat(one.threat) == wanted and one.guarantee == self.guarantee]
         return max(found, key=lambda one: one.certified, default=None)
 
     def report(self, threat: str | None = None) -> Published | None:
@@ -163,7 +176,7 @@ class Card:
     def verify(self, folder: Path) -> str:
         """Check the sha256 of every file of the card in ``folder``; returns that of the weights."""
         if not self.files:
-            raise IntegrityError(f"{self.name}: no weights are published yet;", hint=f"train it: {self.command}")
+            raise IntegrityError(f"{self.name}: no weights are published yet;", hint=f"try: {self.command}")
         for name, expected in self.files.items():
             path = folder / name
             if not path.is_file():
@@ -215,6 +228,7 @@ def card_for_run(
     command: str,
     name: str | None = None,
     source: str = "",
+    guarantee: str = "recovery",
 ) -> Card:
     """The first card of a finished training run (status ``trained``), about the weights and configuration in ``folder``.
 
@@ -236,6 +250,7 @@ def card_for_run(
             "license": DEFAULT_LICENSE,
             "hub": {"repo": f"patchcert/{name}"},
             "source": source,
+            "guarantee": guarantee,
             "trained": {"date": today, **trained},
             "files": {file: dataclasses.asdict(File.of(folder / file)) for file in (CONFIG, *weights_of(folder))},
             "validation": dict(validation),

@@ -25,7 +25,7 @@ def hub_metadata(card: Card) -> dict[str, Any]:
         "library_name": "patchcert",
         "pipeline_tag": "image-classification",
         "license": card.license,
-        "datasets": [HUB_DATASETS.get(card.dataset, card.dataset)],
+        **({} if ":" in card.dataset else {"datasets": [HUB_DATASETS.get(card.dataset, card.dataset)]}),  # not somebody's folder
         "tags": ["certified-robustness", f"{parse_threat(card.threat).kind}-attack", card.defense],
     }
     if card.results:
@@ -36,19 +36,27 @@ def hub_metadata(card: Card) -> dict[str, Any]:
 
 def _hub_result(one: Measured) -> dict[str, Any]:
     about = {"threat": one.threat, "images": one.images, "guarantee": one.guarantee, "method": one.method}
+    kind, words = metric(one)
     return {
         "task": {"type": "image-classification"},
         "dataset": {"name": one.dataset, "type": HUB_DATASETS.get(one.dataset, one.dataset), "split": one.split},
         "metrics": [
             {"type": "accuracy", "name": "clean accuracy", "value": one.clean / one.images},
             {
-                "type": "certified_accuracy",
-                "name": f"certified accuracy ({one.threat})",
+                "type": kind,
+                "name": f"{words} ({one.threat})",
                 "value": one.certified / one.images,
                 "args": about,
             },
         ],
     }
+
+
+def metric(one: Measured) -> tuple[str, str]:
+    """The Hub's name of what was certified, and in words: detection is another metric than recovery."""
+    if one.guarantee == "detection":
+        return "certified_detection_accuracy", "certified detection accuracy"
+    return "certified_accuracy", "certified accuracy"
 
 
 def prose(card: Card) -> str:
@@ -77,11 +85,18 @@ def _summary(card: Card) -> str:
         "Defense": f"{card.defense} ({card.source})" if card.source else card.defense,
         "Network": card.network,
         "Data set": card.dataset,
-        "Trained against": f"`{card.threat}`",
+        "Made for" if card.classifier else "Trained against": f"`{card.threat}`",
+        **({"Guarantee": "detection"} if card.guarantee == "detection" else {}),
         "Licence": card.license,
-        "Hub": f"{card.hub.repo} @ {card.hub.revision}" if card.hub.revision else f"not published yet ({card.hub.repo})",
+        "Hub": f"{card.hub.repo} @ {card.hub.revision}" if card.hub.revision else _unpinned(card),
     }
     return "\n".join(f"- {name}: {text}" for name, text in facts.items())
+
+
+def _unpinned(card: Card) -> str:
+    if card.classifier:
+        return f"{card.hub.repo}, public weights of others; the commit that serves is told and recorded"
+    return f"not published yet ({card.hub.repo})"
 
 
 def percent(count: int, images: int) -> str:
@@ -90,25 +105,36 @@ def percent(count: int, images: int) -> str:
 
 
 def _comparison(card: Card) -> list[str]:
+    """A table for each guarantee that was measured; published numbers are about the card's own."""
+    others = sorted({one.guarantee for one in card.results} - {card.guarantee})
+    parts = _compared(card, card.guarantee)
+    for guarantee in others:
+        parts += [f"Guarantee of {guarantee}, which is another promise:", *_compared(card, guarantee)]
+    return parts
+
+
+def _compared(card: Card, guarantee: str) -> list[str]:
     lines = [
         "| threat | data | clean, measured | certified, measured | 95 % interval | clean, published | certified, published |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    published = {str(parse_threat(one.threat)): one for one in card.published}
-    for one in card.results:
+    results = [one for one in card.results if one.guarantee == guarantee]
+    reports = card.published if guarantee == card.guarantee else ()
+    published = {str(parse_threat(one.threat)): one for one in reports}
+    for one in results:
         low, high = one.certified_interval
         measured = [percent(one.clean, one.images), percent(one.certified, one.images), f"{low:.2%} to {high:.2%}"]
         cells = [f"`{one.threat}`, {one.guarantee} ({one.method})", f"{one.dataset} {one.split}", *measured]
         lines.append(_row(cells, published.get(str(parse_threat(one.threat)))))
-    measured_threats = {str(parse_threat(one.threat)) for one in card.results}
+    measured_threats = {str(parse_threat(one.threat)) for one in results}
     for threat, report in published.items():
         if threat not in measured_threats:
             lines.append(_row([f"`{threat}`", card.dataset, "not measured", "not measured", ""], report))
     if len(lines) == 2:
         return ["No test measurement yet, and no published numbers."]
     notes = ["Published numbers are those of the source; they belong to its weights, not to these:"] if published else []
-    notes += [f"- `{one.threat}`: {one.source}" for one in card.published]
-    made = list(dict.fromkeys(f"- `{one.command}` (patchcert {one.patchcert}, {one.date})" for one in card.results))
+    notes += [f"- `{one.threat}`: {one.source}" for one in reports]
+    made = list(dict.fromkeys(f"- `{one.command}` (patchcert {one.patchcert}, {one.date})" for one in results))
     paragraphs = ["\n".join(lines)]
     if notes:
         paragraphs += [notes[0], "\n".join(notes[1:])]
@@ -121,6 +147,8 @@ def _row(cells: list[str], report: Published | None) -> str:
 
 
 def _use(card: Card) -> list[str]:
+    if card.classifier:
+        return [f"The weights are public, `{card.classifier}`: nothing is trained. Measure them:", _code("bash", card.command)]
     if not card.files:
         return ["There are no weights yet. Train them:", _code("bash", card.command)]
     kind, _, rest = card.threat.partition(":")
@@ -137,8 +165,9 @@ def _use(card: Card) -> list[str]:
 
 
 def _making(card: Card) -> list[str]:
-    parts = [_code("bash", card.command)]
-    text = f"Trained on `{card.split}` of {card.dataset}, seed {card.seed}."
+    parts = [] if card.classifier else [_code("bash", card.command)]
+    text = f"Trained on `{card.split}` of {card.dataset}"
+    text += ", by those who published it. How the defense is put around it:" if card.classifier else f", seed {card.seed}."
     if card.validation:
         held = card.validation
         text += f" On {held.images} held-out training images: clean {percent(held.clean, held.images)},"
@@ -152,11 +181,15 @@ def _making(card: Card) -> list[str]:
 
 def _proof(card: Card) -> list[str]:
     change = CHANGES.get(parse_threat(card.threat).kind, "makes any change that the threat allows")
+    detects = card.guarantee == "detection"
     proven = (
-        f"An image counts as certified only if its answer is right and a proof shows that no attacker who {change}"
-        f" can alter that answer (here `{card.threat}`; guarantee: recovery). The proof is made anew for each image and threat."
+        f"An image counts as certified only if its answer is right and a proof shows that no attacker who {change} can alter that"
+        f" answer{' without raising an alarm' if detects else ''} (here `{card.threat}`; guarantee: {card.guarantee})."
+        " The proof is made anew for each image and threat."
     )
-    if any(one.guarantee == "detection" for one in card.results):
+    if detects:
+        proven += " An image that raises an alarm unattacked counts as answered wrong. This is less than a guarantee of recovery."
+    elif any(one.guarantee == "detection" for one in card.results):
         proven += " Where the guarantee is detection, the attacker may alter the answer but not without raising an alarm."
     return [
         proven,

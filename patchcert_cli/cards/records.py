@@ -17,7 +17,8 @@ from patchcert_cli.files import CONFIG, LEDGER, WEIGHTS, weight_files
 from patchcert_cli.schema import Count, Must, NonNegative, Positive, Rule
 from patchcert_cli.threats import parse_threat
 
-STATUSES = ("measured", "trained", "recipe only", "unreliable")
+STATUSES = ("measured", "trained", "recipe only", "public weights", "unreliable")
+WITHOUT_FILES = ("recipe only", "public weights")
 
 
 def valid_name(name: str) -> bool:
@@ -58,6 +59,7 @@ Split = Annotated[str, _match(r"[a-z]+\[\d+\]", "a split and how many of its ima
 Sha256 = Annotated[str, _match(r"[0-9a-f]{64}", "a sha256 of 64 hex digits")]
 Commit = Annotated[str, _match(r"[0-9a-f]{40}", "a commit of 40 hex digits")]
 Repo = Annotated[str, _match(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", "organization/name")]
+GuaranteeText = Annotated[str, Must(("recovery", "detection").__contains__, "recovery or detection")]
 Status = Annotated[str, Must(STATUSES.__contains__, f"one of {', '.join(STATUSES)}")]
 
 
@@ -135,7 +137,7 @@ class Measured:
     date: Date
     command: Text
     patchcert: Text
-    guarantee: Annotated[str, Must(("recovery", "detection").__contains__, "recovery or detection")] = "recovery"
+    guarantee: GuaranteeText = "recovery"
     rules: ClassVar[tuple[Rule, ...]] = (_ordered_counts, _interval_holds_the_share)
 
 
@@ -172,9 +174,9 @@ def _status_fits(
     trained: Training | None,
     validation: Validation | None,
 ) -> Iterable[str]:
-    if status == "recipe only":
+    if status in WITHOUT_FILES:
         present = {"files": files, "results": results, "trained": trained, "validation": validation}
-        yield from (f"{name} must be empty while status is recipe only" for name, value in present.items() if value)
+        yield from (f"{name} must be empty while status is {status}" for name, value in present.items() if value)
     else:
         needed = {WEIGHTS: bool(weight_files(files)), CONFIG: CONFIG in files, LEDGER: LEDGER in files or not results}
         yield from (f"files has no {name}" for name, there in needed.items() if not there)
@@ -187,6 +189,13 @@ def _status_fits(
         yield "results is not empty, so status must be measured"
     if (status == "unreliable") != bool(reason):
         yield "reason is for status unreliable, which needs one"
+
+
+def _classifier_fits(status: str, classifier: str) -> Iterable[str]:
+    if (status == "public weights") != bool(classifier):
+        yield "classifier is for status public weights, which needs one"
+    if classifier and not re.fullmatch(r"(timm:|hf-hub:)\S+", classifier):  # no card makes anybody import code
+        yield f"classifier is '{classifier}', not timm:NAME or hf-hub:ORG/REPO@COMMIT"
 
 
 def _recipe_agrees(recipe: dict[str, Any], dataset: str, defense: str, threat: str, seed: int) -> Iterable[str]:
@@ -218,4 +227,4 @@ def _one_result_each(results: tuple[Measured, ...]) -> Iterable[str]:
     yield from (f"results has {' '.join(key)} more than once" for key in sorted(set(keys)) if keys.count(key) > 1)
 
 
-CARD_RULES: tuple[Rule, ...] = (_plain_files, _status_fits, _recipe_agrees, _recipe_is_plain, _one_result_each)
+CARD_RULES: tuple[Rule, ...] = (_plain_files, _status_fits, _classifier_fits, _recipe_agrees, _recipe_is_plain, _one_result_each)

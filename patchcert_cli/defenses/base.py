@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certificate import Certificate
+from patchcert_cli.certificate import ALERT, Certificate, Guarantee
 from patchcert_cli.errors import DataError, UsageError
 from patchcert_cli.threats import Threat
 
@@ -46,6 +46,10 @@ class Options:
     def augment(self, progress: float, epochs: int) -> Augment:
         """What is done to training images after ``progress`` epochs."""
         return Augment()
+
+    def keep(self) -> float:
+        """How much a step keeps of the running average of weights that becomes the model; 0 takes the last weights."""
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -115,16 +119,20 @@ class Defense(nn.Module, ABC):
     Attributes:
         source: the paper it comes from.
         methods: names of its proofs, the best one first.
+        guarantee: what they prove; a defense of ``detection`` may answer :data:`patchcert_cli.certificate.ALERT`.
         options: how it is trained.
         numerics: what its answers and proofs are computed in, for manifests.
         default_network: the network that it is trained with unless told otherwise.
+        monitored: validation images certified now and then during training; at the end it is all of them.
     """
 
     source: ClassVar[str] = ""
     methods: ClassVar[tuple[str, ...]] = ()
+    guarantee: ClassVar[Guarantee] = Guarantee.RECOVERY
     options: ClassVar[type[Options]] = Options
     numerics: ClassVar[Mapping[str, str]] = {}
     default_network: ClassVar[str] = ""
+    monitored: ClassVar[int] = 1000
 
     def __init__(self, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
         super().__init__()
@@ -135,6 +143,11 @@ class Defense(nn.Module, ABC):
     @abstractmethod
     def from_config(cls, config: Mapping[str, Any]) -> Defense:
         """Build the defense, with fresh weights, from what ``config.json`` holds."""
+
+    @classmethod
+    def entries(cls, threat: Threat, options: Options) -> dict[str, Any]:
+        """What the ``config.json`` of a model trained so holds besides the entries that all have."""
+        return {}
 
     @classmethod
     @abstractmethod
@@ -167,6 +180,10 @@ class Defense(nn.Module, ABC):
             UsageError: a threat does not fit the image, or the defense has no proof of a claim's method.
         """
 
+    def called(self, answer: int) -> str:
+        """What an answer is called: the name of its class, or ``alarm``."""
+        return "alarm" if answer == ALERT else self.classes[answer]
+
     def certify(self, x: Tensor, threat: Threat, method: str | None = None) -> Certificate:
         """One claim; see :meth:`certify_each`."""
         return self.certify_each(x, [Claim(threat, method)])[0]
@@ -179,6 +196,10 @@ class Defense(nn.Module, ABC):
     def remark(self, threat: Threat) -> str:
         """What a user should know about this threat model besides the numbers, in one line; may be empty."""
         return ""
+
+    def cost(self) -> tuple[int, int] | None:
+        """The fewest and the most passes of the network that a certificate takes, if the defense counts them."""
+        return None
 
     def margin_map(self, x: Tensor, patch: Threat) -> Tensor:
         """The margin at every location of a patch, float64 [B, P, Q]: positive where the patch cannot do harm.
@@ -198,6 +219,9 @@ class Defense(nn.Module, ABC):
     def prepare(self, options: Options) -> nn.Module | None:
         """Start a training run: set fresh weights as ``options`` say, and return what trains along but is not deployed."""
         return None
+
+    def begin(self, x: Tensor) -> None:
+        """Fit what training starts from to some training images [B, C, H, W], before the first epoch."""
 
     def finish(self, x: Tensor) -> None:
         """Fit what training leaves open to some training images [B, C, H, W], before validation and before saving."""

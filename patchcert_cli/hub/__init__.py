@@ -1,6 +1,6 @@
 """Models and their claims, to and from the Hub; only :mod:`client` knows the Hub's own client."""
 
-from patchcert_cli.hub.client import Pushed, reachable, remove
+from patchcert_cli.hub.client import Pushed, fetch_unlisted, reachable, remove
 from patchcert_cli.hub.client import facts as client_facts
 from patchcert_cli.hub.find import ADDRESS, Resolved, facts, load, pull, resolve
 from patchcert_cli.hub.publish import Release, prepare, publish
@@ -14,6 +14,7 @@ __all__ = [
     "add",
     "client_facts",
     "facts",
+    "fetch_unlisted",
     "load",
     "prepare",
     "publish",

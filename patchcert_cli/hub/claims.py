@@ -65,7 +65,7 @@ def results_about(found: Resolved, places: list[Path]) -> dict[str, Mapping[str,
             result = files.read_json(path)
         except PatchcertError:
             continue  # a run that crashed while writing is none
-        if result.get("model_sha256") != found.sha256 or "attack" in result:
+        if result.get("model_sha256") != found.sha256 or "attack" in result or result.get("defense") != found.card.defense:
             continue
         if result.get("split") != "test" or result.get("full_split") is not True:
             partial.append(f"{result.get('images')} images of {result.get('split')}")
@@ -100,6 +100,8 @@ def _entry(result: Mapping[str, Any], where: str, found: Resolved) -> dict[str, 
             f"'{where}' is about other weights (sha256 {str(result.get('model_sha256'))[:12]}…, not {found.sha256[:12]}…).",
             hint="Certify this run.",
         )
+    if result.get("defense") != found.card.defense:  # the same weights may stand behind several, with other guarantees
+        raise ClaimError(f"'{where}' is about {result.get('defense')} with these weights, but the model is {found.card.defense}.")
     if result.get("split") != "test" or result.get("full_split") is not True:
         raise ClaimError(
             f"'{where}' is about {result.get('images')} images of {result.get('split')}, not about the full test split.",

@@ -90,33 +90,56 @@ def fetch(repo: str, commit: str, expected: Mapping[str, File], *, offline: bool
 
 
 def fetch_card(repo: str, revision: str | None, *, offline: bool = False) -> tuple[str, Path]:
-    """The commit that ``revision`` means (a commit, branch or tag; by default main), and the folder with its card.
+    """The commit that ``revision`` means, and the folder with its card; see :func:`fetch_unlisted`."""
+    return fetch_unlisted(repo, revision, [CARD], offline=offline)
 
-    A card has no hash that we know in advance: its bytes must have the hash that git gave them, which the Hub tells apart from
-    the file. It is remembered, so that a card that was checked once needs no network.
+
+def fetch_unlisted(
+    repo: str, revision: str | None, names: Sequence[str], *, offline: bool = False, hint: str = ""
+) -> tuple[str, Path]:
+    """The commit that ``revision`` means (a commit, branch or tag; by default main), and the folder that holds its ``names``.
+
+    No hash of these files is known in advance: their bytes must have the hash that git or its large-file storage gave them, which
+    the Hub tells apart from the files. It is remembered, so that what was checked once needs no network. ``hint`` is what an
+    error says to type if the Hub has no such file.
+
+    Raises:
+        HubError: they are not in the cache, and the Hub is out of reach, refuses, has none, or may not be asked.
+        IntegrityError: the Hub sent something else, or a model has no card; the cache does not keep it.
+        MachineError: the cache cannot be written.
     """
     whole = revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
     commit = str(revision) if whole else _known_commit(repo, revision or "main")
-    if commit and (whole or offline) and _checked(repo, commit):
+    if commit and (whole or offline or _forbidden()) and all(_checked(repo, commit, name) for name in names):
         return commit, snapshot(repo, commit)
     _allowed(repo, offline)
     with told(repo), _alone(repo):
         if not whole:
             commit = _commit(repo, revision or "main")
             _remember(_note("refs", repo, revision or "main"), commit)
-        if _checked(repo, commit):
-            return commit, snapshot(repo, commit)
-        path = snapshot(repo, commit) / CARD
-        _discard(path)
-        _download(repo, commit, [CARD], force=False)
-        if not path.is_file():
+        for name in names:
+            if not _checked(repo, commit, name):
+                _fetch_checked(repo, commit, name, hint)
+    return commit, snapshot(repo, commit)
+
+
+def _fetch_checked(repo: str, commit: str, name: str, hint: str) -> None:
+    """Download one file and hold it against the hash that the Hub tells of it."""
+    path = snapshot(repo, commit) / name
+    _discard(path)
+    _download(repo, commit, [name], force=False)
+    if not path.is_file():
+        if name == CARD:
             raise IntegrityError(f"{repo} @ {commit[:7]} has no model card ({CARD}).", hint="Ask its author for one.")
-        told_of = _api().get_paths_info(repo, [CARD], revision=commit)
-        if not told_of or (told_of[0].lfs.sha256 if told_of[0].lfs else told_of[0].blob_id) not in _names(path.read_bytes()):
-            _discard(path)
-            raise IntegrityError(f"the Hub sent a damaged card of {repo} @ {commit[:7]}: not used, not kept.", hint="Try again.")
-        _remember(_note("cards", repo, commit), verified.digest(path))
-    return commit, path.parent
+        raise HubError(f"{repo} @ {commit[:7]} holds no {name}.", hint=hint or "Ask its author, or name another revision.")
+    about = _api().get_paths_info(repo, [name], revision=commit)
+    large = about[0].lfs if about else None
+    actual = verified.digest(path) if large else _names(path.read_bytes())[0]
+    if not about or actual != (large.sha256 if large else about[0].blob_id):
+        _discard(path)
+        what = "card" if name == CARD else name
+        raise IntegrityError(f"the Hub sent a damaged {what} of {repo} @ {commit[:7]}: not used, not kept.", hint="Try again.")
+    _remember(_checked_note(repo, commit, name), verified.digest(path))
 
 
 def push(repo: str, files: Mapping[str, bytes | Path], message: str, *, create_pr: bool, private: bool) -> Pushed:
@@ -242,12 +265,17 @@ def _remember(note: Path, text: str) -> None:
     os.replace(partial, note)
 
 
-def _checked(repo: str, commit: str) -> bool:
-    """Whether the card in the cache is the one that was checked when it came."""
+def _checked(repo: str, commit: str, name: str) -> bool:
+    """Whether a file in the cache is the one that was checked when it came."""
     try:
-        return verified.digest(snapshot(repo, commit) / CARD) == _note("cards", repo, commit).read_text()
+        return verified.digest(snapshot(repo, commit) / name) == _checked_note(repo, commit, name).read_text()
     except OSError:
         return False
+
+
+def _checked_note(repo: str, commit: str, name: str) -> Path:
+    """Where the sha256 of a file that was checked is remembered."""
+    return _note("cards", repo, commit) if name == CARD else _note("files", repo, f"{commit}/{name}")
 
 
 def _names(content: bytes) -> tuple[str, str]:
@@ -263,10 +291,15 @@ def _discard(path: Path) -> None:
         each.unlink(missing_ok=True)
 
 
-def _allowed(repo: str, offline: bool) -> None:
+def _forbidden() -> bool:
+    """Whether the environment forbids asking the Hub."""
     from huggingface_hub import constants
 
-    if offline or constants.HF_HUB_OFFLINE:
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _allowed(repo: str, offline: bool) -> None:
+    if offline or _forbidden():
         said = "--offline" if offline else "HF_HUB_OFFLINE"
         raise HubError(f"{repo} is not in the Hub's cache and {said} forbids fetching it.", hint="Fetch it once while online.")
 

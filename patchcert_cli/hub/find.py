@@ -91,6 +91,9 @@ def pull(
     if revision not in (None, card.hub.revision):
         return _foreign(card.hub.repo, revision, offline=offline, force=force)
     if not card.files:
+        if card.classifier:
+            said = f"{name}: its weights are those of {card.classifier};"
+            raise IntegrityError(said, hint=f"certify fetches them: patchcert certify {name}")
         raise IntegrityError(f"{name}: no weights are published yet;", hint=f"train it: patchcert train --recipe {name}")
     bundled = (zoo or cards.bundled_folder()) / name
     reason = "it is not published on the Hub yet"

@@ -128,6 +128,6 @@ def evaluation(card: Card) -> str:
             "notes": f"{one.threat}, {one.split} split, {one.guarantee}, {one.method}: {count} of {one.images} images",
         }
         for one in card.results
-        for task, count in (("clean_accuracy", one.clean), ("certified_accuracy", one.certified))
+        for task, count in (("clean_accuracy", one.clean), (cards.metric(one)[0], one.certified))
     ]
     return client.evaluation(entries)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,54 @@ from patchcert_cli.defenses.base import Defense, TrainingStep
 from patchcert_cli.errors import Interrupted, MachineError, UsageError
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.training import augment
+from patchcert_cli.training.average import Average
 from patchcert_cli.training.recipe import Recipe
 
 STATE, METRICS = "state.safetensors", "metrics.jsonl"
 FITTED = 500  # training images that a defense is finished with
-MONITORED, REPORTS = 1000, 10  # validation images certified at so many points of a run; the last epoch certifies all
+REPORTS = 10  # points of a run at which some validation images are certified; the last epoch certifies all
+
+
+@dataclass
+class _State:
+    """What steps change: a defense, what trains along with it, the average of its weights if there is one, the optimizer."""
+
+    defense: Defense
+    aid: nn.Module
+    average: Average | None
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def of(cls, recipe: Recipe, device: str, begin: Callable[[Defense], None] | None = None) -> _State:
+        """What a run of ``recipe`` starts with, after ``begin`` has been done to the defense."""
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.seed)
+            defense = defenses.build(recipe.config())
+            aid = (defense.prepare(recipe.training) or nn.Module()).to(device)
+            defense = _laid_out(defense.to(device), recipe)
+        if begin is not None:
+            begin(defense)
+        average = Average(defense) if recipe.training.keep() > 0 else None
+        return cls(defense, aid, average, _optimizer([*defense.parameters(), *aid.parameters()], recipe))
+
+    @property
+    def made(self) -> Defense:
+        """What is validated and saved."""
+        return self.average.defense if self.average else self.defense
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, as it is kept."""
+        tensors: dict[str, Tensor] = {}
+        for prefix, part in self.parts().items():
+            tensors |= {f"{prefix}.{name}": value for name, value in part.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+        return tensors
+
+    def parts(self) -> dict[str, nn.Module]:
+        """What has weights, by name."""
+        parts = {"model": self.defense, "aid": self.aid}
+        return parts | ({"average": self.average.defense} if self.average else {})
 
 
 @dataclass(frozen=True)
@@ -55,14 +98,14 @@ def train(
     images: Images,
     folder: Path,
     *,
-    initial: Mapping[str, Tensor] | None = None,
     device: str = "cpu",
     fresh: bool = False,
     progress: Progress | None = None,
+    prepare: Callable[[Defense], None] | None = None,
 ) -> Trained:
     """Train ``recipe`` on ``images`` (the training split) into ``folder``, continuing a stopped run of the same recipe.
 
-    ``initial`` are the weights to begin with, if not fresh ones.
+    ``prepare`` brings in the weights to begin with, if they are not fresh ones.
 
     Raises:
         UsageError: the folder holds a run of another recipe.
@@ -74,34 +117,35 @@ def train(
     config = recipe.config()
     _claim(folder, config)
     kept, held = images.hold_out(recipe.validation, recipe.seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
-        defense = defenses.build(config)
-        aid = (defense.prepare(recipe.training) or nn.Module()).to(device)
-        if initial is not None:
-            defense.load_state_dict(initial, strict=True)
-        defense = _laid_out(defense.to(device), recipe)
-    optimizer = _optimizer([*defense.parameters(), *aid.parameters()], recipe)
-    start = _restore(folder, recipe, defense, aid, optimizer)
+
+    def begin(defense: Defense) -> None:
+        if not (folder / STATE).exists():
+            defense.begin(_some(defense, kept))
+            if prepare is not None:
+                prepare(defense)
+
+    state = _State.of(recipe, device, begin)
+    start = _restore(folder, state)
+    made = state.made
     if 0 < start < recipe.epochs:
         progress.note(f"resuming {folder}: {start} of {recipe.epochs} epochs done")
     lines = _kept_metrics(folder, start)
     try:
         for epoch in range(start, recipe.epochs):
             began = time.perf_counter()
-            loss = _epoch(recipe, epoch, defense, aid, optimizer, kept, progress)
+            loss = _epoch(recipe, epoch, state, kept, progress)
             seconds, last = time.perf_counter() - began, epoch + 1 == recipe.epochs
             row = {"epoch": epoch + 1, "loss": loss, "learning_rate": _rate(recipe, epoch + 1), "seconds": seconds}
             said = f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f} ({seconds:.0f} s)"
             if last or (epoch + 1) % max(recipe.epochs // REPORTS, 1) == 0:
-                _finish(recipe, defense, kept, rounded=last)
-                tally = monitor(defense, held if last else held.limit(MONITORED, recipe.seed), recipe)
+                _finish(recipe, made, kept, rounded=last)
+                tally = monitor(made, held if last else held.limit(made.monitored, recipe.seed), recipe)
                 clean, certified = tally.clean_accuracy, tally.certified_accuracy
                 row |= {"validation_images": tally.images, "clean": clean, "certified": certified}
                 said += f", validation clean {clean:.2%}, certified {certified:.2%} of {tally.images}"
             lines.append(row)
             files.write_atomically(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
-            _save(folder, recipe, defense, aid, optimizer, epoch + 1)
+            _save(folder, recipe, state, epoch + 1)
             progress.note(said)
     except torch.OutOfMemoryError as problem:
         raise MachineError(
@@ -111,9 +155,9 @@ def train(
         raise Interrupted(
             f"interrupted after {len(lines)} of {recipe.epochs} epochs;", hint="resume with the same command."
         ) from problem
-    checkpoint.save_defense(folder, defense, config)
-    tally = _validated(lines[-1]) if lines else monitor(defense, held, recipe)
-    return Trained(folder, defense.eval(), tally, recipe.epochs - start, sum(line["seconds"] for line in lines))
+    checkpoint.save_defense(folder, made, config)
+    tally = _validated(lines[-1]) if lines else monitor(made, held, recipe)
+    return Trained(folder, made.eval(), tally, recipe.epochs - start, sum(line["seconds"] for line in lines))
 
 
 def _validated(row: Mapping[str, Any]) -> Tally:
@@ -166,22 +210,20 @@ def _finish(recipe: Recipe, defense: Defense, images: Images, *, rounded: bool) 
         for weight in defense.parameters():
             if weight.ndim > 1:
                 weight.copy_(weight.to(getattr(torch, recipe.stored)))
+    defense.finish(_some(defense, images))
+
+
+def _some(defense: Defense, images: Images) -> Tensor:
+    """A few training images, where the defense is."""
     count = min(FITTED, len(images))
     ordered = bool((images.labels.diff() >= 0).all())  # by class, as folders are: then the first ones do not stand for all
     some = torch.arange(count) * (len(images) // count if ordered else 1)
-    defense.finish(to_float(images.read(some).to(defense.device)))
+    return to_float(images.read(some).to(defense.device))
 
 
-def _epoch(
-    recipe: Recipe,
-    epoch: int,
-    defense: Defense,
-    aid: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    images: Images,
-    progress: Progress,
-) -> float:
+def _epoch(recipe: Recipe, epoch: int, state: _State, images: Images, progress: Progress) -> float:
     """One pass over the training images; returns the mean loss."""
+    defense, optimizer, average = state.defense, state.optimizer, state.average
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
     order = torch.randperm(len(images), generator=generator)
     threat, options, steps = recipe.threat_model, recipe.training, len(order) // recipe.batch_size or 1
@@ -198,13 +240,39 @@ def _epoch(
             group["lr"] = recipe.learning_rate * options.rate(at, recipe.epochs)
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(defense.device.type, torch.bfloat16, enabled=reduced):
-            loss = defense.training_loss(x, label, TrainingStep(threat, options, at, recipe.epochs, generator, aid))
+            loss = defense.training_loss(x, label, TrainingStep(threat, options, at, recipe.epochs, generator, state.aid))
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        if average:
+            average.follow(defense, options.keep())
         total += float(loss.detach())
         progress.update(epoch * steps + number + 1, recipe.epochs * steps, f"epoch {epoch + 1} of {recipe.epochs}")
     defense.eval()
     return total / steps
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What two steps of a run took: seconds of each, and bytes of the weights and of the state that every epoch keeps."""
+
+    seconds: tuple[float, float]
+    weights: int
+    state: int
+
+
+def trial(recipe: Recipe, images: Images, *, device: str = "cpu") -> Trial:
+    """A step as in the first epoch and one as in the last, on at least one batch of images; nothing is kept.
+
+    The first step of all, which sets things up, is not timed.
+    """
+    state = _State.of(recipe, device)
+    batch, spent = images.take(torch.arange(min(recipe.batch_size, len(images)))), []
+    for epoch in (0, 0, recipe.epochs - 1):
+        began = time.perf_counter()
+        _epoch(recipe, epoch, state, batch, Silent())
+        spent.append(time.perf_counter() - began)
+    weights, kept = (sum(one.nbytes for one in tensors.values()) for tensors in (state.defense.state_dict(), state.tensors()))
+    return Trial((spent[1], spent[2]), weights, kept)
 
 
 @torch.no_grad()
@@ -220,30 +288,32 @@ def monitor(defense: Defense, images: Images, recipe: Recipe, batch: int = 500) 
     return Tally.of(images.labels, torch.cat(prediction), torch.cat(certified))
 
 
-def _save(folder: Path, recipe: Recipe, defense: Defense, aid: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
-    tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in defense.state_dict().items()}
-    tensors |= {f"aid.{name}": value for name, value in aid.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    note = {"recipe": recipe.to_dict(), "epoch": epoch}
-    files.write_atomically(folder / STATE, checkpoint.pack(tensors, note))
+def _save(folder: Path, recipe: Recipe, state: _State, epoch: int) -> None:
+    note = {"recipe": recipe.to_dict(), "epoch": epoch, "averaged": state.average.steps if state.average else 0}
+    files.write_atomically(folder / STATE, checkpoint.pack(state.tensors(), note))
 
 
-def _restore(folder: Path, recipe: Recipe, defense: Defense, aid: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _restore(folder: Path, state: _State) -> int:
     """Load the state of the last whole epoch, if there is one; returns how many epochs it has."""
     if not (folder / STATE).exists():
         return 0
     tensors, note = checkpoint.unpack(folder / STATE)
-    for part, prefix in ((defense, "model."), (aid, "aid.")):
-        own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        part.load_state_dict(own, strict=True)
-    state: dict[int, dict[str, Tensor]] = {}
+    for prefix, part in state.parts().items():
+        part.load_state_dict(_under(tensors, f"{prefix}."), strict=True)
+    if state.average:
+        state.average.steps = int(note["averaged"])
+    moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            moments.setdefault(int(index), {})[key] = value
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     return int(note["epoch"])
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _kept_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:

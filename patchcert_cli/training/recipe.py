@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from patchcert_cli import data, defenses, models, schema
 from patchcert_cli.defenses.base import Options
 from patchcert_cli.errors import PatchcertError, UsageError
-from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
+from patchcert_cli.threats import Patch, Patches, Sparse, Threat, parse_threat
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 PRECISIONS = ("float32", "bfloat16")
@@ -22,7 +23,7 @@ class Recipe:
 
     Attributes:
         threat: threat model to train against, for example ``patch:5x5`` or ``sparse:10``.
-        dataset: data set name.
+        dataset: data set name, or ``imagefolder:PATH``.
         defense: defense name.
         network: network name; empty for the defense's default.
         network_options: keywords of the network's ``build`` besides shapes and normalization.
@@ -73,9 +74,9 @@ class Recipe:
             except PatchcertError as problem:
                 problems.append(str(problem))
 
-        attempt(lambda: data.info(self.dataset))
-        if self.dataset in data.DATASETS:
-            channels, height, width = data.info(self.dataset).shape
+        facts = attempt(lambda: data.info(self.dataset))
+        if facts is not None:
+            channels, height, width = facts.shape
             attempt(lambda: self.threat_model.check(height, width, channels))
         else:
             attempt(lambda: self.threat_model)
@@ -96,7 +97,7 @@ class Recipe:
             raise UsageError(" ".join(problems))
         assert options is not None
         return replace(
-            self, network=network, network_options=models.listed(network, self.network_options), options=asdict(options)
+            self, network=network, network_options=models.listed(network, self.network_options), options=_plain(options)
         )
 
     @property
@@ -106,7 +107,7 @@ class Recipe:
 
     def fitted(self) -> Recipe:
         """With phases shortened where the run is too short for them."""
-        return replace(self, options=asdict(self.training.fitted(self.epochs)))
+        return replace(self, options=_plain(self.training.fitted(self.epochs)))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON and YAML."""
@@ -124,7 +125,7 @@ class Recipe:
     def config(self) -> dict[str, Any]:
         """The ``config.json`` of the defense that this recipe trains."""
         ready, facts = self.validate(), data.info(self.dataset)
-        options = {**self.network_options, "mean": list(facts.mean), "std": list(facts.std)}
+        options = {"mean": list(facts.mean), "std": list(facts.std), **self.network_options}  # a network may have its own
         return {
             "format": 1,
             "defense": self.defense,
@@ -134,6 +135,7 @@ class Recipe:
             "classes": list(facts.classes),
             "network": {"name": ready.network, "options": options},
             "options": ready.options,
+            **defenses.by_name(self.defense).entries(ready.threat_model, ready.training),
             "recipe": ready.to_dict(),
         }
 
@@ -143,42 +145,60 @@ class Recipe:
         threat = self.threat_model
         if isinstance(threat, Sparse):
             tail = f"k{threat.k}" + ("-value" if threat.unit == "value" else "")
-        elif isinstance(threat, Patch) and threat.height == threat.width:
-            tail = f"p{threat.height}"
+        elif isinstance(threat, Patches):
+            tail = f"{threat.number}x{_patch_name(threat.each)}"
         else:
-            tail = "p" + str(threat).removeprefix("patch:").replace("%", "pct")
-        return f"{self.dataset}-{self.defense}-{tail}"
+            tail = _patch_name(threat)
+        return f"{data.info(self.dataset).label}-{self.defense}-{tail}"
 
     @property
     def command(self) -> str:
         """The ``patchcert train`` command that makes this very recipe: what differs from the defaults is spelled out."""
         threat = self.threat_model
-        if isinstance(threat, Sparse):
+        if isinstance(threat, Patches):
+            words = [f"--threat {threat}"]
+        elif isinstance(threat, Sparse):
             words = [f"--threat sparse --k {threat.k}"] + (["--unit value"] if threat.unit == "value" else [])
         else:
             shape = str(threat).removeprefix("patch:")
             square = isinstance(threat, Patch) and threat.height == threat.width
             words = [f"--threat patch --patch {shape.split('x')[0] if square else shape}"]
-        given, default = self.validate().to_dict(), for_threat(threat, self.defense).validate().to_dict()
+        given, default = self.validate().to_dict(), for_threat(threat, self.defense, self.dataset).validate().to_dict()
+        default["dataset"] = for_threat(threat, self.defense).dataset
         if self.defense != for_threat(threat).defense:
             words.append(f"--defense {self.defense}")
         for name, value in given.items():
             flag = {"network_options": "network-option", "options": "option"}.get(name)
             if flag:
-                words += [f"--{flag} {key}={written(item)}" for key, item in value.items() if default[name].get(key) != item]
+                changed = {key: item for key, item in value.items() if default[name].get(key) != item}
+                words += [f"--{flag} {key}={shlex.quote(written(item))}" for key, item in changed.items()]
             elif name not in ("threat", "defense", "start_sha256") and value != default[name]:
-                words.append(f"--{name.replace('_', '-')} {value}")
+                words.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
         return " ".join(["patchcert train", *words])
+
+
+def _patch_name(threat: Threat) -> str:
+    """Such as ``p5``, ``p3x7`` or ``p2pct``."""
+    if isinstance(threat, Patch) and threat.height == threat.width:
+        return f"p{threat.height}"
+    return "p" + str(threat).removeprefix("patch:").replace("%", "pct")
 
 
 def _options(kind: type[Options], values: Mapping[str, Any], defense: str) -> Options:
     problems: list[str] = []
-    made = schema.decode(kind, values, "", problems)
+    lists = {item.name for item in fields(kind) if isinstance(item.default, tuple)}
+    given = {name: [value] if name in lists and isinstance(value, int | float | str) else value for name, value in values.items()}
+    made = schema.decode(kind, given, "", problems)  # a list of one is typed as one value
     if problems:
         known = ", ".join(item.name for item in fields(kind)) or "none"
         raise UsageError(f"training options of {defense}: {'; '.join(problems)};", hint=f"known: {known}.")
     assert isinstance(made, Options)
     return made
+
+
+def _plain(options: Options) -> dict[str, Any]:
+    """Options as JSON knows them, with lists for tuples, so that what was written and read again is the same recipe."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
 
 
 def written(value: Any) -> str:
@@ -200,8 +220,24 @@ def read(text: str) -> Any:
     return text
 
 
-def for_threat(threat: Threat, defense: str = "ibp") -> Recipe:
-    """The recipe that trains ``defense`` for this threat model unless told otherwise."""
+def for_threat(threat: Threat, defense: str = "ibp", dataset: str | None = None) -> Recipe:
+    """The recipe that trains ``defense`` for this threat model, on a data set of one's own choice, unless told otherwise."""
+    if defenses.by_name(defense).default_network == "masked":
+        digits = dataset == "mnist"  # a mirrored digit is none, and small
+        return Recipe(
+            str(threat),
+            dataset or "cifar10",
+            defense,
+            network_options={"stem": 16, "widths": [32, 64, 128], "takes_mask": True} if digits else {},
+            epochs=20,
+            learning_rate=0.25,
+            optimizer="sgd",
+            weight_decay=5e-4,
+            precision="bfloat16",
+            stored="float16",
+            validation=500,  # certifying them costs the most here
+            options={"flip": not digits, "shift": 1 if digits else 2, "labels": "bfloat16"},
+        )
     if defense != "ibp":
         return Recipe(
             str(threat), "cifar10", defense, precision="bfloat16", optimizer="adamw", weight_decay=1e-4, stored="float16"

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from patchcert_cli import __version__, cards, checkpoint, data, defenses, files, hub, models
+from patchcert_cli import __version__, cards, checkpoint, classifiers, data, defenses, files, hub, models
 from patchcert_cli import device as devices
-from patchcert_cli.errors import IntegrityError
+from patchcert_cli.defenses.base import Defense
+from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.training import loop
 from patchcert_cli.training.recipe import Recipe
@@ -21,7 +21,10 @@ from patchcert_cli.training.recipe import Recipe
 def recipe_of(name_or_path: str) -> Recipe:
     """The recipe of a zoo model, which may have no weights yet, or the one that a run folder was trained with."""
     if name_or_path in cards.bundled_names():
-        return Recipe.from_dict(cards.bundled_card(name_or_path).recipe)
+        card = cards.bundled_card(name_or_path)
+        if card.classifier:
+            raise UsageError(f"{card.name} is not trained: its weights are public;", hint=f"measure them: {card.command}")
+        return Recipe.from_dict(card.recipe)
     config = files.read_json(hub.resolve(name_or_path).folder / files.CONFIG)
     if not isinstance(config.get("recipe"), dict):
         raise IntegrityError(f"'{name_or_path}' does not say how it was trained;", hint="give --patch or --threat instead.")
@@ -42,8 +45,8 @@ def started(recipe: Recipe) -> Recipe:
     return replace(recipe, start_sha256=digest)
 
 
-def check(recipe: Recipe) -> Mapping[str, Tensor] | None:
-    """The weights to begin with, if not fresh ones; raises what building and preparing the recipe's network raises.
+def check(recipe: Recipe) -> Callable[[Defense], None]:
+    """What gives a fresh defense the weights to begin with; raises what building and preparing the recipe's network raises.
 
     Raises:
         IntegrityError: the weights to begin with are not those of the recipe, or those of another network.
@@ -51,10 +54,16 @@ def check(recipe: Recipe) -> Mapping[str, Tensor] | None:
     with torch.random.fork_rng():
         defense = defenses.build(recipe.config())
         defense.prepare(recipe.training)
-    if not recipe.start:
-        return None
-    folder = hub.resolve(started(recipe).start).folder
-    return checkpoint.weights_for(defense, folder)
+    initial = checkpoint.weights_for(defense, hub.resolve(started(recipe).start).folder) if recipe.start else None
+
+    def prepare(defense: Defense) -> None:
+        if recipe.network_options.get("weights"):  # published ones, all but the layers that give the classes
+            network: Any = defense.network
+            classifiers.begin_with(network, recipe.network_options)
+        if initial is not None:
+            defense.load_state_dict(initial, strict=True)
+
+    return prepare
 
 
 def run(
@@ -77,9 +86,9 @@ def run(
     """
     progress = progress or Silent()
     place = devices.resolve(device)
-    initial = check(recipe)
+    prepare = check(recipe)
     images = data.load(recipe.dataset, "train", data_dir=data_dir, download=download, fetch=fetch, progress=progress)
-    made = loop.train(recipe, images, folder, initial=initial, device=place, fresh=fresh, progress=progress)
+    made = loop.train(recipe, images, folder, device=place, fresh=fresh, progress=progress, prepare=prepare)
     weights = cards.weights_sha256({name: cards.File.of(folder / name) for name in cards.weights_of(folder)})
     validation = {"images": made.validation.images, "clean": made.validation.clean, "certified": made.validation.certified}
     if made.epochs_run or not (folder / files.CARD).exists():
@@ -98,6 +107,7 @@ def run(
             },
             command=recipe.command,
             source=made.defense.source,
+            guarantee=str(made.defense.guarantee),
         )
         files.write_atomically(folder / files.CARD, card.render().encode())
     else:
@@ -108,6 +118,7 @@ def run(
         "defense": recipe.defense,
         "dataset": recipe.dataset,
         "threat": recipe.threat,
+        "guarantee": str(made.defense.guarantee),
         "epochs": recipe.epochs,
         "validation": {"images": made.validation.images, "counts": {k: validation[k] for k in ("clean", "certified")}},
         "seconds": made.seconds,

@@ -13,8 +13,9 @@ import torch
 
 from patchcert_cli import cards, checkpoint, data, files
 from patchcert_cli.defenses.ibp import IntervalOptions
+from patchcert_cli.defenses.patchcleanser import MaskedOptions
 from patchcert_cli.errors import DataError, IntegrityError, Interrupted, UsageError
-from patchcert_cli.threats import Sparse, parse_threat
+from patchcert_cli.threats import Patch, Sparse, parse_threat
 from patchcert_cli.training import loop, session
 from patchcert_cli.training.recipe import Recipe, for_threat
 
@@ -149,6 +150,66 @@ def test_ctrl_c_keeps_whole_epochs_and_says_how_to_go_on(tmp_path: Path) -> None
     assert loop.train(TINY, images(), tmp_path / "run").epochs_run == 2
 
 
+MASKED = Recipe(
+    "patch:5x5",
+    defense="patchcleanser",
+    network_options={"stem": 4, "widths": [6, 8], "takes_mask": True},
+    epochs=2,
+    batch_size=40,
+    learning_rate=0.2,
+    optimizer="sgd",
+    precision="bfloat16",
+    stored="float16",
+    validation=60,
+    options={
+        "per_axis": 3,
+        "sides": [6, 8],
+        "greedy_from": 0.5,
+        "greedy_share": 0.5,
+        "candidates": 2,
+        "labels": "bfloat16",
+        "average": 0.9,
+        "shift": 1,
+    },
+)
+
+
+def test_a_stopped_run_with_averaged_weights_ends_with_those_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    class Stop:
+        def update(self, done: int, total: int, text: str) -> None:
+            if done == 9:
+                raise KeyboardInterrupt
+
+        def note(self, text: str) -> None:
+            pass
+
+    whole = loop.train(MASKED, images(360), tmp_path / "whole")
+    with pytest.raises(Interrupted, match="after 1 of 2 epochs"):
+        loop.train(MASKED, images(360), tmp_path / "cut", progress=Stop())
+    again = loop.train(MASKED, images(360), tmp_path / "cut")
+    assert again.epochs_run == 1 and again.validation == whole.validation
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+    assert loop.train(MASKED, images(360), tmp_path / "cut").epochs_run == 0
+    tensors, note = checkpoint.unpack(tmp_path / "cut" / loop.STATE)
+    assert note["averaged"] == 14
+    saved, config = checkpoint.load_defense(tmp_path / "cut")
+    assert config["masks"] == {"covers": ["patch:5x5"], "per_axis": 3} and config["labels"] == "bfloat16"
+    last = False
+    for name, value in saved.state_dict().items():
+        assert torch.equal(value, tensors[f"average.{name}"].to(value)), "the average is what is saved"
+        last |= not torch.equal(value, tensors[f"model.{name}"].to(value))
+    assert last
+
+
+def test_options_with_several_values_are_read_back_as_they_were_written() -> None:
+    recipe = replace(MASKED, options={"sides": (8, 9)}).validate()
+    assert recipe.options["sides"] == [8, 9]
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))).validate() == recipe
+    assert "--option sides=8,9" in recipe.command
+    several = replace(MASKED, threat="patches:2:3x3").validate()
+    assert several.name == "mnist-patchcleanser-2xp3" and "--threat patches:2:3x3" in several.command
+
+
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     loop.train(replace(TINY, epochs=1), images(), tmp_path / "run")
     before = digest(tmp_path / "run")
@@ -188,6 +249,12 @@ def test_recipes_name_everything_wrong_at_once_and_spell_out_their_command() -> 
     words = "--network-option hidden=40,20 --epochs 99 --option decay=step"
     assert recipe.command == f"patchcert train --threat patch --patch 3x7 {words}"
     assert Recipe.from_dict(recipe.to_dict()) == recipe
+    one = replace(for_threat(Patch(5, 5), "patchcleanser", "mnist"), options={"sides": 8}).validate()  # a list of one
+    assert one.training == MaskedOptions(sides=(8,)) and one.options["sides"] == [8]
+    assert one.command.startswith(
+        "patchcert train --threat patch --patch 5 --defense patchcleanser --dataset mnist --option sides=8"
+    )
+    assert "network-option" not in one.command and "flip=False" not in for_threat(Patch(5, 5), "patchcleanser", "mnist").command
     with pytest.raises(UsageError, match="unknown recipe entries: colour"):
         Recipe.from_dict({"threat": "patch:5x5", "colour": "red"})
 
@@ -229,7 +296,7 @@ def test_a_run_can_begin_with_the_weights_of_another(tmp_path: Path) -> None:
     first = loop.train(TINY, images(), tmp_path / "first")
     further = session.started(replace(TINY, start=str(tmp_path / "first"), learning_rate=1e-9, epochs=1, options={}).fitted())
     assert further.start_sha256 == cards.weights_sha256({files.WEIGHTS: cards.File.of(tmp_path / "first" / files.WEIGHTS)})
-    made = loop.train(further, images(), tmp_path / "next", initial=session.check(further))
+    made = loop.train(further, images(), tmp_path / "next", prepare=session.check(further))
     for name, value in made.defense.state_dict().items():
         torch.testing.assert_close(value, first.defense.state_dict()[name], atol=1e-6, rtol=0)
     assert "--start" in further.command

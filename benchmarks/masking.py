@@ -1,0 +1,136 @@
+"""Double masking: what part of all pairs of masks a proof asks for, and how fast it is beside loops over all of them.
+
+    python benchmarks/masking.py [--model NAME|PATH] [--images N] [--loop N] [--threads N]
+
+Prints ratios measured in this one run. Two thirds of the images that are counted are certified, whatever the model: as many
+as there are of the one kind, and half as many of the other. The masks are the model's own, and masks of the same size two pixels
+apart, which overlap. The loops evaluate every pair of every image in float32 and know no masks that overlap, no order and no end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+from torch import Tensor
+
+from patchcert_cli import data, hub
+from patchcert_cli.certificate import Certificate
+from patchcert_cli.certifiers.masks import MaskPlan
+from patchcert_cli.defenses.patchcleanser import PatchCleanser
+from patchcert_cli.threats import Patch, Threat, parse_threat
+
+APART = 2  # pixels between masks that overlap
+
+
+def opened(name: str) -> PatchCleanser:
+    defense = hub.load(name)
+    assert isinstance(defense, PatchCleanser)
+    return defense
+
+
+def with_masks(defense: PatchCleanser, plan: MaskPlan, labels: str) -> PatchCleanser:
+    fill = defense.fill.flatten().tolist()
+    return PatchCleanser(
+        defense.network, input_shape=defense.input_shape, classes=defense.classes, masks=plan, fill=fill, labels=labels
+    ).eval()
+
+
+def overlapping(defense: PatchCleanser, patch: Patch) -> MaskPlan:
+    """Masks as large as the model's own, two pixels apart."""
+    wider = defense.set.boxes[0][0][2] - (patch.height + APART - 1)
+    return MaskPlan((str(patch),), stride=APART, wider=max(wider, 0))
+
+
+def two_thirds(certificate: Certificate) -> Tensor:
+    """Images of which two thirds are certified, as many as there are: int64 [n]."""
+    sure, open_ = certificate.certified.nonzero()[:, 0], (~certificate.certified).nonzero()[:, 0]
+    part = min(len(sure) // 2, len(open_))
+    return torch.cat([sure[: 2 * part], open_[:part]])
+
+
+def passes(defense: PatchCleanser, x: Tensor, threat: Threat, what: str) -> None:
+    certificate = defense.certify(x, threat)
+    assert certificate.passes is not None
+    chosen, each, masks = two_thirds(certificate), certificate.passes.double(), len(defense.set)
+    sure = certificate.certified
+    print(f"{what}: {masks} masks, {defense.set.passes} pairs; {int(sure.sum())} of {len(x)} certified")
+    if not len(chosen):
+        print("  all images or none are certified: nothing to count")
+        return
+    mean, whole = float(each[chosen].mean()), defense.set.passes
+    print(f"  passes an image: certified {float(each[sure].mean()):.0f}, others {float(each[~sure].mean()):.0f}")
+    print(
+        f"  of {len(chosen)} images, two thirds certified: {mean:.0f} passes an image, {mean / whole:.1%} of all pairs"
+        f" ({mean / masks**2:.1%} if (i, j) and (j, i) are two)"
+    )
+
+
+@torch.no_grad()
+def loop(defense: PatchCleanser, x: Tensor, *, at_once: bool) -> float:
+    """Images a second of evaluating every pair, one by one, or all pairs of an image at once."""
+    first, second = torch.triu_indices(len(defense.set), len(defense.set))
+    hidden = defense.masks[first] | defense.masks[second]
+    began = time.perf_counter()
+    for image in x:
+        for some in torch.split(hidden, len(hidden) if at_once else 1):
+            defense.behind(image.expand(len(some), -1, -1, -1), some).argmax(dim=1)
+    return len(x) / (time.perf_counter() - began)
+
+
+def speed(defense: PatchCleanser, x: Tensor, threat: Threat, few: int) -> None:
+    certificate = defense.certify(x, threat)
+    chosen = x[two_thirds(certificate)]
+    began = time.perf_counter()
+    defense.certify(chosen, threat)
+    mine = len(chosen) / (time.perf_counter() - began)
+    one, all_ = loop(defense, chosen[:few], at_once=False), loop(defense, chosen[:few], at_once=True)
+    print(f"certify {len(chosen)} images, two thirds certified, in {defense.labels}: {mine:.2f} images/s")
+    print(f"  loop over pairs, batches of one masked image: {one:.3f} images/s; ratio {mine / one:.1f}")
+    print(f"  loop over images, all their pairs in one batch: {all_:.3f} images/s; ratio {mine / all_:.1f}")
+
+
+def half(name: str, count: int, start: int) -> Certificate:
+    torch.set_num_threads(1)
+    defense = opened(name)
+    return defense.certify(images(name, count)[start::2], Patch(5, 5))
+
+
+def images(name: str, count: int) -> Tensor:
+    dataset = next(one for one in data.DATASETS.values() if one.shape == opened(name).input_shape)
+    return data.to_float(data.load(dataset.name, "test").pixels[:count])
+
+
+def two_processes(name: str, count: int) -> None:
+    alone = opened(name).certify(images(name, count), Patch(5, 5))
+    with ProcessPoolExecutor(2) as pool:
+        parts = list(pool.map(half, [name] * 2, [count] * 2, range(2)))
+    same = {
+        field: all(torch.equal(getattr(alone, field)[start::2], getattr(part, field)) for start, part in enumerate(parts))
+        for field in ("prediction", "certified", "worst", "rival")
+    }
+    print(f"two processes, half of {count} images each: " + ", ".join(f"{name} equal: {ok}" for name, ok in same.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mnist-masked-cnn")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--loop", type=int, default=3, help="images for the loops over all pairs")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    defense, threat = opened(options.model), parse_threat("patch:5x5")
+    assert isinstance(threat, Patch)
+    x = images(options.model, options.images)
+    print(f"{options.model}, {threat}, torch {torch.__version__}, {options.threads} threads, {len(x)} images")
+    passes(defense, x, threat, "the model's masks")
+    passes(with_masks(defense, overlapping(defense, threat), defense.labels), x, threat, "masks that overlap")
+    speed(with_masks(defense, defense.plan, "float32"), x, threat, options.loop)
+    two_processes(options.model, min(options.images, 40))
+
+
+if __name__ == "__main__":
+    main()

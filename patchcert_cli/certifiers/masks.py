@@ -1,0 +1,243 @@
+"""Mask sets: rectangles such that every location of a patch lies wholly behind one of them.
+
+**Theorem.** Along an axis of n pixels let a patch of side p start anywhere from 0 to n - p. Let masks be m >= p + s - 1 pixels
+long, or n if that is less, and start at 0, s, 2s, ... as far as n - m, and at n - m. Then every patch lies inside a mask.
+
+*Proof.* A mask that starts at t holds the patch at a iff a + p - m <= t <= a. Let t >= 0 be the largest multiple of s up to a;
+then t >= a - s + 1 >= a + p - m. If t <= n - m, a mask starts there. Otherwise n - m < t <= a, and a <= n - p gives
+n - m >= a + p - m: the last mask holds the patch. A rectangle is inside a product of two intervals iff each side is inside its
+own. QED. With s = ceil((n - p + 1) / k) there are at most k masks (Xiang, Mahloujifar &
+Mittal, PatchCleanser, USENIX Security 2022). Several patches at once lie behind the union of as many masks.
+
+:meth:`MaskSet.cover` relies on none of this: it counts hidden pixels.
+
+Shapes: H x W pixels, M masks, A atoms of a threat, U different sets of masks that hide an atom, or as many atoms as the budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations, product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchcert_cli import schema
+from patchcert_cli.errors import IntegrityError, PatchcertError, UnsupportedThreat, UsageError
+from patchcert_cli.schema import Count
+from patchcert_cli.threats import Threat, parse_threat
+
+PER_AXIS = 6  # masks along each axis, as published
+MOST = 4096  # masks of a set: more than that nobody evaluates in pairs
+LARGEST = 1 << 28  # entries of a table of covers
+PIECE = 1024  # rows of a cover compared at a time
+
+Box = tuple[int, int, int, int]
+
+
+def axis_masks(length: int, side: int, *, stride: int, wider: int = 0) -> tuple[int, list[int]]:
+    """The masks along an axis of ``length`` pixels for a patch of ``side``: their length, and where they start."""
+    size = min(side + stride - 1 + wider, length)
+    last = length - size
+    return size, sorted({*range(0, last + 1, stride), last})
+
+
+def _exclusive(per_axis: int, stride: int, passes: int) -> Iterable[str]:
+    if sum(value > 0 for value in (per_axis, stride, passes)) > 1:
+        yield "per_axis, stride and passes exclude each other"
+
+
+def _covers_something(covers: tuple[str, ...]) -> Iterable[str]:
+    if not covers:
+        yield "covers names no threat"
+    for text in covers:
+        try:
+            parse_threat(text)
+        except PatchcertError as problem:
+            yield str(problem)
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """Which masks a model has: what they cover, and one of three ways to say how many they are.
+
+    Attributes:
+        covers: the threats that they cover, such as ``patch:5x5``; several are covered one at a time.
+        per_axis: at most so many along each axis; 6 if none of the three is given.
+        stride: pixels from each to the next; the smaller, the more and the smaller they are.
+        passes: as many as let all pairs be evaluated in so many passes of the network.
+        wider: pixels by which each side exceeds what covers the threat, so that masks overlap more.
+    """
+
+    covers: tuple[str, ...]
+    per_axis: Count = 0
+    stride: Count = 0
+    passes: Count = 0
+    wider: Count = 0
+    rules = (_exclusive, _covers_something)
+
+    @classmethod
+    def read(cls, values: Any) -> MaskPlan:
+        """From the ``masks`` entry of a configuration.
+
+        Raises:
+            IntegrityError: it cannot be meant so.
+        """
+        problems: list[str] = []
+        made = schema.decode(cls, values, "masks", problems)
+        if problems:
+            raise IntegrityError(f"these masks cannot be meant: {'; '.join(problems)}.")
+        assert isinstance(made, MaskPlan)
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """Inverse of :meth:`read`: what differs from the defaults."""
+        numbers = {name: getattr(self, name) for name in ("per_axis", "stride", "passes", "wider")}
+        return {"covers": list(self.covers)} | {name: value for name, value in numbers.items() if value}
+
+    def masks(self, height: int, width: int) -> MaskSet:
+        """The masks for images of this size.
+
+        Raises:
+            UsageError: a patch does not fit, or the budget of passes or memory is too small for any masks that leave something.
+        """
+        if not self.passes:
+            return self._with(height, width, per_axis=self.per_axis or PER_AXIS, stride=self.stride)
+        least = self._with(height, width, per_axis=2)
+        if least.passes > self.passes:
+            raise UsageError(
+                f"{self.passes} passes are too few for masks against {', '.join(self.covers)};",
+                hint=f"allow {least.passes} or more.",
+            )
+        best, longest = least, max(height, width)
+        for per_axis in range(3, longest + 1):
+            try:
+                made = self._with(height, width, per_axis=per_axis)
+            except UsageError:  # too many to list
+                break
+            if made.passes > self.passes:
+                break
+            best = made
+        return best
+
+    def _with(self, height: int, width: int, *, per_axis: int = 0, stride: int = 0) -> MaskSet:
+        found: dict[tuple[Box, ...], None] = {}
+        for text in self.covers:
+            threat = parse_threat(text)
+            sides, budget = _sides(threat, height, width)
+            axes = []
+            for length, side in zip((height, width), sides, strict=True):
+                size, starts = axis_masks(length, side, stride=stride or -(-(length - side + 1) // per_axis), wider=self.wider)
+                axes.append([(start, size) for start in starts])
+            boxes = [(top, left, rows, columns) for (top, rows), (left, columns) in product(*axes)]
+            if (height, width) in ((rows, columns) for _, _, rows, columns in boxes):
+                raise UsageError(
+                    f"masks against {text} hide all of a {height}x{width} image;",
+                    hint="cover a smaller patch, or use more masks along each axis.",
+                )
+            together = min(budget, len(boxes))
+            if len(found) + math.comb(len(boxes), together) > MOST:
+                raise UsageError(
+                    f"more than {MOST} masks are needed against {', '.join(self.covers)};",
+                    hint="use fewer per axis, for example 3.",
+                )
+            found |= dict.fromkeys(combinations(boxes, together))
+        return MaskSet(height, width, tuple(found))
+
+
+@dataclass(frozen=True)
+class Cover:
+    """Which masks hide what an attacker may touch.
+
+    Attributes:
+        by: bool [U, M], the masks that hide everything; a row for each set of masks that has no other inside it, since a
+            condition of the kind "some mask of the set ..." that holds for a set holds for all larger ones.
+        atom: int64 [U], an atom of such an attack, the first one.
+    """
+
+    by: Tensor
+    atom: Tensor
+
+
+@dataclass(frozen=True)
+class MaskSet:
+    """Masks for images of ``height`` x ``width``; each is the union of some boxes (top, left, height, width)."""
+
+    height: int
+    width: int
+    boxes: tuple[tuple[Box, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    @property
+    def passes(self) -> int:
+        """Pairs of masks, a mask with itself included: what evaluating all of them costs an image."""
+        return len(self) * (len(self) + 1) // 2
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """bool [M, H, W], what each mask hides; shared, not to be written to."""
+        hidden = torch.zeros(len(self), self.height, self.width, dtype=torch.bool)
+        for at, union in enumerate(self.boxes):
+            for top, left, rows, columns in union:
+                hidden[at, top : top + rows, left : left + columns] = True
+        return hidden
+
+    def hides(self, threat: Threat) -> Tensor:
+        """Whether a mask hides all of an atom of the threat: bool [A, M]."""
+        (rows, columns), _ = _sides(threat, self.height, self.width)
+        sums = torch.zeros(len(self), self.height + 1, self.width + 1, dtype=torch.int64)
+        sums[:, 1:, 1:] = self.hidden.long().cumsum(1).cumsum(2)
+        top, left = threat.atoms(self.height, self.width)[:, :2].T
+        bottom, right = top + rows, left + columns
+        inside = sums[:, bottom, right] - sums[:, top, right] - sums[:, bottom, left] + sums[:, top, left]  # [M, A]
+        return (inside == rows * columns).T
+
+    def cover(self, threat: Threat) -> Cover:
+        """Which masks hide what the threat may touch.
+
+        Raises:
+            UsageError: the threat does not fit the image.
+            UnsupportedThreat: something that it may touch lies behind no mask.
+        """
+        hides = self.hides(threat)
+        one = found = _smallest(Cover(hides, torch.arange(len(hides))))
+        for _ in range(threat.budget - 1):
+            if not bool(found.by.any(dim=1).all()):
+                break
+            if len(found.by) * len(one.by) * len(self) > LARGEST:
+                raise UnsupportedThreat(f"{threat} is too many changes at once for masks;", hint="two patches are possible.")
+            first, second = torch.cartesian_prod(torch.arange(len(found.by)), torch.arange(len(one.by))).T
+            found = _smallest(Cover(found.by[first] & one.by[second], found.atom[first]))
+        if not bool(found.by.any(dim=1).all()):
+            raise UnsupportedThreat(
+                f"the {len(self)} masks of this model do not cover {threat};",
+                hint=f"choose masks that do: masks.covers in its config.json, for example ['{threat}'].",
+            )
+        return found
+
+
+def _sides(threat: Threat, height: int, width: int) -> tuple[tuple[int, int], int]:
+    """Height and width of an atom, and how many the attacker has."""
+    threat.check(height, width)
+    rows, columns = threat.atoms(height, width)[0, 2:].tolist()
+    return (rows, columns), threat.budget
+
+
+def _smallest(cover: Cover) -> Cover:
+    """The different rows of a cover that have no other inside them, each with its first atom, in the order of these."""
+    different, where = torch.unique(cover.by, dim=0, return_inverse=True)
+    count = len(cover.by)
+    first = torch.full((len(different),), count).scatter_reduce_(0, where, torch.arange(count), "amin")
+    number, size = different.float(), different.sum(dim=1)
+    larger = torch.zeros(len(different), dtype=torch.bool)
+    for some in torch.split(torch.arange(len(different)), PIECE):
+        common = number[some] @ number.T  # [n, N], masks that both have
+        larger[some] |= ((common == size) & (size < size[some, None])).any(dim=1)
+    order = first[~larger].sort().values
+    return Cover(cover.by[order], cover.atom[order])

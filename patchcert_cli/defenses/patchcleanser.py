@@ -1,0 +1,323 @@
+"""PatchCleanser (Xiang, Mahloujifar & Mittal, USENIX Security 2022): any classifier, asked behind pairs of masks.
+
+Masks that hide every location of the patch are laid over the image one at a time, then two at a time; the answer is made of the
+labels that the classifier gives then. Masks: :mod:`patchcert_cli.certifiers.masks`; answer and proof:
+:mod:`patchcert_cli.certifiers.masking`. Training behind two random masks, or behind the two worst of some (greedy cutout: Saha et
+al., Revisiting Image Classifier Training for Improved Certified Robust Defense against Adversarial Patches, TMLR 2023).
+
+A label that rounding might decide is asked again in higher precision (:mod:`patchcert_cli.certifiers.views`), so the answer is
+the same in every batch and on every device.
+
+Shapes: B images, C channels, H x W pixels, K classes, M masks, n passes, A atoms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchcert_cli import models
+from patchcert_cli.certificate import Certificate
+from patchcert_cli.certifiers import masking, views
+from patchcert_cli.certifiers.masking import Table
+from patchcert_cli.certifiers.masks import Cover, MaskPlan
+from patchcert_cli.certifiers.views import PRECISIONS, SLACK, Views
+from patchcert_cli.defenses.base import Augment, Claim, Defense, Options, Surrogate, TrainingStep
+from patchcert_cli.errors import UsageError
+from patchcert_cli.schema import Count, Fraction, Must, Positive
+from patchcert_cli.threats import Patch, PatchPercent, Threat
+
+CELLS = 1 << 23  # entries of the tables of a group of images
+LOOKED = 12  # masks that an attack looks through
+
+Share = Annotated[float, Must(lambda p: 0 <= p <= 1, "in [0, 1]")]
+Labels = Annotated[str, Must(PRECISIONS.__contains__, " or ".join(PRECISIONS))]
+
+
+@dataclass(frozen=True)
+class MaskedOptions(Options):
+    """Training behind masks.
+
+    Attributes:
+        per_axis: masks of the deployed model along each axis, at most.
+        sides: random masks are squares of one of these sides; empty for the shapes of the deployed masks.
+        masks: random masks an image.
+        greedy_from: part of the run after which masks are chosen by greedy cutout.
+        greedy_share: part of the images of which they are chosen so; the others have random ones.
+        greedy_per_axis: masks along each axis, at most, of the set that greedy cutout takes them from; 0 for the deployed set.
+            Fewer masks are larger ones, and harder.
+        candidates: masks of that set, drawn at random, of which the one with the highest loss is taken, twice; 0 for all.
+        smoothing: label smoothing.
+        labels: what labels are computed in where it is beyond doubt, ``float32``, or ``bfloat16`` where that is faster.
+        average: what a step keeps of the running average of weights that becomes the model; 0 for none.
+        flip: mirror images at random.
+        shift: move images by up to this many pixels.
+    """
+
+    per_axis: Positive = 6
+    sides: tuple[Positive, ...] = ()
+    masks: Count = 2
+    greedy_from: Fraction = 0.0
+    greedy_share: Share = 0.0
+    greedy_per_axis: Count = 0
+    candidates: Count = 0
+    smoothing: Fraction = 0.1
+    labels: Labels = "float32"
+    average: Fraction = 0.998
+    flip: bool = False
+    shift: Count = 0
+
+    def augment(self, progress: float, epochs: int) -> Augment:
+        return Augment(flip=self.flip, shift=self.shift)
+
+    def keep(self) -> float:
+        return self.average
+
+
+class MaskedSurrogate(Surrogate):
+    """The mean class probabilities behind some single masks; the deployed answer may turn well before they do."""
+
+    slack = 0.5
+
+    def __init__(self, defense: PatchCleanser, which: Tensor) -> None:
+        self._defense, self._hidden = defense, defense.masks[which]
+
+    def whole(self, x: Tensor) -> Tensor:
+        count = len(self._hidden)
+        images, hidden = x.repeat_interleave(count, dim=0), self._hidden.repeat(len(x), 1, 1)
+        return self._defense.behind(images, hidden).softmax(dim=1).reshape(len(x), count, -1).mean(dim=1)
+
+
+class PatchCleanser(Defense):
+    """Any classifier, images [B, C, H, W] in [0, 1] -> logits [B, K], asked behind masks.
+
+    A network whose attribute ``takes_mask`` is true is also told which pixels are hidden, bool [B, 1, H, W].
+
+    Attributes:
+        plan: which masks it has.
+        set: these masks.
+        masks: bool [M, H, W], what each of them hides.
+        fill: [C, 1, 1] in [0, 1], the colour of hidden pixels.
+    """
+
+    source = "Xiang, Mahloujifar & Mittal, PatchCleanser, USENIX Security 2022"
+    methods = masking.METHODS
+    options = MaskedOptions
+    numerics: ClassVar[Mapping[str, str]] = {"labels": "float32", "labels in doubt": "float64"}
+    default_network = "masked"
+    monitored = 50
+
+    masks: Tensor
+    fill: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        input_shape: tuple[int, int, int],
+        classes: tuple[str, ...],
+        masks: MaskPlan,
+        fill: Sequence[float],
+        labels: str = "float32",
+    ) -> None:
+        """Put the defense around ``network``.
+
+        Args:
+            network: [B, C, H, W] in [0, 1] -> logits [B, K].
+            input_shape: C, H and W of the images; masks are laid over them as they are, whatever the network does to them.
+            classes: K names.
+            masks: which masks.
+            fill: the colour of hidden pixels, per channel in [0, 1].
+            labels: what labels are computed in where they are beyond doubt, ``float32`` or ``bfloat16``.
+
+        Raises:
+            UsageError: there are no such masks for images of this size.
+        """
+        super().__init__(input_shape=input_shape, classes=classes)
+        self.network, self.plan, self.labels = network, masks, labels
+        self.set = masks.masks(*input_shape[1:])
+        self.register_buffer("masks", self.set.hidden, persistent=False)
+        self.register_buffer("fill", torch.tensor(list(fill), dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
+        if len(self.fill) != input_shape[0]:
+            raise UsageError(f"a colour of {len(self.fill)} channels does not fit images of {input_shape[0]}.")
+
+    @classmethod
+    def entries(cls, threat: Threat, options: Options) -> dict[str, Any]:
+        assert isinstance(options, MaskedOptions)
+        return {"masks": MaskPlan((str(threat),), per_axis=options.per_axis).to_dict(), "labels": options.labels}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> PatchCleanser:
+        shape, classes = tuple(config["input_shape"]), tuple(config["classes"])
+        options = {**config["network"]["options"], "input_shape": shape, "classes": len(classes)}
+        network = models.build(config["network"]["name"], options)
+        plan, fill = MaskPlan.read(config["masks"]), config.get("fill", options["mean"])
+        labels = str(config.get("labels", "float32"))
+        return cls(network, input_shape=shape, classes=classes, masks=plan, fill=fill, labels=labels)
+
+    @classmethod
+    def tiny(cls) -> PatchCleanser:
+        shape, plan = (1, 4, 4), MaskPlan(("patch:2x3",), stride=1)
+        options = {"input_shape": shape, "classes": 3, "hidden": (6,), "mean": (0.4,), "std": (0.5,)}
+        return cls(models.build("mlp", options), input_shape=shape, classes=("a", "b", "c"), masks=plan, fill=(0.4,)).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the whole image."""
+        return self.behind(x, torch.zeros(len(x), *x.shape[2:], dtype=torch.bool, device=x.device))
+
+    def behind(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Logits [B, K] of images [B, C, H, W] in which hidden pixels, bool [B, H, W], have the colour of the masks."""
+        return views.behind(self.network, x, hidden, self.fill)
+
+    def surrogates(self) -> tuple[Surrogate, ...]:
+        """Class probabilities behind a few of the masks, and the logits of the whole image."""
+        count = min(LOOKED, len(self.set))
+        which = torch.linspace(0, len(self.set) - 1, count).round().long().to(self.masks.device)
+        return MaskedSurrogate(self, which), Surrogate(self)
+
+    @property
+    def activations(self) -> int:
+        return min(LOOKED, len(self.set)) * int(getattr(self.network, "most", 16 * math.prod(self.input_shape)))
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """The published two-round answer; see :mod:`patchcert_cli.certifiers.masking`."""
+        self.check_input(x)
+        found = [masking.answer(table, len(self.classes)) for table in self._tables(x)]
+        return torch.cat([torch.zeros(0, dtype=torch.int64), *found]).to(x.device)
+
+    @torch.no_grad()
+    def certify_each(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
+        """All claims from the same passes: what one of them asked is known to the next."""
+        self.check_input(x)
+        for claim in claims:
+            self.check_method(claim.method)
+        covers = [self.set.cover(claim.threat) for claim in claims]
+        found: list[list[Certificate]] = [[] for _ in claims]
+        for table in self._tables(x) if claims else ():
+            answer = masking.answer(table, len(self.classes))
+            seen = table.label >= 0
+            certificates = [self._certificate(table, answer, seen, *pair) for pair in zip(claims, covers, strict=True)]
+            for mine, one in zip(found, certificates, strict=True):
+                mine.append(replace(one, passes=table.passes.to(x.device)))
+        return [Certificate.cat(parts) for parts in found]
+
+    def _certificate(self, table: Table, answer: Tensor, seen: Tensor, claim: Claim, cover: Cover) -> Certificate:
+        method = claim.method or self.methods[0]
+        by, atom = cover.by, cover.atom
+        if method == "pairs":  # every mask is to have a whole row
+            by = torch.eye(len(self.set), dtype=torch.bool)
+            atom = cover.atom[cover.by.int().argmax(dim=0)]
+        proof, device = masking.prove(table, answer, by, SLACK["float64"], seen), self.masks.device
+        return Certificate(
+            prediction=answer.to(device),
+            certified=proof.certified.to(device),
+            margin=proof.margin.to(device),
+            slack=torch.full_like(proof.margin, SLACK["float64"], device=device),
+            worst=claim.threat.atoms(*self.input_shape[1:])[atom[proof.weakest]].to(device),
+            rival=proof.rival.to(device),
+            threat=claim.threat,
+            method=method,
+        )
+
+    def _tables(self, x: Tensor) -> Iterator[Table]:
+        """What is known of the images, a group at a time; an empty batch is one group."""
+        views = self.views()
+
+        def asking(part: Tensor) -> masking.Ask:
+            return lambda image, first, second: views.ask(part, image, first, second)
+
+        for part in torch.split(x, max(1, CELLS // len(self.set) ** 2)):
+            yield Table(asking(part), len(part), len(self.set))
+
+    def views(self) -> Views:
+        """The network as it is now, behind the masks."""
+        return Views(self.network, self.masks, self.fill, self.input_shape, len(self.classes), self.labels)
+
+    def cost(self) -> tuple[int, int]:
+        return len(self.set), self.set.passes
+
+    def remark(self, threat: Threat) -> str:
+        """What it costs."""
+        return f"{len(self.set)} masks: at least so many passes of the network an image, at most {self.set.passes} with the proof"
+
+    @torch.no_grad()
+    def margin_map(self, x: Tensor, patch: Threat) -> Tensor:
+        """At each location the margin of the best mask that hides it."""
+        self.check_input(x)
+        height, width = self.input_shape[1:]
+        if not isinstance(patch, Patch | PatchPercent):
+            raise UsageError(f"a map needs one patch, not {patch};", hint="use --patch, for example --patch 5.")
+        self.set.cover(patch)
+        hides, sides = self.set.hides(patch), patch.resolve(height, width)
+        best = torch.stack([torch.where(hides, one, -torch.inf).amax(dim=1) for one in self._by_mask(x)])  # [B, A]
+        return best.reshape(-1, height - sides.height + 1, width - sides.width + 1).to(x.device)
+
+    def _by_mask(self, x: Tensor) -> Tensor:
+        """The margin of each mask, from all pairs, float64 [B, M]."""
+        return torch.cat([masking.lowest(table, masking.answer(table, len(self.classes))) for table in self._tables(x)])
+
+    def self_test(self) -> None:
+        self.views().test()
+
+    def begin(self, x: Tensor) -> None:
+        """Let a network that can begin with the whitening of the training images do so."""
+        whiten = getattr(self.network, "whiten", None)
+        if whiten is not None:
+            whiten(x)
+
+    def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:
+        """Cross-entropy behind random masks, or behind masks chosen by greedy cutout."""
+        options = step.options
+        assert isinstance(options, MaskedOptions)
+        hidden = self._random(x, options, step.generator)
+        if step.progress >= options.greedy_from * step.epochs and options.greedy_share > 0:
+            chosen = (torch.rand(len(x), generator=step.generator) < options.greedy_share).nonzero()[:, 0].to(x.device)
+            hidden[chosen] = self._greedy(x[chosen], label[chosen], options, step.generator)
+        return F.cross_entropy(self.behind(x, hidden).float(), label, label_smoothing=options.smoothing)
+
+    def _random(self, x: Tensor, options: MaskedOptions, generator: torch.Generator) -> Tensor:
+        """Random masks wholly inside the images, bool [B, H, W]."""
+        shapes = [(side, side) for side in options.sides] or sorted({box[2:] for union in self.set.boxes for box in union})
+        hidden = torch.zeros(len(x), *x.shape[2:], dtype=torch.bool, device=x.device)
+        for _ in range(options.masks):
+            drawn = torch.tensor(shapes)[torch.randint(len(shapes), (len(x),), generator=generator)]  # [B, 2]
+            inside = []
+            for axis, length in enumerate(x.shape[2:]):
+                side = drawn[:, axis].clamp(max=length)
+                start = (torch.rand(len(x), generator=generator) * (length - side + 1)).floor()
+                at = torch.arange(length)
+                inside.append(((at >= start[:, None]) & (at < (start + side)[:, None])).to(x.device))
+            hidden |= inside[0][:, :, None] & inside[1][:, None, :]
+        return hidden
+
+    @torch.no_grad()
+    def _greedy(self, x: Tensor, label: Tensor, options: MaskedOptions, generator: torch.Generator) -> Tensor:
+        """The mask of the highest loss among some, then a second one with the first in place: bool [B, H, W]."""
+        masks = self._harder(options.greedy_per_axis)
+        count = min(options.candidates or len(masks), len(masks))
+        hidden = torch.zeros(len(x), *x.shape[2:], dtype=torch.bool, device=x.device)
+        training = self.training
+        self.eval()  # a sweep leaves no trace in the statistics
+        for _ in range(2):
+            drawn = torch.rand(len(x), len(masks), generator=generator).argsort(dim=1)[:, :count].to(x.device)  # [B, c]
+            losses = [
+                F.cross_entropy(self.behind(x, hidden | masks[drawn[:, at]]).float(), label, reduction="none")
+                for at in range(count)
+            ]
+            worst = torch.stack(losses, dim=1).argmax(dim=1, keepdim=True)
+            hidden = hidden | masks[drawn.gather(1, worst)[:, 0]]
+        self.train(training)
+        return hidden
+
+    def _harder(self, per_axis: int) -> Tensor:
+        """The masks that cover the same threats with so many along each axis, bool [m, H, W]; for 0 the deployed ones."""
+        if not per_axis:
+            return self.masks
+        return replace(self.plan, per_axis=per_axis, stride=0, passes=0).masks(*self.input_shape[1:]).hidden.to(self.masks.device)

@@ -1,0 +1,222 @@
+"""Mask sets, held against loops over every location, in sets of pixels; and sets that are wrong in one known way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations_with_replacement, product
+
+import pytest
+import torch
+
+from patchcert_cli.certifiers import masks
+from patchcert_cli.certifiers.masks import Cover, MaskPlan, MaskSet, axis_masks
+from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
+from patchcert_cli.threats import Threat, parse_threat
+
+Pixels = set[tuple[int, int]]
+
+
+def pixels(top: int, left: int, rows: int, columns: int) -> Pixels:
+    return {(top + i, left + j) for i in range(rows) for j in range(columns)}
+
+
+def hidden(made: MaskSet) -> list[Pixels]:
+    return [set().union(*(pixels(*box) for box in union)) for union in made.boxes]
+
+
+def places(threat: Threat, height: int, width: int) -> list[Pixels]:
+    """Everything that the attacker may touch at once, in the order of the first atom."""
+    atoms = [pixels(*atom) for atom in threat.atoms(height, width).tolist()]
+    return [set().union(*some) for some in combinations_with_replacement(atoms, threat.budget)]
+
+
+def covered(made: MaskSet, threat: Threat) -> bool:
+    found = hidden(made)
+    return all(any(place <= mask for mask in found) for place in places(threat, made.height, made.width))
+
+
+LINES = [(n, p) for n in (1, 2, 5, 8, 13, 28, 32) for p in range(1, n + 1)]
+
+
+def uncovered(build: Callable[..., tuple[int, list[int]]]) -> list[tuple[int, ...]]:
+    """Every axis, patch, stride and widening for which some location lies behind no mask."""
+    wrong = []
+    for n, p in LINES:
+        for stride, wider in product(range(1, n + 2), (0, 1, 3)):
+            size, starts = build(n, p, stride=stride, wider=wider)
+            assert all(start >= 0 and start + size <= n for start in starts)
+            if not all(any(t <= a and a + p <= t + size for t in starts) for a in range(n - p + 1)):
+                wrong.append((n, p, stride, wider))
+    return wrong
+
+
+def test_every_location_on_every_axis_lies_behind_a_mask() -> None:
+    assert uncovered(axis_masks) == []
+
+
+def test_masks_one_pixel_short_and_sets_without_the_last_mask_are_caught() -> None:
+    def short(length: int, side: int, *, stride: int, wider: int = 0) -> tuple[int, list[int]]:
+        size, starts = axis_masks(length, side, stride=stride, wider=wider)
+        return max(size - 1, 1), starts
+
+    def without_the_last(length: int, side: int, *, stride: int, wider: int = 0) -> tuple[int, list[int]]:
+        size, _ = axis_masks(length, side, stride=stride, wider=wider)
+        return size, list(range(0, length - size + 1, stride))
+
+    assert len(uncovered(short)) > 100
+    missing = uncovered(without_the_last)
+    assert len(missing) > 100
+    for n, p, stride, wider in missing:
+        assert (n - min(p + stride - 1 + wider, n)) % stride != 0  # the only case in which a border mask is needed
+
+
+def test_as_many_masks_as_said_and_no_smaller_stride_would_do() -> None:
+    for n, p in LINES:
+        for k in range(1, n + 1):
+            stride = -(-(n - p + 1) // k)
+            size, starts = axis_masks(n, p, stride=stride)
+            assert len(starts) <= k
+            assert starts[0] == 0 and starts[-1] + size == n
+            if stride > 1:
+                assert len(axis_masks(n, p, stride=stride - 1)[1]) > k
+
+
+def test_published_numbers() -> None:
+    assert axis_masks(224, 32, stride=33) == (64, [0, 33, 66, 99, 132, 160])
+    made = MaskPlan(("patch:2%",)).masks(224, 224)
+    assert (len(made), made.passes) == (36, 666)
+    assert {box[2:] for union in made.boxes for box in union} == {(64, 64)}
+    cifar = MaskPlan(("patch:5x5",)).masks(32, 32)
+    assert (len(cifar), cifar.boxes[-1]) == (36, ((23, 23, 9, 9),))
+
+
+PLANS = [
+    MaskPlan(("patch:2x2",), per_axis=2),
+    MaskPlan(("patch:2x2",), per_axis=3),
+    MaskPlan(("patch:2x2",), stride=1),
+    MaskPlan(("patch:1x3",), stride=1, wider=1),
+    MaskPlan(("patch:3x1", "patch:1x3", "patch:2x2"), per_axis=3),
+    MaskPlan(("patch:10%",), per_axis=3),
+    MaskPlan(("patch:2x2",), passes=50),
+    MaskPlan(("patches:2:1x2",), per_axis=2),
+    MaskPlan(("sparse:2", "patch:2x2"), per_axis=3),
+]
+THREATS = (
+    "patch:1x1",
+    "patch:2x2",
+    "patch:1x3",
+    "patch:3x1",
+    "patch:2x3",
+    "patch:10%",
+    "patches:2:1x1",
+    "patches:2:1x2",
+    "sparse:2",
+)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: "-".join(plan.covers) + f"-{plan.per_axis}{plan.stride}{plan.passes}")
+@pytest.mark.parametrize("size", [(5, 5), (4, 6)], ids=str)
+def test_covers_are_those_of_loops_over_places(plan: MaskPlan, size: tuple[int, int]) -> None:
+    made = plan.masks(*size)
+    found = hidden(made)
+    assert [set(map(tuple, one.nonzero().tolist())) for one in made.hidden] == found
+    assert all(covered(made, parse_threat(text)) for text in plan.covers), "a plan covers what it says"
+    for text in THREATS:
+        threat = parse_threat(text)
+        if not covered(made, threat):
+            with pytest.raises(UnsupportedThreat, match=f"do not cover {threat}; choose masks that do"):
+                made.cover(threat)
+            continue
+        sets = {frozenset(i for i, mask in enumerate(found) if place <= mask) for place in places(threat, *size)}
+        least = {one for one in sets if not any(other < one for other in sets)}
+        cover = made.cover(threat)
+        assert {frozenset(row.nonzero()[:, 0].tolist()) for row in cover.by} == least
+        assert len(cover.by) == len(least)
+        atoms = [pixels(*atom) for atom in threat.atoms(*size).tolist()]
+        for row, atom in zip(cover.by, cover.atom.tolist(), strict=True):
+            assert all(atoms[atom] <= found[i] for i in row.nonzero()[:, 0].tolist())
+        if threat.budget == 1:
+            behind = made.hides(threat)
+            assert behind.tolist() == [[atom <= mask for mask in found] for atom in atoms]
+
+
+def test_a_set_that_lost_a_mask_or_a_row_of_pixels_covers_its_threat_no_more() -> None:
+    made, threat = MaskPlan(("patch:2x2",), per_axis=3).masks(7, 7), parse_threat("patch:2x2")
+    made.cover(threat)
+    assert (len(made), made.boxes[-1]) == (9, ((4, 4, 3, 3),))
+    for lost in range(len(made)):
+        boxes = made.boxes[:lost] + made.boxes[lost + 1 :]
+        with pytest.raises(UnsupportedThreat):
+            replace(made, boxes=boxes).cover(threat)
+        (top, left, rows, columns), others = made.boxes[lost][0], boxes
+        for short in ((top, left, rows - 1, columns), (top, left, rows, columns - 1)):
+            with pytest.raises(UnsupportedThreat):
+                replace(made, boxes=(*others, (short,))).cover(threat)
+
+
+def test_two_patches_lie_behind_pairs_of_masks() -> None:
+    one, two = MaskPlan(("patch:2x2",), per_axis=2).masks(6, 6), MaskPlan(("patches:2:2x2",), per_axis=2).masks(6, 6)
+    assert (len(one), len(two)) == (4, 6)
+    assert {frozenset(union) for union in two.boxes} == {
+        frozenset(first + second) for i, first in enumerate(one.boxes) for second in one.boxes[i + 1 :]
+    }
+    with pytest.raises(UnsupportedThreat, match="do not cover patches:2:2x2"):
+        one.cover(parse_threat("patches:2:2x2"))
+
+
+def test_a_budget_of_passes_buys_as_many_masks_as_it_can_pay() -> None:
+    for passes in (10, 45, 666, 1000, 5050):
+        made = MaskPlan(("patch:5x5",), passes=passes).masks(32, 32)
+        assert made.passes <= passes
+        axis = round(len(made) ** 0.5)
+        more = next(
+            found for k in range(axis + 1, 33) if len(found := MaskPlan(("patch:5x5",), per_axis=k).masks(32, 32)) > len(made)
+        )
+        assert more.passes > passes
+    with pytest.raises(UsageError, match="9 passes are too few for masks against patch:5x5; allow 10 or more"):
+        MaskPlan(("patch:5x5",), passes=9).masks(32, 32)
+
+
+def test_masks_that_cannot_be_are_refused() -> None:
+    with pytest.raises(UsageError, match="hide all of a 8x8 image"):
+        MaskPlan(("patch:5x5",), per_axis=1).masks(8, 8)
+    with pytest.raises(UsageError, match="hide all of a 8x8 image"):
+        MaskPlan(("patch:8x8",)).masks(8, 8)
+    with pytest.raises(UsageError, match="does not fit a 8x8 image"):
+        MaskPlan(("patch:9x9",)).masks(8, 8)
+    with pytest.raises(UsageError, match=f"more than {masks.MOST} masks are needed"):
+        MaskPlan(("patches:3:5x5",), per_axis=6).masks(32, 32)
+    MaskPlan(("patch:1x8",), per_axis=3).masks(8, 8).cover(parse_threat("patch:1x8"))
+
+
+def test_a_table_of_covers_that_would_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, threat = MaskPlan(("sparse:3",), per_axis=3).masks(6, 6), parse_threat("sparse:3")
+    assert len(made.cover(threat).by) == 84  # three of nine
+    monkeypatch.setattr(masks, "LARGEST", 1 << 12)
+    with pytest.raises(UnsupportedThreat, match="sparse:3 is too many changes at once for masks; two patches are possible"):
+        made.cover(threat)
+
+
+def test_plans_are_plain_values() -> None:
+    for plan in (*PLANS, MaskPlan(("patch:5x5",))):
+        assert MaskPlan.read(plan.to_dict()) == plan
+    assert MaskPlan.read({"covers": ["patch:5x5"], "per_axis": 6}) == MaskPlan(("patch:5x5",), per_axis=6)
+    for values, said in [
+        ({}, "masks.covers is missing"),
+        ({"covers": []}, "names no threat"),
+        ({"covers": ["5x5"]}, "invalid threat '5x5'"),
+        ({"covers": ["patch:5"], "per_axis": 3, "stride": 2}, "exclude each other"),
+        ({"covers": ["patch:5"], "per_axis": -1}, "not 0 or more"),
+        ({"covers": ["patch:5"], "colour": 1}, "colour is not a known entry"),
+        (7, "not a table"),
+    ]:
+        with pytest.raises(IntegrityError, match=said):
+            MaskPlan.read(values)
+
+
+def test_equal_sets_of_masks_are_told_once_with_their_first_atom() -> None:
+    by = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 1, 1], [1, 0, 0], [0, 1, 1]]).bool()
+    found = masks._smallest(Cover(by, torch.tensor([9, 8, 7, 6, 5, 4])))
+    assert found.by.tolist() == [[True, False, False], [False, True, True]]
+    assert found.atom.tolist() == [8, 6]
