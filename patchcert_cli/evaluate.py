@@ -103,6 +103,7 @@ def attack(
         return {
             **(results.certify_result(plan, run, seconds, resumed) if join else results.summary(*many)),
             "method": "attack",
+            "guarantee": str(plan.subject.defense.guarantee),
             "attacked_accuracy": survived / len(records),
             "flipped": sum(r["flipped"] for r in records),
             "queries": sum(r["queries"] for r in records),
@@ -111,31 +112,6 @@ def attack(
         }
 
     return _finish(plan, run, batch, result, progress or Silent())
-
-
-def dry_run(plan: Plan, folder: Path, attacker: Attack | None = None, batch: int = 64) -> dict[str, Any]:
-    """What an evaluation would do and how long it would take, from measured small batches; writes nothing."""
-    defense = plan.subject.defense
-    part = plan.images.take(torch.arange(min(batch if attacker is None else batch // 8, len(plan.images))))
-    x, times = to_float(part.read()).to(defense.device), []
-    for _ in range(2):
-        began = time.perf_counter()
-        if attacker is None:
-            defense.certify_each(x, plan.claims)
-        else:
-            attacker(defense, x, plan.threat, index=part.index)
-        times.append(time.perf_counter() - began)
-    return {
-        "model": plan.subject.name,
-        "threat": ", ".join(dict.fromkeys(str(claim.threat) for claim in plan.claims)),
-        "atoms": plan.threat.count(*defense.input_shape[1:]),
-        "dataset": plan.images.name,
-        "images": len(plan.images),
-        "batch_size": plan.batch_size,
-        "estimated_seconds": round(min(times) / len(x) * len(plan.images), 1),
-        "device": str(defense.device),
-        "out": str(folder),
-    }
 
 
 def _finish(

@@ -173,8 +173,7 @@ def _size(text: str) -> tuple[str, str, float]:
         return "patch area, % of the image", "one square patch", float(threat.percent)
     if isinstance(threat, Sparse):
         return f"changed {threat.unit}s, at most", f"any {threat.unit}s", threat.k
-    assert isinstance(threat, Patch)
-    if threat.height != threat.width:
+    if not isinstance(threat, Patch) or threat.height != threat.width:
         raise UsageError(f"{threat} has no side to draw a curve over;", hint="draw a chart over shapes.")
     return "patch side, pixels", "one square patch", threat.height
 

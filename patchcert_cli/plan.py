@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,33 @@ from patchcert_cli.defenses.base import Claim, Defense
 from patchcert_cli.errors import DataError, UsageError
 from patchcert_cli.threats import Threat
 
-BATCH_SIZE = 1000
+BATCH_SIZE, FEWEST = 1000, 16
+PASSES = 1 << 14  # of a network that is asked for each mask: what is between two points from which a run goes on
+
+
+def batch_size(defense: Defense) -> int:
+    """Images at a time unless told otherwise: fewer where each takes many passes, so that stopping a run loses little."""
+    masks = getattr(defense, "set", None)
+    return BATCH_SIZE if masks is None else max(FEWEST, min(BATCH_SIZE, PASSES // masks.passes))
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under evaluation: a loaded defense and what identifies it."""
+    """The model under evaluation: a loaded defense and what identifies it.
+
+    Attributes:
+        kind: name of the defense.
+        sha256: of the weights.
+        source: where the weights came from.
+        setting: what besides the weights decides its answers, where no zoo says so: masks, preprocessing, own code.
+    """
 
     defense: Defense
     name: str
     kind: str
     sha256: str
     source: str
+    setting: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,6 +106,7 @@ class Plan:
             "data_sha256": self.images.digest(),
             "images": len(self.images),
             "subset_seed": self.seed if len(self.images) < self.total else None,
+            **({"setting": json.loads(json.dumps(self.subject.setting))} if self.subject.setting else {}),  # as it reads back
             **self._said,
             "patchcert": __version__,
             **extra,
@@ -99,4 +117,5 @@ class Plan:
         digest = hashlib.sha256(json.dumps(self.identity(kind, extra), sort_keys=True).encode()).hexdigest()[:8]
         threat = str(self.threat).replace(":", "-").replace("%", "pct")
         threat += f"-and-{len(self.claims) - 1}-more" if len(self.claims) > 1 else ""
-        return Path("runs") / f"{kind}-{Path(self.subject.name).name}-{threat}-{digest}"
+        name = re.sub(r"[^\w.@-]+", "-", Path(self.subject.name).name)
+        return Path("runs") / f"{kind}-{name}-{threat}-{digest}"

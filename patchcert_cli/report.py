@@ -1,11 +1,15 @@
-"""Results as rows of text. Every table says threat, guarantee and count."""
+"""Results as rows of text. Every table says threat, guarantee and count; all its rows are of one guarantee."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from patchcert_cli.datasets import own
+
 Rows = list[tuple[str, str]]
+EMPIRICAL = " (empirical: a stronger attack may find more)"
 ANYWHERE = "anywhere in the image, any content in [0, 1]"
+KEPT = {"recovery": "", "detection": " or with an alarm"}  # what else counts as withstood
 
 
 def share(fraction: float, count: int, total: int) -> str:
@@ -20,12 +24,13 @@ def certify_rows(result: dict[str, Any]) -> Rows:
         ("model", _model(result)),
         ("data", _data(result)),
         ("clean", share(result["clean_accuracy"], counts["clean"], images)),
+        *_alarms(claims[0]),
     ]
     if len(claims) == 1:
         rows.insert(2, ("threat", f"{result['threat']}, {ANYWHERE}"))
-        rows += [("certified", _certified(claims[0])), ("guarantee", f"{claims[0]['guarantee']} by {claims[0]['method']} bounds")]
+        rows += [("certified", _certified(claims[0])), ("guarantee", f"{_promised(claims[0])} by {claims[0]['method']} bounds")]
     else:
-        rows.append(("guarantee", f"{claims[0]['guarantee']}; {ANYWHERE}"))
+        rows.append(("guarantee", f"{_promised(claims[0])}; {ANYWHERE}"))
         several = len({claim["method"] for claim in claims}) > 1
         rows += [(claim["threat"] + (f", {claim['method']}" if several else ""), _certified(claim)) for claim in claims]
     return [*rows, ("time", _time(result)), ("records", str(result["records"]))]
@@ -65,9 +70,17 @@ def claim_list(result: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def _alarms(claim: dict[str, Any]) -> Rows:
+    """How many images raise an alarm unattacked; nothing where the defense raises none."""
+    if "alarms" not in claim:
+        return []
+    return [("alarms", f"{share(claim['alarms'] / claim['images'], claim['alarms'], claim['images'])} of the unattacked images")]
+
+
 def plot_title(result: dict[str, Any]) -> str:
     """What a plot of a certify result is about."""
-    return f"{result['model']}\n{_data(result)}"
+    guarantee = claim_list(result)[0]["guarantee"]
+    return f"{result['model']}\n{_data(result)}" + ("" if guarantee == "recovery" else f", guarantee: {guarantee}")
 
 
 def single_rows(found: dict[str, Any]) -> Rows:
@@ -79,7 +92,8 @@ def single_rows(found: dict[str, Any]) -> Rows:
     ]
     for claim in found["claims"]:
         top, left, height, width = claim["worst"]
-        verdict = "certified: no such change alters the label" if claim["certified"] else "not certified"
+        without = " without an alarm" if claim["guarantee"] == "detection" else ""
+        verdict = f"certified: no such change alters the label{without}" if claim["certified"] else "not certified"
         place = f"weakest at row {top}, column {left} ({height}x{width}), towards {claim['rival']}"
         rows.append((f"{claim['threat']}, {claim['method']}", f"{verdict}; margin {claim['margin']:g}, {place}"))
     if "map" in found:
@@ -93,6 +107,12 @@ def _certified(claim: dict[str, Any]) -> str:
     return f"{said}, 95 % interval {100 * low:.2f} to {100 * high:.2f} %"
 
 
+def _promised(claim: dict[str, Any]) -> str:
+    """The guarantee, and what it means where an alarm may be raised."""
+    kept = KEPT[claim["guarantee"]]
+    return f"{claim['guarantee']} (answered right{kept})" if kept else str(claim["guarantee"])
+
+
 def _model(result: dict[str, Any]) -> str:
     return f"{result['model']} ({result['defense']}, {result['model_source']}, sha256 {result['model_sha256'][:12]})"
 
@@ -100,13 +120,14 @@ def _model(result: dict[str, Any]) -> str:
 def attack_rows(result: dict[str, Any]) -> Rows:
     """What an attack run found."""
     counts, images = result["counts"], result["images"]
-    survived = round(result["attacked_accuracy"] * images)
+    survived, guarantee = round(result["attacked_accuracy"] * images), result.get("guarantee", "recovery")
     rows = [
         ("model", _model(result)),
         ("data", _data(result)),
         ("threat", f"{result['threat']}, {ANYWHERE}"),
         ("clean", share(result["clean_accuracy"], counts["clean"], images)),
-        ("attacked", f"{share(result['attacked_accuracy'], survived, images)} (empirical: a stronger attack may find more)"),
+        ("attacked", f"{share(result['attacked_accuracy'], survived, images)}{KEPT[guarantee]}{EMPIRICAL}"),
+        ("judged for", guarantee),
     ]
     if "certified_accuracy" in result:
         rows.append(("certified", share(result["certified_accuracy"], counts["certified"], images)))
@@ -123,12 +144,16 @@ def train_rows(result: dict[str, Any]) -> Rows:
     """What a training run made."""
     counts, images = result["validation"]["counts"], result["validation"]["images"]
     spent = f"{result['epochs']} epochs in {result['seconds']:.0f} s on {result['device']}"
+    kept = KEPT[result.get("guarantee", "recovery")]
     return [
         ("model", f"{result['out']} ({result['defense']}, sha256 {result['model_sha256'][:12]})"),
         ("trained for", f"{result['threat']} on {result['dataset']}, {spent}"),
         ("clean", f"{share(counts['clean'] / images, counts['clean'], images)} of the held-out training images"),
-        ("certified", f"{share(counts['certified'] / images, counts['certified'], images)} of the held-out training images"),
-        ("next", f"patchcert certify {result['out']}"),
+        (
+            "certified",
+            f"{share(counts['certified'] / images, counts['certified'], images)}{kept} of the held-out training images",
+        ),
+        ("next", f"patchcert certify {result['out']}" + (" --data imagefolder:..." if own(result["dataset"]) else "")),
     ]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from patchcert_cli import __version__
-from patchcert_cli.certificate import Certificate, Tally
+from patchcert_cli.certificate import ALERT, Certificate, Guarantee, Tally
 from patchcert_cli.data import Images
 from patchcert_cli.errors import ClaimError
 from patchcert_cli.plan import Plan
@@ -26,11 +26,18 @@ VERDICT = ("certified", "margin", "worst", "rival", "method")
 
 
 def certify_records(part: Images, certificates: Sequence[Certificate]) -> Iterable[Record]:
-    """One record per image: index, label, prediction, and for each claim certified, margin, worst atom, rival, method."""
+    """One record per image: index, label, prediction, and for each claim certified, margin, worst atom, rival, method.
+
+    Where the proof counts them, ``passes`` is how often the network was asked for all claims together.
+    """
     columns = [list(_verdicts(certificate)) for certificate in certificates]
     predictions = certificates[0].prediction.tolist()
+    counted = certificates[0].passes
+    passes = None if counted is None else counted.tolist()
     for position, (index, label) in enumerate(zip(part.index.tolist(), part.labels.tolist(), strict=True)):
         record = {"index": index, "label": label, "prediction": predictions[position]}
+        if passes is not None:
+            record["passes"] = passes[position]
         verdicts = [column[position] for column in columns]
         yield {**record, **verdicts[0]} if len(verdicts) == 1 else {**record, "claims": verdicts}
 
@@ -93,6 +100,7 @@ def summary(plan: Plan, run: Run, records: Sequence[Record], seconds: float, res
         "counts": {"clean": clean},
         "seconds": seconds,
         "resumed": resumed,
+        **({"passes": sum(r["passes"] for r in records)} if records and "passes" in records[0] else {}),
         "images_per_second": (len(records) - resumed) / seconds if seconds > 0 else 0.0,
         "device": str(plan.subject.defense.device),
         "records": str(run.folder / RECORDS),
@@ -109,12 +117,18 @@ def _row(plan: Plan, records: Sequence[Record], at: int) -> dict[str, Any]:
     return {
         "threat": str(plan.claims[at].threat),
         "method": verdicts[0]["method"],
-        "guarantee": "recovery",
+        "guarantee": str(plan.subject.defense.guarantee),
         "clean_accuracy": tally.clean_accuracy,
         "certified_accuracy": tally.certified_accuracy,
         "certified_interval": list(tally.certified_interval),
-        "counts": {"clean": tally.clean, "certified": tally.certified},
+        "counts": {"clean": tally.clean, "certified": tally.certified, **_alarms(plan, records)},
     }
+
+
+def _alarms(plan: Plan, records: Sequence[Record]) -> dict[str, int]:
+    """How many images raise an alarm unattacked, if the defense can."""
+    detects = plan.subject.defense.guarantee is Guarantee.DETECTION
+    return {"alarms": sum(r["prediction"] == ALERT for r in records)} if detects else {}
 
 
 def certified_tally(records: Sequence[Record], verdicts: Sequence[Record]) -> Tally:

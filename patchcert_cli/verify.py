@@ -44,7 +44,7 @@ def verify(
     Raises:
         ClaimError: the published records do not speak of these weights, this data set or these images.
     """
-    at = book.position(str(plan.threat))
+    at = book.position(str(plan.threat), guarantee=str(plan.subject.defense.guarantee))
     method = book.claims[at].method
     known = method in plan.subject.defense.methods  # else it is what the defense calls its best
     plan = replace(plan, claims=(Claim(plan.threat, method if known else None),))

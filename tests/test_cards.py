@@ -50,7 +50,8 @@ def test_every_field_differs_from_its_default_in_some_round_trip(tmp_path: Path)
         files={**run.files, cards.LEDGER: cards.File("0" * 64, 7)},
         results=(measured(guarantee="detection", certified=0, certified_interval=(0, 1e-3)),),
     )
-    for card in (run, unreliable, recipe_only, detection):
+    public = replace(recipe_only, status="public weights", classifier="timm:resnet18.a1_in1k")
+    for card in (run, unreliable, recipe_only, detection, public):
         assert Card.from_text(card.render()) == card
 
 
@@ -168,6 +169,36 @@ def test_every_problem_is_listed_at_once(card: Card) -> None:
     ],
 )
 def test_each_problem_is_found(card: Card, changes: dict[str, Any], problem: str) -> None:
+    assert any(problem in one for one in broken(card, **changes))
+
+
+@pytest.mark.parametrize("address", ["timm:resnet18.a1_in1k", "hf-hub:org/net@main"])
+def test_a_card_of_public_weights_says_so_and_says_how_to_measure_them(tmp_path: Path, address: str) -> None:
+    run = make_run(tmp_path / "run")
+    bare: dict[str, Any] = {"status": "public weights", "files": {}, "trained": None, "validation": None}
+    card = replace(run, **bare, classifier=address, command="patchcert certify small --data imagenet")
+    text = cards.prose(card)
+    for words in (
+        f"The weights are public, `{address}`: nothing is trained. Measure them:",
+        "Made for: `patch:2x2`",
+        card.command,
+    ):
+        assert words in text
+    assert "Train" not in text.split("## Use")[1].split("## How")[0] and "seed" not in text.split("## How it was made")[1][:90]
+    with pytest.raises(IntegrityError, match=r"no weights are published yet; try: patchcert certify small"):
+        card.verify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"classifier": "timm:resnet18"}, "classifier is for status public weights, which needs one"),
+        ({"status": "public weights"}, "classifier is for status public weights, which needs one"),
+        ({"status": "public weights", "classifier": "mine:build"}, "classifier is 'mine:build', not timm:NAME or hf-hub"),
+        ({"status": "public weights", "classifier": "timm:a"}, "files must be empty while status is public weights"),
+    ],
+)
+def test_no_card_names_code_or_weights_that_are_not_public(card: Card, changes: dict[str, Any], problem: str) -> None:
     assert any(problem in one for one in broken(card, **changes))
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchcert_cli import attacks, checkpoint, data, defenses, evaluate, files, results, runs
+from patchcert_cli import attacks, checkpoint, data, defenses, evaluate, files, outlook, results, runs
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.defenses.base import Claim
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError, Interrupted, MachineError, UsageError
@@ -171,10 +171,10 @@ def test_an_attack_is_held_against_the_certificates(tmp_path: Path, monkeypatch:
 def test_images_that_do_not_fit_are_refused() -> None:
     plan = make_plan()
     with pytest.raises(UsageError, match="does not fit a 28x28 image"):
-        evaluate.dry_run(replace(plan, claims=(Claim(Patch(29, 3)),)), Path("x"))
+        outlook.evaluation(replace(plan, claims=(Claim(Patch(29, 3)),)), Path("x"))
     with pytest.raises(UsageError, match="--batch-size 0"):
         replace(plan, batch_size=0).check()
     wrong = replace(plan.images, pixels=torch.zeros(40, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(DataError, match="takes"):
         replace(plan, images=wrong).check()
-    assert evaluate.dry_run(plan, Path("x"))["atoms"] == 27 * 27
+    assert outlook.evaluation(plan, Path("x"))["atoms"] == 27 * 27

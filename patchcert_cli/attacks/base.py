@@ -1,7 +1,8 @@
 """What every attack is: a search for an allowed change of an image that changes the deployed answer.
 
 An attack meets the defense only as a :class:`Target`: logits, gradients and answers, each counted as a query. It sees no labels
-and no certificates, but it may be told where to begin. The base class, not the attack's author, checks what came back and judges.
+and no certificates, but it may be told where to begin. The base class, not the attack's author, checks what came back and judges:
+the answer must be another one, and where the defense promises detection it must not be an alarm.
 
 Shapes: B images, C channels, H x W pixels, K classes, R rows (candidates, each owned by one of the B),
 S candidates per image.
@@ -19,6 +20,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from patchcert_cli.certificate import ALERT
 from patchcert_cli.defenses.base import Defense, Surrogate
 from patchcert_cli.errors import PatchcertError, UsageError
 from patchcert_cli.threats import Threat
@@ -33,7 +35,7 @@ class AttackResult:
     Attributes:
         adversarial: float32 [B, C, H, W] in [0, 1], an allowed change of the image that flips its answer; where none was found,
             the clean image.
-        success: bool [B], whether the deployed answer changed.
+        success: bool [B], whether the deployed answer changed; where the defense promises detection, and no alarm was raised.
         prediction: int64 [B], the deployed answer on ``adversarial``.
         queries: int64 [B], forward and backward passes spent on the image, the base class's own included.
         clean_prediction: int64 [B], the deployed answer on the clean image.
@@ -110,7 +112,8 @@ class Target:
         best: float32 [B, C, H, W], the offered candidate of highest margin, at first the clean image.
         margin: float32 [B], its margin, at first -inf.
         box: int64 [B, 4], where ``best`` differs from the image, if that was said.
-        done: bool [B], whether the deployed answer on ``best`` differs from ``answer``; such an image needs no more work.
+        done: bool [B], whether the attack has succeeded with ``best``, or the clean image raises an alarm anyhow; such an image
+            needs no more work.
         queries: int64 [B], passes spent so far.
         start: where to begin, a hint that an attack may ignore.
         surrogates: what to climb, the most faithful one first.
@@ -127,7 +130,8 @@ class Target:
         self.best = x.clone()
         self.margin = torch.full((len(x),), -torch.inf, device=x.device)
         self.box = torch.zeros(len(x), 4, dtype=torch.int64, device=x.device)
-        self.done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.done = self.answer == ALERT
+        self._class = self.answer.clamp(min=0)  # an alarm is no class, and such an image is done
 
     def groups(self, rows_per_image: int) -> Iterator[Tensor]:
         """Consecutive image numbers, int64 [n], so few that ``rows_per_image`` candidates of each make about one chunk."""
@@ -139,6 +143,10 @@ class Target:
         """The deployed answers, [R, C, H, W] and int64 [R] -> int64 [R]."""
         self._count(owner, 1)
         return torch.cat([self._defense.predict(part) for part in torch.split(rows, self.rows)])
+
+    def flipped(self, answers: Tensor, owner: Tensor) -> Tensor:
+        """Whether such answers, int64 [R] for images int64 [R], are a success: bool [R]."""
+        return ~self._defense.guarantee.kept(self.answer[owner], answers)
 
     def lens(self, clean: Tensor, owner: Tensor, boxes: Tensor, which: int = 0) -> Lens:
         """A surrogate for S boxes int64 [n, S, 4] on each of the distinct images [n, C, H, W], numbers ``owner`` [n]."""
@@ -157,7 +165,7 @@ class Target:
 
     def gap(self, logits: Tensor, owner: Tensor, rival: Tensor | None = None) -> Tensor:
         """The margin, or ``f_rival - f_y`` for a class int64 [R], of logits [R, K] -> [R]."""
-        own = self.answer[owner][:, None]
+        own = self._class[owner][:, None]
         if rival is not None:
             return (logits.gather(1, rival[:, None]) - logits.gather(1, own))[:, 0]
         return logits.scatter(1, own, -torch.inf).amax(dim=1) - logits.gather(1, own)[:, 0]
@@ -188,7 +196,7 @@ class Target:
     def rivals(self, x: Tensor, owner: Tensor, most: int) -> Tensor:
         """The classes but the answer, highest logit on [n, C, H, W] first, at most ``most`` of them: int64 [n, T]."""
         logits = self.logits(x, owner)
-        ranked = logits.scatter(1, self.answer[owner][:, None], -torch.inf).sort(dim=1, descending=True, stable=True).indices
+        ranked = logits.scatter(1, self._class[owner][:, None], -torch.inf).sort(dim=1, descending=True, stable=True).indices
         return ranked[:, : min(most, logits.shape[1] - 1)]
 
     def offer(self, candidates: Tensor, margins: Tensor, owner: Tensor, boxes: Tensor | None = None) -> None:
@@ -206,7 +214,7 @@ class Target:
             self.box[image] = boxes[better, pick[better]]
         ask = image[score >= -self.surrogates[0].slack]  # in a tie the lowest class wins, which may be the rival
         if len(ask):
-            self.done[ask] = self.answers(self.best[ask], ask) != self.answer[ask]
+            self.done[ask] = self.flipped(self.answers(self.best[ask], ask), ask)
 
     def _count(self, owner: Tensor, passes: int) -> None:
         self.queries += passes * torch.bincount(owner, minlength=len(self.queries))
@@ -267,8 +275,9 @@ class Attack(ABC):
         target = Target(defense, x, None if start is None else start.checked(x, threat, len(defense.classes)))
         found = self.run(target, x, threat, index.to(x.device, torch.int64)) if len(x) else x
         candidate = self._checked(found, x, threat)
-        prediction = target.answers(candidate, torch.arange(len(x), device=x.device))
-        success = prediction != target.answer
+        everyone = torch.arange(len(x), device=x.device)
+        prediction = target.answers(candidate, everyone)
+        success = target.flipped(prediction, everyone)
         adversarial = torch.where(success[:, None, None, None], candidate, x)
         return AttackResult(adversarial, success, prediction, target.queries, target.answer)
 

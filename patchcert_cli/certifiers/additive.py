@@ -70,14 +70,14 @@ class Votes:
 
     def answer(self) -> Tensor:
         """int64 [B], the class of the largest sum, the lowest index among equals."""
-        return _first_largest(self.sums())
+        return first_largest(self.sums())
 
     def of(self, label: Tensor) -> Votes:
         """The scores of one class, int64 [B], of each image: [B, 1, N, M]."""
         return Votes(_of(self.scores, label), None if self.unknown is None else _of(self.unknown, label), self.weight)
 
 
-def _first_largest(sums: Tensor) -> Tensor:
+def first_largest(sums: Tensor) -> Tensor:
     """The class of the largest of sums [B, K], the lowest index among equals: int64 [B]."""
     return (sums == sums.amax(dim=1, keepdim=True)).int().argmax(dim=1)
 
@@ -196,7 +196,7 @@ def _prove(votes: Votes, cover: Cover, method: str) -> tuple[Tensor, Tensor, Ten
     classes = votes.scores.shape[1]
     block = max(1, CHUNK // max(1, votes.scores[:, :1].numel()))
     ends = _ends(votes) if block >= classes else None
-    answer = _first_largest(ends[0].sum(dim=(2, 3))) if ends and votes.unknown is None else votes.answer()
+    answer = first_largest(ends[0].sum(dim=(2, 3))) if ends and votes.unknown is None else votes.answer()
     own = _of(ends[0], answer) if ends else _ends(votes.of(answer))[0]  # [B, 1, N, M]
     size = _sizes(votes, rows, columns).t().contiguous()  # [Q, P], the largest sum of scores in each location
     total = own.sum(dim=(2, 3))  # [B, 1]
@@ -266,7 +266,7 @@ def prove_aggregate(votes: Votes, cover: Cover, aggregate: Aggregate) -> Proof:
     least, most = (part.double() for part in _ends(votes))
     weight = least.new_ones(least.shape[2:]) if votes.weight is None else votes.weight.double()
     total = aggregate(votes.scores.double())
-    answer = _first_largest(total)
+    answer = first_largest(total)
     own = _of(least, answer)
     smallest = torch.full((len(answer),), float("inf"), dtype=torch.float64, device=least.device)
     worst, rival = torch.zeros_like(answer), torch.zeros_like(answer)

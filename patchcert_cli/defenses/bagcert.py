@@ -9,7 +9,7 @@ Shapes: B images, C channels, H x W pixels, K classes, N x M cells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
@@ -17,18 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli import exact, models
+from patchcert_cli import models
 from patchcert_cli.certifiers.additive import Votes
 from patchcert_cli.defenses.base import Augment, Options, Surrogate, TrainingStep
-from patchcert_cli.defenses.evidence import EvidenceDefense
-from patchcert_cli.errors import IntegrityError
-from patchcert_cli.geometry import Axis, Cover
+from patchcert_cli.defenses.evidence import CellSurrogate, EvidenceDefense, RegionDefense
 from patchcert_cli.models.region import RegionScorer
 from patchcert_cli.schema import Count, Must, NonNegative, Positive
-from patchcert_cli.threats import Patch
 
 STEPS = 255  # the largest weight of a position
-PIECE = 1 << 25  # activations of one layer that are computed at a time
 
 
 class Step(torch.autograd.Function):
@@ -75,60 +71,11 @@ class BagCertOptions(Options):
         return Augment(flip=self.flip, shift=self.shift)
 
 
-class CellSurrogate(Surrogate):
-    """Sums over cells; a box alters the cells that see it, which are computed from the pixels that they see.
-
-    All windows are as large as one in the middle of the image needs, and moved inside where they would stick out.
-    """
-
-    def __init__(self, defense: BagCert, vote: Callable[[Tensor], Tensor]) -> None:
-        self._scorer, self._vote, self._reach = defense.scorer, vote, defense.receptive_field - 1
-        self._stride = defense.scorer.stride
-        weight = defense.weights
-        cells = [defense.scorer.cells(side) for side in defense.input_shape[1:]]
-        self._weight = torch.ones(cells, device=defense.device) if weight is None else weight.float()
-        self.slack = 2 * float(self._weight.amax())  # the deployed network is rounded, and some cells decide otherwise
-
-    def whole(self, x: Tensor) -> Tensor:
-        return (self._vote(self._scorer(x)) * self._weight).sum(dim=(2, 3))
-
-    def near(self, x: Tensor, boxes: Tensor) -> Tensor:
-        row, column = self._window(boxes, x, pixels=True)  # [B, h] and [B, w]
-        image = torch.arange(len(x), device=x.device)[:, None, None]
-        whole = self._scorer.prepare(x)
-        seen = whole.permute(0, 2, 3, 1)[image, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
-        row, column = self._window(boxes, x)  # cells
-        weight = self._weight[row[:, :, None], column[:, None, :]]
-        return (self._vote(self._scorer.score(seen)) * weight[:, None]).sum(dim=(2, 3))
-
-    def rest(self, x: Tensor, boxes: Tensor) -> Tensor:
-        votes = self._vote(self._scorer(x)) * self._weight
-        row, column = self._window(boxes, x)  # [B, S, n] and [B, S, m]
-        image = torch.arange(len(x), device=x.device)[:, None, None, None]
-        inside = votes.permute(0, 2, 3, 1)[image, row[..., :, None], column[..., None, :]]  # [B, S, n, m, K]
-        return votes.sum(dim=(2, 3))[:, None] - inside.sum(dim=(2, 3))
-
-    def _window(self, boxes: Tensor, x: Tensor, *, pixels: bool = False) -> list[Tensor]:
-        """Rows and columns, int64 [..., h] and [..., w], of the cells that see a box, or of all the pixels that they see.
-
-        Cell i sees pixels ``i * stride`` to ``i * stride + reach``.
-        """
-        found, stride, reach = [], self._stride, self._reach
-        for axis, length in enumerate(x.shape[2:]):
-            cells = (length - reach - 1) // stride + 1
-            size = min(cells, -(-(int(boxes[..., 2 + axis].amax()) + reach) // stride))
-            first = (-((reach - boxes[..., axis]) // stride)).clamp(0, cells - size)  # ceil((start - reach) / stride)
-            begin, count = (first * stride, (size - 1) * stride + reach + 1) if pixels else (first, size)
-            found.append(begin[..., None] + torch.arange(count, device=x.device))
-        return found
-
-
-class BagCert(EvidenceDefense):
+class BagCert(RegionDefense[Votes], EvidenceDefense):
     """Cells of a region scorer vote by the signs of their scores."""
 
     source = "Metzen & Yatsura, Efficient Certified Defenses Against Patch Attacks, ICLR 2021"
     options = BagCertOptions
-    default_network = "region"
 
     def __init__(
         self,
@@ -138,21 +85,15 @@ class BagCert(EvidenceDefense):
         classes: tuple[str, ...],
         aggregate: str = "sum",
     ) -> None:
-        super().__init__(input_shape=input_shape, classes=classes)
-        self.scorer = scorer
+        super().__init__(scorer, input_shape=input_shape, classes=classes)
         cells = [scorer.cells(side) for side in input_shape[1:]]
         self.position = nn.Parameter(torch.ones(cells)) if aggregate == "weighted" else None
-        self.deployed = exact.Deployed(scorer)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> BagCert:
         shape, classes = tuple(config["input_shape"]), tuple(config["classes"])
-        options = {**config["network"]["options"], "input_shape": shape, "classes": len(classes)}
-        scorer: Any = models.build(config["network"]["name"], options)
-        if not isinstance(scorer, RegionScorer):
-            raise IntegrityError(f"bagcert needs a region scorer, not '{config['network']['name']}';", hint="use network region.")
         aggregate = str(config.get("options", {}).get("aggregate", "sum"))
-        return cls(scorer, input_shape=shape, classes=classes, aggregate=aggregate)
+        return cls(cls.scorer_of(config), input_shape=shape, classes=classes, aggregate=aggregate)
 
     @classmethod
     def tiny(cls) -> BagCert:
@@ -169,22 +110,15 @@ class BagCert(EvidenceDefense):
             scorer.head.bias += 6 * torch.randn(3) * spread - middle
         return made
 
-    @property
-    def receptive_field(self) -> int:
-        """Side of the square of pixels that a cell sees."""
-        return self.scorer.receptive_field
-
     def forward(self, x: Tensor) -> Tensor:
         """Smooth surrogate: the (weighted) mean over cells of the sigmoid of the scores, [B, K]."""
         return self._share(self.scorer(x).sigmoid())
 
     def surrogates(self) -> tuple[Surrogate, ...]:
         """Votes with the gradient of sigmoids (straight-through), and the plain scores."""
-        return CellSurrogate(self, Step.apply), CellSurrogate(self, lambda scores: scores)
-
-    @property
-    def activations(self) -> int:
-        return self.scorer.widest * self.input_shape[1] * self.input_shape[2]
+        weights = self.weights
+        slack = 2.0 if weights is None else 2 * float(weights.amax())
+        return CellSurrogate(self, Step.apply, weights, slack), CellSurrogate(self, lambda scores: scores, weights, slack)
 
     def _share(self, votes: Tensor, down: int = 0, right: int = 0, every: int = 1) -> Tensor:
         """The mean of votes [B, K, n, m] of every so-manieth cell from (down, right) on, by the weights of positions: [B, K]."""
@@ -201,36 +135,11 @@ class BagCert(EvidenceDefense):
         weight = F.softplus(self.position.detach().double())
         return (weight * (STEPS / weight.amax())).round()
 
-    def scores(self, x: Tensor) -> Tensor:
-        """The scores of all cells as the deployed network computes them, [B, K, N, M]; a cell votes where they are positive."""
-        network, parts = self.deployed(), []
-        size = max(1, PIECE // (self.scorer.widest * self.input_shape[1] * self.input_shape[2]))
-        with exact.exact_arithmetic():
-            for part in torch.split(x, size):
-                steps = exact.to_steps(part).to(exact.execution_type(network, part.device))
-                parts.append(network(steps.contiguous(memory_format=torch.channels_last)))
-        return torch.cat(parts)
-
     def count(self, scores: Tensor) -> Votes:
         """``s = [score > 0]``, times the weight of its position; no score is in doubt, since none is rounded."""
         weights = self.weights
         votes = (scores > 0).contiguous()
         return Votes(votes) if weights is None else Votes(votes * weights.float(), weight=weights)
-
-    def cover(self, patch: Patch) -> Cover:
-        height, width = self.input_shape[1:]
-        return Cover(
-            Axis.sliding(height, patch.height, kernel=self.receptive_field, stride=self.scorer.stride),
-            Axis.sliding(width, patch.width, kernel=self.receptive_field, stride=self.scorer.stride),
-        )
-
-    @torch.no_grad()
-    def finish(self, x: Tensor) -> None:
-        """Choose the steps of the deployed network's activations from some training images."""
-        self.eval()
-        with exact.observing(self.scorer):
-            for part in torch.split(x, 250):
-                self.scorer(part)
 
     def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:
         """Margin hinge over the mean vote differences, straight-through, with the one-hot penalty (section 3.3 of the paper).

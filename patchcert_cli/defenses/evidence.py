@@ -1,7 +1,8 @@
-"""What BagCert and derandomized smoothing share: cells vote, the answer is a sum, one exact proof serves both.
+"""What defenses share whose cells each see a known part of the image.
 
-Proof: :mod:`patchcert_cli.certifiers.additive`. A defense of this family says
-what its cells vote and which cells a patch touches.
+:class:`CellDefense` knows which cells a threat reaches, and checks it. :class:`EvidenceDefense` adds up what cells say, so one
+exact proof serves BagCert, clipped BagNet and derandomized smoothing: :mod:`patchcert_cli.certifiers.additive`.
+:class:`RegionDefense` has the cells of a region scorer, which BagCert, clipped BagNet and PatchGuard read in different ways.
 
 Shapes: B images, C channels, H x W pixels, K classes, N x M cells, P x Q locations.
 """
@@ -9,49 +10,63 @@ Shapes: B images, C channels, H x W pixels, K classes, N x M cells, P x Q locati
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from patchcert_cli import exact, models
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers import additive
-from patchcert_cli.certifiers.additive import Votes
-from patchcert_cli.defenses.base import Claim, Defense
+from patchcert_cli.certifiers.additive import Proof, Votes
+from patchcert_cli.defenses.base import Claim, Defense, Surrogate
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
-from patchcert_cli.geometry import Cover
-from patchcert_cli.threats import Patch, PatchPercent, Sparse, Threat
+from patchcert_cli.geometry import Axis, Cover
+from patchcert_cli.models.region import RegionScorer
+from patchcert_cli.threats import Patch, Patches, PatchPercent, Sparse, Threat
+
+Said = TypeVar("Said")
 
 
-class EvidenceDefense(Defense):
-    """A classifier whose cells vote."""
+class CellDefense(Defense, Generic[Said]):
+    """A classifier that answers by what its cells say, kept in a form that its proof reads."""
 
-    methods: ClassVar[tuple[str, ...]] = additive.METHODS
     numerics: ClassVar[Mapping[str, str]] = {"votes": "exact"}
 
     @abstractmethod
     def scores(self, x: Tensor) -> Tensor:
-        """What votes are made of, [B, K, N, M], from images [B, C, H, W] in [0, 1]; the same in any batch and on any device."""
+        """What the network makes of images [B, C, H, W] in [0, 1], [B, K, N, M]; the same in any batch and on any device."""
 
     @abstractmethod
-    def count(self, scores: Tensor) -> Votes:
-        """The votes that scores [B, K, N, M] mean, cell by cell."""
+    def count(self, scores: Tensor) -> Said:
+        """What scores [B, K, N, M] mean, cell by cell."""
 
-    def votes(self, x: Tensor) -> Votes:
-        """What the cells say about images [B, C, H, W] in [0, 1]."""
-        return self.count(self.scores(x))
+    @abstractmethod
+    def answer(self, said: Said) -> Tensor:
+        """The deployed answer, int64 [B]."""
+
+    @abstractmethod
+    def prove(self, said: Said, cover: Cover, claim: Claim) -> Proof:
+        """The proof that a claim names, about that answer; ``cover`` is of the claim's threat."""
+
+    @abstractmethod
+    def margins(self, said: Said, cover: Cover) -> Tensor:
+        """The best proof's margin at every location, float64 [B, P, Q]."""
 
     @abstractmethod
     def cover(self, patch: Patch) -> Cover:
         """Which cells see a pixel of the patch, for each of its locations."""
 
+    def title(self, method: str) -> str:
+        """A proof's name in records."""
+        return method
+
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """The class with the most votes, lowest class index first."""
         self.check_input(x)
-        return self.votes(x).answer()
+        return self.answer(self.count(self.scores(x)))
 
     @torch.no_grad()
     def certify_each(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
@@ -59,16 +74,11 @@ class EvidenceDefense(Defense):
         self.check_input(x)
         for claim in claims:
             self.check_method(claim.method)
-        votes = self.votes(x)
-        return [self._certificate(votes, claim) for claim in claims]
+        said = self.count(self.scores(x))
+        return [self._certificate(self.prove(said, self.cover_of(claim.threat), claim), claim) for claim in claims]
 
-    def _certificate(self, votes: Votes, claim: Claim) -> Certificate:
+    def _certificate(self, proof: Proof, claim: Claim) -> Certificate:
         height, width = self.input_shape[1:]
-        method = claim.method or self.methods[0]
-        cover = self.cover_of(claim.threat)
-        if method == "3.1" and cover.budget > 1:
-            raise UnsupportedThreat(f"condition 3.1 is not for {claim.threat};", hint="it is for one patch or one pixel.")
-        proof = additive.prove(votes, cover, method)
         return Certificate(
             prediction=proof.answer,
             certified=proof.margin > 0,
@@ -77,23 +87,30 @@ class EvidenceDefense(Defense):
             worst=claim.threat.atoms(height, width).to(proof.worst.device)[proof.worst],
             rival=proof.rival,
             threat=claim.threat,
-            method="additive" if method == "exact" else f"condition {method}",
+            method=self.title(claim.method or self.methods[0]),
         )
 
+    @torch.no_grad()
+    def margin_map(self, x: Tensor, patch: Threat) -> Tensor:
+        self.check_input(x)
+        if not isinstance(patch, Patch | PatchPercent):
+            raise UsageError(f"a map needs one patch, not {patch};", hint="use --patch, for example --patch 5.")
+        return self.margins(self.count(self.scores(x)), self.cover_of(patch))
+
     def cover_of(self, threat: Threat) -> Cover:
-        """The cover of any threat model that this family can certify: one patch, or k pixels.
+        """The cover of any threat model that this family can certify: one patch, several of one shape, or k pixels.
 
         A sparse attacker has k patches of one pixel; single values are covered by their pixels.
         """
         channels, height, width = self.input_shape
         threat.check(height, width, channels)
-        if isinstance(threat, PatchPercent):
-            threat = threat.resolve(height, width)
-        if isinstance(threat, Patch):
-            return self.cover(threat)
+        if isinstance(threat, Patches):
+            return replace(self.cover(threat.each.resolve(height, width)), budget=threat.number)
+        if isinstance(threat, Patch | PatchPercent):
+            return self.cover(threat.resolve(height, width))
         if isinstance(threat, Sparse) and threat.unit == "pixel":
             return replace(self.cover(Patch(1, 1)), budget=threat.k)
-        raise UnsupportedThreat(f"votes have no certificate against {threat};", hint="allowed: patch, and sparse pixels.")
+        raise UnsupportedThreat(f"votes have no certificate against {threat};", hint="allowed: patches, and sparse pixels.")
 
     @torch.no_grad()
     def self_test(self) -> None:
@@ -115,6 +132,31 @@ class EvidenceDefense(Defense):
                     hint="The network is not what its configuration says; its certificates would be void.",
                 )
 
+
+class EvidenceDefense(CellDefense[Votes]):
+    """Cells vote, and the class with the largest sum is the answer, the lowest class index among equals."""
+
+    methods: ClassVar[tuple[str, ...]] = additive.METHODS
+
+    def votes(self, x: Tensor) -> Votes:
+        """What the cells say about images [B, C, H, W] in [0, 1]."""
+        return self.count(self.scores(x))
+
+    def answer(self, said: Votes) -> Tensor:
+        return said.answer()
+
+    def prove(self, said: Votes, cover: Cover, claim: Claim) -> Proof:
+        method = claim.method or self.methods[0]
+        if method == "3.1" and cover.budget > 1:
+            raise UnsupportedThreat(f"condition 3.1 is not for {claim.threat};", hint="it is for one patch or one pixel.")
+        return additive.prove(said, cover, method)
+
+    def margins(self, said: Votes, cover: Cover) -> Tensor:
+        return additive.margin_map(said, cover)
+
+    def title(self, method: str) -> str:
+        return "additive" if method == "exact" else f"condition {method}"
+
     def remark(self, threat: Threat) -> str:
         """Says so where a patch reaches so many cells that no image whatever can be certified."""
         cover = self.cover_of(threat)
@@ -124,12 +166,116 @@ class EvidenceDefense(Defense):
             return ""
         return f"{threat} reaches {min(reached, cells)} of the {cells} cells: no image can be certified"
 
+
+PIECE = 1 << 25  # activations of one layer that are computed at a time
+
+
+class RegionDefense(CellDefense[Said]):
+    """A classifier whose cells are those of a region scorer, deployed without rounding error (:mod:`patchcert_cli.exact`)."""
+
+    default_network = "region"
+
+    def __init__(self, scorer: RegionScorer, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
+        super().__init__(input_shape=input_shape, classes=classes)
+        self.scorer = scorer
+        self.deployed = exact.Deployed(scorer)
+
+    @staticmethod
+    def scorer_of(config: Mapping[str, Any]) -> RegionScorer:
+        """The network that ``config.json`` names, with fresh weights."""
+        shape, network = tuple(config["input_shape"]), config["network"]
+        options = {**network["options"], "input_shape": shape, "classes": len(config["classes"])}
+        scorer: Any = models.build(network["name"], options)
+        if not isinstance(scorer, RegionScorer):
+            raise IntegrityError(
+                f"{config.get('defense', 'bagcert')} needs a region scorer, not '{network['name']}';", hint="use network region."
+            )
+        return scorer
+
+    @property
+    def receptive_field(self) -> int:
+        """Side of the square of pixels that a cell sees."""
+        return self.scorer.receptive_field
+
+    @property
+    def activations(self) -> int:
+        return self.scorer.widest * self.input_shape[1] * self.input_shape[2]
+
+    def scores(self, x: Tensor) -> Tensor:
+        """The scores of all cells as the deployed network computes them, [B, K, N, M]."""
+        network, parts = self.deployed(), []
+        size = max(1, PIECE // self.activations)
+        with exact.exact_arithmetic():
+            for part in torch.split(x, size):
+                steps = exact.to_steps(part).to(exact.execution_type(network, part.device))
+                parts.append(network(steps.contiguous(memory_format=torch.channels_last)))
+        return torch.cat(parts)
+
+    def cover(self, patch: Patch) -> Cover:
+        height, width = self.input_shape[1:]
+        return Cover(
+            Axis.sliding(height, patch.height, kernel=self.receptive_field, stride=self.scorer.stride),
+            Axis.sliding(width, patch.width, kernel=self.receptive_field, stride=self.scorer.stride),
+        )
+
     @torch.no_grad()
-    def margin_map(self, x: Tensor, patch: Threat) -> Tensor:
-        self.check_input(x)
-        if isinstance(patch, PatchPercent):
-            patch = patch.resolve(*self.input_shape[1:])
-        if not isinstance(patch, Patch):
-            raise UsageError(f"a map needs one patch, not {patch};", hint="use --patch, for example --patch 5.")
-        patch.check(*self.input_shape[1:], self.input_shape[0])
-        return additive.margin_map(self.votes(x), self.cover(patch))
+    def finish(self, x: Tensor) -> None:
+        """Choose the steps of the deployed network's activations from some training images."""
+        self.eval()
+        with exact.observing(self.scorer):
+            for part in torch.split(x, 250):
+                self.scorer(part)
+
+
+class CellSurrogate(Surrogate):
+    """Sums over cells; a box alters the cells that see it, which are computed from the pixels that they see.
+
+    All windows are as large as one in the middle of the image needs, and moved inside where they would stick out.
+
+    Attributes:
+        vote: what a cell says, from scores [B, K, n, m], with gradients.
+        weight: how much each cell counts, [N, M]; None for 1.
+        slack: the deployed network is rounded, and some cells say something else.
+    """
+
+    def __init__(
+        self, defense: RegionDefense[Any], vote: Callable[[Tensor], Tensor], weight: Tensor | None = None, slack: float = 2.0
+    ) -> None:
+        self._scorer, self._vote, self._reach = defense.scorer, vote, defense.receptive_field - 1
+        self._stride = defense.scorer.stride
+        cells = [defense.scorer.cells(side) for side in defense.input_shape[1:]]
+        self._weight = torch.ones(cells, device=defense.device) if weight is None else weight.float()
+        self.slack = slack
+
+    def whole(self, x: Tensor) -> Tensor:
+        return (self._vote(self._scorer(x)) * self._weight).sum(dim=(2, 3))
+
+    def near(self, x: Tensor, boxes: Tensor) -> Tensor:
+        row, column = self._window(boxes, x, pixels=True)  # [B, h] and [B, w]
+        image = torch.arange(len(x), device=x.device)[:, None, None]
+        whole = self._scorer.prepare(x)
+        seen = whole.permute(0, 2, 3, 1)[image, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2)
+        row, column = self._window(boxes, x)  # cells
+        weight = self._weight[row[:, :, None], column[:, None, :]]
+        return (self._vote(self._scorer.score(seen)) * weight[:, None]).sum(dim=(2, 3))
+
+    def rest(self, x: Tensor, boxes: Tensor) -> Tensor:
+        votes = self._vote(self._scorer(x)) * self._weight
+        row, column = self._window(boxes, x)  # [B, S, n] and [B, S, m]
+        image = torch.arange(len(x), device=x.device)[:, None, None, None]
+        inside = votes.permute(0, 2, 3, 1)[image, row[..., :, None], column[..., None, :]]  # [B, S, n, m, K]
+        return votes.sum(dim=(2, 3))[:, None] - inside.sum(dim=(2, 3))
+
+    def _window(self, boxes: Tensor, x: Tensor, *, pixels: bool = False) -> list[Tensor]:
+        """Rows and columns, int64 [..., h] and [..., w], of the cells that see a box, or of all the pixels that they see.
+
+        Cell i sees pixels ``i * stride`` to ``i * stride + reach``.
+        """
+        found, stride, reach = [], self._stride, self._reach
+        for axis, length in enumerate(x.shape[2:]):
+            cells = (length - reach - 1) // stride + 1
+            size = min(cells, -(-(int(boxes[..., 2 + axis].amax()) + reach) // stride))
+            first = (-((reach - boxes[..., axis]) // stride)).clamp(0, cells - size)  # ceil((start - reach) / stride)
+            begin, count = (first * stride, (size - 1) * stride + reach + 1) if pixels else (first, size)
+            found.append(begin[..., None] + torch.arange(count, device=x.device))
+        return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from patchcert_cli.cards import Card, Measured, Published
-from patchcert_cli.threats import KINDS, UNITS, Patch, PatchPercent, Sparse, Threat, parse_threat
+from patchcert_cli.threats import KINDS, UNITS, Patch, Patches, PatchPercent, Sparse, Threat, parse_threat
 
 GUARANTEES = {
     "recovery": "the answer stays right",
@@ -109,6 +109,8 @@ def describe(threat: Threat) -> str:
         return f"one patch of {threat.height}x{threat.width} pixels, anywhere in the image"
     if isinstance(threat, PatchPercent):
         return f"one square patch of {str(threat).partition(':')[2][:-1]} % of the image, anywhere in it"
+    if isinstance(threat, Patches):
+        return f"{threat.number} at once, each {describe(threat.each)}"
     things = "single channel values" if isinstance(threat, Sparse) and threat.unit == "value" else "pixels"
     return f"any {threat.budget} {things}"
 

@@ -20,7 +20,7 @@ HUB = "https://huggingface.co/"
 def section(card: Card) -> Html:
     """A model's card, folded; its summary names it."""
     short = f"{card.defense} · {title(card.dataset)} · trained against {own(card)}"
-    if card.status == "recipe only":
+    if card.status in ("recipe only", "public weights"):
         short = f"{card.defense} · {title(card.dataset)} · for {own(card)}"
     summary = tag(
         "summary",
@@ -151,7 +151,7 @@ def _published(card: Card) -> Html:
 
 
 def _commands(card: Card) -> Iterator[Html]:
-    yield join([tag("h4", "Train"), block(card.command)])
+    yield join([tag("h4", "Measure" if card.classifier else "Train"), block(card.command)])
     if card.files:
         yield join([tag("h4", "Certify"), block(certify_command(card))])
     recipe = yaml.safe_dump(

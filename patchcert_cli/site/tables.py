@@ -157,11 +157,15 @@ def _row(entry: Entry, sources: Sources) -> Html:
 def unmeasured(cards: Sequence[Card]) -> Html:
     """Recipes without weights, and models without a test measurement, in a table each; nothing if there are none."""
     recipes = [card for card in cards if card.status == "recipe only"]
-    waiting = [card for card in cards if card.status != "recipe only" and not card.results]
+    public = [card for card in cards if card.status == "public weights"]
+    waiting = [card for card in cards if card not in (*recipes, *public) and not card.results]
     parts = []
     if recipes:
         intro = "Recipes that nobody has run here: there are no weights, and nothing is claimed for them."
         parts.append(_waiting("recipes/", "Recipes only", intro, recipes))
+    if public:
+        intro = "Classifiers of others, whose weights are public, with a defense around them; not measured here yet."
+        parts.append(_waiting("public/", "Public weights", intro, public))
     if waiting:
         intro = "Trained, but not measured on test images yet."
         parts.append(_waiting("waiting/", "Not measured yet", intro, waiting))
@@ -176,7 +180,7 @@ def _waiting(id_: str, name: str, intro: str, cards: Sequence[Card]) -> Html:
             model(card),
             cell(title(card.dataset), value=card.dataset),
             cell(code(own(card)), value=own(card)),
-            *published(card.report(), sources),
+            *published(card.report() if card.guarantee == "recovery" else None, sources),
             cell(card.defense, value=card.defense),
             cell(card.network, value=card.network, class_="network"),
             data_words=words(card, own(card)),
@@ -189,7 +193,7 @@ def _waiting(id_: str, name: str, intro: str, cards: Sequence[Card]) -> Html:
         "tr",
         head("Model", rows=2),
         head("Data set", rows=2),
-        head("To be trained against" if id_ == "recipes/" else "Trained against", rows=2),
+        head({"recipes/": "To be trained against", "public/": "Made for"}.get(id_, "Trained against"), rows=2),
         tag("th", "Published, %", scope="colgroup", colspan=2, class_="number group"),
         head("Defense", rows=2),
         head("Network", rows=2),
@@ -199,14 +203,14 @@ def _waiting(id_: str, name: str, intro: str, cards: Sequence[Card]) -> Html:
     commands = [
         tag(
             "div",
-            tag("p", "Train ", tag("b", card.name), ":"),
+            tag("p", "Measure " if card.classifier else "Train ", tag("b", card.name), ":"),
             block(card.command),
             class_="how",
             data_words=words(card, own(card)),
             data_dataset=fragment(card.dataset),
         )
         for card in cards
-        if card.status == "recipe only"
+        if card.status in ("recipe only", "public weights")
     ]
     shown = scrolling(table, name)
     return tag("section", tag("h2", name), shown, sources.listed(), *commands, class_="unmeasured", id=id_)

@@ -15,7 +15,7 @@ from torch import Tensor
 from patchcert_cli import checkpoint, data, exact
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers import additive
-from patchcert_cli.defenses import bagcert
+from patchcert_cli.defenses import evidence
 from patchcert_cli.defenses.bagcert import BagCert, BagCertOptions, Step
 from patchcert_cli.defenses.base import Claim, TrainingStep
 from patchcert_cli.errors import DataError, IntegrityError, UnsupportedThreat, UsageError
@@ -224,7 +224,7 @@ def test_batches_do_not_matter(threat: Threat, monkeypatch: pytest.MonkeyPatch) 
     same(Certificate.cat([defense.certify(part, threat) for part in x.split(4)]), whole)
     assert torch.equal(torch.cat([defense.predict(image[None]) for image in x]), answers)
     assert torch.equal(defense.predict(x.flip(0)).flip(0), answers)
-    monkeypatch.setattr(bagcert, "PIECE", 1)
+    monkeypatch.setattr(evidence, "PIECE", 1)
     same(defense.certify(x, threat), whole)
     same(defense.train().certify(x, threat), whole)  # its norms are frozen in the deployed network
     assert torch.equal(whole.prediction, answers)

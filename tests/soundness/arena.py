@@ -21,6 +21,7 @@ from patchcert_cli.errors import UnsupportedThreat
 from patchcert_cli.threats import Patch, Sparse
 
 Attack = Patch | Sparse
+ALARM = -1
 INTERIOR = 8  # random contents between 0 and 1 per place, besides all contents of zeros and ones
 
 
@@ -69,7 +70,7 @@ class Arena:
     _truth: dict[Attack, Tensor] = field(default_factory=dict)
 
     def breakable(self, threat: Attack) -> Tensor:
-        """Whether some allowed change moves ``defense.predict``: bool [B]."""
+        """Whether some allowed change moves ``defense.predict``, without an alarm if that is promised: bool [B]."""
         if threat not in self._truth:
             before = self.defense.predict(self.images)
             mask, value = changes(self.defense.input_shape, threat)
@@ -78,7 +79,10 @@ class Arena:
                 m, v = mask[part : part + 1024], value[part : part + 1024]
                 attacked = torch.where(m[:, None], v[:, None], self.images)  # [M', B, C, H, W]
                 after = self.defense.predict(attacked.flatten(0, 1)).reshape(len(m), -1)
-                moved |= (after != before).any(dim=0)
+                another = after != before
+                if self.defense.guarantee == "detection":
+                    another &= after != ALARM
+                moved |= another.any(dim=0)
             self._truth[threat] = moved
         return self._truth[threat]
 
@@ -109,6 +113,10 @@ def check(arenas: list[Arena], threats: list[Attack], *, method: str | None = No
         breakable, certified = arena.breakable(threat), certificate.certified
         if not torch.equal(certificate.prediction, arena.defense.predict(arena.images)):
             score.violations.append(f"{arena.name} {threat}: the certificate is about another answer")
+        if certificate.guarantee != arena.defense.guarantee:
+            score.violations.append(f"{arena.name} {threat}: the certificate promises {certificate.guarantee}")
+        if bool((certified & (certificate.prediction == ALARM)).any()):
+            score.violations.append(f"{arena.name} {threat}: an alarm is certified")
         for index in (certified & breakable).nonzero()[:, 0].tolist():
             score.violations.append(f"{arena.name} {threat} image {index}: certified, yet a change moves the answer")
         if until_found and score.violations:

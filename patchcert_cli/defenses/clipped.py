@@ -1,0 +1,140 @@
+"""Clipped BagNet (Zhang et al., Clipped BagNet: Defending Against Sticker Attacks with Clipped Bag-of-features, DLS 2020).
+
+A network with a small receptive field scores each class at every cell, each score is clipped to an interval, and the class with
+the largest sum is the answer. A patch reaches few cells, and clipping bounds what each of them can say.
+
+Clipped scores are put in whole steps by comparing exact scores with fixed thresholds, so nothing is rounded, and the proof is the
+exact one of :mod:`patchcert_cli.certifiers.additive` with every rival asked. (The published certificate asks the class that comes
+second on the clean image alone, and accepts equality: neither is sound.)
+
+Shapes: B images, C channels, H x W pixels, K classes, N x M cells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchcert_cli import models, schema
+from patchcert_cli.certifiers.additive import Votes
+from patchcert_cli.defenses.base import Augment, Options, Surrogate, TrainingStep
+from patchcert_cli.defenses.evidence import CellSurrogate, EvidenceDefense, RegionDefense
+from patchcert_cli.errors import IntegrityError
+from patchcert_cli.models.region import RegionScorer
+from patchcert_cli.schema import Count, Must
+
+STEPS = 255  # of a clipped score, from one end of its interval to the other
+FINE = 2.0**-20  # thresholds are multiples of it, so that they are the same numbers on every machine
+
+Positive = Annotated[float, Must(lambda v: v > 0, "more than 0")]
+
+
+@dataclass(frozen=True)
+class ClippedOptions(Options):
+    """How scores are clipped, when it is trained and when it is deployed, and its training.
+
+    Attributes:
+        clip: ``tanh``, a score u becomes ``tanh(slope * (u - middle))``; or ``linear``, the same without tanh,
+            cut off at -1 and 1.
+        slope: of the clipped score at ``middle``; the paper has 0.05, and 20 for ``middle``, for a network that was trained
+            without clipping.
+        middle: the score that becomes 0.
+        sharpness: the training loss is the cross-entropy of the mean clipped scores times this.
+        flip: mirror images at random.
+        shift: move images by up to this many pixels.
+    """
+
+    clip: Annotated[str, Must(("tanh", "linear").__contains__, "tanh or linear")] = "tanh"
+    slope: Positive = 1.0
+    middle: float = 0.0
+    sharpness: Positive = 4.0
+    flip: bool = True
+    shift: Count = 4
+
+    def augment(self, progress: float, epochs: int) -> Augment:
+        return Augment(flip=self.flip, shift=self.shift)
+
+
+class Clipped(RegionDefense[Votes], EvidenceDefense):
+    """Sums of a region scorer's clipped scores.
+
+    Attributes:
+        how: how scores are clipped.
+        thresholds: float64 [STEPS], increasing; a score counts so many steps as it reaches thresholds.
+    """
+
+    source = "Zhang et al., Clipped BagNet: Defending Against Sticker Attacks with Clipped Bag-of-features, DLS 2020"
+    options = ClippedOptions
+    thresholds: Tensor
+
+    def __init__(
+        self, scorer: RegionScorer, how: ClippedOptions, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]
+    ) -> None:
+        super().__init__(scorer, input_shape=input_shape, classes=classes)
+        self.how = how
+        self.register_buffer("thresholds", torch.tensor(thresholds(how), dtype=torch.float64), persistent=False)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Clipped:
+        problems: list[str] = []
+        how = schema.decode(ClippedOptions, config.get("options", {}), "options", problems)
+        if problems:
+            raise IntegrityError(f"clipped cannot be built: {'; '.join(problems)}.")
+        shape, classes = tuple(config["input_shape"]), tuple(config["classes"])
+        return cls(cls.scorer_of(config), how, input_shape=shape, classes=classes)
+
+    @classmethod
+    def tiny(cls) -> Clipped:
+        clip = ("tanh", "linear")[int(torch.randint(2, ()))]
+        shape, plan = (1, 4, 4), {"widths": (4, 6), "kernels": (1, 1), "dilations": (1, 1), "mixes": (0, 1)}
+        scorer: Any = models.build("region", {"input_shape": shape, "classes": 3, "mean": (0.4,), "std": (0.5,), **plan})
+        how = ClippedOptions(clip=clip, slope=2.0)
+        made = cls(scorer, how, input_shape=shape, classes=("a", "b", "c")).eval()
+        sample = torch.rand(64, *shape)
+        made.finish(sample)
+        with torch.no_grad():  # scores reach from one end of the interval to the other
+            scores = scorer(sample)
+            grow = 0.8 / scores.std(dim=(0, 2, 3))
+            scorer.head.weight.mul_(grow[:, None, None, None])
+            scorer.head.bias.copy_(grow * (scorer.head.bias - scores.mean(dim=(0, 2, 3))) + 0.4 * torch.randn(3))
+        return made
+
+    def clipped(self, scores: Tensor) -> Tensor:
+        """Scores of any shape, clipped to -1 to 1."""
+        away = self.how.slope * (scores - self.how.middle)
+        return away.tanh() if self.how.clip == "tanh" else away.clamp(-1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Smooth surrogate: the mean clipped score, [B, K]."""
+        return self.clipped(self.scorer(x).float()).mean(dim=(2, 3))
+
+    def surrogates(self) -> tuple[Surrogate, ...]:
+        """Clipped scores in steps, and the plain ones, whose gradients never vanish."""
+        return (
+            CellSurrogate(self, lambda scores: STEPS / 2 * (self.clipped(scores) + 1), slack=2.0 * STEPS),
+            CellSurrogate(self, lambda scores: scores),
+        )
+
+    def count(self, scores: Tensor) -> Votes:
+        """Clipped scores in whole steps, 0 to STEPS; comparing exact scores with thresholds rounds nothing."""
+        steps = torch.bucketize(scores.double().contiguous(), self.thresholds, right=True)
+        return Votes(steps, weight=torch.full(scores.shape[2:], STEPS, device=scores.device))
+
+    def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:
+        """Cross-entropy of the mean clipped scores."""
+        options = step.options
+        assert isinstance(options, ClippedOptions)
+        return F.cross_entropy(options.sharpness * cast(Tensor, self(x)), label)
+
+
+def thresholds(how: ClippedOptions) -> list[float]:
+    """The scores from which on a clipped score is nearer to step k than to step k - 1, for k from 1 to STEPS."""
+    ends = [2 * (k - 0.5) / STEPS - 1 for k in range(1, STEPS + 1)]
+    undo = math.atanh if how.clip == "tanh" else float
+    return [round((how.middle + undo(end) / how.slope) / FINE) * FINE for end in ends]

@@ -1,0 +1,163 @@
+"""Certified detection: Minority Reports (McCoyd et al., 2020), asked of any classifier behind masks that cover the threat.
+
+The image is shown whole and behind each mask alone. If a mask hides the patch, what is seen behind it is the truth; where it
+contradicts the whole image with enough confidence, an alarm is raised. One round of masks, against two for a corrected answer
+(:mod:`patchcert_cli.defenses.patchcleanser`, whose network, masks and training these are): it promises less, and so it costs
+less and mostly certifies more.
+Answer and proof: :mod:`patchcert_cli.certifiers.agreement`.
+
+Shapes: B images, C channels, H x W pixels, K classes, M masks, V = M + 1 views, n passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from patchcert_cli.certificate import Certificate, Guarantee
+from patchcert_cli.certifiers import agreement
+from patchcert_cli.certifiers.agreement import Reports
+from patchcert_cli.certifiers.masks import Cover
+from patchcert_cli.certifiers.views import SLACK, Views
+from patchcert_cli.defenses.base import Claim, Options
+from patchcert_cli.defenses.patchcleanser import MaskedOptions, PatchCleanser
+from patchcert_cli.errors import IntegrityError
+from patchcert_cli.schema import Count, Fraction
+from patchcert_cli.threats import Threat
+
+VALUES = 1 << 24  # pixel values of the views of a group of images
+
+
+@dataclass(frozen=True)
+class MinorityOptions(MaskedOptions):
+    """Training behind masks, one an image unless told otherwise, and when an alarm is raised.
+
+    Attributes:
+        threshold: confidence (softmax of the label) from which on a mask that contradicts the whole image raises an alarm; 0 for
+            any contradiction. The higher, the fewer false alarms and the fewer certificates.
+    """
+
+    masks: Count = 1
+    threshold: Fraction = 0.0
+
+
+class Minority(PatchCleanser):
+    """Any classifier behind one mask at a time; contradictions raise an alarm.
+
+    Attributes:
+        threshold: see :class:`MinorityOptions`.
+    """
+
+    source = "McCoyd et al., Minority Reports Defense: Defending Against Adversarial Patches, 2020"
+    methods = agreement.METHODS
+    guarantee = Guarantee.DETECTION
+    options = MinorityOptions
+    threshold: float = 0.0
+
+    @classmethod
+    def entries(cls, threat: Threat, options: Options) -> dict[str, Any]:
+        assert isinstance(options, MinorityOptions)
+        return {**super().entries(threat, options), "threshold": options.threshold}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Minority:
+        made = cast(Minority, super().from_config(config))
+        made.threshold = float(config.get("threshold", 0.0))
+        if not 0 <= made.threshold < 1:
+            raise IntegrityError(f"threshold is {made.threshold}, not in [0, 1).")
+        return made
+
+    @classmethod
+    def tiny(cls) -> Minority:
+        made = cast(Minority, super().tiny())
+        made.threshold = (0.0, 0.4)[int(torch.randint(2, ()))]
+        return made
+
+    def _reports(self, x: Tensor) -> Reports:
+        """What is seen of images [B, C, H, W], as sure as float64 can make it, on the CPU."""
+        masks = torch.cat([torch.zeros_like(self.masks[:1]), self.masks])  # nothing is hidden in the first view
+        views = Views(self.network, masks, self.fill, self.input_shape, len(self.classes), self.labels)
+        size = max(1, VALUES // (len(masks) * math.prod(self.input_shape)))
+        logits, known = zip(*(self._seen(views, part, len(masks)) for part in torch.split(x, size)), strict=True)
+        label, rival, lead, excess = (of.reshape(len(x), len(masks)) for of in self._read(torch.cat(logits)))
+        lead = torch.where(torch.cat(known).reshape(lead.shape), lead, 0)  # what nobody can tell certifies nothing
+        return Reports(label[:, 0], label[:, 1:], rival[:, 1:], lead[:, 1:], excess[:, 1:])
+
+    def _seen(self, views: Views, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Logits of every view of some images, float64 [n, K], and whether they are as precise as they need to be, bool [n]."""
+        image, view = (torch.arange(len(x) * count) // count).to(x.device), torch.arange(len(x) * count) % count
+        logits, known = torch.zeros(len(image), len(self.classes), dtype=torch.float64), torch.ones(len(image), dtype=torch.bool)
+        open_ = torch.arange(len(image))
+        for kind in (*(("bfloat16",) if self.labels == "bfloat16" else ()), "float32", "float64"):
+            found = views.logits(kind, x[image[open_.to(x.device)]], view[open_], view[open_])
+            if found is None:  # other people's code that does not compute in float64
+                known[open_] = False
+                break
+            logits[open_] = found
+            _, _, lead, excess = self._read(found)
+            open_ = open_[torch.minimum(lead, excess.abs()) <= SLACK[kind]]
+            if not len(open_):
+                break
+        return logits, known
+
+    def _read(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Label, next label, lead and excess of confidence of float64 logits [n, K]; see :class:`agreement.Reports`.
+
+        If logits are off by e, so is a lead by at most 2 e, and so is the logarithm of a confidence.
+        """
+        ranked = logits.sort(dim=1, descending=True, stable=True)  # of equals the lowest class first
+        size = logits.abs().amax(dim=1).clamp(min=1e-300)
+        floor = math.log(self.threshold) if self.threshold > 0 else -math.inf
+        excess = ranked.values[:, 0] - logits.logsumexp(dim=1) - floor
+        return ranked.indices[:, 0], ranked.indices[:, 1], (ranked.values[:, 0] - ranked.values[:, 1]) / size, excess / size
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """The label of the whole image, or :data:`patchcert_cli.certificate.ALERT`."""
+        self.check_input(x)
+        return agreement.answer(self._reports(x)).to(x.device)
+
+    @torch.no_grad()
+    def certify_each(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
+        """All claims from one look at every view."""
+        self.check_input(x)
+        for claim in claims:
+            self.check_method(claim.method)
+        covers, reports = [self.set.cover(claim.threat) for claim in claims], self._reports(x)
+        return [self._proven(reports, claim, cover) for claim, cover in zip(claims, covers, strict=True)]
+
+    def _proven(self, reports: Reports, claim: Claim, cover: Cover) -> Certificate:
+        method = claim.method or self.methods[0]
+        by, atom = cover.by, cover.atom
+        if method == "all":
+            by = torch.eye(len(self.set), dtype=torch.bool)
+            atom = cover.atom[cover.by.int().argmax(dim=0)]
+        proof, device = agreement.prove(reports, by), self.masks.device
+        slack = torch.full_like(proof.margin, SLACK["float64"])
+        return Certificate(
+            prediction=agreement.answer(reports).to(device),
+            certified=(proof.margin > slack).to(device),
+            margin=proof.margin.to(device),
+            slack=slack.to(device),
+            worst=claim.threat.atoms(*self.input_shape[1:])[atom[proof.weakest]].to(device),
+            rival=proof.rival.to(device),
+            threat=claim.threat,
+            method=method,
+            guarantee=self.guarantee,
+        )
+
+    def cost(self) -> tuple[int, int]:
+        return (len(self.set) + 1,) * 2
+
+    def remark(self, threat: Threat) -> str:
+        """What it costs."""
+        return f"{len(self.set)} masks: {len(self.set) + 1} passes of the network an image, with the proof"
+
+    def _by_mask(self, x: Tensor) -> Tensor:
+        """By how much each mask agrees with the answer, float64 [B, M]."""
+        return agreement.holds(self._reports(x))

@@ -1,0 +1,194 @@
+"""PatchGuard (Xiang et al., PatchGuard: A Provably Robust Defense against Adversarial Patches, USENIX Security 2021).
+
+A network with a small receptive field gives each class evidence at every cell. A class loses its heaviest window of evidence, as
+large as what a patch of the size ``covers`` can reach, and the class with most left is the answer. The deployed network computes
+without rounding error and its evidence is made of whole steps, so nothing is rounded in the proof either
+(:mod:`patchcert_cli.certifiers.robust_masking`).
+
+Shapes: B images, C channels, H x W pixels, K classes, N x M cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchcert_cli import models
+from patchcert_cli.certifiers import robust_masking
+from patchcert_cli.certifiers.additive import Proof
+from patchcert_cli.certifiers.robust_masking import FINEST, MOST, Masking
+from patchcert_cli.defenses.base import Augment, Claim, Options, Surrogate, TrainingStep
+from patchcert_cli.defenses.evidence import RegionDefense
+from patchcert_cli.errors import PatchcertError, UnsupportedThreat, UsageError
+from patchcert_cli.geometry import Axis, Cover
+from patchcert_cli.models.region import RegionScorer
+from patchcert_cli.schema import Count, Must
+from patchcert_cli.threats import Patch, Threat, parse_patch, parse_threat
+
+STEPS = 256.0  # of evidence, for one of the network's units
+DOUBT = 0.02  # how far a cell of the deployed network may be from the trained one, in the network's units, for attacks
+
+
+def _is_patch(text: str) -> bool:
+    try:
+        parse_patch(text or "1")
+    except PatchcertError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class PatchGuardOptions(Options):
+    """What PatchGuard takes away, when it is trained and when it is deployed, and its training.
+
+    Attributes:
+        covers: the largest patch that a mask is to hold, as N, HxW or P%; by default the patch that it is trained against. It
+            decides the deployed answer, as ``masks.covers`` in config.json; what reaches more cells is never certified.
+        share: T; a class loses its heaviest window only if this holds more than so much of its evidence, in thousandths.
+        warm_up_epochs: first epochs, in which the true class keeps all its evidence; later ones take its heaviest window away
+            (the paper's provable adversarial training).
+        flip: mirror images at random.
+        shift: move images by up to this many pixels.
+    """
+
+    covers: Annotated[str, Must(_is_patch, "a patch such as 5, 3x7 or 2%")] = ""
+    share: Annotated[float, Must(lambda t: 0 <= t < 1, "in [0, 1)")] = 0.0
+    warm_up_epochs: Count = 1
+    flip: bool = True
+    shift: Count = 4
+
+    def augment(self, progress: float, epochs: int) -> Augment:
+        return Augment(flip=self.flip, shift=self.shift)
+
+
+class PatchGuard(RegionDefense[Tensor]):
+    """Evidence of a region scorer's cells, robustly masked.
+
+    Attributes:
+        masking: what a class loses.
+    """
+
+    source = "Xiang et al., PatchGuard, USENIX Security 2021"
+    methods = ("masking",)
+    options = PatchGuardOptions
+
+    def __init__(
+        self,
+        scorer: RegionScorer,
+        *,
+        input_shape: tuple[int, int, int],
+        classes: tuple[str, ...],
+        covers: Sequence[Threat],
+        share: float = 0.0,
+    ) -> None:
+        super().__init__(scorer, input_shape=input_shape, classes=classes)
+        known = [super(PatchGuard, self).cover_of(threat) for threat in covers]
+        window = max(_widest(cover.rows) for cover in known), max(_widest(cover.columns) for cover in known)
+        cells = known[0].rows.cells, known[0].columns.cells
+        if window == cells:
+            raise UsageError(
+                f"masks for {', '.join(map(str, covers))} hide all of the {cells[0]}x{cells[1]} cells;",
+                hint="cover a smaller patch, or use a smaller receptive field.",
+            )
+        self.masking = Masking(window, Fraction(round(share * FINEST), FINEST))
+
+    @classmethod
+    def entries(cls, threat: Threat, options: Options) -> dict[str, Any]:
+        assert isinstance(options, PatchGuardOptions)
+        return {"masks": {"covers": [f"patch:{options.covers}" if options.covers else str(threat)]}}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> PatchGuard:
+        return cls(
+            cls.scorer_of(config),
+            input_shape=tuple(config["input_shape"]),
+            classes=tuple(config["classes"]),
+            covers=[parse_threat(text) for text in config["masks"]["covers"]],
+            share=float(config.get("options", {}).get("share", 0.0)),
+        )
+
+    @classmethod
+    def tiny(cls) -> PatchGuard:
+        shape, plan = (1, 4, 4), {"widths": (4, 6), "kernels": (1, 1), "dilations": (1, 1), "mixes": (0, 1)}
+        scorer: Any = models.build("region", {"input_shape": shape, "classes": 3, "mean": (0.4,), "std": (0.5,), **plan})
+        share = (0.0, 0.2)[int(torch.randint(2, ()))]
+        made = cls(scorer, input_shape=shape, classes=("a", "b", "c"), covers=[Patch(2, 2)], share=share).eval()
+        sample = torch.rand(64, *shape)
+        made.finish(sample)
+        with torch.no_grad():  # a class has evidence in most, some or hardly any cells
+            scores = scorer(sample)
+            spread, middle = scores.std(dim=(0, 2, 3)), scores.mean(dim=(0, 2, 3))
+            scorer.head.bias += 4 * torch.randn(3) * spread - middle
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Smooth surrogate: what each class is left, in the network's units, [B, K]."""
+        evidence = F.relu(self.scorer(x).float())
+        heaviest, total = self._heaviest(evidence), evidence.sum(dim=(2, 3))
+        return total - torch.where(heaviest > float(self.masking.share) * total, heaviest, 0)
+
+    def _heaviest(self, evidence: Tensor) -> Tensor:
+        """The largest sum of a window, [B, K, N, M] -> [B, K]."""
+        windows = F.avg_pool2d(evidence, self.masking.window, stride=1, divisor_override=1)
+        return windows.flatten(2).amax(dim=2)
+
+    def surrogates(self) -> tuple[Surrogate, ...]:
+        """What is left, and all evidence."""
+        left, whole = Surrogate(self), Surrogate(lambda x: F.relu(self.scorer(x)).sum(dim=(2, 3)))
+        left.slack = DOUBT * self.scorer.cells(self.input_shape[1]) * self.scorer.cells(self.input_shape[2])
+        return left, whole
+
+    def count(self, scores: Tensor) -> Tensor:
+        """Evidence in whole steps, int64 [B, K, N, M]: positive scores, exactly rounded."""
+        return (scores.double() * STEPS).round().clamp(0, MOST).long()
+
+    def answer(self, said: Tensor) -> Tensor:
+        return robust_masking.answer(said, self.masking)
+
+    def prove(self, said: Tensor, cover: Cover, claim: Claim) -> Proof:
+        return robust_masking.prove(said, self.masking, cover)
+
+    def margins(self, said: Tensor, cover: Cover) -> Tensor:
+        return robust_masking.margin_map(said, self.masking, cover)
+
+    def cover_of(self, threat: Threat) -> Cover:
+        """The cover of one patch or one pixel."""
+        cover = super().cover_of(threat)
+        if cover.budget > 1:
+            raise UnsupportedThreat(f"robust masking has no certificate against {threat};", hint="allowed: one patch or pixel.")
+        return cover
+
+    def remark(self, threat: Threat) -> str:
+        """Says so where the patch reaches more cells than a mask holds."""
+        cover, (height, width) = self.cover_of(threat), self.masking.window
+        reached = (_widest(cover.rows), _widest(cover.columns))
+        if reached[0] <= height and reached[1] <= width:
+            return ""
+        return f"{threat} reaches {reached[0]}x{reached[1]} cells, but a mask holds {height}x{width}: no image can be certified"
+
+    def margin_map(self, x: Tensor, patch: Threat) -> Tensor:
+        if remark := self.remark(patch):
+            raise UsageError(f"{remark};", hint="draw a smaller patch.")
+        return super().margin_map(x, patch)
+
+    def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:
+        """Cross-entropy of the mean evidence, from which the true class loses its heaviest window."""
+        options = step.options
+        assert isinstance(options, PatchGuardOptions)
+        evidence = F.relu(self.scorer(x).float())
+        mean = evidence.mean(dim=(2, 3))
+        if step.progress >= options.warm_up_epochs:
+            taken = self._heaviest(evidence) / (evidence.shape[2] * evidence.shape[3])
+            mean = mean - F.one_hot(label, mean.shape[1]) * taken
+        return F.cross_entropy(mean, label)
+
+
+def _widest(axis: Axis) -> int:
+    """The most cells that a start touches."""
+    return max(len(cells) for cells in axis.touched)
