@@ -54,7 +54,7 @@ def certify(
         "model_source": subject.source,
         "defense": subject.kind,
         "prediction": answer,
-        "label": defense.classes[answer],
+        "label": defense.called(answer),
         "claims": rows,
     }
     if map_to is not None:
@@ -67,7 +67,7 @@ def certify(
             pixels,
             margins,
             map_to,
-            title=f"{path.name}: {defense.classes[answer]}, {words} against {threat}",
+            title=f"{path.name}: {defense.called(answer)}, {words} against {threat}",
             box=(top, left, height, width),
             patch=Patch(height, width),
         )

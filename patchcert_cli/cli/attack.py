@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from patchcert_cli.cli import show
+from patchcert_cli.cli.opening import (
+    ClassesOption,
+    DefenseOption,
+    LabelsOption,
+    MasksOption,
+    PassesOption,
+    WeightsOption,
+    open_glance,
+    open_plan,
+    wish_of,
+)
 from patchcert_cli.cli.options import (
     RUN,
     BatchOption,
@@ -25,10 +36,13 @@ from patchcert_cli.cli.options import (
     SeedOption,
     ThreatOption,
     UnitOption,
-    open_plan,
     own_threat,
     threat_from,
 )
+
+if TYPE_CHECKING:
+    from patchcert_cli.attacks.base import Attack
+    from patchcert_cli.plan import Plan
 
 EXAMPLES = "Examples:  patchcert attack mnist-ibp-p5 --patch 5 --limit 500   |   patchcert attack runs/x --threat sparse --k 4"
 
@@ -63,6 +77,12 @@ def attack(
     locations: LocationsOption = None,
     iterations: IterationsOption = None,
     join: JoinOption = True,
+    defense: DefenseOption = None,
+    masks: MasksOption = None,
+    passes: PassesOption = None,
+    weights: WeightsOption = None,
+    classes: ClassesOption = None,
+    labels: LabelsOption = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     download: DownloadOption = False,
@@ -80,29 +100,31 @@ def attack(
     An attack is empirical: what it does not break is not thereby safe. What certify proves, no attack may break.
     """
     chosen = threat_from(threat=threat, patch=patch, k=k, unit=unit)
+    wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
+    wish = wish_of(**wanted, labels=labels, dry_run=dry_run)
 
-    from patchcert_cli import attacks, evaluate, report, results
+    from patchcert_cli import attacks, evaluate, outlook, report, results
     from patchcert_cli.defenses.base import Claim
 
-    plan = open_plan(
-        model,
-        lambda own, _: [Claim(chosen or own_threat(own, threat=threat, unit=unit))],
-        dataset=dataset,
-        data_dir=data_dir,
-        download=download,
-        limit=limit,
-        batch_size=batch_size,
-        device=device,
-        seed=seed,
-    )
-    given: dict[str, Any] = {"steps": steps, "restarts": restarts, "locations": locations, "iterations": iterations}
-    settings = {name: value for name, value in given.items() if value is not None}
-    attacker = attacks.for_threat(plan.threat, seed=seed, **settings)
-    settings |= {"name": type(attacker).__name__, "seed": seed}
+    def claims(own: str, shape: tuple[int, int, int]) -> list[Claim]:
+        return [Claim(chosen or own_threat(own, threat=threat, unit=unit))]
+
+    def attacker_of(plan: Plan) -> tuple[Attack, dict[str, Any]]:
+        asked: dict[str, Any] = {"steps": steps, "restarts": restarts, "locations": locations, "iterations": iterations}
+        settings = {name: value for name, value in asked.items() if value is not None}
+        made = attacks.for_threat(plan.threat, seed=seed, **settings)
+        return made, settings | {"name": type(made).__name__, "seed": seed}
+
+    given: Any = {"dataset": dataset, "data_dir": data_dir, "limit": limit, "batch_size": batch_size, "device": device}
     if dry_run:
-        value = evaluate.dry_run(plan, out or plan.folder("attack", {"attack": settings, "joined": join}), attacker)
+        plan, full = open_glance(model, claims, wish, seed=seed, **given)
+        attacker, settings = attacker_of(plan)
+        folder = out or plan.folder("attack", {"attack": settings, "joined": join})
+        value = outlook.evaluation(plan, folder, attacker, full)
         show.result(report.plain_rows(value), value, json)
         return
+    plan = open_plan(model, claims, wish, seed=seed, download=download, **given)
+    attacker, settings = attacker_of(plan)
     with show.progress() as progress:
         found = evaluate.attack(plan, attacker, settings, out, join=join, fresh=fresh, progress=progress)
     show.result(report.attack_rows(found), found, json)

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import show
+from patchcert_cli.cli import opening, show
+from patchcert_cli.cli.opening import (
+    ClassesOption,
+    DefenseOption,
+    LabelsOption,
+    MasksOption,
+    PassesOption,
+    WeightsOption,
+    open_glance,
+    open_plan,
+    wish_of,
+)
 from patchcert_cli.cli.options import (
     RUN,
     THREAT,
@@ -26,13 +37,16 @@ from patchcert_cli.cli.options import (
     SeedOption,
     ThreatOption,
     UnitOption,
-    open_plan,
-    open_subject,
     own_threat,
     threat_from,
 )
 from patchcert_cli.errors import UsageError
 from patchcert_cli.threats import Threat, parse_patches, patches_of_area
+
+if TYPE_CHECKING:
+    from patchcert_cli.cli.opening import Claims
+    from patchcert_cli.defenses.base import Claim
+    from patchcert_cli.subjects import Wish
 
 EXAMPLES = (
     "Examples:  patchcert certify --patch 5   |   patchcert certify --patch 1..10 --plot curve.png"
@@ -97,6 +111,12 @@ def certify(
     unit: UnitOption = None,
     condition: ConditionOption = None,
     bounds: BoundsOption = None,
+    defense: DefenseOption = None,
+    masks: MasksOption = None,
+    passes: PassesOption = None,
+    weights: WeightsOption = None,
+    classes: ClassesOption = None,
+    labels: LabelsOption = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     download: DownloadOption = False,
@@ -118,41 +138,23 @@ def certify(
     The run folder holds result.json, records.jsonl (one line per image) and manifest.json.
     The same command resumes a stopped run.
     """
-    methods, area = _methods(condition, bounds), [] if patch_area is None else [patch_area]
-    given = _threats(patch, patch_area, threat, k, unit)
-
-    from patchcert_cli import evaluate, pictures, report, single
-    from patchcert_cli.defenses.base import Claim
-
-    def claims(own: str, shape: tuple[int, int, int]) -> list[Claim]:
-        shapes = [one for pixels in area for one in patches_of_area(pixels, *shape[1:])]
-        threats = [*given, *shapes] or [own_threat(own, threat=threat, unit=unit)]
-        return [Claim(one, method) for one in threats for method in methods]
-
+    claims = _claims(_methods(condition, bounds), patch, patch_area, threat, k, unit)
+    wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
+    wish = wish_of(**wanted, labels=labels, dry_run=dry_run)
     _check_pictures(image, plot, map_, dry_run=dry_run)
     if image is not None:
-        subject, config, note = open_subject(model, dataset, device)
-        show.say(note)
-        meant = claims(str(config["threat"]), subject.defense.input_shape)
-        found, notes = single.certify(subject, image, meant, resize=resize, map_to=map_)
-        show.say("\n".join(notes))
-        show.result(report.single_rows(found), found, json)
+        _certify_picture(model, claims, wish, dataset, device, image, resize, map_, json)
         return
-    plan = open_plan(
-        model,
-        claims,
-        dataset=dataset,
-        data_dir=data_dir,
-        download=download,
-        limit=limit,
-        batch_size=batch_size,
-        device=device,
-        seed=seed,
-    )
+
+    from patchcert_cli import evaluate, outlook, pictures, report
+
+    given: Any = {"dataset": dataset, "data_dir": data_dir, "limit": limit, "batch_size": batch_size, "device": device}
     if dry_run:
-        value = evaluate.dry_run(plan, out or plan.folder("certify", {}))
+        plan, full = open_glance(model, claims, wish, seed=seed, **given)
+        value = outlook.evaluation(plan, out or plan.folder("certify", {}), None, full)
         show.result(report.plain_rows(value), value, json)
         return
+    plan = open_plan(model, claims, wish, seed=seed, download=download, **given)
     with show.progress() as progress:
         found = evaluate.certify(plan, out, fresh=fresh, progress=progress)
     show.say("\n".join(filter(None, dict.fromkeys(plan.subject.defense.remark(claim.threat) for claim in plan.claims))))
@@ -160,6 +162,46 @@ def certify(
         pictures.plot(report.claim_list(found), plot, title=report.plot_title(found))
         show.say(f"drew {plot}")
     show.result(report.certify_rows(found), found, json)
+
+
+def _claims(
+    methods: list[str | None], patch: str | None, area: int | None, threat: str | None, k: int | None, unit: str | None
+) -> Claims:
+    """What is to be certified of a model, made from its own threat and the shape of its images."""
+    given = _threats(patch, area, threat, k, unit)
+
+    def claims(own: str, shape: tuple[int, int, int]) -> list[Claim]:
+        from patchcert_cli.defenses.base import Claim
+
+        shapes = [] if area is None else patches_of_area(area, *shape[1:])
+        threats = [*given, *shapes] or [own_threat(own, threat=threat, unit=unit)]
+        return [Claim(one, method) for one in threats for method in methods]
+
+    return claims
+
+
+def _certify_picture(
+    model: str | None,
+    claims: Claims,
+    wish: Wish,
+    dataset: str | None,
+    device: str,
+    image: Path,
+    resize: bool,
+    map_to: Path | None,
+    json: str | None,
+) -> None:
+    from patchcert_cli import device as devices
+    from patchcert_cli import report, single
+
+    place = devices.resolve(device)
+    candidate = opening.found(model, dataset, wish, place)
+    shape = candidate.shape("")
+    meant = claims(candidate.threat, shape)
+    subject = candidate.subject(shape, [claim.threat for claim in meant], place)
+    found, notes = single.certify(subject, image, meant, resize=resize, map_to=map_to)
+    show.say("\n".join(notes))
+    show.result(report.single_rows(found), found, json)
 
 
 def _methods(condition: str | None, bounds: str | None) -> list[str | None]:

@@ -5,19 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import show
 from patchcert_cli.errors import UnsupportedThreat, UsageError
 from patchcert_cli.threats import KINDS, UNITS, Sparse, Threat, parse_patch, parse_sparse, parse_threat
-
-if TYPE_CHECKING:
-    from patchcert_cli.defenses.base import Claim
-    from patchcert_cli.plan import Plan, Subject
 
 THREAT, DATA, RUN = "Threat model", "Data", "Run"
 
@@ -28,14 +22,19 @@ PatchOption = Annotated[
     ),
 ]
 ModelArgument = Annotated[
-    str | None, typer.Argument(metavar="NAME|PATH", help="Zoo model or run folder. Default: the data set's documented default.")
+    str | None,
+    typer.Argument(
+        metavar="NAME|PATH|ADDRESS",
+        help="Zoo model, run folder, or a plain classifier: timm:NAME, hf-hub:ORG/REPO@COMMIT, PACKAGE.MODULE:FUNCTION. "
+        "Default: the data set's documented default.",
+    ),
 ]
 ThreatOption = Annotated[
     str | None,
     typer.Option(
         "--threat",
-        metavar="patch|sparse",
-        help="Kind of attacker. Default: what the other options say, else the model's own.",
+        metavar="patch|sparse|KIND:...",
+        help="Kind of attacker, or all of it, such as patches:2:5x5. Default: what the other options say, else the model's own.",
         rich_help_panel=THREAT,
     ),
 ]
@@ -52,7 +51,15 @@ UnitOption = Annotated[
     ),
 ]
 DatasetOption = Annotated[
-    str | None, typer.Option("--dataset", help="Data set. Default: the model's own, else cifar10.", rich_help_panel=DATA)
+    str | None,
+    typer.Option(
+        "--data",
+        "--dataset",
+        metavar="NAME|imagefolder:PATH",
+        help="Data set, or a folder of class folders with pictures, @SIDE for squares of that size. "
+        "Default: the model's own, else cifar10.",
+        rich_help_panel=DATA,
+    ),
 ]
 DataDirOption = Annotated[
     Path | None,
@@ -105,6 +112,8 @@ def threat_from(*, threat: str | None, patch: str | None, k: int | None, unit: s
         return parse_threat(threat)
     if threat is not None and threat not in KINDS:
         raise UnsupportedThreat(f"no threat '{threat}'.", hint=f"Use one of: {', '.join(KINDS)}.")
+    if threat == "patches":
+        raise UsageError("--threat patches does not say how many, or how large;", hint="say --threat patches:2:5x5.")
     if unit is not None and unit not in UNITS:
         raise UsageError(f"invalid unit '{unit}':", hint=f"use one of {', '.join(UNITS)}.")
     if patch is not None and (threat == "sparse" or k is not None):
@@ -124,6 +133,8 @@ def threat_from(*, threat: str | None, patch: str | None, k: int | None, unit: s
 
 def own_threat(own: str, *, threat: str | None, unit: str | None) -> Threat:
     """The threat model that a model was trained for, if it is of the kind asked for."""
+    if not own:
+        raise UsageError("a plain classifier is made for no threat;", hint="say which one is meant: --patch 32, or --patch 2%.")
     meant = parse_threat(own)
     if (threat is not None and meant.kind != threat) or (unit is not None and not isinstance(meant, Sparse)):
         raise UsageError(
@@ -135,62 +146,3 @@ def own_threat(own: str, *, threat: str | None, unit: str | None) -> Threat:
 def typed_command() -> str:
     """What the user typed, for manifests and cards."""
     return shlex.join(["patchcert", *sys.argv[1:]])
-
-
-def open_subject(model: str | None, dataset: str | None, device: str) -> tuple[Subject, dict[str, Any], str]:
-    """Resolve and load a model: ``(subject, configuration, one line about where it came from)``."""
-    from patchcert_cli import cards, checkpoint, data, hub
-    from patchcert_cli import device as devices
-    from patchcert_cli.plan import Subject
-
-    place = devices.resolve(device)
-    if dataset is not None:
-        data.info(dataset)
-    name = model or cards.default_model(dataset or cards.DEFAULT_DATASET)
-    found = hub.resolve(name)
-    defense, config = checkpoint.load_defense(found.folder, device=place, expected_sha256=found.sha256)
-    note = found.note if model else f"no model given: {name}, the default for {dataset or cards.DEFAULT_DATASET}. {found.note}"
-    return Subject(defense, name, str(config["defense"]), found.sha256, found.source), config, note
-
-
-def open_plan(
-    model: str | None,
-    claims: Callable[[str, tuple[int, int, int]], Sequence[Claim]],
-    *,
-    dataset: str | None,
-    data_dir: Path | None,
-    download: bool,
-    limit: int | None,
-    batch_size: int | None,
-    device: str,
-    seed: int,
-) -> Plan:
-    """Load model and test images for an evaluation, and say on stderr where both came from.
-
-    ``claims`` makes what is to be certified from the model's own threat model and its input shape.
-    """
-    from patchcert_cli import data
-    from patchcert_cli.plan import BATCH_SIZE, Plan
-
-    subject, config, note = open_subject(model, dataset, device)
-    show.say(note)
-    meant = tuple(claims(str(config["threat"]), subject.defense.input_shape))
-    with show.progress() as progress:
-        whole = data.load(
-            dataset or str(config["dataset"]),
-            "test",
-            data_dir=data_dir,
-            download=download,
-            fetch=f"{typed_command()} --download",
-            progress=progress,
-        )
-    total = data.info(whole.name).test_images if whole.source == "bundled" else len(whole)
-    where = "bundled with patchcert" if whole.source == "bundled" else f"from '{whole.source}'"
-    if len(whole) < total:
-        where += f": the first {len(whole)} of {total}; --data-dir or --download for all of them"
-    show.say(f"{whole.name} test images {where}")
-    images = whole.limit(limit, seed)
-    size = BATCH_SIZE if batch_size is None else batch_size
-    plan = Plan(subject, images, meant, total, seed, size, typed_command())
-    plan.check()
-    return plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,10 @@ from patchcert_cli.cli.options import (
 )
 from patchcert_cli.errors import UsageError
 
+if TYPE_CHECKING:
+    from patchcert_cli.threats import Threat
+    from patchcert_cli.training.recipe import Recipe
+
 EXAMPLES = (
     "Examples:  patchcert train --threat sparse --k 10   |   patchcert train --threat patch --patch 5 --epochs 3 --out runs/p5"
 )
@@ -37,7 +41,19 @@ RecipeOption = Annotated[
         "--recipe", metavar="NAME|PATH", help="Start from the recipe of this zoo model or run folder.", rich_help_panel=RECIPE
     ),
 ]
+StartOption = Annotated[
+    str | None,
+    typer.Option("--start", metavar="NAME|PATH", help="Begin with this model's weights.", rich_help_panel=RECIPE),
+]
 
+FINE_TUNING: dict[str, Any] = {  # few, gentle steps: the published course of networks that were trained before
+    "epochs": 10,
+    "batch_size": 64,
+    "learning_rate": 1e-3,
+    "optimizer": "sgd",
+    "weight_decay": 0.0,
+    "stored": "float32",
+}
 RECIPE_FIELDS = (  # options that go into the recipe under their own name
     "dataset",
     "defense",
@@ -55,8 +71,8 @@ RECIPE_FIELDS = (  # options that go into the recipe under their own name
 )
 
 
-def _recipe_option(flag: str, text: str) -> Any:
-    return typer.Option(flag, help=text, rich_help_panel=RECIPE)
+def _recipe_option(*flags: str, text: str) -> Any:
+    return typer.Option(*flags, help=text, rich_help_panel=RECIPE)
 
 
 def train(
@@ -65,34 +81,41 @@ def train(
     k: KOption = None,
     unit: UnitOption = None,
     recipe: RecipeOption = None,
-    dataset: Annotated[str | None, _recipe_option("--dataset", "Data set; mnist unless the recipe says otherwise.")] = None,
-    defense: Annotated[str | None, _recipe_option("--defense", "Defense to train.")] = None,
+    dataset: Annotated[
+        str | None,
+        _recipe_option("--data", "--dataset", text="Data set, or imagefolder:PATH; mnist unless the recipe says otherwise."),
+    ] = None,
+    defense: Annotated[str | None, _recipe_option("--defense", text="Defense to train.")] = None,
+    model: Annotated[
+        str | None,
+        _recipe_option("--model", text="Begin with published weights: timm:NAME, or hf-hub:ORG/REPO@COMMIT; see --weights."),
+    ] = None,
+    weights: Annotated[
+        str | None, _recipe_option("--weights", text="Safetensors for --model to begin with, or none for random ones.")
+    ] = None,
     network: Annotated[
-        str | None, _recipe_option("--network", "Network; the defense's own unless the recipe says otherwise.")
+        str | None, _recipe_option("--network", text="Network; the defense's own unless the recipe says otherwise.")
     ] = None,
     network_option: Annotated[
         list[str] | None,
-        _recipe_option("--network-option", "NAME=VALUE for the network, for example hidden=512,256; repeatable."),
+        _recipe_option("--network-option", text="NAME=VALUE for the network, for example hidden=512,256; repeatable."),
     ] = None,
-    epochs: Annotated[int | None, _recipe_option("--epochs", "Passes over the training images.")] = None,
-    batch_size: Annotated[int | None, _recipe_option("--batch-size", "Images per step.")] = None,
-    learning_rate: Annotated[float | None, _recipe_option("--learning-rate", "The highest learning rate.")] = None,
-    optimizer: Annotated[str | None, _recipe_option("--optimizer", "adam, adamw or sgd.")] = None,
-    weight_decay: Annotated[float | None, _recipe_option("--weight-decay", "Weight decay.")] = None,
-    precision: Annotated[str | None, _recipe_option("--precision", "float32, or bfloat16 for autocast while it trains.")] = None,
+    epochs: Annotated[int | None, _recipe_option("--epochs", text="Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, _recipe_option("--batch-size", text="Images per step.")] = None,
+    learning_rate: Annotated[float | None, _recipe_option("--learning-rate", text="The highest learning rate.")] = None,
+    optimizer: Annotated[str | None, _recipe_option("--optimizer", text="adam, adamw or sgd.")] = None,
+    weight_decay: Annotated[float | None, _recipe_option("--weight-decay", text="Weight decay.")] = None,
+    precision: Annotated[str | None, _recipe_option("--precision", text="float32, or bfloat16 for autocast in training.")] = None,
     stored: Annotated[
-        str | None, _recipe_option("--stored", "What finished weights are rounded to: float32, float16 or bfloat16.")
+        str | None, _recipe_option("--stored", text="What finished weights are rounded to: float32, float16 or bfloat16.")
     ] = None,
     option: Annotated[
         list[str] | None,
-        _recipe_option("--option", "NAME=VALUE of the defense's own training; repeatable. --dry-run lists them."),
+        _recipe_option("--option", text="NAME=VALUE of the defense's own training; repeatable. --dry-run lists them."),
     ] = None,
-    validation: Annotated[int | None, _recipe_option("--validation", "Training images held out.")] = None,
-    seed: Annotated[int | None, _recipe_option("--seed", "Seed of everything random.")] = None,
-    start: Annotated[
-        str | None,
-        typer.Option("--start", metavar="NAME|PATH", help="Begin with this model's weights.", rich_help_panel=RECIPE),
-    ] = None,
+    validation: Annotated[int | None, _recipe_option("--validation", text="Training images held out.")] = None,
+    seed: Annotated[int | None, _recipe_option("--seed", text="Seed of everything random.")] = None,
+    start: StartOption = None,
     data_dir: DataDirOption = None,
     download: DownloadOption = False,
     device: DeviceOption = "auto",
@@ -104,27 +127,18 @@ def train(
     """Train a certified defense; the run folder has the shape of a zoo folder, and the same command resumes a stopped run."""
     chosen = threat_from(threat=threat, patch=patch, k=k, unit=unit)
     given: dict[str, Any] = {name: value for name, value in locals().items() if name in RECIPE_FIELDS and value is not None}
-    if recipe is not None and chosen is not None:
-        given["threat"] = str(chosen)
+    pairs = {"network_options": _pairs(network_option, "--network-option"), "options": _pairs(option, "--option")}
+    made = _recipe(chosen, recipe, given, pairs, model, weights, fetch=not dry_run)
 
-    from patchcert_cli import report
-    from patchcert_cli.training import recipe as recipes
+    from patchcert_cli import device as devices
+    from patchcert_cli import outlook, report
     from patchcert_cli.training import session
 
-    if recipe is not None:
-        basis = session.recipe_of(recipe)
-    elif chosen is not None:
-        basis = recipes.for_threat(chosen, defense or "ibp")
-    else:
-        raise UsageError("no threat model given;", hint="use --patch 5, or --threat sparse --k 10, or --recipe NAME.")
-    given["network_options"] = basis.network_options | _pairs(network_option, "--network-option")
-    given["options"] = basis.options | _pairs(option, "--option")
-    given |= {"start_sha256": ""} if start is not None else {}
-    made = session.started(replace(basis, **given).validate().fitted())
     folder = out or Path("runs") / made.name
     if dry_run:
         session.check(made)
-        value = {**made.to_dict(), "out": str(folder)}
+        cost = outlook.training(made, data_dir=data_dir, device=devices.resolve(device))
+        value = {**made.to_dict(), **cost, "out": str(folder)}
         show.result(report.plain_rows(value), value, json)
         return
     with show.progress() as progress:
@@ -139,6 +153,57 @@ def train(
             progress=progress,
         )
     show.result(report.train_rows(found), found, json)
+
+
+def _recipe(
+    threat: Threat | None,
+    name: str | None,
+    given: dict[str, Any],
+    pairs: dict[str, dict[str, Any]],
+    model: str | None,
+    weights: str | None,
+    *,
+    fetch: bool,
+) -> Recipe:
+    """The recipe that the options name, whole and validated; ``given`` are its own fields, ``pairs`` what is in its tables."""
+    from patchcert_cli.training import recipe as recipes
+    from patchcert_cli.training import session
+
+    if name is not None:
+        basis = session.recipe_of(name)
+        given |= {} if threat is None else {"threat": str(threat)}
+    elif threat is not None:
+        basis = recipes.for_threat(threat, given.get("defense", "ibp"), given.get("dataset"))
+    else:
+        raise UsageError("no threat model given;", hint="use --patch 5, or --threat sparse --k 10, or --recipe NAME.")
+    basis = _begun(basis, given, model, weights, fetch=fetch)
+    tables = {"network_options": basis.network_options, "options": basis.options}
+    given |= {table: values | pairs[table] for table, values in tables.items()}
+    given |= {"start_sha256": ""} if "start" in given else {}
+    return session.started(replace(basis, **given).validate().fitted())
+
+
+def _begun(basis: Recipe, given: dict[str, Any], model: str | None, weights: str | None, *, fetch: bool) -> Recipe:
+    """The recipe with a network of timm that begins with published weights, and with what own pictures mean for it.
+
+    ``given`` is what the user says himself; the size of pictures in class folders is added to it.
+    """
+    from patchcert_cli import classifiers, data, datasets
+
+    dataset = str(given.get("dataset", basis.dataset))
+    if model is None and weights is not None:
+        raise UsageError("--weights goes with --model;", hint="say which network they are of: --model timm:NAME.")
+    if model is not None:
+        if "network" in given:
+            raise UsageError("--model and --network both name a network;", hint="give one of them.")
+        found = classifiers.beginning(model, weights, fetch=fetch)
+        dataset = datasets.fitted(dataset, min(found.source.size), found.source.short)
+        basis = replace(basis, network="timm", network_options=found.options, **FINE_TUNING)
+    if datasets.own(dataset):
+        given["dataset"] = data.info(dataset).name
+        held = min(basis.validation, max(1, data.count(dataset) // 10))
+        basis = replace(basis, validation=held)
+    return basis
 
 
 def _pairs(texts: list[str] | None, flag: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from patchcert_cli.cli import show
+from patchcert_cli.cli.opening import open_plan
 from patchcert_cli.cli.options import (
     DATA,
     RUN,
@@ -23,7 +24,6 @@ from patchcert_cli.cli.options import (
     SeedOption,
     ThreatOption,
     UnitOption,
-    open_plan,
     own_threat,
     threat_from,
 )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="zoo", help="List, show, pull, verify and publish models.", no_args_is_help=True)
 COLUMNS = ("name", "defense", "threat", "clean", "certified", "published", "size", "licence", "where")
+GUARANTEES = {"recovery": "", "detection": "Certified detection: the answer stays right, or an alarm is raised."}
 NONE = "-"
 
 
@@ -38,7 +39,11 @@ def list_(
     elif not found:
         typer.echo("no model fits", err=True)
     else:
-        _print_table([_row(card, where) for card, where in found])
+        for guarantee, words in GUARANTEES.items():  # never in one table
+            rows = [_row(card, where) for card, where in found if card.guarantee == guarantee]
+            if rows:
+                typer.echo(words, nl=bool(words))
+                _print_table(rows)
 
 
 @app.command("show", epilog="Examples:\n\n patchcert zoo show mnist-ibp-p5\n\n patchcert zoo show mnist-ibp-p5 --json")
@@ -114,7 +119,7 @@ def _where(card: Card, zoo: Path) -> str:
     from patchcert_cli import cards, verified
 
     if not card.files:
-        return "recipe only"
+        return card.status
     places = ["bundled"] if cards.weights_of(zoo / card.name) else []
     if card.hub.revision:
         places += ["cached"] if verified.snapshot(card.hub.repo, card.hub.revision).is_dir() else []
@@ -130,6 +135,7 @@ def _summary(card: Card, where: str) -> dict[str, Any]:
         "defense": card.defense,
         "dataset": card.dataset,
         "threat": card.threat,
+        "guarantee": card.guarantee,
         "clean": measured.clean / measured.images if measured else None,
         "certified": measured.certified / measured.images if measured else None,
         "images": measured.images if measured else None,

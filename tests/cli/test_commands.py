@@ -94,7 +94,12 @@ def test_a_dry_run_writes_nothing(patchcert, model: str) -> None:  # type: ignor
         ("certify M --threat sparse --k 0", 2, "--k 0 must be 1 or more"),
         ("certify M --threat sparse --k 785", 2, "--k 785 exceeds the 784 pixels of a 28x28 image; allowed: 1 to 784."),
         ("certify M --threat sparse", 2, "this model's own threat is patch:5x5"),
-        ("certify M --threat blur", 2, "no threat 'blur'. Use one of: patch, sparse."),
+        ("certify M --threat blur", 2, "no threat 'blur'. Use one of: patch, sparse, patches."),
+        (
+            "certify M --threat patches --patch 5",
+            2,
+            "--threat patches does not say how many, or how large; say",
+        ),
         ("certify M --patch 5 --k 3", 2, "--patch and --k describe different attackers"),
         ("certify M --patch 5 --unit value", 2, "--unit goes with --k only"),
         ("certify M --k 3 --unit byte", 2, "invalid unit 'byte': use one of pixel, value."),

@@ -1,0 +1,239 @@
+"""From what a command names to what it computes: the model, the images, and what is claimed of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from patchcert_cli.cli import show
+from patchcert_cli.cli.options import typed_command
+from patchcert_cli.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from patchcert_cli.data import Images
+    from patchcert_cli.defenses.base import Claim
+    from patchcert_cli.outlook import Full
+    from patchcert_cli.plan import Plan, Subject
+    from patchcert_cli.subjects import Candidate, Wish
+
+    Claims = Callable[[str, tuple[int, int, int]], Sequence[Claim]]
+
+SAY_DATA = "say on which pictures: --data imagefolder:./val, or a data set such as cifar10."
+CLASSIFIER = "Plain classifiers, and other masks"
+DefenseOption = Annotated[
+    str | None,
+    typer.Option("--defense", help="Put this defense around the classifier, such as patchcleanser.", rich_help_panel=CLASSIFIER),
+]
+MasksOption = Annotated[
+    int | None,
+    typer.Option("--masks", metavar="K", help="Masks along each axis, at most. Default: 6.", rich_help_panel=CLASSIFIER),
+]
+PassesOption = Annotated[
+    int | None,
+    typer.Option("--passes", help="As many masks as let all pairs be evaluated in so many passes.", rich_help_panel=CLASSIFIER),
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE|none",
+        help="Safetensors instead of the published weights; none: random ones, to measure the cost with --dry-run.",
+        rich_help_panel=CLASSIFIER,
+    ),
+]
+ClassesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--classes",
+        metavar="FILE|imagenet",
+        help="What the model's outputs are called: a text file, one line per output.",
+        rich_help_panel=CLASSIFIER,
+    ),
+]
+LabelsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--labels",
+        metavar="float32|bfloat16",
+        help="What labels behind masks are computed in; bfloat16 is faster, and those in doubt are computed again.",
+        rich_help_panel=CLASSIFIER,
+    ),
+]
+
+
+def wish_of(
+    *,
+    defense: str | None,
+    masks: int | None,
+    passes: int | None,
+    weights: str | None,
+    classes: str | None,
+    labels: str | None,
+    dry_run: bool,
+) -> Wish:
+    """What the options say is to be made of a model, refused if they contradict each other."""
+    if masks is not None and passes is not None:
+        raise UsageError("--masks and --passes both say how many masks there are;", hint="give one of them.")
+    for flag, value in (("--masks", masks), ("--passes", passes)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} {value} must be 1 or more.")
+    if labels not in (None, "float32", "bfloat16"):
+        raise UsageError(f"invalid --labels '{labels}':", hint="use float32 or bfloat16.")
+    if weights == "none" and not dry_run:
+        raise UsageError("--weights none means random weights, whose answers mean nothing;", hint="it goes with --dry-run.")
+
+    from patchcert_cli.subjects import Wish
+
+    return Wish(defense, masks, passes, weights, classes, labels)
+
+
+def open_plan(
+    model: str | None,
+    claims: Claims,
+    wish: Wish | None = None,
+    *,
+    dataset: str | None,
+    data_dir: Path | None,
+    download: bool,
+    limit: int | None,
+    batch_size: int | None,
+    device: str,
+    seed: int,
+) -> Plan:
+    """Load model and test images for an evaluation, and say on stderr where both came from.
+
+    ``claims`` makes what is to be certified from the model's own threat model and the shape of its images.
+    """
+    from patchcert_cli import data
+
+    opened = _open(model, claims, wish, dataset, data_dir, device)
+    with show.progress() as progress:
+        fetch = f"{typed_command()} --download"
+        whole = data.load(opened.dataset, "test", data_dir=data_dir, download=download, fetch=fetch, progress=progress)
+    total = data.whole_split(whole)
+    _tell(whole, len(whole), total)
+    return opened.plan(whole.limit(limit, seed), total, batch_size, seed)
+
+
+def open_glance(
+    model: str | None,
+    claims: Claims,
+    wish: Wish | None,
+    *,
+    dataset: str | None,
+    data_dir: Path | None,
+    limit: int | None,
+    batch_size: int | None,
+    device: str,
+    seed: int,
+) -> tuple[Plan, Full]:
+    """As :func:`open_plan`, but for a dry run: pictures that are not packed yet are not packed, and a few stand for all."""
+    from patchcert_cli import data, outlook
+
+    opened = _open(model, claims, wish, dataset, data_dir, device)
+    fetch = typed_command().replace(" --dry-run", "") + " --download"
+    some = data.glance(opened.dataset, "test", outlook.MOST, seed, data_dir=data_dir, fetch=fetch)
+    _tell(some.images, some.there, some.total)
+    full = outlook.Full(min(limit or some.there, some.there), some.disk)
+    return opened.plan(some.images.limit(limit, seed), some.total, batch_size, seed), full
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model, what is claimed of it, and a data set whose classes are known to be the model's.
+
+    Attributes:
+        outputs: for each class of the data set the model's output of that name; None if the labels count outputs already.
+    """
+
+    dataset: str
+    subject: Subject
+    claims: tuple[Claim, ...]
+    outputs: list[int] | None
+
+    def plan(self, images: Images, total: int, batch_size: int | None, seed: int) -> Plan:
+        """The evaluation on these images."""
+        from patchcert_cli import plan as plans
+
+        named = images if self.outputs is None else images.relabelled(self.outputs)
+        size = plans.batch_size(self.subject.defense) if batch_size is None else batch_size
+        plan = plans.Plan(self.subject, named, self.claims, total, seed, size, typed_command())
+        plan.check()
+        return plan
+
+
+def _open(
+    model: str | None, claims: Claims, wish: Wish | None, dataset: str | None, data_dir: Path | None, device: str
+) -> _Opened:
+    """Find model and data set and hold them against each other before an image is read or packed."""
+    from patchcert_cli import data, datasets
+    from patchcert_cli import device as devices
+
+    place = devices.resolve(device)
+    _foresee(model, claims, dataset, data_dir)
+    candidate = found(model, dataset, wish, place)
+    if dataset is None and datasets.own(candidate.dataset):
+        raise UsageError(f"{candidate.name} was trained on {candidate.dataset};", hint=SAY_DATA)
+    chosen = candidate.fitted(dataset or candidate.dataset)
+    shape = candidate.shape(chosen)
+    meant = tuple(claims(candidate.threat, shape))
+    subject = candidate.subject(shape, [claim.threat for claim in meant], place)
+    facts = data.info(chosen)
+    if facts.shape != shape:
+        if facts.short:  # before anything is packed
+            raise DataError(f"{chosen} images are {facts.shape}, but {candidate.name} takes {shape}.")
+        return _Opened(chosen, subject, meant, None)  # the plan says so, if there are such images
+    names = data.class_names(chosen, "test", data_dir=data_dir)
+    outputs = candidate.matched(names, chosen, subject)
+    if outputs is not None:
+        pairs = [f"{name} is output {at}" for name, at in zip(names, outputs, strict=True)]
+        show.say(f"{len(names)} classes matched by name: {', '.join(pairs[:3])}{', ...' if len(pairs) > 3 else ''}")
+    return _Opened(chosen, subject, meant, outputs)
+
+
+def _foresee(model: str | None, claims: Claims, dataset: str | None, data_dir: Path | None) -> None:
+    """Refuse what would make fetching somebody's weights be in vain: no threat, no images."""
+    from patchcert_cli import cards, classifiers, data
+
+    if model is None:
+        return
+    card = cards.bundled_card(model) if model in cards.bundled_names() else None
+    if classifiers.is_address(model):
+        if dataset is None:
+            raise UsageError(f"{model} comes without images;", hint=SAY_DATA)
+        claims("", data.info(dataset).shape)
+    elif card is None or not card.classifier:
+        return
+    chosen = dataset or (card.dataset if card else "")
+    if data.info(chosen).short:
+        data.class_names(chosen, "test", data_dir=data_dir)
+
+
+def found(model: str | None, dataset: str | None, wish: Wish | None, device: str) -> Candidate:
+    """The model that is named, and a line on stderr about where it came from; a wrong data set is told first."""
+    from patchcert_cli import data, subjects
+
+    if dataset is not None:
+        data.info(dataset)
+    candidate = subjects.find(model, dataset, wish or subjects.Wish(), device)
+    show.say(candidate.note)
+    return candidate
+
+
+def _tell(images: Images, there: int, total: int) -> None:
+    """Say where the images come from."""
+    from patchcert_cli import data
+
+    where = "bundled with patchcert" if images.source == "bundled" else f"from '{images.source}'"
+    if there < total:
+        where += f": the first {there} of {total}; --data-dir or --download for all of them"
+    facts = data.info(images.name)
+    if facts.short:
+        side = facts.shape[1]
+        where += f": the middle {side}x{side} of pictures whose shorter side is scaled to {facts.short}"
+    what = f"{there} pictures in {len(images.classes)} class folders" if facts.path else f"{images.name} test images"
+    show.say(f"{what} {where}")

@@ -1,0 +1,266 @@
+"""The model under evaluation, from whatever names it: a certified model of the zoo or of a folder, or a plain classifier around
+which a defense is put.
+
+Opening goes in two steps. A :class:`Candidate` knows what it is and what it wants to be evaluated on. With images and threats
+chosen it becomes a :class:`patchcert_cli.plan.Subject`: the masks of a defense depend on both.
+
+Shapes: C channels, H x W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from patchcert_cli import cards, checkpoint, classifiers, datasets, defenses, hub, labels
+from patchcert_cli.certifiers.masks import MaskPlan
+from patchcert_cli.classifiers import Classifier
+from patchcert_cli.defenses.base import Defense
+from patchcert_cli.errors import UsageError
+from patchcert_cli.labels import Names
+from patchcert_cli.plan import Subject
+from patchcert_cli.threats import Patch, PatchPercent, Threat
+
+GREY = 0.5  # the colour of masks, where nobody knows a better one
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to be made of a model, as far as the user says.
+
+    Attributes:
+        defense: the defense to put around it; None for its own.
+        masks: how many masks along each axis.
+        passes: as many masks as so many passes of the network let evaluate in pairs.
+        weights: safetensors file for a plain classifier, or ``none`` for random ones.
+        classes: text file with the names of the model's outputs, or ``imagenet``.
+        labels: what labels behind masks are computed in, ``float32`` or ``bfloat16``; None for the model's own.
+    """
+
+    defense: str | None = None
+    masks: int | None = None
+    passes: int | None = None
+    weights: str | None = None
+    classes: str | None = None
+    labels: str | None = None
+
+    @property
+    def masked(self) -> bool:
+        """Whether it says which masks to use."""
+        return self.masks is not None or self.passes is not None
+
+    def plan(self, threats: Sequence[Threat], shape: Sequence[int]) -> MaskPlan:
+        """The masks that cover all of these threats on images [C, H, W]."""
+        covers = tuple(map(str, largest(threats, shape)))
+        return MaskPlan(covers, per_axis=self.masks or 0, passes=self.passes or 0)
+
+
+class Candidate(ABC):
+    """A model that was found, before anybody knows on which images and against what.
+
+    Attributes:
+        name: what the user calls it.
+        note: one line about where it came from.
+        threat: the threat that it is made for; empty if none.
+        dataset: the data set that it is to be evaluated on unless told otherwise; empty if none.
+        names: what its outputs are called; empty if nobody says.
+    """
+
+    name: str
+    note: str
+    threat: str
+    dataset: str
+    names: Names
+
+    @abstractmethod
+    def fitted(self, dataset: str) -> str:
+        """A data set's name with squares of the size that the model was made for, unless it says how large they are."""
+
+    @abstractmethod
+    def shape(self, dataset: str) -> tuple[int, int, int]:
+        """C, H and W of the images that it is to be given, if they are of this data set; empty for any."""
+
+    @abstractmethod
+    def subject(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> Subject:
+        """The model with its defense, for images of this shape."""
+
+    def matched(self, classes: Sequence[str], data: str, subject: Subject) -> list[int] | None:
+        """For each class of a data set the model's output of that name; None if the labels already count its outputs.
+
+        Raises:
+            DataError: the names do not fit; says what to type.
+        """
+        count = len(subject.defense.classes)
+        return labels.match(classes, self.names, data=data, model=self.name, count=count)
+
+
+class Certified(Candidate):
+    """A model with a defense of its own, from the zoo, a folder or the Hub."""
+
+    def __init__(self, found: hub.Resolved, name: str, wish: Wish, device: str) -> None:
+        if wish.weights is not None:
+            raise UsageError(f"'{name}' has its own weights;", hint="leave --weights out; it is for plain classifiers.")
+        self.defense, self.config = checkpoint.load_defense(found.folder, device=device, expected_sha256=found.sha256)
+        self.found, self.wish, self.name, self.note = found, wish, name, found.note
+        self.threat, self.dataset = str(self.config["threat"]), str(self.config["dataset"])
+        own = tuple((one,) for one in self.defense.classes)
+        self.names = own if wish.classes is None else labels.read(Path(wish.classes))
+
+    def fitted(self, dataset: str) -> str:
+        side, short = datasets.size(self.dataset) or (self.defense.input_shape[1], None)
+        return datasets.fitted(dataset, side, short)
+
+    def shape(self, dataset: str) -> tuple[int, int, int]:
+        return self.defense.input_shape
+
+    def subject(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> Subject:
+        kind = str(self.config["defense"])
+        defense: Any = self.defense
+        asked, wish = self.wish.defense or kind, self.wish
+        if asked != kind or wish.masked or wish.labels:
+            if self.wish.defense is None and kind not in around():
+                hint = f"say which defense has them: --defense {' or '.join(around())}."
+                raise UsageError(f"{self.name} is a model of {kind}, which has no masks to choose;", hint=hint)
+            check_around(asked)
+            inner: nn.Module = defense
+            mean: Sequence[float] | None = self.config.get("network", {}).get("options", {}).get("mean")
+            if kind in around():
+                inner, mean = defense.network, defense.fill.flatten().tolist()
+            plan = defense.plan if asked == kind and not wish.masked else wish.plan(threats, shape)
+            numbers = wish.labels or str(getattr(defense, "labels", ""))
+            defense = put_around(inner, asked, shape, defense.classes, plan, mean, numbers).to(torch.device(device))
+        setting = _masks_of(defense)
+        if asked != kind:
+            setting["classifier"] = f"the class scores of {kind}"
+        return Subject(defense, self.name, asked, self.found.sha256, self.found.source, setting)
+
+    def matched(self, classes: Sequence[str], data: str, subject: Subject) -> list[int] | None:
+        """No names are compared if it is the data set that the model was trained on, whose labels it knows."""
+        if self.wish.classes is None and not datasets.own(data) and datasets.same(self.dataset, data):
+            return None
+        return super().matched(classes, data, subject)
+
+
+class Plain(Candidate):
+    """A plain classifier, around which the user wants a defense."""
+
+    def __init__(self, classifier: Classifier, wish: Wish, card: cards.Card | None = None) -> None:
+        assert wish.defense is not None
+        self.classifier, self.wish, self.kind = classifier, wish, wish.defense
+        self.note, self.names = classifier.note, classifier.names
+        self.name = card.name if card else classifier.name
+        self.threat, self.dataset = (card.threat, card.dataset) if card else ("", "")
+
+    def fitted(self, dataset: str) -> str:
+        side = self.classifier.side
+        return dataset if side is None else datasets.fitted(dataset, side, self.classifier.short)
+
+    def shape(self, dataset: str) -> tuple[int, int, int]:
+        if dataset:
+            return datasets.info(dataset).shape
+        side, mean = self.classifier.side or datasets.SIDE, self.classifier.mean
+        return 3 if mean is None else len(mean), side, side
+
+    def subject(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> Subject:
+        plan = self.wish.plan(threats, shape)
+        plan.masks(*shape[1:])  # what cannot be masked is told before the network is asked
+        count = classifiers.outputs(self.classifier, shape, device)
+        called = len(self.names) == count
+        classes = tuple(self.names[at][0] if called else str(at) for at in range(count))
+        about, numbers = self.classifier, self.wish.labels or ""
+        defense = put_around(about.network, self.kind, shape, classes, plan, about.mean, numbers).to(torch.device(device))
+        defense.self_test()
+        setting = {"classifier": about.name, "input_shape": list(shape), **about.setting, **_masks_of(defense)}
+        return Subject(defense, self.name, self.kind, about.sha256, about.source, setting)
+
+
+def find(model: str | None, dataset: str | None, wish: Wish, device: str) -> Candidate:
+    """The model of this name, folder or address; without any, the documented default for a data set.
+
+    Raises:
+        UnknownName, UsageError, HubError, IntegrityError, DataError, MachineError: as :func:`patchcert_cli.hub.resolve`,
+            :func:`patchcert_cli.checkpoint.load_defense` and :func:`patchcert_cli.classifiers.open_`.
+    """
+    name = model or cards.default_model(dataset or cards.DEFAULT_DATASET)
+    if classifiers.is_address(name):
+        if wish.defense is None:
+            raise UsageError(f"{name} is a plain classifier;", hint=f"say which defense: --defense {' or '.join(around())}.")
+        check_around(wish.defense)
+        return Plain(classifiers.open_(name, weights=wish.weights, classes=wish.classes, typed=True), wish)
+    card = cards.bundled_card(name) if name in cards.bundled_names() else None
+    if card is not None and card.classifier:
+        masks = wish.masks if wish.masked else card.recipe.get("masks", {}).get("per_axis")
+        wish = replace(wish, defense=wish.defense or card.defense, masks=masks)
+        return Plain(classifiers.open_(card.classifier, weights=wish.weights, classes=wish.classes), wish, card)
+    made = Certified(hub.resolve(name), name, wish, device)
+    if model is None:
+        made.note = f"no model given: {name}, the default for {dataset or cards.DEFAULT_DATASET}. {made.note}"
+    return made
+
+
+def around() -> list[str]:
+    """Defenses that can be put around any classifier: those that are made of a network, masks and their colour."""
+    return [name for name in defenses.names() if {"network", "masks", "fill"} <= set(_parameters(name))]
+
+
+def check_around(kind: str) -> None:
+    """Raise :class:`UsageError` unless defense ``kind`` can be put around any classifier."""
+    defenses.by_name(kind)  # an unknown name says so itself
+    if kind not in around():
+        raise UsageError(f"{kind} cannot be put around a classifier;", hint=f"allowed: {', '.join(around())}.")
+
+
+def put_around(
+    network: nn.Module,
+    kind: str,
+    shape: tuple[int, int, int],
+    classes: tuple[str, ...],
+    plan: MaskPlan,
+    mean: Sequence[float] | None,
+    numbers: str = "",
+) -> Defense:
+    """Defense ``kind`` around a classifier of images [C, H, W] in [0, 1]; its masks have the mean colour, or grey.
+
+    ``numbers`` is what labels are computed in, if not the defense's default.
+    """
+    fill = tuple(mean or ())
+    if len(fill) != shape[0]:
+        fill = (sum(fill) / len(fill) if fill and shape[0] == 1 else GREY,) * shape[0]
+    maker: Any = defenses.by_name(kind)
+    more = {"labels": numbers} if numbers and "labels" in _parameters(kind) else {}
+    made: Defense = maker(network, input_shape=shape, classes=classes, masks=plan, fill=fill, **more)
+    return made.eval()
+
+
+def largest(threats: Sequence[Threat], shape: Sequence[int]) -> list[Threat]:
+    """Threats without the patches that fit inside another one of them: what hides the others hides these too."""
+    sides = [one.resolve(*shape[1:]) if isinstance(one, Patch | PatchPercent) else None for one in threats]
+
+    def beneath(at: int, other: int) -> bool:
+        one, two = sides[at], sides[other]
+        if one is None or two is None or at == other:
+            return False
+        inside = one.height <= two.height and one.width <= two.width
+        return inside and (one != two or other < at)
+
+    return [one for at, one in enumerate(threats) if not any(beneath(at, other) for other in range(len(threats)))]
+
+
+def _masks_of(defense: Defense) -> dict[str, Any]:
+    """The masks of a defense that has some, as a manifest tells them."""
+    plan, fill = getattr(defense, "plan", None), getattr(defense, "fill", None)
+    said: dict[str, Any] = {"masks": plan.to_dict()} if isinstance(plan, MaskPlan) else {}
+    numbers = getattr(defense, "labels", None)
+    said |= {"labels": numbers} if isinstance(numbers, str) else {}
+    return said | ({"fill": [round(value, 6) for value in fill.flatten().tolist()]} if isinstance(fill, torch.Tensor) else {})
+
+
+def _parameters(kind: str) -> Mapping[str, Any]:
+    return inspect.signature(defenses.by_name(kind)).parameters

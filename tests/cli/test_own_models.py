@@ -1,0 +1,368 @@
+"""Own models and own pictures on the command line: from an address and a folder to certificates, and all their bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from own_models import COLOURS, lines, module, pictures
+
+from patchcert_cli import cards, checkpoint, files, hub, models, report
+from patchcert_cli.errors import HubError
+
+from .test_commands import patchcert  # noqa: F401
+
+DEFENSE = ["--defense", "patchcleanser", "--masks", "3", "--patch", "3", "--device", "cpu"]
+VAL = ["--data", "imagefolder:./val"]
+CLASSES = ["--classes", "names.txt"]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TINY = "test_resnet.r160_in1k"
+
+
+@pytest.fixture(autouse=True)
+def brought(tmp_path: Path) -> None:
+    """What a user has: a module, pictures, names in the order of the module's outputs."""
+    module(tmp_path, "mine")
+    pictures(tmp_path / "val")
+    lines(tmp_path / "names.txt", "cat", "dog", "red fox")
+    lines(tmp_path / "wrong.txt", "cat", "dog", "fox")
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in the place of the Hub."""
+    pytest.importorskip("timm")
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    monkeypatch.setattr(hub, "fetch_unlisted", lambda repo, revision, names, *, hint="": (COMMIT, folder))
+    return folder
+
+
+def weights(path: Path, classes: int = 1000) -> None:
+    """Random weights of timm's smallest network."""
+    pytest.importorskip("timm")
+    from patchcert_cli.models import timm
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        made: Any = models.build("timm", {**timm.facts(TINY).options(), "input_shape": (3, 160, 160), "classes": classes})
+    files.write_atomically(path, checkpoint.pack(made.model.state_dict(), {}))
+
+
+def records(found: dict[str, Any]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(found["records"]).read_text().splitlines()]
+
+
+def test_an_own_model_on_own_pictures(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    done = patchcert("certify", "mine:build", *DEFENSE, *VAL, *CLASSES)
+    assert done.code == 0, done.err
+    for word in ("mine:build (patchcleanser, code", "12 images (whole split", "patch:3x3", "clean      100.00 % (12/12)"):
+        assert word in done.out
+    assert "3 classes matched by name: cat is output 0, dog is output 1, red_fox is output 2" in done.err
+    assert (
+        "12 pictures in 3 class folders from 'val': the middle 16x16 of pictures whose shorter side is scaled to 18" in done.err
+    )
+    again = patchcert("certify", "mine:build", *DEFENSE, *VAL, *CLASSES)
+    assert "is complete" in again.err and again.out == done.out
+    found = json.loads(patchcert("certify", "mine:build", *DEFENSE, *VAL, *CLASSES, "--json", "-").out)
+    assert found["counts"]["certified"] > 0 and found["split"] == "folder" and found["model_source"] == "code"
+    rows = records(found)
+    assert [row["label"] for row in rows] == [0] * 4 + [1] * 4 + [2] * 4 == [row["prediction"] for row in rows]
+    manifest = json.loads((Path(found["records"]).parent / "manifest.json").read_text())
+    assert manifest["setting"]["masks"] == {"covers": ["patch:3x3"], "per_axis": 3}
+    assert manifest["setting"]["preprocessing"]["mean"] == [0.5, 0.5, 0.5] and manifest["setting"]["code_sha256"]
+
+
+def test_labels_follow_names_and_not_positions(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    """A model that says that its first output is the dog is wrong about cats and dogs, wherever their folders stand."""
+    done = patchcert("certify", "mine:turned", *DEFENSE, *VAL, "--json", "-")
+    found = json.loads(done.out)
+    assert [row["label"] for row in records(found)] == [1] * 4 + [0] * 4 + [2] * 4
+    assert found["counts"]["clean"] == 4 and "cat is output 1, dog is output 0" in done.err
+    shutil.rmtree("val/dog")
+    done = patchcert("certify", "mine:named", *DEFENSE, *VAL, "--json", "-")
+    assert [row["label"] for row in records(json.loads(done.out))] == [0] * 4 + [2] * 4
+
+
+def test_masks_and_weights_make_another_run(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    files.write_atomically(Path("w.safetensors"), checkpoint.pack({"centre": torch.tensor([0.1, 0.5, 0.9])}, {}))
+    said = ["certify", "mine:build", "--defense", "patchcleanser", "--patch", "3", *VAL, *CLASSES, "--json", "-"]
+    places = []
+    for more in ([], ["--masks", "3"], ["--passes", "50"], ["--weights", "w.safetensors"], ["--labels", "bfloat16"]):
+        done = patchcert(*said, *more)
+        assert done.code == 0, done.err
+        places.append(json.loads(done.out)["records"])
+    assert len(set(places)) == 5
+    two = json.loads(patchcert(*said[:4], "--threat", "patches:2:2", "--masks", "2", *VAL, *CLASSES, "--json", "-").out)
+    assert two["threat"] == "patches:2:2x2" and two["images"] == 12
+    many = json.loads(patchcert(*said[:4], "--patch", "1..4", *VAL, *CLASSES, "--json", "-").out)
+    counts = [claim["counts"]["certified"] for claim in many["claims"]]
+    assert len(counts) == 4 and counts == sorted(counts, reverse=True)
+
+
+def test_a_dry_run_counts_passes_hours_and_disk_and_writes_nothing(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    before = sorted(map(str, Path().rglob("*")))
+    done = patchcert("certify", "mine:build", *DEFENSE, *VAL, *CLASSES, "--dry-run", "--json", "-")
+    assert done.code == 0, done.err
+    value = json.loads(done.out)
+    assert sorted(p for p in map(str, Path().rglob("*")) if "__pycache__" not in p) == before
+    assert value["images"] == 12 and 9 <= value["passes_per_image"] <= 45
+    assert value["passes"] == pytest.approx(12 * value["passes_per_image"], abs=1) and value["estimated_hours"] >= 0
+    assert 12 * 3 * 16 * 16 < value["disk_bytes"] < 12 * 3 * 16 * 16 + 12 * 400
+    limited = patchcert("certify", "mine:build", *DEFENSE, *VAL, *CLASSES, "--dry-run", "--limit", "5", "--json", "-")
+    assert json.loads(limited.out)["images"] == 5
+    packed = json.loads(patchcert("certify", "mine:build", *DEFENSE, *VAL, *CLASSES, "--json", "-").out)
+    measured = sum(row.get("passes", 0) for row in records(packed)) / 12
+    assert measured == 0 or value["passes_per_image"] == pytest.approx(measured, rel=0.5)
+    after = json.loads(patchcert("certify", "mine:build", *DEFENSE, *VAL, *CLASSES, "--dry-run", "--json", "-").out)
+    assert after["disk_bytes"] < 12 * 400 and after["out"] == str(Path(packed["records"]).parent)
+
+
+def test_one_picture_and_an_attack(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    done = patchcert("certify", "mine:named", *DEFENSE, "--image", "val/dog/0.png", "--resize", "--json", "-")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["label"] == "dog"
+    attacked = patchcert("attack", "mine:named", *DEFENSE, *VAL, "--limit", "3", "--steps", "1", "--json", "-")
+    assert attacked.code == 0, attacked.err
+    assert json.loads(attacked.out)["broken"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (
+            "mine:build D V",
+            6,
+            "3 classes in imagefolder:./val@16/18, and nothing says what the 3 outputs of mine:build are called",
+        ),
+        ("mine:build D V --classes wrong.txt", 6, "1 of them none of the 3 outputs of mine:build (red_fox is not among cat, dog"),
+        ("mine:build D V --classes none.txt", 6, "--classes 'none.txt' cannot be read"),
+        ("mine:build --patch 3 V C", 2, "mine:build is a plain classifier; say which defense: --defense "),
+        ("mine:build --patch 3 V C --defense patchclenser", 3, "no defense 'patchclenser'. Did you mean patchcleanser?"),
+        ("mine:build --patch 3 V C --defense ibp", 2, "ibp cannot be put around a classifier; allowed: "),
+        (
+            "mine:build --defense patchcleanser V C",
+            2,
+            "a plain classifier is made for no threat; say which one is meant: --patch",
+        ),
+        ("mine:build D C", 2, "mine:build comes without images; say on which pictures: --data imagefolder:./val"),
+        ("mine:build D C --data ./val", 3, "no data set './val'. For the pictures in its class folders say imagefolder:./val"),
+        ("mine:build D C --data imagefolder:./none", 6, "there is no folder 'none'"),
+        ("mine:build D C --data imagefolder:./empty", 6, "'empty/cat' has no pictures (.jpg,"),
+        ("mine:build D C --data imagefolder:./val/cat", 6, "'val/cat' has no class folders; put the pictures of each class"),
+        ("mine:build D C --data imagefolder:./val@16/9", 2, "SHORT at least SIDE"),
+        ("mine:build D V C --weights none", 2, "--weights none means random weights, whose answers mean nothing"),
+        ("mine:build D V C --weights x.pth", 5, "looks like a pickle, which could run code: it was not opened"),
+        ("mine:build D V C --weights w.safetensors", 5, "does not fit mine:build: missing centre; unexpected body"),
+        ("mine:broken D V C", 5, "mine:broken answers NaN or infinity for images (2, 3, 224, 224)"),
+        ("mine:maps D V C", 5, "it must return logits [B, K], K >= 2."),
+        ("mine:raises D V C", 2, "mine:raises fails: ValueError: no luck. It is called without arguments"),
+        ("mine:biuld D V C", 3, "no function in mine 'biuld'. Did you mean build?"),
+        ("surely_none:build D V C", 3, "no module 'surely_none'; install it"),
+        (
+            "mine:build --defense patchcleanser --patch 20 V C",
+            2,
+            "patch 20x20 does not fit a 16x16 image; the largest patch is 16x16",
+        ),
+        (
+            "mine:build --defense patchcleanser --patch 9 --passes 5 V C",
+            2,
+            "5 passes are too few for masks against patch:9x9; allow",
+        ),
+        ("mine:build --defense patchcleanser --patch 2 --masks 90 --data imagefolder:./val@224 C", 2, "more than 4096 masks"),
+        ("mine:build D V C --passes 9", 2, "--masks and --passes both say how many masks there are; give one of them."),
+        ("mine:build --defense patchcleanser --patch 3 --masks 0 V C", 2, "--masks 0 must be 1 or more."),
+        ("mine:build D V C --labels int8", 2, "invalid --labels 'int8': use float32 or bfloat16."),
+        (
+            "mnist-ibp-p5 --patch 5 --masks 3",
+            2,
+            "mnist-ibp-p5 is a model of ibp, which has no masks to choose; say which defense",
+        ),
+        ("mnist-ibp-p5 --patch 5 --weights w.safetensors", 2, "'mnist-ibp-p5' has its own weights; leave --weights out"),
+        (
+            "cifar-bagcert-rf7 --patch 5 V",
+            6,
+            "3 classes in imagefolder:./val@32/37, 1 of them none of the 10 outputs of cifar-bag",
+        ),
+        ("mnist-ibp-p5 --patch 5 V", 6, "images are (3, 28, 28), but mnist-ibp-p5 takes (1, 28, 28)"),
+    ],
+)
+def test_bad_input_is_one_clear_line(patchcert, words: str, code: int, said: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    pictures(Path("empty"), 0, {"cat": 0})
+    files.write_atomically(Path("w.safetensors"), checkpoint.pack({"body": torch.zeros(3)}, {}))
+    short = {"D": DEFENSE, "V": VAL, "C": CLASSES}
+    done = patchcert("certify", *(word for each in words.split() for word in short.get(each, [each])))
+    wrong = [line for line in done.err.splitlines() if line.startswith("error")]
+    assert (done.code, done.out) == (code, ""), done.err
+    assert len(wrong) == 1 and wrong[0].startswith(f"error[{code}]: ") and said in wrong[0], done.err
+    assert not Path(".patchcert").exists()  # nothing is packed in vain
+
+
+def test_names_of_timm_and_weights_that_cannot_be_had(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    pytest.importorskip("timm")
+    for address, code, said in (
+        ("timm:test_resnett", 3, "no timm network 'test_resnett'. Did you mean test_resnet"),
+        ("timm:resnet18.a1_in2k", 3, "no weights of resnet18 'a1_in2k'. Did you mean a1_in1k"),
+        (
+            f"timm:{TINY}",
+            4,
+            "HF_HUB_OFFLINE forbids fetching it. Fetch it once while online. Or give the weights as a file: --weights",
+        ),
+        (f"hf-hub:timm/{TINY}@main", 4, "Or give the weights as a file: --weights FILE.safetensors"),
+        (f"hf-hub:timm/{TINY}", 2, "what is computed with is pinned: hf-hub:ORG/REPO@COMMIT"),
+    ):
+        done = patchcert("certify", address, *DEFENSE, *VAL)
+        assert done.code == code and said in done.err.splitlines()[-1], done.err
+
+
+def test_without_timm_it_is_said_what_to_type(patchcert, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    done = patchcert("certify", "timm:resnet18", *DEFENSE, *VAL)
+    assert (done.code, done.err) == (7, 'error[7]: timm is not installed; type: pip install "patchcert[timm]"\n')
+
+
+def imagenet(folder: Path) -> list[str]:
+    """A validation folder of ImageNet's shape: 1,000 class folders with a tiny picture each."""
+    from patchcert_cli.models import timm
+
+    names = [names[0] for names in timm.imagenet_labels()]
+    pictures(folder, 1, {name: at % 256 for at, name in enumerate(names)})
+    return names
+
+
+def test_imagenet_with_a_card_whose_weights_are_public(patchcert, served: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    """The whole path of the card of the zoo, with timm's smallest network in the place of the large one."""
+    card = cards.bundled_card("imagenet-patchcleanser-vit-b16", Path(__file__).parents[2] / "zoo")
+    small = replace(card, name="small", classifier=f"timm:{TINY}", recipe=card.recipe | {"masks": {"per_axis": 2}})
+    files.write_atomically(Path("zoo/small/README.md"), small.render().encode())
+    monkeypatch.setenv(cards.ENVIRONMENT, "zoo")
+    weights(served / files.WEIGHTS)
+    names = imagenet(Path("data/imagenet/val"))
+    assert patchcert("certify", "small", "--data-dir", "none").err.startswith("error[6]: no imagenet test data")
+    tried = patchcert("certify", "small", "--dry-run", "--json", "-")
+    assert tried.code == 0, tried.err
+    value = json.loads(tried.out)
+    assert value["images"] == 1000 and value["dataset"] == "imagenet@160/168" and value["threat"] == "patch:2%"
+    assert 4 <= value["passes_per_image"] <= 10 and value["disk_bytes"] > 1000 * 3 * 160 * 160
+    done = patchcert("certify", "small", "--limit", "3", "--json", "-")
+    assert done.code == 0, done.err
+    assert f"pin it with timm:{TINY}@{COMMIT}" in done.err and "1000 classes matched by name: n01440764 is output 0" in done.err
+    found = json.loads(done.out)
+    manifest = json.loads((Path(found["records"]).parent / "manifest.json").read_text())
+    assert manifest["setting"] == manifest["setting"] | {"commit": COMMIT, "classifier": f"timm:{TINY}"}
+    assert manifest["setting"]["masks"] == {"covers": ["patch:2%"], "per_axis": 2}
+    assert all(row["label"] == row["index"] for row in records(found)) and len(names) == 1000
+    for words, said in (
+        (["zoo", "pull", "small"], "its weights are those of timm:"),
+        (["train", "--recipe", "small"], "is not trained: its weights are public; measure them: patchcert certify"),
+    ):
+        assert said in patchcert(*words).err
+    assert "public weights" in patchcert("zoo", "list").out
+
+
+def test_a_network_of_timm_is_trained_on_own_pictures_and_certified(patchcert, served: Path) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    weights(served / files.WEIGHTS)
+    pictures(Path("pets/train"), 10)
+    said = f"train --defense patchcleanser --model timm:{TINY} --data imagefolder:./pets/train@32 --patch 2% --device cpu".split()
+    said += [
+        "--network-option",
+        "size=32",
+        "--option",
+        "per_axis=2",
+        "--batch-size",
+        "9",
+        "--learning-rate",
+        "0.01",
+        "--json",
+        "-",
+    ]
+    tried = patchcert(*said, "--epochs", "20", "--dry-run")
+    assert tried.code == 0, tried.err
+    value = json.loads(tried.out)
+    assert value["steps"] == 20 * (27 // 9) and value["validation"] == 3 and value["estimated_seconds"] > 0
+    assert value["disk_bytes"] > 30 * 3 * 32 * 32 + 2 * 370_000 * 4 and not Path("runs").exists()
+    done = patchcert(*said, "--epochs", "2")
+    assert done.code == 0, done.err
+    run = json.loads(done.out)["out"]
+    assert dict(report.train_rows(json.loads(done.out)))["next"] == f"patchcert certify {run} --data imagefolder:..."
+    assert run == "runs/pets-patchcleanser-p2pct"
+    config = files.read_json(Path(run) / files.CONFIG)
+    assert config["classes"] == list(COLOURS) and config["dataset"] == "imagefolder:./pets/train@32/37"
+    assert config["network"]["options"]["weights"] == f"timm/{TINY}@{COMMIT}" and config["network"]["options"]["size"] == [32]
+    assert config["network"]["options"]["mean"] == [0.5] * 3  # the network's own, not the data set's
+    card = cards.Card.read(Path(run))
+    assert "datasets:" not in card.render()  # the Hub is not told what somebody's folders are called
+    assert "--network-option architecture=test_resnet" in card.command and "imagefolder:./pets/train@32/37" in card.command
+    refused = patchcert("certify", run, "--patch", "2%")
+    assert refused.code == 2 and "was trained on imagefolder:./pets/train@32/37; say on which pictures" in refused.err
+    found = patchcert("certify", run, *VAL, "--json", "-")
+    assert found.code == 0, found.err
+    assert json.loads(found.out)["images"] == 12 and "cat is output 0, dog is output 1, red_fox is output 2" in found.err
+    other = patchcert("certify", run, *VAL, "--masks", "3", "--limit", "2", "--json", "-")
+    assert other.code == 0 and json.loads(other.out)["records"] != json.loads(found.out)["records"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("--weights w.safetensors", 2, "--weights goes with --model; say which network they are of: --model timm:NAME"),
+        ("--model timm:test_resnet --network cnn", 2, "--model and --network both name a network; give one of them."),
+        ("--model mine:build", 2, "'mine:build' cannot be trained: what is trained is rebuilt from a configuration"),
+        ("--model timm:test_resnet --weights none --data imagefolder:./nowhere", 6, "there is no folder 'nowhere'"),
+        ("--model timm:test_resnet --data imagefolder:./val", 4, "Or begin with random weights: --weights none"),
+    ],
+)
+def test_training_that_cannot_begin_is_one_clear_line(patchcert, words: str, code: int, said: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    pytest.importorskip("timm")
+    done = patchcert("train", "--defense", "patchcleanser", "--patch", "2%", *words.split())
+    assert (done.code, done.out) == (code, "") and done.err.count("\n") == 1 and said in done.err, done.err
+
+
+def test_a_certified_model_with_another_defense_around_it(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    done = patchcert(
+        "certify", "mnist-ibp-p5", "--defense", "patchcleanser", "--masks", "2", "--patch", "3", "--limit", "4", "--json", "-"
+    )
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert (found["defense"], found["images"]) == ("patchcleanser", 4)
+    manifest = json.loads((Path(found["records"]).parent / "manifest.json").read_text())
+    assert manifest["setting"]["classifier"] == "the class scores of ibp" and manifest["setting"]["fill"] == [0.1307]
+
+
+def test_the_hub_is_not_asked_before_the_rest_is_right(patchcert, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    pytest.importorskip("timm")
+
+    def never(*_: Any, **__: Any) -> None:
+        raise HubError("asked")
+
+    monkeypatch.setattr(hub, "fetch_unlisted", never)
+    address = f"timm:{TINY}"
+    for words in (
+        ["--patch", "3", *VAL],
+        [*DEFENSE],
+        ["--defense", "patchcleanser", *VAL],
+        [*DEFENSE, "--data", "imagefolder:none"],
+    ):
+        assert "asked" not in patchcert("certify", address, *words).err
+    assert "asked" in patchcert("certify", address, *DEFENSE, *VAL).err
+
+
+def test_the_page_about_own_models_keeps_its_word(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    page = (Path(__file__).parents[2] / "docs" / "own-models.md").read_text(encoding="utf-8")
+    blocks = [part.split("```")[0] for part in page.split("```python\n")[1:]]
+    assert len(blocks) == 2 and blocks[0].startswith("# mine.py")
+    Path("shown.py").write_text(blocks[0], encoding="utf-8")
+    words = ["certify", "shown:build", "--defense", "patchcleanser", "--patch", "32", "--masks", "2", *VAL, "--json", "-"]
+    done = patchcert(*words)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["images"] == 12
+    scope: dict[str, Any] = {"images": torch.rand(2, 3, 48, 48)}
+    exec(compile("\n".join(blocks), "own-models.md", "exec"), scope)
+    assert scope["certificate"].certified.shape == (2,) and str(scope["certificate"].threat) == "patch:5x5"
+    for option in ("--defense", "--masks", "--passes", "--weights", "--classes", "--labels", "--data", "--dry-run", "--limit"):
+        assert option in page and option in patchcert("certify", "--help").out
