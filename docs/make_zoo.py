@@ -17,11 +17,11 @@ START, END = "<!-- zoo -->", "<!-- /zoo -->"
 INK, GRID, MEASURED, CLEAN, PUBLISHED = "#1f2933", "#d9dee3", "#2f6f8f", "#a9c7d6", "#c65d2e"
 
 
-def rows() -> list[tuple[Card, str]]:
+def rows(guarantee: str = "recovery") -> list[tuple[Card, str]]:
     """Every measured card with the threat it was trained against, and those with published numbers, in the order of names."""
     found = []
-    for card in bundled().values():
-        threats = dict.fromkeys(result.threat for result in card.results)
+    for card in (card for card in bundled().values() if card.guarantee == guarantee):
+        threats = dict.fromkeys(result.threat for result in card.results if result.guarantee == guarantee)
         found += [(card, threat) for threat in threats if threat == card.threat or card.report(threat)]
     return found
 
@@ -31,13 +31,19 @@ def percent(count: float, total: float = 1) -> str:
     return f"{100 * count / total:.2f}"
 
 
-def table() -> str:
+def tables() -> str:
+    """The table of recovery, and below it that of detection if there is a model for it: two promises, never in one table."""
+    detection = f"\n\nCertified detection (the answer stays right, or an alarm is raised):\n\n{table('detection')}"
+    return table() + (detection if rows("detection") else "")
+
+
+def table(guarantee: str = "recovery") -> str:
     """Markdown: measured beside published, with counts and the 95 % interval."""
     lines = [
         "| model | network | threat | images | clean, % | certified, % (95 % interval) | published clean / certified, % |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for card, threat in rows():
+    for card, threat in rows(guarantee):
         found = card.result(threat)
         paper = card.report(threat)
         assert found is not None
@@ -87,7 +93,7 @@ def main() -> int:
     """Write or check both; returns the exit code."""
     readme, chart = ROOT / "README.md", ROOT / "docs" / "zoo.svg"
     before, after = readme.read_text().split(START)[0], readme.read_text().split(END)[1]
-    wanted = {readme: f"{before}{START}\n{table()}\n{END}{after}", chart: picture()}
+    wanted = {readme: f"{before}{START}\n{tables()}\n{END}{after}", chart: picture()}
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" not in sys.argv:
         for path in stale:
