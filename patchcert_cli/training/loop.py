@@ -136,17 +136,21 @@ def train(
             loss = _epoch(recipe, epoch, state, kept, progress)
             seconds, last = time.perf_counter() - began, epoch + 1 == recipe.epochs
             row = {"epoch": epoch + 1, "loss": loss, "learning_rate": _rate(recipe, epoch + 1), "seconds": seconds}
-            said = f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f} ({seconds:.0f} s)"
-            if last or (epoch + 1) % max(recipe.epochs // REPORTS, 1) == 0:
+            looked_at = last or (epoch + 1) % max(recipe.epochs // REPORTS, 1) == 0
+            if looked_at:
                 _finish(recipe, made, kept, rounded=last)
-                tally = monitor(made, held if last else held.limit(made.monitored, recipe.seed), recipe)
-                clean, certified = tally.clean_accuracy, tally.certified_accuracy
-                row |= {"validation_images": tally.images, "clean": clean, "certified": certified}
-                said += f", validation clean {clean:.2%}, certified {certified:.2%} of {tally.images}"
             lines.append(row)
-            files.write_atomically(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
-            _save(folder, recipe, state, epoch + 1)
+            _note(folder, lines)
+            _save(folder, recipe, state, epoch + 1)  # certifying may take longer than the epoch did
+            said = f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f} ({seconds:.0f} s)"
+            if looked_at and not last:
+                tally = monitor(made, held.limit(made.monitored, recipe.seed), recipe)
+                row |= _seen(tally)
+                _note(folder, lines)
+                clean, certified = tally.clean_accuracy, tally.certified_accuracy
+                said += f", validation clean {clean:.2%}, certified {certified:.2%} of {tally.images}"
             progress.note(said)
+        tally = _validated(lines[-1]) if lines and "clean" in lines[-1] else monitor(made, held, recipe)
     except torch.OutOfMemoryError as problem:
         raise MachineError(
             "out of memory while training;", hint=f"try --batch-size {max(recipe.batch_size // 2, 1)}."
@@ -155,9 +159,19 @@ def train(
         raise Interrupted(
             f"interrupted after {len(lines)} of {recipe.epochs} epochs;", hint="resume with the same command."
         ) from problem
+    if lines:
+        lines[-1] |= _seen(tally)
+        _note(folder, lines)
     checkpoint.save_defense(folder, made, config)
-    tally = _validated(lines[-1]) if lines else monitor(made, held, recipe)
     return Trained(folder, made.eval(), tally, recipe.epochs - start, sum(line["seconds"] for line in lines))
+
+
+def _note(folder: Path, lines: list[dict[str, Any]]) -> None:
+    files.write_atomically(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def _seen(tally: Tally) -> dict[str, Any]:
+    return {"validation_images": tally.images, "clean": tally.clean_accuracy, "certified": tally.certified_accuracy}
 
 
 def _validated(row: Mapping[str, Any]) -> Tally:

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from patchcert_cli import cards, checkpoint, data, files
+from patchcert_cli.certificate import Tally
+from patchcert_cli.defenses.base import Defense
 from patchcert_cli.defenses.ibp import IntervalOptions
 from patchcert_cli.defenses.patchcleanser import MaskedOptions
 from patchcert_cli.errors import DataError, IntegrityError, Interrupted, UsageError
@@ -70,6 +72,26 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Pa
     rows = [json.loads(line) for line in (tmp_path / "cut" / loop.METRICS).read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert again.validation == whole.validation
+
+
+def test_a_run_stopped_in_its_last_validation_only_validates_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, honest = loop.train(TINY, images(), tmp_path / "whole"), loop.monitor
+
+    def stop(defense: Defense, held: data.Images, recipe: Recipe, batch: int = 500) -> Tally:
+        if len(held) == TINY.validation:
+            raise KeyboardInterrupt
+        return honest(defense, held, recipe, batch)
+
+    monkeypatch.setattr(loop, "monitor", stop)
+    monkeypatch.setattr(loop.Defense, "monitored", 50)
+    with pytest.raises(Interrupted, match="after 3 of 3 epochs"):
+        loop.train(TINY, images(), tmp_path / "cut")
+    monkeypatch.setattr(loop, "monitor", honest)
+    again = loop.train(TINY, images(), tmp_path / "cut")
+    assert again.epochs_run == 0 and again.validation == whole.validation
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+    last = [json.loads((tmp_path / run / loop.METRICS).read_text().splitlines()[-1]) for run in ("cut", "whole")]
+    assert all(last[0][name] == last[1][name] for name in ("epoch", "loss", "validation_images", "clean", "certified"))
 
 
 GUIDED = replace(
