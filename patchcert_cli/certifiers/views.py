@@ -21,7 +21,7 @@ from patchcert_cli.certifiers import rounding
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.exact import exact_arithmetic
 
-SLACK = {"bfloat16": 2.0**-4, "float32": 2.0**-13, "float64": 2.0**-40}  # shares of a pass's largest logit
+SLACK = {"bfloat16": 2.0**-2, "float32": 2.0**-13, "float64": 2.0**-40}  # shares of a pass's largest logit
 PRECISIONS = ("float32", "bfloat16")  # in which labels may be computed at first
 PASSES, PIXELS, LARGER = 256, 1 << 20, 64  # passes at a time on a CPU, their values, and how many times that on a GPU
 GATHERED = 4  # times as many passes have their images copied at once
