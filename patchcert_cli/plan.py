@@ -22,8 +22,8 @@ PASSES = 1 << 14  # of a network that is asked for each mask: what is between tw
 
 def batch_size(defense: Defense) -> int:
     """Images at a time unless told otherwise: fewer where each takes many passes, so that stopping a run loses little."""
-    masks = getattr(defense, "set", None)
-    return BATCH_SIZE if masks is None else max(FEWEST, min(BATCH_SIZE, PASSES // masks.passes))
+    cost = defense.cost()
+    return BATCH_SIZE if cost is None else max(FEWEST, min(BATCH_SIZE, PASSES // cost[1]))
 
 
 @dataclass(frozen=True)

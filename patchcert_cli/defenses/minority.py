@@ -154,10 +154,6 @@ class Minority(PatchCleanser):
     def cost(self) -> tuple[int, int]:
         return (len(self.set) + 1,) * 2
 
-    def remark(self, threat: Threat) -> str:
-        """What it costs."""
-        return f"{len(self.set)} masks: {len(self.set) + 1} passes of the network an image, with the proof"
-
     def _by_mask(self, x: Tensor) -> Tensor:
         """By how much each mask agrees with the answer, float64 [B, M]."""
         return agreement.holds(self._reports(x))

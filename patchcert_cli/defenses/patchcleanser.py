@@ -245,7 +245,9 @@ class PatchCleanser(Defense):
 
     def remark(self, threat: Threat) -> str:
         """What it costs."""
-        return f"{len(self.set)} masks: at least so many passes of the network an image, at most {self.set.passes} with the proof"
+        least, most = self.cost()
+        passes = f"{least}" if least == most else f"{least} to {most}"
+        return f"{len(self.set)} masks: {passes} passes of the network an image, with the proof"
 
     @torch.no_grad()
     def margin_map(self, x: Tensor, patch: Threat) -> Tensor:
