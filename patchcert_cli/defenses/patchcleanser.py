@@ -109,7 +109,7 @@ class PatchCleanser(Defense):
     source = "Xiang, Mahloujifar & Mittal, PatchCleanser, USENIX Security 2022"
     methods = masking.METHODS
     options = MaskedOptions
-    numerics: ClassVar[Mapping[str, str]] = {"labels": "float32", "labels in doubt": "float64"}
+    numerics: ClassVar[Mapping[str, str]] = {"labels in doubt": "float32, then float64"}
     default_network = "masked"
     monitored = 50
 
