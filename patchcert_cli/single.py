@@ -70,6 +70,7 @@ def certify(
             title=f"{path.name}: {defense.called(answer)}, {words} against {threat}",
             box=(top, left, height, width),
             patch=Patch(height, width),
+            unit=defense.unit,
         )
         notes.append(f"drew {map_to}")
     notes += [text for text in dict.fromkeys(defense.remark(claim.threat) for claim in claims) if text]

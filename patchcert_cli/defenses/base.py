@@ -124,6 +124,7 @@ class Defense(nn.Module, ABC):
         numerics: what its answers and proofs are computed in, for manifests.
         default_network: the network that it is trained with unless told otherwise.
         monitored: validation images certified now and then during training; at the end it is all of them.
+        unit: what the margins of :meth:`margin_map` count.
     """
 
     source: ClassVar[str] = ""
@@ -133,6 +134,7 @@ class Defense(nn.Module, ABC):
     numerics: ClassVar[Mapping[str, str]] = {}
     default_network: ClassVar[str] = ""
     monitored: ClassVar[int] = 1000
+    unit: ClassVar[str] = "votes"
 
     def __init__(self, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
         super().__init__()
@@ -207,7 +209,7 @@ class Defense(nn.Module, ABC):
         Raises:
             UsageError: the defense has no margins by location, or the threat is not a patch.
         """
-        raise UsageError("this defense has no margins by location;", hint="--map is for bagcert and smoothing models.")
+        raise UsageError("this defense has no margins by location;", hint="--map is for models with votes or masks.")
 
     def self_test(self) -> None:
         """Check what the proof assumes of the network, when a model is loaded.

@@ -112,6 +112,7 @@ class PatchCleanser(Defense):
     numerics: ClassVar[Mapping[str, str]] = {"labels in doubt": "float32, then float64"}
     default_network = "masked"
     monitored = 50
+    unit = "of the largest logit"
 
     masks: Tensor
     fill: Tensor

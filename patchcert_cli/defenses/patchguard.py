@@ -77,6 +77,7 @@ class PatchGuard(RegionDefense[Tensor]):
     source = "Xiang et al., PatchGuard, USENIX Security 2021"
     methods = ("masking",)
     options = PatchGuardOptions
+    unit = "evidence"
 
     def __init__(
         self,

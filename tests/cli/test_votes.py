@@ -146,11 +146,18 @@ def test_bad_input_is_one_clear_line(patchcert, model: str, picture: str, words:
     assert "Traceback" not in done.err
 
 
+def test_a_map_says_what_its_margins_count(patchcert, model: str, picture: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    for name, unit in ((model, "votes"), ("mnist-masked-cnn", "of the largest logit")):
+        done = patchcert("certify", name, "--image", picture, "--resize", "--patch", "5", "--map", "map.svg")
+        assert done.code == 0, done.err
+        assert f"<!-- margin, {unit} -->" in Path("map.svg").read_text(encoding="utf-8")
+
+
 def test_intervals_have_no_conditions_and_no_map(patchcert, picture: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
     done = patchcert("certify", "mnist-ibp-p5", "--patch", "5", "--condition", "3.3", "--limit", "4")
     assert done.code == 2 and "this defense has no proof '3.3'; allowed: best, interval, linear." in done.err
     done = patchcert("certify", "mnist-ibp-p5", "--patch", "5", "--image", picture, "--resize", "--map", "m.png")
-    assert done.code == 2 and "--map is for bagcert and smoothing models" in done.err
+    assert done.code == 2 and "--map is for models with votes or masks" in done.err
 
 
 def test_a_receptive_field_larger_than_the_image_is_refused(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
