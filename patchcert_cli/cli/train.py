@@ -103,7 +103,7 @@ def train(
     epochs: Annotated[int | None, _recipe_option("--epochs", text="Passes over the training images.")] = None,
     batch_size: Annotated[int | None, _recipe_option("--batch-size", text="Images per step.")] = None,
     learning_rate: Annotated[float | None, _recipe_option("--learning-rate", text="The highest learning rate.")] = None,
-    optimizer: Annotated[str | None, _recipe_option("--optimizer", text="adam, adamw or sgd.")] = None,
+    optimizer: Annotated[str | None, _recipe_option("--optimizer", text="adam, adamw, muon or sgd.")] = None,
     weight_decay: Annotated[float | None, _recipe_option("--weight-decay", text="Weight decay.")] = None,
     precision: Annotated[str | None, _recipe_option("--precision", text="float32, or bfloat16 for autocast in training.")] = None,
     stored: Annotated[

@@ -22,7 +22,7 @@ from patchcert_cli.certifiers.additive import Votes
 from patchcert_cli.defenses.base import Augment, Options, Surrogate, TrainingStep
 from patchcert_cli.defenses.evidence import CellSurrogate, EvidenceDefense, RegionDefense
 from patchcert_cli.models.region import RegionScorer
-from patchcert_cli.schema import Count, Must, NonNegative, Positive
+from patchcert_cli.schema import Count, Fraction, Must, NonNegative, Positive
 
 STEPS = 255  # the largest weight of a position
 
@@ -51,21 +51,28 @@ class BagCertOptions(Options):
         sharpness: T; the rivals' share is the soft maximum ``logsumexp(T s) / T``, which gives every rival a gradient; 0 takes
             the maximum itself.
         one_hot: weight of ``mean((sum_c s_c - 1)^2)`` over cells, which asks each cell to vote for one class.
-        warm_up_epochs: first epochs, with cross-entropy of the mean scores.
+        warm_up_epochs: first epochs, with cross-entropy.
+        warm_up: of what, ``mean``, the mean scores, or ``cells``, the scores of each cell.
         every: train on every so-manieth cell along both axes, at a random phase; the deployed network uses all cells.
         aggregate: ``sum``, every cell counts alike, or ``weighted``, each position has a learned weight; monotone either way.
         flip: mirror images at random.
         shift: move images by up to this many pixels.
+        average: what a step keeps of the running average of weights that becomes the model; 0 for none.
     """
 
     margin: NonNegative = 0.5
     sharpness: NonNegative = 15.0
     one_hot: NonNegative = 0.0
     warm_up_epochs: Count = 0
+    warm_up: Annotated[str, Must(("mean", "cells").__contains__, "mean or cells")] = "mean"
     every: Positive = 2
     aggregate: Annotated[str, Must(("sum", "weighted").__contains__, "sum or weighted")] = "sum"
     flip: bool = True
     shift: Count = 4
+    average: Fraction = 0.0
+
+    def keep(self) -> float:
+        return self.average
 
     def augment(self, progress: float, epochs: int) -> Augment:
         return Augment(flip=self.flip, shift=self.shift)
@@ -141,6 +148,12 @@ class BagCert(RegionDefense[Votes], EvidenceDefense):
         votes = (scores > 0).contiguous()
         return Votes(votes) if weights is None else Votes(votes * weights.float(), weight=weights)
 
+    def begin(self, x: Tensor) -> None:
+        self.scorer.whiten(x)
+
+    def fuse(self) -> None:
+        self.scorer.fuse()
+
     def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:
         """Margin hinge over the mean vote differences, straight-through, with the one-hot penalty (section 3.3 of the paper).
 
@@ -155,6 +168,8 @@ class BagCert(RegionDefense[Votes], EvidenceDefense):
         apart = self.scorer.stride
         scores = self.scorer.score(self.scorer.prepare(x)[:, :, down * apart :, right * apart :], options.every)
         if step.progress < options.warm_up_epochs:
+            if options.warm_up == "cells":
+                return F.cross_entropy(scores.float(), label[:, None, None].expand(-1, *scores.shape[2:]))
             return F.cross_entropy(scores.mean(dim=(2, 3)).float(), label)
         votes: Tensor = Step.apply(scores.float())
         share = self._share(votes, down, right, options.every)

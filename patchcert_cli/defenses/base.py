@@ -225,6 +225,9 @@ class Defense(nn.Module, ABC):
     def begin(self, x: Tensor) -> None:
         """Fit what training starts from to some training images [B, C, H, W], before the first epoch."""
 
+    def fuse(self) -> None:
+        """Put into the weights what only training keeps apart from them, once, after the last step."""
+
     def finish(self, x: Tensor) -> None:
         """Fit what training leaves open to some training images [B, C, H, W], before validation and before saving."""
 

@@ -23,6 +23,19 @@ from patchcert_cli.errors import UsageError
 from patchcert_cli.exact import Grid, Wire
 from patchcert_cli.layers import Normalize
 
+WHITE = 1e-2  # added to the variances that whitening divides by; normalized pixels have a variance of 1
+
+
+def normed(norm: nn.BatchNorm2d, v: Tensor) -> Tensor:
+    """Batch norm of maps [B, C, N, M] or of single cells [n, C]."""
+    if v.ndim == 4:
+        return cast(Tensor, norm(v))
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    return F.batch_norm(
+        v, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum or 0.1, norm.eps
+    )
+
 
 class Mix(nn.Module):
     """``v + relu(norm(conv1x1(v)))``."""
@@ -32,21 +45,41 @@ class Mix(nn.Module):
         self.convolution, self.norm, self.grid = nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), Grid(bits)
 
     def forward(self, v: Tensor) -> Tensor:
-        return cast(Tensor, self.grid(v + F.relu(self.norm(self.convolution(v)))))
+        weight = self.convolution.weight
+        mixed = F.conv2d(v, weight) if v.ndim == 4 else F.linear(v, weight.flatten(1))
+        return cast(Tensor, self.grid(v + F.relu(normed(self.norm, mixed))))
 
 
 class Stage(nn.Module):
-    """A valid convolution with norm and ReLU, then ``mixes`` of :class:`Mix`."""
+    """A valid convolution with norm and ReLU, then ``mixes`` of :class:`Mix`.
 
-    def __init__(self, before: int, width: int, kernel: int, stride: int, dilation: int, mixes: int, bits: int) -> None:
+    Attributes:
+        whitening: [I, I] with I = C k k, what is done to a window before the weights meet it; None for nothing.
+    """
+
+    whitening: Tensor | None
+
+    def __init__(
+        self, before: int, width: int, kernel: int, stride: int, dilation: int, mixes: int, bits: int, whiten: bool = False
+    ) -> None:
         super().__init__()
+        self.register_buffer("whitening", torch.eye(before * kernel**2) if whiten else None)
         self.convolution = nn.Conv2d(before, width, kernel, stride, dilation=dilation, bias=False)
         self.norm, self.grid = nn.BatchNorm2d(width), Grid(bits)
         self.mixes = nn.Sequential(*(Mix(width, bits) for _ in range(mixes)))
 
+    @property
+    def weight(self) -> Tensor:
+        """Of the convolution, [O, C, k, k], whitening included."""
+        weight = self.convolution.weight
+        return weight if self.whitening is None else (weight.flatten(1) @ self.whitening).reshape(weight.shape)
+
     def forward(self, v: Tensor, stride: int, dilation: int) -> Tensor:
-        v = F.conv2d(v, self.convolution.weight, None, stride, 0, dilation)
-        return cast(Tensor, self.mixes(self.grid(F.relu(self.norm(v)))))
+        return self.after(F.conv2d(v, self.weight, None, stride, 0, dilation))
+
+    def after(self, v: Tensor) -> Tensor:
+        """All that follows the convolution, of maps [B, O, N, M] or of single cells [n, O]."""
+        return cast(Tensor, self.mixes(self.grid(F.relu(normed(self.norm, v)))))
 
 
 class RegionScorer(nn.Module):
@@ -64,6 +97,7 @@ class RegionScorer(nn.Module):
         *,
         places: bool = False,
         stride: int = 1,
+        whiten: bool = False,
     ) -> None:
         super().__init__()
         if stride < 1:
@@ -80,9 +114,12 @@ class RegionScorer(nn.Module):
         self.stride = stride
         widths = [shape[0] + (2 if places else 0), *(width for width, *_ in plan)]
         self.stages = nn.ModuleList(
-            Stage(before, after, kernel, step, apart, mixes, bits)
-            for (before, after), (_, kernel, _, mixes), (step, apart) in zip(pairwise(widths), plan, self._steps(1), strict=True)
+            Stage(before, after, kernel, step, apart, mixes, bits, whiten and at == 0)
+            for at, ((before, after), (_, kernel, _, mixes), (step, apart)) in enumerate(
+                zip(pairwise(widths), plan, self._steps(1), strict=True)
+            )
         )
+        self.one_window = self.receptive_field == plan[0][1] and plan[0][2] == 1  # all but the first convolution are 1x1
         self.head = nn.Conv2d(widths[-1], classes, 1)
         self.widest = max(self._per_pixel(widths, classes))
 
@@ -126,9 +163,45 @@ class RegionScorer(nn.Module):
 
     def score(self, v: Tensor, every: int = 1) -> Tensor:
         """Scores of the cells of a prepared image, or of any part of one that begins with a cell's first pixel."""
+        if self.one_window and every * self.stride > self.receptive_field // 2:
+            return self._cells(v, every * self.stride)
         for stage, (step, apart) in zip(self.stages, self._steps(every), strict=True):
             v = stage(v, step, apart)
         return cast(Tensor, self.head(v))
+
+    def _cells(self, v: Tensor, step: int) -> Tensor:
+        """The same where few cells are wanted and each sees one window: matrix products alone, [B, C, H, W] -> [B, K, N, M]."""
+        side = self.receptive_field
+        windows = v.unfold(2, side, step).unfold(3, side, step).permute(0, 2, 3, 1, 4, 5)  # [B, N, M, C, k, k]
+        first, *later = cast(list[Stage], list(self.stages))
+        cells = first.after(F.linear(windows.flatten(3).flatten(0, 2), first.weight.flatten(1)))
+        for stage in later:
+            cells = stage.after(F.linear(cells, stage.weight.flatten(1)))
+        scores = F.linear(cells, self.head.weight.flatten(1), self.head.bias)
+        return scores.reshape(*windows.shape[:3], -1).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def whiten(self, x: Tensor) -> None:
+        """Fit the whitening of the first convolution, if it has one, to windows of images [B, C, H, W].
+
+        With U the eigenvectors and s the eigenvalues of the windows' covariance it is ``diag(1 / sqrt(s + WHITE)) U^T``.
+        """
+        stage = cast(Stage, self.stages[0])
+        if stage.whitening is None:
+            return
+        side, apart = stage.convolution.kernel_size[0], cast(int, stage.convolution.dilation[0])
+        windows = F.unfold(self.prepare(x), side, dilation=apart).transpose(1, 2).flatten(0, 1).double()  # [n, C k k]
+        windows = windows - windows.mean(dim=0)
+        value, direction = torch.linalg.eigh(windows.T @ windows / len(windows))
+        stage.whitening.copy_((direction / (value.clamp(min=0) + WHITE).sqrt()).T)
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Multiply the whitening into the weights, so that every machine freezes the same network."""
+        stage = cast(Stage, self.stages[0])
+        if stage.whitening is not None:
+            stage.convolution.weight.copy_(stage.weight)
+            stage.whitening.copy_(torch.eye(len(stage.whitening)))
 
     def freeze(self, precision: torch.dtype) -> tuple[nn.Module, int]:
         """The deployed network of whole steps (:mod:`patchcert_cli.exact`), and the fewest bits of a channel's largest weight."""
@@ -140,6 +213,8 @@ class RegionScorer(nn.Module):
             scale, shift = torch.cat([scale, scale.new_full((2,), 1 / 127.5)]), torch.cat([shift, shift.new_full((2,), -1.0)])
         for at, stage in enumerate(cast(list[Stage], list(self.stages))):
             weight, bias = exact.fold(stage.convolution, stage.norm)
+            if stage.whitening is not None:
+                weight = (weight.flatten(1) @ stage.whitening.double().cpu()).reshape(weight.shape)
             weight, bias = exact.absorb(weight, bias, scale, shift) if at == 0 else (weight, bias)
             layer, bits = exact.affine(weight, bias, stage.convolution, wire, precision)
             fewest, wire = min(fewest, bits), stage.grid.wire
@@ -196,6 +271,7 @@ def build(
     mixes: Sequence[int] = (1, 1, 2),
     places: bool = False,
     stride: int = 1,
+    whiten: bool = False,
     bits: int = 8,
     mean: Sequence[float],
     std: Sequence[float],
@@ -204,7 +280,7 @@ def build(
 
     The receptive field is ``1 + sum((kernel - 1) * dilation)``. With ``places`` a cell knows where it is, which no attacker can
     change: good where objects are centred. ``stride`` is how far cells are apart, in pixels; the earlier layers are computed as
-    sparsely as the dilations of the later ones allow. Activations of the deployed network have ``bits`` bits.
+    sparsely as the dilations of the later ones allow. With ``whiten`` the first convolution sees whitened windows. Activations of the deployed network have ``bits`` bits.
     """
     plan = list(zip(widths, kernels, dilations, mixes, strict=True))
-    return RegionScorer(input_shape, classes, plan, Normalize(mean, std), bits, places=places, stride=stride)
+    return RegionScorer(input_shape, classes, plan, Normalize(mean, std), bits, places=places, stride=stride, whiten=whiten)

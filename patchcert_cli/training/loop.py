@@ -25,6 +25,7 @@ from patchcert_cli.errors import Interrupted, MachineError, UsageError
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.training import augment
 from patchcert_cli.training.average import Average
+from patchcert_cli.training.muon import Muon
 from patchcert_cli.training.recipe import Recipe
 
 STATE, METRICS = "state.safetensors", "metrics.jsonl"
@@ -208,6 +209,8 @@ def _optimizer(weights: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optim
     rate, decay = recipe.learning_rate, recipe.weight_decay
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(weights, lr=rate, momentum=0.9, nesterov=True, weight_decay=decay)
+    if recipe.optimizer == "muon":
+        return Muon(weights, rate, decay)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=decay)
     return torch.optim.Adam(weights, lr=rate, weight_decay=decay)
@@ -220,6 +223,8 @@ def _rate(recipe: Recipe, progress: float) -> float:
 @torch.no_grad()
 def _finish(recipe: Recipe, defense: Defense, images: Images, *, rounded: bool) -> None:
     """What a defense needs before it is validated; at the end its weights are rounded as they will be stored."""
+    if rounded:
+        defense.fuse()
     if rounded and recipe.stored != "float32":
         for weight in defense.parameters():
             if weight.ndim > 1:
@@ -251,7 +256,7 @@ def _epoch(recipe: Recipe, epoch: int, state: _State, images: Images, progress: 
         if reduced:
             x = x.contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * options.rate(at, recipe.epochs)
+            group["lr"] = group.get("share", 1.0) * recipe.learning_rate * options.rate(at, recipe.epochs)
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(defense.device.type, torch.bfloat16, enabled=reduced):
             loss = defense.training_loss(x, label, TrainingStep(threat, options, at, recipe.epochs, generator, state.aid))

@@ -12,7 +12,7 @@ from patchcert_cli.defenses.base import Options
 from patchcert_cli.errors import PatchcertError, UsageError
 from patchcert_cli.threats import Patch, Patches, Sparse, Threat, parse_threat
 
-OPTIMIZERS = ("adam", "adamw", "sgd")
+OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
 PRECISIONS = ("float32", "bfloat16")
 STORED = ("float32", "float16", "bfloat16")
 
@@ -30,7 +30,8 @@ class Recipe:
         epochs: passes over the training images.
         batch_size: images per step.
         learning_rate: the highest; its course is the defense's.
-        optimizer: ``adam``, ``adamw`` or ``sgd`` (Nesterov momentum 0.9).
+        optimizer: ``adam``, ``adamw``, ``muon`` (matrices; AdamW at a tenth of the rate for the rest) or ``sgd`` (Nesterov
+            momentum 0.9).
         weight_decay: of every parameter.
         precision: what the network computes in while it trains; ``bfloat16`` means autocast.
         stored: what the weights of the finished model are rounded to; it is validated and certified as stored.
