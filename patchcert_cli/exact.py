@@ -56,26 +56,29 @@ class Grid(nn.Module):
     """Where activations are put on a grid: steps of ``2**exponent``, at most ``2**bits - 1`` of them.
 
     Until the network is frozen it lets values pass unchanged; :func:`observing` records how large they become.
+    The grid begins at ``-below``, and it reaches ``share`` of the largest value seen: what is beyond is cut.
     """
 
     exponent: Tensor
     peak: Tensor
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, *, below: float = 0.0, share: float = 1.0) -> None:
         super().__init__()
-        self.bits = bits
+        self.bits, self.below, self.share = bits, below, share
         self.register_buffer("exponent", torch.zeros((), dtype=torch.int64))
         self.register_buffer("peak", torch.zeros(()), persistent=False)
         self.observing = False
 
     def forward(self, v: Tensor) -> Tensor:
         if self.observing:
-            self.peak.copy_(torch.maximum(self.peak, v.detach().abs().amax().to(self.peak)))
+            seen = v.detach().amax() if self.below else v.detach().abs().amax()
+            self.peak.copy_(torch.maximum(self.peak, seen.to(self.peak)))
         return v
 
     def settle(self) -> None:
         """The finest step that reaches what was observed."""
-        self.exponent.fill_(math.ceil(math.log2(max(float(self.peak), 2.0**-20) / (2**self.bits - 1))))
+        reached = self.below + self.share * max(float(self.peak), 2.0**-20)
+        self.exponent.fill_(math.ceil(math.log2(reached / (2**self.bits - 1))))
 
     @property
     def wire(self) -> Wire:
@@ -115,8 +118,25 @@ def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, T
 
 def absorb(weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias of a valid convolution of ``scale * v + shift`` (each [C]) as a convolution of v."""
-    moved = (weight * shift[:, None, None]).sum(dim=(1, 2, 3))
+    moved = total((weight * shift[:, None, None]).flatten(1))
     return weight * scale[:, None, None], bias + moved
+
+
+def total(terms: Tensor) -> Tensor:
+    """The correctly rounded sum of each row, float64 [O, n] -> [O]: the same on every machine, whatever the order of the terms."""
+    return torch.tensor([math.fsum(row) for row in terms.tolist()], dtype=torch.float64)
+
+
+def power(exponents: Tensor) -> Tensor:
+    """2 to the power of whole numbers, float64, exact on every machine."""
+    made = [math.ldexp(1.0, int(e)) for e in exponents.flatten().tolist()]
+    return torch.tensor(made, dtype=torch.float64).reshape(exponents.shape)
+
+
+def binary_order(values: Tensor) -> Tensor:
+    """The least whole e with ``value <= 2^e`` for each positive value, float64, exact on every machine."""
+    mantissa, exponent = torch.frexp(values.double())
+    return exponent.double() - (mantissa == 0.5).double()
 
 
 class Affine(nn.Module):
@@ -151,15 +171,15 @@ def affine(
     Returns: the layer and the fewest bits, sign aside, that the largest weight of a channel got.
     """
     room = math.ldexp(1.0, BITS[dtype] - 1)  # half of what is exact: quantized weights may be larger than their originals
-    total = _reach(weight) * wire.most + bias.abs() + beside  # [O]
-    power = torch.floor(torch.log2(room / total.clamp(min=2.0**-60)))  # the sum in units of 2^-power stays below the room
+    most = _reach(weight) * wire.most + bias.abs() + beside  # [O]
+    down = -binary_order(most.clamp(min=2.0**-60) / room)  # the sum in units of 2^-down stays below the room
     if beside > 0:  # what is added is in steps of the wire, which must be whole units too
-        power = power.clamp(min=-wire.exponent)
-    exponent = -(power + wire.exponent)  # of the weights: products are multiples of 2^-power
-    fine = torch.exp2(exponent)
+        down = down.clamp(min=-wire.exponent)
+    exponent = -(down + wire.exponent)  # of the weights: products are multiples of 2^-down
+    fine = power(exponent)
     quantized = torch.round(weight / fine[:, None, None, None]) * fine[:, None, None, None]
-    shifted = torch.round(bias * torch.exp2(power)) * torch.exp2(-power)
-    spent = (_reach(quantized) * wire.most + shifted.abs() + beside) * torch.exp2(power)
+    shifted = torch.round(bias * power(down)) * power(-down)
+    spent = (_reach(quantized) * wire.most + shifted.abs() + beside) * power(down)
     if not bool((spent <= 2 * room).all()) or float(exponent.abs().max()) > FAR[dtype]:
         raise IntegrityError("weights too far apart in size to compute with exactly;", hint="train the network again.")
     largest = (quantized.abs().flatten(1).amax(dim=1) / fine).clamp(min=1)

@@ -10,7 +10,9 @@ Shapes: B images, C channels, H x W pixels, K classes, M masks, n passes.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -51,7 +53,13 @@ def behind(network: nn.Module, x: Tensor, hidden: Tensor, fill: Tensor) -> Tenso
 
 
 class Views:
-    """A classifier, as it is now, and masks."""
+    """A classifier, as it is now, and masks.
+
+    Attributes:
+        slack: what a lead must exceed to be sure.
+    """
+
+    slack = SLACK["float64"]
 
     def __init__(self, network: nn.Module, masks: Tensor, fill: Tensor, shape: tuple[int, ...], classes: int, first: str) -> None:
         """Look through masks, bool [M, H, W], of colour ``fill`` [C, 1, 1].
@@ -67,6 +75,10 @@ class Views:
         self._masks, self._fill, self._shape, self._classes = masks, fill, shape, classes
         self._ladder = ("bfloat16", "float32", "float64") if first == "bfloat16" else ("float32", "float64")
         self._networks: dict[str, nn.Module | None] = dict.fromkeys(PRECISIONS, rounding.frozen(network))
+
+    def asking(self, x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Answers]:
+        """What to ask about images [B, C, H, W]; see :meth:`ask`."""
+        return functools.partial(self.ask, x)
 
     def ask(self, x: Tensor, image: Tensor, first: Tensor, second: Tensor) -> Answers:
         """Labels of n passes: which of the images [B, C, H, W] behind which two masks, int64 [n]; on the CPU.

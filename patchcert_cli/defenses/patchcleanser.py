@@ -16,24 +16,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli import models
+from patchcert_cli import exact, models
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers import masking, views
+from patchcert_cli.certifiers.exact_views import ExactViews
 from patchcert_cli.certifiers.masking import Table
 from patchcert_cli.certifiers.masks import Cover, MaskPlan
-from patchcert_cli.certifiers.views import PRECISIONS, SLACK, Views
+from patchcert_cli.certifiers.views import PRECISIONS, Views
 from patchcert_cli.defenses.base import Augment, Claim, Defense, Options, Surrogate, TrainingStep
 from patchcert_cli.errors import UsageError
+from patchcert_cli.levels import Levels
 from patchcert_cli.schema import Count, Fraction, Must, Positive
 from patchcert_cli.threats import Patch, PatchPercent, Threat
 
 CELLS = 1 << 23  # entries of the tables of a group of images
+BYTES = 1 << 28  # of the maps behind single masks of a group of images
 LOOKED = 12  # masks that an attack looks through
 
 Share = Annotated[float, Must(lambda p: 0 <= p <= 1, "in [0, 1]")]
@@ -143,6 +146,7 @@ class PatchCleanser(Defense):
         super().__init__(input_shape=input_shape, classes=classes)
         self.network, self.plan, self.labels = network, masks, labels
         self.set = masks.masks(*input_shape[1:])
+        self.deployed = exact.Deployed(network) if getattr(network, "freezable", False) else None
         self.register_buffer("masks", self.set.hidden, persistent=False)
         self.register_buffer("fill", torch.tensor(list(fill), dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
         if len(self.fill) != input_shape[0]:
@@ -215,12 +219,13 @@ class PatchCleanser(Defense):
         if method == "pairs":  # every mask is to have a whole row
             by = torch.eye(len(self.set), dtype=torch.bool)
             atom = cover.atom[cover.by.int().argmax(dim=0)]
-        proof, device = masking.prove(table, answer, by, SLACK["float64"], seen), self.masks.device
+        slack, device = self.views().slack, self.masks.device
+        proof = masking.prove(table, answer, by, slack, seen)
         return Certificate(
             prediction=answer.to(device),
             certified=proof.certified.to(device),
             margin=proof.margin.to(device),
-            slack=torch.full_like(proof.margin, SLACK["float64"], device=device),
+            slack=torch.full_like(proof.margin, slack, device=device),
             worst=claim.threat.atoms(*self.input_shape[1:])[atom[proof.weakest]].to(device),
             rival=proof.rival.to(device),
             threat=claim.threat,
@@ -230,16 +235,21 @@ class PatchCleanser(Defense):
     def _tables(self, x: Tensor) -> Iterator[Table]:
         """What is known of the images, a group at a time; an empty batch is one group."""
         views = self.views()
+        size = max(1, CELLS // len(self.set) ** 2)
+        if isinstance(views, ExactViews):
+            size = max(1, min(size, BYTES // max(views.bytes_each(), 1)))
+        for part in torch.split(x, size):
+            yield Table(views.asking(part), len(part), len(self.set))
 
-        def asking(part: Tensor) -> masking.Ask:
-            return lambda image, first, second: views.ask(part, image, first, second)
-
-        for part in torch.split(x, max(1, CELLS // len(self.set) ** 2)):
-            yield Table(asking(part), len(part), len(self.set))
-
-    def views(self) -> Views:
+    def views(self) -> Views | ExactViews:
         """The network as it is now, behind the masks."""
-        return Views(self.network, self.masks, self.fill, self.input_shape, len(self.classes), self.labels)
+        return self._behind(self.masks)
+
+    def _behind(self, masks: Tensor) -> Views | ExactViews:
+        """The same behind masks of one's own, bool [M, H, W]."""
+        if self.deployed is not None:
+            return ExactViews(cast(Levels, self.deployed()), masks, self.fill)
+        return Views(self.network, masks, self.fill, self.input_shape, len(self.classes), self.labels)
 
     def cost(self) -> tuple[int, int]:
         return len(self.set), self.set.passes
@@ -274,6 +284,19 @@ class PatchCleanser(Defense):
         whiten = getattr(self.network, "whiten", None)
         if whiten is not None:
             whiten(x)
+
+    @torch.no_grad()
+    def finish(self, x: Tensor) -> None:
+        """Choose the steps of a network that is to be frozen, from training images behind two random masks and behind none."""
+        if self.deployed is None:
+            return
+        self.eval()
+        generator = torch.Generator().manual_seed(0)
+        with exact.observing(self.network):
+            for part in torch.split(x, 250):
+                hidden = self.masks[torch.randint(len(self.masks), (2, len(part)), generator=generator).to(self.masks.device)]
+                self.behind(part, hidden[0] | hidden[1])
+                self.forward(part)
 
     def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:
         """Cross-entropy behind random masks, or behind masks chosen by greedy cutout."""

@@ -19,10 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from patchcert_cli import exact, levels
+from patchcert_cli.errors import IntegrityError
+from patchcert_cli.exact import Grid
 from patchcert_cli.layers import Normalize
+from patchcert_cli.levels import Level
 
 QUICK = 8.0  # a bias is this times its parameter, which squares in the step: 64 times the learning rate
 WHITE = 5e-4  # added to the variances that whitening divides by
+SHARE = 0.5  # of the largest activation seen, where grids end: finer steps for the others are worth more than the few beyond
 HEAD = 9.0  # the largest values over positions are large; logits are to begin small
 
 
@@ -44,17 +49,31 @@ class Norm(nn.BatchNorm2d):
         )
 
 
+class Gelu(nn.Module):
+    """GELU, behind the grid of what goes in, if the network is to be frozen."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.grid = Grid(bits, below=levels.LOWEST, share=SHARE) if bits else None
+
+    def forward(self, v: Tensor) -> Tensor:
+        return F.gelu(v if self.grid is None else self.grid(v))
+
+
 class Stage(nn.Module):
     """``u = gelu(norm(pool(conv(v))))``, then ``u + gelu(norm(conv(u)))``: [B, before, h, w] -> [B, width, h // 2, w // 2]."""
 
-    def __init__(self, before: int, width: int) -> None:
+    def __init__(self, before: int, width: int, bits: int = 0) -> None:
         super().__init__()
         self.first, self.first_norm = nn.Conv2d(before, width, 3, padding=1, bias=False), Norm(width)
         self.second, self.second_norm = nn.Conv2d(width, width, 3, padding=1, bias=False), Norm(width)
+        self.first_gelu, self.second_gelu = Gelu(bits), Gelu(bits)
+        self.grid = Grid(bits, below=2 * levels.DIP, share=SHARE) if bits else None
 
     def forward(self, v: Tensor) -> Tensor:
-        u = F.gelu(self.first_norm(F.max_pool2d(self.first(v), 2)))
-        return u + F.gelu(self.second_norm(self.second(u)))
+        u = self.first_gelu(self.first_norm(F.max_pool2d(self.first(v), 2)))
+        out = u + self.second_gelu(self.second_norm(self.second(u)))
+        return out if self.grid is None else cast(Tensor, self.grid(out))
 
 
 class MaskedNetwork(nn.Module):
@@ -76,15 +95,19 @@ class MaskedNetwork(nn.Module):
         widths: Sequence[int],
         takes_mask: bool,
         mirrored: bool,
+        bits: int = 0,
     ) -> None:
         super().__init__()
         self.takes_mask, self.mirrored, self.normalize, self.channels = takes_mask, mirrored, normalize, shape[0]
+        self.bits = bits
         self.stem = nn.Conv2d(shape[0] + takes_mask, stem, kernel, padding=(kernel - 1) // 2)
         sides = [length + 2 * ((kernel - 1) // 2) - kernel + 1 for length in shape[1:]]
         self.most = max(
             stem * math.prod(sides), *(width * math.prod(side >> at for side in sides) for at, width in enumerate(widths))
         )
-        self.stages = nn.Sequential(*(Stage(before, width) for before, width in pairwise([stem, *widths])))
+        self.stages = nn.Sequential(*(Stage(before, width, bits) for before, width in pairwise([stem, *widths])))
+        self.gelu = Gelu(bits)
+        self.grid = Grid(bits, below=levels.DIP, share=SHARE) if bits else None
         self.head = nn.Linear(widths[-1], classes)
         with torch.no_grad():
             for stage in cast(list[Stage], list(self.stages)):  # the first channels begin as copies of what comes in
@@ -108,8 +131,66 @@ class MaskedNetwork(nn.Module):
         if self.takes_mask:
             assert hidden is not None, "this network is to be told what is hidden"
             v = torch.cat([v, hidden.to(v)], dim=1)
-        v = self.stages(F.gelu(self.stem(v)))
+        v = self.gelu(self.stem(v))
+        v = self.stages(v if self.grid is None else self.grid(v))
         return cast(Tensor, self.head(v.amax(dim=(2, 3)) / HEAD))
+
+    @property
+    def freezable(self) -> bool:
+        """Whether the network that is deployed computes in whole numbers."""
+        return self.bits > 0
+
+    def freeze(self, precision: torch.dtype) -> tuple[nn.Module, int]:
+        """The deployed network (:mod:`patchcert_cli.levels`); the bits of its weights do not depend on ``precision``."""
+        if not self.freezable or self.grid is None:
+            raise IntegrityError("this network has no grid to compute exactly on;", hint="its network options say bits: 0.")
+        weight, bias = exact.fold(self.stem, None)
+        scale, shift = self.normalize.scale.double().cpu() / 255, self.normalize.shift.double().cpu()
+        around = (-shift / scale).round().clamp(0, 255)  # a normalized 0
+        if self.takes_mask:  # 255 where hidden stands for 1
+            scale, shift, around = (
+                F.pad(one, (0, 1), value=value) for one, value in ((scale, 1 / 255), (shift, 0.0), (around, 0.0))
+            )
+        weight, bias = exact.absorb(weight, bias, scale, shift)
+        out = int(self.grid.exponent)
+        zero = levels.dip(out)
+        weight, around = levels.padded(weight), F.pad(around, (0, -len(around) % 4))
+        padding, unmoved = cast(tuple[int, int], self.stem.padding)[0], torch.zeros_like(around)
+        made = [self._level(weight, bias, self.gelu, 0, unmoved, out, zero, around, padding=padding)]
+        for stage in cast(list[Stage], list(self.stages)):
+            before, scale_in, out = zero, out, int(cast(Grid, stage.grid).exponent)
+            zero = levels.dip(out)
+            first, second = _folded(stage.first, stage.first_norm), _folded(stage.second, stage.second_norm)
+            full = torch.full((stage.first.in_channels,), float(before), dtype=torch.float64)
+            made.append(self._level(*first, stage.first_gelu, scale_in, full, out, zero, full, padding=1, pool=True))
+            full = torch.full((stage.second.in_channels,), float(zero), dtype=torch.float64)
+            made.append(self._level(*second, stage.second_gelu, out, full, out, zero, full, padding=1, residual=True))
+            zero = 2 * zero
+        copies = 1 + self.mirrored
+        weight, bias = (one.detach().double().cpu() for one in (self.head.weight, self.head.bias))
+        last = levels.head(weight / HEAD, bias, scale=out, zero=zero, copies=copies)
+        return levels.Levels(made, last, takes_mask=self.takes_mask, mirrored=self.mirrored), 53
+
+    @staticmethod
+    def _level(
+        weight: Tensor,
+        bias: Tensor,
+        gelu: Gelu,
+        scale: int,
+        moved: Tensor,
+        out: int,
+        zero: int,
+        around: Tensor,
+        *,
+        padding: int,
+        pool: bool = False,
+        residual: bool = False,
+    ) -> Level:
+        """A level of real weights whose inputs are whole numbers less ``moved`` [C], in steps of 2^scale."""
+        whole, step = levels.whole(weight, bias, scale=scale, zero=moved, step=int(cast(Grid, gelu.grid).exponent))
+        table = levels.gelu_table(step, out, zero)
+        after = 2 * zero if residual else zero
+        return Level(whole, table, before=around, zero=after, padding=padding, pool=pool, residual=residual)
 
     @torch.no_grad()
     def whiten(self, x: Tensor) -> None:
@@ -128,6 +209,14 @@ class MaskedNetwork(nn.Module):
             weight[at : at + count, self.channels :] = 0
 
 
+def _folded(convolution: nn.Conv2d, norm: Norm) -> tuple[Tensor, Tensor]:
+    """Weight and bias, float64 on the CPU, of a convolution and the norm behind it."""
+    weight, _ = exact.fold(convolution, None)
+    mean, variance = (cast(Tensor, one).detach().double().cpu() for one in (norm.running_mean, norm.running_var))
+    scale = 1 / torch.sqrt(variance + norm.eps)  # these operations are rounded alike on every machine
+    return weight * scale[:, None, None, None], norm.quick.detach().double().cpu() * QUICK - mean * scale
+
+
 def build(
     *,
     input_shape: Sequence[int],
@@ -137,6 +226,7 @@ def build(
     widths: Sequence[int] = (64, 256, 256),
     takes_mask: bool = False,
     mirrored: bool = False,
+    bits: int = 0,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Any:
@@ -144,10 +234,13 @@ def build(
 
     Every stage halves the sides of the map, so there are at most as many as the image allows. With ``takes_mask`` the network
     sees which pixels are hidden as one more channel. With ``mirrored`` it looks at each image twice, for twice the time.
+    With ``bits`` (8) the network that is deployed computes in whole numbers, without rounding error; with 0 in floating point.
     """
+    if bits not in (0, 8):
+        raise ValueError(f"bits is {bits}; allowed: 8 for whole numbers, 0 for floating point")
     if not widths or min(stem, kernel, *widths) < 1:
         raise ValueError("stem, kernel and every width must be 1 or more")
     if min(input_shape[1:]) >> len(widths) < 2:
         raise ValueError(f"{len(widths)} stages are too many for images of {input_shape[1]}x{input_shape[2]}")
-    network = MaskedNetwork(Normalize(mean, std), input_shape, classes, stem, kernel, widths, takes_mask, mirrored)
+    network = MaskedNetwork(Normalize(mean, std), input_shape, classes, stem, kernel, widths, takes_mask, mirrored, bits)
     return network.to(memory_format=torch.channels_last)  # pooling and bfloat16 convolutions are up to three times as fast so

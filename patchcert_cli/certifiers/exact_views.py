@@ -1,0 +1,339 @@
+"""What a network of whole numbers says of images behind pairs of masks: exact, and computed once where two masks share it.
+
+Level by level (:mod:`patchcert_cli.levels`), let Z(i) be the positions of a map that see a pixel that mask i hides. Behind masks i
+and j a position outside Z(i) has the value that it has behind j alone, and outside Z(j) that behind i alone, since it sees no pixel
+in which the two differ. So of a map behind two masks only Z(i) and Z(j)'s common part is computed, inside its smallest box; all else
+is taken from the maps behind single masks. As every value is an exact function of what it sees, these are the very numbers that the
+whole network computes, and a test compares them bit for bit.
+
+Shapes: B images, C channels, H x W pixels, K classes, M masks, n passes, P positions of a map, h x w positions of a box.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchcert_cli import exact, integers
+from patchcert_cli.certifiers.views import Answers
+from patchcert_cli.errors import IntegrityError
+from patchcert_cli.levels import Level, Levels
+
+TESTED = 8  # passes of the test
+TOGETHER = 2048  # passes whose boxes are computed at once
+WHOLE = 96  # passes whose last maps, which all of them need, are computed at once
+WORTH = 0.7  # share of a map's positions up to which computing boxes alone pays
+
+
+class Zones:
+    """Where masks are felt, map by map, for one network, one set of masks and images of one size.
+
+    Attributes:
+        felt: for the pixels and then for each level bool [M, H, W], Z of each mask.
+        boxes: for each level int64 [M, M, 4], top, left, height and width of the smallest box around two masks' common part.
+        parted: how many levels are computed in boxes; the others as a whole.
+        order: int64 [M, M], a number for the sizes of two masks' boxes, of the last levels first.
+    """
+
+    def __init__(self, network: Levels, masks: Tensor) -> None:
+        self.felt, self.boxes, self.parted = [masks], [], 0
+        for level in network.each:
+            self.felt.append(spread(self.felt[-1], level))
+            self.boxes.append(common(self.felt[-1]))
+        for felt, boxes in zip(self.felt[1:], self.boxes, strict=True):
+            positions = felt.shape[1] * felt.shape[2]
+            if float((boxes[..., 2] * boxes[..., 3]).double().mean()) > WORTH * positions:
+                break
+            self.parted += 1
+        self.order = torch.zeros(len(masks), len(masks), dtype=torch.int64)
+        for boxes in self.boxes[: self.parted]:
+            sizes = (boxes[..., 2] * 1024 + boxes[..., 3]).flatten().unique(return_inverse=True)[1]
+            self.order += sizes.reshape(self.order.shape) * (self.order.max() + 1)
+            self.order = self.order.flatten().unique(return_inverse=True)[1].reshape(self.order.shape)
+
+
+def spread(felt: Tensor, level: Level) -> Tensor:
+    """Which positions of the map that a level makes see one of ``felt``, bool [M, H, W] -> [M, H', W']."""
+    size = [level.size(length) for length in felt.shape[1:]]
+    spans = [level.span(0, length) for length in size]
+    around = [(-spans[axis][0], sum(spans[axis]) - felt.shape[1 + axis]) for axis in (0, 1)]
+    given = F.pad(felt[:, None].float(), (*around[1], *around[0]))
+    return F.max_pool2d(given, level.kernel + level.step - 1, stride=level.step)[:, 0] > 0
+
+
+def common(felt: Tensor) -> Tensor:
+    """The smallest box around the positions that two masks share, int64 [M, M, 4]; of height and width 0 if there is none."""
+    both = felt[:, None] & felt[None]  # [M, M, H, W]
+    sides = []
+    for axis in (3, 2):
+        line = both.any(dim=axis)  # rows, then columns
+        first, last = line.int().argmax(dim=2), line.shape[2] - line.flip(2).int().argmax(dim=2)
+        sides.append((first, (last - first) * line.any(dim=2)))
+    return torch.stack([sides[0][0], sides[1][0], sides[0][1], sides[1][1]], dim=2)
+
+
+class Maps:
+    """The values of one map behind masks: rows of a table, for each pass those of single masks or of its own box.
+
+    Attributes:
+        rows: uint8 [n, C], first P rows for each image and single mask, then those of boxes, last what surrounds the map.
+    """
+
+    def __init__(self, singles: int, size: tuple[int, int], around: Tensor, own: int) -> None:
+        """Of ``singles`` images behind single masks, of H x W positions, with room for ``own`` rows of boxes."""
+        self.size, self.singles = size, singles * size[0] * size[1]
+        self.rows = torch.empty(self.singles + own + 1, len(around), dtype=torch.uint8)
+        self.rows[-1] = around
+        self.begin = self.singles
+
+    def take(self, maps: Tensor, at: int) -> None:
+        """Keep whole maps [n, C, H, W] of single masks, the first of which is number ``at``."""
+        flat = maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
+        begin = at * self.size[0] * self.size[1]
+        self.rows[begin : begin + len(flat)] = flat
+
+    def part(self, maps: Tensor) -> Tensor:
+        """Keep the boxes [n, C, h, w] of some passes; returns where each begins, int64 [n]."""
+        n, channels, height, width = maps.shape
+        flat, begin = maps.permute(0, 2, 3, 1).reshape(-1, channels), self.begin
+        if begin + len(flat) > len(self.rows) - 1:
+            more = self.rows.new_empty(len(self.rows), channels)
+            more[-1] = self.rows[-1]
+            self.rows = torch.cat([self.rows[:-1], more])
+        self.rows[begin : begin + len(flat)] = flat
+        self.begin += len(flat)
+        return begin + torch.arange(n) * height * width
+
+    def read(self, index: Tensor) -> Tensor:
+        """The rows ``index`` [n, h, w], -1 for the surroundings, as a part of a map [n, C, h, w], channels last in memory."""
+        found = self.rows.index_select(0, index.reshape(-1) % len(self.rows))
+        return found.reshape(*index.shape, -1).permute(0, 3, 1, 2)
+
+
+class Passes:
+    """Some images behind pairs of masks; their maps behind single masks are computed first."""
+
+    def __init__(self, network: Levels, zones: Zones, steps: Tensor, fill: Tensor) -> None:
+        """Look at ``steps``, whole numbers [B, C, H, W], behind masks of colour ``fill``, whole numbers [C, 1, 1]."""
+        self.network, self.zones, masks = network, zones, zones.felt[0]
+        self.count = len(masks)
+        image, mask = (torch.ones(len(steps), len(masks)).nonzero()).T
+        levels = network.each[: zones.parted]
+        clean, hidden = network.pixels(steps), network.pixels(fill[None], torch.ones(1, 1, 1, dtype=torch.bool))
+        self.pixels = Maps(len(steps), (steps.shape[2], steps.shape[3]), levels[0].before, 1)
+        self.pixels.take(clean, 0)
+        self.pixels.part(hidden)
+        self.maps = [
+            Maps(len(image), (felt.shape[1], felt.shape[2]), after.before, 0)
+            for felt, after in zip(zones.felt[1 : zones.parted + 1], network.each[1 : zones.parted + 1], strict=True)
+        ]
+        features = [torch.zeros(0, network.head.weight.shape[1], dtype=torch.int64)]
+        for some in torch.split(torch.arange(len(image)), WHOLE):
+            q = self._pixels(image[some], mask[some], mask[some], *_everything(levels[0], self.pixels.size, len(some)))
+            for number, level in enumerate(levels):
+                q = level(q) if number == 0 else level.everything(q)
+                self.maps[number].take(q, int(some[0]))
+            features.append(network.features(q, zones.parted))
+        self.single = torch.cat(features).reshape(len(steps), len(masks), -1)
+
+    def features(self, image: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """The largest values over the last map of n passes, int64 [n, C]: which image, behind which two masks, int64 [n]."""
+        made = self.single[image, first].clone()
+        pairs = (first != second).nonzero()[:, 0]
+        pairs = pairs[self.zones.order[first[pairs], second[pairs]].argsort()]  # boxes of one size come together
+        for some in torch.split(pairs, TOGETHER) if len(pairs) else ():
+            made[some] = self._together(image[some], first[some], second[some])
+        return made
+
+    def _together(self, image: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        levels, starts = self.network.each, []
+        for number in range(self.zones.parted):
+            starts.append(self._boxes(number, starts, image, first, second))
+        last, made = self.zones.parted, []
+        size = self.maps[-1].size
+        for some in torch.split(torch.arange(len(image)), WHOLE):
+            told = image[some], first[some], second[some]
+            if last == len(levels):
+                whole = self.maps[-1].read(self._index(last - 1, starts[-1][some], *told, *_grid(size, len(some))))
+                made.append(whole.amax(dim=(2, 3)).long())
+                continue
+            spans = _everything(levels[last], size, len(some))
+            q = levels[last](self.maps[-1].read(self._index(last - 1, starts[-1][some], *told, *spans)))
+            made.append(self.network.features(q, last + 1))
+        for maps in self.maps:
+            maps.begin = maps.singles
+        return torch.cat(made)
+
+    def _boxes(self, number: int, starts: list[Tensor], image: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Compute the common part of a level's map for each pass; returns where it begins in the table, int64 [n]."""
+        level, boxes = self.network.each[number], self.zones.boxes[number][first, second]
+        begin = torch.zeros(len(image), dtype=torch.int64)
+        shapes = boxes[:, 2] * 1024 + boxes[:, 3]
+        for shape in shapes.unique().tolist():
+            height, width = divmod(shape, 1024)
+            if not height:
+                continue
+            at = (shapes == shape).nonzero()[:, 0]
+            padded = torch.cat([at, at[:1].expand(_more(len(at)))])  # few sizes of batches, for which kernels are kept
+            told, corner = (image[padded], first[padded], second[padded]), boxes[padded]
+            spans = _span(level, corner[:, 0], height), _span(level, corner[:, 1], width)
+            if number == 0:
+                q = self._pixels(*told, *spans)
+            else:
+                q = self.maps[number - 1].read(self._index(number - 1, starts[-1][padded], *told, *spans))
+            begin[at] = self.maps[number].part(level(q)[: len(at)])
+        return begin
+
+    def _pixels(self, image: Tensor, first: Tensor, second: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """Masked pixels of n passes at rows [n, h] and columns [n, w], as the first level is given them."""
+        inside, place = _places(self.pixels.size, row, column)
+        area = self.pixels.size[0] * self.pixels.size[1]
+        felt = self.zones.felt[0].flatten()
+        hidden = felt[first[:, None, None] * area + place] | felt[second[:, None, None] * area + place]
+        index = torch.where(hidden, self.pixels.singles, image[:, None, None] * area + place)
+        return self.pixels.read(torch.where(inside, index, -1))
+
+    def _index(
+        self, number: int, start: Tensor, image: Tensor, first: Tensor, second: Tensor, row: Tensor, column: Tensor
+    ) -> Tensor:
+        """Which row of the table holds what a level's map is behind two masks, [n, h, w]; -1 outside the map."""
+        size = self.maps[number].size
+        inside, place = _places(size, row, column)
+        area = size[0] * size[1]
+        felt, box = self.zones.felt[number + 1].flatten(), self.zones.boxes[number][first, second]
+        moved = felt[second[:, None, None] * area + place]  # what the second mask does not move is as behind the first
+        single = torch.where(moved, second[:, None, None], first[:, None, None])
+        index = (image[:, None, None] * self.count + single) * area + place
+        down, right = row - box[:, :1], column - box[:, 1:2]
+        own = ((down >= 0) & (down < box[:, 2:3]))[:, :, None] & ((right >= 0) & (right < box[:, 3:4]))[:, None, :]
+        index = torch.where(own, start[:, None, None] + down[:, :, None] * box[:, 3, None, None] + right[:, None, :], index)
+        return torch.where(inside, index, -1)
+
+
+def _span(level: Level, first: Tensor, count: int) -> Tensor:
+    """The positions that ``count`` positions from ``first`` [n] on see, int64 [n, m]."""
+    begin, length = level.span(0, count)
+    return first[:, None] * level.step + begin + torch.arange(length)
+
+
+def _everything(level: Level, size: tuple[int, int], n: int) -> tuple[Tensor, Tensor]:
+    """What the whole map that a level makes of one of ``size`` sees, for n passes."""
+    zero = torch.zeros(n, dtype=torch.int64)
+    return _span(level, zero, level.size(size[0])), _span(level, zero, level.size(size[1]))
+
+
+def _grid(size: tuple[int, int], n: int) -> tuple[Tensor, Tensor]:
+    """All positions of a map, for n passes."""
+    return torch.arange(size[0]).expand(n, -1), torch.arange(size[1]).expand(n, -1)
+
+
+def _places(size: tuple[int, int], row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether rows [n, h] and columns [n, w] lie in a map, bool [n, h, w], and the number of the position, int64; 0 outside."""
+    inside = ((row >= 0) & (row < size[0]))[:, :, None] & ((column >= 0) & (column < size[1]))[:, None, :]
+    place = row[:, :, None] * size[1] + column[:, None, :]
+    return inside, torch.where(inside, place, 0)
+
+
+def _more(count: int) -> int:
+    """How many passes to add so that there are few different counts: four in each doubling."""
+    step = max(1, 1 << max(count.bit_length() - 3, 0))
+    return -count % step
+
+
+class ExactViews:
+    """A network of whole numbers and masks.
+
+    Attributes:
+        slack: what a lead must exceed to be sure; 0, since none is rounded.
+    """
+
+    slack = 0.0
+
+    def __init__(self, network: Levels, masks: Tensor, fill: Tensor) -> None:
+        """Look through masks, bool [M, H, W], of colour ``fill`` [C, 1, 1] in [0, 1], which is rounded to whole steps of 1/255."""
+        self.network, self.masks, self.fill = network, masks, exact.to_steps(fill)
+        self._zones: list[Zones] = []
+
+    def zones(self) -> list[Zones]:
+        """Where the masks are felt, and for a mirrored network where the mirrored masks are."""
+        if not self._zones:
+            views = [self.masks, self.masks.flip(2)] if self.network.mirrored else [self.masks]
+            self._zones = [Zones(self.network, masks.cpu()) for masks in views]
+        return self._zones
+
+    def asking(self, x: Tensor) -> Asked:
+        """What to ask about images [B, C, H, W] in [0, 1]."""
+        return Asked(self, x)
+
+    def bytes_each(self) -> int:
+        """What the maps behind single masks hold for one image."""
+        return sum(
+            len(zones.felt[0]) * math.prod(felt.shape[1:]) * level.whole.weight.shape[0]
+            for zones in self.zones()
+            for felt, level in zip(zones.felt[1 : zones.parted + 1], self.network.each, strict=False)
+        )
+
+    @torch.no_grad()
+    def test(self) -> None:
+        """Compare what is computed in parts with the whole network in float64, on some images behind some pairs.
+
+        Raises:
+            IntegrityError: a number differs.
+        """
+        generator = torch.Generator().manual_seed(0)
+        channels, (height, width) = len(self.fill), self.masks.shape[1:]
+        x = torch.rand(2, channels, height, width, generator=generator).to(self.masks.device)
+        image, first, second = (torch.randint(most, (TESTED,), generator=generator) for most in (2, *[len(self.masks)] * 2))
+        found = self.asking(x).logits(image, first, second)
+        hidden = self.masks[first.to(self.masks.device)] | self.masks[second.to(self.masks.device)]
+        with integers.only("float64"):
+            right = self.logits(exact.to_steps(x)[image.to(x.device)], hidden).cpu()
+        if not torch.equal(found, right):
+            raise IntegrityError(
+                "the network's whole numbers differ from those of float64;", hint="this build of torch does not compute exactly."
+            )
+
+    def logits(self, steps: Tensor, hidden: Tensor) -> Tensor:
+        """float64 [n, K] of whole numbers [n, C, H, W] behind bool [n, H, W], from the whole network."""
+        return cast(Tensor, self.network(torch.where(hidden[:, None], self.fill.to(steps), steps), hidden))
+
+
+class Asked:
+    """Some images, about which passes are asked."""
+
+    def __init__(self, views: ExactViews, x: Tensor) -> None:
+        self._views, self._steps = views, exact.to_steps(x)
+        self._passes: list[Passes] = []
+
+    def __call__(self, image: Tensor, first: Tensor, second: Tensor) -> Answers:
+        """Labels of n passes: which of the images behind which two masks, int64 [n]; on the CPU.
+
+        A lead is a share of the pass's largest logit, as elsewhere; its sign is exact.
+        """
+        logits = self.logits(image, first, second)
+        ranked = logits.sort(dim=1, descending=True, stable=True)  # of equals the lowest class first
+        scale = logits.abs().amax(dim=1).clamp(min=1e-300)
+        lead = (ranked.values[:, 0] - ranked.values[:, 1]) / scale
+        return Answers(ranked.indices[:, 0], ranked.indices[:, 1], lead)
+
+    @torch.no_grad()
+    def logits(self, image: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """float64 [n, K] on the CPU, without rounding error."""
+        views, network = self._views, self._views.network
+        if self._steps.device.type != "cpu" or not views.zones()[0].parted:
+            parts = [torch.zeros(0, network.head.weight.shape[0], dtype=torch.float64)]
+            for some in torch.split(torch.arange(len(image)), TOGETHER):
+                hidden = views.masks[first[some].to(views.masks.device)] | views.masks[second[some].to(views.masks.device)]
+                parts.append(views.logits(self._steps[image[some].to(self._steps.device)], hidden).cpu())
+            return torch.cat(parts)
+        if not self._passes:
+            sides = [self._steps, self._steps.flip(3)]
+            self._passes = [Passes(network, zones, steps, views.fill) for zones, steps in zip(views.zones(), sides, strict=False)]
+        features = sum(
+            (passes.features(image, first, second) for passes in self._passes[1:]), self._passes[0].features(image, first, second)
+        )
+        return network.logits(features)
