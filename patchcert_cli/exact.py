@@ -123,7 +123,7 @@ def absorb(weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tuple[
 
 
 def total(terms: Tensor) -> Tensor:
-    """The correctly rounded sum of each row, float64 [O, n] -> [O]: the same on every machine, whatever the order of the terms."""
+    """The correctly rounded sum of each row, float64 [O, n] -> [O], which no order of the terms alters."""
     return torch.tensor([math.fsum(row) for row in terms.tolist()], dtype=torch.float64)
 
 

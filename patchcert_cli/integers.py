@@ -8,12 +8,12 @@ ones without their sign, then each of these computations returns that value, wha
 with or without fused multiply-add; 32-bit integers; 16-bit integers that add two products with saturation and are then added in
 32 bits (vpmaddubsw and vpmaddwd of processors without VNNI).
 Proof. Every partial sum of products is a whole number of magnitude at most 2^24 (:mod:`patchcert_cli.exact`), so float32, float64
-and int32 hold it exactly. Two products have a sum between -2 * 255 * 64 = -32,640 and 32,640, which is within the 16 bits, -32,768
-to 32,767, so nothing saturates. Dividing by 2^k is exact, so the one rounding is of an exact number, and IEEE 754 defines it. QED.
+and int32 hold it exactly. Two products have a sum between -2 * 255 * 64 = -32,640 and 32,640, within the 16 bits from -32,768 to
+32,767, so nothing saturates. Dividing by 2^k is exact, so the one rounding is of an exact number, and IEEE 754 defines it. QED.
 
-oneDNN's integer convolution (``torch.ops.onednn``) is not a stable interface. It is looked for, compared with float64 on random and
-extreme inputs for each layer and size of map on this machine, and used where it is equal and measured faster; else float32 serves.
-The bits are the same either way.
+oneDNN's integer convolution (``torch.ops.onednn``) is not a stable interface. It is looked for, compared with float64 on
+random and extreme inputs for each layer and each size of map on this machine, and used where it is equal and measured faster;
+else float32 serves. The bits are the same either way.
 
 Shapes: n maps, C channels in, O out, H x W positions, k x k kernels.
 """
@@ -164,7 +164,7 @@ def prepared(layer: Whole, backend: str, shape: tuple[int, ...]) -> Run | None:
 def probes(layer: Whole, shape: tuple[int, ...]) -> list[Tensor]:
     """Inputs that a wrong kernel shows itself by, uint8 [n, C, H, W]: random ones, and extreme ones of some channels."""
     generator = torch.Generator().manual_seed(0)
-    _, channels, height, width = shape
+    height, width = shape[2:]
     made = [torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8), torch.full(shape, 255, dtype=torch.uint8)]
     made[1][1::2, ::2] = 0  # every other channel, in every other map
     side = layer.weight.shape[2]

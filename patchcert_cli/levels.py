@@ -1,9 +1,9 @@
 """Networks of whole numbers, level by level, any part of a map computed from the part of the map before that it sees.
 
-A level is an exact convolution (:mod:`patchcert_cli.integers`) onto a grid of pre-activations, with ``pool`` the largest of every
-2x2 of them, a table of 256 whole numbers for the activation, and with ``residual`` plus what came in, cut at 255. Zero is the whole
-number ``zero`` of a map, which is also what surrounds it. So every value is a function of whole numbers alone, the same in any
-batch, in any order, on any machine, and the same whether a map is computed at once or in parts.
+A level is an exact convolution (:mod:`patchcert_cli.integers`) onto a grid of pre-activations, with ``pool`` the largest of
+every 2x2 of them, a table of 256 whole numbers for the activation, and with ``residual`` plus what came in, cut at 255. Zero
+is the whole number ``zero`` of a map, which is also what surrounds it. So every value is a function of whole numbers alone,
+the same in any batch, in any order, on any machine, and the same whether a map is computed at once or in parts.
 
 Shapes: n maps or parts, C channels in, O out, H x W positions, K classes.
 """

@@ -1,10 +1,15 @@
 """What a network of whole numbers says of images behind pairs of masks: exact, and computed once where two masks share it.
 
-Level by level (:mod:`patchcert_cli.levels`), let Z(i) be the positions of a map that see a pixel that mask i hides. Behind masks i
-and j a position outside Z(i) has the value that it has behind j alone, and outside Z(j) that behind i alone, since it sees no pixel
-in which the two differ. So of a map behind two masks only Z(i) and Z(j)'s common part is computed, inside its smallest box; all else
-is taken from the maps behind single masks. As every value is an exact function of what it sees, these are the very numbers that the
-whole network computes, and a test compares them bit for bit.
+**Theorem.** Level by level (:mod:`patchcert_cli.levels`), let Z(i) be the positions of a map that see a pixel that mask i
+hides. Behind masks i and j a position outside Z(j) has the value that it has behind i alone, and a position outside Z(i) the
+value that it has behind j alone.
+Proof. The image behind i and j differs from the image behind i alone only in pixels that j hides. A position outside Z(j)
+sees none of them, so it sees the same whole numbers, and its value is an exact function of what it sees. For Z(i) exchange i
+and j. QED.
+
+So of a map behind two masks only the common part of Z(i) and Z(j) is computed, inside the smallest box around it; all else is
+taken from the maps behind single masks. What is computed twice has the same bits, and a test compares them with the whole
+network's.
 
 Shapes: B images, C channels, H x W pixels, K classes, M masks, n passes, P positions of a map, h x w positions of a box.
 """
@@ -51,9 +56,9 @@ class Zones:
             self.parted += 1
         self.order = torch.zeros(len(masks), len(masks), dtype=torch.int64)
         for boxes in self.boxes[: self.parted]:
-            sizes = (boxes[..., 2] * 1024 + boxes[..., 3]).flatten().unique(return_inverse=True)[1]
-            self.order += sizes.reshape(self.order.shape) * (self.order.max() + 1)
-            self.order = self.order.flatten().unique(return_inverse=True)[1].reshape(self.order.shape)
+            sizes = boxes[..., 2] * (1 + boxes[..., 3].max()) + boxes[..., 3]
+            both = sizes * (self.order.max() + 1) + self.order
+            self.order = torch.unique(both, return_inverse=True)[1]
 
 
 def spread(felt: Tensor, level: Level) -> Tensor:
@@ -101,7 +106,7 @@ class Maps:
         n, channels, height, width = maps.shape
         flat, begin = maps.permute(0, 2, 3, 1).reshape(-1, channels), self.begin
         if begin + len(flat) > len(self.rows) - 1:
-            more = self.rows.new_empty(len(self.rows), channels)
+            more = self.rows.new_empty(len(self.rows) + len(flat), channels)
             more[-1] = self.rows[-1]
             self.rows = torch.cat([self.rows[:-1], more])
         self.rows[begin : begin + len(flat)] = flat
@@ -127,9 +132,10 @@ class Passes:
         self.pixels = Maps(len(steps), (steps.shape[2], steps.shape[3]), levels[0].before, 1)
         self.pixels.take(clean, 0)
         self.pixels.part(hidden)
+        around = [level.before for level in network.each[1:]] + [torch.zeros(network.head.weight.shape[1], dtype=torch.uint8)]
         self.maps = [
-            Maps(len(image), (felt.shape[1], felt.shape[2]), after.before, 0)
-            for felt, after in zip(zones.felt[1 : zones.parted + 1], network.each[1 : zones.parted + 1], strict=True)
+            Maps(len(image), (felt.shape[1], felt.shape[2]), one, 0)
+            for felt, one in zip(zones.felt[1 : zones.parted + 1], around, strict=False)
         ]
         features = [torch.zeros(0, network.head.weight.shape[1], dtype=torch.int64)]
         for some in torch.split(torch.arange(len(image)), WHOLE):
@@ -150,7 +156,8 @@ class Passes:
         return made
 
     def _together(self, image: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        levels, starts = self.network.each, []
+        levels = self.network.each
+        starts: list[Tensor] = []
         for number in range(self.zones.parted):
             starts.append(self._boxes(number, starts, image, first, second))
         last, made = self.zones.parted, []
@@ -173,7 +180,7 @@ class Passes:
         level, boxes = self.network.each[number], self.zones.boxes[number][first, second]
         begin = torch.zeros(len(image), dtype=torch.int64)
         shapes = boxes[:, 2] * 1024 + boxes[:, 3]
-        for shape in shapes.unique().tolist():
+        for shape in torch.unique(shapes).tolist():
             height, width = divmod(shape, 1024)
             if not height:
                 continue
@@ -254,7 +261,7 @@ class ExactViews:
     slack = 0.0
 
     def __init__(self, network: Levels, masks: Tensor, fill: Tensor) -> None:
-        """Look through masks, bool [M, H, W], of colour ``fill`` [C, 1, 1] in [0, 1], which is rounded to whole steps of 1/255."""
+        """Look through masks, bool [M, H, W], of colour ``fill``, [C, 1, 1] in [0, 1], rounded to whole steps of 1/255."""
         self.network, self.masks, self.fill = network, masks, exact.to_steps(fill)
         self._zones: list[Zones] = []
 
@@ -333,7 +340,5 @@ class Asked:
         if not self._passes:
             sides = [self._steps, self._steps.flip(3)]
             self._passes = [Passes(network, zones, steps, views.fill) for zones, steps in zip(views.zones(), sides, strict=False)]
-        features = sum(
-            (passes.features(image, first, second) for passes in self._passes[1:]), self._passes[0].features(image, first, second)
-        )
-        return network.logits(features)
+        features = [passes.features(image, first, second) for passes in self._passes]
+        return network.logits(features[0] + features[1] if network.mirrored else features[0])

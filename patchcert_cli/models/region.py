@@ -189,7 +189,7 @@ class RegionScorer(nn.Module):
         stage = cast(Stage, self.stages[0])
         if stage.whitening is None:
             return
-        side, apart = stage.convolution.kernel_size[0], cast(int, stage.convolution.dilation[0])
+        side, apart = stage.convolution.kernel_size[0], stage.convolution.dilation[0]
         windows = F.unfold(self.prepare(x), side, dilation=apart).transpose(1, 2).flatten(0, 1).double()  # [n, C k k]
         windows = windows - windows.mean(dim=0)
         value, direction = torch.linalg.eigh(windows.T @ windows / len(windows))
@@ -280,7 +280,8 @@ def build(
 
     The receptive field is ``1 + sum((kernel - 1) * dilation)``. With ``places`` a cell knows where it is, which no attacker can
     change: good where objects are centred. ``stride`` is how far cells are apart, in pixels; the earlier layers are computed as
-    sparsely as the dilations of the later ones allow. With ``whiten`` the first convolution sees whitened windows. Activations of the deployed network have ``bits`` bits.
+    sparsely as the dilations of the later ones allow. With ``whiten`` the first convolution sees whitened windows while it is
+    trained. Activations of the deployed network have ``bits`` bits.
     """
     plan = list(zip(widths, kernels, dilations, mixes, strict=True))
     return RegionScorer(input_shape, classes, plan, Normalize(mean, std), bits, places=places, stride=stride, whiten=whiten)

@@ -27,7 +27,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     for _ in range(STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide else x.mT
+    return cast(Tensor, x if wide else x.mT)
 
 
 class Muon(torch.optim.Optimizer):
@@ -51,14 +51,14 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step of all weights that have gradients."""
         for group in self.param_groups:
-            weights = [weight for weight in cast(Sequence[nn.Parameter], group["params"]) if weight.grad is not None]
+            weights: list[Tensor] = [weight for weight in cast(Sequence[Tensor], group["params"]) if weight.grad is not None]
             if not weights:
                 continue
             if group["weight_decay"]:
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             (self._matrices if group["share"] == 1.0 else self._rest)(weights, group["lr"])
 
-    def _matrices(self, weights: Sequence[nn.Parameter], lr: float) -> None:
+    def _matrices(self, weights: Sequence[Tensor], lr: float) -> None:
         for weight in weights:
             state, slope = self.state[weight], cast(Tensor, weight.grad)
             momentum = state.setdefault("momentum", torch.zeros_like(weight))
@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
             size = max(1.0, ahead.shape[0] / ahead.shape[1]) ** 0.5
             weight.add_(orthogonal(ahead.float()).reshape(weight.shape).to(weight), alpha=-lr * size)
 
-    def _rest(self, weights: Sequence[nn.Parameter], lr: float) -> None:
+    def _rest(self, weights: Sequence[Tensor], lr: float) -> None:
         """AdamW with betas 0.9 and 0.98, as elsewhere in :mod:`patchcert_cli.training.loop`."""
         for weight in weights:
             state: dict[str, Any] = self.state[weight]
