@@ -23,6 +23,7 @@ from patchcert_cli.certificate import Certificate, Guarantee
 from patchcert_cli.certifiers import agreement
 from patchcert_cli.certifiers.agreement import Reports
 from patchcert_cli.certifiers.masks import Cover
+from patchcert_cli.certifiers.exact_views import ExactViews
 from patchcert_cli.certifiers.views import SLACK, Views
 from patchcert_cli.defenses.base import Claim, Options
 from patchcert_cli.defenses.patchcleanser import MaskedOptions, PatchCleanser
@@ -81,15 +82,18 @@ class Minority(PatchCleanser):
     def _reports(self, x: Tensor) -> Reports:
         """What is seen of images [B, C, H, W], as sure as float64 can make it, on the CPU."""
         masks = torch.cat([torch.zeros_like(self.masks[:1]), self.masks])  # nothing is hidden in the first view
-        views = Views(self.network, masks, self.fill, self.input_shape, len(self.classes), self.labels)
+        views = self._behind(masks)
         size = max(1, VALUES // (len(masks) * math.prod(self.input_shape)))
         logits, known = zip(*(self._seen(views, part, len(masks)) for part in torch.split(x, size)), strict=True)
         label, rival, lead, excess = (of.reshape(len(x), len(masks)) for of in self._read(torch.cat(logits)))
         lead = torch.where(torch.cat(known).reshape(lead.shape), lead, 0)  # what nobody can tell certifies nothing
         return Reports(label[:, 0], label[:, 1:], rival[:, 1:], lead[:, 1:], excess[:, 1:])
 
-    def _seen(self, views: Views, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _seen(self, views: Views | ExactViews, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Logits of every view of some images, float64 [n, K], and whether they are as precise as they need to be, bool [n]."""
+        if isinstance(views, ExactViews):
+            image, view = torch.arange(len(x) * count) // count, torch.arange(len(x) * count) % count
+            return views.asking(x).logits(image, view, view), torch.ones(len(image), dtype=torch.bool)
         image, view = (torch.arange(len(x) * count) // count).to(x.device), torch.arange(len(x) * count) % count
         logits, known = torch.zeros(len(image), len(self.classes), dtype=torch.float64), torch.ones(len(image), dtype=torch.bool)
         open_ = torch.arange(len(image))
