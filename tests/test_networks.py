@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -224,3 +225,50 @@ def test_every_combination_of_stride_and_dilations_adds_up() -> None:
             assert apart * spacing == dilation
             spacing *= step
         assert spacing == stride * every
+
+
+@pytest.mark.parametrize("every", [4, 5, 9])
+@pytest.mark.parametrize("training", [False, True])
+def test_sampled_cells_are_cells_of_the_whole_map(every: int, training: bool) -> None:
+    """One 7x7 convolution and 1x1 convolutions: few cells are computed by matrix products alone."""
+    options = {"widths": [6, 5], "kernels": [7, 1], "dilations": [1, 1], "mixes": [1, 1], "whiten": True}
+    if training:  # batch statistics are those of the cells that are computed, and a strided map computes more in its first stage
+        options |= {"widths": [6], "kernels": [7], "dilations": [1], "mixes": [2]}
+    options |= {"input_shape": (3, 20, 18), "classes": 4, "mean": [0.5] * 3, "std": [0.25] * 3}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        scorer: Any = models.build("region", options)
+        x = torch.rand(5, 3, 20, 18)
+    scorer.whiten(x)
+    for stage in scorer.stages:  # statistics that are not those of a fresh network
+        stage.norm.running_mean.add_(0.1)
+    scorer.train(training)
+    copied = copy.deepcopy(scorer)
+    with torch.no_grad():
+        few = scorer.score(scorer.prepare(x), every)
+        copied.one_window = False  # by strided convolutions
+        right = copied.score(copied.prepare(x), every)
+    assert few.shape == right.shape and torch.allclose(few, right, atol=1e-5)
+    assert all(torch.allclose(one, two, atol=1e-5) for one, two in zip(scorer.buffers(), copied.buffers(), strict=True))
+    if not training:
+        assert torch.allclose(few, scorer(x)[:, :, ::every, ::every], atol=1e-5)
+
+
+def test_whitened_windows_are_white_and_fusing_changes_nothing() -> None:
+    options = {"widths": [6], "kernels": [3], "dilations": [2], "mixes": [0], "whiten": True}
+    options |= {"input_shape": (2, 12, 12), "classes": 4, "mean": [0.5] * 2, "std": [0.25] * 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        scorer: Any = models.build("region", options)
+        x = torch.nn.functional.interpolate(torch.rand(200, 2, 5, 5), (12, 12), mode="bilinear")
+    scorer.eval().whiten(x)
+    windows = torch.nn.functional.unfold(scorer.prepare(x), 3, dilation=2).transpose(1, 2).flatten(0, 1)
+    white = (windows - windows.mean(dim=0)) @ scorer.stages[0].whitening.T
+    covariance = white.T @ white / len(white)
+    assert float((covariance - covariance.diagonal().diag()).abs().max()) < 1e-2
+    assert float(covariance.diagonal().max()) < 1.01 and float(covariance.diagonal().max()) > 0.95
+    with torch.no_grad():
+        before = scorer(x[:5])
+        scorer.fuse()
+        assert torch.equal(scorer.stages[0].whitening, torch.eye(18))
+        assert torch.allclose(scorer(x[:5]), before, atol=1e-5)

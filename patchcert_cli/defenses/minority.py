@@ -22,8 +22,8 @@ from torch import Tensor
 from patchcert_cli.certificate import Certificate, Guarantee
 from patchcert_cli.certifiers import agreement
 from patchcert_cli.certifiers.agreement import Reports
-from patchcert_cli.certifiers.masks import Cover
 from patchcert_cli.certifiers.exact_views import ExactViews
+from patchcert_cli.certifiers.masks import Cover
 from patchcert_cli.certifiers.views import SLACK, Views
 from patchcert_cli.defenses.base import Claim, Options
 from patchcert_cli.defenses.patchcleanser import MaskedOptions, PatchCleanser

@@ -229,7 +229,7 @@ def for_threat(threat: Threat, defense: str = "ibp", dataset: str | None = None)
             str(threat),
             dataset or "cifar10",
             defense,
-            network_options={"stem": 16, "widths": [32, 64, 128], "takes_mask": True} if digits else {},
+            network_options={"bits": 8} | ({"stem": 16, "widths": [32, 64, 128], "takes_mask": True} if digits else {}),
             epochs=20,
             learning_rate=0.25,
             optimizer="sgd",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -196,7 +197,11 @@ MASKED = Recipe(
 )
 
 
-def test_a_stopped_run_with_averaged_weights_ends_with_those_of_an_uninterrupted_one(tmp_path: Path) -> None:
+WHOLE_NUMBERS = replace(MASKED, optimizer="muon", learning_rate=0.02, network_options={**MASKED.network_options, "bits": 8})
+
+
+@pytest.mark.parametrize("recipe", [MASKED, WHOLE_NUMBERS], ids=["floats", "whole numbers, muon"])
+def test_a_stopped_run_with_averaged_weights_ends_with_those_of_an_uninterrupted_one(recipe: Recipe, tmp_path: Path) -> None:
     class Stop:
         def update(self, done: int, total: int, text: str) -> None:
             if done == 9:
@@ -205,13 +210,13 @@ def test_a_stopped_run_with_averaged_weights_ends_with_those_of_an_uninterrupted
         def note(self, text: str) -> None:
             pass
 
-    whole = loop.train(MASKED, images(360), tmp_path / "whole")
+    whole = loop.train(recipe, images(360), tmp_path / "whole")
     with pytest.raises(Interrupted, match="after 1 of 2 epochs"):
-        loop.train(MASKED, images(360), tmp_path / "cut", progress=Stop())
-    again = loop.train(MASKED, images(360), tmp_path / "cut")
+        loop.train(recipe, images(360), tmp_path / "cut", progress=Stop())
+    again = loop.train(recipe, images(360), tmp_path / "cut")
     assert again.epochs_run == 1 and again.validation == whole.validation
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
-    assert loop.train(MASKED, images(360), tmp_path / "cut").epochs_run == 0
+    assert loop.train(recipe, images(360), tmp_path / "cut").epochs_run == 0
     tensors, note = checkpoint.unpack(tmp_path / "cut" / loop.STATE)
     assert note["averaged"] == 14
     saved, config = checkpoint.load_defense(tmp_path / "cut")
@@ -221,6 +226,30 @@ def test_a_stopped_run_with_averaged_weights_ends_with_those_of_an_uninterrupted
         assert torch.equal(value, tensors[f"average.{name}"].to(value)), "the average is what is saved"
         last |= not torch.equal(value, tensors[f"model.{name}"].to(value))
     assert last
+
+
+CELLS = Recipe(
+    "patch:5x5",
+    defense="bagcert",
+    network_options={"widths": [8], "kernels": [7], "dilations": [1], "mixes": [1], "whiten": True},
+    epochs=2,
+    batch_size=40,
+    learning_rate=0.02,
+    optimizer="muon",
+    validation=60,
+    options={"every": 4, "warm_up": "cells", "warm_up_epochs": 1, "average": 0.9, "shift": 1},
+)
+
+
+def test_a_model_of_sampled_cells_is_stored_with_its_whitening_in_the_weights(tmp_path: Path) -> None:
+    made = loop.train(CELLS, images(360), tmp_path / "run")
+    saved, _ = checkpoint.load_defense(tmp_path / "run")
+    stage = cast(Any, saved).scorer.stages[0]
+    assert torch.equal(stage.whitening, torch.eye(49))
+    x = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(cast(Any, saved).scores(x), cast(Any, made.defense).scores(x))
+    frozen, _ = cast(Any, saved).scorer.freeze(torch.float32)
+    assert len(frozen) == 3
 
 
 def test_options_with_several_values_are_read_back_as_they_were_written() -> None:
