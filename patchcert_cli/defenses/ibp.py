@@ -18,12 +18,13 @@ from patchcert_cli import models
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers import pairwise, refine, rounding, routes
 from patchcert_cli.certifiers.folding import fold
+from patchcert_cli.certifiers.plain import rebuilt
+from patchcert_cli.certifiers.rules import plain_sums
 from patchcert_cli.defenses import interval_loss, interval_regularizers
 from patchcert_cli.defenses.base import Claim, Defense, Options, TrainingStep
 from patchcert_cli.defenses.guide import Guide
 from patchcert_cli.defenses.interval_options import IntervalOptions
 from patchcert_cli.errors import UnsupportedThreat
-from patchcert_cli.exact import exact_arithmetic
 from patchcert_cli.threats import Patch, PatchPercent, Threat
 
 
@@ -68,11 +69,12 @@ class IntervalDefense(Defense):
         It is the same in every batch and on every device, but for ties closer than float64 can tell, which are never certified.
         """
         self.check_input(x)
-        return self._predict(rounding.double(self.network), x)
+        return self._predict(rebuilt(self.network, torch.float64), x)
 
     @staticmethod
     def _predict(exact: nn.Module, x: Tensor) -> Tensor:
-        logits: Tensor = exact(x.double())
+        with plain_sums():
+            logits: Tensor = exact(x.double())
         if logits.ndim != 2:
             raise UnsupportedThreat(
                 f"logits of shape {tuple(logits.shape)} are not [B, K];", hint="end the network with Flatten."
@@ -85,10 +87,10 @@ class IntervalDefense(Defense):
         self.check_input(x)
         for claim in claims:
             self.check_method(claim.method)
-        exact, found = rounding.double(self.network), []
-        with exact_arithmetic():
+        exact, found = rebuilt(self.network, torch.float64), []
+        with plain_sums():
             prediction = self._predict(exact, x)
-            network = exact if x.dtype == torch.float64 else rounding.frozen(self.network)
+            network = exact if x.dtype == torch.float64 else rebuilt(self.network)
             proofs = {
                 threat: rounding.prove(network, exact, x, prediction, threat)
                 for threat in dict.fromkeys(claim.threat for claim in claims)
