@@ -116,7 +116,7 @@ def load_defense(folder: Path, *, device: str = "cpu", expected_sha256: str | No
         raise IntegrityError(f"'{folder / CONFIG}' does not describe a defense: {problem!r}.") from problem
     defense.load_state_dict(weights_for(defense, folder), strict=True)  # half precision widens without a change
     defense = defense.to(torch.device(device)).eval()
-    defense.self_test()
+    defense.test_once()
     return defense, config
 
 

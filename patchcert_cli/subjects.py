@@ -176,7 +176,7 @@ class Plain(Candidate):
         classes = tuple(self.names[at][0] if called else str(at) for at in range(count))
         about, numbers = self.classifier, self.wish.labels or ""
         defense = put_around(about.network, self.kind, shape, classes, plan, about.mean, numbers).to(torch.device(device))
-        defense.self_test()
+        defense.test_once()
         setting = {"classifier": about.name, "input_shape": list(shape), **about.setting, **_masks_of(defense)}
         return Subject(defense, self.name, self.kind, about.sha256, about.source, setting)
 

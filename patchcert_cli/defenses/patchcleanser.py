@@ -229,6 +229,7 @@ class PatchCleanser(Defense):
 
     def _tables(self, x: Tensor) -> Iterator[Table]:
         """What is known of the images, a group at a time; an empty batch is one group."""
+        self.test_once()
         views = self.views()
 
         def asking(part: Tensor) -> masking.Ask:
