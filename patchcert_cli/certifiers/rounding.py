@@ -94,10 +94,10 @@ def _difference_error(layers: list[nn.Module], size: Tensor, error: Tensor, unit
 
 
 @torch.no_grad()
-def forward_error(split: Split, like: Tensor) -> float:
-    """Bound of the error of ``f_y - f_c`` in a float64 forward pass, for every input in [0, 1] of the shape of ``like``."""
+def forward_error(split: Split, like: Tensor, dtype: torch.dtype = torch.float64) -> float:
+    """Bound of the error of ``f_y - f_c`` in a forward pass in ``dtype``, for every input in [0, 1] of the shape of ``like``."""
     ones = torch.ones_like(like[:1], dtype=torch.float64)
-    return float(_difference_error(split.layers, ones, torch.zeros_like(ones), UNIT[torch.float64]))
+    return float(_difference_error(split.layers, ones, torch.zeros_like(ones), UNIT[dtype]))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from patchcert_cli import models
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers import pairwise, refine, rounding, routes
+from patchcert_cli.certifiers.first_layer import Split
 from patchcert_cli.certifiers.folding import fold
 from patchcert_cli.certifiers.plain import rebuilt
 from patchcert_cli.certifiers.rules import plain_sums
@@ -24,7 +25,7 @@ from patchcert_cli.defenses import interval_loss, interval_regularizers
 from patchcert_cli.defenses.base import Claim, Defense, Options, TrainingStep
 from patchcert_cli.defenses.guide import Guide
 from patchcert_cli.defenses.interval_options import IntervalOptions
-from patchcert_cli.errors import UnsupportedThreat
+from patchcert_cli.errors import IntegrityError, MachineError, UnsupportedThreat
 from patchcert_cli.threats import Patch, PatchPercent, Threat
 
 
@@ -101,6 +102,30 @@ class IntervalDefense(Defense):
                     proof = refine.improve(exact, x, prediction, claim.threat, proof)
                 found.append(self._certificate(prediction, proof, claim.threat, "linear" if linear else "interval"))
         return found
+
+    @torch.no_grad()
+    def self_test(self) -> None:
+        """Compare float32 with float64 on some images: they differ by no more than roundings of float32 can explain.
+
+        Raises:
+            UnsupportedThreat: a layer has no rule.
+            IntegrityError: logits are no finite numbers.
+            MachineError: this machine computes in less than float32 where it should not.
+        """
+        generator = torch.Generator().manual_seed(0)
+        x = torch.rand(4, *self.input_shape, generator=generator).to(self.device)
+        single, exact = rebuilt(self.network, torch.float32), rebuilt(self.network, torch.float64)
+        with plain_sums():
+            found, best = single(x).double(), exact(x.double())
+            allowed = rounding.forward_error(Split.of(exact, x.shape[1]), x, torch.float32)
+        if not bool(found.isfinite().all() & best.isfinite().all()):
+            raise IntegrityError("the network answers NaN or infinity;", hint="its weights or its preprocessing are broken.")
+        off = float((found - best).abs().max())  # of one logit; a difference of two may be off by twice as much
+        if not off <= allowed:
+            raise MachineError(
+                f"in float32 logits are off by {off:.1e}, and rounding explains {allowed:.1e};",
+                hint="a setting makes this machine compute in less than float32: undo it, or use another --device.",
+            )
 
     def _certificate(self, prediction: Tensor, proof: rounding.Proof, threat: Threat, method: str) -> Certificate:
         height, width = self.input_shape[1:]
