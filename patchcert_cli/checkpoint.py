@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from patchcert_cli import cards, defenses, files, models
+from patchcert_cli import cards, defenses, files
 from patchcert_cli.defenses.base import Defense
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.files import CONFIG, INDEX, WEIGHTS, parse_json, refuse_pickle, shard, write_atomically, write_json
@@ -182,12 +182,10 @@ def _short(value: object) -> str:
 
 
 def _check_size(config: Mapping[str, Any], held: int, where: str) -> None:
-    """Raise unless the network has room in its weights, before memory is taken for it: it is built without any first."""
-    network = config["network"]
-    options = {**network["options"], "input_shape": tuple(config["input_shape"]), "classes": len(config.get("classes", ()))}
+    """Raise unless the defense has room in its weights, before memory is taken for it: it is built without any first."""
     try:
         with torch.device("meta"):
-            wanted = sum(weight.numel() for weight in models.build(network["name"], options).parameters())
+            wanted = sum(weight.numel() for weight in defenses.build(config).parameters())
     except Exception:  # what is wrong is told when it is built in earnest
         return
     if wanted > held + MODEST:  # fewer missing ones are told by name later
