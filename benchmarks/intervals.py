@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from patchcert_cli import data, hub
 from patchcert_cli.certifiers import intervals
 from patchcert_cli.certifiers.first_layer import location_masks
-from patchcert_cli.certifiers.rules import layers_of, propagate
+from patchcert_cli.certifiers.plain import layers_of
+from patchcert_cli.certifiers.rules import propagate
 from patchcert_cli.defenses.base import TrainingStep
 from patchcert_cli.defenses.interval_options import IntervalOptions
 from patchcert_cli.plan import BATCH_SIZE

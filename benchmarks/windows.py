@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from patchcert_cli.certifiers import intervals, rounding
 from patchcert_cli.certifiers.first_layer import location_masks
+from patchcert_cli.certifiers.plain import layers_of
 from patchcert_cli.certifiers.routes import explain
-from patchcert_cli.certifiers.rules import layers_of, propagate
+from patchcert_cli.certifiers.rules import propagate
 from patchcert_cli.certifiers.windows import Windows
 from patchcert_cli.models import cnn
 from patchcert_cli.threats import Patch

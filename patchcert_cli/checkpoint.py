@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from patchcert_cli import cards, defenses
+from patchcert_cli import cards, defenses, files
 from patchcert_cli.defenses.base import Defense
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.files import CONFIG, INDEX, WEIGHTS, read_json, refuse_pickle, shard, write_atomically, write_json
+from patchcert_cli.files import CONFIG, INDEX, WEIGHTS, parse_json, refuse_pickle, shard, write_atomically, write_json
 
 HALF = (torch.float16, torch.bfloat16)
 SHARD_BYTES = 5_000_000_000  # the most that one weight file holds
+CONFIG_BYTES = 1 << 20  # the most that a configuration holds
+ENTRIES = 256  # the most entries of a list among the options of a network: it has at most so many layers
+SIDE = 1 << 14  # the most channels, rows or columns of an image
+MODEST = 1 << 20  # weights that cost nothing to make
 MOST_SHOWN = 4  # things wrong with weights that an error lists
 
 
@@ -29,16 +34,16 @@ def pack(tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> bytes:
     return save(ready, {"patchcert": json.dumps(note, sort_keys=True)})
 
 
-def unpack(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`pack` wrote."""
+def unpack(path: Path, content: bytes | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`pack` wrote, on the CPU; ``content`` is that of the file, if it was read before (to hash it)."""
     refuse_pickle(path)
+    content = files.read(path) if content is None else content
+    files.refuse_pickled(content[:9], path)
     try:
-        tensors = load_file(str(path), device=device)
-        with safe_open(str(path), framework="pt") as opened:
-            note = json.loads((opened.metadata() or {}).get("patchcert", "{}"))
-    except FileNotFoundError as problem:
-        raise IntegrityError(f"'{path}' is missing.") from problem
-    except (SafetensorError, OSError, ValueError) as problem:
+        tensors = load(content)
+        end = 8 + int.from_bytes(content[:8], "little")
+        note = json.loads(json.loads(content[8:end]).get("__metadata__", {}).get("patchcert", "{}"))
+    except (SafetensorError, OSError, ValueError, RecursionError) as problem:
         raise IntegrityError(f"'{path}' is not an intact safetensors file: {str(problem).splitlines()[0]}.") from problem
     return tensors, note
 
@@ -71,17 +76,17 @@ def _shards(tensors: Mapping[str, Tensor], most: int) -> list[dict[str, Tensor]]
     return parts
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
+def _weights(folder: Path, names: Sequence[str], contents: Mapping[str, bytes]) -> dict[str, Tensor]:
     """All tensors of a folder. Of an index only the names of tensors count: the files are those that were hashed."""
-    names = [name for name in cards.weights_of(folder) if name != INDEX]
     tensors: dict[str, Tensor] = {}
-    for name in names:
-        part, _ = unpack(folder / name)
+    parts = [name for name in names if name != INDEX]
+    for name in parts:
+        part, _ = unpack(folder / name, contents[name])
         twice = tensors.keys() & part.keys()
         if twice:
             raise IntegrityError(f"'{folder}' holds {min(twice)} in several files.")
         tensors |= part
-    if len(names) > 1 and set(read_json(folder / INDEX).get("weight_map", ())) != tensors.keys():
+    if len(parts) > 1 and set(parse_json(contents[INDEX], folder / INDEX).get("weight_map", ())) != tensors.keys():
         raise IntegrityError(f"'{folder / INDEX}' lists other tensors than its files hold.")
     return tensors
 
@@ -92,32 +97,99 @@ def _stored(tensor: Tensor, kind: torch.dtype) -> Tensor:
     return short if torch.equal(short.to(tensor), tensor) else tensor
 
 
-def load_defense(folder: Path, *, device: str = "cpu", expected_sha256: str | None = None) -> tuple[Defense, dict[str, Any]]:
+def load_defense(
+    folder: Path, *, device: str = "cpu", expected_sha256: str | None = None, expected_config: str | None = None
+) -> tuple[Defense, dict[str, Any]]:
     """Rebuild a defense from a folder: ``(defense in eval mode, configuration)``.
+
+    Every file is read once: the bytes that are hashed are the bytes that are parsed.
+
+    Args:
+        folder: holds the configuration and the weights.
+        device: where the defense is to be.
+        expected_sha256: of the weights, see :func:`patchcert_cli.cards.weights_sha256`; None if nobody says.
+        expected_config: sha256 of the configuration; None if nobody says.
 
     Raises:
         IntegrityError: a file is missing or damaged, a hash differs, or names or shapes of weights do not fit the configuration.
     """
-    files = cards.weights_of(folder) if folder.is_dir() else []
-    if not files:
+    names = cards.weights_of(folder) if folder.is_dir() else []
+    if not names:
         for candidate in sorted(folder.iterdir()) if folder.is_dir() else []:
             refuse_pickle(candidate)
         raise IntegrityError(f"'{folder}' holds no {WEIGHTS};", hint="give a folder that patchcert train or zoo pull made.")
-    config = read_json(folder / CONFIG)
-    actual = cards.weights_sha256({name: cards.File.of(folder / name) for name in files})
-    if expected_sha256 not in (None, actual):
-        raise IntegrityError(
-            f"{folder / files[0]}: sha256 {actual[:12]}… but its card says {str(expected_sha256)[:12]}….",
-            hint="Fetch it again with: patchcert zoo pull NAME, or train it again.",
-        )
+    config = _configuration(folder / CONFIG, expected_config)
+    contents = {name: files.read(folder / name) for name in names}
+    _expect(folder / names[0], weights_sha256(contents), expected_sha256)
+    tensors = _weights(folder, names, contents)
+    del contents
+    where = f"'{folder / CONFIG}' does not describe a defense"
+    _check_size(config, sum(tensor.numel() for tensor in tensors.values()), where)
     try:
         defense = defenses.build(config)
-    except (KeyError, TypeError, ValueError) as problem:
-        raise IntegrityError(f"'{folder / CONFIG}' does not describe a defense: {problem!r}.") from problem
-    defense.load_state_dict(weights_for(defense, folder), strict=True)  # half precision widens without a change
+    except (KeyError, TypeError, ValueError, RuntimeError, MemoryError, OverflowError, RecursionError) as problem:
+        raise IntegrityError(f"{where}: {' '.join(repr(problem).split())}.") from problem
+    _check_weights(defense, tensors, folder, names)
+    defense.load_state_dict(tensors, strict=True)  # half precision widens without a change
     defense = defense.to(torch.device(device)).eval()
-    defense.self_test()
+    defense.test_once()
     return defense, config
+
+
+def weights_sha256(contents: Mapping[str, bytes]) -> str:
+    """The hash that stands for the weights in some files, from what they hold."""
+    return cards.weights_sha256({name: cards.File(files.sha256_of(held), len(held)) for name, held in contents.items()})
+
+
+def _expect(path: Path, actual: str, expected: str | None) -> None:
+    if expected not in (None, actual):
+        raise IntegrityError(
+            f"{path}: sha256 {actual[:12]}… but its card says {str(expected)[:12]}….",
+            hint="Fetch it again with: patchcert zoo pull NAME, or train it again.",
+        )
+
+
+def _configuration(path: Path, expected: str | None) -> dict[str, Any]:
+    """A configuration whose sizes are those of a network that somebody may have trained."""
+    content = files.read(path)
+    _expect(path, files.sha256_of(content), expected)
+    if len(content) > CONFIG_BYTES:
+        raise IntegrityError(f"'{path}' has {len(content)} bytes;", hint=f"a configuration has at most {CONFIG_BYTES}.")
+    config = parse_json(content, path)
+    shape, network = config.get("input_shape"), config.get("network")
+    problems = []
+    if not (isinstance(shape, list) and len(shape) == 3 and all(type(side) is int and 1 <= side <= SIDE for side in shape)):
+        problems.append(f"input_shape is {_short(shape)}, not three whole numbers from 1 to {SIDE}")
+    options = network.get("options") if isinstance(network, dict) else None
+    if not isinstance(options, dict) or not isinstance(network, dict) or not isinstance(network.get("name"), str):
+        problems.append("network is not a name and its options")
+    for name, value in (options or {}).items() if isinstance(options, dict) else ():
+        if isinstance(value, list) and len(value) > ENTRIES:
+            problems.append(f"network option {name} has {len(value)} entries, and {ENTRIES} are allowed")
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(one, float) and not math.isfinite(one) for one in values):
+            problems.append(f"network option {name} is {_short(value)}, which is not finite")
+    if problems:
+        raise IntegrityError(
+            f"'{path}' does not describe a defense: {'; '.join(problems)}.", hint="Fetch or train the model again."
+        )
+    return config
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _check_size(config: Mapping[str, Any], held: int, where: str) -> None:
+    """Raise unless the defense has room in its weights, before memory is taken for it: it is built without any first."""
+    try:
+        with torch.device("meta"):
+            wanted = sum(weight.numel() for weight in defenses.build(config).parameters())
+    except Exception:  # what is wrong is told when it is built in earnest
+        return
+    if wanted > held + MODEST:  # fewer missing ones are told by name later
+        raise IntegrityError(f"{where} that fits its weights: its network has {wanted} numbers, and they are {held}.")
 
 
 def weights_for(defense: Defense, folder: Path) -> dict[str, Tensor]:
@@ -126,9 +198,14 @@ def weights_for(defense: Defense, folder: Path) -> dict[str, Tensor]:
     Raises:
         IntegrityError: names, shapes or types are not those of the defense.
     """
-    tensors = _weights(folder)
-    check_fit(defense.state_dict(), tensors, f"'{folder / cards.weights_of(folder)[0]}' does not fit its {CONFIG}")
+    names = cards.weights_of(folder)
+    tensors = _weights(folder, names, {name: files.read(folder / name) for name in names})
+    _check_weights(defense, tensors, folder, names)
     return tensors
+
+
+def _check_weights(defense: Defense, tensors: Mapping[str, Tensor], folder: Path, names: Sequence[str]) -> None:
+    check_fit(defense.state_dict(), tensors, f"'{folder / names[0]}' does not fit its {CONFIG}")
 
 
 def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], otherwise: str, *, hint: str = "") -> None:

@@ -194,9 +194,11 @@ def begin_with(network: nn.Module, options: Mapping[str, Any]) -> None:
     else:
         _, folder = _fetch(match["repo"], match["revision"], [files.WEIGHTS], "Or begin with random weights: --weights none")
         path = folder / files.WEIGHTS
-    if options.get("weights_sha256", actual := _digest_of(path)) != actual:
+    files.refuse_pickle(path)
+    content = files.read(path)
+    if options.get("weights_sha256", actual := files.sha256_of(content)) != actual:
         raise IntegrityError(f"'{path}' is not what this run began with (sha256 {actual[:12]}…).", hint="Use another --out.")
-    tensors, _ = checkpoint.unpack(path)
+    tensors, _ = checkpoint.unpack(path, content)
     misfit = f"'{where}' does not fit timm's {source.architecture}"
     if match is not None:
         tensors = _current(source, network, tensors, misfit)
@@ -275,13 +277,14 @@ def _fetch(repo: str, revision: str | None, names: list[str], otherwise: str = A
 def _published(address: str, source: timm.Facts, commit: str, folder: Path, pin: str) -> Classifier:
     """A network of timm with the weights that its publisher made for it."""
     path = folder / files.WEIGHTS
-    tensors, _ = checkpoint.unpack(path)
+    content = files.read(path)
+    tensors, _ = checkpoint.unpack(path, content)
     network, misfit = _built(source, source.outputs), f"the weights of {source.repo} do not fit {source.architecture}"
     tensors = _current(source, network, tensors, misfit)
     checkpoint.check_fit(network.model.state_dict(), tensors, misfit)
     network.model.load_state_dict(tensors, strict=True)
     note = f"{address}: {source.repo} @ {commit[:7]}, sha256 as the Hub says{pin}"
-    made = _described(address, source, network, verified.digest(path), "hub", note, source.labels)
+    made = _described(address, source, network, files.sha256_of(content), "hub", note, source.labels)
     return replace(made, setting=made.setting | {"commit": commit})
 
 
@@ -301,13 +304,15 @@ def _given(address: str, source: timm.Facts, weights: str) -> Classifier:
         network, note = _built(source, source.outputs), f"{address}: random weights, whose answers mean nothing"
         return _described(address, source, network, checkpoint.digest(network.state_dict()), "random", note, source.labels)
     path = Path(weights)
-    tensors, _ = checkpoint.unpack(path)
+    files.refuse_pickle(path)
+    content = files.read(path)
+    tensors, _ = checkpoint.unpack(path, content)
     heads = [tensors[name] for head in source.heads for name in (f"{head}.weight", f"{head}.bias") if name in tensors]
     count = len(heads[0]) if heads and heads[0].ndim else source.outputs
     network = _built(source, count)
     checkpoint.check_fit(network.model.state_dict(), tensors, f"'{path}' does not fit timm's {source.architecture}")
     network.model.load_state_dict(tensors, strict=True)
-    return _described(address, source, network, verified.digest(path), "file", f"{address}: weights in '{path}'", ())
+    return _described(address, source, network, files.sha256_of(content), "file", f"{address}: weights in '{path}'", ())
 
 
 def _built(source: timm.Facts, count: int) -> Prepared:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -29,10 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli.errors import IntegrityError
+from patchcert_cli.errors import IntegrityError, MachineError
 
 BITS = {torch.float32: 24, torch.float64: 53}  # integers up to 2^p are exact
 FAR = {torch.float32: 100, torch.float64: 900}  # exponents of weights, up or down, that leave products normal numbers
+FAST_MATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")  # how oneDNN is told to compute in less than float32
+STRICT = "STRICT"
 ENOUGH = 6  # bits that a channel's largest weight needs, sign aside, for float32 to be chosen
 
 
@@ -250,7 +253,16 @@ def exact_arithmetic() -> Iterator[None]:
     """Switch off everything that computes in less than the tensors' own precision (TF32, bfloat16 products, autocast).
 
     Also switches off NNPACK, whose convolutions are not plain sums of products.
+
+    Raises:
+        MachineError: oneDNN was told by an environment variable to compute in less. It reads it once, so that cannot be undone.
     """
+    for name in FAST_MATH:
+        if os.environ.get(name, STRICT).upper() not in (STRICT, ""):
+            raise MachineError(
+                f"{name}={os.environ[name]} lets convolutions and products compute in less than float32;",
+                hint=f"start again without it: env -u {name} patchcert ...",
+            )
     switches = _precision_switches()
     before = [getattr(owner, name) for owner, name, _ in switches]
     try:
@@ -270,15 +282,17 @@ def exact_arithmetic() -> Iterator[None]:
 def _precision_switches() -> list[tuple[Any, str, Any]]:
     """``(owner, attribute, exact value)`` of torch's precision flags, in whichever of its two interfaces this process uses."""
     backends: Any = torch.backends
+    # set last, and restored last: other switches change those of oneDNN along with their own
+    onednn = [(owner, "fp32_precision", "ieee") for owner in (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)]
     legacy = [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
     try:
         for owner, name, _ in legacy:
             getattr(owner, name)
         torch.get_float32_matmul_precision()
     except RuntimeError:  # the newer interface has been used, and torch refuses to mix them
-        owners = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv]
-        return [(owner, "fp32_precision", "ieee") for owner in owners]
-    return [(_MatmulPrecision(), "value", "highest"), *legacy]
+        owners = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+        return [*((owner, "fp32_precision", "ieee") for owner in owners), *onednn]
+    return [(_MatmulPrecision(), "value", "highest"), *legacy, *onednn]
 
 
 class _MatmulPrecision:

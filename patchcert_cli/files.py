@@ -67,11 +67,26 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; anything else is an :class:`IntegrityError`."""
+    return parse_json(read(path), path)
+
+
+def read(path: Path) -> bytes:
+    """The content of a file; a file that is missing or cannot be read is an :class:`IntegrityError`."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except FileNotFoundError as problem:
         raise IntegrityError(f"'{path}' is missing.") from problem
-    except (OSError, ValueError) as problem:
+    except OSError as problem:
+        raise IntegrityError(f"'{path}' is not readable: {problem.strerror or problem}.") from problem
+
+
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object from the content of ``path``; anything else is an :class:`IntegrityError`."""
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except RecursionError as problem:
+        raise IntegrityError(f"'{path}' is not readable JSON: it is nested too deeply.") from problem
+    except ValueError as problem:
         raise IntegrityError(f"'{path}' is not readable JSON: {problem}.") from problem
     if not isinstance(value, dict):
         raise IntegrityError(f"'{path}' does not hold a JSON object.")
@@ -86,8 +101,13 @@ def refuse_pickle(path: Path) -> None:
         )
     if path.is_file() and path.suffix == ".safetensors":
         with path.open("rb") as stream:
-            head = stream.read(9)
-        if head[8:] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):  # safetensors may begin with any length
-            raise IntegrityError(
-                f"'{path}' is a pickle under another name: it was not opened.", hint="Convert it to safetensors first."
-            )
+            refuse_pickled(stream.read(9), path)
+
+
+def refuse_pickled(head: bytes, path: Path) -> None:
+    """Raise :class:`IntegrityError` if the first bytes of a file of weights are those of a pickle."""
+    pickled = head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80")  # safetensors may begin with any length
+    if pickled and path.suffix == ".safetensors":
+        raise IntegrityError(
+            f"'{path}' is a pickle under another name: it was not opened.", hint="Convert it to safetensors first."
+        )

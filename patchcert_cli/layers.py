@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,10 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
+        if len(mean) != len(std) or not all(
+            math.isfinite(m) and math.isfinite(s) and s > 0 for m, s in zip(mean, std, strict=True)
+        ):
+            raise ValueError(f"mean {list(mean)} and std {list(std)} must be finite, std above 0, one each per channel")
         mean_, std_ = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
         self.register_buffer("scale", (1 / std_).float(), persistent=False)
         self.register_buffer("shift", (-mean_ / std_).float(), persistent=False)

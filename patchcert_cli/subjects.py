@@ -107,7 +107,9 @@ class Certified(Candidate):
     def __init__(self, found: hub.Resolved, name: str, wish: Wish, device: str) -> None:
         if wish.weights is not None:
             raise UsageError(f"'{name}' has its own weights;", hint="leave --weights out; it is for plain classifiers.")
-        self.defense, self.config = checkpoint.load_defense(found.folder, device=device, expected_sha256=found.sha256)
+        self.defense, self.config = checkpoint.load_defense(
+            found.folder, device=device, expected_sha256=found.sha256, expected_config=found.config_sha256
+        )
         self.found, self.wish, self.name, self.note = found, wish, name, found.note
         self.threat, self.dataset = str(self.config["threat"]), str(self.config["dataset"])
         own = tuple((one,) for one in self.defense.classes)
@@ -176,7 +178,7 @@ class Plain(Candidate):
         classes = tuple(self.names[at][0] if called else str(at) for at in range(count))
         about, numbers = self.classifier, self.wish.labels or ""
         defense = put_around(about.network, self.kind, shape, classes, plan, about.mean, numbers).to(torch.device(device))
-        defense.self_test()
+        defense.test_once()
         setting = {"classifier": about.name, "input_shape": list(shape), **about.setting, **_masks_of(defense)}
         return Subject(defense, self.name, self.kind, about.sha256, about.source, setting)
 

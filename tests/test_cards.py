@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -308,3 +309,22 @@ def test_the_zoo_folder_is_found_through_the_package_and_the_environment(tmp_pat
 def test_cards_import_no_torch() -> None:
     code = "import sys, patchcert_cli.cards as c; c.bundled(); assert not {'torch', 'huggingface_hub'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+BOMBS = {
+    "laughs": "\n".join(f"a{at}: &a{at} [{', '.join([f'*a{at - 1}'] * 9) if at else 'lol'}]" for at in range(9)),
+    "one alias": "a: &a 1\nb: *a",
+    "deep": "a: " + "[" * 5000 + "]" * 5000,
+    "many": "a: [" + "1, " * 100_000 + "]",
+    "digits": "a: " + "9" * 5000,
+    "no date": "a: 2024-13-45",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_front_matter_that_is_a_burden_is_refused_at_once(name: str) -> None:
+    begun = time.perf_counter()
+    with pytest.raises(IntegrityError, match="is not a model card") as caught:
+        Card.from_text(f"---\n{BOMBS[name]}\n---\n")
+    assert time.perf_counter() - begun < 2
+    assert "\n" not in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,88 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="No space left on device"):
         files.write_atomically(target, b"new" * 10_000)
     assert target.read_bytes() == b"old"
+
+
+def test_the_bytes_that_are_hashed_are_the_bytes_that_are_parsed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are swapped as soon as they were read or hashed: either the old ones load, or nothing does."""
+    other = defenses.build(CONFIG)
+    checkpoint.save_defense(folder.parent / "other", other, {**CONFIG, "threat": "patch:2x2"})
+    digest, config = files.sha256(folder / files.WEIGHTS), files.sha256(folder / files.CONFIG)
+    wanted, _ = checkpoint.load_defense(folder)
+    reads: list[str] = []
+    read_bytes, hashed = Path.read_bytes, files.sha256
+
+    def swapped(path: Path) -> None:
+        if path.parent == folder and path.name in (files.WEIGHTS, files.CONFIG):
+            reads.append(path.name)
+            path.write_bytes(read_bytes(folder.parent / "other" / path.name))
+
+    def read_then_swap(path: Path) -> bytes:
+        content = read_bytes(path)
+        swapped(path)
+        return content
+
+    def hash_then_swap(path: Path) -> str:
+        found = hashed(path)
+        swapped(path)
+        return found
+
+    monkeypatch.setattr(Path, "read_bytes", read_then_swap)
+    monkeypatch.setattr(files, "sha256", hash_then_swap)
+    loaded, said = checkpoint.load_defense(folder, expected_sha256=digest, expected_config=config)
+    assert said == CONFIG and sorted(reads) == [files.CONFIG, files.WEIGHTS], "each file is read once"
+    for mine, theirs in zip(loaded.state_dict().values(), wanted.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+    for expected in ({"expected_sha256": digest}, {"expected_config": config}):
+        with pytest.raises(IntegrityError, match="but its card says"):
+            checkpoint.load_defense(folder, **expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        (json.dumps({**CONFIG, "note": "x" * (1 << 20)}), "a configuration has at most"),
+        ("9" * 5000, "not readable JSON"),
+    ],
+    ids=["lists", "tables", "bytes", "digits"],
+)
+def test_a_configuration_that_is_a_burden_is_refused_at_once(folder: Path, content: str, said: str) -> None:
+    _refused(folder, content, said)
+
+
+def _refused(folder: Path, content: str, said: str) -> None:
+    (folder / files.CONFIG).write_text(content)
+    begun = time.perf_counter()
+    with pytest.raises(IntegrityError, match=said) as caught:
+        checkpoint.load_defense(folder)
+    assert time.perf_counter() - begun < 2
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 + len(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"std": [0.0]}, "std above 0"),
+        ({"std": [-1.0]}, "std above 0"),
+        ({"std": [float("nan")]}, "std is .*nan.*, which is not finite"),
+        ({"mean": [float("inf")]}, "mean is .*inf.*, which is not finite"),
+        ({"hidden": [16] * 20_000}, "hidden has 20000 entries, and 256 are allowed"),
+        ({"hidden": [100_000, 100_000]}, "its network has [0-9]+ numbers"),
+        ({"hidden": [10**9]}, "its network has [0-9]+ numbers"),
+        ({"hidden": [10**30]}, "does not describe a defense|cannot be built"),
+        ({"hidden": [-5]}, "does not describe a defense|cannot be built"),
+        ({"hidden": "wide"}, "does not describe a defense|cannot be built"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_options_that_nobody_trained_with_are_refused_at_once(folder: Path, options: dict[str, object], said: str) -> None:
+    network = CONFIG["network"]
+    config = {**CONFIG, "network": {**network, "options": {**network["options"], **options}}}
+    _refused(folder, json.dumps(config), said)
+
+
+@pytest.mark.parametrize("shape", [[1, 28], [1, 28, 10**9], [1, 28, -28], "big", [1, 28, 28.0]], ids=str)
+def test_image_shapes_that_are_none_are_refused(folder: Path, shape: object) -> None:
+    _refused(folder, json.dumps({**CONFIG, "input_shape": shape}), "input_shape is .*, not three whole numbers")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli import exact, models
-from patchcert_cli.errors import IntegrityError
+from patchcert_cli.errors import IntegrityError, MachineError
 from patchcert_cli.exact import PIXELS, Affine, Grid, Wire, affine, exact_arithmetic, freeze, onto, to_steps
 from patchcert_cli.models.region import RegionScorer
 
@@ -366,3 +368,42 @@ def test_more_bits_than_are_exact_would_be_seen(monkeypatch: pytest.MonkeyPatch)
         one = run(frozen, steps)
         differing += not torch.equal(one.double(), run(frozen.double(), steps.double()))
     assert differing == 3
+
+
+@pytest.mark.parametrize("matmul", ["highest", "medium"])
+def test_what_onednn_may_compute_in_is_cleared_and_restored(matmul: str) -> None:
+    """In its own process, as some of these switches cannot be mixed with others afterwards."""
+    code = f"""
+import torch
+from patchcert_cli.exact import exact_arithmetic
+backends = torch.backends
+def state():
+    return [owner.fp32_precision for owner in (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)]
+torch.set_float32_matmul_precision("{matmul}")
+for change in (
+    lambda: setattr(backends.mkldnn.conv, "fp32_precision", "bf16"),
+    lambda: setattr(backends.mkldnn.matmul, "fp32_precision", "tf32"),
+    lambda: backends.mkldnn.set_flags(_fp32_precision="bf16"),
+    lambda: setattr(backends, "fp32_precision", "tf32"),
+):
+    change()
+    before = state()
+    with exact_arithmetic():
+        assert state() == ["ieee"] * 3, state()
+        with exact_arithmetic():
+            pass
+        assert state() == ["ieee"] * 3, state()
+    assert state() == before, (before, state())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"])
+def test_fast_math_by_environment_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "BF16")
+    with pytest.raises(MachineError, match=f"{name}=BF16 lets .* less than float32; start again without it"), exact_arithmetic():
+        pass
+    for value in ("STRICT", "strict", ""):
+        monkeypatch.setenv(name, value)
+        with exact_arithmetic():
+            pass

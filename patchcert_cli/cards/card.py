@@ -39,6 +39,8 @@ from patchcert_cli.files import CARD, CONFIG, weight_files
 from patchcert_cli.schema import Count, Rule, decode
 from patchcert_cli.threats import parse_threat
 
+NODES, DEPTH = 20_000, 32  # the most values of the front matter, and how deep they are nested
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 DEFAULT_LICENSE = "apache-2.0"
 
 
@@ -107,8 +109,9 @@ class Card:
         if match is None:
             raise IntegrityError(f"'{where}' is not a model card: it does not begin with YAML between two lines of ---.")
         try:
-            front = yaml.load(match[1], getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        except yaml.YAMLError as problem:
+            _check_yaml(match[1])
+            front = yaml.load(match[1], _Loader)
+        except (yaml.YAMLError, ValueError, RecursionError) as problem:  # ValueError: a date or a number that is none
             raise IntegrityError(f"'{where}' is not a model card: {' '.join(str(problem).split())}.") from problem
         if not isinstance(front, dict) or "patchcert" not in front:
             raise IntegrityError(f"'{where}' is not a model card: its front matter has no patchcert table.")
@@ -187,6 +190,17 @@ class Card:
                     hint=f"It was not used. Fetch it again with: patchcert zoo pull {self.name} --force",
                 )
         return weights_sha256(self.files)
+
+
+def _check_yaml(text: str) -> None:
+    """Raise ``ValueError`` unless the text is small, flat and without aliases, which could make it as large as they like."""
+    depth = 0
+    for number, event in enumerate(yaml.parse(text, _Loader)):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"it has an alias, *{event.anchor}; write the value itself in its place")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if number >= NODES or depth > DEPTH:
+            raise ValueError(f"it has more than {NODES} values, or they are nested more than {DEPTH} deep")
 
 
 class _Dumper(yaml.SafeDumper):

@@ -7,6 +7,7 @@ owns the cells A(L) that see a pixel of L, and no other.
 Shapes: B images, K classes, N x M cells, P x Q locations. Cell i gives class c the whole number ``s_ic`` in [0, w_i], with a
 whole weight ``w_i >= 0`` that is 1 for votes. ``S_c = sum_i s_ic``; the answer y is the class of the largest S, the lowest index
 among equals. Sums stay below 2^24, so float32 holds them exactly.
+A score that is no number makes margins that are none, and these certify nothing.
 
 **Theorem.** Let an attacker replace the scores of the cells in A(L), for one location L of his choice, by any numbers in
 [0, w_i]. For a rival j let
@@ -277,8 +278,8 @@ def prove_aggregate(votes: Votes, cover: Cover, aggregate: Aggregate) -> Proof:
             inside = row_mask[p][:, None] & column_mask[q][None, :]
             gap = aggregate(own.masked_fill(inside, 0)) - aggregate(torch.where(inside, weight, most))  # [B, K]
             margin, who = gap.scatter(1, answer[:, None], float("inf")).min(dim=1)
-            lower = margin < smallest
-            smallest = torch.where(lower, margin, smallest)
+            lower = ~(margin >= smallest)  # NaN is lower than any number, and stays
+            smallest = torch.minimum(margin, smallest)
             worst = torch.where(lower, torch.full_like(worst, p * len(cover.columns.touched) + q), worst)
             rival = torch.where(lower, who, rival)
     return Proof(answer, smallest, worst, rival)

@@ -24,9 +24,13 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 from patchcert_cli.certifiers.gains import largest_gains
-from patchcert_cli.certifiers.rules import IDENTITY, channel_affine, layers_of
+from patchcert_cli.certifiers.plain import CHANNEL_AFFINE, IDENTITY, layers_of
+from patchcert_cli.certifiers.rules import channel_affine
 from patchcert_cli.errors import UnsupportedThreat
+from patchcert_cli.layers import Normalize
 from patchcert_cli.threats import Patch, Sparse
+
+NORM_ROUNDINGS = 6  # of a batch norm's scale: the variance plus eps, its root, one over it, times the weight; two to spare
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Split:
         before: per-channel affine layers and flattening in front of it.
         first: the first affine layer; None if something else comes first.
         rest: all layers behind ``first`` (or behind ``before`` if there is none).
-        scale: [C], the product of the scales in ``before``.
+        scale: float64 [C], the product of the scales in ``before``: weights times this are rounded once, whatever is in it.
     """
 
     before: list[nn.Module]
@@ -49,13 +53,13 @@ class Split:
     def of(cls, network: nn.Module, channels: int) -> Split:
         """Cut ``network`` for images with ``channels`` channels."""
         layers = layers_of(network)
-        reference = next(iter(network.parameters()))
-        scale = torch.ones(channels, dtype=reference.dtype, device=reference.device)
+        reference = next(iter([*network.parameters(), *network.buffers()]), torch.zeros(()))
+        scale = torch.ones(channels, dtype=torch.float64, device=reference.device)
         flat = False
         for position, layer in enumerate(layers):
             if isinstance(layer, nn.Conv2d) or (isinstance(layer, nn.Linear) and flat):
                 return cls(layers[:position], layer, layers[position + 1 :], scale)
-            affine = None if flat else channel_affine(layer)
+            affine = None if flat else channel_affine(layer, torch.float64)
             if affine is not None:
                 scale = scale * affine[0]
             elif isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
@@ -102,14 +106,24 @@ class Split:
     def dense_weight(self, shape: tuple[int, int, int]) -> Tensor:
         """Weight of a linear first layer with respect to pixels in [0, 1]: [N, C, H, W]."""
         assert isinstance(self.first, nn.Linear)
-        return self.first.weight.reshape(-1, *shape) * self.scale.reshape(1, -1, 1, 1)
+        return self._scaled(self.first.weight.reshape(-1, *shape))
+
+    @property
+    def folded(self) -> int:
+        """The most roundings of float64 that are in ``scale``: those of each batch norm's own scale, and of products of two."""
+        scales = [layer for layer in self.before if isinstance(layer, CHANNEL_AFFINE)]
+        return max(0, len(scales) - 1) + NORM_ROUNDINGS * sum(not isinstance(layer, Normalize) for layer in scales)
+
+    def _scaled(self, weight: Tensor) -> Tensor:
+        """A weight [N, C, ...] with respect to pixels in [0, 1], rounded once to its own type."""
+        return (weight.double() * self.scale.reshape(1, -1, 1, 1)).to(weight.dtype)
 
     def kernel(self) -> Tensor:
         """Weight of a convolutional first layer with respect to pixels in [0, 1]: [N, C/groups, kh, kw]."""
         assert isinstance(self.first, nn.Conv2d)
         if self.first.groups != 1:
             raise UnsupportedThreat("a grouped convolution as first layer has no all-location bound;", hint="use groups=1.")
-        return self.first.weight * self.scale.reshape(1, -1, 1, 1)
+        return self._scaled(self.first.weight)
 
 
 def under_patch(values: Tensor, patch: Patch) -> Tensor:

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers.rules import layers_of
+from patchcert_cli.certifiers.plain import layers_of
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 

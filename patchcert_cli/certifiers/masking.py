@@ -32,8 +32,10 @@ import torch
 from torch import Tensor
 
 from patchcert_cli.certifiers.views import Answers
+from patchcert_cli.errors import UsageError
 
 METHODS = ("rows", "pairs")  # the theorem, and the published condition
+MOST_CLASSES = 2**31  # classes that a table can tell apart
 FIRST = 6  # pairs of an image that are asked for first; then twice as many each time
 
 
@@ -44,15 +46,15 @@ class Table:
     """What is known of f for B images: [B, M, M], symmetric. Every pair is asked for at most once.
 
     Attributes:
-        label: int16, -1 where unknown.
-        rival: int16.
-        lead: float32.
+        label: int32, -1 where unknown.
+        rival: int32.
+        lead: float32; 0 where it is no finite number, which certifies nothing.
         passes: int64 [B], how many pairs were asked for.
     """
 
     def __init__(self, ask: Ask, images: int, masks: int) -> None:
         self._ask, self.images, self.masks = ask, images, masks
-        self.label = torch.full((images, masks, masks), -1, dtype=torch.int16)
+        self.label = torch.full((images, masks, masks), -1, dtype=torch.int32)
         self.rival, self.lead = torch.full_like(self.label, -1), torch.zeros(self.label.shape)
         self.passes = torch.zeros(images, dtype=torch.int64)
 
@@ -63,7 +65,14 @@ class Table:
         if not len(image):
             return
         told = self._ask(image, first, second)
-        for mine, new in ((self.label, told.label), (self.rival, told.rival), (self.lead, told.lead)):
+        for classes in (told.label, told.rival):
+            if bool(((classes < 0) | (classes >= MOST_CLASSES)).any()):
+                raise UsageError(
+                    f"a classifier that answers class {int(classes.max())} or below 0;",
+                    hint=f"classes are 0 to {MOST_CLASSES - 1}.",
+                )
+        lead = torch.nan_to_num(told.lead, nan=0.0, posinf=0.0, neginf=0.0)
+        for mine, new in ((self.label, told.label), (self.rival, told.rival), (self.lead, lead)):
             mine[image, first, second] = mine[image, second, first] = new.to(mine)
         self.passes += torch.bincount(image, minlength=self.images)
 

@@ -53,7 +53,7 @@ def relu_boxes(
         touched = threat.height * threat.width / area
     else:
         touched = threat.k / (area * (x.shape[1] if threat.unit == "value" else 1))
-    width = epsilon / 2 * touched * split.scale.abs().mean()
+    width = epsilon / 2 * touched * split.scale.abs().mean().to(x.dtype)
     image = torch.arange(len(x), device=x.device)
     layers, bounds = _entry(split, x, threat, image, location, epsilon)
     return width, _inner_boxes(layers, bounds)

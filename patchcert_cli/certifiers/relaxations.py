@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers.rules import IDENTITY, Box, channel_affine, gamma, noise, per_channel
+from patchcert_cli.certifiers.plain import IDENTITY
+from patchcert_cli.certifiers.rules import Box, channel_affine, gamma, noise, per_channel
 
 UNIT = 2.0**-53  # unit roundoff of float64, in which all of this is computed
 BOX_MARGIN = 4  # boxes come from up to three sums where the rounding rule of :mod:`rules` counts one
@@ -57,7 +58,7 @@ class Magnitudes:
 
     Attributes:
         shapes: the input shape of each layer, without the batch.
-        inflation: how far the ends of each layer's input box may be off, [1, ...].
+        inflation: how far the ends of each layer's input box may be off, [1, ...], or [1, C, 1, 1] of maps.
         loss: bound of what a backward pass loses to rounding for a difference of two outputs.
     """
 
@@ -74,7 +75,8 @@ class Magnitudes:
         for layer in layers:
             before = size
             shapes.append(before.shape[1:])
-            inflation.append(BOX_MARGIN * error)
+            # one width for a whole map: entries of a max pooling that are alike stay alike, and the first of them is taken
+            inflation.append(BOX_MARGIN * (error.amax(dim=(2, 3), keepdim=True) if error.ndim == 4 else error))
             size, error = noise(layer, size, error, UNIT)
             rate += gamma(before.numel() + size.numel(), UNIT)
             largest = max(largest, float(size.max()))
@@ -158,7 +160,7 @@ def _relu(bounds: Box, owner: Tensor, form: Form, slope: Slope) -> Form:
     positive = (lower >= 0).to(lower.dtype)
     above = torch.where(undecided, (upper / (upper - lower)).clamp(0, 1), positive)
     rise = torch.maximum(-above * lower, (1 - above) * upper) * (1 + 8 * UNIT)
-    rise = torch.where(undecided, rise, torch.zeros_like(rise))
+    rise = torch.where(undecided, rise, torch.zeros_like(rise)).masked_fill(~(lower <= upper), float("nan"))  # NaN proves nothing
     below = torch.where(undecided, slope(lower, upper), positive)
     up, down = form.weight.clamp(min=0), form.weight.clamp(max=0)
     offset = form.offset + (down * rise[owner]).flatten(1).sum(dim=1)

@@ -118,6 +118,8 @@ def _charts(evidence: Tensor, masking: Masking, cover: Cover) -> tuple[Tensor, T
     """Margin and rival at every location, float64 and int64 [B, P, Q]."""
     if cover.budget != 1:
         raise ValueError("robust masking is for one location")
+    if evidence.dtype != torch.int64:  # which cannot hold NaN
+        raise ValueError(f"evidence of type {evidence.dtype}, not whole numbers in int64")
     cells, window = evidence.shape[2] * evidence.shape[3], masking.window
     if window[0] > evidence.shape[2] or window[1] > evidence.shape[3] or cells * MOST * FINEST >= 2**53:
         raise ValueError(f"no masks of {window} cells on a map of {tuple(evidence.shape[2:])}")

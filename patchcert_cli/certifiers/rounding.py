@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from patchcert_cli.certifiers.first_layer import Split, patch_reach, sparse_reach
 from patchcert_cli.certifiers.intervals import minimum, resolve
 from patchcert_cli.certifiers.routes import Route
-from patchcert_cli.certifiers.rules import UNIT, gamma, noise, overflow, relative_error
+from patchcert_cli.certifiers.rules import UNIT, gamma, noise, overflow, terms_of
 from patchcert_cli.certifiers.streams import Stream, WindowStream, open_stream
 from patchcert_cli.certifiers.window_rounding import difference, errors
 from patchcert_cli.threats import Patch, Sparse, Threat
@@ -47,9 +47,17 @@ def bound_error(split: Split, x: Tensor, threat: Patch | Sparse) -> Tensor:
             size, error = noise(layer, size, error, unit)
         reach = _reach(split, x, threat)
         # a sum over a window, or of the largest gains, has at most as many terms as the layer itself
-        rate = relative_error(split.first, unit)
+        rate = gamma(terms_of(split.first, x) + _folded(split, unit), unit)
         return _difference_error(split.rest, size + reach, error + 2 * rate * (size + reach), unit)
     raise AssertionError("without an affine first layer there is no sparse stream")
+
+
+def _folded(split: Split, unit: float) -> int:
+    """Roundings of unit roundoff ``unit`` in the weights of the first layer times the scales in front of it, besides the last.
+
+    In float32 that is one at most: scales are multiplied in float64, whose roundings together are less than one of float32.
+    """
+    return min(split.folded, 1) if unit == UNIT[torch.float32] else split.folded
 
 
 def _reach(split: Split, x: Tensor, threat: Patch | Sparse) -> Tensor:
@@ -65,7 +73,7 @@ def _dense_first(split: Split, x: Tensor, threat: Patch | Sparse, unit: float) -
     bias, exact, reach = split.dense_bias(x).double(), x.flatten(1).double(), _reach(split, x, threat)
     terms = F.linear(exact, weight.abs(), bias.abs()) + reach
     moved = x.shape[1] * (threat.height * threat.width if isinstance(threat, Patch) else threat.k)
-    count = (exact != 0).sum(dim=1) + moved
+    count = (exact != 0).sum(dim=1) + moved + _folded(split, unit)
     rate = torch.tensor([gamma(n, unit) for n in count.tolist()], dtype=torch.float64, device=x.device)[:, None]
     size, black = torch.zeros_like(x[:1], dtype=torch.float64), torch.zeros_like(x[:1], dtype=torch.float64)
     for layer in split.before:
@@ -86,10 +94,10 @@ def _difference_error(layers: list[nn.Module], size: Tensor, error: Tensor, unit
 
 
 @torch.no_grad()
-def forward_error(split: Split, like: Tensor) -> float:
-    """Bound of the error of ``f_y - f_c`` in a float64 forward pass, for every input in [0, 1] of the shape of ``like``."""
+def forward_error(split: Split, like: Tensor, dtype: torch.dtype = torch.float64) -> float:
+    """Bound of the error of ``f_y - f_c`` in a forward pass in ``dtype``, for every input in [0, 1] of the shape of ``like``."""
     ones = torch.ones_like(like[:1], dtype=torch.float64)
-    return float(_difference_error(split.layers, ones, torch.zeros_like(ones), UNIT[torch.float64]))
+    return float(_difference_error(split.layers, ones, torch.zeros_like(ones), UNIT[dtype]))
 
 
 @dataclass(frozen=True)

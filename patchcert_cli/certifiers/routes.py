@@ -13,8 +13,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from patchcert_cli.certifiers.plain import IDENTITY, layers_of
 from patchcert_cli.certifiers.reach import Reach, Slide, pair, slides
-from patchcert_cli.certifiers.rules import IDENTITY, channel_affine, layers_of
+from patchcert_cli.certifiers.rules import channel_affine
 from patchcert_cli.threats import Patch
 
 

@@ -12,69 +12,75 @@ Each rule states two things about a layer f:
   plain forward pass: a bound of |W| |v| + |b| also bounds each half of midpoint-radius arithmetic. Where a value may overflow,
   the error is infinite.
 
-Only layers of exactly these types have rules: a subclass with a forward of its own, or with hooks, computes something else.
+Which layers have rules, and how they are told from layers that only look like them: :mod:`plain`.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli.errors import UnsupportedThreat
+from patchcert_cli.certifiers.plain import IDENTITY, MONOTONE, check_padding, no_rule
+from patchcert_cli.errors import IntegrityError, UnsupportedThreat
+from patchcert_cli.exact import exact_arithmetic
 from patchcert_cli.layers import Normalize
 
 Box = tuple[Tensor, Tensor]
 
+REPORT = "nothing was certified; please report this network as a bug of patchcert."
 ROUNDINGS = 8  # roundings besides the dot product itself: midpoint, radius, their sum, bias, normalization
-CONVOLUTION_FACTOR = 16  # fast convolution algorithms (Winograd) err more than a dot product; they stay within this factor
 SINGLE = 2.0**-24  # unit roundoff of float32
 UNIT = {torch.float32: SINGLE, torch.float64: 2.0**-53}
 
-IDENTITY = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in eval mode
-MONOTONE = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
-CHANNEL_AFFINE = (Normalize, nn.BatchNorm1d, nn.BatchNorm2d)
-KNOWN: tuple[type[nn.Module], ...] = (*IDENTITY, *MONOTONE, *CHANNEL_AFFINE, nn.Linear, nn.Conv2d)
 
-ALLOWED = "Sequential, Linear, Conv2d, ReLU, Flatten, pooling, frozen batch norm, Normalize"
-INSTEAD = {
-    **dict.fromkeys(("ELU", "GELU", "Hardswish", "LeakyReLU", "Mish", "ReLU6", "SELU", "SiLU", "Sigmoid", "Tanh"), "ReLU"),
-    **dict.fromkeys(("GroupNorm", "InstanceNorm2d", "LayerNorm", "LocalResponseNorm", "RMSNorm"), "batch norm"),
-    "AdaptiveMaxPool2d": "MaxPool2d",
-}
+@contextlib.contextmanager
+def plain_sums() -> Iterator[None]:
+    """Let torch compute convolutions as sums of products alone, and in the tensors' own precision (:func:`exact_arithmetic`).
+
+    The rounding rules of this package are about sums of products in any order. Fast algorithms (Winograd, FFT) transform inputs
+    and weights first and err more, by how much depends on the algorithm. torch takes them from cuDNN, oneDNN and NNPACK only.
+    Without these it writes the columns of every window side by side and multiplies matrices (``slow_conv2d``,
+    ``slow_conv_dilated2d`` in its source) or sums up products directly (``conv_depthwise2d``). Proofs, and the answers that they
+    are about, are computed inside.
+    """
+    owners: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+    with exact_arithmetic():
+        before = [owner.enabled for owner in owners]
+        try:
+            for owner in owners:
+                owner.enabled = False
+            yield
+        finally:
+            for owner, value in zip(owners, before, strict=True):
+                owner.enabled = value
 
 
-def layers_of(network: nn.Module) -> list[nn.Module]:
-    """The layers of a (possibly nested) ``Sequential`` in order.
+def ordered(bounds: Box) -> Box:
+    """The same bounds.
 
     Raises:
-        UnsupportedThreat: a layer has no rule, a forward of its own, or hooks.
+        IntegrityError: a lower end is above its upper end, so they are not what the proofs take them for. NaN passes: it
+            certifies nothing.
     """
-    if isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward and not _hooked(network):
-        return [layer for child in network for layer in layers_of(child)]
-    if not any(isinstance(network, kind) and type(network).forward is kind.forward for kind in KNOWN) or _hooked(network):
-        raise _no_rule(network)
-    if isinstance(network, nn.Conv2d):
-        _check_padding(network)
-    return [network]
+    if bool((bounds[0] > bounds[1]).any()):
+        raise IntegrityError("interval bounds crossed: a lower end lies above its upper end;", hint=REPORT)
+    return bounds
 
 
-def _no_rule(layer: nn.Module) -> UnsupportedThreat:
-    name = type(layer).__name__
-    instead = f"use {INSTEAD[name]}; " if name in INSTEAD else ""
-    return UnsupportedThreat(
-        f"no interval rule for layer {name};",
-        hint=f"{instead}allowed, without hooks: {ALLOWED}.",
-    )
+def not_negative(error: Tensor) -> Tensor:
+    """The same bound of a rounding error.
 
-
-def _check_padding(layer: nn.Conv2d) -> None:
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        raise UnsupportedThreat("interval bounds need convolutions with numeric zero padding.")
-
-
-def _hooked(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+    Raises:
+        IntegrityError: it is negative somewhere. NaN passes: it certifies nothing.
+    """
+    if bool((error < 0).any()):
+        raise IntegrityError("a bound of a rounding error is negative;", hint=REPORT)
+    return error
 
 
 def gamma(terms: int, unit: float) -> float:
@@ -85,23 +91,27 @@ def gamma(terms: int, unit: float) -> float:
     return n * unit / (1 - n * unit)
 
 
-def channel_affine(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:
+def channel_affine(layer: nn.Module, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
     """``(scale, shift, terms)``, each [C], of a layer that maps channel c to ``scale * v + shift``, else None.
 
-    ``terms`` bounds the magnitudes that ``shift`` is a sum of: they can cancel, their rounding errors do not.
+    They are computed in ``dtype``, by default the type of the layer. ``terms`` bounds the magnitudes that ``shift`` is a sum of:
+    they can cancel, their rounding errors do not.
     """
     if isinstance(layer, Normalize):
-        return layer.scale, layer.shift, layer.shift.abs()
+        scale, shift = (part.to(dtype or part.dtype) for part in (layer.scale, layer.shift))
+        return scale, shift, shift.abs()
     if not isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
         return None
     if layer.running_mean is None or layer.running_var is None:
         raise UnsupportedThreat("batch norm without running statistics mixes images;", hint="freeze it first.")
-    scale = torch.rsqrt(layer.running_var + layer.eps)
+    mean, variance = (part.to(dtype or part.dtype) for part in (layer.running_mean, layer.running_var))
+    scale = torch.rsqrt(variance + layer.eps)
     if layer.affine:
-        scale = scale * layer.weight
-    moved = layer.running_mean * scale
+        scale = scale * layer.weight.to(scale.dtype)
+    moved = mean * scale
     if layer.affine:
-        return scale, layer.bias - moved, layer.bias.abs() + moved.abs()
+        bias = layer.bias.to(scale.dtype)
+        return scale, bias - moved, bias.abs() + moved.abs()
     return scale, -moved, moved.abs()
 
 
@@ -112,7 +122,7 @@ def per_channel(values: Tensor, like: Tensor) -> Tensor:
 
 def convolve(layer: nn.Conv2d, v: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer's convolution with another weight and bias."""
-    _check_padding(layer)
+    check_padding(layer)
     return F.conv2d(v, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
@@ -121,6 +131,8 @@ def box(layer: nn.Module, bounds: Box) -> Box:
     lower, upper = bounds
     if isinstance(layer, IDENTITY):
         return bounds
+    if isinstance(layer, nn.ReLU):
+        return lower.relu(), upper.relu()  # never in place
     if isinstance(layer, MONOTONE):
         return layer(lower), layer(upper)  # entry by entry
     middle, radius = (lower + upper) / 2, (upper - lower) / 2
@@ -134,7 +146,7 @@ def box(layer: nn.Module, bounds: Box) -> Box:
         middle = convolve(layer, middle, layer.weight, layer.bias)
         radius = convolve(layer, radius, layer.weight.abs(), None)
     else:
-        raise _no_rule(layer)
+        raise no_rule(layer)
     return middle - radius, middle + radius
 
 
@@ -142,14 +154,7 @@ def propagate(layers: list[nn.Module], bounds: Box) -> Box:
     """Enclose the image of a box under a sequence of layers."""
     for layer in layers:
         bounds = box(layer, bounds)
-    return bounds
-
-
-def relative_error(layer: nn.Linear | nn.Conv2d, unit: float) -> float:
-    """Error of one output of an affine layer, relative to the sum of the magnitudes of its terms."""
-    if isinstance(layer, nn.Linear):
-        return gamma(layer.in_features, unit)
-    return CONVOLUTION_FACTOR * gamma(layer.weight[0].numel(), unit)
+    return ordered(bounds)
 
 
 def is_exact(layer: nn.Module) -> bool:
@@ -166,8 +171,10 @@ def carry(layer: nn.Module, error: Tensor) -> Tensor:
         return F.linear(error, layer.weight.double().abs())
     if isinstance(layer, nn.Conv2d):
         return convolve(layer, error, layer.weight.double().abs(), None)
+    if isinstance(layer, nn.ReLU):
+        return error.relu()
     if not isinstance(layer, (*IDENTITY, *MONOTONE)):
-        raise _no_rule(layer)
+        raise no_rule(layer)
     behind: Tensor = layer(error)
     return behind
 
@@ -192,24 +199,23 @@ def magnitude(layer: nn.Module, size: Tensor) -> Tensor:
     return behind + (per_channel(bias.double().abs(), behind) if isinstance(layer, nn.Conv2d) else bias.double().abs())
 
 
-def mixed(layer: nn.Conv2d, size: Tensor) -> Tensor:
-    """As :func:`magnitude` for tiled algorithms, which mix neighbouring outputs, so that each may err as the largest does."""
-    weight = layer.weight.double().abs()
-    rounded = F.conv2d(size.amax(dim=(2, 3), keepdim=True).expand(-1, -1, *weight.shape[2:]), weight, groups=layer.groups)
-    return rounded if layer.bias is None else rounded + per_channel(layer.bias.double().abs(), rounded)
-
-
 def noise(layer: nn.Module, size: Tensor, error: Tensor, unit: float) -> tuple[Tensor, Tensor]:
     """Carry (largest magnitude, largest error), float64 [N, ...] each, through one layer computed with roundoff ``unit``."""
     carried = carry(layer, error)
     if is_exact(layer):
         return carry(layer, size), carried
     out, terms = magnitude(layer, size), terms_of(layer, size)
-    rounded = mixed(layer, size) if isinstance(layer, nn.Conv2d) else out
-    rate = relative_error(layer, unit) if isinstance(layer, nn.Linear | nn.Conv2d) else gamma(terms, unit)
+    rate = gamma(terms, unit)
     # the factor 2 covers midpoint and radius, each of which may reach the full magnitude; (1 + rate) the second order
-    error = (carried + 2 * rate * (rounded + carried)) * (1 + rate) + terms * torch.finfo(torch.float32).tiny
-    return out + carried, overflow(out + carried, error, unit)
+    error = (carried + 2 * rate * (out + carried)) * (1 + rate) + terms * torch.finfo(torch.float32).tiny
+    return out + carried, not_negative(overflow(largest_sum(layer, size, out) + carried, error, unit))
+
+
+def largest_sum(layer: nn.Module, size: Tensor, out: Tensor) -> Tensor:
+    """The largest magnitude of a partial sum of each output, whose terms sum up to ``out`` at most: an average divides last."""
+    if isinstance(layer, nn.AvgPool2d | nn.AdaptiveAvgPool2d):
+        return torch.maximum(out, size.flatten(2).sum(dim=2).amax(dim=1).reshape(-1, *([1] * (out.ndim - 1))))
+    return out
 
 
 def overflow(size: Tensor, error: Tensor, unit: float) -> Tensor:

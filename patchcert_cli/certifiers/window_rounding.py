@@ -19,7 +19,7 @@ at every location. Then the same holds behind the layer with what is carried her
   neuron is 0 at all locations, exactly, computed or not; else it bounds the size behind the ReLU.
 
 The deployed float64 pass at an attacked input has exact activations inside the boxes, so the same sizes bound its rounding. Its
-error and that of margins in float64 share one bound, which allows both of them fast algorithms: float64 has digits to spare.
+error and that of margins in float64 share one bound.
 """
 
 from __future__ import annotations
@@ -30,9 +30,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers.products import is_plain
 from patchcert_cli.certifiers.routes import Route
-from patchcert_cli.certifiers.rules import UNIT, carry, gamma, is_exact, magnitude, mixed, overflow, relative_error, terms_of
+from patchcert_cli.certifiers.rules import (
+    UNIT,
+    carry,
+    gamma,
+    is_exact,
+    largest_sum,
+    magnitude,
+    not_negative,
+    overflow,
+    terms_of,
+)
 
 UNITS = UNIT[torch.float32], UNIT[torch.float64]
 FORMED = 16.0  # roundings of size S that bound the error of forming middle and radius anew
@@ -89,30 +98,26 @@ def _errors(route: Route, last: list[nn.Module], x: Tensor, highest: Mapping[int
             size = torch.minimum(size, top.clamp(min=0))
             found = [error.masked_fill(top + error <= 0, 0) for error in found]
         products = 2.0 + signed + (layer is route.entry) if at < joined else 2.0
-        size, found = _through(layer, size, found, products, at < joined)
+        size, found = _through(layer, size, found, products)
         if not is_exact(layer) or isinstance(layer, nn.ReLU):
             signed = not isinstance(layer, nn.ReLU)
     return [difference(size, error, unit) for error, unit in zip(found, UNITS, strict=True)]
 
 
-def _through(
-    layer: nn.Module, size: Tensor, errors: list[Tensor], products: float, windowed: bool
-) -> tuple[Tensor, list[Tensor]]:
+def _through(layer: nn.Module, size: Tensor, errors: list[Tensor], products: float) -> tuple[Tensor, list[Tensor]]:
     """Largest magnitude and errors behind a layer, of which ``products`` of size S are computed."""
     carried = carry(layer, torch.cat(errors)).chunk(len(errors))
     if is_exact(layer):
         return carry(layer, size), list(carried)
     out, terms, found = magnitude(layer, size), terms_of(layer, size), []
     for error, unit in zip(carried, UNITS, strict=True):
-        rate, rounded = gamma(terms, unit), out
-        if isinstance(layer, nn.Conv2d) and not (windowed and unit == UNITS[0] and is_plain(layer, size.device)):
-            rate, rounded = relative_error(layer, unit), mixed(layer, size)
-        error = (error + products * rate * (rounded + 2 * error)) * (1 + rate) + terms * torch.finfo(torch.float32).tiny
-        found.append(overflow(out + error, error, unit))
+        rate = gamma(terms, unit)
+        error = (error + products * rate * (out + 2 * error)) * (1 + rate) + terms * torch.finfo(torch.float32).tiny
+        found.append(overflow(largest_sum(layer, size, out) + error, error, unit))
     return out, found
 
 
 def difference(size: Tensor, error: Tensor, unit: float) -> Tensor:
     """Error [B] of a difference of two outputs: both ends, and the roundings of the difference itself."""
     total = 2 * error.flatten(1).amax(dim=1) + 4 * unit * size.flatten(1).amax(dim=1)
-    return total.nan_to_num(nan=float("inf"), posinf=float("inf"))
+    return not_negative(total.nan_to_num(nan=float("inf"), posinf=float("inf")))

@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from patchcert_cli.certifiers.plain import IDENTITY
 from patchcert_cli.certifiers.products import convolve, convolve_maps, is_plain, on_each_piece, widened
 from patchcert_cli.certifiers.reach import Place, Reach, is_sliding
 from patchcert_cli.certifiers.routes import Route
-from patchcert_cli.certifiers.rules import IDENTITY, Box, box, channel_affine
+from patchcert_cli.certifiers.rules import Box, box, channel_affine, ordered
 from patchcert_cli.threats import Patch
 
 UNFOLDED = 16  # images whose maps are unfolded at a time
@@ -137,7 +138,7 @@ class Windows:
                 upper = found[1].reshape(-1, len(self.x), *found[1].shape[1:]).amax(dim=0)
                 self.highest[at] = torch.maximum(self.highest[at], upper) if at in self.highest else upper
             found = box(layer, found)
-        return found
+        return ordered(found)
 
     def _pixels(self, place: Place) -> Field:
         """What the attacker may do: entries move at most ``epsilon`` of their way to 0 or 1."""

@@ -138,6 +138,7 @@ class Defense(nn.Module, ABC):
 
     def __init__(self, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
         super().__init__()
+        self._tested = False
         self.input_shape = input_shape
         self.classes = classes
 
@@ -217,6 +218,12 @@ class Defense(nn.Module, ABC):
         Raises:
             IntegrityError: the network is not what the proof takes it for.
         """
+
+    def test_once(self) -> None:
+        """Run :meth:`self_test` at the first use of a defense that was made in Python and never loaded; afterwards do nothing."""
+        if not self._tested:
+            self.self_test()
+            self._tested = True
 
     def prepare(self, options: Options) -> nn.Module | None:
         """Start a training run: set fresh weights as ``options`` say, and return what trains along but is not deployed."""

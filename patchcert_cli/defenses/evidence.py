@@ -66,6 +66,7 @@ class CellDefense(Defense, Generic[Said]):
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         self.check_input(x)
+        self.test_once()
         return self.answer(self.count(self.scores(x)))
 
     @torch.no_grad()
@@ -74,6 +75,7 @@ class CellDefense(Defense, Generic[Said]):
         self.check_input(x)
         for claim in claims:
             self.check_method(claim.method)
+        self.test_once()
         said = self.count(self.scores(x))
         return [self._certificate(self.prove(said, self.cover_of(claim.threat), claim), claim) for claim in claims]
 

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from patchcert_cli import models
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers import pairwise, refine, rounding, routes
+from patchcert_cli.certifiers.first_layer import Split
 from patchcert_cli.certifiers.folding import fold
+from patchcert_cli.certifiers.plain import rebuilt
+from patchcert_cli.certifiers.rules import plain_sums
 from patchcert_cli.defenses import interval_loss, interval_regularizers
 from patchcert_cli.defenses.base import Claim, Defense, Options, TrainingStep
 from patchcert_cli.defenses.guide import Guide
 from patchcert_cli.defenses.interval_options import IntervalOptions
-from patchcert_cli.errors import UnsupportedThreat
-from patchcert_cli.exact import exact_arithmetic
+from patchcert_cli.errors import IntegrityError, MachineError, UnsupportedThreat
 from patchcert_cli.threats import Patch, PatchPercent, Threat
 
 
@@ -68,11 +70,12 @@ class IntervalDefense(Defense):
         It is the same in every batch and on every device, but for ties closer than float64 can tell, which are never certified.
         """
         self.check_input(x)
-        return self._predict(rounding.double(self.network), x)
+        return self._predict(rebuilt(self.network, torch.float64), x)
 
     @staticmethod
     def _predict(exact: nn.Module, x: Tensor) -> Tensor:
-        logits: Tensor = exact(x.double())
+        with plain_sums():
+            logits: Tensor = exact(x.double())
         if logits.ndim != 2:
             raise UnsupportedThreat(
                 f"logits of shape {tuple(logits.shape)} are not [B, K];", hint="end the network with Flatten."
@@ -85,10 +88,10 @@ class IntervalDefense(Defense):
         self.check_input(x)
         for claim in claims:
             self.check_method(claim.method)
-        exact, found = rounding.double(self.network), []
-        with exact_arithmetic():
+        exact, found = rebuilt(self.network, torch.float64), []
+        with plain_sums():
             prediction = self._predict(exact, x)
-            network = exact if x.dtype == torch.float64 else rounding.frozen(self.network)
+            network = exact if x.dtype == torch.float64 else rebuilt(self.network)
             proofs = {
                 threat: rounding.prove(network, exact, x, prediction, threat)
                 for threat in dict.fromkeys(claim.threat for claim in claims)
@@ -99,6 +102,30 @@ class IntervalDefense(Defense):
                     proof = refine.improve(exact, x, prediction, claim.threat, proof)
                 found.append(self._certificate(prediction, proof, claim.threat, "linear" if linear else "interval"))
         return found
+
+    @torch.no_grad()
+    def self_test(self) -> None:
+        """Compare float32 with float64 on some images: they differ by no more than roundings of float32 can explain.
+
+        Raises:
+            UnsupportedThreat: a layer has no rule.
+            IntegrityError: logits are no finite numbers.
+            MachineError: this machine computes in less than float32 where it should not.
+        """
+        generator = torch.Generator().manual_seed(0)
+        x = torch.rand(4, *self.input_shape, generator=generator).to(self.device)
+        single, exact = rebuilt(self.network, torch.float32), rebuilt(self.network, torch.float64)
+        with plain_sums():
+            found, best = single(x).double(), exact(x.double())
+            allowed = rounding.forward_error(Split.of(exact, x.shape[1]), x, torch.float32)
+        if not bool(found.isfinite().all() & best.isfinite().all()):
+            raise IntegrityError("the network answers NaN or infinity;", hint="its weights or its preprocessing are broken.")
+        off = float((found - best).abs().max())  # of one logit; a difference of two may be off by twice as much
+        if not off <= allowed:
+            raise MachineError(
+                f"in float32 logits are off by {off:.1e}, and rounding explains {allowed:.1e};",
+                hint="a setting makes this machine compute in less than float32: undo it, or use another --device.",
+            )
 
     def _certificate(self, prediction: Tensor, proof: rounding.Proof, threat: Threat, method: str) -> Certificate:
         height, width = self.input_shape[1:]

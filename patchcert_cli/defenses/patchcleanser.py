@@ -234,6 +234,7 @@ class PatchCleanser(Defense):
 
     def _tables(self, x: Tensor) -> Iterator[Table]:
         """What is known of the images, a group at a time; an empty batch is one group."""
+        self.test_once()
         views = self.views()
         size = max(1, CELLS // len(self.set) ** 2)
         if isinstance(views, ExactViews):

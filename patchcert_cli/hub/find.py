@@ -43,6 +43,12 @@ class Resolved:
     sha256: str
 
     @property
+    def config_sha256(self) -> str | None:
+        """Of the configuration, as the card says; None without a card."""
+        held = self.card.files.get(cards.CONFIG) if self.card else None
+        return held.sha256 if held else None
+
+    @property
     def name(self) -> str:
         """The card's name, else the folder's."""
         return self.card.name if self.card else self.folder.resolve().name
@@ -139,7 +145,9 @@ def load(
     from patchcert_cli import checkpoint
 
     found = resolve(name_or_path, offline=offline, force=force, revision=revision, zoo=zoo)
-    return checkpoint.load_defense(found.folder, device=device, expected_sha256=found.sha256)[0]
+    return checkpoint.load_defense(
+        found.folder, device=device, expected_sha256=found.sha256, expected_config=found.config_sha256
+    )[0]
 
 
 def _folder(path: Path) -> Resolved:

@@ -21,8 +21,9 @@ def build(name: str, options: Mapping[str, Any]) -> nn.Sequential:
     module = registry.entry("network", __name__, name, names())
     try:
         return cast(nn.Sequential, module.build(**listed(name, options)))
-    except (TypeError, ValueError, RuntimeError) as problem:
-        raise IntegrityError(f"network '{name}' cannot be built from its options: {problem}") from problem
+    except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as problem:
+        said = (str(problem) or type(problem).__name__).splitlines()[0]
+        raise IntegrityError(f"network '{name}' cannot be built from its options: {said}") from problem
 
 
 def listed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers import rules
+from patchcert_cli.certifiers import plain, rules
 from patchcert_cli.errors import UnsupportedThreat
 from patchcert_cli.layers import Normalize
 
@@ -42,7 +42,7 @@ LAYERS: dict[str, nn.Module] = {
 
 
 def layers(name: str) -> list[nn.Module]:
-    return rules.layers_of(LAYERS[name].double().eval())
+    return plain.layers_of(LAYERS[name].double().eval())
 
 
 def random_box(seed: int) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ def test_noise_bounds_size_and_error_of_a_float32_layer(name: str) -> None:
 def layers_in_float32(name: str) -> list[nn.Module]:
     import copy
 
-    return rules.layers_of(copy.deepcopy(LAYERS[name]).float().eval())
+    return plain.layers_of(copy.deepcopy(LAYERS[name]).float().eval())
 
 
 def test_gamma_is_highams_bound_and_refuses_hopeless_sums() -> None:
@@ -136,4 +136,4 @@ def test_unknown_layers_are_refused_by_both_rules() -> None:
 
 def test_nested_sequentials_are_flattened_in_order() -> None:
     inner = [nn.ReLU(), nn.Linear(2, 2), nn.Identity()]
-    assert rules.layers_of(nn.Sequential(inner[0], nn.Sequential(inner[1], nn.Sequential(inner[2])))) == inner
+    assert plain.layers_of(nn.Sequential(inner[0], nn.Sequential(inner[1], nn.Sequential(inner[2])))) == inner

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from patchcert_cli.certifiers import intervals, products, routes, streams, windows
 from patchcert_cli.certifiers.first_layer import Split, location_masks
+from patchcert_cli.certifiers.plain import layers_of
 from patchcert_cli.certifiers.reach import Piece, Reach, Slide
-from patchcert_cli.certifiers.rules import Box, layers_of, propagate
+from patchcert_cli.certifiers.rules import Box, propagate
 from patchcert_cli.certifiers.windows import Windows
 from patchcert_cli.errors import UnsupportedThreat
 from patchcert_cli.layers import Normalize

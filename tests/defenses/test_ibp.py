@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.certifiers import intervals, rounding
+from patchcert_cli.defenses import ibp
 from patchcert_cli.defenses.base import TrainingStep
 from patchcert_cli.defenses.ibp import IntervalDefense, IntervalOptions
+from patchcert_cli.errors import IntegrityError, MachineError
 from patchcert_cli.threats import Patch, Sparse, Threat
 
 CONFIG = {
@@ -132,3 +134,32 @@ def test_the_answer_is_the_argmax_in_float64() -> None:
     logits = rounding.double(defense.network)(x.double())
     assert defense.predict(x).tolist() == [row.index(max(row)) for row in logits.tolist()]
     assert all(weight.dtype == torch.float32 for weight in defense.parameters())
+
+
+def test_less_than_float32_is_found_when_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = IntervalDefense.tiny()
+    made.self_test()
+    rebuilt = ibp.rebuilt
+
+    class Coarse(nn.Module):
+        """A network that a machine computes in bfloat16 although it should not."""
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.inner(x)
+            return found.bfloat16().float()
+
+    def coarse(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        found = rebuilt(network, dtype)
+        return Coarse(found) if dtype == torch.float32 else found
+
+    monkeypatch.setattr(ibp, "rebuilt", coarse)
+    with pytest.raises(MachineError, match="in float32 logits are off by .*, and rounding explains"):
+        made.self_test()
+    monkeypatch.setattr(ibp, "rebuilt", rebuilt)
+    next(iter(made.parameters())).data.fill_(float("nan"))
+    with pytest.raises(IntegrityError, match="NaN or infinity"):
+        made.self_test()

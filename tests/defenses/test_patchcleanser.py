@@ -16,6 +16,7 @@ from patchcert_cli.certifiers import views
 from patchcert_cli.certifiers.masks import MaskPlan
 from patchcert_cli.certifiers.views import SLACK
 from patchcert_cli.defenses.base import Claim, TrainingStep
+from patchcert_cli.defenses.minority import Minority
 from patchcert_cli.defenses.patchcleanser import MaskedOptions, PatchCleanser
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
@@ -200,6 +201,30 @@ def test_a_network_that_rounds_too_much_is_refused_when_it_is_loaded() -> None:
         around(Returns("cancel")).self_test()
     around(Returns("fine")).self_test()
     around(Returns("single")).self_test()
+
+
+@pytest.mark.parametrize("kind", [PatchCleanser, Minority])
+def test_a_defense_made_in_python_is_tested_once_at_its_first_use(
+    kind: type[PatchCleanser], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network with batch statistics would be certified, and give other answers in another batch."""
+    inner = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.Linear(64, 3)
+    )
+    plan, x = MaskPlan(("patch:2x2",), per_axis=3), images(count=2)
+    for action in (lambda made: made.predict(x), lambda made: made.certify(x, Patch(2, 2))):
+        with pytest.raises(IntegrityError, match="logits are off by"):
+            action(kind(inner, input_shape=(1, 4, 4), classes=CLASSES, masks=plan, fill=(0.25,)).eval())
+    tests = []
+    original = kind.self_test
+    monkeypatch.setattr(kind, "self_test", lambda self: tests.append(original(self)))
+    made = kind(
+        nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), input_shape=(1, 4, 4), classes=CLASSES, masks=plan, fill=(0.25,)
+    ).eval()
+    for _ in range(2):
+        made.predict(x)
+        made.certify(x, Patch(2, 2))
+    assert len(tests) == 1
 
 
 class Jitter(nn.Module):
