@@ -186,7 +186,7 @@ def shrunk(logits: Callable[[Tensor], Tensor], x: Tensor, steps: int = 12) -> Te
                 z = logits(moved)
                 size = (z - z.mean(dim=1, keepdim=True)).square().sum(dim=1)
                 (slope,) = torch.autograd.grad(size.sum(), moved)
-            length = size / slope.flatten(1).square().sum(dim=1).clamp(min=1e-30)
+            length = size.detach() / slope.flatten(1).square().sum(dim=1).clamp(min=1e-30)
             at = (at - length.reshape(-1, 1, 1, 1) * slope).clamp(0, 1)
     except torch.OutOfMemoryError:
         raise

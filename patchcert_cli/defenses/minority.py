@@ -4,7 +4,8 @@ The image is shown whole and behind each mask alone. If a mask hides the patch, 
 contradicts the whole image with enough confidence, an alarm is raised. One round of masks, against two for a corrected answer
 (:mod:`patchcert_cli.defenses.patchcleanser`, whose network, masks and training these are): it promises less, and so it costs
 less and mostly certifies more.
-Answer and proof: :mod:`patchcert_cli.certifiers.agreement`.
+Answer and proof: :mod:`patchcert_cli.certifiers.agreement`. Its certificates say ``measured``: that rounding alters neither a
+label nor an alarm is measured, not proven (:mod:`patchcert_cli.certifiers.views`).
 
 Shapes: B images, C channels, H x W pixels, K classes, M masks, V = M + 1 views, n passes.
 """

@@ -6,7 +6,7 @@ labels that the classifier gives then. Masks: :mod:`patchcert_cli.certifiers.mas
 al., Revisiting Image Classifier Training for Improved Certified Robust Defense against Adversarial Patches, TMLR 2023).
 
 A label that rounding might decide is computed again, in float64 and each image alone (:mod:`patchcert_cli.certifiers.views`).
-That the other labels do not depend on rounding is measured, not proven, so certificates of such networks say ``measured``.
+That the other labels do not depend on rounding is measured, not proven: the certificates say ``measured``.
 
 Shapes: B images, C channels, H x W pixels, K classes, M masks, n passes, A atoms.
 """
