@@ -40,8 +40,9 @@ def tables() -> str:
 def table(guarantee: str = "recovery") -> str:
     """Markdown: measured beside published, with counts and the 95 % interval."""
     lines = [
-        "| model | network | threat | images | clean, % | certified, % (95 % interval) | published clean / certified, % |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| model | network | threat | arithmetic | images | clean, % | certified, % (95 % interval)"
+        " | published clean / certified, % |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for card, threat in rows(guarantee):
         found = card.result(threat)
@@ -50,7 +51,13 @@ def table(guarantee: str = "recovery") -> str:
         low, high = (percent(end) for end in found.certified_interval)
         reported = f"{percent(paper.clean)} / {percent(paper.certified)}" if paper else "none"
         certified = f"**{percent(found.certified, found.images)}** ({low} to {high})"
-        cells = (f"[`{card.name}`](zoo/{card.name})", card.network, f"`{threat}`", f"{found.images} {found.split}")
+        cells = (
+            f"[`{card.name}`](zoo/{card.name})",
+            card.network,
+            f"`{threat}`",
+            str(card.arithmetic(found)),
+            f"{found.images} {found.split}",
+        )
         lines.append(f"| {' | '.join(cells)} | {percent(found.clean, found.images)} | {certified} | {reported} |")
     return "\n".join(lines)
 
@@ -76,12 +83,13 @@ def picture() -> str:
     for i, (card, threat) in enumerate(entries):
         found, paper, y = card.result(threat), card.report(threat), top + step * i
         assert found is not None
+        doubt = ", arithmetic measured" if card.arithmetic(found) == "measured" else ""
         clean, certified = found.clean / found.images, found.certified / found.images
         parts.append(f'<text x="{left - 10}" y="{y + 14}" text-anchor="end" font-weight="bold">{card.name}</text>')
         parts.append(f'<text x="{left - 10}" y="{y + 29}" text-anchor="end" fill="#5b6770" font-size="11">{threat}</text>')
         parts.append(f'<rect x="{left}" y="{y}" width="{width * clean:.1f}" height="26" fill="{CLEAN}"/>')
         parts.append(f'<rect x="{left}" y="{y}" width="{width * certified:.1f}" height="26" fill="{MEASURED}"/>')
-        parts.append(f'<text x="{left + 10}" y="{y + 18}" fill="white">{percent(certified)} %</text>')
+        parts.append(f'<text x="{left + 10}" y="{y + 18}" fill="white">{percent(certified)} %{doubt}</text>')
         if paper:
             parts.append(
                 f'<rect x="{left + width * paper.certified - 1.5:.1f}" y="{y - 4}" width="3" height="34" fill="{PUBLISHED}"/>'

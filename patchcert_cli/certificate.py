@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from patchcert_cli.arithmetic import Arithmetic as Arithmetic  # also a word of this module
+from patchcert_cli.arithmetic import weakest
 from patchcert_cli.threats import Threat
 
 ALERT = -1  # in place of a class: the answer of a defense that raises an alarm
@@ -38,12 +40,14 @@ class Certificate:
         certified: bool [B], no allowed change can alter that answer, or with ``detection`` not without an alarm.
         margin: float64 [B], lower bound of how far the nearest allowed change stays from altering the answer, in the proof's
             own unit; an image is certified only if it exceeds the rounding error ``slack``.
-        slack: float64 [B], bound of the rounding error of ``margin`` and of the deployed prediction.
+        slack: float64 [B], bound of the rounding error of ``margin`` and of the deployed prediction; where ``arithmetic`` is
+            measured, what is allowed for it.
         worst: int64 [B, 4], the atom (top, left, height, width) that comes nearest to altering the answer.
         rival: int64 [B], the class that comes nearest.
         threat: the threat model of the claim.
         method: the name of the proof.
         guarantee: recovery or detection.
+        arithmetic: what is known of the rounding behind it; the least unless the proof says more.
         passes: int64 [B], how often the network was asked for the answer and for all claims of the call, where that differs from
             image to image; else None.
     """
@@ -57,6 +61,7 @@ class Certificate:
     threat: Threat
     method: str
     guarantee: Guarantee = Guarantee.RECOVERY
+    arithmetic: Arithmetic = Arithmetic.MEASURED
     passes: Tensor | None = None
 
     @classmethod
@@ -68,8 +73,14 @@ class Certificate:
             for name in ("prediction", "certified", "margin", "slack", "worst", "rival")
         }
         counted = [part.passes for part in parts if part.passes is not None]
-        passes = torch.cat(counted) if counted else None
-        return cls(**joined, threat=first.threat, method=first.method, guarantee=first.guarantee, passes=passes)
+        return cls(
+            **joined,
+            threat=first.threat,
+            method=first.method,
+            guarantee=first.guarantee,
+            arithmetic=weakest(part.arithmetic for part in parts),
+            passes=torch.cat(counted) if counted else None,
+        )
 
 
 @dataclass(frozen=True)

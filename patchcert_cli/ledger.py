@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from patchcert_cli.arithmetic import Arithmetic, former, weakest
 from patchcert_cli.errors import ClaimError, IntegrityError
 from patchcert_cli.files import LEDGER
 from patchcert_cli.threats import parse_threat
@@ -26,11 +27,16 @@ LARGEST = 1 << 29  # bytes after decompression; a stranger's file may be a bomb
 
 @dataclass(frozen=True)
 class Stated:
-    """One claim of a ledger: a threat model, the proof, and what it guarantees."""
+    """One claim of a ledger: threat model, proof, guarantee, and arithmetic, which is empty in files that do not say it."""
 
     threat: str
     method: str
     guarantee: str = "recovery"
+    arithmetic: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        """As plain values; what is not said is left out."""
+        return {name: value for name, value in asdict(self).items() if value}
 
     def __str__(self) -> str:
         return f"{self.threat} ({self.method}, {self.guarantee})"
@@ -88,7 +94,7 @@ class Ledger:
     def pack(self) -> bytes:
         """The file's bytes, the same for the same content."""
         head = {"format": 1, "model_sha256": self.model_sha256, "dataset": self.dataset, "split": self.split}
-        lines = [json.dumps({**head, "images": len(self.rows), "claims": [asdict(claim) for claim in self.claims]})]
+        lines = [json.dumps({**head, "images": len(self.rows), "claims": [claim.to_dict() for claim in self.claims]})]
         for index, row in sorted(self.rows.items()):
             lines.append(json.dumps({"index": index, **asdict(row)}, separators=(",", ":")))
         return gzip.compress(("\n".join(lines) + "\n").encode(), compresslevel=9, mtime=0)
@@ -110,6 +116,8 @@ def read(path: Path) -> Ledger:
         if len(rows) != len(lines) - 1 or len(rows) != head["images"]:
             raise ValueError(f"{len(lines) - 1} lines about {len(rows)} images instead of {head['images']}")
         claims = tuple(Stated(**claim) for claim in head["claims"])
+        if any(claim.arithmetic not in ("", *Arithmetic) for claim in claims):
+            raise ValueError(f"an arithmetic that is none of {', '.join(Arithmetic)}")
         if any(len(row.certified) != len(claims) or len(row.margin) != len(claims) for row in rows.values()):
             raise ValueError("a line with fewer or more verdicts than claims")
         return Ledger(head["model_sha256"], head["dataset"], head["split"], claims, rows)
@@ -148,7 +156,10 @@ def _of_run(where: Path, result: Mapping[str, Any]) -> Ledger:
     except (OSError, ValueError) as problem:
         raise ClaimError(f"'{path}' is damaged: {problem}.", hint="Run patchcert certify again with --fresh.") from problem
     stated = result.get("claims") or [result]
-    claims = tuple(Stated(str(one["threat"]), str(one["method"]), str(one.get("guarantee", "recovery"))) for one in stated)
+    claims = tuple(
+        Stated(str(one["threat"]), str(one["method"]), str(one.get("guarantee", "recovery")), str(one.get("arithmetic", "")))
+        for one in stated
+    )
     try:
         rows = {int(line["index"]): _published(line) for line in lines}
     except (KeyError, TypeError, ValueError) as problem:
@@ -203,8 +214,8 @@ def _joined(ledgers: Sequence[Ledger]) -> Ledger:
     return Ledger(first.model_sha256, first.dataset, first.split, tuple(seen), {index: row(index) for index in answers})
 
 
-def against(ledger: Ledger, results: Iterable[Any], where: str) -> None:
-    """Raise :class:`ClaimError` unless every measurement of a card has the counts of its records."""
+def against(ledger: Ledger, results: Iterable[Any], where: str, defense: str) -> None:
+    """Raise :class:`ClaimError` unless every measurement of a card of ``defense`` has counts and arithmetic of its records."""
     for one in results:
         same = [
             at
@@ -214,4 +225,9 @@ def against(ledger: Ledger, results: Iterable[Any], where: str) -> None:
         ]
         if not same or (one.dataset, one.split) != (ledger.dataset, ledger.split):
             raise ClaimError(f"'{where}' has no records for {one.threat} ({one.method}) on {one.dataset} {one.split}.")
+        known = ledger.claims[same[0]].arithmetic or former(defense)
+        if one.arithmetic and weakest((one.arithmetic, known)) != one.arithmetic:
+            raise ClaimError(
+                f"'{where}': {one.threat} ({one.method}) is said to be {one.arithmetic}, but its records are {known}."
+            )
         check_counts(ledger, same[0], one.images, one.clean, one.certified, f"{where}/{LEDGER}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from patchcert_cli.arithmetic import Arithmetic, former
 from patchcert_cli.datasets import own
 
 Rows = list[tuple[str, str]]
@@ -33,7 +35,13 @@ def certify_rows(result: dict[str, Any]) -> Rows:
         rows.append(("guarantee", f"{_promised(claims[0])}; {ANYWHERE}"))
         several = len({claim["method"] for claim in claims}) > 1
         rows += [(claim["threat"] + (f", {claim['method']}" if several else ""), _certified(claim)) for claim in claims]
+    rows.append(_arithmetic(claim["arithmetic"] for claim in claims))
     return [*rows, ("time", _time(result)), ("records", str(result["records"]))]
+
+
+def _arithmetic(said: Iterable[str]) -> tuple[str, str]:
+    """What is known of the rounding behind some certificates: each word with its meaning."""
+    return "arithmetic", "; ".join(f"{one}: {Arithmetic(one).meaning}" for one in dict.fromkeys(said))
 
 
 def verify_rows(outcome: dict[str, Any]) -> Rows:
@@ -53,16 +61,21 @@ def verify_rows(outcome: dict[str, Any]) -> Rows:
     broken = f"broke {len(outcome['broken'])} of {outcome['attacked']} certified" if outcome["attacked"] else "not run"
     if outcome["attacked"] < outcome["certified"]:
         broken += f" ({outcome['certified']} are certified)"
+    if outcome.get("overstated"):
+        said, found = outcome["published_arithmetic"], outcome["arithmetic"]
+        rows.append(("overstated", f"published as {said}, but certified again it is {found}"))
+    rows += [_arithmetic([outcome["arithmetic"]])]
     rows += [("attack", broken + (f" (indices {', '.join(map(str, outcome['broken']))})" if outcome["broken"] else ""))]
     verdict = "claim consistent" if outcome["holds"] else "claim does not reproduce"
     return [*rows, ("verdict", verdict), ("time", f"{outcome['seconds']:.1f} s"), ("out", outcome["out"])]
 
 
 def claim_list(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each claim of a certify result: threat, method, guarantee, images, counts, interval."""
+    """One row for each claim of a certify result: threat, method, guarantee, arithmetic, images, counts, interval."""
     return [
         {
             **{key: claim[key] for key in ("threat", "method", "guarantee", "certified_interval")},
+            "arithmetic": claim.get("arithmetic") or str(former(result["defense"])),
             "images": result["images"],
             **claim["counts"],
         }
@@ -79,8 +92,11 @@ def _alarms(claim: dict[str, Any]) -> Rows:
 
 def plot_title(result: dict[str, Any]) -> str:
     """What a plot of a certify result is about."""
-    guarantee = claim_list(result)[0]["guarantee"]
-    return f"{result['model']}\n{_data(result)}" + ("" if guarantee == "recovery" else f", guarantee: {guarantee}")
+    claims = claim_list(result)
+    guarantee, measured = claims[0]["guarantee"], any(claim["arithmetic"] == Arithmetic.MEASURED for claim in claims)
+    about = "" if guarantee == "recovery" else f", guarantee: {guarantee}"
+    about += ", rounding measured, not proven" if measured else ""
+    return f"{result['model']}\n{_data(result)}{about}"
 
 
 def single_rows(found: dict[str, Any]) -> Rows:
@@ -96,6 +112,7 @@ def single_rows(found: dict[str, Any]) -> Rows:
         verdict = f"certified: no such change alters the label{without}" if claim["certified"] else "not certified"
         place = f"weakest at row {top}, column {left} ({height}x{width}), towards {claim['rival']}"
         rows.append((f"{claim['threat']}, {claim['method']}", f"{verdict}; margin {claim['margin']:g}, {place}"))
+    rows.append(_arithmetic(claim["arithmetic"] for claim in found["claims"]))
     if "map" in found:
         rows.append(("locations", f"{found['weak_locations']} of {found['locations']} are weak; map in {found['map']}"))
     return rows
@@ -132,6 +149,7 @@ def attack_rows(result: dict[str, Any]) -> Rows:
     if "certified_accuracy" in result:
         rows.append(("certified", share(result["certified_accuracy"], counts["certified"], images)))
         rows.append(("verdict", f"{len(result['broken'])} certified images flipped"))
+        rows.append(_arithmetic([result.get("arithmetic") or former(result["defense"])]))
     return [*rows, ("queries", f"{result['queries']:,}"), ("time", _time(result)), ("records", str(result["records"]))]
 
 

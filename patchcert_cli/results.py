@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from patchcert_cli import __version__
+from patchcert_cli.arithmetic import former, weakest
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee, Tally
 from patchcert_cli.data import Images
 from patchcert_cli.errors import ClaimError
 from patchcert_cli.plan import Plan
 from patchcert_cli.runs import RECORDS, Record, Run
 
-VERDICT = ("certified", "margin", "worst", "rival", "method")
+VERDICT = ("certified", "margin", "worst", "rival", "method", "arithmetic")
 
 
 def certify_records(part: Images, certificates: Sequence[Certificate]) -> Iterable[Record]:
-    """One record per image: index, label, prediction, and for each claim certified, margin, worst atom, rival, method.
+    """One record per image: index, label, prediction, and for each claim the fields of :data:`VERDICT`.
 
     Where the proof counts them, ``passes`` is how often the network was asked for all claims together.
     """
@@ -44,8 +45,9 @@ def certify_records(part: Images, certificates: Sequence[Certificate]) -> Iterab
 
 def _verdicts(certificate: Certificate) -> Iterable[dict[str, Any]]:
     parts = (certificate.certified, certificate.margin, certificate.worst, certificate.rival)
+    same = (certificate.method, str(certificate.arithmetic))
     for certified, margin, worst, rival in zip(*(part.tolist() for part in parts), strict=True):
-        yield dict(zip(VERDICT, (certified, margin, worst, rival, certificate.method), strict=True))
+        yield dict(zip(VERDICT, (certified, margin, worst, rival, *same), strict=True))
 
 
 def so_far(records: Iterable[Record]) -> str:
@@ -118,6 +120,7 @@ def _row(plan: Plan, records: Sequence[Record], at: int) -> dict[str, Any]:
         "threat": str(plan.claims[at].threat),
         "method": verdicts[0]["method"],
         "guarantee": str(plan.subject.defense.guarantee),
+        "arithmetic": str(weakest(one.get("arithmetic") or former(plan.subject.kind) for one in verdicts)),
         "clean_accuracy": tally.clean_accuracy,
         "certified_accuracy": tally.certified_accuracy,
         "certified_interval": list(tally.certified_interval),

@@ -39,6 +39,7 @@ def certify(
             "threat": str(certificate.threat),
             "method": certificate.method,
             "guarantee": str(certificate.guarantee),
+            "arithmetic": str(certificate.arithmetic),
             "certified": bool(certificate.certified[0]),
             "margin": float(certificate.margin[0]),
             "worst": certificate.worst[0].tolist(),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from patchcert_cli import evaluate, files, results
+from patchcert_cli.arithmetic import weakest
 from patchcert_cli.attacks.base import Attack
 from patchcert_cli.defenses.base import Claim
 from patchcert_cli.errors import ClaimError
@@ -64,6 +65,7 @@ def verify(
     records = results.read_records(folder / "certify" / RECORDS)
     different = [row for row in (difference(book.rows[r["index"]], at, r) for r in records) if row]
     held = [r["index"] for r in records if r["certified"] and r["prediction"] == r["label"]]
+    said = book.claims[at].arithmetic
     outcome: dict[str, Any] = {
         "model": plan.subject.name,
         "model_sha256": plan.subject.sha256,
@@ -75,6 +77,9 @@ def verify(
         "agree": len(records) - len(different),
         "false_share_at_most": bound(len(records)) if not different else None,
         "different": different,
+        "arithmetic": certified["arithmetic"],
+        "published_arithmetic": said,
+        "overstated": bool(said) and weakest((said, certified["arithmetic"])) != said,
         "certified": len(held),
         "attacked": 0,
         "broken": [],
@@ -86,7 +91,7 @@ def verify(
         found = evaluate.attack(part, attacker, dict(settings), folder / "attack", fresh=fresh, progress=progress)
         outcome |= {"attacked": found["images"], "broken": found["broken"], "attack": dict(settings)}
         outcome["seconds"] += found["seconds"]
-    outcome["holds"] = not outcome["different"] and not outcome["broken"]
+    outcome["holds"] = not outcome["different"] and not outcome["broken"] and not outcome["overstated"]
     files.write_json(folder / "verdict.json", outcome)
     return {**outcome, "out": str(folder), "result": str(folder / "certify" / RESULT)}
 
@@ -118,6 +123,8 @@ def check(outcome: Mapping[str, Any]) -> None:
         problems.append(f"{len(different)} of {outcome['images']} records differ (indices {shown(different)})")
     if outcome["broken"]:
         problems.append(f"the attack flipped {len(outcome['broken'])} certified images (indices {shown(outcome['broken'])})")
+    if outcome.get("overstated"):
+        problems.append(f"published as {outcome['published_arithmetic']}, it is {outcome['arithmetic']}")
     if problems:
         raise ClaimError(
             f"{outcome['model']}: {'; '.join(problems)}: the claim does not reproduce.",

@@ -92,9 +92,9 @@ def test_numbers_are_numbers_and_the_hub_reads_them(card: Card) -> None:
 def test_the_prose_tells_measured_beside_published(card: Card) -> None:
     text = card.render()
     measured = "93.00% (9300/10000) | 60.00% (6000/10000) | 59.03% to 60.96%"
-    row = f"| `patch:2x2`, recovery (interval) | mnist test | {measured} | 92.00% | 60.40% |"
+    row = f"| `patch:2x2`, recovery (interval) | mnist test | bounded | {measured} | 92.00% | 60.40% |"
     assert row in text
-    assert "| `patch:3x3` | mnist | not measured | not measured |  | 90.00% | 30.00% |" in text
+    assert "| `patch:3x3` | mnist |  | not measured | not measured |  | 90.00% | 30.00% |" in text
     assert f"patchcert certify {card.name} --patch 2x2" in text
     assert "Not proven:" in text
 

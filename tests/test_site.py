@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from site_cards import HOSTILE, PAPER, card, recipe, result, sweep, zoo
 
 from patchcert_cli import cards, site
+from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.cards import Card, Hub, Published
 from patchcert_cli.cli import main
 from patchcert_cli.site import curves
@@ -73,11 +74,26 @@ def test_models_are_ranked_by_certified_accuracy_and_the_best_proof_counts(tree:
         ("3", "votes-b", "60.00 600/1000 58.77 to 61.23"),
         ("\N{EN DASH}", "doubtful unreliable", "94.90 949/1000 93.67 to 96.13"),
     ]
-    assert table[0][4:] == ["90.00a", "71.00a", "ibp", "MLP 784-255-10", "additive", "patch:3x3", "811.3 kB", "apache-2.0"]
+    assert table[0][4:] == [
+        "90.00a",
+        "71.00a",
+        "ibp",
+        "MLP 784-255-10",
+        "additive",
+        "bounded",
+        "patch:3x3",
+        "811.3 kB",
+        "apache-2.0",
+    ]
     assert table[1][4:6] == ["\N{EN DASH}", "\N{EN DASH}"]
     shown = next(one for one in having(tree, "details", "card") if one.get("id") == "model/bounds")
     proofs = rows(next(having(shown, "table", "results")))
-    assert [(row[2], row[4][:5]) for row in proofs] == [("additive", "70.00"), ("3.1", "64.00"), ("3.2", "60.00")]
+    assert [(row[2], row[3], row[5][:5]) for row in proofs] == [
+        ("additive", "bounded", "70.00"),
+        ("3.1", "bounded", "64.00"),
+        ("3.2", "bounded", "60.00"),
+    ]
+    assert all(one.meaning in "".join(tree.itertext()) for one in Arithmetic)
 
 
 def test_equal_accuracies_share_a_rank_whatever_their_counts() -> None:
@@ -121,7 +137,7 @@ def test_recovery_and_detection_never_share_a_table_or_a_chart(tree: ET.Element)
     assert all("alarm" not in str(table) for key, table in tables.items() if key[2] == "recovery")
     both = card("both", [result(3, 500), result(3, 600, guarantee="detection"), result(4, 400)])
     shown = parsed(site.render([both]))
-    assert [rows(table)[0][4][:5] for table in having(shown, "table", "results")] == ["50.00", "60.00"]
+    assert [rows(table)[0][5][:5] for table in having(shown, "table", "results")] == ["50.00", "60.00"]
     for chart in curves.charts(boards([*zoo(), both])):
         points = [entry for line in chart.lines for _, entry in line.points]
         assert {entry.result.guarantee for entry in points} == {chart.guarantee}

@@ -157,6 +157,13 @@ def test_an_attack_that_flips_a_certified_image_is_reported() -> None:
         verify.check(outcome)
 
 
+def test_a_claim_of_more_than_is_found_does_not_reproduce() -> None:
+    said = {"overstated": True, "published_arithmetic": "exact", "arithmetic": "measured"}
+    outcome = {"model": "x", "different": [], "images": 9, "broken": [], "out": "runs/x", **said}
+    with pytest.raises(ClaimError, match="published as exact, it is measured: the claim does not reproduce"):
+        verify.check(outcome)
+
+
 def test_what_a_sample_proves() -> None:
     assert verify.bound(0) == 1
     assert verify.bound(500) == pytest.approx(0.00597, abs=1e-5)

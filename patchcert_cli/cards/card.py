@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import yaml
 
 from patchcert_cli import verified
+from patchcert_cli.arithmetic import Arithmetic, former
 from patchcert_cli.cards import page
 from patchcert_cli.cards.records import (
     CARD_RULES,
@@ -148,6 +149,9 @@ class Card:
             del plain["guarantee"]
         if not self.classifier:
             del plain["classifier"]
+        for one in plain["results"]:
+            if not one["arithmetic"]:
+                del one["arithmetic"]
         return plain
 
     def render(self) -> str:
@@ -165,6 +169,10 @@ class Card:
         wanted = parse_threat(threat or self.threat)
         found = [one for one in self.results if parse_threat(one.threat) == wanted and one.guarantee == self.guarantee]
         return max(found, key=lambda one: one.certified, default=None)
+
+    def arithmetic(self, result: Measured) -> Arithmetic:
+        """What is known of the rounding behind one of the measurements."""
+        return Arithmetic(result.arithmetic) if result.arithmetic else former(self.defense)
 
     def report(self, threat: str | None = None) -> Published | None:
         """The published numbers under ``threat``, by default the one that the model was trained against."""

@@ -36,6 +36,7 @@ def hub_metadata(card: Card) -> dict[str, Any]:
 
 def _hub_result(one: Measured) -> dict[str, Any]:
     about = {"threat": one.threat, "images": one.images, "guarantee": one.guarantee, "method": one.method}
+    about |= {"arithmetic": one.arithmetic} if one.arithmetic else {}
     kind, words = metric(one)
     return {
         "task": {"type": "image-classification"},
@@ -115,8 +116,9 @@ def _comparison(card: Card) -> list[str]:
 
 def _compared(card: Card, guarantee: str) -> list[str]:
     lines = [
-        "| threat | data | clean, measured | certified, measured | 95 % interval | clean, published | certified, published |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| threat | data | arithmetic | clean, measured | certified, measured | 95 % interval"
+        " | clean, published | certified, published |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     results = [one for one in card.results if one.guarantee == guarantee]
     reports = card.published if guarantee == card.guarantee else ()
@@ -124,12 +126,17 @@ def _compared(card: Card, guarantee: str) -> list[str]:
     for one in results:
         low, high = one.certified_interval
         measured = [percent(one.clean, one.images), percent(one.certified, one.images), f"{low:.2%} to {high:.2%}"]
-        cells = [f"`{one.threat}`, {one.guarantee} ({one.method})", f"{one.dataset} {one.split}", *measured]
+        cells = [
+            f"`{one.threat}`, {one.guarantee} ({one.method})",
+            f"{one.dataset} {one.split}",
+            str(card.arithmetic(one)),
+            *measured,
+        ]
         lines.append(_row(cells, published.get(str(parse_threat(one.threat)))))
     measured_threats = {str(parse_threat(one.threat)) for one in results}
     for threat, report in published.items():
         if threat not in measured_threats:
-            lines.append(_row([f"`{threat}`", card.dataset, "not measured", "not measured", ""], report))
+            lines.append(_row([f"`{threat}`", card.dataset, "", "not measured", "not measured", ""], report))
     if len(lines) == 2:
         return ["No test measurement yet, and no published numbers."]
     notes = ["Published numbers are those of the source; they belong to its weights, not to these:"] if published else []
@@ -191,8 +198,10 @@ def _proof(card: Card) -> list[str]:
         proven += " An image that raises an alarm unattacked counts as answered wrong. This is less than a guarantee of recovery."
     elif any(one.guarantee == "detection" for one in card.results):
         proven += " Where the guarantee is detection, the attacker may alter the answer but not without raising an alarm."
+    words = dict.fromkeys(card.arithmetic(one) for one in card.results)
     return [
         proven,
+        *(f"Arithmetic: **{one}**. That is: {one.meaning}." for one in words),
         "Not proven: anything about images that are not certified, about larger or additional patches, more pixels or other"
         " threat models, or about changes outside them such as rotation or noise. The interval speaks about images drawn like"
         " the test images, not about other data. Success rates of attacks are empirical and are no part of this card.",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from patchcert_cli import verified
+from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.errors import PatchcertError
 from patchcert_cli.files import CONFIG, LEDGER, WEIGHTS, weight_files
 from patchcert_cli.schema import Count, Must, NonNegative, Positive, Rule
@@ -60,6 +61,7 @@ Sha256 = Annotated[str, _match(r"[0-9a-f]{64}", "a sha256 of 64 hex digits")]
 Commit = Annotated[str, _match(r"[0-9a-f]{40}", "a commit of 40 hex digits")]
 Repo = Annotated[str, _match(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", "organization/name")]
 GuaranteeText = Annotated[str, Must(("recovery", "detection").__contains__, "recovery or detection")]
+ArithmeticText = Annotated[str, Must(list(Arithmetic).__contains__, f"one of {', '.join(Arithmetic)}")]
 Status = Annotated[str, Must(STATUSES.__contains__, f"one of {', '.join(STATUSES)}")]
 
 
@@ -124,7 +126,12 @@ class Validation:
 
 @dataclass(frozen=True)
 class Measured:
-    """One measurement with this code: counts, and the exact 95 % interval of the certified accuracy."""
+    """One measurement with this code: counts, and the exact 95 % interval of the certified accuracy.
+
+    Attributes:
+        arithmetic: what is known of the rounding behind the certificates; empty in cards that do not say it, whose defense does
+            (:meth:`patchcert_cli.cards.Card.arithmetic`).
+    """
 
     dataset: Text
     split: Text
@@ -138,6 +145,7 @@ class Measured:
     command: Text
     patchcert: Text
     guarantee: GuaranteeText = "recovery"
+    arithmetic: ArithmeticText = ""
     rules: ClassVar[tuple[Rule, ...]] = (_ordered_counts, _interval_holds_the_share)
 
 

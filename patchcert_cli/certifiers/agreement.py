@@ -22,8 +22,8 @@ The published condition asks the same of all masks, which implies this one. (In 
 threshold certifies but raises no alarm; here it raises one.) A set of masks that leaves out a location at a corner, as windows of
 votes do in the paper, proves nothing about it.
 
-**Rounding.** ``f_i = y`` and ``p_i >= threshold`` count only if both hold by more than ``slack``, so the theorem holds for every
-way in which the network may be rounded, in whatever batch.
+**Rounding.** ``f_i = y`` and ``p_i >= threshold`` count only if both hold by more than ``slack``: a certificate holds as far as
+rounding moves neither by more than that, which :mod:`patchcert_cli.certifiers.views` measures and does not prove.
 
 Shapes: B images, M masks, U sets of masks of which an attack leaves one whole (:class:`masks.Cover`).
 """

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchcert_cli import exact, integers
-from patchcert_cli.certifiers.views import Answers
+from patchcert_cli.arithmetic import Arithmetic
+from patchcert_cli.certifiers.views import Answers, Clear, Seen, leads
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.levels import Level, Levels
 
@@ -251,13 +252,20 @@ def _more(count: int) -> int:
     return -count % step
 
 
+def largest(logits: Tensor) -> Tensor:
+    """The largest logit of each pass, [n, K] -> [n]: what leads are told in; no decision depends on it."""
+    return logits.abs().amax(dim=1).clamp(min=1e-300)
+
+
 class ExactViews:
     """A network of whole numbers and masks.
 
     Attributes:
+        arithmetic: labels are exact.
         slack: what a lead must exceed to be sure; 0, since none is rounded.
     """
 
+    arithmetic = Arithmetic.EXACT
     slack = 0.0
 
     def __init__(self, network: Levels, masks: Tensor, fill: Tensor) -> None:
@@ -275,6 +283,11 @@ class ExactViews:
     def asking(self, x: Tensor) -> Asked:
         """What to ask about images [B, C, H, W] in [0, 1]."""
         return Asked(self, x)
+
+    def look(self, x: Tensor, image: Tensor, first: Tensor, second: Tensor, clear: Clear) -> Seen:
+        """Logits of n passes of images [B, C, H, W], int64 [n] each, on the CPU; none is in doubt, so ``clear`` is not asked."""
+        logits = self.asking(x).logits(image, first, second)
+        return Seen(logits, largest(logits), torch.ones(len(logits), dtype=torch.bool))
 
     def bytes_each(self) -> int:
         """What the maps behind single masks hold for one image."""
@@ -323,9 +336,7 @@ class Asked:
         """
         logits = self.logits(image, first, second)
         ranked = logits.sort(dim=1, descending=True, stable=True)  # of equals the lowest class first
-        scale = logits.abs().amax(dim=1).clamp(min=1e-300)
-        lead = (ranked.values[:, 0] - ranked.values[:, 1]) / scale
-        return Answers(ranked.indices[:, 0], ranked.indices[:, 1], lead)
+        return Answers(ranked.indices[:, 0], ranked.indices[:, 1], leads(logits, largest(logits)))
 
     @torch.no_grad()
     def logits(self, image: Tensor, first: Tensor, second: Tensor) -> Tensor:

@@ -17,8 +17,10 @@ with f(k, k) = y. If M = y, either is y. If M != y, i itself passes round two, s
 Neither the order of ties nor the unmasked image plays a role. The published condition, f(i, j) = y for all pairs, implies this
 one, and asks for more than is needed where a location lies behind several masks.
 
-**Rounding.** A label counts as y only if y leads every other class by more than ``slack``, so the theorem holds for every way in
-which the network may be rounded, in whatever batch.
+**Rounding.** The theorem is about one function f of the image. Of a network that computes exactly
+(:mod:`patchcert_cli.exact`) there is one. Of any other network f is what is computed, and a label counts as y only if y leads
+every other class by more than ``slack``: a certificate then holds as far as rounding moves no lead by more than that, which
+:mod:`patchcert_cli.certifiers.views` measures and does not prove.
 
 Shapes: B images, M masks, n passes, U sets of masks of which one is to be whole (:class:`patchcert_cli.certifiers.masks.Cover`).
 """

@@ -1,32 +1,44 @@
-"""What a classifier says of images behind masks, the same however it is rounded.
+"""What a classifier says of images behind masks, of a network that cannot be made to compute exactly.
 
-A label is decided by how far the largest logit is ahead of the next. Where this lead is within what rounding may do, the pass is
-computed again in higher precision, at last in float64. So a label depends neither on the batch nor on the device, unless it is
-closer than float64 can tell, and then its lead says so. How much rounding may do is not proven but allowed for generously
-(:data:`SLACK`), and :meth:`Views.test` compares precisions and batches on the very network.
+A label is decided by how far the largest logit is ahead of the next, as a share of a scale that no picture shrinks
+(:mod:`patchcert_cli.certifiers.scales`). Where this lead is above what rounding is allowed in a quick precision (:data:`SLACK`),
+it decides, in whatever batch. Every other pass is **in doubt**, and is computed the same way each time: in float64, each image
+alone, in one memory format, on one thread of a CPU. So on one machine ``predict`` and ``certify`` ask one function of the image,
+as long as quick passes err by less than they are allowed.
+
+**This is measured, not proven**: nothing bounds the rounding errors of a network of others. :meth:`Views.test` measures them, on
+ordinary pictures and on ones whose logits were driven together, and refuses a network that uses a quarter of its allowance. A
+result in float64 counts only if it follows steps of the input that float32 cannot see; else what is in doubt is computed in
+float32, and certifies nothing. Two machines may differ where they round differently: labels that a pass in float64 leaves within
+``slack`` certify nothing.
 
 Shapes: B images, C channels, H x W pixels, K classes, M masks, n passes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers import rounding
+from patchcert_cli.arithmetic import Arithmetic
+from patchcert_cli.certifiers import rounding, scales
+from patchcert_cli.certifiers.scales import Gauge, Memory
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.exact import exact_arithmetic
 
-SLACK = {"bfloat16": 2.0**-2, "float32": 2.0**-13, "float64": 2.0**-40}  # shares of a pass's largest logit
+SLACK = {"bfloat16": 2.0**-4, "float32": 2.0**-13, "float64": 2.0**-40}  # shares of the scale
+ROOM = 4  # a measured error may be this part of it: two logits make a lead, and a measurement is no bound
 PRECISIONS = ("float32", "bfloat16")  # in which labels may be computed at first
 PASSES, PIXELS, LARGER = 256, 1 << 20, 64  # passes at a time on a CPU, their values, and how many times that on a GPU
 GATHERED = 4  # times as many passes have their images copied at once
+SIZES = (1, 2, 3, 7)  # batches that the quick precisions are measured in
+LARGE = {"bfloat16": 64, "float32": PASSES}  # and the largest one
 
 
 class Answers(NamedTuple):
@@ -35,12 +47,35 @@ class Answers(NamedTuple):
     Attributes:
         label: int64 [n], the class with the largest logit, ties to the lowest index.
         rival: int64 [n], the next one.
-        lead: float64 [n], how far the label is ahead of it, as a share of the largest logit; sure if above SLACK["float64"].
+        lead: float64 [n], how far the label is ahead of it, as a share of the scale; sure if above ``slack`` of the views.
     """
 
     label: Tensor
     rival: Tensor
     lead: Tensor
+
+
+class Seen(NamedTuple):
+    """Logits of n passes.
+
+    Attributes:
+        logits: float64 [n, K].
+        scale: float64 [n], what leads are measured against.
+        known: bool [n], beyond doubt, or computed in a float64 that is believed.
+    """
+
+    logits: Tensor
+    scale: Tensor
+    known: Tensor
+
+
+Clear = Callable[[Tensor, Tensor], Tensor]  # logits [n, K], scale [n] -> how far each pass is from another decision, [n]
+
+
+def leads(logits: Tensor, scale: Tensor) -> Tensor:
+    """How far the largest logit is ahead of the next one, as a share of the scale: [n, K], [n] -> [n]."""
+    best = logits.topk(2, dim=1).values
+    return (best[:, 0] - best[:, 1]) / scale
 
 
 def behind(network: nn.Module, x: Tensor, hidden: Tensor, fill: Tensor) -> Tensor:
@@ -56,12 +91,23 @@ class Views:
     """A classifier, as it is now, and masks.
 
     Attributes:
-        slack: what a lead must exceed to be sure.
+        arithmetic: what is known of the rounding of its labels.
+        slack: a lead that is sure exceeds it.
     """
 
+    arithmetic = Arithmetic.MEASURED
     slack = SLACK["float64"]
 
-    def __init__(self, network: nn.Module, masks: Tensor, fill: Tensor, shape: tuple[int, ...], classes: int, first: str) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        masks: Tensor,
+        fill: Tensor,
+        shape: tuple[int, ...],
+        classes: int,
+        first: str,
+        memory: Memory | None = None,
+    ) -> None:
         """Look through masks, bool [M, H, W], of colour ``fill`` [C, 1, 1].
 
         Args:
@@ -71,10 +117,21 @@ class Views:
             shape: C, H and W.
             classes: K.
             first: the precision to begin with, float32 or bfloat16.
+            memory: where what was found out about the network is kept from one call to the next.
         """
-        self._masks, self._fill, self._shape, self._classes = masks, fill, shape, classes
-        self._ladder = ("bfloat16", "float32", "float64") if first == "bfloat16" else ("float32", "float64")
+        self._masks, self._fill, self._shape, self._classes, self._first = masks, fill, shape, classes, first
         self._networks: dict[str, nn.Module | None] = dict.fromkeys(PRECISIONS, rounding.frozen(network))
+        self._owner, self._memory = network, memory or Memory()
+
+    @property
+    def gauge(self) -> Gauge:
+        """What was found out about the network; a few passes the first time."""
+        return self._memory.of(self._owner, (len(self._masks), self._masks.device), self._measure)
+
+    @property
+    def quick(self) -> tuple[str, ...]:
+        """The precisions that decide in batches; bfloat16 only where the last layer says how large its terms are."""
+        return PRECISIONS[::-1] if self._first == "bfloat16" and self.gauge.head is not None else PRECISIONS[:1]
 
     def asking(self, x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Answers]:
         """What to ask about images [B, C, H, W]; see :meth:`ask`."""
@@ -86,53 +143,82 @@ class Views:
         Raises:
             IntegrityError: what the network returns is not one finite number per image and class.
         """
-        together = torch.split(torch.arange(len(image)), GATHERED * self._size(x))
-        parts = [self._ask(x[image[some].to(x.device)], first[some], second[some]) for some in together]
-        return Answers(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        seen = self.look(x, image, first, second, leads)
+        ranked = seen.logits.sort(dim=1, descending=True, stable=True).indices  # of equals the lowest class first
+        return Answers(ranked[:, 0], ranked[:, 1], torch.where(seen.known, leads(seen.logits, seen.scale), 0))
 
-    def _ask(self, x: Tensor, first: Tensor, second: Tensor) -> Answers:
+    def look(self, x: Tensor, image: Tensor, first: Tensor, second: Tensor, clear: Clear) -> Seen:
+        """Logits of n passes, as :meth:`ask` takes them, in which ``clear`` says what is beyond doubt."""
+        together = torch.split(torch.arange(len(image)), GATHERED * self._size(x))
+        parts = [self._look(x[image[some].to(x.device)], first[some], second[some], clear) for some in together]
+        return Seen(*(torch.cat(column) for column in zip(*parts, strict=True))) if parts else self._nothing(0)
+
+    def _nothing(self, count: int) -> Seen:
+        logits = torch.zeros(count, self._classes, dtype=torch.float64)
+        return Seen(logits, torch.ones(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool))
+
+    def _look(self, x: Tensor, first: Tensor, second: Tensor, clear: Clear) -> Seen:
         """The same of one image [n, C, H, W] a pass."""
-        label, rival = torch.zeros(2, len(x), dtype=torch.int64)
-        lead, open_ = torch.zeros(len(x), dtype=torch.float64), torch.arange(len(x))
-        for kind in self._ladder:
-            logits = self.logits(kind, x[open_.to(x.device)], first[open_], second[open_])
-            if logits is None:
-                lead[open_] = 0  # nobody can tell, so it certifies nothing
-                break
-            ranked = logits.sort(dim=1, descending=True, stable=True)  # of equals the lowest class first
-            label[open_], rival[open_] = ranked.indices[:, 0], ranked.indices[:, 1]
-            lead[open_] = (ranked.values[:, 0] - ranked.values[:, 1]) / _scale(logits)
-            open_ = open_[lead[open_] <= SLACK[kind]]
+        found, open_ = self._nothing(len(x)), torch.arange(len(x))
+        for kind in self.quick:
             if not len(open_):
-                break
-        return Answers(label, rival, lead)
+                return found
+            logits, scale = self.logits(kind, x[open_.to(x.device)], first[open_], second[open_])
+            found.logits[open_], found.scale[open_] = logits, scale
+            open_ = open_[~(clear(logits, scale) > SLACK[kind])]
+        if len(open_):
+            logits, scale = self.alone(x[open_.to(x.device)], first[open_], second[open_])
+            found.logits[open_], found.scale[open_], found.known[open_] = logits, scale, self.gauge.double
+        return found
 
     def _size(self, x: Tensor) -> int:
         """Passes at a time."""
         return max(1, min(PASSES, PIXELS // math.prod(self._shape))) * (1 if x.device.type == "cpu" else LARGER)
 
-    @torch.no_grad()
-    def logits(self, kind: str, x: Tensor, first: Tensor, second: Tensor) -> Tensor | None:
-        """float64 [n, K] on the CPU, computed in precision ``kind``; None if the network cannot be."""
-        network = self._network(kind)
-        if network is None:
-            return None
-        parts = [torch.zeros(0, self._classes, dtype=torch.float64)]
+    def alone(self, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits float64 [n, K] and scale [n] on the CPU, each pass computed in one way whatever is asked beside it."""
+        kind = "float64" if self.gauge.double else "float32"
+        with _one_way(x.device):
+            logits, scale = self._each(kind, x, first, second, self.gauge.head)
+        return logits, scale.clamp(min=self.gauge.least)
+
+    def _each(self, kind: str, x: Tensor, first: Tensor, second: Tensor, head: str | None) -> tuple[Tensor, Tensor]:
+        one = [slice(at, at + 1) for at in range(len(x))]
+        plain = torch.contiguous_format
+        parts = [self._run(kind, x[at].clone(memory_format=plain), first[at], second[at], head) for at in one]
+        return torch.cat([logits for logits, _ in parts]), torch.cat([scale for _, scale in parts])
+
+    def logits(self, kind: str, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits float64 [n, K] and scale [n] on the CPU, computed in precision ``kind``, many passes at a time."""
+        found = self._nothing(0)
+        parts, sizes = [found.logits], [found.scale]
         for some in torch.split(torch.arange(len(x)), self._size(x)):
-            images = x[some.to(x.device)]
-            hidden = self._masks[first[some].to(x.device)] | self._masks[second[some].to(x.device)]
-            with exact_arithmetic(), torch.autocast(x.device.type, torch.bfloat16, enabled=kind == "bfloat16"):
-                logits = behind(network, images.double() if kind == "float64" else images.float(), hidden, self._fill)
-            if tuple(logits.shape) != (len(some), self._classes):
-                raise IntegrityError(
-                    f"the network returns {tuple(logits.shape)} for {len(some)} images;",
-                    hint=f"it must return logits ({len(some)}, {self._classes}).",
-                )
-            parts.append(logits.double().cpu())
-        joined = torch.cat(parts)
-        if not bool(joined.isfinite().all()):
+            logits, scale = self._run(kind, x[some.to(x.device)], first[some], second[some], self.gauge.head)
+            parts.append(logits)
+            sizes.append(scale.clamp(min=self.gauge.least))
+        return torch.cat(parts), torch.cat(sizes)
+
+    @torch.no_grad()
+    def _run(self, kind: str, x: Tensor, first: Tensor, second: Tensor, head: str | None) -> tuple[Tensor, Tensor]:
+        """One batch: logits float64 [n, K], and the scale [n] of the pass alone."""
+        network = self._network(kind)
+        assert network is not None
+        with scales.watching(network, head) as watch:
+            logits = self._behind(kind, network, x, first, second)
+        if tuple(logits.shape) != (len(x), self._classes):
+            raise IntegrityError(
+                f"the network returns {tuple(logits.shape)} for {len(x)} images;",
+                hint=f"it must return logits ({len(x)}, {self._classes}).",
+            )
+        told = logits.double().cpu()
+        if not bool(told.isfinite().all()):
             raise IntegrityError("the network answers NaN or infinity;", hint="its weights or its preprocessing are broken.")
-        return joined
+        return told, watch.scale(logits)
+
+    def _behind(self, kind: str, network: nn.Module, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        hidden = self._masks[first.to(x.device)] | self._masks[second.to(x.device)]
+        with exact_arithmetic(), torch.autocast(x.device.type, torch.bfloat16, enabled=kind == "bfloat16"):
+            return behind(network, x.double() if kind == "float64" else x.float(), hidden, self._fill)
 
     def _network(self, kind: str) -> nn.Module | None:
         """The copy in float64 is made when it is first needed; other people's code may not compute in float64."""
@@ -140,7 +226,8 @@ class Views:
             network = rounding.double(cast(nn.Module, self._networks["float32"]))
             grey = torch.full((1, *self._shape), 0.5, dtype=torch.float64, device=self._masks.device)
             try:
-                kept = behind(network, grey, self._masks[:1], self._fill).dtype == torch.float64
+                with torch.no_grad():
+                    kept = behind(network, grey, self._masks[:1], self._fill).dtype == torch.float64
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, TypeError):
@@ -148,33 +235,101 @@ class Views:
             self._networks[kind] = network if kept else None
         return self._networks[kind]
 
-    @torch.no_grad()
+    def _pictures(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Fixed images and two masks for each."""
+        x = scales.pictures(self._shape)
+        first, second = torch.randint(len(self._masks), (2, len(x)), generator=torch.Generator().manual_seed(0))
+        return x.to(self._masks.device), first, second
+
+    def _measure(self) -> Gauge:
+        """Find the last layer, the smallest scale, and whether float64 is to be believed."""
+        x, first, second = self._pictures()
+        quick = cast(nn.Module, self._networks["float32"])
+        with torch.no_grad(), _one_way(x.device):
+            self._run("float32", x, first, second, None)  # refuses what are no logits
+            head = scales.head_of(quick, lambda: self._behind("float32", quick, x, first, second))
+            _, scale = self._each("float32", x, first, second, head)
+            least = scales.power_above(float(scale.amax()))
+            double = self._network("float64") is not None and self._believed(x[:3], first[:3], second[:3], least)
+            return Gauge(head, least, double)
+
+    def _believed(self, x: Tensor, first: Tensor, second: Tensor, least: float) -> bool:
+        """Whether float64 carries more than float32, and gives a batch what it gives each image of it."""
+
+        def logits(images: Tensor) -> Tensor:
+            return self._each("float64", images, first, second, None)[0]
+
+        together, _ = self._run("float64", x, first, second, None)
+        steady = float((together - logits(x)).abs().amax()) * ROOM <= SLACK["float64"] * least
+        return steady and scales.responds(logits, x.double())
+
     def test(self) -> None:
-        """Compare the precisions, and batches with single images, on some masked images.
+        """Measure what rounding does, on ordinary pictures and on ones whose logits were driven together.
 
         Raises:
-            IntegrityError: they differ by more than half of what rounding is allowed.
+            IntegrityError: the pass of an image depends on where it is asked, or a precision errs by more than a quarter of its
+                allowance.
         """
-        generator = torch.Generator().manual_seed(0)
-        x = torch.rand(4, *self._shape, generator=generator)
-        x[2:] = F.interpolate(x[2:, :, ::4, ::4], self._shape[1:])  # of larger squares
-        x = x.to(self._masks.device)
-        first, second = torch.randint(len(self._masks), (2, len(x)), generator=generator)
-        finest = self.logits("float64", x, first, second)
-        best = finest if finest is not None else self.logits("float32", x, first, second)
-        assert best is not None
-        for kind in self._ladder[:-1]:
-            alone = [self.logits(kind, x[at : at + 1], first[at : at + 1], second[at : at + 1]) for at in (0, 2)]
-            for at, count, found in ((0, len(x), self.logits(kind, x, first, second)), (0, 1, alone[0]), (2, 1, alone[1])):
-                assert found is not None
-                off = float(((found - best[at : at + count]).abs().amax(dim=1) / _scale(best[at : at + count])).amax())
-                if 2 * off > SLACK[kind]:
+        x, first, second = self._pictures()
+        network = cast(nn.Module, self._networks["float32"])
+        near = scales.shrunk(lambda images: self._behind("float32", network, images, first[:3], second[:3]), x[:3])
+        if near is not None:
+            x, first, second = torch.cat([x, near]), first.repeat(2)[: len(x) + 3], second.repeat(2)[: len(x) + 3]
+        best, scale = self.alone(x, first, second)
+        some = torch.tensor(sorted({0, 2, len(x) - 1}))  # noise, squares, and if there is one a picture of vanishing leads
+        self._check_steady(x[some.to(x.device)], first[some], second[some], best[some])
+        if not self.gauge.double and self._network("float64") is not None:  # good enough to find errors with
+            best, _ = self._each("float64", x, first, second, None)
+        for kind in self.quick:
+            for size in (*SIZES, LARGE[kind]):
+                off = self._off(kind, x, first, second, size, best, scale)
+                if ROOM * off > SLACK[kind]:
                     raise IntegrityError(
-                        f"in {kind} logits are off by {off:.1e} of the largest, and {SLACK[kind] / 2:.1e} is allowed for;",
+                        f"in {kind} logits are off by {off:.1e} of their scale, and {SLACK[kind] / ROOM:.1e} is allowed for;",
                         hint="a network so sensitive to rounding cannot be certified.",
                     )
 
+    def _off(self, kind: str, x: Tensor, first: Tensor, second: Tensor, size: int, best: Tensor, scale: Tensor) -> float:
+        """How far logits in batches of ``size``, as far as batches get so large, are from the best ones: a share of the scale."""
+        size = min(size, self._size(x))
+        which = torch.arange(max(size, len(x))) % len(x)
+        parts = [self.logits(kind, x[some.to(x.device)], first[some], second[some])[0] for some in torch.split(which, size)]
+        return float(((torch.cat(parts) - best[which]).abs().amax(dim=1) / scale[which]).amax())
 
-def _scale(logits: Tensor) -> Tensor:
-    """The largest logit of each pass, [n, K] -> [n]."""
-    return logits.abs().amax(dim=1).clamp(min=1e-300)
+    def _check_steady(self, x: Tensor, first: Tensor, second: Tensor, best: Tensor) -> None:
+        """Compare logits ``best`` with those of the same passes asked in other ways, bit by bit."""
+
+        def differ(order: Tensor, images: Tensor = x) -> bool:
+            return not torch.equal(self.alone(images[order.to(x.device)], first[order], second[order])[0], best[order])
+
+        every, threads, failed = torch.arange(len(x)), torch.get_num_threads(), []
+        failed += ["its position in the batch"] if differ(every.flip(0)) else []
+        failed += ["the size of the batch"] if any(differ(every[at : at + 1]) for at in every.tolist()) else []
+        failed += ["the memory format"] if differ(every, x.contiguous(memory_format=torch.channels_last)) else []
+        try:
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                failed += [f"the threads ({count})"] if differ(every) else []
+        finally:
+            torch.set_num_threads(threads)
+        if failed:
+            raise IntegrityError(
+                f"the logits of an image depend on {', '.join(failed)};",
+                hint="something in the network is random or remembers: it has no answer to certify.",
+            )
+
+
+@contextlib.contextmanager
+def _one_way(device: torch.device) -> Iterator[None]:
+    """Fix what besides the batch decides the order of sums: threads of a CPU, the choice of algorithms of a GPU."""
+    threads, cudnn = torch.get_num_threads(), cast(Any, torch.backends.cudnn)
+    before = (cudnn.benchmark, cudnn.deterministic)
+    try:
+        if device.type == "cpu" and threads != 1:
+            torch.set_num_threads(1)
+        cudnn.benchmark, cudnn.deterministic = False, True
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)

@@ -126,8 +126,8 @@ def _print_plan(release: Release, create_pr: bool) -> None:
         typer.echo(f"  {name:<28} {facts['size']:>12} bytes  sha256 {facts['sha256']}")
     for one in plan["claims"]:
         typer.echo(
-            f"  claims {one['threat']} ({one['method']}, {one['guarantee']}): clean {one['clean']}/{one['images']},"
-            f" certified {one['certified']}/{one['images']}"
+            f"  claims {one['threat']} ({one['method']}, {one['guarantee']}, {one['arithmetic']}):"
+            f" clean {one['clean']}/{one['images']}, certified {one['certified']}/{one['images']}"
         )
     for where in plan["evidence"]:
         typer.echo(f"  evidence {where}")

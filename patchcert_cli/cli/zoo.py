@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from patchcert_cli.cards import Card
 
 app = typer.Typer(name="zoo", help="List, show, pull, verify and publish models.", no_args_is_help=True)
-COLUMNS = ("name", "defense", "threat", "clean", "certified", "published", "size", "licence", "where")
+COLUMNS = ("name", "defense", "threat", "clean", "certified", "published", "arithmetic", "size", "licence", "where")
 GUARANTEES = {"recovery": "", "detection": "Certified detection: the answer stays right, or an alarm is raised."}
 NONE = "-"
 
@@ -139,6 +139,7 @@ def _summary(card: Card, where: str) -> dict[str, Any]:
         "clean": measured.clean / measured.images if measured else None,
         "certified": measured.certified / measured.images if measured else None,
         "images": measured.images if measured else None,
+        "arithmetic": str(card.arithmetic(measured)) if measured else None,
         "published": report.certified if report else None,
         "size": card.size,
         "licence": card.license,
@@ -150,7 +151,7 @@ def _row(card: Card, where: str) -> list[str]:
     facts = _summary(card, where)
     shares = [NONE if facts[key] is None else f"{facts[key]:.2%}" for key in ("clean", "certified", "published")]
     name = card.name if card.status != "unreliable" else f"{card.name} (unreliable)"
-    return [name, card.defense, card.threat, *shares, _size(card.size), card.license, where]
+    return [name, card.defense, card.threat, *shares, facts["arithmetic"] or NONE, _size(card.size), card.license, where]
 
 
 def _size(count: int) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from patchcert_cli import exact, models
-from patchcert_cli.certificate import Certificate
+from patchcert_cli.certificate import Arithmetic, Certificate
 from patchcert_cli.certifiers import additive
 from patchcert_cli.certifiers.additive import Proof, Votes
 from patchcert_cli.defenses.base import Claim, Defense, Surrogate
@@ -90,6 +90,7 @@ class CellDefense(Defense, Generic[Said]):
             rival=proof.rival,
             threat=claim.threat,
             method=self.title(claim.method or self.methods[0]),
+            arithmetic=Arithmetic.EXACT,
         )
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli import models
-from patchcert_cli.certificate import Certificate
+from patchcert_cli.certificate import Arithmetic, Certificate
 from patchcert_cli.certifiers import pairwise, refine, rounding, routes
 from patchcert_cli.certifiers.first_layer import Split
 from patchcert_cli.certifiers.folding import fold
@@ -138,6 +138,7 @@ class IntervalDefense(Defense):
             rival=proof.rival,
             threat=threat,
             method=method,
+            arithmetic=Arithmetic.BOUNDED,
         )
 
     def remark(self, threat: Threat) -> str:

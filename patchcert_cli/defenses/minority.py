@@ -4,7 +4,8 @@ The image is shown whole and behind each mask alone. If a mask hides the patch, 
 contradicts the whole image with enough confidence, an alarm is raised. One round of masks, against two for a corrected answer
 (:mod:`patchcert_cli.defenses.patchcleanser`, whose network, masks and training these are): it promises less, and so it costs
 less and mostly certifies more.
-Answer and proof: :mod:`patchcert_cli.certifiers.agreement`.
+Answer and proof: :mod:`patchcert_cli.certifiers.agreement`. Its certificates say ``measured``: that rounding alters neither a
+label nor an alarm is measured, not proven (:mod:`patchcert_cli.certifiers.views`).
 
 Shapes: B images, C channels, H x W pixels, K classes, M masks, V = M + 1 views, n passes.
 """
@@ -19,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.certificate import Certificate, Guarantee
 from patchcert_cli.certifiers import agreement
 from patchcert_cli.certifiers.agreement import Reports
@@ -79,53 +81,46 @@ class Minority(PatchCleanser):
         made.threshold = (0.0, 0.4)[int(torch.randint(2, ()))]
         return made
 
-    def _reports(self, x: Tensor) -> Reports:
-        """What is seen of images [B, C, H, W], as sure as float64 can make it, on the CPU."""
+    def views(self) -> Views | ExactViews:
+        """The network as it is now, behind no mask and behind each of the masks."""
+        return self._behind(torch.cat([torch.zeros_like(self.masks[:1]), self.masks]))  # nothing is hidden in the first view
+
+    def _reports(self, x: Tensor, views: Views | ExactViews) -> Reports:
+        """What is seen of images [B, C, H, W], as sure as the network can make it, on the CPU."""
         self.test_once()
-        masks = torch.cat([torch.zeros_like(self.masks[:1]), self.masks])  # nothing is hidden in the first view
-        views = self._behind(masks)
-        size = max(1, VALUES // (len(masks) * math.prod(self.input_shape)))
-        logits, known = zip(*(self._seen(views, part, len(masks)) for part in torch.split(x, size)), strict=True)
-        label, rival, lead, excess = (of.reshape(len(x), len(masks)) for of in self._read(torch.cat(logits)))
-        lead = torch.where(torch.cat(known).reshape(lead.shape), lead, 0)  # what nobody can tell certifies nothing
+        count = len(self.set) + 1
+        size = max(1, VALUES // (count * math.prod(self.input_shape)))
+        parts = [self._seen(views, part, count) for part in torch.split(x, size)]
+        label, rival, lead, excess = (torch.cat(column).reshape(len(x), count) for column in zip(*parts, strict=True))
         return Reports(label[:, 0], label[:, 1:], rival[:, 1:], lead[:, 1:], excess[:, 1:])
 
-    def _seen(self, views: Views | ExactViews, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Logits of every view of some images, float64 [n, K], and whether they are as precise as they need to be, bool [n]."""
-        if isinstance(views, ExactViews):
-            image, view = torch.arange(len(x) * count) // count, torch.arange(len(x) * count) % count
-            return views.asking(x).logits(image, view, view), torch.ones(len(image), dtype=torch.bool)
-        image, view = (torch.arange(len(x) * count) // count).to(x.device), torch.arange(len(x) * count) % count
-        logits, known = torch.zeros(len(image), len(self.classes), dtype=torch.float64), torch.ones(len(image), dtype=torch.bool)
-        open_ = torch.arange(len(image))
-        for kind in (*(("bfloat16",) if self.labels == "bfloat16" else ()), "float32", "float64"):
-            found = views.logits(kind, x[image[open_.to(x.device)]], view[open_], view[open_])
-            if found is None:  # other people's code that does not compute in float64
-                known[open_] = False
-                break
-            logits[open_] = found
-            _, _, lead, excess = self._read(found)
-            open_ = open_[torch.minimum(lead, excess.abs()) <= SLACK[kind]]
-            if not len(open_):
-                break
-        return logits, known
+    def _seen(self, views: Views | ExactViews, x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What :meth:`_read` makes of every view of some images, [n]; what nobody can tell has a lead of 0."""
+        image, view = torch.arange(len(x) * count) // count, torch.arange(len(x) * count) % count
+        seen = views.look(x, image, view, view, self._clear)
+        label, rival, lead, excess = self._read(seen.logits, seen.scale)
+        return label, rival, torch.where(seen.known, lead, 0), excess
 
-    def _read(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Label, next label, lead and excess of confidence of float64 logits [n, K]; see :class:`agreement.Reports`.
+    def _clear(self, logits: Tensor, scale: Tensor) -> Tensor:
+        """How far label and alarm of each pass are from another decision, [n]."""
+        _, _, lead, excess = self._read(logits, scale)
+        return torch.minimum(lead, excess.abs())
+
+    def _read(self, logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Label, next label, lead and excess of confidence of float64 logits [n, K], scale [n]; see :class:`agreement.Reports`.
 
         If logits are off by e, so is a lead by at most 2 e, and so is the logarithm of a confidence.
         """
         ranked = logits.sort(dim=1, descending=True, stable=True)  # of equals the lowest class first
-        size = logits.abs().amax(dim=1).clamp(min=1e-300)
         floor = math.log(self.threshold) if self.threshold > 0 else -math.inf
         excess = ranked.values[:, 0] - logits.logsumexp(dim=1) - floor
-        return ranked.indices[:, 0], ranked.indices[:, 1], (ranked.values[:, 0] - ranked.values[:, 1]) / size, excess / size
+        return ranked.indices[:, 0], ranked.indices[:, 1], (ranked.values[:, 0] - ranked.values[:, 1]) / scale, excess / scale
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """The label of the whole image, or :data:`patchcert_cli.certificate.ALERT`."""
         self.check_input(x)
-        return agreement.answer(self._reports(x)).to(x.device)
+        return agreement.answer(self._reports(x, self.views())).to(x.device)
 
     @torch.no_grad()
     def certify_each(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
@@ -133,17 +128,19 @@ class Minority(PatchCleanser):
         self.check_input(x)
         for claim in claims:
             self.check_method(claim.method)
-        covers, reports = [self.set.cover(claim.threat) for claim in claims], self._reports(x)
-        return [self._proven(reports, claim, cover) for claim, cover in zip(claims, covers, strict=True)]
+        covers, views = [self.set.cover(claim.threat) for claim in claims], self.views()
+        reports = self._reports(x, views)
+        return [self._proven(reports, views, claim, cover) for claim, cover in zip(claims, covers, strict=True)]
 
-    def _proven(self, reports: Reports, claim: Claim, cover: Cover) -> Certificate:
+    def _proven(self, reports: Reports, views: Views | ExactViews, claim: Claim, cover: Cover) -> Certificate:
         method = claim.method or self.methods[0]
         by, atom = cover.by, cover.atom
         if method == "all":
             by = torch.eye(len(self.set), dtype=torch.bool)
             atom = cover.atom[cover.by.int().argmax(dim=0)]
         proof, device = agreement.prove(reports, by), self.masks.device
-        slack = torch.full_like(proof.margin, SLACK["float64"])
+        exact = self.threshold == 0  # of a confidence the logarithm is rounded
+        slack = torch.full_like(proof.margin, views.slack if exact else SLACK["float64"])
         return Certificate(
             prediction=agreement.answer(reports).to(device),
             certified=(proof.margin > slack).to(device),
@@ -154,6 +151,7 @@ class Minority(PatchCleanser):
             threat=claim.threat,
             method=method,
             guarantee=self.guarantee,
+            arithmetic=views.arithmetic if exact else Arithmetic.MEASURED,
         )
 
     def cost(self) -> tuple[int, int]:
@@ -161,4 +159,4 @@ class Minority(PatchCleanser):
 
     def _by_mask(self, x: Tensor) -> Tensor:
         """By how much each mask agrees with the answer, float64 [B, M]."""
-        return agreement.holds(self._reports(x))
+        return agreement.holds(self._reports(x, self.views()))

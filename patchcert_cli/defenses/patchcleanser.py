@@ -5,8 +5,8 @@ labels that the classifier gives then. Masks: :mod:`patchcert_cli.certifiers.mas
 :mod:`patchcert_cli.certifiers.masking`. Training behind two random masks, or behind the two worst of some (greedy cutout: Saha et
 al., Revisiting Image Classifier Training for Improved Certified Robust Defense against Adversarial Patches, TMLR 2023).
 
-A label that rounding might decide is asked again in higher precision (:mod:`patchcert_cli.certifiers.views`), so the answer is
-the same in every batch and on every device.
+A label that rounding might decide is computed again, in float64 and each image alone (:mod:`patchcert_cli.certifiers.views`).
+That the other labels do not depend on rounding is measured, not proven: the certificates say ``measured``.
 
 Shapes: B images, C channels, H x W pixels, K classes, M masks, n passes, A atoms.
 """
@@ -28,6 +28,7 @@ from patchcert_cli.certifiers import masking, views
 from patchcert_cli.certifiers.exact_views import ExactViews
 from patchcert_cli.certifiers.masking import Table
 from patchcert_cli.certifiers.masks import Cover, MaskPlan
+from patchcert_cli.certifiers.scales import Memory
 from patchcert_cli.certifiers.views import PRECISIONS, Views
 from patchcert_cli.defenses.base import Augment, Claim, Defense, Options, Surrogate, TrainingStep
 from patchcert_cli.errors import UsageError
@@ -112,10 +113,10 @@ class PatchCleanser(Defense):
     source = "Xiang, Mahloujifar & Mittal, PatchCleanser, USENIX Security 2022"
     methods = masking.METHODS
     options = MaskedOptions
-    numerics: ClassVar[Mapping[str, str]] = {"labels in doubt": "float32, then float64"}
+    numerics: ClassVar[Mapping[str, str]] = {"labels in doubt": "float64, one image at a time"}
     default_network = "masked"
     monitored = 50
-    unit = "of the largest logit"
+    unit = "of the logit scale"
 
     masks: Tensor
     fill: Tensor
@@ -145,8 +146,9 @@ class PatchCleanser(Defense):
         """
         super().__init__(input_shape=input_shape, classes=classes)
         self.network, self.plan, self.labels = network, masks, labels
-        self.set = masks.masks(*input_shape[1:])
+        self.set, self._memory = masks.masks(*input_shape[1:]), Memory()
         self.deployed = exact.Deployed(network) if getattr(network, "freezable", False) else None
+        self._exact: ExactViews | None = None
         self.register_buffer("masks", self.set.hidden, persistent=False)
         self.register_buffer("fill", torch.tensor(list(fill), dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
         if len(self.fill) != input_shape[0]:
@@ -194,7 +196,7 @@ class PatchCleanser(Defense):
     def predict(self, x: Tensor) -> Tensor:
         """The published two-round answer; see :mod:`patchcert_cli.certifiers.masking`."""
         self.check_input(x)
-        found = [masking.answer(table, len(self.classes)) for table in self._tables(x)]
+        found = [masking.answer(table, len(self.classes)) for table in self._tables(x, self.views())]
         return torch.cat([torch.zeros(0, dtype=torch.int64), *found]).to(x.device)
 
     @torch.no_grad()
@@ -205,37 +207,39 @@ class PatchCleanser(Defense):
             self.check_method(claim.method)
         covers = [self.set.cover(claim.threat) for claim in claims]
         found: list[list[Certificate]] = [[] for _ in claims]
-        for table in self._tables(x) if claims else ():
+        views = self.views()
+        for table in self._tables(x, views) if claims else ():
             answer = masking.answer(table, len(self.classes))
             seen = table.label >= 0
-            certificates = [self._certificate(table, answer, seen, *pair) for pair in zip(claims, covers, strict=True)]
+            certificates = [self._certificate(table, answer, seen, views, *pair) for pair in zip(claims, covers, strict=True)]
             for mine, one in zip(found, certificates, strict=True):
                 mine.append(replace(one, passes=table.passes.to(x.device)))
         return [Certificate.cat(parts) for parts in found]
 
-    def _certificate(self, table: Table, answer: Tensor, seen: Tensor, claim: Claim, cover: Cover) -> Certificate:
+    def _certificate(
+        self, table: Table, answer: Tensor, seen: Tensor, views: Views | ExactViews, claim: Claim, cover: Cover
+    ) -> Certificate:
         method = claim.method or self.methods[0]
         by, atom = cover.by, cover.atom
         if method == "pairs":  # every mask is to have a whole row
             by = torch.eye(len(self.set), dtype=torch.bool)
             atom = cover.atom[cover.by.int().argmax(dim=0)]
-        slack, device = self.views().slack, self.masks.device
-        proof = masking.prove(table, answer, by, slack, seen)
+        proof, device = masking.prove(table, answer, by, views.slack, seen), self.masks.device
         return Certificate(
             prediction=answer.to(device),
             certified=proof.certified.to(device),
             margin=proof.margin.to(device),
-            slack=torch.full_like(proof.margin, slack, device=device),
+            slack=torch.full_like(proof.margin, views.slack, device=device),
             worst=claim.threat.atoms(*self.input_shape[1:])[atom[proof.weakest]].to(device),
             rival=proof.rival.to(device),
             threat=claim.threat,
             method=method,
+            arithmetic=views.arithmetic,
         )
 
-    def _tables(self, x: Tensor) -> Iterator[Table]:
+    def _tables(self, x: Tensor, views: Views | ExactViews) -> Iterator[Table]:
         """What is known of the images, a group at a time; an empty batch is one group."""
         self.test_once()
-        views = self.views()
         size = max(1, CELLS // len(self.set) ** 2)
         if isinstance(views, ExactViews):
             size = max(1, min(size, BYTES // max(views.bytes_each(), 1)))
@@ -248,9 +252,12 @@ class PatchCleanser(Defense):
 
     def _behind(self, masks: Tensor) -> Views | ExactViews:
         """The same behind masks of one's own, bool [M, H, W]."""
-        if self.deployed is not None:
-            return ExactViews(cast(Levels, self.deployed()), masks, self.fill)
-        return Views(self.network, masks, self.fill, self.input_shape, len(self.classes), self.labels)
+        if self.deployed is None:
+            return Views(self.network, masks, self.fill, self.input_shape, len(self.classes), self.labels, self._memory)
+        frozen = cast(Levels, self.deployed())
+        if self._exact is None or self._exact.network is not frozen or not torch.equal(self._exact.masks, masks):
+            self._exact = ExactViews(frozen, masks, self.fill)
+        return self._exact
 
     def cost(self) -> tuple[int, int]:
         return len(self.set), self.set.passes
@@ -275,7 +282,8 @@ class PatchCleanser(Defense):
 
     def _by_mask(self, x: Tensor) -> Tensor:
         """The margin of each mask, from all pairs, float64 [B, M]."""
-        return torch.cat([masking.lowest(table, masking.answer(table, len(self.classes))) for table in self._tables(x)])
+        tables = self._tables(x, self.views())
+        return torch.cat([masking.lowest(table, masking.answer(table, len(self.classes))) for table in tables])
 
     def self_test(self) -> None:
         self.views().test()

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from patchcert_cli import files, ledger
+from patchcert_cli.arithmetic import former
 from patchcert_cli.cards import Card, weights_sha256
 from patchcert_cli.errors import ClaimError, IntegrityError, PatchcertError
 from patchcert_cli.hub.find import Resolved
 
 RESULT = "result.json"
-MEASURED = ("dataset", "split", "images", "threat", "certified_interval", "method", "date", "command", "patchcert", "guarantee")
+MEASURED = (
+    *("dataset", "split", "images", "threat", "certified_interval", "method", "date", "command", "patchcert"),
+    *("guarantee", "arithmetic"),
+)
 
 Results = Mapping[str, Mapping[str, Any]]  # results of certify, by the path of their result.json
 
@@ -48,7 +52,7 @@ def check(card: Card, folder: Path) -> None:
     book = ledger.read(folder / files.LEDGER)
     if book.model_sha256 != weights_sha256(card.files):
         raise ClaimError(f"the records of {card.name} are about other weights (sha256 {book.model_sha256[:12]}…).")
-    ledger.against(book, card.results, where)
+    ledger.against(book, card.results, where, card.defense)
 
 
 def results_about(found: Resolved, places: list[Path]) -> dict[str, Mapping[str, Any]]:
@@ -113,5 +117,5 @@ def _entry(result: Mapping[str, Any], where: str, found: Resolved) -> dict[str, 
     for key in ("clean", "certified"):
         if result.get(f"{key}_accuracy") != counts.get(key, -1) / (result.get("images") or 1):
             raise ClaimError(f"'{where}': {key}_accuracy is not its count over its images.")
-    said = {key: result[key] for key in MEASURED if key in result}
+    said = {"arithmetic": str(former(found.card.defense)), **{key: result[key] for key in MEASURED if key in result}}
     return {**said, "clean": counts.get("clean"), "certified": counts["certified"]}

@@ -50,6 +50,7 @@ class Release:
             rows[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         claims = [
             {key: getattr(one, key) for key in ("threat", "method", "guarantee", "images", "clean", "certified")}
+            | {"arithmetic": str(self.card.arithmetic(one))}
             for one in self.card.results
         ]
         return {"repo": self.repo, "model": self.card.name, "files": rows, "claims": claims, "evidence": list(self.evidence)}
@@ -125,7 +126,8 @@ def evaluation(card: Card) -> str:
             "task_id": task,
             "value": count / one.images,
             "date": one.date,
-            "notes": f"{one.threat}, {one.split} split, {one.guarantee}, {one.method}: {count} of {one.images} images",
+            "notes": f"{one.threat}, {one.split} split, {one.guarantee}, {one.method}, arithmetic {card.arithmetic(one)}:"
+            f" {count} of {one.images} images",
         }
         for one in card.results
         for task, count in (("clean_accuracy", one.clean), (cards.metric(one)[0], one.certified))

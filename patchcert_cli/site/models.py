@@ -104,6 +104,7 @@ def _measured(card: Card, guarantee: str, promise: str, results: list[Measured])
             tag("th", code(str(parse_threat(one.threat))), scope="row"),
             tag("td", f"{title(one.dataset)}, {one.split}"),
             tag("td", one.method),
+            tag("td", str(card.arithmetic(one)), title=card.arithmetic(one).meaning),
             measured(one.clean, one.images),
             measured(one.certified, one.images, one.certified_interval),
             *published(paper_for(card, one), sources),
@@ -111,8 +112,9 @@ def _measured(card: Card, guarantee: str, promise: str, results: list[Measured])
         )
         for one in results
     ]
-    heads = [head("Threat"), head("Data"), head("Proof"), head("Clean, %", number=True), head("Certified, %", number=True)]
-    heads += [head("Published clean, %", number=True), head("Published certified, %", number=True), head("Measured")]
+    heads = [head(name) for name in ("Threat", "Data", "Proof", "Arithmetic")]
+    heads += [head(f"{name}, %", number=True) for name in ("Clean", "Certified", "Published clean", "Published certified")]
+    heads.append(head("Measured"))
     about = f"{card.name}, guarantee {guarantee}: {promise}. Certified accuracy with its exact 95 % interval."
     table = tag(
         "table", tag("caption", tag("span", about)), tag("thead", tag("tr", *heads)), tag("tbody", *rows), class_="results"

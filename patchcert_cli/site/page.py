@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from patchcert_cli import __version__, files
+from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.cards import Card
 from patchcert_cli.errors import MachineError, UsageError
 from patchcert_cli.site import curves, models, tables
@@ -26,7 +27,8 @@ TITLE = "Certified defenses against adversarial patches and sparse attacks"
 LEAD = (
     "Certified accuracy is the share of test images for which the model's answer is right and a proof shows that no change"
     " the attacker is allowed to make can alter it: every place of the patch or choice of pixels, with any content. It is a"
-    " lower bound that no future attack can break; accuracy under attack is not shown here."
+    " lower bound that no future attack can break, up to rounding where the arithmetic is called measured; accuracy under attack"
+    " is not shown here."
 )
 READING = (
     "Each accuracy is in percent, with the count it was made from; below a certified accuracy stands its exact (Clopper and"
@@ -158,5 +160,6 @@ def _main(cards: Sequence[Card], found: Sequence[Board]) -> Iterable[Html]:
 
 def _footer() -> Html:
     promises = facts((name, f"{text}, whatever the attacker does within the threat.") for name, text in GUARANTEES.items())
+    words = facts((str(one), f"{one.meaning}.") for one in Arithmetic)
     text = "Made by patchcert from its model cards. Each number can be measured again with the command on the model's card."
-    return tag("footer", tag("p", text), promises)
+    return tag("footer", tag("p", text), promises, tag("p", "Arithmetic of a certificate:"), words)

@@ -106,6 +106,7 @@ def leaderboard(board: Board, *, first: bool) -> Html:
         head("Defense", rows=2),
         head("Network", rows=2),
         head("Proof", rows=2),
+        head("Arithmetic", rows=2),
         head("Trained against", rows=2),
         head("Size", number=True, rows=2),
         head("Licence", rows=2),
@@ -134,6 +135,7 @@ def leaderboard(board: Board, *, first: bool) -> Html:
 
 def _row(entry: Entry, sources: Sources) -> Html:
     card, result = entry.card, entry.result
+    said = card.arithmetic(result)
     bytes_ = cell(size(card.size), value=card.size, class_="number") if card.size else cell(NOTHING, class_="number")
     rank = NOTHING if entry.rank is None else str(entry.rank)
     return tag(
@@ -146,10 +148,11 @@ def _row(entry: Entry, sources: Sources) -> Html:
         cell(card.defense, value=card.defense),
         cell(card.network, value=card.network, class_="network"),
         cell(result.method, value=result.method),
+        tag("td", str(said), title=said.meaning, data_value=str(said)),
         cell(code(own(card)), value=own(card)),
         bytes_,
         cell(card.license, value=card.license),
-        data_words=words(card, result.method, own(card)),
+        data_words=words(card, result.method, str(said), own(card)),
         data_status=card.status,
     )
 

@@ -147,7 +147,7 @@ def test_bad_input_is_one_clear_line(patchcert, model: str, picture: str, words:
 
 
 def test_a_map_says_what_its_margins_count(patchcert, model: str, picture: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
-    for name, unit in ((model, "votes"), ("mnist-masked-cnn", "of the largest logit")):
+    for name, unit in ((model, "votes"), ("mnist-masked-cnn", "of the logit scale")):
         done = patchcert("certify", name, "--image", picture, "--resize", "--patch", "5", "--map", "map.svg")
         assert done.code == 0, done.err
         assert f"<!-- margin, {unit} -->" in Path("map.svg").read_text(encoding="utf-8")

@@ -50,10 +50,12 @@ def test_list_prints_one_unclipped_line_per_model(zoo: Path) -> None:
     name = "a-model-with-a-name-that-is-far-longer-than-any-column-of-a-terminal-would-be"
     make_zoo(zoo, name)
     lines = succeed("list").stdout.splitlines()
-    assert lines[0].split() == ["name", "defense", "threat", "clean", "certified", "published", "size", "licence", "where"]
+    heads = ["name", "defense", "threat", "clean", "certified", "published", "arithmetic", "size", "licence", "where"]
+    assert lines[0].split() == heads
     size = f"{(zoo / NAME / cards.WEIGHTS).stat().st_size / 1e3:.1f}"
     assert [line.split()[0] for line in lines[1:]] == [name, NAME]
-    assert lines[2].split()[1:] == ["ibp", "patch:2x2", "93.00%", "60.00%", "60.40%", size, "kB", "apache-2.0", "bundled"]
+    shares = ["93.00%", "60.00%", "60.40%"]
+    assert lines[2].split()[1:] == ["ibp", "patch:2x2", *shares, "bounded", size, "kB", "apache-2.0", "bundled"]
 
 
 def test_list_filters(zoo: Path) -> None:

@@ -183,8 +183,8 @@ class Returns(nn.Module):
     ("kind", "said"),
     [
         ("nan", "the network answers NaN or infinity; its weights or its preprocessing are broken"),
-        ("maps", r"the network returns \(4, 3, 1\) for 4 images; it must return logits \(4, 3\)"),
-        ("two", r"the network returns \(4, 2\) for 4 images; it must return logits \(4, 3\)"),
+        ("maps", r"the network returns \(4, 3, 1\) for 6 images; it must return logits \(6, 3\)"),
+        ("two", r"the network returns \(4, 2\) for 6 images; it must return logits \(6, 3\)"),
     ],
 )
 def test_logits_that_are_none_are_refused(kind: str, said: str) -> None:
@@ -232,7 +232,7 @@ class Jitter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bright = x.double().flatten(1).mean(dim=1)
-        rows = torch.stack([torch.ones_like(bright), 1 + 1e-7 * (bright - 0.4), bright * 0], dim=1)
+        rows = torch.stack([torch.ones_like(bright), 1 + 1e-7 * (bright - 0.4), bright / 2], dim=1)
         if x.dtype == torch.float64:
             return rows
         rows[:, 1] += 1e-5 * (-1) ** len(x)
@@ -258,7 +258,7 @@ def test_ties_and_labels_that_nobody_can_tell_are_never_certified() -> None:
 
     class Close(Returns):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * 0 + torch.tensor([1.0, 1 + 1e-5, 0]).to(x)
+            return super().forward(x) * torch.tensor([0.0, 0, -0.01]).to(x) + torch.tensor([1.0, 1 + 1e-5, 0]).to(x)
 
     x = images()
     certificate = around(Tie()).certify(x, Patch(2, 2))

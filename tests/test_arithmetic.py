@@ -1,0 +1,145 @@
+"""What certificates, records, cards and tables say of rounding, and how what was written before they said it is read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_folders import make_run, measured
+
+from patchcert_cli import cards, defenses, ledger, report
+from patchcert_cli.arithmetic import MEANING, Arithmetic, former, weakest
+from patchcert_cli.cards import Card
+from patchcert_cli.certificate import Certificate
+from patchcert_cli.errors import ClaimError, IntegrityError
+from patchcert_cli.ledger import Ledger, Row, Stated
+from patchcert_cli.threats import Patch
+
+KNOWN = {
+    "bagcert": "exact",
+    "smoothing": "exact",
+    "clipped": "exact",
+    "patchguard": "exact",
+    "ibp": "bounded",
+    "patchcleanser": "measured",
+    "minority": "measured",
+}
+
+
+@pytest.mark.parametrize("name", defenses.names())
+def test_every_defense_says_what_its_certificates_are(name: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = defenses.by_name(name).tiny().eval()
+    certificate = made.certify(torch.rand(3, *made.input_shape, generator=torch.Generator().manual_seed(0)), Patch(1, 1))
+    assert certificate.arithmetic == former(name) == KNOWN[name]
+
+
+def test_joined_certificates_keep_the_least() -> None:
+    made = defenses.by_name("ibp").tiny().eval()
+    one = made.certify(torch.zeros(1, 1, 4, 4), Patch(1, 1))
+    assert Certificate.cat([one, one]).arithmetic is Arithmetic.BOUNDED
+    assert Certificate.cat([one, replace(one, arithmetic=Arithmetic.MEASURED)]).arithmetic is Arithmetic.MEASURED
+
+
+def test_the_words() -> None:
+    assert list(Arithmetic) == ["exact", "bounded", "measured"] and set(MEANING) == set(Arithmetic)
+    assert all(one.meaning and "." not in one.meaning for one in Arithmetic), "one sentence"
+    assert weakest(["exact", "bounded"]) == "bounded" and weakest(["exact"]) == "exact"
+    assert former("somebody's") == "measured", "of what is unknown the least is claimed"
+
+
+def result(**changes: Any) -> dict[str, Any]:
+    return {
+        "model": "m",
+        "defense": "patchcleanser",
+        "model_source": "here",
+        "model_sha256": "0" * 64,
+        "dataset": "mnist",
+        "split": "test",
+        "data_source": "here",
+        "full_split": True,
+        "images": 10,
+        "resumed": 0,
+        "clean_accuracy": 0.5,
+        "counts": {"clean": 5, "certified": 4},
+        "seconds": 1.0,
+        "images_per_second": 10.0,
+        "device": "cpu",
+        "records": "r",
+        "threat": "patch:2x2",
+        "method": "rows",
+        "guarantee": "recovery",
+        "certified_interval": [0.1, 0.9],
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(("said", "word"), [({}, "measured"), ({"arithmetic": "exact"}, "exact")])
+def test_results_are_printed_with_the_word_and_its_meaning(said: dict[str, str], word: str) -> None:
+    found = result(**said)
+    assert dict(report.certify_rows(found))["arithmetic"] == f"{word}: {Arithmetic(word).meaning}"
+    assert report.claim_list(found)[0]["arithmetic"] == word
+    assert ("measured, not proven" in report.plot_title(found)) == (word == "measured")
+
+
+def test_a_card_without_the_word_is_read_and_written_as_it_was(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    files = {**run.files, cards.LEDGER: cards.File("0" * 64, 7)}
+    old = replace(run, status="measured", files=files, results=(measured(),))
+    assert "arithmetic:" not in old.render().split("---\n")[1]
+    assert Card.from_text(old.render()) == old and old.arithmetic(old.results[0]) == "bounded"
+    masked = replace(old, defense="patchcleanser", recipe={**run.recipe, "defense": "patchcleanser"})
+    assert masked.arithmetic(masked.results[0]) == "measured"
+    new = replace(masked, results=(measured(arithmetic="exact"),))
+    text = new.render()
+    assert text.split("---\n")[1].count("arithmetic: exact") == 2, "in the table and in the Hub's index"
+    assert Card.from_text(text) == new and new.arithmetic(new.results[0]) == "exact"
+    assert "Arithmetic: **measured**" in masked.render() and "Arithmetic: **exact**" in text
+    with pytest.raises(IntegrityError, match=r"results\[0\].arithmetic is 'good', not one of exact, bounded, measured"):
+        replace(masked, results=(measured(arithmetic="good"),)).render()
+
+
+@pytest.mark.parametrize("name", cards.bundled_names())
+def test_every_measured_claim_of_the_zoo_says_it(name: str) -> None:
+    card = cards.bundled_card(name)
+    assert [one.arithmetic for one in card.results] == [KNOWN[card.defense]] * len(card.results)
+
+
+ROWS = {0: Row(1, 1, (True,), (0.5,))}
+
+
+def book(arithmetic: str) -> Ledger:
+    return Ledger("a" * 64, "mnist", "test", (Stated("patch:2x2", "rows", "recovery", arithmetic),), ROWS)
+
+
+def claim(arithmetic: str) -> Any:
+    shape = {"images": 1, "clean": 1, "certified": 1, "certified_interval": (0.025, 1.0)}
+    return measured(method="rows", arithmetic=arithmetic, **shape)
+
+
+@pytest.mark.parametrize(
+    ("records", "said", "fine"),
+    [("", "measured", True), ("", "exact", False), ("measured", "exact", False), ("exact", "exact", True), ("exact", "", True)],
+)
+def test_a_card_says_no_more_than_its_records(records: str, said: str, fine: bool, tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl.gz"
+    path.write_bytes(book(records).pack())
+    read = ledger.read(path)
+    assert read == book(records) and ("arithmetic" in json.dumps([one.to_dict() for one in read.claims])) == bool(records)
+    if fine:
+        ledger.against(read, [claim(said)], "there", "patchcleanser")
+    else:
+        with pytest.raises(ClaimError, match="is said to be exact, but its records are measured"):
+            ledger.against(read, [claim(said)], "there", "patchcleanser")
+
+
+def test_an_unknown_word_in_records_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl.gz"
+    path.write_bytes(book("good").pack())
+    with pytest.raises(IntegrityError, match="an arithmetic that is none of exact, bounded, measured"):
+        ledger.read(path)
