@@ -60,7 +60,7 @@ def aimed(defense: PatchCleanser, x: Tensor, hidden: Tensor, among: int, *, keep
         change = torch.linalg.lstsq(slope, missing(z[None])[0][:, None], driver="gelsd").solution[:, 0]
         at = (at + change.reshape(at.shape)).clamp(0, 1)
     at = (at * 255).round() / 255
-    for _ in range(rounds):
+    for _ in range(4 * rounds):
         z, slope = _slopes(logits, at, which)
         near = _stepped(at, _pairs(at, slope, missing(z[None])[0], 64))
         left = missing(logits(near)[:, which]).abs().amax(dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,17 @@ class Foreign(nn.Module):
         return logits
 
 
-def foreign(name: str) -> PatchCleanser:
-    """The defense of a zoo model around its network as if it were one of others."""
+@cache
+def loaded(name: str) -> PatchCleanser:
+    """A zoo model, whose self-test takes seconds."""
     made = patchcert_cli.load(name)
     assert isinstance(made, PatchCleanser)
+    return made
+
+
+def foreign(name: str) -> PatchCleanser:
+    """The defense of a zoo model around its network as if it were one of others."""
+    made = loaded(name)
     around = PatchCleanser(
         Foreign(made.network),
         input_shape=made.input_shape,
@@ -65,7 +73,7 @@ def test_the_flipped_picture_has_one_answer_in_every_batch() -> None:
     clean, patched = case()
     changed = (clean != patched).any(dim=1)[0].nonzero()
     assert changed.amin(dim=0).tolist() == [9, 9] and changed.amax(dim=0).tolist() == [13, 13]
-    for defense in (foreign("cifar-masked-cnn"), patchcert_cli.load("cifar-masked-cnn")):
+    for defense in (foreign("cifar-masked-cnn"), loaded("cifar-masked-cnn")):
         told = []
         for copies in (1, 2):
             certificate = defense.certify(clean.repeat(copies, 1, 1, 1), Patch(5, 5))
@@ -81,16 +89,20 @@ def noise(shape: tuple[int, ...], count: int = 4) -> Tensor:
 
 
 def test_the_enemy_makes_what_it_says() -> None:
-    """Leads behind the pair are tiny in float64, where the logits vanish as where two of them meet."""
+    """Two logits meet to a millionth, or all of them become small."""
     defense = foreign("mnist-masked-cnn")
     hidden = defense.masks[3] | defense.masks[20]
+    x = noise((1, 28, 28))[0]
+    before = enemy.logits_of(defense, x[None].double(), hidden)
     for among in (10, 2):
-        found = enemy.aimed(defense, noise((1, 28, 28))[0], hidden, among)
+        found = enemy.aimed(defense, x, hidden, among)
         assert torch.equal((found * 255).round(), found.double().mul(255).round().float()) and len(found) == 8
         logits = enemy.logits_of(defense, found.double(), hidden)
         best = logits.topk(2, dim=1).values
-        assert float((best[:, 0] - best[:, 1]).amin()) < 1e-5
-        assert among == 2 or float(logits.abs().amax(dim=1).amin()) < 0.05
+        if among == 2:
+            assert float((best[:, 0] - best[:, 1]).amax()) < 1e-6
+        else:
+            assert float(logits.abs().amax()) < 0.25 * float(before.abs().amax())
 
 
 @pytest.mark.parametrize("precisions", [("float32",), ("bfloat16",)])
