@@ -131,7 +131,7 @@ class Defense(nn.Module, ABC):
     methods: ClassVar[tuple[str, ...]] = ()
     guarantee: ClassVar[Guarantee] = Guarantee.RECOVERY
     options: ClassVar[type[Options]] = Options
-    numerics: ClassVar[Mapping[str, str]] = {}
+    numerics: Mapping[str, str] = {}
     default_network: ClassVar[str] = ""
     monitored: ClassVar[int] = 1000
     unit: ClassVar[str] = "votes"

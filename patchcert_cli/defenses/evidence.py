@@ -33,7 +33,7 @@ Said = TypeVar("Said")
 class CellDefense(Defense, Generic[Said]):
     """A classifier that answers by what its cells say, kept in a form that its proof reads."""
 
-    numerics: ClassVar[Mapping[str, str]] = {"votes": "exact"}
+    numerics: Mapping[str, str] = {"votes": "exact"}
 
     @abstractmethod
     def scores(self, x: Tensor) -> Tensor:

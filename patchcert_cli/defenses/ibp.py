@@ -9,7 +9,7 @@ the threat, and certified by them, or by linear bounds where they leave somethin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class IntervalDefense(Defense):
     source = "Chiang et al., Certified Defenses for Adversarial Patches, ICLR 2020"
     methods = ("best", "interval", "linear")  # linear bounds are added to interval bounds, so best and linear are one
     options = IntervalOptions
-    numerics: ClassVar[Mapping[str, str]] = {
+    numerics: Mapping[str, str] = {
         "bounds": "float32",
         "near_zero": "float64",
         "linear": "float64",

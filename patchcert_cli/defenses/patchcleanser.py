@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +113,7 @@ class PatchCleanser(Defense):
     source = "Xiang, Mahloujifar & Mittal, PatchCleanser, USENIX Security 2022"
     methods = masking.METHODS
     options = MaskedOptions
-    numerics: ClassVar[Mapping[str, str]] = {"labels in doubt": "float64, one image at a time"}
+    numerics: Mapping[str, str] = {"labels in doubt": "float64, one image at a time"}
     default_network = "masked"
     monitored = 50
     unit = "of the logit scale"
@@ -149,6 +149,8 @@ class PatchCleanser(Defense):
         self.set, self._memory = masks.masks(*input_shape[1:]), Memory()
         self.deployed = exact.Deployed(network) if getattr(network, "freezable", False) else None
         self._exact: ExactViews | None = None
+        if self.deployed is not None:
+            self.numerics = {"labels": "exact"}
         self.register_buffer("masks", self.set.hidden, persistent=False)
         self.register_buffer("fill", torch.tensor(list(fill), dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
         if len(self.fill) != input_shape[0]:

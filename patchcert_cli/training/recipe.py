@@ -237,7 +237,7 @@ def for_threat(threat: Threat, defense: str = "ibp", dataset: str | None = None)
             precision="bfloat16",
             stored="float16",
             validation=500,  # certifying them costs the most here
-            options={"flip": not digits, "shift": 1 if digits else 2, "labels": "bfloat16"},
+            options={"flip": not digits, "shift": 1 if digits else 2},
         )
     if defense != "ibp":
         return Recipe(
