@@ -176,6 +176,8 @@ def carry(layer: nn.Module, error: Tensor) -> Tensor:
     if not isinstance(layer, (*IDENTITY, *MONOTONE)):
         raise no_rule(layer)
     behind: Tensor = layer(error)
+    if isinstance(layer, nn.MaxPool2d):  # the largest of nothing, where a dilated window lies in the padding alone
+        behind = behind.masked_fill(behind.isneginf(), float("inf"))
     return behind
 
 

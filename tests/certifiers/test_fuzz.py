@@ -83,7 +83,7 @@ def draw(seed: int) -> tuple[list[nn.Module], tuple[int, int, int]]:
                 after = layer(v.clone())
             except RuntimeError:  # more window than map
                 continue
-            if 0 not in after.shape and after.numel() <= 150:
+            if 0 not in after.shape and after.numel() <= 150 and bool(after.isfinite().all()):
                 layers, v = [*layers, layer], after
         layers += [nn.Identity(), nn.Flatten()] if rng.random() < 0.2 else [nn.Flatten()]
         width = v[0].numel()
@@ -207,3 +207,13 @@ def test_many_random_networks(start: int) -> None:
 def test_every_supported_layer_is_drawn() -> None:
     seen = {type(layer) for seed in range(16) for layer in draw(seed)[0]}
     assert seen >= set(plain.KNOWN), set(plain.KNOWN) - seen
+
+
+def test_the_largest_of_nothing_certifies_nothing() -> None:
+    """A dilated pooling window can lie in the padding alone: torch gives minus infinity, and there is no logit behind it."""
+    layers = nn.Sequential(nn.MaxPool2d((1, 2), 1, (0, 1), 2), nn.Flatten(), nn.Linear(1, 3))
+    x = torch.rand(4, 1, 1, 1)
+    assert bool(layers[0](x).isneginf().all())
+    made = IntervalDefense(layers, input_shape=(1, 1, 1), classes=("a", "b", "c")).eval()
+    for method in ("interval", "linear"):
+        assert not bool(made.certify(x, Patch(1, 1), method).certified.any())
