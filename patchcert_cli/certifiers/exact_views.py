@@ -257,6 +257,12 @@ def largest(logits: Tensor) -> Tensor:
     return logits.abs().amax(dim=1).clamp(min=1e-300)
 
 
+def told(logits: Tensor) -> Answers:
+    """Answers of exact logits [n, K]. A lead is a share of the pass's largest logit; its sign is exact."""
+    ranked = logits.sort(dim=1, descending=True, stable=True).indices  # of equals the lowest class first
+    return Answers(ranked[:, 0], ranked[:, 1], leads(logits, largest(logits)))
+
+
 class ExactViews:
     """A network of whole numbers and masks.
 
@@ -284,6 +290,19 @@ class ExactViews:
         """What to ask about images [B, C, H, W] in [0, 1]."""
         return Asked(self, x)
 
+    def ask(self, x: Tensor, image: Tensor, first: Tensor, second: Tensor) -> Answers:
+        """Labels of n passes of images [B, C, H, W], each computed on its own: for a few passes of many images."""
+        return told(self.each(x, image, first, second))
+
+    def each(self, x: Tensor, image: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Logits of n passes, float64 [n, K] on the CPU, each computed on its own, without what masks share."""
+        steps, parts = exact.to_steps(x), [torch.zeros(0, self.network.head.weight.shape[0], dtype=torch.float64)]
+        device = self.masks.device
+        for some in torch.split(torch.arange(len(image)), TOGETHER) if len(image) else ():
+            hidden = self.masks[first[some].to(device)] | self.masks[second[some].to(device)]
+            parts.append(self.logits(steps[image[some].to(device)], hidden).cpu())
+        return torch.cat(parts)
+
     def look(self, x: Tensor, image: Tensor, first: Tensor, second: Tensor, clear: Clear) -> Seen:
         """Logits of n passes of images [B, C, H, W], int64 [n] each, on the CPU; none is in doubt, so ``clear`` is not asked."""
         logits = self.asking(x).logits(image, first, second)
@@ -309,9 +328,8 @@ class ExactViews:
         x = torch.rand(2, channels, height, width, generator=generator).to(self.masks.device)
         image, first, second = (torch.randint(most, (TESTED,), generator=generator) for most in (2, *[len(self.masks)] * 2))
         found = self.asking(x).logits(image, first, second)
-        hidden = self.masks[first.to(self.masks.device)] | self.masks[second.to(self.masks.device)]
         with integers.only("float64"):
-            right = self.logits(exact.to_steps(x)[image.to(x.device)], hidden).cpu()
+            right = self.each(x, image, first, second)
         if not torch.equal(found, right):
             raise IntegrityError(
                 "the network's whole numbers differ from those of float64;", hint="this build of torch does not compute exactly."
@@ -326,30 +344,22 @@ class Asked:
     """Some images, about which passes are asked."""
 
     def __init__(self, views: ExactViews, x: Tensor) -> None:
-        self._views, self._steps = views, exact.to_steps(x)
+        self._views, self._x = views, x
         self._passes: list[Passes] = []
 
     def __call__(self, image: Tensor, first: Tensor, second: Tensor) -> Answers:
-        """Labels of n passes: which of the images behind which two masks, int64 [n]; on the CPU.
-
-        A lead is a share of the pass's largest logit, as elsewhere; its sign is exact.
-        """
-        logits = self.logits(image, first, second)
-        ranked = logits.sort(dim=1, descending=True, stable=True)  # of equals the lowest class first
-        return Answers(ranked.indices[:, 0], ranked.indices[:, 1], leads(logits, largest(logits)))
+        """Labels of n passes: which of the images behind which two masks, int64 [n]; on the CPU."""
+        return told(self.logits(image, first, second))
 
     @torch.no_grad()
     def logits(self, image: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """float64 [n, K] on the CPU, without rounding error."""
         views, network = self._views, self._views.network
-        if self._steps.device.type != "cpu" or not views.zones()[0].parted:
-            parts = [torch.zeros(0, network.head.weight.shape[0], dtype=torch.float64)]
-            for some in torch.split(torch.arange(len(image)), TOGETHER):
-                hidden = views.masks[first[some].to(views.masks.device)] | views.masks[second[some].to(views.masks.device)]
-                parts.append(views.logits(self._steps[image[some].to(self._steps.device)], hidden).cpu())
-            return torch.cat(parts)
+        if self._x.device.type != "cpu" or not views.zones()[0].parted:
+            return views.each(self._x, image, first, second)
         if not self._passes:
-            sides = [self._steps, self._steps.flip(3)]
+            steps = exact.to_steps(self._x)
+            sides = [steps, steps.flip(3)]
             self._passes = [Passes(network, zones, steps, views.fill) for zones, steps in zip(views.zones(), sides, strict=False)]
         features = [passes.features(image, first, second) for passes in self._passes]
         return network.logits(features[0] + features[1] if network.mirrored else features[0])
