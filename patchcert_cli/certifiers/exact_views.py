@@ -30,8 +30,8 @@ from patchcert_cli.errors import IntegrityError
 from patchcert_cli.levels import Level, Levels
 
 TESTED = 8  # passes of the test
-TOGETHER = 2048  # passes whose boxes are computed at once
-WHOLE = 96  # passes whose last maps, which all of them need, are computed at once
+TOGETHER = 8192  # passes whose boxes are computed at once
+WHOLE = 256  # passes whose last maps, which all of them need, are computed at once
 WORTH = 0.7  # share of a map's positions up to which computing boxes alone pays
 
 

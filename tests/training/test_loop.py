@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from patchcert_cli import cards, checkpoint, data, files
+from patchcert_cli import cards, checkpoint, data, defenses, files
 from patchcert_cli.certificate import Tally
 from patchcert_cli.defenses.base import Defense
 from patchcert_cli.defenses.ibp import IntervalOptions
@@ -360,3 +360,16 @@ def test_weights_to_begin_with_must_be_the_recipes_and_fit(tmp_path: Path) -> No
         session.started(replace(there, start_sha256="0" * 64))
     with pytest.raises(IntegrityError, match="instead of"):
         session.check(session.started(replace(there, network_options={"hidden": [13]})))
+
+
+def test_a_network_of_whole_numbers_may_begin_with_weights_that_have_no_grids(tmp_path: Path) -> None:
+    """They are fitted when training ends; whatever else is missing is refused."""
+    loop.train(MASKED, images(360), tmp_path / "floats")
+    fresh = defenses.build(WHOLE_NUMBERS.config())
+    taken = checkpoint.weights_for(fresh, tmp_path / "floats")
+    saved, _ = checkpoint.load_defense(tmp_path / "floats")
+    assert taken.keys() == fresh.state_dict().keys() > saved.state_dict().keys()
+    assert all(torch.equal(taken[name].to(value), value) for name, value in saved.state_dict().items())
+    wider = replace(WHOLE_NUMBERS, network_options={**WHOLE_NUMBERS.network_options, "stem": 5})
+    with pytest.raises(IntegrityError, match="shape"):
+        checkpoint.weights_for(defenses.build(wider.config()), tmp_path / "floats")
