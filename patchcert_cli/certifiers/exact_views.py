@@ -17,6 +17,7 @@ Shapes: B images, C channels, H x W pixels, K classes, M masks, n passes, P posi
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -32,6 +33,7 @@ from patchcert_cli.levels import Level, Levels
 TESTED = 8  # passes of the test
 TOGETHER = 8192  # passes whose boxes are computed at once
 WHOLE = 256  # passes whose last maps, which all of them need, are computed at once
+OUTSIDE = -(1 << 30)  # of a row that is not one of the map's
 WORTH = 0.7  # share of a map's positions up to which computing boxes alone pays
 
 
@@ -46,6 +48,7 @@ class Zones:
     """
 
     def __init__(self, network: Levels, masks: Tensor) -> None:
+        self._levels, self._windows = network.each, dict[tuple[int, int, int], Window]()
         self.felt, self.boxes, self.parted = [masks], [], 0
         for level in network.each:
             self.felt.append(spread(self.felt[-1], level))
@@ -60,6 +63,71 @@ class Zones:
             sizes = boxes[..., 2] * (1 + boxes[..., 3].max()) + boxes[..., 3]
             both = sizes * (self.order.max() + 1) + self.order
             self.order = torch.unique(both, return_inverse=True)[1]
+
+    def window(self, number: int, height: int, width: int) -> Window:
+        """What the boxes of this size in the map of a level see, for all pairs of masks that have such a box."""
+        key = (number, height, width)
+        if key not in self._windows:
+            boxes = self.boxes[number]
+            first, second = ((boxes[..., 2] == height) & (boxes[..., 3] == width)).nonzero().T
+            corner = boxes[first, second]
+            row, column = (_span(self._levels[number], corner[:, axis], (height, width)[axis]) for axis in (0, 1))
+            self._windows[key] = self._seen(number, first, second, row, column)
+        return self._windows[key]
+
+    def whole(self, number: int) -> Window:
+        """What the whole map of a level sees, or for the number of levels the last map, for all pairs of masks."""
+        key = (number, 0, 0)
+        if key not in self._windows:
+            masks, size = len(self.felt[0]), self.felt[number].shape[1:]
+            first, second = torch.ones(masks, masks).nonzero().T
+            row, column = (torch.arange(length).expand(len(first), -1) for length in size)
+            if number < len(self._levels):
+                level, zero = self._levels[number], torch.zeros_like(first)
+                row, column = (_span(level, zero, level.size(length)) for length in size)
+            self._windows[key] = self._seen(number, first, second, row, column)
+        return self._windows[key]
+
+    def _seen(self, number: int, first: Tensor, second: Tensor, row: Tensor, column: Tensor) -> Window:
+        """Rows [n, h] and columns [n, w] of the map before a level, for pairs of masks int64 [n]."""
+        felt, masks = self.felt[number], len(self.felt[0])
+        area = felt.shape[1] * felt.shape[2]
+        inside = ((row >= 0) & (row < felt.shape[1]))[:, :, None] & ((column >= 0) & (column < felt.shape[2]))[:, None, :]
+        place = torch.where(inside, row[:, :, None] * felt.shape[2] + column[:, None, :], 0)
+        i, j = first[:, None, None], second[:, None, None]
+        moved = felt.flatten()[j * area + place]  # what the second mask does not move is as behind the first
+        if number == 0:  # of pixels, hidden ones are one and the same row
+            own, at, inner = moved | felt.flatten()[i * area + place], place, torch.zeros_like(place)
+        else:
+            box = self.boxes[number - 1][first, second]
+            down, right = row - box[:, :1], column - box[:, 1:2]
+            own = ((down >= 0) & (down < box[:, 2:3]))[:, :, None] & ((right >= 0) & (right < box[:, 3:4]))[:, None, :]
+            at = torch.where(moved, j, i) * area + place
+            inner = down[:, :, None] * box[:, 3, None, None] + right[:, None, :]
+        own = own & inside
+        slot = torch.full((masks, masks), -1, dtype=torch.int64)
+        slot[first, second] = torch.arange(len(first))
+        offset = torch.where(inside, torch.where(own, inner, at), OUTSIDE)
+        return Window(slot, offset.flatten(1).int(), own.flatten(1).int(), row.shape[1], column.shape[1])
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where in a table of rows each position of a part of a map is, for some pairs of masks.
+
+    Attributes:
+        slot: int64 [M, M], which of the n pairs two masks are.
+        offset: int32 [n, h w], counted from the image's rows or from the pass's own; :data:`OUTSIDE` around the map.
+        own: int32 [n, h w], 1 for rows of the pass's own box.
+        height: h.
+        width: w.
+    """
+
+    slot: Tensor
+    offset: Tensor
+    own: Tensor
+    height: int
+    width: int
 
 
 def spread(felt: Tensor, level: Level) -> Tensor:
@@ -83,41 +151,44 @@ def common(felt: Tensor) -> Tensor:
 
 
 class Maps:
-    """The values of one map behind masks: rows of a table, for each pass those of single masks or of its own box.
+    """The values of one map behind masks, as rows: what surrounds it, for each image those behind single masks, then boxes.
 
     Attributes:
-        rows: uint8 [n, C], first P rows for each image and single mask, then those of boxes, last what surrounds the map.
+        rows: uint8 [n, C].
+        each: rows of an image.
+        own: the first row of boxes.
     """
 
-    def __init__(self, singles: int, size: tuple[int, int], around: Tensor, own: int) -> None:
-        """Of ``singles`` images behind single masks, of H x W positions, with room for ``own`` rows of boxes."""
-        self.size, self.singles = size, singles * size[0] * size[1]
-        self.rows = torch.empty(self.singles + own + 1, len(around), dtype=torch.uint8)
-        self.rows[-1] = around
-        self.begin = self.singles
+    def __init__(self, images: int, each: int, around: Tensor, own: int) -> None:
+        """Of ``images`` with ``each`` rows, surrounded by ``around`` [C], with room for ``own`` rows of boxes."""
+        self.each, self.own = each, 1 + images * each
+        self.rows = torch.empty(self.own + own, len(around), dtype=torch.uint8)
+        self.rows[0] = around
+        self.begin = self.own
 
     def take(self, maps: Tensor, at: int) -> None:
-        """Keep whole maps [n, C, H, W] of single masks, the first of which is number ``at``."""
+        """Keep whole maps [n, C, H, W] behind single masks; ``at`` such maps lie before them."""
         flat = maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
-        begin = at * self.size[0] * self.size[1]
+        begin = 1 + at * maps.shape[2] * maps.shape[3]
         self.rows[begin : begin + len(flat)] = flat
 
     def part(self, maps: Tensor) -> Tensor:
         """Keep the boxes [n, C, h, w] of some passes; returns where each begins, int64 [n]."""
         n, channels, height, width = maps.shape
         flat, begin = maps.permute(0, 2, 3, 1).reshape(-1, channels), self.begin
-        if begin + len(flat) > len(self.rows) - 1:
-            more = self.rows.new_empty(len(self.rows) + len(flat), channels)
-            more[-1] = self.rows[-1]
-            self.rows = torch.cat([self.rows[:-1], more])
+        if begin + len(flat) > len(self.rows):
+            self.rows = torch.cat([self.rows, self.rows.new_empty(len(self.rows) + len(flat), channels)])
         self.rows[begin : begin + len(flat)] = flat
         self.begin += len(flat)
         return begin + torch.arange(n) * height * width
 
-    def read(self, index: Tensor) -> Tensor:
-        """The rows ``index`` [n, h, w], -1 for the surroundings, as a part of a map [n, C, h, w], channels last in memory."""
-        found = self.rows.index_select(0, index.reshape(-1) % len(self.rows))
-        return found.reshape(*index.shape, -1).permute(0, 3, 1, 2)
+    def read(self, window: Window, image: Tensor, first: Tensor, second: Tensor, start: Tensor) -> Tensor:
+        """Parts of a map [n, C, h, w], channels last: which image, behind which two masks, where its own rows begin, all [n]."""
+        pair, base = window.slot[first, second], (1 + image * self.each)[:, None]
+        index = window.own.index_select(0, pair).mul_((start[:, None] - base).int())
+        index = index.add_(window.offset.index_select(0, pair)).add_(base.int()).clamp_(min=0)
+        found = self.rows.index_select(0, index.flatten())
+        return found.reshape(len(image), window.height, window.width, -1).permute(0, 3, 1, 2)
 
 
 class Passes:
@@ -125,27 +196,23 @@ class Passes:
 
     def __init__(self, network: Levels, zones: Zones, steps: Tensor, fill: Tensor) -> None:
         """Look at ``steps``, whole numbers [B, C, H, W], behind masks of colour ``fill``, whole numbers [C, 1, 1]."""
-        self.network, self.zones, masks = network, zones, zones.felt[0]
-        self.count = len(masks)
-        image, mask = (torch.ones(len(steps), len(masks)).nonzero()).T
-        levels = network.each[: zones.parted]
-        clean, hidden = network.pixels(steps), network.pixels(fill[None], torch.ones(1, 1, 1, dtype=torch.bool))
-        self.pixels = Maps(len(steps), (steps.shape[2], steps.shape[3]), levels[0].before, 1)
-        self.pixels.take(clean, 0)
-        self.pixels.part(hidden)
-        around = [level.before for level in network.each[1:]] + [torch.zeros(network.head.weight.shape[1], dtype=torch.uint8)]
-        self.maps = [
-            Maps(len(image), (felt.shape[1], felt.shape[2]), one, 0)
-            for felt, one in zip(zones.felt[1 : zones.parted + 1], around, strict=False)
-        ]
+        self.network, self.zones, masks = network, zones, len(zones.felt[0])
+        image, mask = torch.ones(len(steps), masks).nonzero().T
+        around = [level.before for level in network.each] + [torch.zeros(network.head.weight.shape[1], dtype=torch.uint8)]
+        self.maps = [Maps(len(steps), steps.shape[2] * steps.shape[3], around[0], 1)]
+        self.maps[0].take(network.pixels(steps), 0)
+        self.hidden = self.maps[0].part(network.pixels(fill[None], torch.ones(1, 1, 1, dtype=torch.bool)))
+        for felt, one in zip(zones.felt[1 : zones.parted + 1], around[1:], strict=False):
+            self.maps.append(Maps(len(steps), masks * felt.shape[1] * felt.shape[2], one, 0))
         features = [torch.zeros(0, network.head.weight.shape[1], dtype=torch.int64)]
         for some in torch.split(torch.arange(len(image)), WHOLE):
-            q = self._pixels(image[some], mask[some], mask[some], *_everything(levels[0], self.pixels.size, len(some)))
-            for number, level in enumerate(levels):
-                q = level(q) if number == 0 else level.everything(q)
-                self.maps[number].take(q, int(some[0]))
+            told = image[some], mask[some], mask[some]
+            q = network.each[0](self.maps[0].read(zones.whole(0), *told, self.hidden.expand(len(some))))
+            for number, level in enumerate(network.each[: zones.parted]):
+                q = level.everything(q) if number else q
+                self.maps[number + 1].take(q, int(some[0]))
             features.append(network.features(q, zones.parted))
-        self.single = torch.cat(features).reshape(len(steps), len(masks), -1)
+        self.single = torch.cat(features).reshape(len(steps), masks, -1)
 
     def features(self, image: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """The largest values over the last map of n passes, int64 [n, C]: which image, behind which two masks, int64 [n]."""
@@ -157,93 +224,40 @@ class Passes:
         return made
 
     def _together(self, image: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        levels = self.network.each
-        starts: list[Tensor] = []
-        for number in range(self.zones.parted):
-            starts.append(self._boxes(number, starts, image, first, second))
-        last, made = self.zones.parted, []
-        size = self.maps[-1].size
+        levels, last = self.network.each, self.zones.parted
+        start = self.hidden.expand(len(image))
+        for number in range(last):
+            start = self._boxes(number, start, image, first, second)
+        made, window = [], self.zones.whole(last)
         for some in torch.split(torch.arange(len(image)), WHOLE):
-            told = image[some], first[some], second[some]
-            if last == len(levels):
-                whole = self.maps[-1].read(self._index(last - 1, starts[-1][some], *told, *_grid(size, len(some))))
-                made.append(whole.amax(dim=(2, 3)).long())
-                continue
-            spans = _everything(levels[last], size, len(some))
-            q = levels[last](self.maps[-1].read(self._index(last - 1, starts[-1][some], *told, *spans)))
-            made.append(self.network.features(q, last + 1))
-        for maps in self.maps:
-            maps.begin = maps.singles
+            q = self.maps[last].read(window, image[some], first[some], second[some], start[some])
+            made.append(self.network.features(levels[last](q), last + 1) if last < len(levels) else q.amax(dim=(2, 3)).long())
+        for maps in self.maps[1:]:
+            maps.begin = maps.own
         return torch.cat(made)
 
-    def _boxes(self, number: int, starts: list[Tensor], image: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Compute the common part of a level's map for each pass; returns where it begins in the table, int64 [n]."""
-        level, boxes = self.network.each[number], self.zones.boxes[number][first, second]
-        begin = torch.zeros(len(image), dtype=torch.int64)
-        shapes = boxes[:, 2] * 1024 + boxes[:, 3]
-        for shape in torch.unique(shapes).tolist():
-            height, width = divmod(shape, 1024)
+    def _boxes(self, number: int, start: Tensor, image: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Compute the common part of a level's map for each pass, whose boxes in the map before begin at ``start`` [n].
+
+        Returns: where it begins in the table, int64 [n].
+        """
+        level, begin = self.network.each[number], torch.zeros(len(image), dtype=torch.int64)
+        sizes = self.zones.boxes[number][first, second][:, 2:]
+        for height, width in torch.unique(sizes, dim=0).tolist():
             if not height:
                 continue
-            at = (shapes == shape).nonzero()[:, 0]
+            at = (sizes == torch.tensor([height, width])).all(dim=1).nonzero()[:, 0]
             padded = torch.cat([at, at[:1].expand(_more(len(at)))])  # few sizes of batches, for which kernels are kept
-            told, corner = (image[padded], first[padded], second[padded]), boxes[padded]
-            spans = _span(level, corner[:, 0], height), _span(level, corner[:, 1], width)
-            if number == 0:
-                q = self._pixels(*told, *spans)
-            else:
-                q = self.maps[number - 1].read(self._index(number - 1, starts[-1][padded], *told, *spans))
-            begin[at] = self.maps[number].part(level(q)[: len(at)])
+            told = image[padded], first[padded], second[padded], start[padded]
+            q = self.maps[number].read(self.zones.window(number, height, width), *told)
+            begin[at] = self.maps[number + 1].part(level(q)[: len(at)])
         return begin
-
-    def _pixels(self, image: Tensor, first: Tensor, second: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        """Masked pixels of n passes at rows [n, h] and columns [n, w], as the first level is given them."""
-        inside, place = _places(self.pixels.size, row, column)
-        area = self.pixels.size[0] * self.pixels.size[1]
-        felt = self.zones.felt[0].flatten()
-        hidden = felt[first[:, None, None] * area + place] | felt[second[:, None, None] * area + place]
-        index = torch.where(hidden, self.pixels.singles, image[:, None, None] * area + place)
-        return self.pixels.read(torch.where(inside, index, -1))
-
-    def _index(
-        self, number: int, start: Tensor, image: Tensor, first: Tensor, second: Tensor, row: Tensor, column: Tensor
-    ) -> Tensor:
-        """Which row of the table holds what a level's map is behind two masks, [n, h, w]; -1 outside the map."""
-        size = self.maps[number].size
-        inside, place = _places(size, row, column)
-        area = size[0] * size[1]
-        felt, box = self.zones.felt[number + 1].flatten(), self.zones.boxes[number][first, second]
-        moved = felt[second[:, None, None] * area + place]  # what the second mask does not move is as behind the first
-        single = torch.where(moved, second[:, None, None], first[:, None, None])
-        index = (image[:, None, None] * self.count + single) * area + place
-        down, right = row - box[:, :1], column - box[:, 1:2]
-        own = ((down >= 0) & (down < box[:, 2:3]))[:, :, None] & ((right >= 0) & (right < box[:, 3:4]))[:, None, :]
-        index = torch.where(own, start[:, None, None] + down[:, :, None] * box[:, 3, None, None] + right[:, None, :], index)
-        return torch.where(inside, index, -1)
 
 
 def _span(level: Level, first: Tensor, count: int) -> Tensor:
     """The positions that ``count`` positions from ``first`` [n] on see, int64 [n, m]."""
     begin, length = level.span(0, count)
     return first[:, None] * level.step + begin + torch.arange(length)
-
-
-def _everything(level: Level, size: tuple[int, int], n: int) -> tuple[Tensor, Tensor]:
-    """What the whole map that a level makes of one of ``size`` sees, for n passes."""
-    zero = torch.zeros(n, dtype=torch.int64)
-    return _span(level, zero, level.size(size[0])), _span(level, zero, level.size(size[1]))
-
-
-def _grid(size: tuple[int, int], n: int) -> tuple[Tensor, Tensor]:
-    """All positions of a map, for n passes."""
-    return torch.arange(size[0]).expand(n, -1), torch.arange(size[1]).expand(n, -1)
-
-
-def _places(size: tuple[int, int], row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether rows [n, h] and columns [n, w] lie in a map, bool [n, h, w], and the number of the position, int64; 0 outside."""
-    inside = ((row >= 0) & (row < size[0]))[:, :, None] & ((column >= 0) & (column < size[1]))[:, None, :]
-    place = row[:, :, None] * size[1] + column[:, None, :]
-    return inside, torch.where(inside, place, 0)
 
 
 def _more(count: int) -> int:
