@@ -87,6 +87,16 @@ def behind(network: nn.Module, x: Tensor, hidden: Tensor, fill: Tensor) -> Tenso
     return cast(Tensor, network(seen, hidden[:, None]) if getattr(network, "takes_mask", False) else network(seen))
 
 
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether convolutions in bfloat16 are computed by the hardware; else they take many times as long as in float32."""
+    if device.type != "cpu":
+        return True
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return False
+
+
 class Views:
     """A classifier, as it is now, and masks.
 
@@ -130,8 +140,12 @@ class Views:
 
     @property
     def quick(self) -> tuple[str, ...]:
-        """The precisions that decide in batches; bfloat16 only where the last layer says how large its terms are."""
-        return PRECISIONS[::-1] if self._first == "bfloat16" and self.gauge.head is not None else PRECISIONS[:1]
+        """The precisions that decide in batches.
+
+        bfloat16 is one of them only where the last layer says how large its terms are, and where the processor computes in it.
+        """
+        wished = self._first == "bfloat16" and computes_in_bfloat16(self._masks.device)
+        return PRECISIONS[::-1] if wished and self.gauge.head is not None else PRECISIONS[:1]
 
     def asking(self, x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Answers]:
         """What to ask about images [B, C, H, W]; see :meth:`ask`."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli.arithmetic import Arithmetic
+from patchcert_cli.certifiers import views
 from patchcert_cli.certifiers.masks import MaskPlan
 from patchcert_cli.certifiers.views import SLACK, Views
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
@@ -154,14 +155,16 @@ def test_leads_are_measured_against_a_scale_that_no_picture_shrinks() -> None:
     assert precision == [torch.float32, torch.float64, torch.float64] and float(seen.lead[0]) == pytest.approx(0.5 * 2.0**-20)
 
 
-def test_bfloat16_decides_only_where_the_last_layer_is_known() -> None:
+def test_bfloat16_decides_only_where_the_last_layer_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "computes_in_bfloat16", lambda device: True)
     known, unknown = around(small(), "bfloat16"), around(Placed(0.0, tie=False), "bfloat16")
     assert known.views().quick == ("bfloat16", "float32") and unknown.views().quick == ("float32",)
     known.self_test()
     unknown.self_test()
 
 
-def test_a_network_that_bfloat16_rounds_too_much_is_refused_with_it_alone() -> None:
+def test_a_network_that_bfloat16_rounds_too_much_is_refused_with_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "computes_in_bfloat16", lambda device: True)
     network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 4), nn.Linear(4, 3)).requires_grad_(False)
     network[1].bias.fill_(1000)  # of which the next layer leaves nothing
     network[2].weight.copy_(network[2].weight - network[2].weight.mean(dim=1, keepdim=True))
@@ -175,3 +178,10 @@ def test_views_say_what_they_are() -> None:
     assert isinstance(views, Views) and (views.slack, views.arithmetic) == (SLACK["float64"], "measured")
     empty = torch.zeros(0, dtype=torch.int64)
     assert views.ask(images(1), empty, empty, empty).label.shape == (0,)
+
+
+def test_bfloat16_is_not_used_where_the_processor_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, quick in ((True, ("bfloat16", "float32")), (False, ("float32",))):
+        monkeypatch.setattr(views, "computes_in_bfloat16", lambda device, there=there: there)
+        assert around(small(), "bfloat16").views().quick == quick
+    assert isinstance(views.computes_in_bfloat16(torch.device("cpu")), bool)

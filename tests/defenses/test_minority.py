@@ -171,7 +171,8 @@ def test_the_map_of_margins_has_the_certificate_as_its_smallest_entry() -> None:
         defense.margin_map(x, Sparse(1))
 
 
-def test_batches_do_not_matter() -> None:
+def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patchcert_cli.certifiers.views.computes_in_bfloat16", lambda device: True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         defense = Minority.tiny()

@@ -269,7 +269,8 @@ def test_ties_and_labels_that_nobody_can_tell_are_never_certified() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_bfloat16_gives_the_answers_and_certificates_of_float32(seed: int) -> None:
+def test_bfloat16_gives_the_answers_and_certificates_of_float32(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "computes_in_bfloat16", lambda device: True)
     exact, quick, x = defense(seed=seed), defense(seed=seed, labels="bfloat16"), images(count=40, seed=seed)
     quick.self_test()
     a, b = exact.certify(x, Patch(2, 2)), quick.certify(x, Patch(2, 2))

@@ -108,7 +108,7 @@ def test_the_enemy_makes_what_it_says() -> None:
             assert float(logits.abs().amax()) < 0.25 * float(before.abs().amax())
 
 
-@pytest.mark.parametrize("precisions", [("float32",), ("bfloat16",)])
+@pytest.mark.parametrize("precisions", [("float32",), pytest.param(("bfloat16",), marks=pytest.mark.slow)])
 def test_the_enemy_finds_nothing_around_a_network_of_others(precisions: tuple[str, ...]) -> None:
     assert enemy.search(foreign("mnist-masked-cnn"), noise((1, 28, 28)), 2, precisions=precisions, sizes=(1, 2, 7)) == []
 
