@@ -1,6 +1,6 @@
-"""Votes: what the proof costs beside the forward pass, how fast it is by itself, and smoothing beside another toolbox.
+"""Votes: each exact way to compute scores, what the proof costs beside it and by itself, and smoothing beside another toolbox.
 
-    python benchmarks/evidence.py [--bagcert NAME|PATH] [--smoothing NAME|PATH] [--images N] [--threads N]
+    python benchmarks/evidence.py [--bagcert NAME|PATH] [--smoothing NAME|PATH] [--images N] [--threads N] [--backends]
 
 Prints ratios measured in this one run. If the Adversarial Robustness Toolbox is installed (``pip install
 adversarial-robustness-toolbox``), its derandomized smoothing certifies the same images with the same weights.
@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli import data, defenses, files, hub
+from patchcert_cli import data, defenses, exact, files, hub, integers
 from patchcert_cli.certifiers import additive
 from patchcert_cli.certifiers.additive import Votes
 from patchcert_cli.defenses.bagcert import BagCert
@@ -49,6 +50,51 @@ def overhead(defense: BagCert, x: Tensor) -> None:
     print(
         f"  certify 5x5 at all 784 locations: +{100 * (one / forward - 1):.1f} %; sizes 1..10: +{100 * (ten / forward - 1):.1f} %"
     )
+
+
+def backends(name: str, defense: BagCert | Smoothing, x: Tensor, rounds: int = 5) -> None:
+    """The deployed network by each of its exact ways, and as it was computed before there were any, in turns."""
+    ways: dict[str, Callable[[], Tensor]] = {"layer by layer, in large pieces": lambda: layer_by_layer(defense, x)}
+    for backend in integers.BACKENDS[:2]:
+        ways[backend] = partial(_only, backend, defense, x)
+    defense.scores(x)
+    ways["as deployed"] = lambda: defense.scores(x)
+    spent: dict[str, list[float]] = {way: [] for way in ways}
+    wanted = ways["layer by layer, in large pieces"]()
+    for _ in range(rounds):
+        for way, work in ways.items():
+            began = time.process_time()
+            same = torch.equal(work(), wanted)
+            spent[way].append(time.process_time() - began)
+            if not same:
+                raise SystemExit(f"{name}: {way} has other scores")
+    first = min(spent["layer by layer, in large pieces"])
+    print(f"{name}, scores of {len(x)} images, equal to the bit; convolutions: {integers.serving()}")
+    for way, times in spent.items():
+        middle = sorted(times)[len(times) // 2]
+        print(f"  {way}: {1000 * min(times) / len(x):.2f} ms of CPU an image (median {1000 * middle / len(x):.2f}),", end=" ")
+        print(f"ratio {first / min(times):.2f}")
+
+
+def _only(backend: str, defense: BagCert | Smoothing, x: Tensor) -> Tensor:
+    with integers.only(backend):
+        return defense.scores(x)
+
+
+def layer_by_layer(defense: BagCert | Smoothing, x: Tensor) -> Tensor:
+    """Scores by the definition of the frozen network, float32 values on their grids, in pieces that no cache holds."""
+    network, steps = defense.deployed(), exact.to_steps(x)
+    if isinstance(defense, Smoothing):
+        pieces = defense._pieces(x, max(1, (1 << 22) // defense.network.most))
+        given: Iterable[Tensor] = (defense.views(steps, image, cell, full=255.0) for image, cell in pieces)
+    else:
+        given = torch.split(steps, max(1, (1 << 25) // defense.activations))
+    with torch.no_grad(), exact.exact_arithmetic():
+        found = torch.cat([network(piece.contiguous(memory_format=torch.channels_last)) for piece in given])
+    if isinstance(defense, BagCert):
+        return found
+    shape = (len(x), len(defense.rows), len(defense.columns), len(defense.classes))
+    return found.reshape(shape).permute(0, 3, 1, 2)
 
 
 def proof() -> None:
@@ -122,16 +168,23 @@ def main() -> None:
     parser.add_argument("--bagcert", default="cifar-bagcert-rf7")
     parser.add_argument("--smoothing", default="cifar-smoothing-column")
     parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--backends", action="store_true", help="only compare the ways to compute the scores")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {options.threads} threads")
     x = data.to_float(data.load("cifar10", "test").pixels[: options.images])
-    overhead(cast(BagCert, hub.load(options.bagcert)), x)
+    bagcert, bands = cast(BagCert, hub.load(options.bagcert)), cast(Smoothing, hub.load(options.smoothing))
+    few = x[: max(options.images // 4, 1)]
+    backends(options.bagcert, bagcert, x)
+    backends(options.smoothing, bands, few)
+    if options.backends:
+        return
+    overhead(bagcert, x)
     proof()
     found = hub.resolve(options.smoothing)
     recipe = files.read_json(found.folder / files.CONFIG)["recipe"]
-    smoothing(cast(Smoothing, hub.load(options.smoothing)), recipe, x[: max(options.images // 4, 1)])
+    smoothing(bands, recipe, few)
 
 
 if __name__ == "__main__":

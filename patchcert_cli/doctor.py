@@ -66,6 +66,9 @@ def _torch() -> Iterator[Finding]:
     else:
         names = "none: everything runs on the CPU"
     yield Finding("gpu", names)
+    from patchcert_cli import integers
+
+    yield Finding("convolutions", integers.serving())
     try:
         import torchvision  # type: ignore[import-untyped]
     except (ImportError, OSError, RuntimeError) as problem:  # mixed builds raise RuntimeError: no operator torchvision::nms

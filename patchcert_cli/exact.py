@@ -160,7 +160,7 @@ class Affine(nn.Module):
 
 
 def affine(
-    weight: Tensor, bias: Tensor, like: nn.Conv2d, wire: Wire, dtype: torch.dtype, *, beside: float = 0.0
+    weight: Tensor, bias: Tensor, like: nn.Conv2d, wire: Wire, dtype: torch.dtype, *, beside: float = 0.0, largest: int = 0
 ) -> tuple[Affine, int]:
     """The nearest exact convolution, each output channel with as many bits as the theorem allows.
 
@@ -170,8 +170,10 @@ def affine(
         wire: what comes in.
         dtype: float32 or float64.
         beside: largest magnitude of what will be added to the result before it is put on a grid.
+        largest: weights are at most so many of their steps, which are coarser for that, but never coarser than what is added
+            to the result; 0 for as many as the theorem allows.
 
-    Returns: the layer and the fewest bits, sign aside, that the largest weight of a channel got.
+    Returns: the layer and the fewest bits, sign aside, that the largest weight of a channel got, or would without ``largest``.
     """
     room = math.ldexp(1.0, BITS[dtype] - 1)  # half of what is exact: quantized weights may be larger than their originals
     most = _reach(weight) * wire.most + bias.abs() + beside  # [O]
@@ -180,13 +182,19 @@ def affine(
         down = down.clamp(min=-wire.exponent)
     exponent = -(down + wire.exponent)  # of the weights: products are multiples of 2^-down
     fine = power(exponent)
+    peak = weight.abs().flatten(1).amax(dim=1)
+    most_steps = (torch.round(peak / fine)).clamp(min=1)
+    if largest:
+        exponent = torch.maximum(exponent, binary_order(peak.clamp(min=2.0**-60) / largest))
+        if beside > 0:
+            exponent = exponent.clamp(max=0)
+        fine, down = power(exponent), -(exponent + wire.exponent)
     quantized = torch.round(weight / fine[:, None, None, None]) * fine[:, None, None, None]
     shifted = torch.round(bias * power(down)) * power(-down)
     spent = (_reach(quantized) * wire.most + shifted.abs() + beside) * power(down)
     if not bool((spent <= 2 * room).all()) or float(exponent.abs().max()) > FAR[dtype]:
         raise IntegrityError("weights too far apart in size to compute with exactly;", hint="train the network again.")
-    largest = (quantized.abs().flatten(1).amax(dim=1) / fine).clamp(min=1)
-    useful = torch.where(weight.flatten(1).abs().sum(dim=1) > 0, torch.log2(largest), torch.inf)
+    useful = torch.where(weight.flatten(1).abs().sum(dim=1) > 0, torch.log2(most_steps), torch.inf)
     return Affine(quantized.to(dtype), shifted.to(dtype), like), int(min(float(useful.min()), 53.0))
 
 

@@ -11,6 +11,8 @@ Proof. Every partial sum of products is a whole number of magnitude at most 2^24
 and int32 hold it exactly. Two products have a sum between -2 * 255 * 64 = -32,640 and 32,640, within the 16 bits from -32,768 to
 32,767, so nothing saturates. Dividing by 2^k is exact, so the one rounding is of an exact number, and IEEE 754 defines it. QED.
 
+Weights of more bits are computed in several planes of such weights: :mod:`patchcert_cli.planes`.
+
 oneDNN's integer convolution (``torch.ops.onednn``) is not a stable interface. It is looked for, compared with float64 on
 random and extreme inputs for each layer and each size of map on this machine, and used where it is equal and measured faster;
 else float32 serves. The bits are the same either way.
@@ -23,9 +25,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -129,24 +131,57 @@ def _in_floats(layer: Whole, kind: torch.dtype) -> Run:
     return run
 
 
-def _in_integers(layer: Whole, shape: tuple[int, ...]) -> Run:
-    """oneDNN's convolution: uint8 times int8, with bias, scale, rounding and limits in the same pass.
+Convolution = Callable[..., Tensor]
+Geometry = tuple[list[int], list[int], list[int]]
+VALID: Geometry = ([1, 1], [0, 0], [1, 1])  # stride, padding and dilation
+
+
+def convolution(
+    weight: Tensor, scale: Tensor, bias: Tensor | None, geometry: Geometry, shape: Sequence[int], attribute: str = "none"
+) -> Convolution:
+    """oneDNN's convolution of uint8 maps of ``shape`` [n, C, H, W] with whole weights, in one pass: ``scale * sum W q + bias``.
+
+    Args:
+        weight: whole numbers of at most :data:`LARGEST`, [O, C, h, w].
+        scale: [O], powers of two.
+        bias: [O], or None.
+        geometry: stride, padding with zeros, and dilation.
+        shape: see above; n may differ.
+        attribute: ``relu`` for sums below 0 to be 0.
+
+    Returns: a function of the maps, the type of the result (float32, or uint8 for the nearest step from 0 to 255), and maybe a
+    map of that type that is added, in place, and by what it is multiplied.
 
     Raises:
         Exception: whatever torch raises where it has no such operator.
     """
     operators: Any = torch.ops.onednn
-    scale = power(-layer.down).float()
-    bias, zero = layer.bias.float() * scale, torch.zeros_like(layer.down)
-    packed = operators.qconv_prepack(layer.weight.contiguous(), scale, 1.0, 0, [1, 1], [0, 0], [1, 1], 1, list(shape))
+    scales, zero = scale.float(), torch.zeros(len(scale), dtype=torch.int64)
+    offset = None if bias is None else bias.float()
+    packed = operators.qconv_prepack(weight.to(torch.int8).contiguous(), scales, 1.0, 0, *geometry, 1, list(shape))
+    common = (packed, scales, zero)
 
-    def run(q: Tensor) -> Tensor:
-        made: Tensor = operators.qconv2d_pointwise(
-            q, 1.0, 0, packed, scale, zero, bias, [1, 1], [0, 0], [1, 1], 1, 1.0, 0, torch.uint8, "none", [], ""
-        )
+    def run(q: Tensor, kind: torch.dtype, beside: Tensor | None = None, ratio: float = 1.0) -> Tensor:
+        made: Tensor
+        if beside is None:
+            made = operators.qconv2d_pointwise(q, 1.0, 0, *common, offset, *geometry, 1, 1.0, 0, kind, attribute, [], "")
+        else:
+            rest: tuple[Any, ...] = (ratio, 0, "sum", 1.0, attribute, [], "")
+            made = operators.qconv2d_pointwise.binary(q, 1.0, 0, *common, beside, offset, *geometry, 1, 1.0, 0, kind, *rest)
         return made
 
     return run
+
+
+def _in_integers(layer: Whole, shape: tuple[int, ...]) -> Run:
+    """With bias, scale, rounding and limits in the same pass.
+
+    Raises:
+        Exception: whatever torch raises where it has no such operator.
+    """
+    scale = power(-layer.down)
+    convolve = convolution(layer.weight, scale, layer.bias * scale, VALID, shape)
+    return lambda q: convolve(q, torch.uint8)
 
 
 def prepared(layer: Whole, backend: str, shape: tuple[int, ...]) -> Run | None:
@@ -163,15 +198,22 @@ def prepared(layer: Whole, backend: str, shape: tuple[int, ...]) -> Run | None:
 
 def probes(layer: Whole, shape: tuple[int, ...]) -> list[Tensor]:
     """Inputs that a wrong kernel shows itself by, uint8 [n, C, H, W]: random ones, and extreme ones of some channels."""
+    return patterns(layer.weight, shape)
+
+
+def patterns(weight: Tensor, shape: Sequence[int], dilation: Sequence[int] = (1, 1)) -> list[Tensor]:
+    """:func:`probes` of weights [O, C, h, w]."""
     generator = torch.Generator().manual_seed(0)
-    height, width = shape[2:]
-    made = [torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8), torch.full(shape, 255, dtype=torch.uint8)]
+    maps, _, height, width = shape
+    made = [torch.randint(0, 256, tuple(shape), generator=generator, dtype=torch.uint8)]
+    made.append(torch.full(tuple(shape), 255, dtype=torch.uint8))
     made[1][1::2, ::2] = 0  # every other channel, in every other map
-    side = layer.weight.shape[2]
-    tiles = (1, -(-height // side), -(-width // side))
     for sign in (1, -1):  # the largest and the smallest sum that a few output channels can have
-        peaks = (sign * layer.weight[: shape[0]].int() > 0).to(torch.uint8) * 255
-        made.append(torch.stack([one.repeat(tiles)[:, :height, :width] for one in peaks]))
+        peaks = (sign * weight[torch.arange(maps) % len(weight)].sign() > 0).to(torch.uint8) * 255
+        for axis, apart in zip((2, 3), dilation, strict=True):
+            peaks = peaks.repeat_interleave(apart, dim=axis)
+        tiles = (1, 1, -(-height // peaks.shape[2]), -(-width // peaks.shape[3]))
+        made.append(peaks.repeat(tiles)[:, :, :height, :width])
     return [q.contiguous(memory_format=torch.channels_last) for q in made]
 
 
@@ -181,18 +223,19 @@ def agrees(layer: Whole, run: Run, shape: tuple[int, ...]) -> bool:
 
 
 def extremes(like: Whole) -> list[Whole]:
-    """Layers of the same shape whose weights are as large as they may be: all positive, and of alternating signs.
+    """Layers of the same shape whose weights are as large as they may be: all positive, and of alternating signs."""
+    bias, down = torch.full((len(like.weight),), float(ROOM // 256)), torch.full((len(like.weight),), 17)
+    return [Whole(weight, bias, down) for weight in saturated(like.weight.shape)]
 
-    As many channels have weights as the theorem's condition leaves room for.
-    """
-    weight, made = torch.zeros(like.weight.shape), []
-    channels = max(1, min(weight.shape[1], ROOM // (256 * LARGEST * weight.shape[2] * weight.shape[3])))
+
+def saturated(shape: torch.Size) -> list[Tensor]:
+    """Weights of ``shape`` [O, C, h, w] that are as large as they may be, in as many channels as the theorem leaves room for."""
+    channels, made = max(1, min(shape[1], ROOM // (256 * LARGEST * shape[2] * shape[3]))), []
     sign = 1 - 2 * (torch.arange(channels) % 4 // 2)
     for pattern in (torch.ones(channels), -torch.ones(channels), sign.float(), 1.0 - 2 * (torch.arange(channels) % 2)):
-        weight = torch.zeros(like.weight.shape)
+        weight = torch.zeros(shape)
         weight[:, :channels] = LARGEST * pattern[:, None, None]
-        bias = torch.full((len(weight),), float(ROOM // 256))
-        made.append(Whole(weight, bias, torch.full((len(weight),), 17)))
+        made.append(weight)
     return made
 
 
@@ -217,6 +260,21 @@ def trials(layer: Whole, shape: tuple[int, ...]) -> list[tuple[Trial, Run]]:
     return made
 
 
+def seconds(work: Callable[[], object]) -> float:
+    """How long something takes, the best of three."""
+    spent = math.inf
+    for _ in range(3):
+        began = time.perf_counter()
+        work()
+        spent = min(spent, time.perf_counter() - began)
+    return spent
+
+
+def forced() -> str | None:
+    """The backend of :func:`only`, if there is one now."""
+    return _forced[-1] if _forced else None
+
+
 _known: dict[tuple[int, ...], bool] = {}  # shapes of weights whose extremes were compared before
 
 
@@ -231,18 +289,21 @@ def _extremes_agree(layer: Whole) -> bool:
 
 def _seconds(run: Run, shape: tuple[int, ...]) -> float:
     q = torch.zeros(shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    spent = math.inf
-    for _ in range(3):
-        began = time.perf_counter()
-        run(q)
-        spent = min(spent, time.perf_counter() - began)
-    return spent
+    return seconds(lambda: run(q))
 
 
 def fastest(layer: Whole, shape: tuple[int, ...]) -> Run:
     """The fastest exact backend for maps of ``shape``; float64 if no other is exact."""
-    found = [(trial.seconds, number, run) for number, (trial, run) in enumerate(trials(layer, shape)) if trial.exact]
-    return min(found)[2] if found else _in_floats(layer, torch.float64)
+    return quickest(trials(layer, shape)) or _in_floats(layer, torch.float64)
+
+
+Kind = TypeVar("Kind")
+
+
+def quickest(found: Sequence[tuple[Trial, Kind]]) -> Kind | None:
+    """What belongs to the fastest exact trial, if one is exact."""
+    exact = [(trial.seconds, number) for number, (trial, _) in enumerate(found) if trial.exact]
+    return found[min(exact)[1]][1] if exact else None
 
 
 def serving() -> str:

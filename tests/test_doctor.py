@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 from model_folders import make_zoo
 from typer.testing import CliRunner
 
-from patchcert_cli import cards, doctor
+from patchcert_cli import cards, doctor, integers
 from patchcert_cli.cli.main import app
 from patchcert_cli.errors import IntegrityError, MachineError
+from patchcert_cli.integers import Trial
 
 
 def facts(*arguments: str) -> dict[str, Any]:
@@ -26,10 +28,44 @@ def facts(*arguments: str) -> dict[str, Any]:
 def test_a_sound_machine_has_no_problem() -> None:
     value = facts()
     assert value["problems"] == []
-    for name in ("patchcert", "python", "torch", "torchvision", "gpu", "huggingface_hub", "hub", "cache", "free", "zoo", "token"):
+    for name in (
+        "patchcert",
+        "python",
+        "torch",
+        "torchvision",
+        "gpu",
+        "convolutions",
+        "huggingface_hub",
+        "hub",
+        "cache",
+        "free",
+        "zoo",
+        "token",
+    ):
         assert value["facts"][name]
     assert "0 damaged" in value["facts"]["zoo"]
     assert "10000 of 10000 test images, bundled" in value["facts"]["mnist"]
+
+
+@pytest.mark.parametrize(
+    ("exact", "fast", "said"),
+    [
+        (None, True, r"float32 \(torch has no integer convolutions here\)"),
+        (False, True, r"float32 \(integer convolutions are not exact on this processor\)"),
+        (True, False, r"float32 \(integer convolutions are not faster\)"),
+        (True, True, r"int8, exact, 2\.5 times as fast as float32"),
+    ],
+)
+def test_it_says_what_convolutions_are_computed_with(
+    exact: bool | None, fast: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [(Trial("float32", True, 0.005), None)]
+    if exact is not None:
+        found.append((Trial("int8", exact, 0.002 if fast else 0.006), None))
+    monkeypatch.setattr(integers, "trials", lambda layer, shape: found)
+    (finding,) = [finding for finding in doctor._torch() if finding.name == "convolutions"]
+    assert re.fullmatch(said, finding.value)
+    assert finding.problem is None
 
 
 def test_the_hub_is_asked_once_and_its_absence_is_no_problem() -> None:

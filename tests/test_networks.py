@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from patchcert_cli import defenses, exact, models
-from patchcert_cli.defenses import evidence
 from patchcert_cli.defenses.bagcert import BagCert, BagCertOptions
 from patchcert_cli.defenses.base import TrainingStep
 from patchcert_cli.errors import IntegrityError, UsageError
@@ -156,7 +155,7 @@ def test_the_loss_is_that_of_the_same_cells_of_the_whole_map(aggregate: str, eve
     assert all(bool(weight.grad is not None and weight.grad.isfinite().all()) for weight in defense.parameters())
 
 
-def test_a_stride_is_named_and_checked_and_costs_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stride_is_named_and_checked_and_costs_less() -> None:
     assert models.describe(build("pyramid", 8)).startswith("region scorer 4-5-6-7, receptive field 17, stride 8, ")
     assert "stride" not in models.describe(build("pyramid"))
     assert build("pyramid", 8).scorer.widest < build("pyramid").scorer.widest == 7
@@ -169,8 +168,8 @@ def test_a_stride_is_named_and_checked_and_costs_less(monkeypatch: pytest.Monkey
     for layer in defense.deployed().modules():
         if isinstance(layer, exact.Affine) and layer.weight.shape[2:] != (1, 1):
             layer.register_forward_hook(note)
-    monkeypatch.setattr(evidence, "PIECE", 1 << 25)
-    defense.predict(arena.draw_images(defense.input_shape, 2, 0))
+    x = arena.draw_images(defense.input_shape, 2, 0)
+    assert torch.equal(defense.deployed()(exact.to_steps(x)), defense.scores(x))
     assert shapes == [(23, 20), (11, 9), (5, 4), (2, 1)]
     with pytest.raises(UsageError, match=r"a stride of 0 leaves no cells; allowed: 1 or more\."):
         build("pyramid", 0)

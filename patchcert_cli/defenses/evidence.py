@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from patchcert_cli import exact, models
+from patchcert_cli import exact, models, programs
 from patchcert_cli.certificate import Arithmetic, Certificate
 from patchcert_cli.certifiers import additive
 from patchcert_cli.certifiers.additive import Proof, Votes
@@ -25,6 +25,7 @@ from patchcert_cli.defenses.base import Claim, Defense, Surrogate
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.geometry import Axis, Cover
 from patchcert_cli.models.region import RegionScorer
+from patchcert_cli.programs import Runner
 from patchcert_cli.threats import Patch, Patches, PatchPercent, Sparse, Threat
 
 Said = TypeVar("Said")
@@ -170,7 +171,7 @@ class EvidenceDefense(CellDefense[Votes]):
         return f"{threat} reaches {min(reached, cells)} of the {cells} cells: no image can be certified"
 
 
-PIECE = 1 << 25  # activations of one layer that are computed at a time
+PIECE = 1 << 25  # activations of one layer that are computed at a time, at most
 
 
 class RegionDefense(CellDefense[Said]):
@@ -182,6 +183,7 @@ class RegionDefense(CellDefense[Said]):
         super().__init__(input_shape=input_shape, classes=classes)
         self.scorer = scorer
         self.deployed = exact.Deployed(scorer)
+        self.run = Runner(self.deployed)
 
     @staticmethod
     def scorer_of(config: Mapping[str, Any]) -> RegionScorer:
@@ -206,13 +208,8 @@ class RegionDefense(CellDefense[Said]):
 
     def scores(self, x: Tensor) -> Tensor:
         """The scores of all cells as the deployed network computes them, [B, K, N, M]."""
-        network, parts = self.deployed(), []
-        size = max(1, PIECE // self.activations)
-        with exact.exact_arithmetic():
-            for part in torch.split(x, size):
-                steps = exact.to_steps(part).to(exact.execution_type(network, part.device))
-                parts.append(network(steps.contiguous(memory_format=torch.channels_last)))
-        return torch.cat(parts)
+        size = programs.at_once(self.activations, x.device, PIECE)
+        return torch.cat([self.run(exact.to_steps(part)) for part in torch.split(x, size)])
 
     def cover(self, patch: Patch) -> Cover:
         height, width = self.input_shape[1:]

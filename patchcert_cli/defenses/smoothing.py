@@ -22,17 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from patchcert_cli import exact, models, schema
+from patchcert_cli import exact, models, programs, schema
 from patchcert_cli.certifiers.additive import Votes
 from patchcert_cli.defenses.base import Augment, Options, TrainingStep
 from patchcert_cli.defenses.evidence import EvidenceDefense
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.geometry import Axis, Cover
 from patchcert_cli.models.resnet import ResNet
+from patchcert_cli.programs import Runner
 from patchcert_cli.schema import Count, Must, Positive
 from patchcert_cli.threats import Patch
 
-PIECE = 1 << 22  # activations of one layer that are computed at a time
+PIECE = 1 << 22  # activations of one layer that are computed at a time, at most
 ROUNDING = 1e-9  # far more than the rounding error of a softmax in float64
 OBSERVED = 4  # ablations of each image that :meth:`Smoothing.finish` looks at
 
@@ -99,6 +100,7 @@ class Smoothing(EvidenceDefense):
         self.register_buffer("rows", kept(input_shape[1], how, along=("row", "block")), persistent=False)
         self.register_buffer("columns", kept(input_shape[2], how, along=("column", "block")), persistent=False)
         self.deployed = exact.Deployed(network)
+        self.run = Runner(self.deployed)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Smoothing:
@@ -163,7 +165,7 @@ class Smoothing(EvidenceDefense):
 
         Where there are many views, they are computed anew for the gradient, so that their activations are never held at once.
         """
-        pieces = list(self._pieces(x))
+        pieces = list(self._pieces(x, max(1, PIECE // self.network.most)))
         if len(pieces) == 1:
             parts = [self._likelihood(x, *pieces[0])]
         else:
@@ -175,12 +177,8 @@ class Smoothing(EvidenceDefense):
 
     def scores(self, x: Tensor) -> Tensor:
         """The logits of all cells as the deployed network computes them, float64 [B, K, N, M], without rounding error."""
-        network, parts = self.deployed(), []
-        steps = exact.to_steps(x).to(exact.execution_type(network, x.device))
-        with exact.exact_arithmetic():
-            for image, cell in self._pieces(x):
-                views = self.views(steps, image, cell, full=255.0)
-                parts.append(network(views.contiguous(memory_format=torch.channels_last)))
+        steps, size = exact.to_steps(x), programs.at_once(self.network.most, x.device, PIECE)
+        parts = [self.run(self.views(steps, *piece, full=255.0)) for piece in self._pieces(x, size)]
         shape = (len(x), len(self.rows), len(self.columns), len(self.classes))
         return torch.cat(parts).reshape(shape).permute(0, 3, 1, 2).contiguous()
 
@@ -220,11 +218,10 @@ class Smoothing(EvidenceDefense):
         cell = torch.randint(self.cells, (len(x),), generator=generator).to(x.device)
         return self.views(x, torch.arange(len(x), device=x.device), cell)
 
-    def _pieces(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """All cells of all images, image by image, some at a time: numbers of images and of cells, int64 [V] each."""
+    def _pieces(self, x: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All cells of all images, image by image, ``size`` at a time: numbers of images and of cells, int64 [V] each."""
         image = torch.arange(len(x), device=x.device).repeat_interleave(self.cells)
         cell = torch.arange(self.cells, device=x.device).repeat(len(x))
-        size = max(1, PIECE // self.network.most)
         return zip(torch.split(image, size), torch.split(cell, size), strict=True)
 
 

@@ -22,7 +22,9 @@ from patchcert_cli import exact
 from patchcert_cli.errors import UsageError
 from patchcert_cli.exact import Grid, Wire
 from patchcert_cli.layers import Normalize
+from patchcert_cli.programs import Program
 
+LEAST_BITS, MOST_BITS = 4, 16  # of limited weights; with 7 one plane of integers holds them (:mod:`patchcert_cli.planes`)
 WHITE = 1e-2  # added to the variances that whitening divides by; normalized pixels have a variance of 1
 
 
@@ -98,8 +100,14 @@ class RegionScorer(nn.Module):
         places: bool = False,
         stride: int = 1,
         whiten: bool = False,
+        weight_bits: int = 0,
     ) -> None:
         super().__init__()
+        if weight_bits and not LEAST_BITS <= weight_bits <= MOST_BITS:
+            raise UsageError(
+                f"weights of {weight_bits} bits are not for this network;", hint=f"allowed: {LEAST_BITS} to {MOST_BITS}, or 0."
+            )
+        self.largest = 1 << (weight_bits - 1) if weight_bits else 0
         if stride < 1:
             raise UsageError(f"a stride of {stride} leaves no cells;", hint="allowed: 1 or more.")
         self.normalize = normalize
@@ -216,16 +224,21 @@ class RegionScorer(nn.Module):
             if stage.whitening is not None:
                 weight = (weight.flatten(1) @ stage.whitening.double().cpu()).reshape(weight.shape)
             weight, bias = exact.absorb(weight, bias, scale, shift) if at == 0 else (weight, bias)
-            layer, bits = exact.affine(weight, bias, stage.convolution, wire, precision)
+            layer, bits = exact.affine(weight, bias, stage.convolution, wire, precision, largest=self.largest)
             fewest, wire = min(fewest, bits), stage.grid.wire
             layers.append(_Step(layer, wire, residual=False))
             for mix in cast(list[Mix], list(stage.mixes)):
                 layer, bits = exact.affine(
-                    *exact.fold(mix.convolution, mix.norm), mix.convolution, wire, precision, beside=wire.most
+                    *exact.fold(mix.convolution, mix.norm),
+                    mix.convolution,
+                    wire,
+                    precision,
+                    beside=wire.most,
+                    largest=self.largest,
                 )
                 fewest, wire = min(fewest, bits), mix.grid.wire
                 layers.append(_Step(layer, wire, residual=True))
-        layer, bits = exact.affine(*exact.fold(self.head, None), self.head, wire, precision)
+        layer, bits = exact.affine(*exact.fold(self.head, None), self.head, wire, precision, largest=self.largest)
         return nn.Sequential(*layers, layer), min(fewest, bits)
 
 
@@ -244,6 +257,10 @@ class _Placed(nn.Module):
         super().__init__()
         self.register_buffer("places", places)
 
+    def plan(self, program: Program) -> None:
+        """See :class:`patchcert_cli.programs.Planned`."""
+        program.before.append(self)
+
     def forward(self, v: Tensor) -> Tensor:
         both = torch.cat([v, self.places.to(v).expand(len(v), -1, -1, -1)], dim=1)
         return both.contiguous(memory_format=torch.channels_last)
@@ -255,6 +272,11 @@ class _Step(nn.Module):
     def __init__(self, layer: exact.Affine, wire: Wire, *, residual: bool) -> None:
         super().__init__()
         self.layer, self.wire, self.residual = layer, wire, residual
+
+    def plan(self, program: Program) -> None:
+        """See :class:`patchcert_cli.programs.Planned`."""
+        at = program.last
+        program.add((at, self.layer), onto=self.wire, beside=at if self.residual else None, gated=True)
 
     def forward(self, v: Tensor) -> Tensor:
         out = self.layer(v).relu_()
@@ -273,6 +295,7 @@ def build(
     stride: int = 1,
     whiten: bool = False,
     bits: int = 8,
+    weight_bits: int = 0,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Any:
@@ -281,7 +304,18 @@ def build(
     The receptive field is ``1 + sum((kernel - 1) * dilation)``. With ``places`` a cell knows where it is, which no attacker can
     change: good where objects are centred. ``stride`` is how far cells are apart, in pixels; the earlier layers are computed as
     sparsely as the dilations of the later ones allow. With ``whiten`` the first convolution sees whitened windows while it is
-    trained. Activations of the deployed network have ``bits`` bits.
+    trained. Activations of the deployed network have ``bits`` bits, and its weights as many as exact sums allow, or at most
+    ``weight_bits``, sign included, if that is not 0: with 7 it is about twice as fast where integers are faster than floating point.
     """
     plan = list(zip(widths, kernels, dilations, mixes, strict=True))
-    return RegionScorer(input_shape, classes, plan, Normalize(mean, std), bits, places=places, stride=stride, whiten=whiten)
+    return RegionScorer(
+        input_shape,
+        classes,
+        plan,
+        Normalize(mean, std),
+        bits,
+        places=places,
+        stride=stride,
+        whiten=whiten,
+        weight_bits=weight_bits,
+    )

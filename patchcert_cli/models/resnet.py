@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from patchcert_cli import exact
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.exact import Grid, Wire
+from patchcert_cli.programs import Program
 
 
 def convolution(before: int, width: int, size: tuple[int, int], stride: int = 1) -> nn.Conv2d:
@@ -147,6 +148,10 @@ class _Stem(nn.Module):
         super().__init__()
         self.layer, self.wire = layer, wire
 
+    def plan(self, program: Program) -> None:
+        """See :class:`patchcert_cli.programs.Planned`."""
+        program.add((program.last, self.layer), onto=self.wire)
+
     def forward(self, v: Tensor) -> Tensor:
         return exact.onto(self.layer(v).relu_(), self.wire)
 
@@ -154,10 +159,19 @@ class _Stem(nn.Module):
 class _Block(nn.Module):
     """An exact :class:`Block`."""
 
-    def __init__(self, first: nn.Module, second: nn.Module, shortcut: nn.Module | None, inner: Wire, wire: Wire) -> None:
+    def __init__(self, first: exact.Affine, second: exact.Affine, shortcut: exact.Affine | None, inner: Wire, wire: Wire) -> None:
         super().__init__()
         self.first, self.second, self.shortcut = first, second, shortcut
         self.inner, self.wire = inner, wire
+
+    def plan(self, program: Program) -> None:
+        """See :class:`patchcert_cli.programs.Planned`."""
+        at = program.last
+        inner = program.add((at, self.first), onto=self.inner)
+        if self.shortcut is None:
+            program.add((inner, self.second), onto=self.wire, beside=at)
+        else:
+            program.add((inner, self.second), (at, self.shortcut), onto=self.wire)
 
     def forward(self, v: Tensor) -> Tensor:
         out: Tensor = self.second(exact.onto(self.first(v).relu_(), self.inner))
@@ -171,8 +185,18 @@ class _Head(nn.Module):
         super().__init__()
         self.layer = layer
 
+    def plan(self, program: Program) -> None:
+        """See :class:`patchcert_cli.programs.Planned`."""
+        step = 2.0 ** program.wires[program.last].exponent
+        program.after = lambda q: self.total(q.sum(dim=(2, 3), keepdim=True).double() * step)
+
     def forward(self, v: Tensor) -> Tensor:
-        return cast(Tensor, self.layer(v.sum(dim=(2, 3), keepdim=True).double()).flatten(1))
+        return self.total(v.sum(dim=(2, 3), keepdim=True).double())
+
+    def total(self, v: Tensor) -> Tensor:
+        """Of the sums [B, C, 1, 1]."""
+        with exact.exact_arithmetic():
+            return cast(Tensor, self.layer(v)).flatten(1)
 
 
 def build(
