@@ -305,7 +305,7 @@ def build(
     change: good where objects are centred. ``stride`` is how far cells are apart, in pixels; the earlier layers are computed as
     sparsely as the dilations of the later ones allow. With ``whiten`` the first convolution sees whitened windows while it is
     trained. Activations of the deployed network have ``bits`` bits, and its weights as many as exact sums allow, or at most
-    ``weight_bits``, sign included, if that is not 0: with 7 it is about twice as fast where integers are faster than floating point.
+    ``weight_bits``, sign included, if that is not 0: 7 is about twice as fast where integers are faster than floating point.
     """
     plan = list(zip(widths, kernels, dilations, mixes, strict=True))
     return RegionScorer(
