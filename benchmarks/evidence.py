@@ -88,7 +88,7 @@ def layer_by_layer(defense: BagCert | Smoothing, x: Tensor) -> Tensor:
         pieces = defense._pieces(x, max(1, (1 << 22) // defense.network.most))
         given = (defense.views(steps, image, cell, full=255.0) for image, cell in pieces)
     else:
-        given = iter(torch.split(steps, max(1, (1 << 25) // defense.activations)))
+        given = (part for part in torch.split(steps, max(1, (1 << 25) // defense.activations)))
     with torch.no_grad(), exact.exact_arithmetic():
         found = torch.cat([network(piece.contiguous(memory_format=torch.channels_last)) for piece in given])
     if isinstance(defense, BagCert):
