@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -86,9 +86,9 @@ def layer_by_layer(defense: BagCert | Smoothing, x: Tensor) -> Tensor:
     network, steps = defense.deployed(), exact.to_steps(x)
     if isinstance(defense, Smoothing):
         pieces = defense._pieces(x, max(1, (1 << 22) // defense.network.most))
-        given: Iterable[Tensor] = (defense.views(steps, image, cell, full=255.0) for image, cell in pieces)
+        given = (defense.views(steps, image, cell, full=255.0) for image, cell in pieces)
     else:
-        given = torch.split(steps, max(1, (1 << 25) // defense.activations))
+        given = (part for part in torch.split(steps, max(1, (1 << 25) // defense.activations)))
     with torch.no_grad(), exact.exact_arithmetic():
         found = torch.cat([network(piece.contiguous(memory_format=torch.channels_last)) for piece in given])
     if isinstance(defense, BagCert):
