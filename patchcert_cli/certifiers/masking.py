@@ -95,7 +95,8 @@ def answer(table: Table, classes: int) -> Tensor:
     one = table.one()
     votes = torch.zeros(table.images, classes, dtype=torch.int64).scatter_add_(1, one, torch.ones_like(one))
     result = (votes == votes.amax(dim=1, keepdim=True)).int().argmax(dim=1)
-    asked, size = one != result[:, None], FIRST  # [B, M], the masks that may still pass round two
+    asked = one != result[:, None]  # [B, M], the masks that may still pass round two
+    size = torch.full((table.images,), FIRST)  # of each image on its own, so that its passes do not depend on the others
     while bool(asked.any()):
         at = asked.any(dim=1).nonzero()[:, 0]
         row = asked[at].int().argmax(dim=1)  # the first of each image
@@ -108,9 +109,9 @@ def answer(table: Table, classes: int) -> Tensor:
         asked[at[failed], row[failed]] = False
         open_ = ~(passed | failed)
         score = table.towards(result.scatter(0, at, candidate))[at]  # masks that speak against the candidate come first
-        number, column = _lowest(torch.where((entries < 0) & open_[:, None], score, torch.inf), size)
+        number, column = _lowest(torch.where((entries < 0) & open_[:, None], score, torch.inf), size[at])
         table.fill(at[number], row[number], column)
-        size = size * 2 if bool(open_.any()) else size
+        size[at[open_]] *= 2
     return result
 
 
@@ -162,7 +163,7 @@ def prove(table: Table, label: Tensor, by: Tensor, slack: float, seen: Tensor | 
         rows = _few(alive, single[at], unknown.sum(dim=2), by)
         wanted = (unknown & (rows[:, :, None] | rows[:, None, :])).triu()
         score = single[at, :, None] + single[at, None, :]
-        number, pair = _lowest(torch.where(wanted, score, torch.inf).flatten(1), size)
+        number, pair = _lowest(torch.where(wanted, score, torch.inf).flatten(1), torch.full((len(at),), size))
         image, first, second = at[number], pair // table.masks, pair % table.masks
         table.fill(image, first, second)
         seen[image, first, second] = seen[image, second, first] = True
@@ -170,11 +171,12 @@ def prove(table: Table, label: Tensor, by: Tensor, slack: float, seen: Tensor | 
     return _told(table, label, by, certified, seen)
 
 
-def _lowest(score: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Row and column of the ``size`` lowest finite entries of each row of [b, N]: int64 [n] and [n]."""
-    found = score.topk(min(size, score.shape[1]), dim=1, largest=False)
-    row, place = (found.values < torch.inf).nonzero().T
-    return row, found.indices[row, place]
+def _lowest(score: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of the ``size`` [b] lowest finite entries of each row of [b, N], of equals the first: int64 [n] and [n]."""
+    ranked = score.sort(dim=1, stable=True)
+    wanted = (ranked.values < torch.inf) & (torch.arange(score.shape[1]) < size[:, None])
+    row, place = wanted.nonzero().T
+    return row, ranked.indices[row, place]
 
 
 def _served(rows: Tensor, by: Tensor) -> Tensor:

@@ -308,3 +308,25 @@ def test_no_images() -> None:
     answers = answer(known, 3)
     assert answers.shape == (0,)
     assert prove(known, answers, torch.eye(4, dtype=torch.bool), SLACK).margin.shape == (0,)
+
+
+def test_passes_and_margins_of_an_image_do_not_depend_on_the_others() -> None:
+    """Labels of few kinds, so that round two is long for some images and short for others."""
+    generator = torch.Generator().manual_seed(0)
+    masks, count = 24, 60
+    kinds = torch.randint(3, (count, masks * (masks + 1) // 2), generator=generator)
+    rare = torch.rand(kinds.shape, generator=generator) < torch.rand(count, 1, generator=generator) * 0.1
+    labels, by = symmetric(torch.where(rare, kinds, 0), masks), torch.eye(masks, dtype=torch.bool)
+    leads = symmetric(torch.rand(kinds.shape, generator=generator), masks)
+
+    def told(labels: Tensor, leads: Tensor) -> tuple[list[int], ...]:
+        asked = table(labels, leads)
+        found = answer(asked, 3)
+        proof = prove(asked, found, by, 0.0, asked.label >= 0)
+        kept = (found, asked.passes, proof.certified, proof.margin, proof.weakest, proof.rival)
+        return tuple(one.tolist() for one in kept)
+
+    together = told(labels, leads)
+    alone = [told(labels[at : at + 1], leads[at : at + 1]) for at in range(count)]
+    assert [list(column) for column in together] == [[one[0] for one in column] for column in zip(*alone, strict=True)]
+    assert len(set(together[1])) > 5
