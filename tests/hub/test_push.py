@@ -100,7 +100,7 @@ def test_a_dry_run_prints_the_exact_plan_and_asks_no_network(hub: LoopbackHub, r
     for name, content in held(hub).items():
         assert plan[name] == {"size": len(content), "sha256": files.sha256_of(content)}
         assert plan[name]["sha256"] in told
-    assert "claims patch:2x2 (interval, recovery): clean 9300/10000, certified 6000/10000" in told
+    assert "claims patch:2x2 (interval, recovery, bounded): clean 9300/10000, certified 6000/10000" in told
 
 
 def test_a_pull_request_leaves_main_and_the_card_alone(hub: LoopbackHub, run: Path) -> None:
