@@ -118,7 +118,10 @@ class CellDefense(Defense, Generic[Said]):
 
     @torch.no_grad()
     def self_test(self) -> None:
-        """Push NaN through single pixels: it must reach the very cells that :meth:`cover` counts."""
+        """Push NaN through single pixels: it must reach some cells, and none that :meth:`cover` does not count.
+
+        Dilated kernels alone have holes, which the proof counts as seen.
+        """
         _, height, width = self.input_shape
         pixels = sorted({(0, 0), (0, width - 1), (height - 1, 0), (height - 1, width - 1), (height // 2, width // 3)})
         x = torch.full((len(pixels), *self.input_shape), 0.5, device=self.device)
@@ -129,7 +132,7 @@ class CellDefense(Defense, Generic[Said]):
         rows, columns = cover.rows.matrix().bool(), cover.columns.matrix().bool()
         for at, (row, column) in enumerate(pixels):
             claimed = rows[row][:, None] & columns[column]
-            if not torch.equal(reached[at], claimed):
+            if bool((reached[at] & ~claimed).any()) or not bool(reached.any()):
                 raise IntegrityError(
                     f"the pixel at row {row}, column {column} reaches {int(reached[at].sum())} cells,"
                     f" but the proof counts {int(claimed.sum())}.",
