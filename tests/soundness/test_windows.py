@@ -18,6 +18,7 @@ from patchcert_cli.certifiers.first_layer import location_masks
 from patchcert_cli.certifiers.rules import propagate
 from patchcert_cli.certifiers.windows import Windows
 from patchcert_cli.defenses.ibp import IntervalDefense
+from patchcert_cli.errors import IntegrityError
 from patchcert_cli.threats import Patch
 
 from . import relations
@@ -160,4 +161,8 @@ def test_the_device_does_not_matter() -> None:
 def test_broken_windows_are_caught(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check(arenas()[:3], PATCHES, method="interval").violations == []
     WINDOW_BREAKS[broken](monkeypatch)
-    assert check(arenas(), PATCHES, method="interval", until_found=True).violations != []
+    try:
+        found = check(arenas(), PATCHES, method="interval", until_found=True).violations
+    except IntegrityError:  # bounds that are not ordered stop a proof where they are made
+        return
+    assert found != []
