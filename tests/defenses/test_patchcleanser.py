@@ -183,8 +183,8 @@ class Returns(nn.Module):
     ("kind", "said"),
     [
         ("nan", "the network answers NaN or infinity; its weights or its preprocessing are broken"),
-        ("maps", r"the network returns \(4, 3, 1\) for 6 images; it must return logits \(6, 3\)"),
-        ("two", r"the network returns \(4, 2\) for 6 images; it must return logits \(6, 3\)"),
+        ("maps", r"the network returns \(6, 3, 1\) for 6 images; it must return logits \(6, 3\)"),
+        ("two", r"the network returns \(6, 2\) for 6 images; it must return logits \(6, 3\)"),
     ],
 )
 def test_logits_that_are_none_are_refused(kind: str, said: str) -> None:
