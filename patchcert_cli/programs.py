@@ -28,8 +28,9 @@ from patchcert_cli.integers import Trial
 from patchcert_cli.planes import BYTE, Maps, Operation, Work, as_bytes, in_integers
 
 TRIED = 4  # images in a trial
+TIMED = 64  # at most, since what a call costs by itself weighs more on fewer
 ROUNDS, PATIENCE = 3, 0.25  # how often each backend is timed, and for how many seconds at least
-WORTH = 16  # maps after which it pays to find the fastest backend; the bits are the same before and after
+WORTH = 48  # maps after which it pays to find the fastest backend; the bits are the same before and after
 PIECE = 1 << 22  # activations of a layer that are computed at a time, per thread: what caches hold
 
 
@@ -222,12 +223,12 @@ class Runner:
         key = tuple(steps.shape[1:])
         self._seen += len(steps)
         if key not in self._chosen and self._seen >= WORTH:
-            self._chosen[key] = integers.quickest(trials(program, key)) or "float64"
+            self._chosen[key] = integers.quickest(trials(program, key, min(len(steps), TIMED))) or "float64"
         return self._chosen.get(key, program.backends()[-1 if program.kind == torch.float64 else 1])
 
 
-def trials(program: Program, shape: tuple[int, ...]) -> list[tuple[Trial, str]]:
-    """Test and time the backends of a program but the reference, on a few images of ``shape`` [C, H, W].
+def trials(program: Program, shape: tuple[int, ...], count: int = TRIED) -> list[tuple[Trial, str]]:
+    """Test the backends of a program but the reference on a few images of ``shape`` [C, H, W], and time them on ``count``.
 
     They take turns, so that what else the machine does slows all of them down, for a few rounds and at least :data:`PATIENCE`.
     """
@@ -237,6 +238,7 @@ def trials(program: Program, shape: tuple[int, ...]) -> list[tuple[Trial, str]]:
         with contextlib.suppress(MachineError):
             same[backend] = torch.equal(program.run(steps, backend).double(), wanted)
             spent[backend] = math.inf
+    steps = steps[torch.arange(count) % TRIED]
     began, rounds = time.perf_counter(), 0
     while spent and (rounds < ROUNDS or time.perf_counter() - began < PATIENCE):
         for backend in spent:
