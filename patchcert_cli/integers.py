@@ -260,10 +260,10 @@ def trials(layer: Whole, shape: tuple[int, ...]) -> list[tuple[Trial, Run]]:
     return made
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """How long something takes, the best of three."""
+def seconds(work: Callable[[], object], times: int = 3) -> float:
+    """How long something takes, the best of a few times."""
     spent = math.inf
-    for _ in range(3):
+    for _ in range(times):
         began = time.perf_counter()
         work()
         spent = min(spent, time.perf_counter() - began)

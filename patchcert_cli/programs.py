@@ -10,7 +10,10 @@ Shapes: n maps, C channels in, H x W positions.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
+import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, Protocol, cast
@@ -25,7 +28,9 @@ from patchcert_cli.integers import Trial
 from patchcert_cli.planes import BYTE, Maps, Operation, Work, as_bytes, in_integers
 
 TRIED = 4  # images in a trial
-WORTH = 16  # maps after which it pays to find the fastest backend; the bits are the same before and after
+TIMED = 64  # at most, since what a call costs by itself weighs more on fewer
+ROUNDS, PATIENCE = 3, 0.25  # how often each backend is timed, and for how many seconds at least
+WORTH = 48  # maps after which it pays to find the fastest backend; the bits are the same before and after
 PIECE = 1 << 22  # activations of a layer that are computed at a time, per thread: what caches hold
 
 
@@ -218,18 +223,25 @@ class Runner:
         key = tuple(steps.shape[1:])
         self._seen += len(steps)
         if key not in self._chosen and self._seen >= WORTH:
-            self._chosen[key] = integers.quickest(trials(program, key)) or "float64"
+            self._chosen[key] = integers.quickest(trials(program, key, min(len(steps), TIMED))) or "float64"
         return self._chosen.get(key, program.backends()[-1 if program.kind == torch.float64 else 1])
 
 
-def trials(program: Program, shape: tuple[int, ...]) -> list[tuple[Trial, str]]:
-    """Test and time the backends of a program but the reference, on a few images of ``shape`` [C, H, W]."""
+def trials(program: Program, shape: tuple[int, ...], count: int = TRIED) -> list[tuple[Trial, str]]:
+    """Test the backends of a program but the reference on a few images of ``shape`` [C, H, W], and time them on ``count``.
+
+    They take turns, so that what else the machine does slows all of them down, for a few rounds and at least :data:`PATIENCE`.
+    """
     steps = integers.patterns(torch.ones(1, shape[0], 1, 1), (TRIED, *shape))[0].float()
-    wanted, made = program.run(steps, "float64"), []
+    wanted, same, spent = program.run(steps, "float64").double(), {}, {}
     for backend in program.backends()[:-1]:
-        try:
-            same = torch.equal(program.run(steps, backend).double(), wanted.double())
-        except MachineError:
-            continue
-        made.append((Trial(backend, same, integers.seconds(partial(program.run, steps, backend))), backend))
-    return made
+        with contextlib.suppress(MachineError):
+            same[backend] = torch.equal(program.run(steps, backend).double(), wanted)
+            spent[backend] = math.inf
+    steps = steps[torch.arange(count) % TRIED]
+    began, rounds = time.perf_counter(), 0
+    while spent and (rounds < ROUNDS or time.perf_counter() - began < PATIENCE):
+        for backend in spent:
+            spent[backend] = min(spent[backend], integers.seconds(partial(program.run, steps, backend), times=1))
+        rounds += 1
+    return [(Trial(backend, same[backend], spent[backend]), backend) for backend in spent]

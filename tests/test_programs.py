@@ -103,7 +103,7 @@ def test_other_grids_are_left_to_floats() -> None:
 
 def test_a_runner_takes_the_fastest_exact_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     made = scorer(PLANS["dilated"])
-    steps = exact.to_steps(pictures(PLANS["dilated"].shape, 20, 2))
+    steps = exact.to_steps(pictures(PLANS["dilated"].shape, 60, 2))
     used: list[str] = []
     real = Program.run
 
@@ -118,7 +118,9 @@ def test_a_runner_takes_the_fastest_exact_backend(monkeypatch: pytest.MonkeyPatc
         ([Trial("int8", False, 1.0), Trial("float32", True, 2.0)], "float32"),
         ([Trial("int8", False, 1.0), Trial("float32", False, 2.0)], "float64"),
     ):
-        monkeypatch.setattr(programs, "trials", lambda program, shape, found=found: [(trial, trial.backend) for trial in found])
+        monkeypatch.setattr(
+            programs, "trials", lambda program, shape, count, found=found: [(trial, trial.backend) for trial in found]
+        )
         runner = Runner(exact.Deployed(made))
         alone = runner(steps[:1])
         assert used[-1] == "float32", "one image is not worth a trial"
