@@ -183,8 +183,7 @@ def whole(weight: Tensor, bias: Tensor, *, scale: int, zero: Tensor, step: int) 
 
     Returns: the layer, and the step that it has: coarser than wished only where its weights are too large for that.
     """
-    fine = exact.binary_order(weight.flatten(1).abs().amax(dim=1).clamp(min=2.0**-60) / LARGEST)
-    fine = _closer(weight, fine)
+    fine = _fine(weight)
     step = max(step, int(fine.max()) + scale)
     while True:
         down = step - scale - fine
@@ -197,6 +196,24 @@ def whole(weight: Tensor, bias: Tensor, *, scale: int, zero: Tensor, step: int) 
         if bool((down[tight] < 1).any()):
             step += 1
         fine = torch.where(tight, fine + 1, fine)
+
+
+def stepped(weight: Tensor, gain: Tensor) -> Tensor:
+    """Weights as whole numbers will have them, for training; their gradients are those of the weights themselves.
+
+    Args:
+        weight: [O, C, k, k].
+        gain: what they are multiplied by before they are rounded, a shape that fits theirs, never 0.
+    """
+    real = (weight.detach() * gain).double()
+    fine = _fine(real)
+    made = _rounded(real, fine) * exact.power(fine)[:, None, None, None]
+    return weight + ((made / gain).to(weight) - weight).detach()
+
+
+def _fine(weight: Tensor) -> Tensor:
+    """Steps 2^fine [O] on which whole weights are nearest to these."""
+    return _closer(weight, exact.binary_order(weight.flatten(1).abs().amax(dim=1).clamp(min=2.0**-60) / LARGEST))
 
 
 def _rounded(weight: Tensor, fine: Tensor) -> Tensor:

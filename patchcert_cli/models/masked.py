@@ -71,9 +71,16 @@ class Stage(nn.Module):
         self.grid = Grid(bits, below=2 * levels.DIP, share=SHARE) if bits else None
 
     def forward(self, v: Tensor) -> Tensor:
-        u = self.first_gelu(self.first_norm(F.max_pool2d(self.first(v), 2)))
-        out = u + self.second_gelu(self.second_norm(self.second(u)))
+        u = self.first_gelu(self.first_norm(F.max_pool2d(self._convolve(v, self.first, self.first_norm), 2)))
+        out = u + self.second_gelu(self.second_norm(self._convolve(u, self.second, self.second_norm)))
         return out if self.grid is None else cast(Tensor, self.grid(out))
+
+    def _convolve(self, v: Tensor, layer: nn.Conv2d, norm: Norm) -> Tensor:
+        """The convolution; while a network learns that is to be frozen, with weights rounded as they will be then."""
+        if self.grid is None or not self.training:
+            return cast(Tensor, layer(v))
+        gain = 1 / torch.sqrt(cast(Tensor, norm.running_var) + norm.eps)
+        return F.conv2d(v, levels.stepped(layer.weight, gain[:, None, None, None]), padding=1)
 
 
 class MaskedNetwork(nn.Module):
