@@ -15,8 +15,10 @@ import hashlib
 import io
 import math
 import os
+import pickle
 import re
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -310,7 +312,7 @@ def pixels_of(file: Any) -> Tensor:
 
 def _checked(pixels: Tensor, labels: Tensor, facts: DatasetInfo, split: str, source: str) -> Images:
     pixels = pixels.reshape(len(pixels), *pixels.shape[-3:]) if pixels.ndim == 4 else pixels[:, None]
-    if tuple(pixels.shape[1:]) != facts.shape or len(pixels) != len(labels) or not len(labels):
+    if tuple(pixels.shape[1:]) != facts.shape or labels.ndim != 1 or len(pixels) != len(labels) or not len(labels):
         raise DataError(f"{facts.name} {split} data in '{source}' has shape {tuple(pixels.shape)}, not n x {facts.shape}.")
     labels = labels.long()
     if int(labels.max()) >= len(facts.classes):
@@ -327,13 +329,25 @@ def _mnist(folder: Path, split: str) -> tuple[Tensor, Tensor] | None:
     for part, axes in (("images", 3), ("labels", 1)):
         plain = folder / f"{stem}-{part}-idx{axes}-ubyte"
         packed = plain.with_name(plain.name + ".gz")
-        if plain.is_file():
-            found.append(_idx(plain.read_bytes(), str(plain)))
-        elif packed.is_file():
-            found.append(_idx(gzip.decompress(packed.read_bytes()), str(packed)))
+        if plain.is_file() or packed.is_file():
+            path = plain if plain.is_file() else packed
+            found.append(_idx(_content(path), str(path)))
         else:
             return None
     return found[0], found[1]
+
+
+def _content(path: Path) -> bytes:
+    """What a file holds, unpacked if its name says that it is packed."""
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+    except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
+        page = content.lstrip()[:1] == b"<"
+        what = "a web page, not a gzip file" if page else f"not an intact gzip file ({problem})"
+        raise DataError(f"'{path}' is {what}.", hint="Delete it and fetch the data again.") from problem
+    except OSError as problem:
+        raise DataError(f"'{path}' cannot be read: {problem.strerror or problem}.") from problem
 
 
 def _idx(content: bytes, where: str) -> Tensor:
@@ -342,8 +356,8 @@ def _idx(content: bytes, where: str) -> Tensor:
         raise DataError(f"'{where}' is not an IDX file of bytes.", hint="Delete it and fetch the data again.")
     axes = content[3]
     start = 4 + 4 * axes
-    sizes = struct.unpack(f">{axes}i", content[4:start]) if len(content) >= start else (-1,)
-    if len(content) != start + math.prod(sizes):
+    sizes = struct.unpack(f">{axes}I", content[4:start]) if len(content) >= start else ()
+    if not axes or len(content) <= start or len(content) != start + math.prod(sizes):
         raise DataError(f"'{where}' is truncated or damaged.", hint="Delete it and fetch the data again.")
     return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).reshape(sizes)
 
@@ -359,7 +373,7 @@ def _torchvision(name: str, root: Path, split: str, *, download: bool) -> tuple[
     kinds = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}
     try:
         loaded = kinds[name](str(root), train=split == "train", download=download)
-    except (RuntimeError, OSError) as problem:
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, zlib.error, pickle.UnpicklingError) as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         action = "downloaded to" if download else "read from"
         remedy = "Check the network." if download else "Delete it, then run the command again with --download."

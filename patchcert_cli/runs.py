@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,9 @@ class Run:
 
     def __init__(self, folder: Path, identity: dict[str, Any], *, device: str, command: str, fresh: bool) -> None:
         self.folder, self.identity = folder, identity
+        files.check_folder(folder, "--out")
         if fresh and (folder / MANIFEST).exists():
-            shutil.rmtree(folder)
+            files.clear(folder)
         if (folder / MANIFEST).exists():
             self._check_same(files.read_json(folder / MANIFEST))
         elif folder.is_dir() and any(folder.iterdir()):
@@ -63,15 +63,15 @@ class Run:
         path = self.folder / RECORDS
         if not path.exists():
             return {}
-        content = path.read_bytes()
+        content = files.read(path)
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             files.write_atomically(path, whole)
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
-        except ValueError as problem:
-            raise IntegrityError(f"'{path}' is damaged: {problem};", hint="use --fresh to start over.") from problem
-        return {int(line["index"]): line for line in lines}
+            return {int(line["index"]): line for line in lines}
+        except (ValueError, TypeError, LookupError) as problem:
+            raise IntegrityError(f"'{path}' is damaged: {problem!r};", hint="use --fresh to start over.") from problem
 
     def append(self, records: Iterable[Record]) -> None:
         """Write the records of one batch."""

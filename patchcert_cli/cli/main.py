@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from patchcert_cli import __version__
-from patchcert_cli.cli import attack, certify, doctor, report, train, zoo
+from patchcert_cli.cli import attack, certify, doctor, report, streams, train, zoo
 from patchcert_cli.errors import PatchcertError
 
 HELP = """Train, certify, attack and share certified defenses against adversarial patches and sparse attacks.
@@ -51,6 +51,7 @@ def options(
 def run() -> None:
     """Entry point of the ``patchcert`` command."""
     try:
+        streams.guard()
         app()
     except PatchcertError as problem:
         if os.environ.get("PATCHCERT_DEBUG"):

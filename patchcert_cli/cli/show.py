@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from patchcert_cli.files import write_json
+from patchcert_cli.files import json_bytes, write_named
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -87,14 +87,20 @@ def result(rows: Sequence[tuple[str, str]], value: dict[str, Any], json_to: str 
     if json_to == "-":
         typer.echo(json.dumps(value, indent=2))
         return
-    if json_to is not None:
-        write_json(Path(json_to), value)
+    try:  # a table that cannot be printed must not cost the file
+        _print_rows(rows)
+    finally:
+        if json_to is not None:
+            write_named(Path(json_to), json_bytes(value))
+
+
+def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
 
         table = Table(show_header=False, box=None, padding=(0, 2))
-        table.add_column(style="bold")
+        table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         for row in rows:
             table.add_row(*row)

@@ -21,6 +21,7 @@ from patchcert_cli.cli.options import (
     PatchOption,
     ThreatOption,
     UnitOption,
+    folder_to_write,
     threat_from,
     typed_command,
 )
@@ -119,7 +120,10 @@ def train(
     data_dir: DataDirOption = None,
     download: DownloadOption = False,
     device: DeviceOption = "auto",
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/NAME.", rich_help_panel=RUN)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", callback=folder_to_write("--out"), help="Run folder. Default: runs/NAME.", rich_help_panel=RUN),
+    ] = None,
     fresh: FreshOption = False,
     json: JsonOption = None,
     dry_run: DryRunOption = False,

@@ -7,7 +7,6 @@ optimizer's moments, what trains along) is on disk, so a run that was killed con
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from patchcert_cli import checkpoint, defenses, files
 from patchcert_cli.certificate import Tally
 from patchcert_cli.data import Images, to_float
 from patchcert_cli.defenses.base import Defense, TrainingStep
-from patchcert_cli.errors import Interrupted, MachineError, UsageError
+from patchcert_cli.errors import IntegrityError, Interrupted, MachineError, UsageError
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.training import augment
 from patchcert_cli.training.average import Average
@@ -113,8 +112,9 @@ def train(
     """
     progress = progress or Silent()
     recipe = recipe.validate()
+    files.check_folder(folder, "--out")
     if fresh and (folder / files.CONFIG).exists():  # never somebody's other folder
-        shutil.rmtree(folder)
+        files.clear(folder)
     config = recipe.config()
     _claim(folder, config)
     kept, held = images.hold_out(recipe.validation, recipe.seed)
@@ -340,4 +340,7 @@ def _kept_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
     path = folder / METRICS
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()[:epochs]]
+    try:
+        return [json.loads(line) for line in files.read(path).decode().splitlines()[:epochs]]
+    except ValueError as problem:
+        raise IntegrityError(f"'{path}' is damaged: {problem};", hint="use --fresh to start over.") from problem

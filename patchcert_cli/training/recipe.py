@@ -85,9 +85,13 @@ class Recipe:
         network = self.network or (defense.default_network if defense else "")
         if network not in models.names():
             problems.append(f"no network '{network}'; known: {', '.join(models.names())}.")
+        else:
+            problems += models.problems(network, self.network_options)
         given = asdict(self)
         least = {"epochs": 1, "batch_size": 1, "validation": 1, "seed": 0, "weight_decay": 0}
         problems += [f"{name} {given[name]} must be {low} or more." for name, low in least.items() if given[name] < low]
+        if self.seed > schema.LARGEST_SEED:
+            problems.append(f"seed {self.seed} must be at most {schema.LARGEST_SEED}.")
         if not 0 < self.learning_rate <= 1:
             problems.append(f"learning_rate {self.learning_rate} must be in (0, 1].")
         for name, allowed in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS), ("stored", STORED)):

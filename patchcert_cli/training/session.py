@@ -49,10 +49,14 @@ def check(recipe: Recipe) -> Callable[[Defense], None]:
     """What gives a fresh defense the weights to begin with; raises what building and preparing the recipe's network raises.
 
     Raises:
+        UsageError: no network can be built from its options.
         IntegrityError: the weights to begin with are not those of the recipe, or those of another network.
     """
     with torch.random.fork_rng():
-        defense = defenses.build(recipe.config())
+        try:
+            defense = defenses.build(recipe.config())
+        except IntegrityError as problem:  # of a file it would be; here it is what the user typed
+            raise UsageError(problem.args[0], hint=problem.hint or "See --network-option.") from problem
         defense.prepare(recipe.training)
     initial = checkpoint.weights_for(defense, hub.resolve(started(recipe).start).folder) if recipe.start else None
 
