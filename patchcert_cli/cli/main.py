@@ -50,14 +50,15 @@ def options(
 
 def run() -> None:
     """Entry point of the ``patchcert`` command."""
-    try:
-        streams.guard()
-        app()
-    except PatchcertError as problem:
-        if os.environ.get("PATCHCERT_DEBUG"):
-            raise
-        typer.echo(f"error[{problem.code}]: {problem}", err=True)
-        sys.exit(problem.code)
+    with streams.guarded():
+        try:
+            streams.require_stdout()
+            app()
+        except PatchcertError as problem:
+            if os.environ.get("PATCHCERT_DEBUG"):
+                raise
+            typer.echo(f"error[{problem.code}]: {problem}", err=True)
+            sys.exit(problem.code)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
 from patchcert_cli.errors import MachineError
@@ -63,20 +65,30 @@ class _Output(_Stream):
             ) from self._problem
 
 
-def guard() -> None:
-    """Make sure that there are stdin, stdout and stderr, and watch the last two.
-
-    Raises:
-        MachineError: stdout is closed, so that a result could not be told.
-    """
-    closed = sys.stdout is None
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Make sure that files 0, 1 and 2 are open, and watch stdout and stderr: :class:`MachineError` if stdout fails."""
+    before = sys.stdout, sys.stderr
     for number in range(3):  # else the next file that is opened gets the number, and what is printed goes into it
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    if sys.stderr is not None:
-        sys.stderr = cast(TextIO, _Stream(sys.stderr))
-    if closed:
+    try:
+        if sys.stderr is not None:
+            sys.stderr = cast(TextIO, _Stream(sys.stderr))
+        if sys.stdout is not None:
+            sys.stdout = cast(TextIO, _Output(sys.stdout))
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def require_stdout() -> None:
+    """Refuse to begin without a place to tell the result.
+
+    Raises:
+        MachineError: stdout is closed.
+    """
+    if sys.stdout is None:
         raise MachineError("stdout is closed, and results go there;", hint="to do without them add >/dev/null.")
-    sys.stdout = cast(TextIO, _Output(sys.stdout))

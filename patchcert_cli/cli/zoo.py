@@ -177,6 +177,7 @@ def _print_table(rows: list[list[str]]) -> None:
         table = Table(*(Column(COLUMNS[index], no_wrap=True, overflow="ignore") for index in at), box=None)
         for row in rows:
             table.add_row(*(row[index] for index in at))
+        console.width = max(console.width, widths[0] + 2)  # the terminal may break a line, but nothing is cut off
         console.print(table, crop=False)
         if len(at) < len(COLUMNS):
             left = ", ".join(name for name in COLUMNS if name not in shown)

@@ -51,28 +51,33 @@ from patchcert_cli.training import loop
 
 class Killer:
     def update(self, done, total, text):
-        if done == int(sys.argv[2]):
+        if done == step:
             os.kill(os.getpid(), signal.SIGKILL)
     def note(self, text):
         pass
 
-loop.train(TINY, images(), Path(sys.argv[1]), progress=Killer())
+for step in map(int, sys.argv[2:]):
+    child = os.fork()
+    if not child:
+        loop.train(TINY, images(), Path(sys.argv[1], str(step)), progress=Killer())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 """
 
 
-@pytest.mark.parametrize("step", [2, 6, 11])
-def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path, step: int) -> None:
-    whole = loop.train(TINY, images(), tmp_path / "whole")
-    root = Path(__file__).parents[2]
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "cut"), str(step)], cwd=root, capture_output=True)
-    assert killed.returncode == -9
-    assert not (tmp_path / "cut" / files.WEIGHTS).exists()
-    again = loop.train(TINY, images(), tmp_path / "cut")
-    assert again.epochs_run == 3 - (step - 1) // 4
-    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
-    rows = [json.loads(line) for line in (tmp_path / "cut" / loop.METRICS).read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == [1, 2, 3]
-    assert again.validation == whole.validation
+def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole, steps = loop.train(TINY, images(), tmp_path / "whole"), (2, 6, 11)
+    program = [sys.executable, "-c", KILLED, str(tmp_path), *map(str, steps)]
+    killed = subprocess.run(program, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert killed.returncode == 0, killed.stderr
+    for step in steps:
+        cut = tmp_path / str(step)
+        assert not (cut / files.WEIGHTS).exists()
+        again = loop.train(TINY, images(), cut)
+        assert again.epochs_run == 3 - (step - 1) // 4
+        assert digest(cut) == digest(tmp_path / "whole")
+        rows = [json.loads(line) for line in (cut / loop.METRICS).read_text().splitlines()]
+        assert [row["epoch"] for row in rows] == [1, 2, 3]
+        assert again.validation == whole.validation
 
 
 def test_a_run_stopped_in_its_last_validation_only_validates_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +103,8 @@ def test_a_run_stopped_in_its_last_validation_only_validates_again(tmp_path: Pat
 GUIDED = replace(
     TINY,
     network_options={"hidden": [12], "norm": True},
+    batch_size=8,
+    validation=16,
     options={
         **TINY.options,
         "natural_epochs": 1,
@@ -124,11 +131,11 @@ def test_what_trains_along_is_resumed_to_the_bit_and_not_deployed(tmp_path: Path
         def note(self, text: str) -> None:
             pass
 
-    recipe = replace(GUIDED, precision=precision)
-    loop.train(recipe, images(), tmp_path / "whole")
+    recipe, some = replace(GUIDED, precision=precision), images(48)
+    loop.train(recipe, some, tmp_path / "whole")
     with pytest.raises(Interrupted, match="after 2 of 3"):
-        loop.train(recipe, images(), tmp_path / "cut", progress=Stop())
-    assert loop.train(recipe, images(), tmp_path / "cut").epochs_run == 1
+        loop.train(recipe, some, tmp_path / "cut", progress=Stop())
+    assert loop.train(recipe, some, tmp_path / "cut").epochs_run == 1
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
     states = [checkpoint.unpack(tmp_path / name / loop.STATE)[0] for name in ("cut", "whole")]
     aids = [name for name in states[0] if name.startswith("aid.")]
@@ -276,8 +283,7 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("threat", ["patch:3x3", "sparse:4"])
-@pytest.mark.parametrize("locations", [0, 5])
+@pytest.mark.parametrize(("threat", "locations"), [("patch:3x3", 0), ("sparse:4", 5)])
 def test_training_raises_certified_accuracy(tmp_path: Path, threat: str, locations: int) -> None:
     options = {**TINY.options, "ramp_epochs": 2, "locations": locations}
     recipe = replace(TINY, threat=threat, network_options={"hidden": [32]}, epochs=6, batch_size=40, options=options).validate()
