@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -97,7 +97,9 @@ def _disk() -> Iterator[Finding]:
     try:
         files.check_folder(cache, "the cache")
     except PatchcertError as problem:
-        yield Finding("writable", "no", MachineError(f"{problem.args[0].rstrip('.;')}.", hint="Put the cache elsewhere with HF_HOME."))
+        yield Finding(
+            "writable", "no", MachineError(f"{problem.args[0].rstrip('.;')}.", hint="Put the cache elsewhere with HF_HOME.")
+        )
 
 
 def _zoo() -> Iterator[Finding]:

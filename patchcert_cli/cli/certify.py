@@ -81,14 +81,24 @@ BoundsOption = Annotated[
 ]
 PlotOption = Annotated[
     Path | None,
-    typer.Option("--plot", callback=file_to_write("--plot"), help="Draw accuracy over patch sizes or shapes into this file.", rich_help_panel=PICTURE),
+    typer.Option(
+        "--plot",
+        callback=file_to_write("--plot"),
+        help="Draw accuracy over patch sizes or shapes into this file.",
+        rich_help_panel=PICTURE,
+    ),
 ]
 ImageOption = Annotated[
     Path | None, typer.Option("--image", help="Certify this one picture instead of test images.", rich_help_panel=PICTURE)
 ]
 MapOption = Annotated[
     Path | None,
-    typer.Option("--map", callback=file_to_write("--map"), help="Draw its margin at every location of the patch into this file.", rich_help_panel=PICTURE),
+    typer.Option(
+        "--map",
+        callback=file_to_write("--map"),
+        help="Draw its margin at every location of the patch into this file.",
+        rich_help_panel=PICTURE,
+    ),
 ]
 ResizeOption = Annotated[
     bool, typer.Option("--resize", help="Scale the picture's middle square to the model's size.", rich_help_panel=PICTURE)

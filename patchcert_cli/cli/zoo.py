@@ -18,7 +18,18 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="zoo", help="List, show, pull, verify and publish models.", no_args_is_help=True)
 COLUMNS = ("name", "defense", "threat", "clean", "certified", "published", "arithmetic", "size", "licence", "where")
-FIRST = ("name", "threat", "clean", "certified", "defense", "published", "arithmetic", "size", "where", "licence")  # in little room
+FIRST = (
+    "name",
+    "threat",
+    "clean",
+    "certified",
+    "defense",
+    "published",
+    "arithmetic",
+    "size",
+    "where",
+    "licence",
+)  # in little room
 GUARANTEES = {"recovery": "", "detection": "Certified detection: the answer stays right, or an alarm is raised."}
 NONE = "-"
 

@@ -45,7 +45,7 @@ def problems(name: str, options: Mapping[str, Any]) -> list[str]:
     for key, value in listed(name, options).items():
         kind = known.get(key, Any)
         if get_origin(kind) is Sequence:
-            kind = tuple[(*get_args(kind), ...)]
+            kind = types.GenericAlias(tuple, (*get_args(kind), ...))
         if get_origin(kind) not in (Union, types.UnionType):  # a table
             schema.decode(kind, value, f"{key} of network '{name}'", wrong)
     return found + [f"{text}." for text in wrong]

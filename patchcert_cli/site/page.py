@@ -50,7 +50,7 @@ def write(cards: Iterable[Card], folder: Path, *, force: bool = False) -> Path:
     """Write the page as ``index.html`` into a folder, which is made if need be; returns its path.
 
     Raises:
-        UsageError: the folder is a file or below one, or holds an ``index.html`` that is not such a page, and ``force`` is not given.
+        UsageError: the folder is a file or below one, or holds an ``index.html`` that is not such a page, without ``force``.
         MachineError: it cannot be written.
     """
     path = folder / INDEX
@@ -58,9 +58,7 @@ def write(cards: Iterable[Card], folder: Path, *, force: bool = False) -> Path:
     if path.exists() and not path.is_file():
         raise UsageError(f"'{path}' is no regular file;", hint="choose another --out.")
     if path.exists() and not force and not _ours(path):
-        raise UsageError(
-            f"'{path}' was not written by this command;", hint="choose another --out, or replace it with --force."
-        )
+        raise UsageError(f"'{path}' was not written by this command;", hint="choose another --out, or replace it with --force.")
     files.write_named(path, render(cards).encode())
     return path
 

@@ -1,4 +1,4 @@
-"""Every option that names a file or folder to write is checked before anything is computed; what cannot be printed is one line."""
+"""Every option that names what to write is checked before anything is computed; what cannot be printed is one line."""
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ def test_a_table_that_cannot_be_printed_does_not_cost_the_file(tmp_path: Path, m
     assert json.loads((tmp_path / "r.json").read_text()) == {"x": 1}
 
 
-@pytest.mark.parametrize("command", [["certify", "nope"], ["attack", "nope"], ["zoo", "verify", "nope"], ["train", "--patch", "5"]])
+@pytest.mark.parametrize(
+    "command", [["certify", "nope"], ["attack", "nope"], ["zoo", "verify", "nope"], ["train", "--patch", "5"]]
+)
 def test_a_seed_beyond_32_bits_is_refused(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
