@@ -140,3 +140,11 @@ def test_wrong_options_of_a_network_are_usage_errors(
     code, out, err = run(capsys, monkeypatch, "train", "--patch", "5", "--network-option", option, "--out", "run")
     assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error[2]: ") and said in err
     assert not Path("run").exists()
+
+
+def test_too_long_a_name_of_what_is_read_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for words in (["certify", LONG, "--patch", "5"], ["train", "--recipe", LONG], ["train", "--patch", "5", "--start", LONG]):
+        code, out, said = run(capsys, monkeypatch, *words)
+        assert (code, out, said.count("\n")) == (2, "", 1) and "too long" in said
