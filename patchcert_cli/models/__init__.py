@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
@@ -49,6 +50,12 @@ def problems(name: str, options: Mapping[str, Any]) -> list[str]:
         if get_origin(kind) not in (Union, types.UnionType):  # a table
             schema.decode(kind, value, f"{key} of network '{name}'", wrong)
     return found + [f"{text}." for text in wrong]
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """The options of network ``name`` that have a default, each with it."""
+    options = inspect.signature(registry.entry("network", __name__, name, names()).build).parameters
+    return {key: option.default for key, option in options.items() if option.default is not option.empty}
 
 
 def describe(network: nn.Module) -> str:
