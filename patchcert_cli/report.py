@@ -11,6 +11,20 @@ from patchcert_cli.datasets import own
 Rows = list[tuple[str, str]]
 EMPIRICAL = " (empirical: a stronger attack may find more)"
 ANYWHERE = "anywhere in the image, any content in [0, 1]"
+PROOFS = {  # the names of proofs, in words
+    "best": "interval bounds, and linear ones where these leave something open",
+    "interval": "interval bounds",
+    "linear": "linear bounds",
+    "exact": "the exact worst case of the votes",
+    "3.1": "condition 3.1 of BagCert",
+    "3.2": "condition 3.2 of BagCert",
+    "3.3": "condition 3.3 of BagCert",
+    "masking": "the exact worst case of robust masking",
+    "rows": "double masking, for each location one mask with every other mask",
+    "pairs": "double masking, all pairs of masks",
+    "agreement": "for each location one mask that agrees with the answer",
+    "all": "every mask agrees with the answer",
+}
 KEPT = {"recovery": "", "detection": " or with an alarm"}  # what else counts as withstood
 
 
@@ -30,7 +44,8 @@ def certify_rows(result: dict[str, Any]) -> Rows:
     ]
     if len(claims) == 1:
         rows.insert(2, ("threat", f"{result['threat']}, {ANYWHERE}"))
-        rows += [("certified", _certified(claims[0])), ("guarantee", f"{_promised(claims[0])} by {claims[0]['method']} bounds")]
+        proof = PROOFS.get(claims[0]["method"], claims[0]["method"])
+        rows += [("certified", _certified(claims[0])), ("guarantee", f"{_promised(claims[0])}, proof: {proof}")]
     else:
         rows.append(("guarantee", f"{_promised(claims[0])}; {ANYWHERE}"))
         several = len({claim["method"] for claim in claims}) > 1
@@ -150,6 +165,9 @@ def attack_rows(result: dict[str, Any]) -> Rows:
         rows.append(("certified", share(result["certified_accuracy"], counts["certified"], images)))
         rows.append(("verdict", f"{len(result['broken'])} certified images flipped"))
         rows.append(_arithmetic([result.get("arithmetic") or former(result["defense"])]))
+    if result.get("left"):
+        of = images + result["left"]
+        rows.append(("left", f"{result['left']} of {of} images: the time was up; the same command goes on with them"))
     return [*rows, ("queries", f"{result['queries']:,}"), ("time", _time(result)), ("records", str(result["records"]))]
 
 
@@ -181,4 +199,14 @@ def _data(result: dict[str, Any]) -> str:
 
 
 def _time(result: dict[str, Any]) -> str:
-    return f"{result['seconds']:.1f} s, {result['images_per_second']:.0f} images/s on {result['device']}"
+    pace = speed(result["images_per_second"])
+    return f"{result['seconds']:.1f} s{f', {pace}' if pace else ''} on {result['device']}"
+
+
+def speed(images_per_second: float) -> str:
+    """Images per second, below one of them seconds per image; empty if no image was computed."""
+    if images_per_second <= 0:
+        return ""
+    if images_per_second < 1:
+        return f"{1 / images_per_second:.{1 if images_per_second > 0.01 else 0}f} s an image"
+    return f"{images_per_second:.{0 if images_per_second >= 9.95 else 1}f} images/s"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from patchcert_cli import evaluate, files, results
 from patchcert_cli.arithmetic import weakest
@@ -86,14 +87,20 @@ def verify(
         "seconds": certified["seconds"],
     }
     if attacker is not None and held:
-        chosen = torch.tensor([index in set(held[:limit]) for index in plan.images.index.tolist()])
-        part = replace(plan, images=plan.images.take(chosen.nonzero()[:, 0]), batch_size=min(plan.batch_size, 64))
+        chosen = among(plan.images.index.tolist(), held, limit)
+        part = replace(plan, images=plan.images.take(chosen), batch_size=min(plan.batch_size, 64))
         found = evaluate.attack(part, attacker, dict(settings), folder / "attack", fresh=fresh, progress=progress)
         outcome |= {"attacked": found["images"], "broken": found["broken"], "attack": dict(settings)}
         outcome["seconds"] += found["seconds"]
     outcome["holds"] = not outcome["different"] and not outcome["broken"] and not outcome["overstated"]
     files.write_json(folder / "verdict.json", outcome)
     return {**outcome, "out": str(folder), "result": str(folder / "certify" / RESULT)}
+
+
+def among(indices: Sequence[int], held: Sequence[int], limit: int | None) -> Tensor:
+    """Positions, int64 [n], of those ``indices`` that are among the first ``limit`` of ``held``."""
+    wanted = set(held[:limit])
+    return torch.tensor([at for at, index in enumerate(indices) if index in wanted], dtype=torch.int64)
 
 
 def difference(row: Row, at: int, record: Record) -> dict[str, Any] | None:

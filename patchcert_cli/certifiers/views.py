@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from patchcert_cli import passes
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.certifiers import rounding, scales
 from patchcert_cli.certifiers.scales import Gauge, Memory
@@ -174,12 +175,13 @@ class Views:
     def _look(self, x: Tensor, first: Tensor, second: Tensor, clear: Clear) -> Seen:
         """The same of one image [n, C, H, W] a pass."""
         found, open_ = self._nothing(len(x)), torch.arange(len(x))
-        for kind in self.quick:
+        for number, kind in enumerate(self.quick):
             if not len(open_):
                 return found
             logits, scale = self.logits(kind, x[open_.to(x.device)], first[open_], second[open_])
             found.logits[open_], found.scale[open_] = logits, scale
             open_ = open_[~(clear(logits, scale) > SLACK[kind])]
+            passes.made(0 if number else len(x))
         if len(open_):
             logits, scale = self.alone(x[open_.to(x.device)], first[open_], second[open_])
             found.logits[open_], found.scale[open_], found.known[open_] = logits, scale, self.gauge.double
@@ -199,7 +201,10 @@ class Views:
     def _each(self, kind: str, x: Tensor, first: Tensor, second: Tensor, head: str | None) -> tuple[Tensor, Tensor]:
         one = [slice(at, at + 1) for at in range(len(x))]
         plain = torch.contiguous_format
-        parts = [self._run(kind, x[at].clone(memory_format=plain), first[at], second[at], head) for at in one]
+        parts = []
+        for at in one:
+            parts.append(self._run(kind, x[at].clone(memory_format=plain), first[at], second[at], head))
+            passes.made(0)
         return torch.cat([logits for logits, _ in parts]), torch.cat([scale for _, scale in parts])
 
     def logits(self, kind: str, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -151,7 +151,8 @@ def certify(
     given: Any = {"dataset": dataset, "data_dir": data_dir, "limit": limit, "batch_size": batch_size, "device": device}
     if dry_run:
         plan, full = open_glance(model, claims, wish, seed=seed, **given)
-        value = outlook.evaluation(plan, out or plan.folder("certify", {}), None, full)
+        with show.progress() as progress:
+            value = outlook.evaluation(plan, out or plan.folder("certify", {}), None, full, progress=progress)
         show.result(report.plain_rows(value), value, json)
         return
     plan = open_plan(model, claims, wish, seed=seed, download=download, **given)
@@ -199,7 +200,8 @@ def _certify_picture(
     shape = candidate.shape("")
     meant = claims(candidate.threat, shape)
     subject = candidate.subject(shape, [claim.threat for claim in meant], place)
-    found, notes = single.certify(subject, image, meant, resize=resize, map_to=map_to)
+    with show.progress() as progress:
+        found, notes = single.certify(subject, image, meant, resize=resize, map_to=map_to, progress=progress)
     show.say("\n".join(notes))
     show.result(report.single_rows(found), found, json)
 

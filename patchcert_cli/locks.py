@@ -1,0 +1,60 @@
+"""One process at a time in a run folder. No torch here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from patchcert_cli.errors import MachineError
+
+LOCK = ".lock"  # stays behind in the folder; what holds it ends with the process, however that ends
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run folder, which is made if need be.
+
+    Where nothing can be written, or where the file system knows no locks, nothing is held.
+
+    Raises:
+        MachineError: another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise MachineError(
+            f"cannot make '{folder}': {problem.strerror or problem};", hint="use another --out, or make room."
+        ) from problem
+    lock = FileLock(folder / LOCK)
+    if os.access(folder, os.W_OK | os.X_OK):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as problem:
+            raise MachineError(
+                f"'{folder}' is being written by another process;", hint="wait until it ends, or use another --out."
+            ) from problem
+        except (OSError, NotImplementedError):
+            pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def empty(folder: Path) -> bool:
+    """Whether a folder is not there, or holds nothing but the lock."""
+    return not folder.is_dir() or all(path.name == LOCK for path in folder.iterdir())
+
+
+def clear(folder: Path) -> None:
+    """Remove everything from a folder but the lock, which this process holds."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
