@@ -175,13 +175,12 @@ class Views:
     def _look(self, x: Tensor, first: Tensor, second: Tensor, clear: Clear) -> Seen:
         """The same of one image [n, C, H, W] a pass."""
         found, open_ = self._nothing(len(x)), torch.arange(len(x))
-        for number, kind in enumerate(self.quick):
+        for kind in self.quick:
             if not len(open_):
                 return found
             logits, scale = self.logits(kind, x[open_.to(x.device)], first[open_], second[open_])
             found.logits[open_], found.scale[open_] = logits, scale
             open_ = open_[~(clear(logits, scale) > SLACK[kind])]
-            passes.made(0 if number else len(x))
         if len(open_):
             logits, scale = self.alone(x[open_.to(x.device)], first[open_], second[open_])
             found.logits[open_], found.scale[open_], found.known[open_] = logits, scale, self.gauge.double
@@ -215,6 +214,7 @@ class Views:
             logits, scale = self._run(kind, x[some.to(x.device)], first[some], second[some], self.gauge.head)
             parts.append(logits)
             sizes.append(scale.clamp(min=self.gauge.least))
+            passes.made(len(some) if kind == self.quick[0] else 0)
         return torch.cat(parts), torch.cat(sizes)
 
     @torch.no_grad()
