@@ -16,14 +16,18 @@ LOCK = ".lock"  # stays behind in the folder; what holds it ends with the proces
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, ours: str = LOCK) -> Iterator[None]:
     """Hold a run folder, which is made if need be.
 
-    Where nothing can be written, or where the file system knows no locks, nothing is held.
+    Nothing is held in a folder of others, which is not empty and has neither a lock nor a file named ``ours``; nor where nothing
+    can be written, or where the file system knows no locks.
 
     Raises:
-        MachineError: another process holds it.
+        MachineError: another process holds it, or it cannot be made.
     """
+    if not empty(folder) and not (folder / LOCK).exists() and not (folder / ours).exists():
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:

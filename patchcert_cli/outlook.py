@@ -279,7 +279,7 @@ def training(recipe: Recipe, *, data_dir: Path | None = None, device: str = "cpu
     except DataError as problem:
         return {"not_measured": str(problem)}
     tried = loop.trial(recipe, some.images.limit(recipe.batch_size, recipe.seed), device=device)
-    steps = ((some.there - recipe.validation) // recipe.batch_size or 1) * recipe.epochs
+    steps = ((min(recipe.limit or some.there, some.there) - recipe.validation) // recipe.batch_size or 1) * recipe.epochs
     seconds = sum(tried.seconds) / len(tried.seconds) * steps
     return {
         "steps": steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from patchcert_cli.arithmetic import Arithmetic, former
@@ -25,6 +26,10 @@ PROOFS = {  # the names of proofs, in words
     "agreement": "for each location one mask that agrees with the answer",
     "all": "every mask agrees with the answer",
 }
+AT_CHANCE = (
+    "the accuracy is at chance: one and the same answer is right on {:.1f} % of these images."
+    " The model has learned next to nothing; give it more --epochs, or another --learning-rate"
+)
 KEPT = {"recovery": "", "detection": " or with an alarm"}  # what else counts as withstood
 
 
@@ -48,6 +53,8 @@ def certify_rows(result: dict[str, Any]) -> Rows:
         rows += [("certified", _certified(claims[0])), ("guarantee", f"{_promised(claims[0])}, proof: {proof}")]
     else:
         rows.append(("guarantee", f"{_promised(claims[0])}; {ANYWHERE}"))
+        if "patch_area" in result:
+            rows.append(("shapes", f"the largest of at most {result['patch_area']} pixels, one of each height"))
         several = len({claim["method"] for claim in claims}) > 1
         rows += [(claim["threat"] + (f", {claim['method']}" if several else ""), _certified(claim)) for claim in claims]
     rows.append(_arithmetic(claim["arithmetic"] for claim in claims))
@@ -111,7 +118,15 @@ def plot_title(result: dict[str, Any]) -> str:
     guarantee, measured = claims[0]["guarantee"], any(claim["arithmetic"] == Arithmetic.MEASURED for claim in claims)
     about = "" if guarantee == "recovery" else f", guarantee: {guarantee}"
     about += ", rounding measured, not proven" if measured else ""
-    return f"{result['model']}\n{_data(result)}{about}"
+    dataset = named(result["dataset"])
+    part = "" if result["full_split"] else ", a part of it"
+    return f"{named(result['model'])}\n{dataset} {result['split']}{part}{about}"
+
+
+def named(text: str) -> str:
+    """A model or a data set without the folders that it lies in: where they are on somebody's disk is no name."""
+    kind, colon, path = text.partition(":") if text.startswith("imagefolder:") else ("", "", text)
+    return kind + colon + (Path(path).name if Path(path).is_absolute() or kind else path)
 
 
 def single_rows(found: dict[str, Any]) -> Rows:
@@ -190,6 +205,7 @@ def train_rows(result: dict[str, Any]) -> Rows:
             f"{share(counts['certified'] / images, counts['certified'], images)}{kept} of the held-out training images",
         ),
         ("next", f"patchcert certify {result['out']}" + (" --data imagefolder:..." if own(result["dataset"]) else "")),
+        *([("remark", AT_CHANCE.format(100 * result["chance"]))] if result.get("at_chance") else []),
     ]
 
 

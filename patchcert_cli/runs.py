@@ -32,16 +32,8 @@ def opened(folder: Path, identity: dict[str, Any], *, device: str, command: str,
         MachineError: another process is at work in the folder.
         UsageError: the folder holds another run, or something else.
     """
-    if not (folder / locks.LOCK).exists():  # none is left in a folder of others
-        _check_ours(folder)
-    with locks.held(folder):
+    with locks.held(folder, MANIFEST):
         yield Run(folder, identity, device=device, command=command, fresh=fresh)
-
-
-def _check_ours(folder: Path) -> None:
-    """Raise :class:`UsageError` if a folder holds something else than an evaluation run."""
-    if not (folder / MANIFEST).exists() and not locks.empty(folder):
-        raise UsageError(f"'{folder}' is not empty and holds no evaluation run;", hint="use another --out.")
 
 
 class Run:
@@ -54,8 +46,9 @@ class Run:
             locks.clear(folder)
         if (folder / MANIFEST).exists():
             self._check_same(files.read_json(folder / MANIFEST))
+        elif not locks.empty(folder):
+            raise UsageError(f"'{folder}' is not empty and holds no evaluation run;", hint="use another --out.")
         else:
-            _check_ours(folder)
             files.write_json(
                 folder / MANIFEST,
                 {

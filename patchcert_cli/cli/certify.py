@@ -58,7 +58,7 @@ PICTURE = "One picture, and plots"
 
 AreaOption = Annotated[
     int | None,
-    typer.Option("--patch-area", help="Every aspect ratio of a patch of this many pixels.", rich_help_panel=THREAT),
+    typer.Option("--patch-area", help="Every aspect ratio of a patch of at most this many pixels.", rich_help_panel=THREAT),
 ]
 ConditionOption = Annotated[
     str | None,
@@ -159,8 +159,9 @@ def certify(
     with show.progress() as progress:
         found = evaluate.certify(plan, out, fresh=fresh, progress=progress)
     show.say("\n".join(filter(None, dict.fromkeys(plan.subject.defense.remark(claim.threat) for claim in plan.claims))))
+    found |= {} if patch_area is None else {"patch_area": patch_area}
     if plot is not None:
-        pictures.plot(report.claim_list(found), plot, title=report.plot_title(found))
+        pictures.plot(report.claim_list(found), plot, title=report.plot_title(found), area=patch_area)
         show.say(f"drew {plot}")
     show.result(report.certify_rows(found), found, json)
 
