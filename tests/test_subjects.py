@@ -121,7 +121,7 @@ def test_a_dry_run_of_a_slow_network_measures_passes_alone(tmp_path: Path, monke
     value = outlook.evaluation(meant, Path("x"), None, outlook.Full(1000, 5_000_000), clock=lambda: asked[0])
     assert asked[0] <= 100 + 3 * 10  # nobody waits for a whole image
     assert value["passes_per_image_at_most"] == 10 and value["passes_at_most"] == 10_000
-    assert "passes_per_image" not in value and value["measured_on"].endswith("of an image that was not finished in 80 s")
+    assert "passes_per_image" not in value and "of an image that was not finished in" in value["measured_on"]
     assert value["estimated_seconds_at_most"] == pytest.approx(100_000, rel=0.1) and value["disk_bytes"] == 5_000_000
 
 
