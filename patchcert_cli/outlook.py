@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from patchcert_cli.training.recipe import Recipe
 MOST = 64  # pictures that are opened for it, where they are not packed yet
 SECONDS, PATIENCE = 5.0, 60.0  # that measuring takes at least, if there are enough images, and at most
 KNOWN = 0.1  # relative standard error of the mean passes of an image that is good enough
+STEADY = 1.3  # times the pace of the fastest batch up to which nothing was set up in a batch
 HOPE = 4  # times the patience that the most queries of an image may take for an attack to be tried
 
 
@@ -84,6 +85,25 @@ class _TimeIsUp(Exception):
     """Stops a batch that takes longer than the patience."""
 
 
+class _Batch(NamedTuple):
+    """A finished batch: its images, the passes of each if the proof counts them, seconds, and bytes of records."""
+
+    images: int
+    counted: list[int]
+    seconds: float
+    size: int
+
+    @property
+    def work(self) -> int:
+        """What its time is measured against: passes, or images."""
+        return sum(self.counted) or self.images
+
+    @property
+    def pace(self) -> float:
+        """Seconds of a pass, or of an image."""
+        return self.seconds / self.work
+
+
 @dataclass
 class _Trial:
     """Some batches, measured.
@@ -91,24 +111,16 @@ class _Trial:
     Attributes:
         whole: the images there are.
         order: in which they are taken.
-        images: how many were finished, the first batch included.
-        timed: images behind the first batch, which sets things up.
-        seconds: that these took, or what the first batch took as long as it is the only one.
-        made: passes in these seconds, as far as they are told.
-        counted: passes of each finished image, if the proof counts them.
-        size: bytes of their records.
+        batches: those that were finished.
+        stopped: seconds and passes of one that was not.
     """
 
     whole: Images
     order: Tensor
     progress: Progress
     clock: Clock
-    images: int = 0
-    timed: int = 0
-    seconds: float = 0.0
-    made: int = 0
-    size: int = 0
-    counted: list[int] = field(default_factory=list)
+    batches: list[_Batch] = field(default_factory=list)
+    stopped: tuple[float, int] = (0.0, 0)
 
     def run(self, pace: Pace, batch: Callable[[Images], tuple[list[int], int]]) -> None:
         """Compute batches, which tell passes and bytes, until enough is known, the images end or the patience does."""
@@ -127,41 +139,58 @@ class _Trial:
                 with passes.heard(hear):
                     counted, size = batch(part)
             except _TimeIsUp:
-                if not self.images:
-                    self.seconds, self.made = self.clock() - start, heard[0]
+                self.stopped = (self.clock() - start, heard[0])
                 return
-            spent = self.clock() - start
-            pace.took(len(part), spent, heard[0])
-            first, only = not self.images, self.timed == 0
-            self.images, self.size = self.images + len(part), self.size + size
-            self.counted += counted
-            if first or only:
-                self.timed, self.seconds, self.made = (0 if first else len(part)), spent, heard[0]
-            else:
-                self.timed, self.seconds, self.made = self.timed + len(part), self.seconds + spent, self.made + heard[0]
+            self.batches.append(_Batch(len(part), counted, self.clock() - start, size))
+            pace.took(len(part), self.batches[-1].seconds, heard[0])
 
     @property
-    def each(self) -> float:
-        """Seconds of an image."""
-        return self.seconds / (self.timed or self.images)
+    def images(self) -> int:
+        """How many were finished."""
+        return sum(batch.images for batch in self.batches)
 
     @property
-    def mean(self) -> float:
-        """Passes of an image."""
-        return sum(self.counted) / len(self.counted)
+    def steady(self) -> list[_Batch]:
+        """The batches that went about as fast as the fastest; in the others something was set up."""
+        best = min(batch.pace for batch in self.batches)
+        return [batch for batch in self.batches if batch.pace <= STEADY * best]
 
     @property
-    def error(self) -> float:
-        """Standard error of that mean; infinite for fewer than two images."""
-        n = len(self.counted)
-        if n < 2:
-            return math.inf
-        return math.sqrt(sum((one - self.mean) ** 2 for one in self.counted) / (n - 1) / n)
+    def pace(self) -> float:
+        """Seconds of a pass, or of an image where passes are not counted, once everything is set up."""
+        return sum(batch.seconds for batch in self.steady) / sum(batch.work for batch in self.steady)
+
+    @property
+    def once(self) -> float:
+        """Seconds that setting things up took."""
+        return sum(batch.seconds - self.pace * batch.work for batch in self.batches if batch not in self.steady)
+
+    @property
+    def counted(self) -> list[int]:
+        """Passes of each finished image, if the proof counts them."""
+        return [passes for batch in self.batches for passes in batch.counted]
+
+    @property
+    def bytes_each(self) -> float:
+        """Bytes of the records of an image."""
+        return sum(batch.size for batch in self.batches) / self.images
 
     def _enough(self, spent: float) -> bool:
         if spent >= PATIENCE:
             return True
-        return self.timed > 0 and spent >= SECONDS and (not self.counted or self.error <= KNOWN * self.mean)
+        if spent < SECONDS or len(self.steady) < 2:
+            return False
+        return not self.counted or _error(self.counted) <= KNOWN * _mean(self.counted)
+
+
+def _mean(values: list[int]) -> float:
+    return sum(values) / len(values)
+
+
+def _error(values: list[int]) -> float:
+    """Standard error of the mean; infinite for fewer than two values."""
+    n, mean = len(values), _mean(values)
+    return math.sqrt(sum((one - mean) ** 2 for one in values) / (n - 1) / n) if n > 1 else math.inf
 
 
 def _certifying(plan: Plan, full: Full, trial: _Trial) -> dict[str, Any]:
@@ -173,36 +202,37 @@ def _certifying(plan: Plan, full: Full, trial: _Trial) -> dict[str, Any]:
         return [] if counted is None else counted.tolist(), _bytes(part, certificates)
 
     trial.run(Pace(plan.batch_size, cost), batch)
-    found: dict[str, Any] = {}
-    if not trial.images:
-        if cost is None or not trial.made:
-            return {"not_measured": f"not one image was finished in {trial.seconds:.0f} s"}
-        pace = trial.seconds / trial.made
+    if not trial.batches:
+        seconds, made = trial.stopped
+        if cost is None or not made:
+            return {"not_measured": f"not one image was finished in {seconds:.0f} s"}
         return {
-            "passes_per_image_at_most": cost[1],
-            "passes_at_most": cost[1] * full.images,
-            "seconds_per_image_at_most": _digits(cost[1] * pace),
-            **_total(cost[1] * pace * full.images, at_most=True),
+            **_bound(cost[1], seconds / made, 0.0, full.images),
             "disk_bytes": full.disk,
-            "measured_on": f"{trial.made} passes of an image that was not finished in {trial.seconds:.0f} s",
+            "measured_on": f"{made} passes of an image that was not finished in {seconds:.0f} s",
         }
-    each = trial.each
-    if trial.counted:
-        timed = sum(trial.counted[-trial.timed :]) if trial.timed else sum(trial.counted)
-        each = trial.seconds / timed * trial.mean
-        found = {"passes_per_image": round(trial.mean, 1), "passes": round(trial.mean * full.images)}
-        if math.isfinite(trial.error):
-            found["passes_per_image_error"] = round(trial.error, 1)
-    found |= {"seconds_per_image": _digits(each), **_total(each * full.images)}
-    if trial.counted and cost is not None:
-        most = trial.seconds / timed * cost[1]
-        found |= {
-            "passes_per_image_at_most": cost[1],
-            "seconds_per_image_at_most": _digits(most),
-            **_total(most * full.images, at_most=True),
-        }
-    found["disk_bytes"] = full.disk + round(trial.size / trial.images * full.images)
+    found: dict[str, Any] = {}
+    counted, each = trial.counted, trial.pace
+    if counted:
+        each = trial.pace * _mean(counted)
+        found = {"passes_per_image": round(_mean(counted), 1), "passes": round(_mean(counted) * full.images)}
+        if len(counted) > 1:
+            found["passes_per_image_error"] = round(_error(counted), 1)
+    found |= {"seconds_per_image": _digits(each), **_total(trial.once + each * full.images)}
+    if counted and cost is not None:
+        found |= _bound(cost[1], trial.pace, trial.once, full.images)
+    found["disk_bytes"] = full.disk + round(trial.bytes_each * full.images)
     return found | {"measured_on": f"{trial.images} images"}
+
+
+def _bound(passes: int, pace: float, once: float, images: int) -> dict[str, Any]:
+    """What the run takes if every image takes the most passes, at so many seconds a pass, and some to set things up."""
+    return {
+        "passes_per_image_at_most": passes,
+        "passes_at_most": passes * images,
+        "seconds_per_image_at_most": _digits(passes * pace),
+        **_total(once + passes * pace * images, at_most=True),
+    }
 
 
 def _attacking(plan: Plan, full: Full, trial: _Trial, attacker: Attack, join: bool) -> dict[str, Any]:
@@ -224,9 +254,9 @@ def _attacking(plan: Plan, full: Full, trial: _Trial, attacker: Attack, join: bo
     hopeless = effort is not None and effort.queries * query > HOPE * PATIENCE
     if not hopeless:
         trial.run(Pace(plan.batch_size, unit=attacker.together(defense)), batch)
-    if trial.images:
-        found |= {"seconds_per_image": _digits(trial.each), **_total(trial.each * full.images)}
-        size = round(trial.size / trial.images * full.images)
+    if trial.batches:
+        found |= {"seconds_per_image": _digits(trial.pace), **_total(trial.once + trial.pace * full.images)}
+        size = round(trial.bytes_each * full.images)
         return found | {"disk_bytes": full.disk + size, "measured_on": f"{trial.images} images"}
     if effort is not None:
         most = effort.queries * query

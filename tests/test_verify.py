@@ -181,7 +181,7 @@ def test_a_ledger_reads_back_and_has_the_same_bytes_for_the_same_content(tmp_pat
     assert BOOK.counts(0) == (1, 1)
     assert BOOK.counts(1) == (1, 0)
     assert BOOK.position("patch:5") == 0
-    with pytest.raises(ClaimError, match="records for patch:5x5, sparse:4"):
+    with pytest.raises(DataError, match="records for patch:5x5, sparse:4"):
         BOOK.position("patch:6")
 
 

@@ -76,6 +76,9 @@ def _recipe_option(*flags: str, text: str) -> Any:
     return typer.Option(*flags, help=text, rich_help_panel=RECIPE)
 
 
+LimitOption = Annotated[int | None, _recipe_option("--limit", text="Only this many training images, the held-out ones included.")]
+
+
 def train(
     patch: PatchOption = None,
     threat: ThreatOption = None,
@@ -115,9 +118,7 @@ def train(
         _recipe_option("--option", text="NAME=VALUE of the defense's own training; repeatable. --dry-run lists them."),
     ] = None,
     validation: Annotated[int | None, _recipe_option("--validation", text="Training images held out.")] = None,
-    limit: Annotated[
-        int | None, _recipe_option("--limit", text="Only this many training images, the held-out ones included.")
-    ] = None,
+    limit: LimitOption = None,
     seed: Annotated[int | None, _recipe_option("--seed", text="Seed of everything random.")] = None,
     start: StartOption = None,
     data_dir: DataDirOption = None,
