@@ -133,22 +133,6 @@ def check_folder(path: Path, option: str) -> None:
     _check_place(Path(os.path.realpath(path)), option)
 
 
-def clear(folder: Path) -> None:
-    """Delete all that is in a folder, which may be a link to one.
-
-    Raises:
-        MachineError: something cannot be deleted.
-    """
-    try:
-        for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-    except OSError as problem:
-        raise MachineError(f"cannot clear '{folder}': {problem.strerror or problem}.", hint="Use another --out.") from problem
-
-
 def nearest(path: Path) -> Path:
     """The path itself, or the nearest of the folders that it is in which is there and can be looked at."""
     return next(one for one in (path, *path.absolute().parents) if _status(one) is not None)

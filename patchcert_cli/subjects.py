@@ -21,6 +21,7 @@ from torch import nn
 
 from patchcert_cli import cards, checkpoint, classifiers, datasets, defenses, hub, labels
 from patchcert_cli.certifiers.masks import MaskPlan
+from patchcert_cli.certifiers.views import MANY
 from patchcert_cli.classifiers import Classifier
 from patchcert_cli.defenses.base import Defense
 from patchcert_cli.errors import UsageError
@@ -232,6 +233,11 @@ def put_around(
 
     ``numbers`` is what labels are computed in, if not the defense's default.
     """
+    if numbers == "bfloat16" and len(classes) >= MANY:
+        raise UsageError(
+            f"with {len(classes)} classes --labels bfloat16 gains nothing: most labels are in doubt and computed again;",
+            hint="leave it out.",
+        )
     fill = tuple(mean or ())
     if len(fill) != shape[0]:
         fill = (sum(fill) / len(fill) if fill and shape[0] == 1 else GREY,) * shape[0]

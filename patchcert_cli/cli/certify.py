@@ -59,7 +59,7 @@ PICTURE = "One picture, and plots"
 
 AreaOption = Annotated[
     int | None,
-    typer.Option("--patch-area", help="Every aspect ratio of a patch of this many pixels.", rich_help_panel=THREAT),
+    typer.Option("--patch-area", help="Every aspect ratio of a patch of at most this many pixels.", rich_help_panel=THREAT),
 ]
 ConditionOption = Annotated[
     str | None,
@@ -162,15 +162,17 @@ def certify(
     given: Any = {"dataset": dataset, "data_dir": data_dir, "limit": limit, "batch_size": batch_size, "device": device}
     if dry_run:
         plan, full = open_glance(model, claims, wish, seed=seed, **given)
-        value = outlook.evaluation(plan, out or plan.folder("certify", {}), None, full)
+        with show.progress() as progress:
+            value = outlook.evaluation(plan, out or plan.folder("certify", {}), None, full, progress=progress)
         show.result(report.plain_rows(value), value, json)
         return
     plan = open_plan(model, claims, wish, seed=seed, download=download, **given)
     with show.progress() as progress:
         found = evaluate.certify(plan, out, fresh=fresh, progress=progress)
     show.say("\n".join(filter(None, dict.fromkeys(plan.subject.defense.remark(claim.threat) for claim in plan.claims))))
+    found |= {} if patch_area is None else {"patch_area": patch_area}
     if plot is not None:
-        pictures.plot(report.claim_list(found), plot, title=report.plot_title(found))
+        pictures.plot(report.claim_list(found), plot, title=report.plot_title(found), area=patch_area)
         show.say(f"drew {plot}")
     show.result(report.certify_rows(found), found, json)
 
@@ -210,7 +212,8 @@ def _certify_picture(
     shape = candidate.shape("")
     meant = claims(candidate.threat, shape)
     subject = candidate.subject(shape, [claim.threat for claim in meant], place)
-    found, notes = single.certify(subject, image, meant, resize=resize, map_to=map_to)
+    with show.progress() as progress:
+        found, notes = single.certify(subject, image, meant, resize=resize, map_to=map_to, progress=progress)
     show.say("\n".join(notes))
     show.result(report.single_rows(found), found, json)
 

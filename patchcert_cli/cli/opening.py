@@ -59,7 +59,7 @@ LabelsOption = Annotated[
     typer.Option(
         "--labels",
         metavar="float32|bfloat16",
-        help="What labels behind masks are computed in; bfloat16 is faster, and those in doubt are computed again.",
+        help="What labels behind masks are computed in; bfloat16 is faster with few classes; those in doubt are computed again.",
         rich_help_panel=CLASSIFIER,
     ),
 ]

@@ -100,7 +100,7 @@ LimitOption = Annotated[
     int | None, typer.Option("--limit", help="Only this many images: a fixed subset chosen by --seed.", rich_help_panel=DATA)
 ]
 BatchOption = Annotated[
-    int | None, typer.Option("--batch-size", help="Images at a time; results do not depend on it.", rich_help_panel=RUN)
+    int | None, typer.Option("--batch-size", help="Images at a time, at most; results do not depend on it.", rich_help_panel=RUN)
 ]
 DeviceOption = Annotated[
     str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to compute.", rich_help_panel=RUN)

@@ -20,7 +20,7 @@ from patchcert_cli.certifiers.views import SLACK
 from patchcert_cli.defenses.base import Claim
 from patchcert_cli.defenses.minority import Minority
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
-from patchcert_cli.errors import ClaimError, IntegrityError, UnsupportedThreat, UsageError
+from patchcert_cli.errors import ClaimError, DataError, IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.plan import Plan, Subject
 from patchcert_cli.threats import Patch, Sparse, Threat
 from patchcert_cli.training.recipe import Recipe
@@ -364,7 +364,7 @@ def test_records_of_detection_are_asked_for_as_such(digits: Minority, tmp_path: 
     book = ledger.Ledger("0" * 64, "mnist", "test", stated, {0: row})
     assert book.position("patch:2x2") == 0
     assert book.position("patch:2x2", guarantee="detection") == 1
-    with pytest.raises(ClaimError, match=r"no published records for patch:3x3 that promise detection; there are records for"):
+    with pytest.raises(DataError, match=r"no published records for patch:3x3 that promise detection; there are records for"):
         book.position("patch:3x3", guarantee="detection")
     plan = plan_of(digits, 8)
     evaluate.certify(plan, tmp_path / "run")
@@ -376,7 +376,7 @@ def test_records_of_detection_are_asked_for_as_such(digits: Minority, tmp_path: 
     assert read.rows == rows and any(row.prediction == ALERT for row in rows.values())
     outcome = verify.verify(plan, read, PatchPGD(steps=1, restarts=0), {}, tmp_path / "verify")
     assert outcome["holds"] and "detection" in outcome["claim"]
-    with pytest.raises(ClaimError, match="no published records for patch:2x2 that promise detection"):
+    with pytest.raises(DataError, match="no published records for patch:2x2 that promise detection"):
         verify.verify(plan, replace(read, claims=stated[:1]), None, {}, tmp_path / "other")
 
 
