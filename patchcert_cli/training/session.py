@@ -88,6 +88,8 @@ def run(
     place = devices.resolve(device)
     prepare = check(recipe)
     images = data.load(recipe.dataset, "train", data_dir=data_dir, download=download, fetch=fetch, progress=progress)
+    for remark in images.remarks:
+        progress.note(remark)
     made = loop.train(recipe, images, folder, device=place, fresh=fresh, progress=progress, prepare=prepare)
     weights = cards.weights_sha256({name: cards.File.of(folder / name) for name in cards.weights_of(folder)})
     validation = {"images": made.validation.images, "clean": made.validation.clean, "certified": made.validation.certified}
