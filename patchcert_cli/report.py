@@ -134,18 +134,23 @@ def single_rows(found: dict[str, Any]) -> Rows:
     rows = [
         ("image", str(found["image"])),
         ("model", _model(found)),
-        ("label", f"{found['label']} (class {found['prediction']})"),
+        ("prediction", _answer(found)),
     ]
     for claim in found["claims"]:
         top, left, height, width = claim["worst"]
         without = " without an alarm" if claim["guarantee"] == "detection" else ""
-        verdict = f"certified: no such change alters the label{without}" if claim["certified"] else "not certified"
+        verdict = f"certified: no such change alters the prediction{without}" if claim["certified"] else "not certified"
         place = f"weakest at row {top}, column {left} ({height}x{width}), towards {claim['rival']}"
         rows.append((f"{claim['threat']}, {claim['method']}", f"{verdict}; margin {claim['margin']:g}, {place}"))
     rows.append(_arithmetic(claim["arithmetic"] for claim in found["claims"]))
     if "map" in found:
         rows.append(("locations", f"{found['weak_locations']} of {found['locations']} are weak; map in {found['map']}"))
     return rows
+
+
+def _answer(found: dict[str, Any]) -> str:
+    """What the model answers for one picture; an alarm is no class."""
+    return str(found["class"]) if found["prediction"] < 0 else f"{found['class']} (class {found['prediction']})"
 
 
 def _certified(claim: dict[str, Any]) -> str:

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from patchcert_cli import image, passes, pictures
+from patchcert_cli import image, labels, passes, pictures
 from patchcert_cli.data import to_float
 from patchcert_cli.defenses.base import Claim, Defense
 from patchcert_cli.errors import UsageError
+from patchcert_cli.framing import Framing
+from patchcert_cli.models import timm
 from patchcert_cli.plan import Subject
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.threats import Patch
@@ -22,6 +24,7 @@ def certify(
     path: Path,
     claims: Sequence[Claim],
     *,
+    framing: Framing | None = None,
     resize: bool = False,
     map_to: Path | None = None,
     progress: Progress | None = None,
@@ -32,12 +35,15 @@ def certify(
         subject: the model.
         path: the picture; see :func:`patchcert_cli.image.read`.
         claims: what is to be certified.
-        resize: scale the picture to the model's size.
+        framing: how a picture becomes an image of the model's size; by default the whole middle of it.
+        resize: make the picture fit; else it must be of that size.
         map_to: a picture file to draw the margins of every location of the first claim's patch into.
         progress: is told the passes of the network.
     """
     defense = subject.defense
-    pixels, notes = image.read(path, defense.input_shape, resize=resize)
+    channels, height, width = defense.input_shape
+    size = height, width
+    pixels, notes = image.read(path, framing or Framing(size, size), channels, resize=resize)
     x = to_float(pixels)[None].to(defense.device)
     if map_to is not None and len({str(claim.threat) for claim in claims}) > 1:
         raise UsageError("--map draws one patch;", hint="give one --patch, for example --patch 5.")
@@ -53,7 +59,7 @@ def certify(
             "certified": bool(certificate.certified[0]),
             "margin": float(certificate.margin[0]),
             "worst": certificate.worst[0].tolist(),
-            "rival": defense.classes[int(certificate.rival[0])],
+            "rival": _called(defense, int(certificate.rival[0])),
         }
         for certificate in certificates
     ]
@@ -65,7 +71,7 @@ def certify(
         "model_source": subject.source,
         "defense": subject.kind,
         "prediction": answer,
-        "label": defense.called(answer),
+        "class": _called(defense, answer),
         "claims": rows,
     }
     if map_to is not None:
@@ -79,7 +85,7 @@ def certify(
             pixels,
             margins,
             map_to,
-            title=f"{path.name}: {defense.called(answer)}, {words} against {threat}",
+            title=f"{path.name}: {found['class']}, {words} against {threat}",
             box=(top, left, height, width),
             patch=Patch(height, width),
             unit=defense.unit,
@@ -104,3 +110,9 @@ def _counted(defense: Defense, progress: Progress, *, whole: bool = False) -> It
 
     with passes.heard(heard):
         yield
+
+
+def _called(defense: Defense, answer: int) -> str:
+    """What an answer is called; of a WordNet id its words, where they are known."""
+    name = defense.called(answer)
+    return timm.word(name) if labels.WNID.fullmatch(name) else name

@@ -82,7 +82,7 @@ DatasetOption = Annotated[
         "--data",
         "--dataset",
         metavar="NAME|imagefolder:PATH",
-        help="Data set, or a folder of class folders with pictures, @SIDE for squares of that size. "
+        help="Data set, or a folder of class folders with pictures, @SIDE or @HxW for images of that size. "
         "Default: the model's own, else cifar10.",
         rich_help_panel=DATA,
     ),

@@ -93,6 +93,8 @@ def run(
     place = devices.resolve(device)
     prepare = check(recipe)
     images = data.load(recipe.dataset, "train", data_dir=data_dir, download=download, fetch=fetch, progress=progress)
+    for remark in images.remarks:
+        progress.note(remark)
     with locks.held(folder, files.CONFIG):
         made = loop.train(recipe, images, folder, device=place, fresh=fresh, progress=progress, prepare=prepare)
         return _described(recipe, folder, made, place, progress)
