@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli import checkpoint, files, hub, labels, models, own_code, verified
+from patchcert_cli import checkpoint, doubled, files, hub, labels, models, own_code, verified
 from patchcert_cli.errors import HubError, IntegrityError, MachineError, PatchcertError, UsageError
 from patchcert_cli.labels import Names
 from patchcert_cli.layers import Prepared
@@ -32,7 +32,7 @@ from patchcert_cli.models import timm
 TIMM, HUB = "timm:", "hf-hub:"
 OWN = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<function>[A-Za-z_]\w*)")
 FORMS = "timm:NAME, hf-hub:ORG/REPO@COMMIT or PACKAGE.MODULE:FUNCTION"
-RANDOM = "none"  # what --weights says for random weights
+RANDOM, RANDOM_SOURCE = "none", "random"  # what --weights says for random weights, and where they then come from
 AS_FILE = "Or give the weights as a file: --weights FILE.safetensors"
 
 
@@ -64,6 +64,16 @@ class Classifier:
     note: str
     setting: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def random(self) -> bool:
+        """Whether its weights are random because the user asked for such ones."""
+        return self.source == RANDOM_SOURCE
+
+    @property
+    def in_front(self) -> str:
+        """What is put in front of it, in words."""
+        return self.network.in_front if isinstance(self.network, Prepared) else "pixels in [0, 1], as they are"
+
 
 def is_address(text: str) -> bool:
     """Whether ``text`` is the address of a plain classifier, rather than the name or folder of a certified model."""
@@ -88,17 +98,39 @@ def open_(address: str, *, weights: str | None = None, classes: str | None = Non
         DataError: ``classes`` is no list of names.
         MachineError: timm is not installed.
     """
+    from patchcert_cli import doors
+
     if address.startswith(TIMM):
         found = _timm(address, weights)
     elif address.startswith(HUB):
         found = _repository(address, weights)
     elif (match := OWN.fullmatch(address)) is not None and typed:
-        found = _own(address, match["module"], match["function"], weights)
+        found = doors.own(address, match["module"], match["function"], weights)
     else:
         raise UsageError(f"'{address}' is no address of a classifier;", hint=f"use {FORMS}.")
     if classes is not None:
         found = replace(found, names=timm.imagenet_labels() if classes == "imagenet" else labels.read(Path(classes)))
     return replace(found, network=found.network.eval())
+
+
+def settled(classifier: Classifier, shape: Sequence[int], device: str = "cpu") -> tuple[Classifier, list[str]]:
+    """The classifier for images [C, H, W], without a normalization that it does itself; and notes on what was found.
+
+    Raises:
+        UsageError: it uses mean and std, but not to normalize what it is given.
+    """
+    network, stated = classifier.network.to(device), classifier.setting.get("preprocessing", {})
+    if classifier.source != "code" or not isinstance(network, Prepared) or network.centre is None:
+        return classifier, []
+    mean, std = stated["mean"], stated["std"]
+    size = (len(mean), *(network.size or shape[1:]))
+    x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    if not doubled.twice(classifier.name, network.model, mean, std, x):
+        return classifier, []
+    network.centre = None
+    inside = {"preprocessing": {**stated, "mean": None, "std": None, "normalized_by_itself": True}}
+    said = f"{classifier.name} normalizes by its mean and std itself, so this is not done in front of it a second time"
+    return replace(classifier, setting=classifier.setting | inside), [said]
 
 
 def outputs(classifier: Classifier, shape: Sequence[int], device: str = "cpu") -> int:
@@ -302,7 +334,7 @@ def _given(address: str, source: timm.Facts, weights: str) -> Classifier:
     """A network of timm with somebody's own weights, and as many classes as these have; nobody says what they are called."""
     if weights == RANDOM:
         network, note = _built(source, source.outputs), f"{address}: random weights, whose answers mean nothing"
-        return _described(address, source, network, checkpoint.digest(network.state_dict()), "random", note, source.labels)
+        return _described(address, source, network, checkpoint.digest(network.state_dict()), RANDOM_SOURCE, note, source.labels)
     path = Path(weights)
     files.refuse_pickle(path)
     content = files.read(path)
@@ -338,30 +370,4 @@ def _described(
         source=kind,
         note=note,
         setting={"preprocessing": {key: options[key] for key in ("size", "mean", "std", "interpolation")}},
-    )
-
-
-def _own(address: str, module: str, function: str, weights: str | None) -> Classifier:
-    """What a function of the user's own returns, with the preprocessing that it states itself."""
-    made = own_code.call(module, function)
-    if weights not in (None, RANDOM):
-        tensors, _ = checkpoint.unpack(Path(str(weights)))
-        checkpoint.check_fit(made.state_dict(), tensors, f"'{weights}' does not fit {address}")
-        made.load_state_dict(tensors, strict=True)
-    said = own_code.stated(address, made)
-    channels = None if said.mean is None else len(said.mean)
-    return Classifier(
-        network=Prepared(made, size=said.size, mean=said.mean, std=said.std, channels=channels, summary=address),
-        name=address,
-        names=said.names,
-        side=None if said.size is None else min(said.size),
-        short=None,
-        mean=said.mean,
-        sha256=checkpoint.digest(made.state_dict()),
-        source="code",
-        note=f"{address}: your own code" + (f", weights in '{weights}'" if weights not in (None, RANDOM) else ""),
-        setting={
-            "preprocessing": {"size": said.size, "mean": said.mean, "std": said.std},
-            "code_sha256": own_code.digest(module),
-        },
     )

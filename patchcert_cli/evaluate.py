@@ -6,7 +6,7 @@ What a run folder holds: :mod:`patchcert_cli.runs`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,13 @@ def certify(plan: Plan, folder: Path | None = None, *, fresh: bool = False, prog
     plan.check()
     folder = folder or plan.folder("certify", {})
     device = str(plan.subject.defense.device)
-    run = Run(folder, plan.identity("certify", {}), device=device, command=plan.command, fresh=fresh)
+    answers = plan.subject.fingerprint()
+    run = Run(folder, plan.identity("certify", {}), device=device, command=plan.command, fresh=fresh, answers=answers)
     defense = plan.subject.defense
 
     def batch(part: Images) -> list[Record]:
         x = to_float(part.read()).to(defense.device)
-        return list(results.certify_records(part, defense.certify_each(x, plan.claims)))
+        return list(results.certify_records(part, defense.certify_each(x, plan.claims), plan.subject.plain(x)))
 
     def result(seconds: float, resumed: int) -> dict[str, Any]:
         return results.certify_result(plan, run, seconds, resumed)
@@ -68,7 +69,8 @@ def attack(
     plan.check()
     extra = {"attack": settings, "joined": join}
     folder = folder or plan.folder("attack", extra)
-    run = Run(folder, plan.identity("attack", extra), device=str(plan.subject.defense.device), command=plan.command, fresh=fresh)
+    identity, device, answers = plan.identity("attack", extra), str(plan.subject.defense.device), plan.subject.fingerprint()
+    run = Run(folder, identity, device=device, command=plan.command, fresh=fresh, answers=answers)
     defense = plan.subject.defense
 
     def batch(part: Images) -> list[Record]:
@@ -76,7 +78,12 @@ def attack(
         certificate = defense.certify(x, plan.threat) if join else None
         start = None if certificate is None else Start(certificate.worst, certificate.rival)
         outcome = attacker(defense, x, plan.threat, index=part.index, start=start)
-        records = results.certify_records(part, [certificate]) if certificate else [{"index": i} for i in part.index.tolist()]
+        plain = plan.subject.plain(x)
+        if certificate:
+            records: Iterable[Record] = results.certify_records(part, [certificate], plain)
+        else:
+            alone = [{}] * len(part) if plain is None else [{"plain": one} for one in plain.tolist()]
+            records = [{"index": i} | more for i, more in zip(part.index.tolist(), alone, strict=True)]
         columns = zip(
             part.labels.tolist(),
             outcome.clean_prediction.tolist(),
@@ -145,6 +152,7 @@ def _finish(
         raise Interrupted(
             f"interrupted at {resumed + done} of {len(plan.images)} images;", hint="resume with the same command."
         ) from problem
+    run.check_answers(plan.subject.fingerprint())
     final = result(time.perf_counter() - began, resumed)
     files.write_json(run.folder / RESULT, final)
     return final

@@ -58,6 +58,9 @@ def certify(
         "label": defense.called(answer),
         "claims": rows,
     }
+    plain = subject.plain(x)
+    if plain is not None:
+        found |= {"in_front": subject.in_front, "plain": int(plain[0]), "plain_label": defense.called(int(plain[0]))}
     if map_to is not None:
         threat = claims[0].threat
         margins = defense.margin_map(x, threat)[0].cpu()

@@ -23,7 +23,7 @@ from patchcert_cli import cards, checkpoint, classifiers, datasets, defenses, hu
 from patchcert_cli.certifiers.masks import MaskPlan
 from patchcert_cli.classifiers import Classifier
 from patchcert_cli.defenses.base import Defense
-from patchcert_cli.errors import UsageError
+from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.labels import Names
 from patchcert_cli.plan import Subject
 from patchcert_cli.threats import Patch, PatchPercent, Threat
@@ -173,14 +173,26 @@ class Plain(Candidate):
     def subject(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> Subject:
         plan = self.wish.plan(threats, shape)
         plan.masks(*shape[1:])  # what cannot be masked is told before the network is asked
-        count = classifiers.outputs(self.classifier, shape, device)
+        about, notes = classifiers.settled(self.classifier, shape, device)
+        count, numbers = classifiers.outputs(about, shape, device), self.wish.labels or ""
         called = len(self.names) == count
         classes = tuple(self.names[at][0] if called else str(at) for at in range(count))
-        about, numbers = self.classifier, self.wish.labels or ""
         defense = put_around(about.network, self.kind, shape, classes, plan, about.mean, numbers).to(torch.device(device))
-        defense.test_once()
+        try:
+            defense.test_once()
+        except IntegrityError as problem:
+            if not about.random:
+                raise
+            notes.append(f"random weights fail the self-test, which is of no consequence for what they cost: {problem}")
+            defense.trust()
         setting = {"classifier": about.name, "input_shape": list(shape), **about.setting, **_masks_of(defense)}
-        return Subject(defense, self.name, self.kind, about.sha256, about.source, setting)
+        in_front = about.in_front
+        said = (f"in front of {about.name}: {in_front}", *notes)
+        return Subject(defense, self.name, self.kind, about.sha256, about.source, setting, in_front, said)
+
+    def matched(self, classes: Sequence[str], data: str, subject: Subject) -> list[int] | None:
+        """Outputs with random weights have no meaning that a name could fit."""
+        return None if self.classifier.random else super().matched(classes, data, subject)
 
 
 def find(model: str | None, dataset: str | None, wish: Wish, device: str) -> Candidate:

@@ -199,6 +199,7 @@ def _certify_picture(
     shape = candidate.shape("")
     meant = claims(candidate.threat, shape)
     subject = candidate.subject(shape, [claim.threat for claim in meant], place)
+    show.say("\n".join(subject.notes))
     found, notes = single.certify(subject, image, meant, resize=resize, map_to=map_to)
     show.say("\n".join(notes))
     show.result(report.single_rows(found), found, json)

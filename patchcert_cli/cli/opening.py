@@ -182,6 +182,7 @@ def _open(
     shape = candidate.shape(chosen)
     meant = tuple(claims(candidate.threat, shape))
     subject = candidate.subject(shape, [claim.threat for claim in meant], place)
+    show.say("\n".join(subject.notes))
     facts = data.info(chosen)
     if facts.shape != shape:
         if facts.short:  # before anything is packed
