@@ -3,6 +3,8 @@
 =================================  =====================================================================================
 ``timm:NAME[@COMMIT]``             a network of timm with the published weights of that name
 ``hf-hub:ORG/REPO@REVISION``       network and weights of a repository on the Hub in timm's format
+``torchvision:NAME[@WEIGHTS]``     a network of torchvision with published weights and their transform
+``onnx:FILE``                      an ONNX file, computed by onnxruntime
 ``PACKAGE.MODULE:FUNCTION``        own code: a function without arguments that returns a module, images to logits
 =================================  =====================================================================================
 
@@ -29,9 +31,9 @@ from patchcert_cli.labels import Names
 from patchcert_cli.layers import Prepared
 from patchcert_cli.models import timm
 
-TIMM, HUB = "timm:", "hf-hub:"
+TIMM, HUB, TORCHVISION, ONNX = "timm:", "hf-hub:", "torchvision:", "onnx:"
 OWN = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<function>[A-Za-z_]\w*)")
-FORMS = "timm:NAME, hf-hub:ORG/REPO@COMMIT or PACKAGE.MODULE:FUNCTION"
+FORMS = "timm:NAME, torchvision:NAME, hf-hub:ORG/REPO@COMMIT, onnx:FILE or PACKAGE.MODULE:FUNCTION"
 RANDOM, RANDOM_SOURCE = "none", "random"  # what --weights says for random weights, and where they then come from
 AS_FILE = "Or give the weights as a file: --weights FILE.safetensors"
 
@@ -77,10 +79,12 @@ class Classifier:
 
 def is_address(text: str) -> bool:
     """Whether ``text`` is the address of a plain classifier, rather than the name or folder of a certified model."""
-    return text.startswith((TIMM, HUB)) or (OWN.fullmatch(text) is not None and not Path(text).exists())
+    return text.startswith((TIMM, HUB, TORCHVISION, ONNX)) or (OWN.fullmatch(text) is not None and not Path(text).exists())
 
 
-def open_(address: str, *, weights: str | None = None, classes: str | None = None, typed: bool = False) -> Classifier:
+def open_(
+    address: str, *, weights: str | None = None, classes: str | None = None, typed: bool = False, download: bool = False
+) -> Classifier:
     """The classifier at ``address``.
 
     Args:
@@ -89,6 +93,7 @@ def open_(address: str, *, weights: str | None = None, classes: str | None = Non
             for random weights, whose answers mean nothing but whose cost can be measured.
         classes: a text file with the names of its outputs, one line per output, or ``imagenet``.
         typed: whether the user typed this very address; only then code is imported.
+        download: whether weights of torchvision may be fetched.
 
     Raises:
         UnknownName: no such network, module or function; says what is near.
@@ -104,6 +109,10 @@ def open_(address: str, *, weights: str | None = None, classes: str | None = Non
         found = _timm(address, weights)
     elif address.startswith(HUB):
         found = _repository(address, weights)
+    elif address.startswith(TORCHVISION):
+        found = doors.torchvision(address, weights, download=download)
+    elif address.startswith(ONNX) and typed:
+        found = doors.onnx(address, Path(address.removeprefix(ONNX)), weights)
     elif (match := OWN.fullmatch(address)) is not None and typed:
         found = doors.own(address, match["module"], match["function"], weights)
     else:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from patchcert_cli import checkpoint, own_code
-from patchcert_cli.classifiers import RANDOM, Classifier
+from patchcert_cli import checkpoint, convert, files, own_code
+from patchcert_cli.classifiers import RANDOM, RANDOM_SOURCE, TORCHVISION, Classifier
 from patchcert_cli.errors import UsageError
 from patchcert_cli.layers import Prepared
 
@@ -62,3 +63,74 @@ def _state(address: str, network: nn.Module) -> dict[str, torch.Tensor]:
         return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     except Exception as problem:  # anybody's code can raise anything
         raise UsageError(f"the state of {address} cannot be read: {own_code.line(problem)}.", hint=own_code.SHOW) from problem
+
+
+def onnx(address: str, path: Path, weights: str | None) -> Classifier:
+    """The network in an ONNX file, given pixels in [0, 1] in the size that it states.
+
+    Raises:
+        UsageError, IntegrityError, MachineError: see :class:`patchcert_cli.sessions.Session`.
+    """
+    from patchcert_cli import sessions
+
+    if weights is not None:
+        raise UsageError(f"{address} has its own weights;", hint="leave --weights out.")
+    made = sessions.Session(path)
+    network = Prepared(made, size=made.size, channels=made.channels, summary=address)
+    note = f"{address}: sha256 {made.sha256[:12]}…, no float64: labels in doubt certify nothing"
+    return Classifier(
+        network=network,
+        name=address,
+        names=(),
+        side=None if made.size is None else min(made.size),
+        short=None,
+        mean=None,
+        sha256=made.sha256,
+        source="file",
+        note=note,
+        setting={"preprocessing": {"size": made.size, "mean": None, "std": None}, "onnxruntime": sessions.library().__version__},
+    )
+
+
+def torchvision(address: str, weights: str | None, *, download: bool) -> Classifier:
+    """A network of torchvision with published weights, or with one's own, behind the transform of its weights.
+
+    Raises:
+        UnknownName: no such network, or no such weights of it.
+        HubError: the weights are not in torch's cache, and may not or cannot be downloaded.
+        IntegrityError: they are damaged, or do not fit.
+    """
+    from patchcert_cli import published  # torchvision takes a second to import
+
+    name, _, tag = address.removeprefix(TORCHVISION).partition("@")
+    member = published.find(name, tag)
+    if weights == RANDOM:
+        network, source = published.built(name, None, {}), RANDOM_SOURCE
+        sha256, note = checkpoint.digest(network.state_dict()), f"{address}: random weights, whose answers mean nothing"
+    elif weights is not None:
+        path = Path(weights)
+        content = files.read(path)
+        tensors, _ = checkpoint.unpack(path, content)
+        sha256, source, note = files.sha256_of(content), "file", f"{address}: weights in '{path}'"
+        network = published.built(name, member if tag else None, tensors, str(path))
+    else:
+        path, content = published.fetched(member, download=download)
+        tensors, sha256, source = convert.load(path, content), files.sha256_of(content), "torchvision"
+        network = published.built(name, member, tensors, str(path))
+        pin = "" if tag else f"; pin it with {address}@{member.name}"
+        note = f"{address}: {member.name}, sha256 as torchvision publishes it{pin}"
+    facts = published.transform(member)
+    size = (facts.side, facts.side)
+    inside: dict[str, Any] = {"size": size, "mean": facts.mean, "std": facts.std, "interpolation": facts.interpolation}
+    return Classifier(
+        network=Prepared(network, **inside, channels=len(facts.mean), summary=address),
+        name=address,
+        names=published.names(member) if source != "file" or tag else (),
+        side=facts.side,
+        short=facts.short,
+        mean=facts.mean,
+        sha256=sha256,
+        source=source,
+        note=note,
+        setting={"preprocessing": inside},
+    )

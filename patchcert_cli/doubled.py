@@ -1,4 +1,4 @@
-"""Whether a network normalizes images itself with the statistics that it also states, so that doing it in front would be twice."""
+"""Whether a network normalizes images itself with the statistics that it states, so that doing it in front would be twice."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MEANS, STDS = ("mean", "mu"), ("std", "sigma")  # what names of statistics conta
 def twice(address: str, network: nn.Module, mean: Sequence[float], std: Sequence[float], x: Tensor) -> bool:
     """Whether ``network``, which states mean and std per channel, normalizes images with them itself.
 
-    All tensors and lists in it that hold these values under such a name are replaced by 0 and 1 for a moment. If nothing changes, they
-    are not used, and it wants normalized images. If it then answers normalized images as it answers plain ones otherwise, it
-    does the same itself.
+    All tensors and lists in it that hold these values under such a name are replaced by 0 and 1 for a moment. If nothing
+    changes, they are not used, and it wants normalized images. If it then answers normalized images as it answers plain ones
+    otherwise, it does the same itself.
 
     Args:
         address: what to call it in messages.
@@ -41,7 +41,7 @@ def twice(address: str, network: nn.Module, mean: Sequence[float], std: Sequence
     if _same(plain, given):
         return True
     raise UsageError(
-        f"{address} states mean and std, and its answers depend on these attributes, but not as on a normalization in front of it;",
+        f"{address} states mean and std, and uses them itself, but not to normalize what it is given;",
         hint="rename the attributes that it uses itself, or normalize in forward and state none.",
     )
 

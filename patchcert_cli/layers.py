@@ -13,9 +13,7 @@ INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 
 
 def _check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
-    if len(mean) != len(std) or not all(
-        math.isfinite(m) and math.isfinite(s) and s > 0 for m, s in zip(mean, std, strict=True)
-    ):
+    if len(mean) != len(std) or not all(math.isfinite(m) and math.isfinite(s) and s > 0 for m, s in zip(mean, std, strict=True)):
         raise ValueError(f"mean {list(mean)} and std {list(std)} must be finite, std above 0, one each per channel")
 
 
@@ -41,7 +39,7 @@ class Normalize(nn.Module):
 
 
 class Centre(nn.Module):
-    """The constants of ``(x - mean) * scale``, [C], rounded to float32 once; what is normalized so is exactly zero at the mean."""
+    """The constants of ``(x - mean) * scale``, [C], rounded to float32 once; the mean itself becomes exactly zero."""
 
     mean: Tensor
     scale: Tensor
@@ -114,7 +112,9 @@ class Prepared(nn.Module):
     @property
     def in_front(self) -> str:
         """What is put in front of the classifier, in words."""
-        said = [] if self.size is None else [f"resized to {self.size[0]}x{self.size[1]} ({self.interpolation}) where they are not"]
+        said = (
+            [] if self.size is None else [f"resized to {self.size[0]}x{self.size[1]} ({self.interpolation}) where they are not"]
+        )
         if self.centre is not None:
             mean, std = ((f"{value:.4g}" for value in part.tolist()) for part in (self.centre.mean, 1 / self.centre.scale))
             said.append(f"minus mean {' '.join(mean)}, divided by std {' '.join(std)}")

@@ -68,7 +68,7 @@ def call(module: str, function: str) -> nn.Module:
         raise UsageError(f"{address} returns {type(made).__name__};", hint="it must return a torch.nn.Module, images to logits.")
     lazy = [name for name, value in made.named_parameters() if is_lazy(value)]
     if lazy:
-        raise UsageError(f"{address} returns a network whose {lazy[0]} has no values yet;", hint="run it once inside the function.")
+        raise UsageError(f"{address} returns a network whose {lazy[0]} has no values;", hint="run it once inside the function.")
     return made
 
 
@@ -102,7 +102,7 @@ def stated(address: str, module: nn.Module) -> Stated:
 
 
 def digest(module: str) -> dict[str, str]:
-    """sha256 of the source of every module that came with ``module``, itself included, so that a run of other code is another run.
+    """sha256 of the source of all modules that came with ``module``, itself included: a run of other code is another run.
 
     Modules of Python itself, of installed packages and of this package are left out.
     """

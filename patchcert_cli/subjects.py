@@ -41,6 +41,7 @@ class Wish:
         passes: as many masks as so many passes of the network let evaluate in pairs.
         weights: safetensors file for a plain classifier, or ``none`` for random ones.
         classes: text file with the names of the model's outputs, or ``imagenet``.
+        download: whether weights of torchvision may be fetched.
         labels: what labels behind masks are computed in, ``float32`` or ``bfloat16``; None for the model's own.
     """
 
@@ -50,6 +51,7 @@ class Wish:
     weights: str | None = None
     classes: str | None = None
     labels: str | None = None
+    download: bool = False
 
     @property
     def masked(self) -> bool:
@@ -207,7 +209,8 @@ def find(model: str | None, dataset: str | None, wish: Wish, device: str) -> Can
         if wish.defense is None:
             raise UsageError(f"{name} is a plain classifier;", hint=f"say which defense: --defense {' or '.join(around())}.")
         check_around(wish.defense)
-        return Plain(classifiers.open_(name, weights=wish.weights, classes=wish.classes, typed=True), wish)
+        opened = classifiers.open_(name, weights=wish.weights, classes=wish.classes, typed=True, download=wish.download)
+        return Plain(opened, wish)
     card = cards.bundled_card(name) if name in cards.bundled_names() else None
     if card is not None and card.classifier:
         masks = wish.masks if wish.masked else card.recipe.get("masks", {}).get("per_axis")

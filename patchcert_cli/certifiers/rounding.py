@@ -211,5 +211,6 @@ def frozen(network: nn.Module) -> nn.Module:
     except Exception as problem:  # anybody's code can raise anything when it is copied
         said = (str(problem).splitlines() or [""])[0]
         raise UsageError(
-            f"the network cannot be copied ({type(problem).__name__}: {said});", hint="call its eval() first, which needs no copy."
+            f"the network cannot be copied ({type(problem).__name__}: {said});",
+            hint="call its eval() first.",
         ) from problem

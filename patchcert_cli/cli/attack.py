@@ -101,7 +101,7 @@ def attack(
     """
     chosen = threat_from(threat=threat, patch=patch, k=k, unit=unit)
     wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
-    wish = wish_of(**wanted, labels=labels, dry_run=dry_run)
+    wish = wish_of(**wanted, labels=labels, dry_run=dry_run, download=download)
 
     from patchcert_cli import attacks, evaluate, outlook, report, results
     from patchcert_cli.defenses.base import Claim

@@ -140,7 +140,7 @@ def certify(
     """
     claims = _claims(_methods(condition, bounds), patch, patch_area, threat, k, unit)
     wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
-    wish = wish_of(**wanted, labels=labels, dry_run=dry_run)
+    wish = wish_of(**wanted, labels=labels, dry_run=dry_run, download=download)
     _check_pictures(image, plot, map_, dry_run=dry_run)
     if image is not None:
         _certify_picture(model, claims, wish, dataset, device, image, resize, map_, json)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from patchcert_cli import __version__
-from patchcert_cli.cli import attack, certify, doctor, report, train, zoo
+from patchcert_cli.cli import attack, certify, convert, doctor, report, train, zoo
 from patchcert_cli.errors import PatchcertError
 
 HELP = """Train, certify, attack and share certified defenses against adversarial patches and sparse attacks.
@@ -28,6 +28,7 @@ app = typer.Typer(
 app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("certify", epilog=certify.EXAMPLES)(certify.certify)
 app.command("attack", epilog=attack.EXAMPLES)(attack.attack)
+app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.add_typer(zoo.app, name="zoo")
 app.add_typer(report.app, name="report")

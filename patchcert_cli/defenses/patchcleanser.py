@@ -296,7 +296,9 @@ class PatchCleanser(Defense):
         self.check_input(x)
         with exact.exact_arithmetic():
             parts = torch.split(x, max(1, min(views.PASSES, views.PIXELS // math.prod(self.input_shape))))
-            return torch.cat([self.forward(part).argmax(dim=1) for part in parts]) if len(x) else x.new_zeros(0, dtype=torch.int64)
+            return (
+                torch.cat([self.forward(part).argmax(dim=1) for part in parts]) if len(x) else x.new_zeros(0, dtype=torch.int64)
+            )
 
     def fingerprint(self) -> dict[str, Any] | None:
         """What tells whether the network is still the same function, see :meth:`Views.answers`; None where its weights tell."""
