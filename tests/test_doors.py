@@ -33,10 +33,12 @@ class Net(nn.Module):
 
     def __init__(self, how):
         super().__init__()
-        self.how, self.mean, self.std = how, torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.2]).view(3, 1, 1)
+        self.how = how
+        self.mean, self.std = (torch.tensor(one).view(3, 1, 1) for one in ([0.4, 0.5, 0.6], [0.2, 0.3, 0.2]))
         if how == "layer":
             self.normalize = Normalize()
-        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        after = (nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), *after)
 
     def forward(self, x):
         x = {"itself": lambda: (x - self.mean) / self.std, "wrong": lambda: x * self.std}.get(self.how, lambda: x)()

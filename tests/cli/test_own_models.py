@@ -14,7 +14,9 @@ import torch
 from own_models import COLOURS, lines, module, pictures
 
 from patchcert_cli import cards, checkpoint, files, hub, models, report
+from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import HubError
+from patchcert_cli.runs import Run
 
 from .test_commands import patchcert  # noqa: F401
 
@@ -454,10 +456,17 @@ def test_a_file_that_changes_in_the_middle_of_a_run_gives_no_result(patchcert, m
     assert patchcert(*said).code == 2
 
 
-def test_random_weights_measure_the_cost_of_any_pictures(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_random_weights_measure_the_cost_of_any_pictures(patchcert, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
     """Neither the names of classes nor the self-test stop a dry run with weights whose answers mean nothing."""
     pytest.importorskip("timm")
-    said = ["certify", f"timm:{TINY}", *DEFENSE[:4], "--patch", "2%", "--device", "cpu", *VAL, "--limit", "2"]
-    done = patchcert(*said, "--weights", "none", "--dry-run", "--json", "-")
-    assert done.code == 0, done.err
-    assert json.loads(done.out)["images"] == 2
+
+    def fails(self: PatchCleanser) -> None:
+        raise IntegrityError("in float32 logits are off by 9.9e-01 of their scale;")
+
+    monkeypatch.setattr(PatchCleanser, "self_test", fails)
+    said = ["certify", f"timm:{TINY}", "--defense", "patchcleanser", "--masks", "1", "--patch", "2%", "--device", "cpu", *VAL]
+    done = patchcert(*said, "--limit", "2", "--weights", "none", "--dry-run", "--json", "-")
+    assert done.code == 0 and json.loads(done.out)["images"] == 2, done.err
+    assert "random weights fail the self-test, which is of no consequence for what they cost: in float32" in done.err
+    refused = patchcert("certify", "mine:named", *DEFENSE, *VAL)
+    assert refused.code == 5 and "logits are off by" in refused.err

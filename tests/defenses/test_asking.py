@@ -11,7 +11,7 @@ import torch
 import patchcert_cli
 from patchcert_cli.defenses.base import Defense
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
-from patchcert_cli.errors import DataError, PatchcertError, UnsupportedThreat, UsageError
+from patchcert_cli.errors import DataError, PatchcertError, UsageError
 from patchcert_cli.threats import Patch
 
 
@@ -26,7 +26,7 @@ def test_a_threat_may_be_given_as_text(made: Defense) -> None:
     one, two = made.certify(x, "patch:2x3"), made.certify(x, Patch(2, 3))
     assert one.threat == Patch(2, 3) and torch.equal(one.certified, two.certified) and torch.equal(one.margin, two.margin)
     for threat, kind, said in (
-        ("pach:2x3", UnsupportedThreat, "pach"),
+        ("pach:2x3", UsageError, "invalid threat 'pach:2x3'"),
         (5, UsageError, r"int is no threat model; give Patch\(5, 5\), or its text: 'patch:5x5'"),
         ((5, 5), UsageError, "tuple is no threat model"),
     ):
