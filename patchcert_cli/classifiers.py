@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli import checkpoint, doubled, files, hub, labels, models, own_code, verified
+from patchcert_cli import checkpoint, files, hub, labels, models, own_code, verified
 from patchcert_cli.errors import HubError, IntegrityError, MachineError, PatchcertError, UsageError
 from patchcert_cli.labels import Names
 from patchcert_cli.layers import Prepared
@@ -120,26 +120,6 @@ def open_(
     if classes is not None:
         found = replace(found, names=timm.imagenet_labels() if classes == "imagenet" else labels.read(Path(classes)))
     return replace(found, network=found.network.eval())
-
-
-def settled(classifier: Classifier, shape: Sequence[int], device: str = "cpu") -> tuple[Classifier, list[str]]:
-    """The classifier for images [C, H, W], without a normalization that it does itself; and notes on what was found.
-
-    Raises:
-        UsageError: it uses mean and std, but not to normalize what it is given.
-    """
-    network, stated = classifier.network.to(device), classifier.setting.get("preprocessing", {})
-    if classifier.source != "code" or not isinstance(network, Prepared) or network.centre is None:
-        return classifier, []
-    mean, std = stated["mean"], stated["std"]
-    size = (len(mean), *(network.size or shape[1:]))
-    x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)).to(device)
-    if not doubled.twice(classifier.name, network.model, mean, std, x):
-        return classifier, []
-    network.centre = None
-    inside = {"preprocessing": {**stated, "mean": None, "std": None, "normalized_by_itself": True}}
-    said = f"{classifier.name} normalizes by its mean and std itself, so this is not done in front of it a second time"
-    return replace(classifier, setting=classifier.setting | inside), [said]
 
 
 def outputs(classifier: Classifier, shape: Sequence[int], device: str = "cpu") -> int:

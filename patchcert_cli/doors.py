@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from patchcert_cli import checkpoint, convert, files, own_code
+from patchcert_cli import checkpoint, convert, doubled, files, own_code
 from patchcert_cli.classifiers import RANDOM, RANDOM_SOURCE, TORCHVISION, Classifier
 from patchcert_cli.errors import UsageError
 from patchcert_cli.layers import Prepared
@@ -134,3 +136,23 @@ def torchvision(address: str, weights: str | None, *, download: bool) -> Classif
         note=note,
         setting={"preprocessing": inside},
     )
+
+
+def settled(classifier: Classifier, shape: Sequence[int], device: str = "cpu") -> tuple[Classifier, list[str]]:
+    """The classifier for images [C, H, W], without a normalization that it does itself; and notes on what was found.
+
+    Raises:
+        UsageError: it uses mean and std, but not to normalize what it is given.
+    """
+    network, stated = classifier.network.to(device), classifier.setting.get("preprocessing", {})
+    if classifier.source != "code" or not isinstance(network, Prepared) or network.centre is None:
+        return classifier, []
+    mean, std = stated["mean"], stated["std"]
+    size = (len(mean), *(network.size or shape[1:]))
+    x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    if not doubled.twice(classifier.name, network.model, mean, std, x):
+        return classifier, []
+    network.centre = None
+    inside = {"preprocessing": {**stated, "mean": None, "std": None, "normalized_by_itself": True}}
+    said = f"{classifier.name} normalizes by its mean and std itself, so this is not done in front of it a second time"
+    return replace(classifier, setting=classifier.setting | inside), [said]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from patchcert_cli import cards, checkpoint, classifiers, datasets, defenses, hub, labels
+from patchcert_cli import cards, checkpoint, classifiers, datasets, defenses, doors, hub, labels
 from patchcert_cli.certifiers.masks import MaskPlan
 from patchcert_cli.classifiers import Classifier
 from patchcert_cli.defenses.base import Defense
@@ -175,7 +175,7 @@ class Plain(Candidate):
     def subject(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> Subject:
         plan = self.wish.plan(threats, shape)
         plan.masks(*shape[1:])  # what cannot be masked is told before the network is asked
-        about, notes = classifiers.settled(self.classifier, shape, device)
+        about, notes = doors.settled(self.classifier, shape, device)
         count, numbers = classifiers.outputs(about, shape, device), self.wish.labels or ""
         called = len(self.names) == count
         classes = tuple(self.names[at][0] if called else str(at) for at in range(count))

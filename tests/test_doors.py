@@ -14,7 +14,7 @@ import torch
 import torchvision  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from patchcert_cli import checkpoint, classifiers, files, own_code
+from patchcert_cli import checkpoint, classifiers, doors, files, own_code
 from patchcert_cli.certifiers.masks import MaskPlan
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import HubError, IntegrityError, MachineError, UnknownName, UsageError
@@ -93,7 +93,7 @@ def around(found: classifiers.Classifier) -> PatchCleanser:
 
 @pytest.mark.parametrize("how", ["front", "itself", "layer"])
 def test_images_are_normalized_once(mine: str, how: str) -> None:
-    found, notes = classifiers.settled(classifiers.open_(f"{mine}:{how}", typed=True), (3, 8, 8))
+    found, notes = doors.settled(classifiers.open_(f"{mine}:{how}", typed=True), (3, 8, 8))
     normalized = (X - torch.tensor([0.4, 0.5, 0.6])[:, None, None]) / torch.tensor([0.2, 0.3, 0.2])[:, None, None]
     assert isinstance(found.network, Prepared)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_images_are_normalized_once(mine: str, how: str) -> None:
 
 def test_statistics_that_are_used_otherwise_are_refused(mine: str) -> None:
     with pytest.raises(UsageError, match="states mean and std, and uses them itself, but not to normalize what it is given"):
-        classifiers.settled(classifiers.open_(f"{mine}:wrong", typed=True), (3, 8, 8))
+        doors.settled(classifiers.open_(f"{mine}:wrong", typed=True), (3, 8, 8))
 
 
 def test_no_weights_given_is_said(mine: str) -> None:
