@@ -15,7 +15,7 @@ from own_models import COLOURS, lines, module, pictures
 
 from patchcert_cli import cards, checkpoint, files, hub, models, report
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
-from patchcert_cli.errors import HubError
+from patchcert_cli.errors import HubError, IntegrityError
 from patchcert_cli.runs import Run
 
 from .test_commands import patchcert  # noqa: F401
@@ -384,7 +384,7 @@ def test_plain_accuracy_and_what_is_in_front_stand_in_every_result(patchcert) ->
     assert (found["plain_accuracy"], found["plain_right"], found["in_front"]) == (4 / 12, 4, front)
     assert all(row["plain"] == row["prediction"] for row in records(found))
     for more in ([], ["--no-certify"]):
-        said = ["attack", "mine:turned", *DEFENSE, *VAL, "--limit", "3", "--steps", "1", "--json", "-", *more]
+        said = ["attack", "mine:turned", *DEFENSE, *VAL, "--limit", "1", "--steps", "1", "--json", "-", *more]
         attacked = json.loads(patchcert(*said).out)
         assert (
             attacked["plain_right"] == sum(row["plain"] == row["label"] for row in records(attacked))
@@ -464,7 +464,7 @@ def test_random_weights_measure_the_cost_of_any_pictures(patchcert, monkeypatch:
         raise IntegrityError("in float32 logits are off by 9.9e-01 of their scale;")
 
     monkeypatch.setattr(PatchCleanser, "self_test", fails)
-    said = ["certify", f"timm:{TINY}", "--defense", "patchcleanser", "--masks", "1", "--patch", "2%", "--device", "cpu", *VAL]
+    said = ["certify", f"timm:{TINY}", "--defense", "patchcleanser", "--masks", "2", "--patch", "2%", "--device", "cpu", *VAL]
     done = patchcert(*said, "--limit", "2", "--weights", "none", "--dry-run", "--json", "-")
     assert done.code == 0 and json.loads(done.out)["images"] == 2, done.err
     assert "random weights fail the self-test, which is of no consequence for what they cost: in float32" in done.err
