@@ -224,7 +224,8 @@ def refuse_pickle(path: Path) -> None:
     """Raise :class:`IntegrityError` if a file is a pickle by name or by its first bytes; it is never opened as one."""
     if path.suffix.lower() in PICKLES:
         raise IntegrityError(
-            f"'{path}' looks like a pickle, which could run code: it was not opened.", hint="Convert it to safetensors first."
+            f"'{path}' looks like a pickle, which could run code: it was not opened.",
+            hint=f"Convert it to safetensors first: patchcert convert {path} --to {path.with_suffix('.safetensors').name}",
         )
     if path.is_file() and path.suffix == ".safetensors":
         with path.open("rb") as stream:

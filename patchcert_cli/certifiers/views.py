@@ -40,6 +40,7 @@ PRECISIONS = ("float32", "bfloat16")  # in which labels may be computed at first
 PASSES, PIXELS, LARGER = 256, 1 << 20, 64  # passes at a time on a CPU, their values, and how many times that on a GPU
 GATHERED = 4  # times as many passes have their images copied at once
 MANY = 1000  # classes with which bfloat16 leaves so many labels in doubt that it gains nothing
+SUMS = 4  # of the logits of a picture, which tell networks apart
 SIZES = (1, 2, 3, 7)  # batches that the quick precisions are measured in
 CHANNELS_LAST = (nn.Conv2d, nn.BatchNorm2d)  # layers of networks that compute with channels last on a CPU
 LARGE = {"bfloat16": 64, "float32": PASSES}  # and the largest one
@@ -248,14 +249,15 @@ class Views:
     def _network(self, kind: str) -> nn.Module | None:
         """The copy in float64 is made when it is first needed; other people's code may not compute in float64."""
         if kind not in self._networks:
-            network = rounding.double(cast(nn.Module, self._networks["float32"]))
             grey = torch.full((1, *self._shape), 0.5, dtype=torch.float64, device=self._masks.device)
+            network: nn.Module | None = None
             try:
                 with torch.no_grad():
+                    network = rounding.double(cast(nn.Module, self._networks["float32"]))
                     kept = behind(network, grey, self._masks[:1], self._fill).dtype == torch.float64
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, MemoryError):
                 raise
-            except (RuntimeError, TypeError):
+            except Exception:  # anybody's code can raise anything when it is copied or asked in float64
                 kept = False
             self._networks[kind] = network if kept else None
         return self._networks[kind]
@@ -296,6 +298,19 @@ class Views:
         together, _ = self._run("float64", x, first, second, None)
         steady = float((together - logits(x)).abs().amax()) * ROOM <= SLACK["float64"] * least
         return steady and scales.responds(logits, x.double())
+
+    def answers(self) -> dict[str, Any]:
+        """What the network says of three fixed pictures behind masks, each computed in one way: it tells whether it is the same.
+
+        Of each picture there are a few sums of its logits with fixed signs, [3 * SUMS], divided by K and the scale.
+        """
+        x, first, second = self._pictures()
+        some = torch.tensor([0, 2, 5])  # noise, squares, a slope
+        logits, scale = self.alone(x[some.to(x.device)], first[some], second[some])
+        signs = torch.randint(2, (self._classes, SUMS), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+        said = logits @ signs / self._classes / scale[:, None]
+        precision = "float64" if self.gauge.double else "float32"
+        return {"sums": said.flatten().tolist(), "precision": precision, "near": SLACK[precision]}
 
     def test(self) -> None:
         """Measure what rounding does, on ordinary pictures and on ones whose logits were driven together.

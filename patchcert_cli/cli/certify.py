@@ -151,7 +151,7 @@ def certify(
     """
     claims = _claims(_methods(condition, bounds), patch, patch_area, threat, k, unit)
     wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
-    wish = wish_of(**wanted, labels=labels, dry_run=dry_run)
+    wish = wish_of(**wanted, labels=labels, dry_run=dry_run, download=download)
     _check_pictures(image, plot, map_)
     if image is None and resize:
         raise UsageError("--resize goes with --image;", hint="the pictures of a folder are always made to fit.")
@@ -220,6 +220,7 @@ def _certify_picture(
     shape = (candidate.channels, *framing.size)
     meant = claims(candidate.threat, shape)
     subject = candidate.subject(shape, [claim.threat for claim in meant], place)
+    show.say("\n".join(subject.notes))
     with show.progress() as progress:
         found, notes = single.certify(subject, image, meant, framing=framing, resize=resize, map_to=map_to, progress=progress)
     show.say("\n".join(notes))

@@ -74,6 +74,7 @@ def wish_of(
     classes: str | None,
     labels: str | None,
     dry_run: bool,
+    download: bool = False,
 ) -> Wish:
     """What the options say is to be made of a model, refused if they contradict each other."""
     if masks is not None and passes is not None:
@@ -88,7 +89,7 @@ def wish_of(
 
     from patchcert_cli.subjects import Wish
 
-    return Wish(defense, masks, passes, weights, classes, labels)
+    return Wish(defense, masks, passes, weights, classes, labels, download)
 
 
 def open_plan(
@@ -182,6 +183,7 @@ def _open(
     shape = candidate.shape(chosen)
     meant = tuple(claims(candidate.threat, shape))
     subject = candidate.subject(shape, [claim.threat for claim in meant], place)
+    show.say("\n".join(subject.notes))
     facts = data.info(chosen)
     if facts.shape != shape:
         if facts.framing is not None:  # before anything is packed
