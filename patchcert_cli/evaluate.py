@@ -90,6 +90,8 @@ def attack(
             merged.append(
                 {**record, "label": label, "prediction": clean, "attacked": attacked, "flipped": flipped, "queries": queries}
             )
+        if attacker.judges_each:
+            merged = [record | judged for record, judged in zip(merged, results.judged(outcome), strict=True)]
         if certificate is not None and bool((certificate.certified & outcome.success).any()):
             broken = (certificate.certified & outcome.success).nonzero()[:, 0].cpu()
             tensors = {"index": part.index[broken], "adversarial": outcome.adversarial.cpu()[broken]}
@@ -108,6 +110,7 @@ def attack(
             "flipped": sum(r["flipped"] for r in records),
             "queries": sum(r["queries"] for r in records),
             "attack": settings,
+            **({"pasted": results.judged_in_all(records)} if attacker.judges_each else {}),
             "broken": [r["index"] for r in records if r.get("certified") and r["flipped"]],
         }
 

@@ -14,6 +14,7 @@ from patchcert_cli.errors import IntegrityError, MachineError
 
 CARD, CONFIG, WEIGHTS = "README.md", "config.json", "model.safetensors"
 INDEX, LEDGER = "model.safetensors.index.json", "records.jsonl.gz"  # of weights in several files; published records
+SAMPLE = r"sample-\d{1,4}\.jsonl\.gz"  # records of pictures that are no test split
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".th")
 
 

@@ -146,11 +146,23 @@ def attack_rows(result: dict[str, Any]) -> Rows:
         ("attacked", f"{share(result['attacked_accuracy'], survived, images)}{KEPT[guarantee]}{EMPIRICAL}"),
         ("judged for", guarantee),
     ]
+    if "pasted" in result:
+        rows += _pasted(result["pasted"])
     if "certified_accuracy" in result:
         rows.append(("certified", share(result["certified_accuracy"], counts["certified"], images)))
         rows.append(("verdict", f"{len(result['broken'])} certified images flipped"))
         rows.append(_arithmetic([result.get("arithmetic") or former(result["defense"])]))
     return [*rows, ("queries", f"{result['queries']:,}"), ("time", _time(result)), ("records", str(result["records"]))]
+
+
+def _pasted(found: dict[str, int]) -> Rows:
+    """What given pictures did, pasting by pasting, where the answer was right."""
+    rows = []
+    for name, prefix in (("pasted", ""), ("plain network", "plain_")):
+        images, tries, changed = (found[prefix + key] for key in ("right", "tries", "changed"))
+        said = share(changed / max(tries, 1), changed, tries)
+        rows.append((name, f"{said} pastings change a right answer ({images} images are answered right)"))
+    return rows
 
 
 def plain_rows(values: dict[str, Any]) -> Rows:

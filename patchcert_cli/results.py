@@ -17,6 +17,7 @@ from torch import Tensor
 
 from patchcert_cli import __version__
 from patchcert_cli.arithmetic import former, weakest
+from patchcert_cli.attacks.base import AttackResult
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee, Tally
 from patchcert_cli.data import Images
 from patchcert_cli.errors import ClaimError
@@ -141,6 +142,27 @@ def certified_tally(records: Sequence[Record], verdicts: Sequence[Record]) -> Ta
         return torch.tensor([int(row[name]) for row in rows])
 
     return Tally.of(column(records, "label"), column(records, "prediction"), column(verdicts, "certified").bool())
+
+
+def judged(outcome: AttackResult) -> Iterable[Record]:
+    """For each image what became of the tries of an attack that judges each of them, and the plain classifier's answer."""
+    names = ("tries", "changed", "plain_changed")
+    for counts, plain in zip(outcome.judged.tolist(), outcome.plain.tolist(), strict=True):
+        yield dict(zip(names, counts, strict=True)) | {"plain": plain}
+
+
+def judged_in_all(records: Sequence[Record]) -> dict[str, int]:
+    """The same over all images that are answered right: by the deployed model, and by the plain classifier."""
+    right = [r for r in records if r["prediction"] == r["label"]]
+    plainly = [r for r in records if r["plain"] == r["label"]]
+    return {
+        "right": len(right),
+        "tries": sum(r["tries"] for r in right),
+        "changed": sum(r["changed"] for r in right),
+        "plain_right": len(plainly),
+        "plain_tries": sum(r["tries"] for r in plainly),
+        "plain_changed": sum(r["plain_changed"] for r in plainly),
+    }
 
 
 def check_claim(result: dict[str, Any]) -> None:

@@ -112,7 +112,7 @@ class Certified(Candidate):
         )
         self.found, self.wish, self.name, self.note = found, wish, name, found.note
         self.threat, self.dataset = str(self.config["threat"]), str(self.config["dataset"])
-        own = tuple((one,) for one in self.defense.classes)
+        own = tuple(tuple(map(str, one)) for one in self.config.get("names", ())) or tuple((one,) for one in self.defense.classes)
         self.names = own if wish.classes is None else labels.read(Path(wish.classes))
 
     def fitted(self, dataset: str) -> str:

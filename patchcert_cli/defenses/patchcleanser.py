@@ -184,6 +184,11 @@ class PatchCleanser(Defense):
         """Logits [B, K] of images [B, C, H, W] in which hidden pixels, bool [B, H, W], have the colour of the masks."""
         return views.behind(self.network, x, hidden, self.fill)
 
+    @torch.no_grad()
+    def plain(self, x: Tensor) -> Tensor:
+        """The classifier's label of the whole image, without a mask and without a proof."""
+        return self(x).argmax(dim=1)
+
     def surrogates(self) -> tuple[Surrogate, ...]:
         """Class probabilities behind a few of the masks, and the logits of the whole image."""
         count = min(LOOKED, len(self.set))

