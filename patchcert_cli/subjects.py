@@ -23,6 +23,7 @@ from patchcert_cli import cards, checkpoint, classifiers, datasets, defenses, hu
 from patchcert_cli.certifiers.masks import MaskPlan
 from patchcert_cli.classifiers import Classifier
 from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.errors import UsageError
 from patchcert_cli.labels import Names
 from patchcert_cli.plan import Subject
@@ -42,6 +43,8 @@ class Wish:
         weights: safetensors file for a plain classifier, or ``none`` for random ones.
         classes: text file with the names of the model's outputs, or ``imagenet``.
         labels: what labels behind masks are computed in, ``float32`` or ``bfloat16``; None for the model's own.
+        threshold: confidence from which on certified detection raises an alarm; None for the model's own.
+        compare: whether other thresholds are to be compared with it.
     """
 
     defense: str | None = None
@@ -50,6 +53,8 @@ class Wish:
     weights: str | None = None
     classes: str | None = None
     labels: str | None = None
+    threshold: float | None = None
+    compare: bool = False
 
     @property
     def masked(self) -> bool:
@@ -138,6 +143,7 @@ class Certified(Candidate):
             plan = defense.plan if asked == kind and not wish.masked else wish.plan(threats, shape)
             numbers = wish.labels or str(getattr(defense, "labels", ""))
             defense = put_around(inner, asked, shape, defense.classes, plan, mean, numbers).to(torch.device(device))
+        alarming(defense, asked, wish, getattr(self.defense, "threshold", None))
         setting = _masks_of(defense)
         if asked != kind:
             setting["classifier"] = f"the class scores of {kind}"
@@ -178,6 +184,7 @@ class Plain(Candidate):
         classes = tuple(self.names[at][0] if called else str(at) for at in range(count))
         about, numbers = self.classifier, self.wish.labels or ""
         defense = put_around(about.network, self.kind, shape, classes, plan, about.mean, numbers).to(torch.device(device))
+        alarming(defense, self.kind, self.wish)
         defense.test_once()
         setting = {"classifier": about.name, "input_shape": list(shape), **about.setting, **_masks_of(defense)}
         return Subject(defense, self.name, self.kind, about.sha256, about.source, setting)
@@ -241,6 +248,21 @@ def put_around(
     return made.eval()
 
 
+def alarming(defense: Defense, kind: str, wish: Wish, own: float | None = None) -> None:
+    """Set from which confidence on a defense raises alarms: what is wished, else ``own``, which it had with other masks.
+
+    Raises:
+        UsageError: it raises none.
+    """
+    if isinstance(defense, Minority):
+        chosen = own if wish.threshold is None else wish.threshold
+        defense.threshold = defense.threshold if chosen is None else chosen
+        defense.grid = tuple(sorted({*GRID, defense.threshold})) if wish.compare else ()
+    elif wish.threshold is not None or wish.compare:
+        flag = "--plot-thresholds" if wish.threshold is None else "--threshold"
+        raise UsageError(f"{kind} raises no alarms, so {flag} means nothing;", hint="say --defense minority, or leave it out.")
+
+
 def largest(threats: Sequence[Threat], shape: Sequence[int]) -> list[Threat]:
     """Threats without the patches that fit inside another one of them: what hides the others hides these too."""
     sides = [one.resolve(*shape[1:]) if isinstance(one, Patch | PatchPercent) else None for one in threats]
@@ -261,6 +283,8 @@ def _masks_of(defense: Defense) -> dict[str, Any]:
     said: dict[str, Any] = {"masks": plan.to_dict()} if isinstance(plan, MaskPlan) else {}
     numbers = getattr(defense, "labels", None)
     said |= {"labels": numbers} if isinstance(numbers, str) else {}
+    if isinstance(defense, Minority):
+        said |= {"threshold": defense.threshold} | ({"compared": list(defense.grid)} if defense.grid else {})
     return said | ({"fill": [round(value, 6) for value in fill.flatten().tolist()]} if isinstance(fill, torch.Tensor) else {})
 
 

@@ -180,6 +180,7 @@ def _use(card: Card) -> list[str]:
         return ["There are no weights yet. Train them:", _code("bash", card.command)]
     kind, _, rest = card.threat.partition(":")
     option = f"--patch {rest}" if kind == "patch" else f"--threat {card.threat}"
+    option += " --data imagefolder:./val" if card.public else ""
     name = card.name if card.hub.repo == f"patchcert/{card.name}" else f"{card.hub.repo}@{card.hub.revision or 'COMMIT'}"
     python = [
         "import patchcert_cli",

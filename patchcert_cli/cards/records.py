@@ -214,7 +214,7 @@ def _status_fits(
     validation: Validation | None,
 ) -> Iterable[str]:
     if status in UNTRAINED:
-        present = {"results": results, "trained": trained, "validation": validation}
+        present: dict[str, Any] = {"results": results, "trained": trained, "validation": validation}
         present |= {"files": files} if status == "recipe only" else {}
         yield from (f"{name} must be empty while status is {status}" for name, value in present.items() if value)
     if status not in UNTRAINED:

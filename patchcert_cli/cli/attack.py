@@ -14,6 +14,7 @@ from patchcert_cli.cli.opening import (
     LabelsOption,
     MasksOption,
     PassesOption,
+    ThresholdOption,
     WeightsOption,
     open_glance,
     open_plan,
@@ -69,7 +70,7 @@ SavedOption = Annotated[
     typer.Option("--saved", metavar="FOLDER", help="Paste these pictures at random places instead.", rich_help_panel=SAVED),
 ]
 PlacesOption = Annotated[
-    int | None, typer.Option("--places", help="How often each is pasted on an image. Default: 1.", rich_help_panel=SAVED)
+    int | None, typer.Option("--places", min=1, help="How often each is pasted on an image. Default: 1.", rich_help_panel=SAVED)
 ]
 TurnOption = Annotated[
     float | None,
@@ -108,6 +109,7 @@ def attack(
     weights: WeightsOption = None,
     classes: ClassesOption = None,
     labels: LabelsOption = None,
+    threshold: ThresholdOption = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     download: DownloadOption = False,
@@ -126,7 +128,7 @@ def attack(
     """
     chosen = threat_from(threat=threat, patch=patch, k=k, unit=unit)
     wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
-    wish = wish_of(**wanted, labels=labels, dry_run=dry_run)
+    wish = wish_of(**wanted, labels=labels, dry_run=dry_run, threshold=threshold)
 
     searching: dict[str, Any] = {"steps": steps, "restarts": restarts, "locations": locations, "iterations": iterations}
     pasting: dict[str, Any] = {"places": places, "turn": turn, "shrink": shrink}

@@ -14,6 +14,7 @@ from patchcert_cli.cli.opening import (
     LabelsOption,
     MasksOption,
     PassesOption,
+    ThresholdOption,
     WeightsOption,
     open_glance,
     open_plan,
@@ -82,6 +83,14 @@ PlotOption = Annotated[
     Path | None,
     typer.Option("--plot", help="Draw accuracy over patch sizes or shapes into this file.", rich_help_panel=PICTURE),
 ]
+PlotThresholdsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot-thresholds",
+        help="Certified detection: draw alarms on unattacked images and certified answers over the threshold into this file.",
+        rich_help_panel=PICTURE,
+    ),
+]
 ImageOption = Annotated[
     Path | None, typer.Option("--image", help="Certify this one picture instead of test images.", rich_help_panel=PICTURE)
 ]
@@ -117,6 +126,7 @@ def certify(
     weights: WeightsOption = None,
     classes: ClassesOption = None,
     labels: LabelsOption = None,
+    threshold: ThresholdOption = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     download: DownloadOption = False,
@@ -125,6 +135,7 @@ def certify(
     resize: ResizeOption = False,
     map_: MapOption = None,
     plot: PlotOption = None,
+    plot_thresholds: PlotThresholdsOption = None,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -140,8 +151,8 @@ def certify(
     """
     claims = _claims(_methods(condition, bounds), patch, patch_area, threat, k, unit)
     wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
-    wish = wish_of(**wanted, labels=labels, dry_run=dry_run)
-    _check_pictures(image, plot, map_, dry_run=dry_run)
+    wish = wish_of(**wanted, labels=labels, dry_run=dry_run, threshold=threshold, compare=plot_thresholds is not None)
+    _check_pictures(image, [plot, plot_thresholds], map_, dry_run=dry_run)
     if image is not None:
         _certify_picture(model, claims, wish, dataset, device, image, resize, map_, json)
         return
@@ -161,6 +172,9 @@ def certify(
     if plot is not None:
         pictures.plot(report.claim_list(found), plot, title=report.plot_title(found))
         show.say(f"drew {plot}")
+    if plot_thresholds is not None:
+        pictures.thresholds(report.compared(found), plot_thresholds, title=report.plot_title(found))
+        show.say(f"drew {plot_thresholds}")
     show.result(report.certify_rows(found), found, json)
 
 
@@ -234,14 +248,15 @@ def _threats(patch: str | None, area: int | None, threat: str | None, k: int | N
     return [] if one is None else [one]
 
 
-def _check_pictures(image: Path | None, plot: Path | None, map_: Path | None, *, dry_run: bool) -> None:
+def _check_pictures(image: Path | None, plots: list[Path | None], map_: Path | None, *, dry_run: bool) -> None:
     """Refuse what cannot be drawn before anything is computed."""
     from patchcert_cli import pictures
 
     if map_ is not None and image is None:
         raise UsageError("--map draws one picture;", hint="say which: --image FILE.")
-    if image is not None and (plot is not None or dry_run):
-        raise UsageError(f"{'--plot' if plot else '--dry-run'} does not go with --image;", hint="leave one of them out.")
-    for path in filter(None, (plot, map_)):
+    if image is not None and (any(plots) or dry_run):
+        flag = "--plot" if plots[0] else "--plot-thresholds" if plots[1] else "--dry-run"
+        raise UsageError(f"{flag} does not go with --image;", hint="leave one of them out.")
+    for path in filter(None, (*plots, map_)):
         pictures.require()
         pictures.check_path(path)

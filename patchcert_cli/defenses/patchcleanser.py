@@ -187,7 +187,7 @@ class PatchCleanser(Defense):
     @torch.no_grad()
     def plain(self, x: Tensor) -> Tensor:
         """The classifier's label of the whole image, without a mask and without a proof."""
-        return self(x).argmax(dim=1)
+        return self.forward(x).argmax(dim=1)
 
     def surrogates(self) -> tuple[Surrogate, ...]:
         """Class probabilities behind a few of the masks, and the logits of the whole image."""

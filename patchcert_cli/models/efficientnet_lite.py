@@ -48,7 +48,7 @@ class Convolution(nn.Conv2d):
 
 
 def convolved(before: int, after: int, kernel: int = 1, stride: int = 1, *, groups: int = 1, norm: bool) -> list[nn.Module]:
-    """A convolution, and a batch norm behind it unless one was folded into it."""
+    """A convolution, and a batch norm behind it or a bias in it."""
     convolution = Convolution(before, after, kernel, stride, groups=groups, bias=not norm)
     return [convolution, nn.BatchNorm2d(after, eps=NORM_EPS)] if norm else [convolution]
 
@@ -88,7 +88,7 @@ def build(
         size: what images are resized to, by default ``input_shape``; one number for a square.
         mean: per channel, of what the network takes.
         std: per channel.
-        norm: whether there are batch norms; not if they were folded into the convolutions.
+        norm: whether there are batch norms behind the convolutions; without, these have biases.
     """
     if not 0 <= variant < len(VARIANTS):
         raise UsageError(f"variant {variant} is no EfficientNet-Lite;", hint=f"allowed: 0 to {len(VARIANTS) - 1}.")
