@@ -108,9 +108,8 @@ def _samples(card: Card) -> Iterator[Html]:
             tag("th", prose(one.pictures), scope="row"),
             tag("td", str(one.images)),
             tag("td", code(one.threat), f", {one.guarantee} ({one.method}{', ' + one.masks if one.masks else ''})"),
-            tag("td", percent(one.clean, one.images)),
-            tag("td", percent(one.certified, one.images)),
-            tag("td", " to ".join(f"{end:.2%}" for end in one.certified_interval)),
+            *(tag("td", f"{percent(count, one.images)} % ({count}/{one.images})") for count in (one.clean, one.certified)),
+            tag("td", " to ".join(f"{100 * end:.2f}" for end in one.certified_interval) + " %"),
             tag("td", one.arithmetic),
         )
         for one in card.samples
