@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_origin, get_type_hints
 
@@ -32,6 +33,12 @@ def listed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: [value] if type(value) is int and get_origin(kinds.get(key)) is Sequence else value for key, value in options.items()
     }
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """The options of network ``name`` that have a default, each with it."""
+    options = inspect.signature(registry.entry("network", __name__, name, names()).build).parameters
+    return {key: option.default for key, option in options.items() if option.default is not option.empty}
 
 
 def describe(network: nn.Module) -> str:

@@ -166,6 +166,9 @@ class Recipe:
             words = [f"--threat patch --patch {shape.split('x')[0] if square else shape}"]
         given, default = self.validate().to_dict(), for_threat(threat, self.defense, self.dataset).validate().to_dict()
         default["dataset"] = for_threat(threat, self.defense).dataset
+        own = models.defaults(given["network"])  # a command that did not say them would get the recipe's
+        unsaid = own.keys() & default["network_options"].keys() - given["network_options"].keys()
+        given["network_options"] |= {key: own[key] for key in sorted(unsaid)}
         if self.defense != for_threat(threat).defense:
             words.append(f"--defense {self.defense}")
         for name, value in given.items():

@@ -300,6 +300,8 @@ def test_recipes_name_everything_wrong_at_once_and_spell_out_their_command() -> 
     words = "--network-option hidden=40,20 --epochs 99 --option decay=step"
     assert recipe.command == f"patchcert train --threat patch --patch 3x7 {words}"
     assert Recipe.from_dict(recipe.to_dict()) == recipe
+    older = replace(for_threat(Patch(5, 5), "patchcleanser"), network_options={})  # made before networks of whole numbers
+    assert "--network-option bits=0" in older.command
     one = replace(for_threat(Patch(5, 5), "patchcleanser", "mnist"), options={"sides": 8}).validate()  # a list of one
     assert one.training == MaskedOptions(sides=(8,)) and one.options["sides"] == [8]
     assert one.command.startswith(
