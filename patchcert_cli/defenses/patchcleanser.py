@@ -184,11 +184,6 @@ class PatchCleanser(Defense):
         """Logits [B, K] of images [B, C, H, W] in which hidden pixels, bool [B, H, W], have the colour of the masks."""
         return views.behind(self.network, x, hidden, self.fill)
 
-    @torch.no_grad()
-    def plain(self, x: Tensor) -> Tensor:
-        """The classifier's label of the whole image, without a mask and without a proof."""
-        return self.forward(x).argmax(dim=1)
-
     def surrogates(self) -> tuple[Surrogate, ...]:
         """Class probabilities behind a few of the masks, and the logits of the whole image."""
         count = min(LOOKED, len(self.set))
@@ -294,6 +289,16 @@ class PatchCleanser(Defense):
 
     def self_test(self) -> None:
         self.views().test()
+
+    @torch.no_grad()
+    def plain(self, x: Tensor) -> Tensor:
+        """What the network alone says of images [B, C, H, W], without masks and without a defense: int64 [B]."""
+        self.check_input(x)
+        with exact.exact_arithmetic():
+            parts = torch.split(x, max(1, min(views.PASSES, views.PIXELS // math.prod(self.input_shape))))
+            return (
+                torch.cat([self.forward(part).argmax(dim=1) for part in parts]) if len(x) else x.new_zeros(0, dtype=torch.int64)
+            )
 
     def begin(self, x: Tensor) -> None:
         """Let a network that can begin with the whitening of the training images do so."""
