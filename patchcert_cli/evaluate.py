@@ -91,7 +91,10 @@ def attack(
                 {**record, "label": label, "prediction": clean, "attacked": attacked, "flipped": flipped, "queries": queries}
             )
         if attacker.judges_each:
-            merged = [record | judged for record, judged in zip(merged, results.judged(outcome), strict=True)]
+            merged = [
+                record | judged
+                for record, judged in zip(merged, results.judged(outcome, defense.plain(x[:0]) is not None), strict=True)
+            ]
         if certificate is not None and bool((certificate.certified & outcome.success).any()):
             broken = (certificate.certified & outcome.success).nonzero()[:, 0].cpu()
             tensors = {"index": part.index[broken], "adversarial": outcome.adversarial.cpu()[broken]}

@@ -167,7 +167,7 @@ def attack_rows(result: dict[str, Any]) -> Rows:
 def _pasted(found: dict[str, int]) -> Rows:
     """What given pictures did, pasting by pasting, where the answer was right."""
     rows = []
-    for name, prefix in (("pasted", ""), ("plain network", "plain_")):
+    for name, prefix in (("pasted", ""), *([("plain network", "plain_")] if "plain_right" in found else [])):
         images, tries, changed = (found[prefix + key] for key in ("right", "tries", "changed"))
         said = share(changed / max(tries, 1), changed, tries)
         rows.append((name, f"{said} pastings change a right answer ({images} images are answered right)"))

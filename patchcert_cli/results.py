@@ -162,25 +162,21 @@ def certified_tally(records: Sequence[Record], verdicts: Sequence[Record]) -> Ta
     return Tally.of(column(records, "label"), column(records, "prediction"), column(verdicts, "certified").bool())
 
 
-def judged(outcome: AttackResult) -> Iterable[Record]:
-    """For each image what became of the tries of an attack that judges each of them, and the plain classifier's answer."""
-    names = ("tries", "changed", "plain_changed")
-    for counts, plain in zip(outcome.judged.tolist(), outcome.plain.tolist(), strict=True):
-        yield dict(zip(names, counts, strict=True)) | {"plain": plain}
+def judged(outcome: AttackResult, inside: bool) -> Iterable[Record]:
+    """For each image what became of the tries of an attack that judges each of them, and the same of a classifier ``inside``."""
+    for (tries, changed, altered), plain in zip(outcome.judged.tolist(), outcome.plain.tolist(), strict=True):
+        yield {"tries": tries, "changed": changed} | ({"plain_changed": altered, "plain": plain} if inside else {})
 
 
 def judged_in_all(records: Sequence[Record]) -> dict[str, int]:
     """The same over all images that are answered right: by the deployed model, and by the plain classifier."""
     right = [r for r in records if r["prediction"] == r["label"]]
+    found = {"right": len(right), "tries": sum(r["tries"] for r in right), "changed": sum(r["changed"] for r in right)}
+    if not records or "plain_changed" not in records[0]:
+        return found
     plainly = [r for r in records if r["plain"] == r["label"]]
-    return {
-        "right": len(right),
-        "tries": sum(r["tries"] for r in right),
-        "changed": sum(r["changed"] for r in right),
-        "plain_right": len(plainly),
-        "plain_tries": sum(r["tries"] for r in plainly),
-        "plain_changed": sum(r["plain_changed"] for r in plainly),
-    }
+    found |= {"plain_right": len(plainly), "plain_tries": sum(r["tries"] for r in plainly)}
+    return found | {"plain_changed": sum(r["plain_changed"] for r in plainly)}
 
 
 def check_claim(result: dict[str, Any]) -> None:

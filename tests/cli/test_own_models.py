@@ -431,6 +431,8 @@ def test_given_pictures_are_pasted_and_counted(patchcert) -> None:  # type: igno
     assert pasted["plain_changed"] == sum(row["plain_changed"] for row in rows if row["plain"] == row["label"])
     assert found["broken"] == [] and set(found["attack"]["pictures"]) == {"red.png", "white.png"}
     shown = patchcert(*said)
+    bare = patchcert("attack", "mnist-ibp-p5", "--patch", "5", "--saved", "patches", "--limit", "4")
+    assert bare.code == 0 and "pastings change" in bare.out and "plain network" not in bare.out
     assert shown.code == 0 and "pastings change a right answer" in shown.out and "plain network" in shown.out
 
 
