@@ -106,6 +106,11 @@ def attack(
             merged.append(
                 {**record, "label": label, "prediction": clean, "attacked": attacked, "flipped": flipped, "queries": queries}
             )
+        if attacker.judges_each:
+            merged = [
+                record | judged
+                for record, judged in zip(merged, results.judged(outcome, defense.plain(x[:0]) is not None), strict=True)
+            ]
         if certificate is not None and bool((certificate.certified & outcome.success).any()):
             broken = (certificate.certified & outcome.success).nonzero()[:, 0].cpu()
             tensors = {"index": part.index[broken], "adversarial": outcome.adversarial.cpu()[broken]}
@@ -113,7 +118,8 @@ def attack(
         return merged
 
     def result(seconds: float, resumed: int) -> dict[str, Any]:
-        return _attacked(plan, run, settings, join, seconds, resumed)
+        found = _attacked(plan, run, settings, join, seconds, resumed)
+        return found | ({"pasted": results.judged_in_all(results.ordered(plan, run))} if attacker.judges_each else {})
 
     with _opened(plan, "attack", extra, folder, fresh) as run:
         pace = Pace(plan.batch_size, unit=attacker.together(defense))

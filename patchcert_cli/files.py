@@ -22,6 +22,7 @@ INDEX, LEDGER = "model.safetensors.index.json", "records.jsonl.gz"  # of weights
 PARTIAL = ".partial"  # what a file is called until it is whole
 LONGEST = 255  # bytes of a name, on every file system in use
 ROOM = (errno.ENOSPC, errno.EDQUOT)
+SAMPLE = r"sample-\d{1,4}\.jsonl\.gz"  # records of pictures that are no test split
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".th")
 
 

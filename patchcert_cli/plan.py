@@ -52,8 +52,7 @@ class Subject:
 
     def plain(self, x: Tensor) -> Tensor | None:
         """What a plain classifier says of images [B, C, H, W] without the defense, int64 [B]; None if it is none."""
-        alone = getattr(self.defense, "plain", None)
-        return cast(Tensor, alone(x)) if self.in_front and alone is not None else None
+        return self.defense.plain(x) if self.in_front else None
 
     def fingerprint(self) -> dict[str, Any] | None:
         """Answers of a plain classifier that tell whether it is still the same; None if it is none."""

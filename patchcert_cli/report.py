@@ -58,6 +58,9 @@ def certify_rows(result: dict[str, Any]) -> Rows:
             rows.append(("shapes", f"the largest of at most {result['patch_area']} pixels, one of each height"))
         several = len({claim["method"] for claim in claims}) > 1
         rows += [(claim["threat"] + (f", {claim['method']}" if several else ""), _certified(claim)) for claim in claims]
+    for one in compared(result):
+        said = [f"{name} {share(one[name] / images, one[name], images)}" for name in ("alarms", "clean", "certified")]
+        rows.append((f"threshold {one['threshold']:g}", ", ".join(said)))
     rows.append(_arithmetic(claim["arithmetic"] for claim in claims))
     return [*rows, ("time", _time(result)), ("records", str(result["records"]))]
 
@@ -68,6 +71,12 @@ def _plain(result: dict[str, Any]) -> Rows:
         return []
     right = share(result["plain_accuracy"], result["plain_right"], result["images"])
     return [("in front", result["in_front"]), ("plain", f"{right} without defense and masks")]
+
+
+def compared(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What other thresholds of certified detection would give, a row each, for the first claim; empty if nobody asked."""
+    first = result.get("claims", [result])[0]
+    return [{**one, "images": result["images"], "threat": first["threat"]} for one in first.get("thresholds", [])]
 
 
 def _arithmetic(said: Iterable[str]) -> tuple[str, str]:
@@ -193,6 +202,8 @@ def attack_rows(result: dict[str, Any]) -> Rows:
         ("attacked", f"{share(result['attacked_accuracy'], survived, images)}{KEPT[guarantee]}{EMPIRICAL}"),
         ("judged for", guarantee),
     ]
+    if "pasted" in result:
+        rows += _pasted(result["pasted"])
     if "certified_accuracy" in result:
         rows.append(("certified", share(result["certified_accuracy"], counts["certified"], images)))
         rows.append(("verdict", f"{len(result['broken'])} certified images flipped"))
@@ -201,6 +212,16 @@ def attack_rows(result: dict[str, Any]) -> Rows:
         of = images + result["left"]
         rows.append(("left", f"{result['left']} of {of} images: the time was up; the same command goes on with them"))
     return [*rows, ("queries", f"{result['queries']:,}"), ("time", _time(result)), ("records", str(result["records"]))]
+
+
+def _pasted(found: dict[str, int]) -> Rows:
+    """What given pictures did, pasting by pasting, where the answer was right."""
+    rows = []
+    for name, prefix in (("pasted", ""), *([("plain network", "plain_")] if "plain_right" in found else [])):
+        images, tries, changed = (found[prefix + key] for key in ("right", "tries", "changed"))
+        said = share(changed / max(tries, 1), changed, tries)
+        rows.append((name, f"{said} pastings change a right answer ({images} images are answered right)"))
+    return rows
 
 
 def plain_rows(values: dict[str, Any]) -> Rows:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from patchcert_cli import __version__
 from patchcert_cli.arithmetic import former, weakest
+from patchcert_cli.attacks.base import AttackResult
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee, Tally
 from patchcert_cli.data import Images
 from patchcert_cli.errors import ClaimError
@@ -42,6 +43,8 @@ def certify_records(part: Images, certificates: Sequence[Certificate], plain: Te
             record["plain"] = int(plain[position])
         if passes is not None:
             record["passes"] = passes[position]
+        if certificates[0].plain is not None:
+            record["whole"] = int(certificates[0].plain[position])
         verdicts = [column[position] for column in columns]
         yield {**record, **verdicts[0]} if len(verdicts) == 1 else {**record, "claims": verdicts}
 
@@ -49,8 +52,10 @@ def certify_records(part: Images, certificates: Sequence[Certificate], plain: Te
 def _verdicts(certificate: Certificate) -> Iterable[dict[str, Any]]:
     parts = (certificate.certified, certificate.margin, certificate.worst, certificate.rival)
     same = (certificate.method, str(certificate.arithmetic))
-    for certified, margin, worst, rival in zip(*(part.tolist() for part in parts), strict=True):
-        yield dict(zip(VERDICT, (certified, margin, worst, rival, *same), strict=True))
+    between = None if certificate.thresholds is None else certificate.thresholds.tolist()
+    for at, values in enumerate(zip(*(part.tolist() for part in parts), strict=True)):
+        found = dict(zip(VERDICT, (*values, *same), strict=True))
+        yield found if between is None else found | {"thresholds": between[at]}
 
 
 class Standing:
@@ -149,7 +154,21 @@ def _row(plan: Plan, records: Sequence[Record], at: int) -> dict[str, Any]:
         "certified_accuracy": tally.certified_accuracy,
         "certified_interval": list(tally.certified_interval),
         "counts": {"clean": tally.clean, "certified": tally.certified, **_alarms(plan, records)},
+        **_compared(plan, records, verdicts),
     }
+
+
+def _compared(plan: Plan, records: Sequence[Record], verdicts: Sequence[Record]) -> dict[str, Any]:
+    """What other thresholds would give: how many alarms on unattacked images, right answers, and certified ones."""
+    rows = []
+    for threshold in plan.subject.setting.get("compared", ()):
+        right = [r["whole"] == r["label"] for r in records]
+        silent = [threshold > v["thresholds"][0] for v in verdicts]
+        held = [threshold < v["thresholds"][1] for v in verdicts]
+        counts = {"alarms": silent.count(False), "clean": sum(map(all, zip(right, silent, strict=True)))}
+        counts["certified"] = sum(map(all, zip(right, silent, held, strict=True)))
+        rows.append({"threshold": threshold, **counts})
+    return {"thresholds": rows} if rows else {}
 
 
 def _alarms(plan: Plan, records: Sequence[Record]) -> dict[str, int]:
@@ -165,6 +184,23 @@ def certified_tally(records: Sequence[Record], verdicts: Sequence[Record]) -> Ta
         return torch.tensor([int(row[name]) for row in rows])
 
     return Tally.of(column(records, "label"), column(records, "prediction"), column(verdicts, "certified").bool())
+
+
+def judged(outcome: AttackResult, inside: bool) -> Iterable[Record]:
+    """For each image what became of the tries of an attack that judges each of them, and the same of a classifier ``inside``."""
+    for (tries, changed, altered), plain in zip(outcome.judged.tolist(), outcome.plain.tolist(), strict=True):
+        yield {"tries": tries, "changed": changed} | ({"plain_changed": altered, "plain": plain} if inside else {})
+
+
+def judged_in_all(records: Sequence[Record]) -> dict[str, int]:
+    """The same over all images that are answered right: by the deployed model, and by the plain classifier."""
+    right = [r for r in records if r["prediction"] == r["label"]]
+    found = {"right": len(right), "tries": sum(r["tries"] for r in right), "changed": sum(r["changed"] for r in right)}
+    if not records or "plain_changed" not in records[0]:
+        return found
+    plainly = [r for r in records if r["plain"] == r["label"]]
+    found |= {"plain_right": len(plainly), "plain_tries": sum(r["tries"] for r in plainly)}
+    return found | {"plain_changed": sum(r["plain_changed"] for r in plainly)}
 
 
 def check_claim(result: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from patchcert_cli.certifiers.masks import MaskPlan
 from patchcert_cli.certifiers.views import MANY
 from patchcert_cli.classifiers import Classifier
 from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.framing import Framing
 from patchcert_cli.labels import Names
@@ -45,6 +46,8 @@ class Wish:
         classes: text file with the names of the model's outputs, or ``imagenet``.
         download: whether weights of torchvision may be fetched.
         labels: what labels behind masks are computed in, ``float32`` or ``bfloat16``; None for the model's own.
+        threshold: confidence from which on certified detection raises an alarm; None for the model's own.
+        compare: whether other thresholds are to be compared with it.
     """
 
     defense: str | None = None
@@ -54,6 +57,8 @@ class Wish:
     classes: str | None = None
     labels: str | None = None
     download: bool = False
+    threshold: float | None = None
+    compare: bool = False
 
     @property
     def masked(self) -> bool:
@@ -140,7 +145,7 @@ class Certified(Candidate):
         )
         self.found, self.wish, self.name, self.note = found, wish, name, found.note
         self.threat, self.dataset = str(self.config["threat"]), str(self.config["dataset"])
-        own = tuple((one,) for one in self.defense.classes)
+        own = tuple(tuple(map(str, one)) for one in self.config.get("names", ())) or tuple((one,) for one in self.defense.classes)
         self.names = own if wish.classes is None else labels.read(Path(wish.classes))
 
     @property
@@ -171,6 +176,7 @@ class Certified(Candidate):
             plan = defense.plan if asked == kind and not wish.masked else wish.plan(threats, shape)
             numbers = wish.labels or str(getattr(defense, "labels", ""))
             defense = put_around(inner, asked, shape, defense.classes, plan, mean, numbers).to(torch.device(device))
+        alarming(defense, asked, wish, getattr(self.defense, "threshold", None))
         setting = _masks_of(defense)
         if asked != kind:
             setting["classifier"] = f"the class scores of {kind}"
@@ -211,6 +217,7 @@ class Plain(Candidate):
         count, numbers = classifiers.outputs(about, shape, device), self.wish.labels or ""
         classes = labels.words(self.names) if len(self.names) == count else tuple(map(str, range(count)))
         defense = put_around(about.network, self.kind, shape, classes, plan, about.mean, numbers).to(torch.device(device))
+        alarming(defense, self.kind, self.wish)
         try:
             defense.test_once()
         except IntegrityError as problem:
@@ -292,6 +299,21 @@ def put_around(
     return made.eval()
 
 
+def alarming(defense: Defense, kind: str, wish: Wish, own: float | None = None) -> None:
+    """Set from which confidence on a defense raises alarms: what is wished, else ``own``, which it had with other masks.
+
+    Raises:
+        UsageError: it raises none.
+    """
+    if isinstance(defense, Minority):
+        chosen = own if wish.threshold is None else wish.threshold
+        defense.threshold = defense.threshold if chosen is None else chosen
+        defense.grid = tuple(sorted({*GRID, defense.threshold})) if wish.compare else ()
+    elif wish.threshold is not None or wish.compare:
+        flag = "--plot-thresholds" if wish.threshold is None else "--threshold"
+        raise UsageError(f"{kind} raises no alarms, so {flag} means nothing;", hint="say --defense minority, or leave it out.")
+
+
 def largest(threats: Sequence[Threat], shape: Sequence[int]) -> list[Threat]:
     """Threats without the patches that fit inside another one of them: what hides the others hides these too."""
     sides = [one.resolve(*shape[1:]) if isinstance(one, Patch | PatchPercent) else None for one in threats]
@@ -312,6 +334,8 @@ def _masks_of(defense: Defense) -> dict[str, Any]:
     said: dict[str, Any] = {"masks": plan.to_dict()} if isinstance(plan, MaskPlan) else {}
     numbers = getattr(defense, "labels", None)
     said |= {"labels": numbers} if isinstance(numbers, str) else {}
+    if isinstance(defense, Minority):
+        said |= {"threshold": defense.threshold} | ({"compared": list(defense.grid)} if defense.grid else {})
     return said | ({"fill": [round(value, 6) for value in fill.flatten().tolist()]} if isinstance(fill, torch.Tensor) else {})
 
 

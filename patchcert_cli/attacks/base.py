@@ -59,6 +59,9 @@ class AttackResult:
         prediction: int64 [B], the deployed answer on ``adversarial``.
         queries: int64 [B], forward and backward passes spent on the image, the base class's own included.
         clean_prediction: int64 [B], the deployed answer on the clean image.
+        judged: int64 [B, 3], of an attack that judges each of its tries: how many there were, how many of them changed the
+            deployed answer, and how many the plain one; zeros of all others.
+        plain: int64 [B], the plain answer on the clean image; where there is no plain classifier, the deployed one.
     """
 
     adversarial: Tensor
@@ -66,6 +69,8 @@ class AttackResult:
     prediction: Tensor
     queries: Tensor
     clean_prediction: Tensor
+    judged: Tensor
+    plain: Tensor
 
     @classmethod
     def cat(cls, parts: list[AttackResult]) -> AttackResult:
@@ -135,6 +140,7 @@ class Target:
         done: bool [B], whether the attack has succeeded with ``best``, or the clean image raises an alarm anyhow; such an image
             needs no more work.
         queries: int64 [B], passes spent so far.
+        judged: int64 [B, 3], see :class:`AttackResult`.
         start: where to begin, a hint that an attack may ignore.
         surrogates: what to climb, the most faithful one first.
     """
@@ -151,6 +157,9 @@ class Target:
         self.margin = torch.full((len(x),), -torch.inf, device=x.device)
         self.box = torch.zeros(len(x), 4, dtype=torch.int64, device=x.device)
         self.done = self.answer == ALERT
+        self.judged = torch.zeros(len(x), 3, dtype=torch.int64, device=x.device)
+        self._x = x
+        self._plain: Tensor | None = None
         self._class = self.answer.clamp(min=0)  # an alarm is no class, and such an image is done
 
     def groups(self, rows_per_image: int) -> Iterator[Tensor]:
@@ -163,6 +172,32 @@ class Target:
         """The deployed answers, [R, C, H, W] and int64 [R] -> int64 [R]."""
         self._count(owner, 1)
         return torch.cat([self._defense.predict(part) for part in torch.split(rows, self.rows)])
+
+    @property
+    def plain(self) -> Tensor:
+        """int64 [B], what the plain classifier says of the clean images; without one the deployed answer."""
+        if self._plain is None:
+            self._plain = self._plainly(self._x, torch.arange(len(self._x), device=self._x.device))
+        return self.answer if self._plain is None else self._plain
+
+    @torch.no_grad()
+    def _plainly(self, rows: Tensor, owner: Tensor) -> Tensor | None:
+        """The labels of a plain classifier, int64 [R]; None if there is none inside the defense."""
+        parts = [self._defense.plain(part) for part in torch.split(rows, self.rows)]
+        found = [part for part in parts if part is not None]
+        if not found:
+            return None
+        self._count(owner, 1)
+        return torch.cat(found)
+
+    def judge(self, rows: Tensor, owner: Tensor) -> None:
+        """Count what candidates [R, C, H, W] of distinct images int64 [R] do, and keep the first that changes an answer."""
+        flipped = self.flipped(self.answers(rows, owner), owner)
+        plain = self._plainly(rows, owner)
+        altered = flipped if plain is None else plain != self.plain[owner]
+        self.judged[owner] += torch.stack([torch.ones_like(owner), flipped.long(), altered.long()], dim=1)
+        fresh = flipped & ~self.done[owner]
+        self.best[owner[fresh]], self.done[owner] = rows[fresh], self.done[owner] | flipped
 
     def flipped(self, answers: Tensor, owner: Tensor) -> Tensor:
         """Whether such answers, int64 [R] for images int64 [R], are a success: bool [R]."""
@@ -254,6 +289,7 @@ class Attack(ABC):
 
     seed: int = 0
     kinds: ClassVar[tuple[str, ...]] = ()  # the kinds of threat it knows
+    judges_each: ClassVar[bool] = False  # whether it counts what each of its tries does
 
     @abstractmethod
     def run(self, target: Target, x: Tensor, threat: Threat, index: Tensor) -> Tensor:
@@ -317,7 +353,8 @@ class Attack(ABC):
         prediction = target.answers(candidate, everyone)
         success = target.flipped(prediction, everyone)
         adversarial = torch.where(success[:, None, None, None], candidate, x)
-        return AttackResult(adversarial, success, prediction, target.queries, target.answer)
+        plain = target.plain if self.judges_each and len(x) else target.answer
+        return AttackResult(adversarial, success, prediction, target.queries, target.answer, target.judged, plain)
 
     def _checked(self, found: Tensor, x: Tensor, threat: Threat) -> Tensor:
         """Project to [0, 1] and refuse what the threat forbids."""

@@ -14,6 +14,7 @@ from patchcert_cli.cli.opening import (
     LabelsOption,
     MasksOption,
     PassesOption,
+    ThresholdOption,
     WeightsOption,
     open_glance,
     open_plan,
@@ -88,6 +89,14 @@ PlotOption = Annotated[
         rich_help_panel=PICTURE,
     ),
 ]
+PlotThresholdsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot-thresholds",
+        help="Certified detection: draw alarms on unattacked images and certified answers over the threshold into this file.",
+        rich_help_panel=PICTURE,
+    ),
+]
 ImageOption = Annotated[
     Path | None, typer.Option("--image", help="Certify this one picture instead of test images.", rich_help_panel=PICTURE)
 ]
@@ -128,6 +137,7 @@ def certify(
     weights: WeightsOption = None,
     classes: ClassesOption = None,
     labels: LabelsOption = None,
+    threshold: ThresholdOption = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     download: DownloadOption = False,
@@ -136,6 +146,7 @@ def certify(
     resize: ResizeOption = False,
     map_: MapOption = None,
     plot: PlotOption = None,
+    plot_thresholds: PlotThresholdsOption = None,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -151,8 +162,9 @@ def certify(
     """
     claims = _claims(_methods(condition, bounds), patch, patch_area, threat, k, unit)
     wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
-    wish = wish_of(**wanted, labels=labels, dry_run=dry_run, download=download)
-    _check_pictures(image, plot, map_)
+    compare = plot_thresholds is not None
+    wish = wish_of(**wanted, labels=labels, dry_run=dry_run, download=download, threshold=threshold, compare=compare)
+    _check_pictures(image, {"--plot": plot, "--plot-thresholds": plot_thresholds}, map_)
     if image is None and resize:
         raise UsageError("--resize goes with --image;", hint="the pictures of a folder are always made to fit.")
     if image is not None:
@@ -181,6 +193,9 @@ def certify(
     if plot is not None:
         pictures.plot(report.claim_list(found), plot, title=report.plot_title(found), area=patch_area)
         show.say(f"drew {plot}")
+    if plot_thresholds is not None:
+        pictures.thresholds(report.compared(found), plot_thresholds, title=report.plot_title(found))
+        show.say(f"drew {plot_thresholds}")
     show.result(report.certify_rows(found), found, json)
 
 
@@ -263,14 +278,14 @@ def _check_alone(*given: str) -> None:
         raise UsageError(f"{given[0]} does not go with --image;", hint="it is about one picture: leave one of them out.")
 
 
-def _check_pictures(image: Path | None, plot: Path | None, map_: Path | None) -> None:
+def _check_pictures(image: Path | None, plots: dict[str, Path | None], map_: Path | None) -> None:
     """Refuse what cannot be drawn before anything is computed."""
     from patchcert_cli import pictures
 
     if map_ is not None and image is None:
         raise UsageError("--map draws one picture;", hint="say which: --image FILE.")
-    if image is not None and plot is not None:
-        _check_alone("--plot")
-    for path in filter(None, (plot, map_)):
+    if image is not None:
+        _check_alone(*(flag for flag, path in plots.items() if path is not None))
+    for path in filter(None, (*plots.values(), map_)):
         pictures.require()
         pictures.check_path(path)

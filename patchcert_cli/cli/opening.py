@@ -54,6 +54,14 @@ ClassesOption = Annotated[
         rich_help_panel=CLASSIFIER,
     ),
 ]
+ThresholdOption = Annotated[
+    float | None,
+    typer.Option(
+        "--threshold",
+        help="Certified detection: a mask that contradicts the whole image raises an alarm from this confidence on. Default: 0.",
+        rich_help_panel=CLASSIFIER,
+    ),
+]
 LabelsOption = Annotated[
     str | None,
     typer.Option(
@@ -75,6 +83,8 @@ def wish_of(
     labels: str | None,
     dry_run: bool,
     download: bool = False,
+    threshold: float | None = None,
+    compare: bool = False,
 ) -> Wish:
     """What the options say is to be made of a model, refused if they contradict each other."""
     if masks is not None and passes is not None:
@@ -82,6 +92,8 @@ def wish_of(
     for flag, value in (("--masks", masks), ("--passes", passes)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} {value} must be 1 or more.")
+    if threshold is not None and not 0 <= threshold < 1:
+        raise UsageError(f"--threshold {threshold:g} is no confidence;", hint="allowed: from 0 (any contradiction) to below 1.")
     if labels not in (None, "float32", "bfloat16"):
         raise UsageError(f"invalid --labels '{labels}':", hint="use float32 or bfloat16.")
     if weights == "none" and not dry_run:
@@ -89,7 +101,7 @@ def wish_of(
 
     from patchcert_cli.subjects import Wish
 
-    return Wish(defense, masks, passes, weights, classes, labels, download)
+    return Wish(defense, masks, passes, weights, classes, labels, download, threshold, compare)
 
 
 def open_plan(

@@ -184,6 +184,10 @@ class Defense(nn.Module, ABC):
             UsageError: a threat does not fit the image, or the defense has no proof of a claim's method.
         """
 
+    def plain(self, x: Tensor) -> Tensor | None:
+        """What the classifier inside the defense says of whole images [B, C, H, W], int64 [B]; None if there is none."""
+        return None
+
     def called(self, answer: int) -> str:
         """What an answer is called: the name of its class, or ``alarm``."""
         return "alarm" if answer == ALERT else self.classes[answer]

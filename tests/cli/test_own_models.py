@@ -481,3 +481,87 @@ def test_random_weights_measure_the_cost_of_any_pictures(patchcert, monkeypatch:
     assert "random weights fail the self-test, which is of no consequence for what they cost: in float32" in done.err
     refused = patchcert("certify", "mine:named", *DEFENSE, *VAL)
     assert refused.code == 5 and "logits are off by" in refused.err
+
+
+DETECT = ["--defense", "minority", "--masks", "3", "--patch", "3", "--device", "cpu"]
+
+
+def test_a_threshold_of_certified_detection_and_the_picture_of_all(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    pytest.importorskip("matplotlib")
+    said = ["certify", "mine:build", *DETECT, *VAL, *CLASSES]
+    done = patchcert(*said, "--threshold", "0.5", "--plot-thresholds", "t.png", "--json", "-")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert Path("t.png").is_file() and "drew t.png" in done.err
+    rows = {row["threshold"]: row for row in found["thresholds"]}
+    assert {0.0, 0.5, 0.999} <= set(rows)
+    manifest = json.loads((Path(found["records"]).parent / "manifest.json").read_text())
+    assert manifest["setting"]["threshold"] == 0.5 and manifest["setting"]["compared"] == sorted(rows)
+    places = {found["records"]}
+    for threshold in (0.0, 0.5, 0.9):
+        one = json.loads(patchcert(*said, "--threshold", str(threshold), "--json", "-").out)
+        counts = {key: rows[threshold][key] for key in ("clean", "alarms", "certified")}
+        assert one["counts"] == counts and "thresholds" not in one
+        places.add(one["records"])
+    assert len(places) == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--threshold", "1"], "--threshold 1 is no confidence; allowed: from 0 (any contradiction) to below 1."),
+        (["--threshold", "-0.1"], "--threshold -0.1 is no confidence"),
+        (["--threshold", "nan"], "--threshold nan is no confidence"),
+    ],
+)
+def test_what_is_no_threshold_is_refused(patchcert, more: list[str], words: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    done = patchcert("certify", "mine:build", *DETECT, *VAL, *CLASSES, *more)
+    assert done.code == 2 and words in done.err
+
+
+def test_a_defense_that_raises_no_alarms_has_no_threshold(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    for more, flag in ((["--threshold", "0.5"], "--threshold"), (["--plot-thresholds", "t.png"], "--plot-thresholds")):
+        done = patchcert("certify", "mine:build", *DEFENSE, *VAL, *CLASSES, *more)
+        assert done.code == 2 and f"patchcleanser raises no alarms, so {flag} means nothing;" in done.err
+    done = patchcert("certify", "mnist-ibp-p2", "--patch", "2", "--threshold", "0.5")
+    assert done.code == 2 and "ibp raises no alarms" in done.err
+
+
+def test_given_pictures_are_pasted_and_counted(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    from PIL import Image
+
+    Path("patches").mkdir()
+    for name, colour in (("red", (255, 0, 0)), ("white", (255, 255, 255))):
+        Image.new("RGB", (3, 3), colour).save(f"patches/{name}.png")
+    said = ["attack", "mine:build", *DEFENSE, *VAL, *CLASSES, "--saved", "patches"]
+    done = patchcert(*said, "--places", "2", "--turn", "20", "--shrink", "0.5", "--json", "-")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    rows = records(found)
+    assert all(row["tries"] == 4 and row["changed"] <= 4 for row in rows) and len(rows) == 12
+    right = [row for row in rows if row["prediction"] == row["label"]]
+    pasted = found["pasted"]
+    assert (pasted["right"], pasted["tries"]) == (len(right), 4 * len(right))
+    assert pasted["changed"] == sum(row["changed"] for row in right)
+    assert pasted["plain_changed"] == sum(row["plain_changed"] for row in rows if row["plain"] == row["label"])
+    assert found["broken"] == [] and set(found["attack"]["pictures"]) == {"red.png", "white.png"}
+    shown = patchcert(*said)
+    bare = patchcert("attack", "mnist-ibp-p5", "--patch", "5", "--saved", "patches", "--limit", "4")
+    assert bare.code == 0 and "pastings change" in bare.out and "plain network" not in bare.out
+    assert shown.code == 0 and "pastings change a right answer" in shown.out and "plain network" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (["--saved", "nowhere"], 6, "there is no folder 'nowhere'"),
+        (["--saved", "val"], 6, "'val' has no pictures"),
+        (["--saved", "val/cat", "--patch", "2"], 2, "larger than patch:2x2; allow for it: --patch"),
+        (["--saved", "val/cat", "--steps", "3"], 2, "--steps is for an attack that searches"),
+        (["--turn", "3"], 2, "--turn is about pictures to paste; say which: --saved FOLDER."),
+        (["--saved", "val/cat", "--places", "0"], 2, "--places"),
+    ],
+)
+def test_what_cannot_be_pasted(patchcert, more: list[str], code: int, words: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    done = patchcert("attack", "mine:build", *DEFENSE, *VAL, *CLASSES, *more)
+    assert done.code == code and words in done.err, done.err

@@ -15,10 +15,11 @@ from patchcert_cli.attacks.base import Attack, Target
 from patchcert_cli.attacks.patch_pgd import PatchPGD
 from patchcert_cli.cards import Card, Measured
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee
+from patchcert_cli.certifiers import agreement
 from patchcert_cli.certifiers.masks import Cover, MaskPlan, MaskSet
 from patchcert_cli.certifiers.views import SLACK
 from patchcert_cli.defenses.base import Claim
-from patchcert_cli.defenses.minority import Minority
+from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.plan import Plan, Subject
@@ -460,3 +461,55 @@ def test_masks_that_leave_something_out_are_caught(change: Any, monkeypatch: pyt
         monkeypatch.undo()
     assert certified >= 20
     assert (violations > 0) == (change in MASK_BREAKS)
+
+
+@pytest.mark.parametrize("method", ["agreement", "all"])
+def test_thresholds_that_are_compared_are_those_that_would_be_deployed(method: str) -> None:
+    """What a certificate says of other thresholds is what the defense with such a threshold answers and certifies."""
+    x = torch.rand(60, *SHAPE, generator=torch.Generator().manual_seed(3))
+    x[..., :2] *= torch.linspace(0, 1.5, 60)[:, None, None, None].clamp(max=1)
+    wide = {"stride": 1, "wider": 1}
+    defense = made(Sums(1.0), covers="patch:1x1", threshold=0.5, **wide)
+    assert defense.certify(x, Patch(1, 1), method).thresholds is None
+    defense.grid = GRID
+    told = defense.certify(x, Patch(1, 1), method)
+    assert told.thresholds is not None and told.plain is not None
+    assert torch.equal(told.plain, defense.network(x).argmax(dim=1))
+    seen = set()
+    for threshold in GRID:
+        deployed = made(Sums(1.0), covers="patch:1x1", threshold=threshold, **wide).certify(x, Patch(1, 1), method)
+        silent, held = threshold > told.thresholds[:, 0], threshold < told.thresholds[:, 1]
+        assert torch.equal(deployed.prediction, torch.where(silent, told.plain, ALERT)), threshold
+        assert torch.equal(deployed.certified, silent & held), threshold
+        seen.add((int(silent.sum()), int(deployed.certified.sum())))
+    assert len(seen) > 5
+
+
+def test_a_threshold_that_a_confidence_equals_raises_the_alarm_and_certifies_nothing() -> None:
+    """Two equal logits: a confidence of one half behind each mask."""
+    half = torch.tensor([[[0.5, 0.5]]], dtype=torch.float64)
+    label = torch.tensor([[1]])
+    lead = torch.ones(1, 1, dtype=torch.float64)
+    for whole, expected in ((0, [0.5, -1.0]), (1, [-1.0, 0.5])):
+        reports = agreement.Reports(torch.tensor([whole]), label, label, lead, lead, half)
+        assert agreement.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [expected]
+    reports = agreement.Reports(torch.tensor([1]), label, label, lead * 0, lead, half)
+    assert agreement.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [[-1.0, -1.0]]
+
+
+def test_a_result_compares_thresholds_and_agrees_with_itself_at_its_own(digits: Minority, tmp_path: Path) -> None:
+    digits.threshold, digits.grid = 0.2, (0.0, 0.15, 0.2, 0.3)
+    plan = plan_of(digits)
+    plan = replace(plan, subject=replace(plan.subject, setting={"compared": list(digits.grid)}))
+    found = evaluate.certify(plan, tmp_path / "one")
+    rows = report.compared(found)
+    assert [row["threshold"] for row in rows] == list(digits.grid)
+    own = rows[2]
+    assert (own["clean"], own["alarms"], own["certified"]) == (
+        found["counts"]["clean"],
+        found["counts"]["alarms"],
+        found["counts"]["certified"],
+    )
+    assert [row["alarms"] for row in rows] == sorted((row["alarms"] for row in rows), reverse=True)
+    assert dict(report.certify_rows(found))["threshold 0.2"].startswith("alarms ")
+    assert evaluate.certify(plan, tmp_path / "one")["thresholds"] == found["thresholds"]
