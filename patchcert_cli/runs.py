@@ -1,7 +1,7 @@
 """Run folders of evaluations: claimed for one set of settings, appended to image by image, safe against crashes.
 
 A folder holds ``manifest.json`` (what is run), ``records.jsonl`` (one line per image) and, once every image is done,
-``result.json``.
+``result.json``. One process at a time works in it.
 """
 
 from __future__ import annotations
@@ -9,19 +9,39 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from patchcert_cli import __version__, files
+from patchcert_cli import __version__, files, locks
 from patchcert_cli.errors import IntegrityError, MachineError, UsageError
 
 MANIFEST, RECORDS, RESULT = "manifest.json", "records.jsonl", "result.json"
 
 Record = dict[str, Any]
+
+
+@contextmanager
+def opened(
+    folder: Path,
+    identity: dict[str, Any],
+    *,
+    device: str,
+    command: str,
+    fresh: bool,
+    answers: dict[str, Any] | None = None,
+) -> Iterator[Run]:
+    """A :class:`Run` that no other process writes to as long as the block lasts.
+
+    Raises:
+        MachineError: another process is at work in the folder.
+        UsageError: the folder holds another run, or something else.
+    """
+    with locks.held(folder, MANIFEST):
+        yield Run(folder, identity, device=device, command=command, fresh=fresh, answers=answers)
 
 
 class Run:
@@ -37,7 +57,7 @@ class Run:
         fresh: bool,
         answers: dict[str, Any] | None = None,
     ) -> None:
-        """Claim ``folder``, or go on with it.
+        """Claim ``folder``, which this process holds (see :func:`opened`), or go on with it.
 
         Args:
             folder: where the run is kept.
@@ -51,14 +71,15 @@ class Run:
             UsageError: the folder holds another run, or one of a network that gave other answers.
         """
         self.folder, self.identity, self.answers = folder, identity, answers
+        files.check_folder(folder, "--out")
         if fresh and (folder / MANIFEST).exists():
-            shutil.rmtree(folder)
+            locks.clear(folder)
         if (folder / MANIFEST).exists():
             manifest = files.read_json(folder / MANIFEST)
             self._check_same(manifest)
             self.answers = manifest.get("answers")
             self.check_answers(answers)
-        elif folder.is_dir() and any(folder.iterdir()):
+        elif not locks.empty(folder):
             raise UsageError(f"'{folder}' is not empty and holds no evaluation run;", hint="use another --out.")
         else:
             files.write_json(
@@ -105,15 +126,15 @@ class Run:
         path = self.folder / RECORDS
         if not path.exists():
             return {}
-        content = path.read_bytes()
+        content = files.read(path)
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             files.write_atomically(path, whole)
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
-        except ValueError as problem:
-            raise IntegrityError(f"'{path}' is damaged: {problem};", hint="use --fresh to start over.") from problem
-        return {int(line["index"]): line for line in lines}
+            return {int(line["index"]): line for line in lines}
+        except (ValueError, TypeError, LookupError) as problem:
+            raise IntegrityError(f"'{path}' is damaged: {problem!r};", hint="use --fresh to start over.") from problem
 
     def append(self, records: Iterable[Record]) -> None:
         """Write the records of one batch."""

@@ -39,6 +39,7 @@ from patchcert_cli.cli.options import (
     own_threat,
     threat_from,
 )
+from patchcert_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from patchcert_cli.attacks.base import Attack
@@ -57,6 +58,15 @@ LocationsOption = Annotated[
 ]
 IterationsOption = Annotated[
     int | None, typer.Option("--iterations", min=0, help="Rounds of random search (sparse).", rich_help_panel=ATTACK)
+]
+MaxSecondsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-seconds",
+        metavar="S",
+        help="Stop after so many seconds, and say which images are left; the same command goes on with them.",
+        rich_help_panel=RUN,
+    ),
 ]
 JoinOption = Annotated[
     bool,
@@ -77,6 +87,7 @@ def attack(
     locations: LocationsOption = None,
     iterations: IterationsOption = None,
     join: JoinOption = True,
+    max_seconds: MaxSecondsOption = None,
     defense: DefenseOption = None,
     masks: MasksOption = None,
     passes: PassesOption = None,
@@ -102,6 +113,8 @@ def attack(
     chosen = threat_from(threat=threat, patch=patch, k=k, unit=unit)
     wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
     wish = wish_of(**wanted, labels=labels, dry_run=dry_run, download=download)
+    if max_seconds is not None and not max_seconds > 0:
+        raise UsageError(f"--max-seconds {max_seconds:g} must be more than 0.")
 
     from patchcert_cli import attacks, evaluate, outlook, report, results
     from patchcert_cli.defenses.base import Claim
@@ -120,12 +133,14 @@ def attack(
         plan, full = open_glance(model, claims, wish, seed=seed, **given)
         attacker, settings = attacker_of(plan)
         folder = out or plan.folder("attack", {"attack": settings, "joined": join})
-        value = outlook.evaluation(plan, folder, attacker, full)
+        with show.progress() as progress:
+            value = outlook.evaluation(plan, folder, attacker, full, join=join, progress=progress)
         show.result(report.plain_rows(value), value, json)
         return
     plan = open_plan(model, claims, wish, seed=seed, download=download, **given)
     attacker, settings = attacker_of(plan)
     with show.progress() as progress:
-        found = evaluate.attack(plan, attacker, settings, out, join=join, fresh=fresh, progress=progress)
+        more: Any = {"join": join, "fresh": fresh, "progress": progress, "max_seconds": max_seconds}
+        found = evaluate.attack(plan, attacker, settings, out, **more)
     show.result(report.attack_rows(found), found, json)
     results.check_claim(found)
