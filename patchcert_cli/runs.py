@@ -57,7 +57,7 @@ class Run:
         fresh: bool,
         answers: dict[str, Any] | None = None,
     ) -> None:
-        """Claim a folder that this process holds, or go on with it; see :func:`opened`.
+        """Claim ``folder``, which this process holds (see :func:`opened`), or go on with it.
 
         Args:
             folder: where the run is kept.

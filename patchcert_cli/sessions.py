@@ -36,6 +36,10 @@ def library() -> Any:
         raise MachineError(f"onnxruntime cannot be imported: {problem}.", hint=f"type: {INSTALL}") from problem
 
 
+class NoGradient(UsageError, RuntimeError):
+    """Somebody climbs a gradient that there is none of; as torch's own such error it is a RuntimeError."""
+
+
 class Session(nn.Module):
     """A network in an ONNX file: float32 [B, C, H, W] -> [B, K].
 
@@ -97,6 +101,10 @@ class Session(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32:
             raise TypeError(f"an ONNX session computes in float32, not {x.dtype}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise NoGradient(
+                f"'{self._path}' is an ONNX network, which has no gradient to attack by;", hint="certify it instead."
+            )
         session, size = self._session(x.device.type), self._batch or max(len(x), 1)
         parts = [self._run(session, part) for part in torch.split(x.detach(), size)]
         return torch.cat(parts).to(x.device)

@@ -294,6 +294,8 @@ def test_an_onnx_file(monkeypatch: pytest.MonkeyPatch, shape: list[Any], asked: 
         not made.views().gauge.double and certificate.prediction.tolist() == [1, 0] and str(certificate.arithmetic) == "measured"
     )
     assert bool(certificate.certified.all())
+    with pytest.raises(UsageError, match="is an ONNX network, which has no gradient to attack by; certify it instead"):
+        made.surrogates()[0].whole(X.clone().requires_grad_())
 
 
 def test_onnx_files_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:

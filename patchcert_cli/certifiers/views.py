@@ -40,7 +40,6 @@ PRECISIONS = ("float32", "bfloat16")  # in which labels may be computed at first
 PASSES, PIXELS, LARGER = 256, 1 << 20, 64  # passes at a time on a CPU, their values, and how many times that on a GPU
 GATHERED = 4  # times as many passes have their images copied at once
 MANY = 1000  # classes with which bfloat16 leaves so many labels in doubt that it gains nothing
-SUMS = 4  # of the logits of a picture, which tell networks apart
 SIZES = (1, 2, 3, 7)  # batches that the quick precisions are measured in
 CHANNELS_LAST = (nn.Conv2d, nn.BatchNorm2d)  # layers of networks that compute with channels last on a CPU
 LARGE = {"bfloat16": 64, "float32": PASSES}  # and the largest one
@@ -108,6 +107,7 @@ class Views:
     Attributes:
         arithmetic: what is known of the rounding of its labels.
         slack: a lead that is sure exceeds it.
+        classes: K.
     """
 
     arithmetic = Arithmetic.MEASURED
@@ -134,7 +134,7 @@ class Views:
             first: the precision to begin with, float32 or bfloat16.
             memory: where what was found out about the network is kept from one call to the next.
         """
-        self._masks, self._fill, self._shape, self._classes, self._first = masks, fill, shape, classes, first
+        self._masks, self._fill, self._shape, self._first, self.classes = masks, fill, shape, first, classes
         self._networks: dict[str, nn.Module | None] = dict.fromkeys(PRECISIONS, rounding.frozen(network))
         self._owner, self._memory = network, memory or Memory()
 
@@ -150,7 +150,7 @@ class Views:
         bfloat16 is one of them only where the last layer says how large its terms are, where the processor computes in it, and
         where there are fewer than :data:`MANY` classes.
         """
-        wished = self._first == "bfloat16" and self._classes < MANY and computes_in_bfloat16(self._masks.device)
+        wished = self._first == "bfloat16" and self.classes < MANY and computes_in_bfloat16(self._masks.device)
         return PRECISIONS[::-1] if wished and self.gauge.head is not None else PRECISIONS[:1]
 
     def asking(self, x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Answers]:
@@ -174,7 +174,7 @@ class Views:
         return Seen(*(torch.cat(column) for column in zip(*parts, strict=True))) if parts else self._nothing(0)
 
     def _nothing(self, count: int) -> Seen:
-        logits = torch.zeros(count, self._classes, dtype=torch.float64)
+        logits = torch.zeros(count, self.classes, dtype=torch.float64)
         return Seen(logits, torch.ones(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool))
 
     def _look(self, x: Tensor, first: Tensor, second: Tensor, clear: Clear) -> Seen:
@@ -231,10 +231,10 @@ class Views:
         assert network is not None
         with scales.watching(network, head) as watch:
             logits = self._behind(kind, network, x, first, second)
-        if tuple(logits.shape) != (len(x), self._classes):
+        if tuple(logits.shape) != (len(x), self.classes):
             raise IntegrityError(
                 f"the network returns {tuple(logits.shape)} for {len(x)} images;",
-                hint=f"it must return logits ({len(x)}, {self._classes}).",
+                hint=f"it must return logits ({len(x)}, {self.classes}).",
             )
         told = logits.double().cpu()
         if not bool(told.isfinite().all()):
@@ -262,7 +262,7 @@ class Views:
             self._networks[kind] = network if kept else None
         return self._networks[kind]
 
-    def _pictures(self) -> tuple[Tensor, Tensor, Tensor]:
+    def pictures(self) -> tuple[Tensor, Tensor, Tensor]:
         """Fixed images and two masks for each."""
         x = scales.pictures(self._shape)
         first, second = torch.randint(len(self._masks), (2, len(x)), generator=torch.Generator().manual_seed(0))
@@ -270,7 +270,7 @@ class Views:
 
     def _measure(self) -> Gauge:
         """Find the last layer, the smallest scale, and whether float64 is to be believed."""
-        x, first, second = self._pictures()
+        x, first, second = self.pictures()
         quick = cast(nn.Module, self._networks["float32"])
         with torch.no_grad(), _one_way(x.device):
             self._run("float32", x, first, second, None)  # refuses what are no logits
@@ -299,19 +299,6 @@ class Views:
         steady = float((together - logits(x)).abs().amax()) * ROOM <= SLACK["float64"] * least
         return steady and scales.responds(logits, x.double())
 
-    def answers(self) -> dict[str, Any]:
-        """What the network says of three fixed pictures behind masks, each computed in one way: it tells whether it is the same.
-
-        Of each picture there are a few sums of its logits with fixed signs, [3 * SUMS], divided by K and the scale.
-        """
-        x, first, second = self._pictures()
-        some = torch.tensor([0, 2, 5])  # noise, squares, a slope
-        logits, scale = self.alone(x[some.to(x.device)], first[some], second[some])
-        signs = torch.randint(2, (self._classes, SUMS), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
-        said = logits @ signs / self._classes / scale[:, None]
-        precision = "float64" if self.gauge.double else "float32"
-        return {"sums": said.flatten().tolist(), "precision": precision, "near": SLACK[precision]}
-
     def test(self) -> None:
         """Measure what rounding does, on ordinary pictures and on ones whose logits were driven together.
 
@@ -330,7 +317,7 @@ class Views:
             self._test()
 
     def _test(self) -> None:
-        x, first, second = self._pictures()
+        x, first, second = self.pictures()
         network = cast(nn.Module, self._networks["float32"])
         near = scales.shrunk(lambda images: self._behind("float32", network, images, first[:3], second[:3]), x[:3])
         if near is not None:
