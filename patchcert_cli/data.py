@@ -15,10 +15,7 @@ import hashlib
 import io
 import math
 import os
-import pickle
 import re
-import struct
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -29,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchcert_cli import folders, listing, verified
+from patchcert_cli import folders, idx, listing, verified
 from patchcert_cli.datasets import DATASETS as DATASETS
 from patchcert_cli.datasets import DatasetInfo as DatasetInfo
 from patchcert_cli.datasets import info as info
@@ -189,7 +186,7 @@ def load(
     if download:
         _torchvision(name, root, split, download=True)
     if name == "mnist":
-        found = _mnist(root / "MNIST" / "raw", split)
+        found = idx.mnist(root / "MNIST" / "raw", split)
     else:
         found = _torchvision(name, root, split, download=False) if (root / "cifar-10-batches-py").is_dir() else None
     if found is not None:
@@ -295,10 +292,10 @@ def _in_folders(facts: DatasetInfo, root: Path, split: str, download: bool, prog
 @cache
 def _bundled(name: str) -> Images:
     folder, facts = resources.files("patchcert_cli") / "samples", info(name)
-    labels = _idx(gzip.decompress((folder / f"{name}-test-labels.idx.gz").read_bytes()), "labels")
+    labels = idx.read(gzip.decompress((folder / f"{name}-test-labels.idx.gz").read_bytes()), "labels")
     grey = folder / f"{name}-test-images.idx.gz"
     if facts.shape[0] == 1:
-        pixels = _idx(gzip.decompress(grey.read_bytes()), "images")
+        pixels = idx.read(gzip.decompress(grey.read_bytes()), "images")
     else:  # colour images, in rows on one sheet
         sheet = pixels_of(io.BytesIO((folder / f"{name}-test-images.png").read_bytes()))  # [C, rows * H, columns * W]
         _, height, width = facts.shape
@@ -327,46 +324,6 @@ def _checked(pixels: Tensor, labels: Tensor, facts: DatasetInfo, split: str, sou
     return Images(pixels, labels, torch.arange(len(labels)), facts.name, split, source, classes=facts.classes)
 
 
-def _mnist(folder: Path, split: str) -> tuple[Tensor, Tensor] | None:
-    """MNIST's own files, plain or gzipped, or None if they are not there."""
-    stem = "train" if split == "train" else "t10k"
-    found = []
-    for part, axes in (("images", 3), ("labels", 1)):
-        plain = folder / f"{stem}-{part}-idx{axes}-ubyte"
-        packed = plain.with_name(plain.name + ".gz")
-        if plain.is_file() or packed.is_file():
-            path = plain if plain.is_file() else packed
-            found.append(_idx(_content(path), str(path)))
-        else:
-            return None
-    return found[0], found[1]
-
-
-def _content(path: Path) -> bytes:
-    """What a file holds, unpacked if its name says that it is packed."""
-    try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if path.suffix == ".gz" else content
-    except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
-        page = content.lstrip()[:1] == b"<"
-        what = "a web page, not a gzip file" if page else f"not an intact gzip file ({problem})"
-        raise DataError(f"'{path}' is {what}.", hint="Delete it and fetch the data again.") from problem
-    except OSError as problem:
-        raise DataError(f"'{path}' cannot be read: {problem.strerror or problem}.") from problem
-
-
-def _idx(content: bytes, where: str) -> Tensor:
-    """Read the IDX format: two zero bytes, type 8 (uint8), number of axes, their sizes as big-endian int32, the data."""
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise DataError(f"'{where}' is not an IDX file of bytes.", hint="Delete it and fetch the data again.")
-    axes = content[3]
-    start = 4 + 4 * axes
-    sizes = struct.unpack(f">{axes}I", content[4:start]) if len(content) >= start else ()
-    if not axes or len(content) <= start or len(content) != start + math.prod(sizes):
-        raise DataError(f"'{where}' is truncated or damaged.", hint="Delete it and fetch the data again.")
-    return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).reshape(sizes)
-
-
 def _torchvision(name: str, root: Path, split: str, *, download: bool) -> tuple[Tensor, Tensor]:
     try:
         from torchvision import datasets  # type: ignore[import-untyped]  # it ships no types
@@ -378,7 +335,7 @@ def _torchvision(name: str, root: Path, split: str, *, download: bool) -> tuple[
     kinds = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}
     try:
         loaded = kinds[name](str(root), train=split == "train", download=download)
-    except (RuntimeError, OSError, EOFError, ValueError, LookupError, zlib.error, pickle.UnpicklingError) as problem:
+    except Exception as problem:  # damaged files raise nearly anything
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         action = "downloaded to" if download else "read from"
         remedy = "Check the network." if download else "Delete it, then run the command again with --download."

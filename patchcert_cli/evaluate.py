@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from patchcert_cli import checkpoint, files, passes, results, runs
-from patchcert_cli.attacks.base import Attack, Start
+from patchcert_cli.attacks.base import Attack
+from patchcert_cli.attacks.target import Start
 from patchcert_cli.data import Images, to_float
 from patchcert_cli.errors import Interrupted, MachineError
 from patchcert_cli.pace import Clock, Pace, spoken

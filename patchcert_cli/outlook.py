@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from patchcert_cli import data, passes, results
-from patchcert_cli.attacks.base import Attack, Start
+from patchcert_cli.attacks.base import Attack
+from patchcert_cli.attacks.target import Start
 from patchcert_cli.certifiers.masks import MaskSet
 from patchcert_cli.data import Images, to_float
 from patchcert_cli.errors import DataError

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from patchcert_cli import attacks, evaluate, outlook, passes, results, runs, single, verify
-from patchcert_cli.attacks.base import Attack, Target
+from patchcert_cli.attacks.base import Attack
+from patchcert_cli.attacks.target import Target
 from patchcert_cli.certifiers import views
 from patchcert_cli.certifiers.masks import MaskPlan
 from patchcert_cli.data import Images

@@ -1,4 +1,4 @@
-"""Attacks by name: each module of this folder but ``base`` is one, and its file name is its name everywhere."""
+"""Attacks by name: each module of this folder but ``base`` and ``target`` is one, and its file name is its name everywhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from patchcert_cli.threats import Patch, PatchPercent, Threat
 
 def names() -> list[str]:
     """All attack names."""
-    return registry.module_names(__path__, but=("base",))
+    return registry.module_names(__path__, but=("base", "target"))
 
 
 def by_name(name: str) -> type[Attack]:

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchcert_cli.attacks.base import Attack, Effort, Target, require
+from patchcert_cli.attacks.base import Attack, Effort, require
+from patchcert_cli.attacks.target import Target
 from patchcert_cli.defenses.base import Defense
 from patchcert_cli.threats import Threat
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchcert_cli import files, image
-from patchcert_cli.attacks.base import Attack, Target, require
+from patchcert_cli.attacks.base import Attack, require
+from patchcert_cli.attacks.target import Target
 from patchcert_cli.errors import DataError, UsageError
 from patchcert_cli.framing import Framing
 from patchcert_cli.threats import Patch, PatchPercent, Threat

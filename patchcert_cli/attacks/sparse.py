@@ -16,7 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from patchcert_cli.attacks.base import Attack, Effort, Target, require
+from patchcert_cli.attacks.base import Attack, Effort, require
+from patchcert_cli.attacks.target import Target
 from patchcert_cli.defenses.base import Defense
 from patchcert_cli.threats import Sparse, Threat
 

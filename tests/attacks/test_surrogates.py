@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from patchcert_cli import attacks
-from patchcert_cli.attacks.base import AttackResult, Start, Target
+from patchcert_cli.attacks.base import AttackResult
 from patchcert_cli.attacks.patch_pgd import PatchPGD, _around, _grid, _inside, _moved
+from patchcert_cli.attacks.target import Start, Target
 from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.ibp import IntervalDefense
 from patchcert_cli.errors import UsageError

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli import cards, data, evaluate, ledger, report, results, runs, single, verify
-from patchcert_cli.attacks.base import Attack, Target
+from patchcert_cli.attacks.base import Attack
 from patchcert_cli.attacks.patch_pgd import PatchPGD
+from patchcert_cli.attacks.target import Target
 from patchcert_cli.cards import Card, Measured
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee
 from patchcert_cli.certifiers import agreement
