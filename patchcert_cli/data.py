@@ -15,7 +15,6 @@ import hashlib
 import io
 import math
 import os
-import pickle
 import re
 import struct
 import zlib
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchcert_cli import folders, verified
+from patchcert_cli import files, folders, verified
 from patchcert_cli.datasets import DATASETS as DATASETS
 from patchcert_cli.datasets import DatasetInfo as DatasetInfo
 from patchcert_cli.datasets import info as info
@@ -331,23 +330,10 @@ def _mnist(folder: Path, split: str) -> tuple[Tensor, Tensor] | None:
         packed = plain.with_name(plain.name + ".gz")
         if plain.is_file() or packed.is_file():
             path = plain if plain.is_file() else packed
-            found.append(_idx(_content(path), str(path)))
+            found.append(_idx(files.unpacked(path), str(path)))
         else:
             return None
     return found[0], found[1]
-
-
-def _content(path: Path) -> bytes:
-    """What a file holds, unpacked if its name says that it is packed."""
-    try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if path.suffix == ".gz" else content
-    except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
-        page = content.lstrip()[:1] == b"<"
-        what = "a web page, not a gzip file" if page else f"not an intact gzip file ({problem})"
-        raise DataError(f"'{path}' is {what}.", hint="Delete it and fetch the data again.") from problem
-    except OSError as problem:
-        raise DataError(f"'{path}' cannot be read: {problem.strerror or problem}.") from problem
 
 
 def _idx(content: bytes, where: str) -> Tensor:
@@ -373,7 +359,7 @@ def _torchvision(name: str, root: Path, split: str, *, download: bool) -> tuple[
     kinds = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}
     try:
         loaded = kinds[name](str(root), train=split == "train", download=download)
-    except (RuntimeError, OSError, EOFError, ValueError, LookupError, zlib.error, pickle.UnpicklingError) as problem:
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, zlib.error) as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         action = "downloaded to" if download else "read from"
         remedy = "Check the network." if download else "Delete it, then run the command again with --download."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import json
 import os
@@ -11,12 +12,13 @@ import shutil
 import stat
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from patchcert_cli.errors import IntegrityError, MachineError, UsageError
+from patchcert_cli.errors import DataError, IntegrityError, MachineError, UsageError
 
 CARD, CONFIG, WEIGHTS = "README.md", "config.json", "model.safetensors"
 INDEX, LEDGER = "model.safetensors.index.json", "records.jsonl.gz"  # of weights in several files; published records
@@ -222,6 +224,19 @@ def read(path: Path) -> bytes:
         raise IntegrityError(f"'{path}' is missing.") from problem
     except OSError as problem:
         raise IntegrityError(f"'{path}' is not readable: {problem.strerror or problem}.") from problem
+
+
+def unpacked(path: Path) -> bytes:
+    """What a file holds, unpacked if its name says that it is packed; damage is a :class:`DataError`."""
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+    except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
+        page = content.lstrip()[:1] == b"<"
+        what = "a web page, not a gzip file" if page else f"not an intact gzip file ({problem})"
+        raise DataError(f"'{path}' is {what}.", hint="Delete it and fetch the data again.") from problem
+    except OSError as problem:
+        raise DataError(f"'{path}' cannot be read: {problem.strerror or problem}.") from problem
 
 
 def parse_json(content: bytes, path: Path) -> dict[str, Any]:
