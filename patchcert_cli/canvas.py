@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ def paper(path: Path, width: float, height: float) -> Iterator[Figure]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context():  # puts the process's settings back
+    with matplotlib.rc_context(), warnings.catch_warnings():  # put the process's settings back
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)  # its box says so
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         figure = Figure(figsize=(round(width * DPI) / DPI, round(height * DPI) / DPI), dpi=DPI, facecolor="white")

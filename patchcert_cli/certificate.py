@@ -50,6 +50,9 @@ class Certificate:
         arithmetic: what is known of the rounding behind it; the least unless the proof says more.
         passes: int64 [B], how often the network was asked for the answer and for all claims of the call, where that differs from
             image to image; else None.
+        thresholds: float64 [B, 2] of a defense that raises alarms from a confidence on, else None. With any threshold above the
+            first number it raises none; with one below the second the proof holds. Rounding is allowed for; -1 is below all.
+        plain: int64 [B], of the same, the label of the whole image, whether or not an alarm is raised.
     """
 
     prediction: Tensor
@@ -63,6 +66,8 @@ class Certificate:
     guarantee: Guarantee = Guarantee.RECOVERY
     arithmetic: Arithmetic = Arithmetic.MEASURED
     passes: Tensor | None = None
+    thresholds: Tensor | None = None
+    plain: Tensor | None = None
 
     @classmethod
     def cat(cls, parts: list[Certificate]) -> Certificate:
@@ -72,14 +77,20 @@ class Certificate:
             name: torch.cat([getattr(part, name) for part in parts])
             for name in ("prediction", "certified", "margin", "slack", "worst", "rival")
         }
-        counted = [part.passes for part in parts if part.passes is not None]
+
+        def perhaps(name: str) -> Tensor | None:
+            found = [one for part in parts if (one := getattr(part, name)) is not None]
+            return torch.cat(found) if found else None
+
         return cls(
             **joined,
             threat=first.threat,
             method=first.method,
             guarantee=first.guarantee,
             arithmetic=weakest(part.arithmetic for part in parts),
-            passes=torch.cat(counted) if counted else None,
+            passes=perhaps("passes"),
+            thresholds=perhaps("thresholds"),
+            plain=perhaps("plain"),
         )
 
 

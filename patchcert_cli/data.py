@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchcert_cli import files, folders, verified
+from patchcert_cli import files, folders, listing, verified
 from patchcert_cli.datasets import DATASETS as DATASETS
 from patchcert_cli.datasets import DatasetInfo as DatasetInfo
 from patchcert_cli.datasets import info as info
@@ -73,6 +73,7 @@ class Images:
         source: where it came from: ``bundled`` or a folder.
         mapped: where mapped images are; None for images in memory.
         classes: what the labels are called.
+        remarks: what a user should know of how pictures became images, and of files that were skipped, a line each.
     """
 
     pixels: Tensor
@@ -83,6 +84,7 @@ class Images:
     source: str
     mapped: Rows | None = None
     classes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -181,7 +183,7 @@ def load(
     """
     facts = info(name)
     root = directory(data_dir)
-    if facts.short:
+    if facts.framing is not None:
         return _in_folders(facts, root, split, download, progress)
     if download:
         _torchvision(name, root, split, download=True)
@@ -206,16 +208,17 @@ def glance(name: str, split: str, count: int, seed: int, *, data_dir: Path | Non
     Other arguments and errors are those of :func:`load`.
     """
     facts, root = info(name), directory(data_dir)
-    if facts.short:
+    if facts.framing is not None:
         folder, stores = _class_folders(facts, root, split)
-        listing = folders.scan(folder)
-        size, total = facts.shape[1], len(listing)
-        if folders.find(listing, size, facts.short, stores=stores) is None:
+        listed = listing.scan(folder)
+        total = len(listed)
+        if folders.find(listed, facts.framing, stores=stores) is None:
             chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
-            pixels = folders.glance(listing, chosen.tolist(), size, facts.short)
+            pixels, said = folders.glance(listed, chosen.tolist(), facts.framing)
             split, source = _called(facts, split, root)
-            some = Images(pixels, listing.labels[chosen], chosen, facts.name, split, source, classes=listing.classes)
-            return Glance(some, total, total, total * 3 * size * size)
+            labels, classes = listed.labels[chosen], listed.classes
+            some = Images(pixels, labels, chosen, facts.name, split, source, classes=classes, remarks=said)
+            return Glance(some, total, total, total * math.prod(facts.shape))
     whole = load(name, split, data_dir=data_dir, fetch=fetch)
     return Glance(whole, len(whole), whole_split(whole))
 
@@ -223,14 +226,15 @@ def glance(name: str, split: str, count: int, seed: int, *, data_dir: Path | Non
 def class_names(name: str, split: str, *, data_dir: Path | None = None) -> tuple[str, ...]:
     """What the labels of a split are called, without opening an image; errors are those of :func:`load`."""
     facts = info(name)
-    return folders.class_names(_class_folders(facts, directory(data_dir), split)[0]) if facts.short else facts.classes
+    in_folders = facts.framing is not None
+    return listing.class_names(_class_folders(facts, directory(data_dir), split)[0]) if in_folders else facts.classes
 
 
 def count(name: str) -> int:
     """How many pictures there are in somebody's own class folders."""
     path = info(name).path
     assert path is not None, f"{name} is no folder"
-    return len(folders.scan(path))
+    return len(listing.scan(path))
 
 
 def whole_split(images: Images) -> int:
@@ -247,7 +251,7 @@ def _class_folders(facts: DatasetInfo, root: Path, split: str) -> tuple[Path, tu
     folder = base / ("train" if split == "train" else "val")
     if not folder.is_dir():
         raise DataError(f"no {facts.label} {split} data: there is no folder '{folder}'.", hint=_obtain(facts, base))
-    names, wanted = folders.class_names(folder), len(facts.classes)
+    names, wanted = listing.class_names(folder), len(facts.classes)
     strange = [name for name in names if not re.fullmatch(facts.folders, name)]
     if strange or len(names) != wanted:  # classes are told by position, so that any other set of folders would be mistaken
         found = f"{len(names)} class folders ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
@@ -279,11 +283,12 @@ def _in_folders(facts: DatasetInfo, root: Path, split: str, download: bool, prog
         hint = _obtain(facts, root / facts.label)
         raise UsageError(f"{facts.label} cannot be downloaded by --download.", hint=hint)
     folder, stores = _class_folders(facts, root, split)
-    packed = folders.load(folder, facts.shape[1], facts.short, stores=stores, progress=progress)
+    assert facts.framing is not None
+    packed = folders.load(folder, facts.framing, stores=stores, progress=progress)
     count = torch.arange(len(packed.labels))
     mapped = Rows(packed.pixels, count, packed.sha256)
     split, source = _called(facts, split, root)
-    return Images(mapped.outline, packed.labels, count, facts.name, split, source, mapped, packed.classes)
+    return Images(mapped.outline, packed.labels, count, facts.name, split, source, mapped, packed.classes, packed.remarks)
 
 
 @cache

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import stat
 import sys
 import tempfile
@@ -25,6 +24,7 @@ INDEX, LEDGER = "model.safetensors.index.json", "records.jsonl.gz"  # of weights
 PARTIAL = ".partial"  # what a file is called until it is whole
 LONGEST = 255  # bytes of a name, on every file system in use
 ROOM = (errno.ENOSPC, errno.EDQUOT)
+SAMPLE = r"sample-\d{1,4}\.jsonl\.gz"  # records of pictures that are no test split
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".th")
 
 
@@ -135,22 +135,6 @@ def check_folder(path: Path, option: str) -> None:
     _check_place(Path(os.path.realpath(path)), option)
 
 
-def clear(folder: Path) -> None:
-    """Delete all that is in a folder, which may be a link to one.
-
-    Raises:
-        MachineError: something cannot be deleted.
-    """
-    try:
-        for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-    except OSError as problem:
-        raise MachineError(f"cannot clear '{folder}': {problem.strerror or problem}.", hint="Use another --out.") from problem
-
-
 def nearest(path: Path) -> Path:
     """The path itself, or the nearest of the folders that it is in which is there and can be looked at."""
     return next(one for one in (path, *path.absolute().parents) if _status(one) is not None)
@@ -256,7 +240,8 @@ def refuse_pickle(path: Path) -> None:
     """Raise :class:`IntegrityError` if a file is a pickle by name or by its first bytes; it is never opened as one."""
     if path.suffix.lower() in PICKLES:
         raise IntegrityError(
-            f"'{path}' looks like a pickle, which could run code: it was not opened.", hint="Convert it to safetensors first."
+            f"'{path}' looks like a pickle, which could run code: it was not opened.",
+            hint=f"Convert it to safetensors first: patchcert convert {path} --to {path.with_suffix('.safetensors').name}",
         )
     if path.is_file() and path.suffix == ".safetensors":
         with path.open("rb") as stream:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from patchcert_cli import canvas
 from patchcert_cli.canvas import DPI, GRID, INK, MARK, SOFT, Heading, check_path, require
+from patchcert_cli.certificate import clopper_pearson
 from patchcert_cli.errors import UsageError
 from patchcert_cli.threats import Patch, PatchPercent, Sparse, parse_threat
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-__all__ = ["check_path", "curve", "margin_map", "plot", "require", "shapes"]
+__all__ = ["check_path", "curve", "margin_map", "plot", "require", "shapes", "thresholds"]
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -34,11 +35,14 @@ MARKS, DASHES = "osD^vp", ("-", (0, (5, 1.6)), (0, (1.6, 1.2)), (0, (6, 1.5, 1.5
 MOST_LABELLED = 5  # with more methods a legend takes the place of labels at the ends of the lines
 
 
-def plot(rows: Rows, path: Path, *, title: str) -> None:
-    """Draw :func:`shapes` if a row's patch is not square, else :func:`curve`."""
+def plot(rows: Rows, path: Path, *, title: str, area: int | None = None) -> None:
+    """Draw :func:`shapes` if a row's patch is not square, else :func:`curve`; ``area`` is what was asked of shapes."""
     threats = [parse_threat(row["threat"]) for row in rows]
     oblong = any(isinstance(threat, Patch) and threat.height != threat.width for threat in threats)
-    (shapes if oblong else curve)(rows, path, title=title)
+    if oblong:
+        shapes(rows, path, title=title, area=area)
+    else:
+        curve(rows, path, title=title)
 
 
 def curve(rows: Rows, path: Path, *, title: str) -> None:
@@ -67,10 +71,10 @@ def curve(rows: Rows, path: Path, *, title: str) -> None:
         _draw_accuracies(axes, points, bars=len(positions) == 1, dodge=0)
 
 
-def shapes(rows: Rows, path: Path, *, title: str) -> None:
+def shapes(rows: Rows, path: Path, *, title: str, area: int | None = None) -> None:
     """Draw certified accuracy in % over patch shapes, from wide to tall, with exact 95 % intervals and the clean accuracy.
 
-    The patches should have nearly one area. What follows the first line of ``title`` is set smaller.
+    The patches should have nearly one area, at most ``area``. What follows the first line of ``title`` is set smaller.
     """
     patches = [parse_threat(row["threat"]) for row in _checked(rows)]
     sides = [(patch.height, patch.width) for patch in patches if isinstance(patch, Patch)]
@@ -80,6 +84,7 @@ def shapes(rows: Rows, path: Path, *, title: str) -> None:
     points = [_Point.of(row, order.index(side)) for row, side in zip(rows, sides, strict=True)]
     wide = min(6.8 + 0.4 * max(0, len(order) - 11), 14)
     areas = _span([height * width for height, width in sides])
+    areas = areas if area is None else f"at most {area:,}" + (f" ({areas})" if areas != f"{area:,}" else "")
     note = f"one patch of {areas} pixels, anywhere in the image · {_images(rows)} · with exact 95 % intervals"
     heading = Heading.of(title, note, wide)
     upright = len(order) > 24  # tick labels
@@ -92,6 +97,34 @@ def shapes(rows: Rows, path: Path, *, title: str) -> None:
         axes.set_xlim(-0.6, len(order) - 0.4)
         _draw_accuracies(axes, points, bars=True, dodge=0.16)
         _draw_icons(axes, order, room=72 * axes.get_position().width * wide / len(order))
+
+
+def thresholds(rows: Rows, path: Path, *, title: str) -> None:
+    """Draw what the threshold of certified detection decides, in % of all images: alarms on unattacked ones, right answers
+    without an alarm, and certified ones with exact 95 % intervals.
+
+    Rows are those of other pictures with ``threshold`` and ``alarms``, and without ``method`` and ``certified_interval``.
+    """
+    order = sorted(_checked(rows), key=lambda row: float(row["threshold"]))
+    threats, x = {str(row["threat"]) for row in order}, [float(row["threshold"]) for row in order]
+    if len(threats) > 1:
+        raise UsageError("one picture of thresholds cannot show different threats;", hint="give one.")
+    heading = Heading.of(title, f"{threats.pop()}, anywhere in the image · {_images(order)} · with exact 95 % intervals", 6.8)
+    lines = {"alarms, unattacked": ("alarms", HUES[1]), "right, no alarm": ("clean", INK), "certified": ("certified", HUES[0])}
+    with canvas.paper(path, 6.8, 3.7 + heading.height) as figure:
+        axes = _accuracy_axes(figure, heading, below=0.55)
+        axes.set(xlabel="confidence from which a contradicting mask raises an alarm", ylabel="of all images, %")
+        axes.set_xlim(-0.03, 1.03)
+        ends = []
+        for i, (name, (key, hue)) in enumerate(lines.items()):
+            shares = [100 * row[key] / max(row["images"], 1) for row in order]
+            (line,) = axes.plot(x, shares, color=hue, linewidth=1.6, linestyle=DASHES[i], marker=MARKS[i], markersize=4.5)
+            line.set(markeredgecolor="white", label=name, clip_on=False)
+            ends.append(canvas.End(name, hue, x[-1], shares[-1]))
+        spans = [clopper_pearson(row["certified"], max(row["images"], 1)) for row in order]
+        low, high = ([100 * span[end] for span in spans] for end in (0, 1))
+        axes.fill_between(x, low, high, color=HUES[0], alpha=0.2, linewidth=0)
+        canvas.label_ends(axes, ends)
 
 
 def margin_map(

@@ -19,11 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from patchcert_cli import cards, checkpoint, classifiers, datasets, defenses, hub, labels
+from patchcert_cli import cards, checkpoint, classifiers, datasets, defenses, doors, hub, image, labels, listing
 from patchcert_cli.certifiers.masks import MaskPlan
+from patchcert_cli.certifiers.views import MANY
 from patchcert_cli.classifiers import Classifier
 from patchcert_cli.defenses.base import Defense
-from patchcert_cli.errors import UsageError
+from patchcert_cli.defenses.minority import GRID, Minority
+from patchcert_cli.errors import IntegrityError, UsageError
+from patchcert_cli.framing import Framing
 from patchcert_cli.labels import Names
 from patchcert_cli.plan import Subject
 from patchcert_cli.threats import Patch, PatchPercent, Threat
@@ -41,7 +44,10 @@ class Wish:
         passes: as many masks as so many passes of the network let evaluate in pairs.
         weights: safetensors file for a plain classifier, or ``none`` for random ones.
         classes: text file with the names of the model's outputs, or ``imagenet``.
+        download: whether weights of torchvision may be fetched.
         labels: what labels behind masks are computed in, ``float32`` or ``bfloat16``; None for the model's own.
+        threshold: confidence from which on certified detection raises an alarm; None for the model's own.
+        compare: whether other thresholds are to be compared with it.
     """
 
     defense: str | None = None
@@ -50,6 +56,9 @@ class Wish:
     weights: str | None = None
     classes: str | None = None
     labels: str | None = None
+    download: bool = False
+    threshold: float | None = None
+    compare: bool = False
 
     @property
     def masked(self) -> bool:
@@ -79,13 +88,37 @@ class Candidate(ABC):
     dataset: str
     names: Names
 
+    @property
     @abstractmethod
+    def channels(self) -> int:
+        """C of the images that it takes."""
+
+    @abstractmethod
+    def framing(self) -> Framing | None:
+        """How pictures become the images that the model was made for; None if nobody says."""
+
     def fitted(self, dataset: str) -> str:
-        """A data set's name with squares of the size that the model was made for, unless it says how large they are."""
+        """A data set's name with how its pictures become images, unless it says so itself: as the model was made for.
+
+        Raises:
+            DataError: nobody says, and the pictures are of many sizes.
+        """
+        if (meant := self.framing()) is not None:
+            return datasets.fitted(dataset, meant)
+        if not datasets.own(dataset) or datasets.framing(dataset) is not None:
+            return dataset
+        path = datasets.info(dataset).path
+        assert path is not None
+        return datasets.fitted(dataset, Framing(listing.common_size(listing.scan(path))))
+
+    def meant(self, dataset: str, path: Path) -> Framing:
+        """How one picture becomes an image: as the data set's name says, else as the model was made for, else as it is."""
+        said = datasets.framing(self.fitted(dataset)) if dataset else None
+        return said or self.framing() or Framing(image.size_of(path))
 
     @abstractmethod
     def shape(self, dataset: str) -> tuple[int, int, int]:
-        """C, H and W of the images that it is to be given, if they are of this data set; empty for any."""
+        """C, H and W of the images that it is to be given, if they are of this data set."""
 
     @abstractmethod
     def subject(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> Subject:
@@ -112,12 +145,17 @@ class Certified(Candidate):
         )
         self.found, self.wish, self.name, self.note = found, wish, name, found.note
         self.threat, self.dataset = str(self.config["threat"]), str(self.config["dataset"])
-        own = tuple((one,) for one in self.defense.classes)
+        own = tuple(tuple(map(str, one)) for one in self.config.get("names", ())) or tuple((one,) for one in self.defense.classes)
         self.names = own if wish.classes is None else labels.read(Path(wish.classes))
 
-    def fitted(self, dataset: str) -> str:
-        side, short = datasets.size(self.dataset) or (self.defense.input_shape[1], None)
-        return datasets.fitted(dataset, side, short)
+    @property
+    def channels(self) -> int:
+        return self.defense.input_shape[0]
+
+    def framing(self) -> Framing:
+        """That of its training images; if they were no pictures in folders, the whole middle of a picture."""
+        size = self.defense.input_shape[1:]
+        return datasets.framing(self.dataset) or Framing(size, size)
 
     def shape(self, dataset: str) -> tuple[int, int, int]:
         return self.defense.input_shape
@@ -138,6 +176,7 @@ class Certified(Candidate):
             plan = defense.plan if asked == kind and not wish.masked else wish.plan(threats, shape)
             numbers = wish.labels or str(getattr(defense, "labels", ""))
             defense = put_around(inner, asked, shape, defense.classes, plan, mean, numbers).to(torch.device(device))
+        alarming(defense, asked, wish, getattr(self.defense, "threshold", None))
         setting = _masks_of(defense)
         if asked != kind:
             setting["classifier"] = f"the class scores of {kind}"
@@ -160,27 +199,40 @@ class Plain(Candidate):
         self.name = card.name if card else classifier.name
         self.threat, self.dataset = (card.threat, card.dataset) if card else ("", "")
 
-    def fitted(self, dataset: str) -> str:
-        side = self.classifier.side
-        return dataset if side is None else datasets.fitted(dataset, side, self.classifier.short)
+    @property
+    def channels(self) -> int:
+        return 3 if self.classifier.mean is None else len(self.classifier.mean)
+
+    def framing(self) -> Framing | None:
+        about = self.classifier
+        return about.framing or (None if about.side is None else Framing.square(about.side, about.short))
 
     def shape(self, dataset: str) -> tuple[int, int, int]:
-        if dataset:
-            return datasets.info(dataset).shape
-        side, mean = self.classifier.side or datasets.SIDE, self.classifier.mean
-        return 3 if mean is None else len(mean), side, side
+        return datasets.info(dataset).shape
 
     def subject(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> Subject:
         plan = self.wish.plan(threats, shape)
         plan.masks(*shape[1:])  # what cannot be masked is told before the network is asked
-        count = classifiers.outputs(self.classifier, shape, device)
-        called = len(self.names) == count
-        classes = tuple(self.names[at][0] if called else str(at) for at in range(count))
-        about, numbers = self.classifier, self.wish.labels or ""
+        about, notes = doors.settled(self.classifier, shape, device)
+        count, numbers = classifiers.outputs(about, shape, device), self.wish.labels or ""
+        classes = labels.words(self.names) if len(self.names) == count else tuple(map(str, range(count)))
         defense = put_around(about.network, self.kind, shape, classes, plan, about.mean, numbers).to(torch.device(device))
-        defense.test_once()
+        alarming(defense, self.kind, self.wish)
+        try:
+            defense.test_once()
+        except IntegrityError as problem:
+            if not about.random:
+                raise
+            notes.append(f"random weights fail the self-test, which is of no consequence for what they cost: {problem}")
+            defense.trust()
         setting = {"classifier": about.name, "input_shape": list(shape), **about.setting, **_masks_of(defense)}
-        return Subject(defense, self.name, self.kind, about.sha256, about.source, setting)
+        in_front = about.in_front
+        said = (f"in front of {about.name}: {in_front}", *notes)
+        return Subject(defense, self.name, self.kind, about.sha256, about.source, setting, in_front, said)
+
+    def matched(self, classes: Sequence[str], data: str, subject: Subject) -> list[int] | None:
+        """Outputs with random weights have no meaning that a name could fit."""
+        return None if self.classifier.random else super().matched(classes, data, subject)
 
 
 def find(model: str | None, dataset: str | None, wish: Wish, device: str) -> Candidate:
@@ -195,7 +247,8 @@ def find(model: str | None, dataset: str | None, wish: Wish, device: str) -> Can
         if wish.defense is None:
             raise UsageError(f"{name} is a plain classifier;", hint=f"say which defense: --defense {' or '.join(around())}.")
         check_around(wish.defense)
-        return Plain(classifiers.open_(name, weights=wish.weights, classes=wish.classes, typed=True), wish)
+        opened = classifiers.open_(name, weights=wish.weights, classes=wish.classes, typed=True, download=wish.download)
+        return Plain(opened, wish)
     card = cards.bundled_card(name) if name in cards.bundled_names() else None
     if card is not None and card.classifier:
         masks = wish.masks if wish.masked else card.recipe.get("masks", {}).get("per_axis")
@@ -232,6 +285,11 @@ def put_around(
 
     ``numbers`` is what labels are computed in, if not the defense's default.
     """
+    if numbers == "bfloat16" and len(classes) >= MANY:
+        raise UsageError(
+            f"with {len(classes)} classes --labels bfloat16 gains nothing: most labels are in doubt and computed again;",
+            hint="leave it out.",
+        )
     fill = tuple(mean or ())
     if len(fill) != shape[0]:
         fill = (sum(fill) / len(fill) if fill and shape[0] == 1 else GREY,) * shape[0]
@@ -239,6 +297,21 @@ def put_around(
     more = {"labels": numbers} if numbers and "labels" in _parameters(kind) else {}
     made: Defense = maker(network, input_shape=shape, classes=classes, masks=plan, fill=fill, **more)
     return made.eval()
+
+
+def alarming(defense: Defense, kind: str, wish: Wish, own: float | None = None) -> None:
+    """Set from which confidence on a defense raises alarms: what is wished, else ``own``, which it had with other masks.
+
+    Raises:
+        UsageError: it raises none.
+    """
+    if isinstance(defense, Minority):
+        chosen = own if wish.threshold is None else wish.threshold
+        defense.threshold = defense.threshold if chosen is None else chosen
+        defense.grid = tuple(sorted({*GRID, defense.threshold})) if wish.compare else ()
+    elif wish.threshold is not None or wish.compare:
+        flag = "--plot-thresholds" if wish.threshold is None else "--threshold"
+        raise UsageError(f"{kind} raises no alarms, so {flag} means nothing;", hint="say --defense minority, or leave it out.")
 
 
 def largest(threats: Sequence[Threat], shape: Sequence[int]) -> list[Threat]:
@@ -261,6 +334,8 @@ def _masks_of(defense: Defense) -> dict[str, Any]:
     said: dict[str, Any] = {"masks": plan.to_dict()} if isinstance(plan, MaskPlan) else {}
     numbers = getattr(defense, "labels", None)
     said |= {"labels": numbers} if isinstance(numbers, str) else {}
+    if isinstance(defense, Minority):
+        said |= {"threshold": defense.threshold} | ({"compared": list(defense.grid)} if defense.grid else {})
     return said | ({"fill": [round(value, 6) for value in fill.flatten().tolist()]} if isinstance(fill, torch.Tensor) else {})
 
 

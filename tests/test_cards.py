@@ -193,10 +193,14 @@ def test_a_card_of_public_weights_says_so_and_says_how_to_measure_them(tmp_path:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"classifier": "timm:resnet18"}, "classifier is for status public weights, which needs one"),
-        ({"status": "public weights"}, "classifier is for status public weights, which needs one"),
+        ({"classifier": "timm:resnet18"}, "classifier is for status public weights"),
+        ({"status": "public weights", "files": {}}, "status public weights needs a classifier, or files instead of one"),
+        ({"status": "public weights"}, "origin is for public weights in files, which need one"),
+        ({"status": "public weights", "origin": "us"}, "results must be empty while status is public weights"),
+        ({"origin": "us"}, "origin is for public weights in files"),
         ({"status": "public weights", "classifier": "mine:build"}, "classifier is 'mine:build', not timm:NAME or hf-hub"),
-        ({"status": "public weights", "classifier": "timm:a"}, "files must be empty while status is public weights"),
+        ({"status": "public weights", "classifier": "timm:a"}, "needs a classifier, or files instead of one"),
+        ({"status": "recipe only"}, "files must be empty while status is recipe only"),
     ],
 )
 def test_no_card_names_code_or_weights_that_are_not_public(card: Card, changes: dict[str, Any], problem: str) -> None:

@@ -355,3 +355,29 @@ def test_places_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
     with pytest.raises(MachineError, match="nothing can be written into"):
         pictures.check_path(Path("/proc/plot.png"))
+
+
+LEVELS = [
+    {"threshold": at, "threat": "patch:32x32", "images": 20, "alarms": alarms, "clean": 19 - alarms, "certified": certified}
+    for at, alarms, certified in ((0.0, 11, 8), (0.5, 4, 7), (0.9, 1, 4), (0.999, 0, 0))
+]
+
+
+def test_thresholds_are_drawn_as_the_rows_say(tmp_path: Path, saved: list[Figure]) -> None:
+    pictures.thresholds(LEVELS[::-1], tmp_path / "t.svg", title="net\nfolder")
+    lines = {str(line.get_label()): line for line in saved[0].axes[0].lines}
+    for name, key in (("alarms, unattacked", "alarms"), ("right, no alarm", "clean"), ("certified", "certified")):
+        assert list(np.asarray(lines[name].get_xdata())) == [row["threshold"] for row in LEVELS]
+        assert list(np.asarray(lines[name].get_ydata())) == pytest.approx([5.0 * row[key] for row in LEVELS])
+    said = " ".join(texts(tmp_path / "t.svg"))
+    for words in ("patch:32x32", "n = 20 images", "alarms, unattacked", "certified", "of all images, %"):
+        assert words in said
+    pictures.thresholds(LEVELS, tmp_path / "t.png", title="net\nfolder")
+    drawn(tmp_path / "t.png")
+
+
+def test_thresholds_of_nothing_or_of_several_threats_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no result to draw"):
+        pictures.thresholds([], tmp_path / "t.png", title="x")
+    with pytest.raises(UsageError, match="different threats"):
+        pictures.thresholds([*LEVELS, {**LEVELS[0], "threat": "patch:5x5"}], tmp_path / "t.png", title="x")

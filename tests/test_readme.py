@@ -45,9 +45,11 @@ def test_every_command_of_the_readme_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     commands = block("## What you can type")
-    assert len(commands) == 20
+    assert len(commands) == 21
     picture = data.load("cifar10", "test").pixels[0].permute(1, 2, 0).numpy()
     Image.fromarray(picture).save("cat.png")
+    Path("patches").mkdir()
+    Image.fromarray(picture[:5, :5]).save("patches/corner.png")
     ours = tmp_path / "runs" / "p5"  # what the train command of the README would have left
     ours.mkdir(parents=True)
     for path in (cards.bundled_folder() / "mnist-ibp-p5").iterdir():
@@ -85,7 +87,7 @@ def test_every_bundled_model_is_measured_on_the_whole_split_and_reproducible() -
     assert {"mnist-ibp-p2", "mnist-ibp-p5", "mnist-ibp-k4", "mnist-ibp-k10"} <= set(found)
     starts = {card.recipe.get("start") for card in found.values() if card.status == "measured"}
     for card in found.values():
-        if card.classifier:
+        if card.public:
             assert card.command.startswith("patchcert certify ")
         else:
             assert Recipe.from_dict(card.recipe).command == card.command

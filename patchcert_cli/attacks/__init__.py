@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from patchcert_cli import registry
+from patchcert_cli.attacks import saved
 from patchcert_cli.attacks.base import Attack
 from patchcert_cli.errors import UnsupportedThreat, UsageError
-from patchcert_cli.threats import Threat
+from patchcert_cli.threats import Patch, PatchPercent, Threat
 
 
 def names() -> list[str]:
@@ -41,3 +43,21 @@ def for_threat(threat: Threat, *, seed: int = 0, **options: Any) -> Attack:
             return attack(seed=seed, **options)
     kinds = sorted({kind for name in names() for kind in by_name(name).kinds})
     raise UnsupportedThreat(f"there is no attack under {threat};", hint=f"allowed: {', '.join(kinds)}.")
+
+
+def pasted(
+    folder: Path, threat: Threat, shape: tuple[int, int, int], *, seed: int = 0, **options: Any
+) -> tuple[Attack, dict[str, str]]:
+    """The attack that pastes the pictures of a folder on images [C, H, W], and the sha256 of each of them.
+
+    Raises:
+        UnsupportedThreat: the threat is not one patch.
+        UsageError: an option is out of range, or a picture is larger than the threat.
+        DataError: there are no pictures, or one that cannot be read.
+    """
+    if not isinstance(threat, Patch | PatchPercent):
+        raise UnsupportedThreat(f"pictures cannot be pasted under {threat};", hint="say how large they are: --patch 50.")
+    pictures = saved.read(folder, shape[0])
+    made = saved.SavedPatches(seed=seed, pictures=pictures, **options)
+    made.check(threat.resolve(*shape[1:]), shape[0])
+    return made, {picture.name: picture.sha256 for picture in pictures}

@@ -12,6 +12,7 @@ y; further surrogates only lend their gradients.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -20,12 +21,31 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from patchcert_cli import passes
 from patchcert_cli.certificate import ALERT
 from patchcert_cli.defenses.base import Defense, Surrogate
 from patchcert_cli.errors import PatchcertError, UsageError
 from patchcert_cli.threats import Threat
 
 CHUNK_VALUES = {"cpu": 1 << 20, "cuda": 1 << 23}  # pixel values that go through the network in one pass
+
+
+def rows_at_once(device: torch.device, values: int, activations: int) -> int:
+    """Candidates of so many pixel values each that go through a network of so many activations in one pass."""
+    return max(1, CHUNK_VALUES.get(device.type, CHUNK_VALUES["cpu"]) // max(1, values, activations))
+
+
+@dataclass(frozen=True)
+class Effort:
+    """The most that an attack spends on one image.
+
+    Attributes:
+        queries: passes besides the deployed answers.
+        answers: deployed answers, each counted as one query too.
+    """
+
+    queries: int
+    answers: int
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,9 @@ class AttackResult:
         prediction: int64 [B], the deployed answer on ``adversarial``.
         queries: int64 [B], forward and backward passes spent on the image, the base class's own included.
         clean_prediction: int64 [B], the deployed answer on the clean image.
+        judged: int64 [B, 3], of an attack that judges each of its tries: how many there were, how many of them changed the
+            deployed answer, and how many the plain one; zeros of all others.
+        plain: int64 [B], the plain answer on the clean image; where there is no plain classifier, the deployed one.
     """
 
     adversarial: Tensor
@@ -46,6 +69,8 @@ class AttackResult:
     prediction: Tensor
     queries: Tensor
     clean_prediction: Tensor
+    judged: Tensor
+    plain: Tensor
 
     @classmethod
     def cat(cls, parts: list[AttackResult]) -> AttackResult:
@@ -115,6 +140,7 @@ class Target:
         done: bool [B], whether the attack has succeeded with ``best``, or the clean image raises an alarm anyhow; such an image
             needs no more work.
         queries: int64 [B], passes spent so far.
+        judged: int64 [B, 3], see :class:`AttackResult`.
         start: where to begin, a hint that an attack may ignore.
         surrogates: what to climb, the most faithful one first.
     """
@@ -124,13 +150,16 @@ class Target:
         self.surrogates = defense.surrogates()
         self.activations = defense.activations
         self.queries = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        self.rows = max(1, CHUNK_VALUES.get(x.device.type, CHUNK_VALUES["cpu"]) // max(1, x[:1].numel(), self.activations))
+        self.rows = rows_at_once(x.device, x[:1].numel(), self.activations)
         everyone = torch.arange(len(x), device=x.device)
         self.answer = self.answers(x, everyone)
         self.best = x.clone()
         self.margin = torch.full((len(x),), -torch.inf, device=x.device)
         self.box = torch.zeros(len(x), 4, dtype=torch.int64, device=x.device)
         self.done = self.answer == ALERT
+        self.judged = torch.zeros(len(x), 3, dtype=torch.int64, device=x.device)
+        self._x = x
+        self._plain: Tensor | None = None
         self._class = self.answer.clamp(min=0)  # an alarm is no class, and such an image is done
 
     def groups(self, rows_per_image: int) -> Iterator[Tensor]:
@@ -143,6 +172,32 @@ class Target:
         """The deployed answers, [R, C, H, W] and int64 [R] -> int64 [R]."""
         self._count(owner, 1)
         return torch.cat([self._defense.predict(part) for part in torch.split(rows, self.rows)])
+
+    @property
+    def plain(self) -> Tensor:
+        """int64 [B], what the plain classifier says of the clean images; without one the deployed answer."""
+        if self._plain is None:
+            self._plain = self._plainly(self._x, torch.arange(len(self._x), device=self._x.device))
+        return self.answer if self._plain is None else self._plain
+
+    @torch.no_grad()
+    def _plainly(self, rows: Tensor, owner: Tensor) -> Tensor | None:
+        """The labels of a plain classifier, int64 [R]; None if there is none inside the defense."""
+        parts = [self._defense.plain(part) for part in torch.split(rows, self.rows)]
+        found = [part for part in parts if part is not None]
+        if not found:
+            return None
+        self._count(owner, 1)
+        return torch.cat(found)
+
+    def judge(self, rows: Tensor, owner: Tensor) -> None:
+        """Count what candidates [R, C, H, W] of distinct images int64 [R] do, and keep the first that changes an answer."""
+        flipped = self.flipped(self.answers(rows, owner), owner)
+        plain = self._plainly(rows, owner)
+        altered = flipped if plain is None else plain != self.plain[owner]
+        self.judged[owner] += torch.stack([torch.ones_like(owner), flipped.long(), altered.long()], dim=1)
+        fresh = flipped & ~self.done[owner]
+        self.best[owner[fresh]], self.done[owner] = rows[fresh], self.done[owner] | flipped
 
     def flipped(self, answers: Tensor, owner: Tensor) -> Tensor:
         """Whether such answers, int64 [R] for images int64 [R], are a success: bool [R]."""
@@ -160,8 +215,11 @@ class Target:
     def logits(self, rows: Tensor, owner: Tensor, lens: Lens | None = None) -> Tensor:
         """The logits of the first surrogate or of a lens, [R, C, H, W] and int64 [R] -> [R, K]."""
         self._count(owner, 1)
-        parts = torch.split(torch.arange(len(rows), device=rows.device), self.rows)
-        return torch.cat([self._logits(rows[part], part, lens) for part in parts])
+        found = []
+        for part in torch.split(torch.arange(len(rows), device=rows.device), self.rows):
+            found.append(self._logits(rows[part], part, lens))
+            passes.made(len(part))
+        return torch.cat(found)
 
     def gap(self, logits: Tensor, owner: Tensor, rival: Tensor | None = None) -> Tensor:
         """The margin, or ``f_rival - f_y`` for a class int64 [R], of logits [R, K] -> [R]."""
@@ -191,6 +249,7 @@ class Target:
                 aim = self.gap(logits, owner[part], None if rival is None else rival[part])
                 slopes.append(torch.autograd.grad(aim.sum(), point)[0])
             values.append(logits.detach())
+            passes.made(2 * len(part))
         return torch.cat(values), torch.cat(slopes)
 
     def rivals(self, x: Tensor, owner: Tensor, most: int) -> Tensor:
@@ -230,6 +289,7 @@ class Attack(ABC):
 
     seed: int = 0
     kinds: ClassVar[tuple[str, ...]] = ()  # the kinds of threat it knows
+    judges_each: ClassVar[bool] = False  # whether it counts what each of its tries does
 
     @abstractmethod
     def run(self, target: Target, x: Tensor, threat: Threat, index: Tensor) -> Tensor:
@@ -244,6 +304,20 @@ class Attack(ABC):
         Returns:
             float32 [B, C, H, W], the best candidate of each image, or the image itself.
         """
+
+    @property
+    def candidates(self) -> int:
+        """Candidates of an image that go through the network together, at least about."""
+        return 1
+
+    def together(self, defense: Defense) -> int:
+        """Images that it works on together: in batches of multiples of it, every image meets the same numbers to the bit."""
+        rows = rows_at_once(defense.device, math.prod(defense.input_shape), defense.activations)
+        return max(1, rows // self.candidates)
+
+    def most(self, defense: Defense, threat: Threat, *, hinted: bool) -> Effort | None:
+        """The most that an image takes, where it begins at a hint or not; None if nobody can tell."""
+        return None
 
     @final
     def __call__(
@@ -279,7 +353,8 @@ class Attack(ABC):
         prediction = target.answers(candidate, everyone)
         success = target.flipped(prediction, everyone)
         adversarial = torch.where(success[:, None, None, None], candidate, x)
-        return AttackResult(adversarial, success, prediction, target.queries, target.answer)
+        plain = target.plain if self.judges_each and len(x) else target.answer
+        return AttackResult(adversarial, success, prediction, target.queries, target.answer, target.judged, plain)
 
     def _checked(self, found: Tensor, x: Tensor, threat: Threat) -> Tensor:
         """Project to [0, 1] and refuse what the threat forbids."""

@@ -2,7 +2,7 @@
 
 from patchcert_cli.cards.card import DEFAULT_LICENSE, Card, card_for_run, slug, weights_of
 from patchcert_cli.cards.page import HUB_DATASETS, metric, prose
-from patchcert_cli.cards.records import File, Hub, Measured, Published, Training, Validation, valid_name, weights_sha256
+from patchcert_cli.cards.records import File, Hub, Measured, Published, Sample, Training, Validation, valid_name, weights_sha256
 from patchcert_cli.cards.shelf import (
     DEFAULT_DATASET,
     DEFAULT_MODELS,
@@ -31,6 +31,7 @@ __all__ = [
     "Hub",
     "Measured",
     "Published",
+    "Sample",
     "Training",
     "Validation",
     "bundled",

@@ -27,6 +27,7 @@ from patchcert_cli.cards.records import (
     Measured,
     Name,
     Published,
+    Sample,
     Split,
     Status,
     Text,
@@ -56,11 +57,13 @@ class Card:
         split: what it was trained on, with the count of images kept, for example ``train[55000]``.
         command: the ``patchcert train`` command that made it; of public weights the one that measures them.
         classifier: the address of somebody's public weights that the defense is put around, if that is what the model is.
+        origin: of public weights that lie in the model's own files: who published them, under which licence, what was changed.
         source: the paper that the defense comes from; may be empty.
         files: sha256 and size of every file but the card.
         status: ``measured``, ``trained`` (no test measurement yet), ``recipe only``, ``public weights`` (of others, not measured
             here) or ``unreliable`` (for ``reason``).
         notes: free text, a paragraph of the prose.
+        samples: what was measured on pictures that are no test split.
     """
 
     name: Name
@@ -77,6 +80,7 @@ class Card:
     hub: Hub
     guarantee: GuaranteeText = "recovery"
     classifier: str = ""
+    origin: str = ""
     source: str = ""
     reason: str = ""
     notes: str = ""
@@ -84,6 +88,7 @@ class Card:
     files: dict[str, File] = field(default_factory=dict)
     validation: Validation | None = None
     results: tuple[Measured, ...] = ()
+    samples: tuple[Sample, ...] = ()
     published: tuple[Published, ...] = ()
     rules: ClassVar[tuple[Rule, ...]] = CARD_RULES
 
@@ -147,8 +152,9 @@ class Card:
         plain = {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
         if self.guarantee == "recovery":  # which goes without saying
             del plain["guarantee"]
-        if not self.classifier:
-            del plain["classifier"]
+        for name in ("classifier", "origin", "samples"):
+            if not plain[name]:
+                del plain[name]
         for one in plain["results"]:
             if not one["arithmetic"]:
                 del one["arithmetic"]
@@ -178,6 +184,11 @@ class Card:
         """The published numbers under ``threat``, by default the one that the model was trained against."""
         wanted = parse_threat(threat or self.threat)
         return next((one for one in self.published if parse_threat(one.threat) == wanted), None)
+
+    @property
+    def public(self) -> bool:
+        """Whether the weights are somebody's public ones, with a defense around them."""
+        return self.status == "public weights"
 
     @property
     def size(self) -> int:

@@ -68,6 +68,7 @@ def prose(card: Card) -> str:
         *([card.notes] if card.notes else []),
         "## Measured beside published",
         *_comparison(card),
+        *_samples(card),
         "## Use",
         *_use(card),
         "## How it was made",
@@ -86,8 +87,9 @@ def _summary(card: Card) -> str:
         "Defense": f"{card.defense} ({card.source})" if card.source else card.defense,
         "Network": card.network,
         "Data set": card.dataset,
-        "Made for" if card.classifier else "Trained against": f"`{card.threat}`",
+        "Made for" if card.public else "Trained against": f"`{card.threat}`",
         **({"Guarantee": "detection"} if card.guarantee == "detection" else {}),
+        **({"Weights": card.origin} if card.origin else {}),
         "Licence": card.license,
         "Hub": f"{card.hub.repo} @ {card.hub.revision}" if card.hub.revision else _unpinned(card),
     }
@@ -148,6 +150,24 @@ def _compared(card: Card, guarantee: str) -> list[str]:
     return paragraphs + (["Measured with:", "\n".join(made)] if made else [])
 
 
+def _samples(card: Card) -> list[str]:
+    """What was measured on pictures that are no test split, with their number and origin in each line."""
+    if not card.samples:
+        return []
+    lines = ["| pictures | n | threat | masks | arithmetic | clean | certified | 95 % interval |", "|" + " --- |" * 8]
+    for one in card.samples:
+        low, high = one.certified_interval
+        shares = [percent(one.clean, one.images), percent(one.certified, one.images), f"{low:.2%} to {high:.2%}"]
+        about = [one.pictures, str(one.images), f"`{one.threat}`, {one.guarantee} ({one.method})", one.masks, one.arithmetic]
+        lines.append("| " + " | ".join([*about, *shares]) + " |")
+    known = "These are no figures for the test split"
+    if not card.results:
+        known = f"No figure for the test split of {card.dataset} is known, and these are none"
+    known += ": they speak about pictures like these alone."
+    made = dict.fromkeys(f"- `{one.command}` (patchcert {one.patchcert}, {one.date}; {one.records})" for one in card.samples)
+    return ["## Measured on other pictures", known, "\n".join(lines), "Measured with:", "\n".join(made)]
+
+
 def _row(cells: list[str], report: Published | None) -> str:
     told = [f"{report.clean:.2%}", f"{report.certified:.2%}"] if report else ["", ""]
     return "| " + " | ".join([*cells, *told]) + " |"
@@ -160,6 +180,7 @@ def _use(card: Card) -> list[str]:
         return ["There are no weights yet. Train them:", _code("bash", card.command)]
     kind, _, rest = card.threat.partition(":")
     option = f"--patch {rest}" if kind == "patch" else f"--threat {card.threat}"
+    option += " --data imagefolder:./val" if card.public else ""
     name = card.name if card.hub.repo == f"patchcert/{card.name}" else f"{card.hub.repo}@{card.hub.revision or 'COMMIT'}"
     python = [
         "import patchcert_cli",
@@ -172,9 +193,9 @@ def _use(card: Card) -> list[str]:
 
 
 def _making(card: Card) -> list[str]:
-    parts = [] if card.classifier else [_code("bash", card.command)]
+    parts = [] if card.public else [_code("bash", card.command)]
     text = f"Trained on `{card.split}` of {card.dataset}"
-    text += ", by those who published it. How the defense is put around it:" if card.classifier else f", seed {card.seed}."
+    text += ", by those who published it. How the defense is put around it:" if card.public else f", seed {card.seed}."
     if card.validation:
         held = card.validation
         text += f" On {held.images} held-out training images: clean {percent(held.clean, held.images)},"

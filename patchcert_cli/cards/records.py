@@ -14,12 +14,12 @@ from typing import Annotated, Any, ClassVar
 from patchcert_cli import verified
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.errors import PatchcertError
-from patchcert_cli.files import CONFIG, LEDGER, WEIGHTS, weight_files
+from patchcert_cli.files import CONFIG, LEDGER, SAMPLE, WEIGHTS, weight_files
 from patchcert_cli.schema import Count, Must, NonNegative, Positive, Rule
 from patchcert_cli.threats import parse_threat
 
 STATUSES = ("measured", "trained", "recipe only", "public weights", "unreliable")
-WITHOUT_FILES = ("recipe only", "public weights")
+UNTRAINED = ("recipe only", "public weights")
 
 
 def valid_name(name: str) -> bool:
@@ -62,6 +62,7 @@ Commit = Annotated[str, _match(r"[0-9a-f]{40}", "a commit of 40 hex digits")]
 Repo = Annotated[str, _match(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", "organization/name")]
 GuaranteeText = Annotated[str, Must(("recovery", "detection").__contains__, "recovery or detection")]
 ArithmeticText = Annotated[str, Must(list(Arithmetic).__contains__, f"one of {', '.join(Arithmetic)}")]
+SampleFile = Annotated[str, _match(SAMPLE, "a file such as sample-1.jsonl.gz")]
 Status = Annotated[str, Must(STATUSES.__contains__, f"one of {', '.join(STATUSES)}")]
 
 
@@ -150,6 +151,35 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One measurement on pictures that are no test split: counts, and the exact 95 % interval of the certified accuracy.
+
+    It speaks about pictures like these alone, so no board or table of the zoo holds it.
+
+    Attributes:
+        pictures: what they are and where they come from.
+        masks: of a masked network, for example ``3 per axis``; empty if there are none.
+        records: the file that holds the verdict on each of them.
+    """
+
+    pictures: Text
+    images: Positive
+    threat: ThreatText
+    clean: Count
+    certified: Count
+    certified_interval: tuple[Share, Share]
+    method: Text
+    date: Date
+    command: Text
+    patchcert: Text
+    records: SampleFile
+    guarantee: GuaranteeText = "recovery"
+    arithmetic: ArithmeticText = Arithmetic.MEASURED
+    masks: str = ""
+    rules: ClassVar[tuple[Rule, ...]] = (_ordered_counts, _interval_holds_the_share)
+
+
+@dataclass(frozen=True)
 class Published:
     """Numbers that a paper reports, as fractions, and which paper and table."""
 
@@ -170,7 +200,8 @@ def weights_sha256(files: Mapping[str, File]) -> str:
 
 def _plain_files(files: dict[str, File]) -> Iterable[str]:
     for name in files:
-        if name != LEDGER and not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.(safetensors|json)", name):
+        records = name == LEDGER or re.fullmatch(SAMPLE, name)
+        if not records and not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.(safetensors|json)", name):
             yield f"files: '{name}' is not {LEDGER} or a plain name that ends in .safetensors or .json"
 
 
@@ -182,10 +213,11 @@ def _status_fits(
     trained: Training | None,
     validation: Validation | None,
 ) -> Iterable[str]:
-    if status in WITHOUT_FILES:
-        present = {"files": files, "results": results, "trained": trained, "validation": validation}
+    if status in UNTRAINED:
+        present: dict[str, Any] = {"results": results, "trained": trained, "validation": validation}
+        present |= {"files": files} if status == "recipe only" else {}
         yield from (f"{name} must be empty while status is {status}" for name, value in present.items() if value)
-    else:
+    if status not in UNTRAINED:
         needed = {WEIGHTS: bool(weight_files(files)), CONFIG: CONFIG in files, LEDGER: LEDGER in files or not results}
         yield from (f"files has no {name}" for name, there in needed.items() if not there)
         yield from (
@@ -199,9 +231,16 @@ def _status_fits(
         yield "reason is for status unreliable, which needs one"
 
 
-def _classifier_fits(status: str, classifier: str) -> Iterable[str]:
-    if (status == "public weights") != bool(classifier):
-        yield "classifier is for status public weights, which needs one"
+def _classifier_fits(status: str, classifier: str, origin: str, files: dict[str, File]) -> Iterable[str]:
+    public, held = status == "public weights", bool(weight_files(files)) and CONFIG in files
+    if classifier and not public:
+        yield "classifier is for status public weights"
+    if public and bool(classifier) == bool(files):
+        yield "status public weights needs a classifier, or files instead of one"
+    if public and files and not held:
+        yield f"files of public weights are {WEIGHTS} and {CONFIG}"
+    if bool(origin) != (public and bool(files)):
+        yield "origin is for public weights in files, which need one"
     if classifier and not re.fullmatch(r"(timm:|hf-hub:)\S+", classifier):  # no card makes anybody import code
         yield f"classifier is '{classifier}', not timm:NAME or hf-hub:ORG/REPO@COMMIT"
 
@@ -230,9 +269,23 @@ def _recipe_is_plain(recipe: Any) -> Iterable[str]:
             yield f"{at} is {value!r}, not plain text, number or list"
 
 
+def _samples_fit(samples: tuple[Sample, ...], files: dict[str, File], status: str) -> Iterable[str]:
+    named = {one.records for one in samples}
+    held = {name for name in files if re.fullmatch(SAMPLE, name)}
+    yield from (f"files has no {name}, which a sample names" for name in sorted(named - held))
+    yield from (f"no sample names {name}" for name in sorted(held - named))
+    if samples and status == "recipe only":
+        yield "samples must be empty while status is recipe only"
+    keys = [(one.records, str(parse_threat(one.threat)), one.guarantee, one.method) for one in samples]
+    yield from (f"samples has {' '.join(key)} more than once" for key in sorted(set(keys)) if keys.count(key) > 1)
+
+
 def _one_result_each(results: tuple[Measured, ...]) -> Iterable[str]:
     keys = [(one.dataset, one.split, str(parse_threat(one.threat)), one.guarantee, one.method) for one in results]
     yield from (f"results has {' '.join(key)} more than once" for key in sorted(set(keys)) if keys.count(key) > 1)
 
 
-CARD_RULES: tuple[Rule, ...] = (_plain_files, _status_fits, _classifier_fits, _recipe_agrees, _recipe_is_plain, _one_result_each)
+CARD_RULES: tuple[Rule, ...] = (
+    *(_plain_files, _status_fits, _classifier_fits, _recipe_agrees, _recipe_is_plain, _one_result_each),
+    _samples_fit,
+)

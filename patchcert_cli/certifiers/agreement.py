@@ -50,6 +50,7 @@ class Reports:
         rival: int64 [B, M], the next one.
         lead: float64 [B, M], how far the label is ahead of the next one, in units in which rounding is at most ``slack``.
         excess: float64 [B, M], how far its confidence is above the threshold, in such units; 0 is enough for an alarm.
+        confidence: float64 [B, M, 2], its confidence at least and at most, as far as float64 rounds; for :func:`thresholds`.
     """
 
     whole: Tensor
@@ -57,6 +58,7 @@ class Reports:
     rival: Tensor
     lead: Tensor
     excess: Tensor
+    confidence: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,21 @@ def holds(reports: Reports) -> Tensor:
     right = reports.label == reports.whole[:, None]
     found = torch.where(right, torch.minimum(reports.lead, reports.excess), -reports.lead)
     return torch.where((answer(reports) == ALERT)[:, None], found.clamp(max=0), found)
+
+
+def thresholds(reports: Reports, by: Tensor, slack: float) -> Tensor:
+    """Between which two thresholds the theorem's condition holds for the sets of masks ``by``, bool [U, M]: float64 [B, 2].
+
+    Above the first no mask that contradicts the whole image is confident enough for an alarm; below the second each set has a
+    mask that agrees with it, by a lead above ``slack``, and is confident enough. -1 where nothing contradicts, or nothing agrees.
+    """
+    assert reports.confidence is not None
+    low, high = reports.confidence.unbind(dim=2)
+    right = reports.label == reports.whole[:, None]
+    silent = torch.where(right, -1.0, high).amax(dim=1)
+    agreeing = torch.where(right & (reports.lead > slack), low, -1.0)
+    held = torch.where(by, agreeing[:, None], -1.0).amax(dim=2).amin(dim=1)
+    return torch.stack([silent, held], dim=1)
 
 
 def prove(reports: Reports, by: Tensor) -> Proof:

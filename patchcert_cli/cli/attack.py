@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from patchcert_cli.cli.opening import (
     LabelsOption,
     MasksOption,
     PassesOption,
+    ThresholdOption,
     WeightsOption,
     open_glance,
     open_plan,
@@ -39,12 +41,16 @@ from patchcert_cli.cli.options import (
     own_threat,
     threat_from,
 )
+from patchcert_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from patchcert_cli.attacks.base import Attack
     from patchcert_cli.plan import Plan
 
-EXAMPLES = "Examples:  patchcert attack mnist-ibp-p5 --patch 5 --limit 500   |   patchcert attack runs/x --threat sparse --k 4"
+EXAMPLES = (
+    "Examples:  patchcert attack mnist-ibp-p5 --patch 5 --limit 500   |   patchcert attack runs/x --threat sparse --k 4"
+    "   |   patchcert attack NAME --patch 50 --saved ./patches --data imagefolder:./val"
+)
 
 ATTACK = "Attack"
 StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Gradient steps.", rich_help_panel=ATTACK)]
@@ -57,6 +63,31 @@ LocationsOption = Annotated[
 ]
 IterationsOption = Annotated[
     int | None, typer.Option("--iterations", min=0, help="Rounds of random search (sparse).", rich_help_panel=ATTACK)
+]
+MaxSecondsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-seconds",
+        metavar="S",
+        help="Stop after so many seconds, and say which images are left; the same command goes on with them.",
+        rich_help_panel=RUN,
+    ),
+]
+SAVED = "Pictures to paste"
+SavedOption = Annotated[
+    Path | None,
+    typer.Option("--saved", metavar="FOLDER", help="Paste these pictures at random places instead.", rich_help_panel=SAVED),
+]
+PlacesOption = Annotated[
+    int | None, typer.Option("--places", min=1, help="How often each is pasted on an image. Default: 1.", rich_help_panel=SAVED)
+]
+TurnOption = Annotated[
+    float | None,
+    typer.Option("--turn", metavar="DEGREES", help="Turn each by up to so much to either side.", rich_help_panel=SAVED),
+]
+ShrinkOption = Annotated[
+    float | None,
+    typer.Option("--shrink", metavar="SHARE", help="Scale each by a factor between this and 1.", rich_help_panel=SAVED),
 ]
 JoinOption = Annotated[
     bool,
@@ -76,13 +107,19 @@ def attack(
     restarts: RestartsOption = None,
     locations: LocationsOption = None,
     iterations: IterationsOption = None,
+    saved: SavedOption = None,
+    places: PlacesOption = None,
+    turn: TurnOption = None,
+    shrink: ShrinkOption = None,
     join: JoinOption = True,
+    max_seconds: MaxSecondsOption = None,
     defense: DefenseOption = None,
     masks: MasksOption = None,
     passes: PassesOption = None,
     weights: WeightsOption = None,
     classes: ClassesOption = None,
     labels: LabelsOption = None,
+    threshold: ThresholdOption = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     download: DownloadOption = False,
@@ -101,31 +138,56 @@ def attack(
     """
     chosen = threat_from(threat=threat, patch=patch, k=k, unit=unit)
     wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
-    wish = wish_of(**wanted, labels=labels, dry_run=dry_run)
+    wish = wish_of(**wanted, labels=labels, dry_run=dry_run, download=download, threshold=threshold)
+    if max_seconds is not None and not max_seconds > 0:
+        raise UsageError(f"--max-seconds {max_seconds:g} must be more than 0.")
 
-    from patchcert_cli import attacks, evaluate, outlook, report, results
+    searching: dict[str, Any] = {"steps": steps, "restarts": restarts, "locations": locations, "iterations": iterations}
+    pasting: dict[str, Any] = {"places": places, "turn": turn, "shrink": shrink}
+    _check_options(saved, searching, pasting)
+
+    from patchcert_cli import evaluate, outlook, report, results
     from patchcert_cli.defenses.base import Claim
 
     def claims(own: str, shape: tuple[int, int, int]) -> list[Claim]:
         return [Claim(chosen or own_threat(own, threat=threat, unit=unit))]
 
-    def attacker_of(plan: Plan) -> tuple[Attack, dict[str, Any]]:
-        asked: dict[str, Any] = {"steps": steps, "restarts": restarts, "locations": locations, "iterations": iterations}
-        settings = {name: value for name, value in asked.items() if value is not None}
-        made = attacks.for_threat(plan.threat, seed=seed, **settings)
-        return made, settings | {"name": type(made).__name__, "seed": seed}
-
     given: Any = {"dataset": dataset, "data_dir": data_dir, "limit": limit, "batch_size": batch_size, "device": device}
     if dry_run:
         plan, full = open_glance(model, claims, wish, seed=seed, **given)
-        attacker, settings = attacker_of(plan)
+        attacker, settings = _attacker(plan, saved, pasting if saved else searching, seed)
         folder = out or plan.folder("attack", {"attack": settings, "joined": join})
-        value = outlook.evaluation(plan, folder, attacker, full)
+        with show.progress() as progress:
+            value = outlook.evaluation(plan, folder, attacker, full, join=join, progress=progress)
         show.result(report.plain_rows(value), value, json)
         return
     plan = open_plan(model, claims, wish, seed=seed, download=download, **given)
-    attacker, settings = attacker_of(plan)
+    attacker, settings = _attacker(plan, saved, pasting if saved else searching, seed)
     with show.progress() as progress:
-        found = evaluate.attack(plan, attacker, settings, out, join=join, fresh=fresh, progress=progress)
+        more: Any = {"join": join, "fresh": fresh, "progress": progress, "max_seconds": max_seconds}
+        found = evaluate.attack(plan, attacker, settings, out, **more)
     show.result(report.attack_rows(found), found, json)
     results.check_claim(found)
+
+
+def _check_options(saved: Path | None, searching: dict[str, Any], pasting: dict[str, Any]) -> None:
+    """Refuse options of the attack that is not meant."""
+    strange = [name for name, value in (searching if saved else pasting).items() if value is not None]
+    if strange and saved:
+        raise UsageError(
+            f"--{strange[0]} is for an attack that searches, and --saved only pastes;", hint="leave one of them out."
+        )
+    if strange:
+        raise UsageError(f"--{strange[0]} is about pictures to paste;", hint="say which: --saved FOLDER.")
+
+
+def _attacker(plan: Plan, saved: Path | None, asked: dict[str, Any], seed: int) -> tuple[Attack, dict[str, Any]]:
+    """The attack that the options name, and what a manifest says of it."""
+    from patchcert_cli import attacks
+
+    settings = {name: value for name, value in asked.items() if value is not None}
+    if saved is None:
+        made = attacks.for_threat(plan.threat, seed=seed, **settings)
+        return made, settings | {"name": type(made).__name__, "seed": seed}
+    pasted, pictures = attacks.pasted(saved, plan.threat, plan.subject.defense.input_shape, seed=seed, **settings)
+    return pasted, settings | {"name": type(pasted).__name__, "seed": seed, "pictures": pictures}

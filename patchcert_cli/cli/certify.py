@@ -14,6 +14,7 @@ from patchcert_cli.cli.opening import (
     LabelsOption,
     MasksOption,
     PassesOption,
+    ThresholdOption,
     WeightsOption,
     open_glance,
     open_plan,
@@ -59,7 +60,7 @@ PICTURE = "One picture, and plots"
 
 AreaOption = Annotated[
     int | None,
-    typer.Option("--patch-area", help="Every aspect ratio of a patch of this many pixels.", rich_help_panel=THREAT),
+    typer.Option("--patch-area", help="Every aspect ratio of a patch of at most this many pixels.", rich_help_panel=THREAT),
 ]
 ConditionOption = Annotated[
     str | None,
@@ -88,6 +89,14 @@ PlotOption = Annotated[
         rich_help_panel=PICTURE,
     ),
 ]
+PlotThresholdsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot-thresholds",
+        help="Certified detection: draw alarms on unattacked images and certified answers over the threshold into this file.",
+        rich_help_panel=PICTURE,
+    ),
+]
 ImageOption = Annotated[
     Path | None, typer.Option("--image", help="Certify this one picture instead of test images.", rich_help_panel=PICTURE)
 ]
@@ -101,7 +110,7 @@ MapOption = Annotated[
     ),
 ]
 ResizeOption = Annotated[
-    bool, typer.Option("--resize", help="Scale the picture's middle square to the model's size.", rich_help_panel=PICTURE)
+    bool, typer.Option("--resize", help="Make the picture fit, as the pictures of a folder are.", rich_help_panel=PICTURE)
 ]
 
 
@@ -128,6 +137,7 @@ def certify(
     weights: WeightsOption = None,
     classes: ClassesOption = None,
     labels: LabelsOption = None,
+    threshold: ThresholdOption = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     download: DownloadOption = False,
@@ -136,6 +146,7 @@ def certify(
     resize: ResizeOption = False,
     map_: MapOption = None,
     plot: PlotOption = None,
+    plot_thresholds: PlotThresholdsOption = None,
     batch_size: BatchOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -151,9 +162,17 @@ def certify(
     """
     claims = _claims(_methods(condition, bounds), patch, patch_area, threat, k, unit)
     wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
-    wish = wish_of(**wanted, labels=labels, dry_run=dry_run)
-    _check_pictures(image, plot, map_, dry_run=dry_run)
+    compare = plot_thresholds is not None
+    wish = wish_of(**wanted, labels=labels, dry_run=dry_run, download=download, threshold=threshold, compare=compare)
+    _check_pictures(image, {"--plot": plot, "--plot-thresholds": plot_thresholds}, map_)
+    if image is None and resize:
+        raise UsageError("--resize goes with --image;", hint="the pictures of a folder are always made to fit.")
     if image is not None:
+        folder = {"--limit": limit, "--batch-size": batch_size, "--out": out}
+        switches = {"--dry-run": dry_run, "--download": download, "--fresh": fresh}
+        _check_alone(
+            *(flag for flag, value in folder.items() if value is not None), *(flag for flag, on in switches.items() if on)
+        )
         _certify_picture(model, claims, wish, dataset, device, image, resize, map_, json)
         return
 
@@ -162,16 +181,21 @@ def certify(
     given: Any = {"dataset": dataset, "data_dir": data_dir, "limit": limit, "batch_size": batch_size, "device": device}
     if dry_run:
         plan, full = open_glance(model, claims, wish, seed=seed, **given)
-        value = outlook.evaluation(plan, out or plan.folder("certify", {}), None, full)
+        with show.progress() as progress:
+            value = outlook.evaluation(plan, out or plan.folder("certify", {}), None, full, progress=progress)
         show.result(report.plain_rows(value), value, json)
         return
     plan = open_plan(model, claims, wish, seed=seed, download=download, **given)
     with show.progress() as progress:
         found = evaluate.certify(plan, out, fresh=fresh, progress=progress)
     show.say("\n".join(filter(None, dict.fromkeys(plan.subject.defense.remark(claim.threat) for claim in plan.claims))))
+    found |= {} if patch_area is None else {"patch_area": patch_area}
     if plot is not None:
-        pictures.plot(report.claim_list(found), plot, title=report.plot_title(found))
+        pictures.plot(report.claim_list(found), plot, title=report.plot_title(found), area=patch_area)
         show.say(f"drew {plot}")
+    if plot_thresholds is not None:
+        pictures.thresholds(report.compared(found), plot_thresholds, title=report.plot_title(found))
+        show.say(f"drew {plot_thresholds}")
     show.result(report.certify_rows(found), found, json)
 
 
@@ -207,10 +231,13 @@ def _certify_picture(
 
     place = devices.resolve(device)
     candidate = opening.found(model, dataset, wish, place)
-    shape = candidate.shape("")
+    framing = candidate.meant(dataset or "", image)
+    shape = (candidate.channels, *framing.size)
     meant = claims(candidate.threat, shape)
     subject = candidate.subject(shape, [claim.threat for claim in meant], place)
-    found, notes = single.certify(subject, image, meant, resize=resize, map_to=map_to)
+    show.say("\n".join(subject.notes))
+    with show.progress() as progress:
+        found, notes = single.certify(subject, image, meant, framing=framing, resize=resize, map_to=map_to, progress=progress)
     show.say("\n".join(notes))
     show.result(report.single_rows(found), found, json)
 
@@ -245,14 +272,20 @@ def _threats(patch: str | None, area: int | None, threat: str | None, k: int | N
     return [] if one is None else [one]
 
 
-def _check_pictures(image: Path | None, plot: Path | None, map_: Path | None, *, dry_run: bool) -> None:
+def _check_alone(*given: str) -> None:
+    """Refuse options of a whole data set that were given with one picture."""
+    if given:
+        raise UsageError(f"{given[0]} does not go with --image;", hint="it is about one picture: leave one of them out.")
+
+
+def _check_pictures(image: Path | None, plots: dict[str, Path | None], map_: Path | None) -> None:
     """Refuse what cannot be drawn before anything is computed."""
     from patchcert_cli import pictures
 
     if map_ is not None and image is None:
         raise UsageError("--map draws one picture;", hint="say which: --image FILE.")
-    if image is not None and (plot is not None or dry_run):
-        raise UsageError(f"{'--plot' if plot else '--dry-run'} does not go with --image;", hint="leave one of them out.")
-    for path in filter(None, (plot, map_)):
+    if image is not None:
+        _check_alone(*(flag for flag, path in plots.items() if path is not None))
+    for path in filter(None, (*plots.values(), map_)):
         pictures.require()
         pictures.check_path(path)

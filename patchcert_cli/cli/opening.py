@@ -54,12 +54,20 @@ ClassesOption = Annotated[
         rich_help_panel=CLASSIFIER,
     ),
 ]
+ThresholdOption = Annotated[
+    float | None,
+    typer.Option(
+        "--threshold",
+        help="Certified detection: a mask that contradicts the whole image raises an alarm from this confidence on. Default: 0.",
+        rich_help_panel=CLASSIFIER,
+    ),
+]
 LabelsOption = Annotated[
     str | None,
     typer.Option(
         "--labels",
         metavar="float32|bfloat16",
-        help="What labels behind masks are computed in; bfloat16 is faster, and those in doubt are computed again.",
+        help="What labels behind masks are computed in; bfloat16 is faster with few classes; those in doubt are computed again.",
         rich_help_panel=CLASSIFIER,
     ),
 ]
@@ -74,6 +82,9 @@ def wish_of(
     classes: str | None,
     labels: str | None,
     dry_run: bool,
+    download: bool = False,
+    threshold: float | None = None,
+    compare: bool = False,
 ) -> Wish:
     """What the options say is to be made of a model, refused if they contradict each other."""
     if masks is not None and passes is not None:
@@ -81,6 +92,8 @@ def wish_of(
     for flag, value in (("--masks", masks), ("--passes", passes)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} {value} must be 1 or more.")
+    if threshold is not None and not 0 <= threshold < 1:
+        raise UsageError(f"--threshold {threshold:g} is no confidence;", hint="allowed: from 0 (any contradiction) to below 1.")
     if labels not in (None, "float32", "bfloat16"):
         raise UsageError(f"invalid --labels '{labels}':", hint="use float32 or bfloat16.")
     if weights == "none" and not dry_run:
@@ -88,7 +101,7 @@ def wish_of(
 
     from patchcert_cli.subjects import Wish
 
-    return Wish(defense, masks, passes, weights, classes, labels)
+    return Wish(defense, masks, passes, weights, classes, labels, download, threshold, compare)
 
 
 def open_plan(
@@ -182,9 +195,10 @@ def _open(
     shape = candidate.shape(chosen)
     meant = tuple(claims(candidate.threat, shape))
     subject = candidate.subject(shape, [claim.threat for claim in meant], place)
+    show.say("\n".join(subject.notes))
     facts = data.info(chosen)
     if facts.shape != shape:
-        if facts.short:  # before anything is packed
+        if facts.framing is not None:  # before anything is packed
             raise DataError(f"{chosen} images are {facts.shape}, but {candidate.name} takes {shape}.")
         return _Opened(chosen, subject, meant, None)  # the plan says so, if there are such images
     names = data.class_names(chosen, "test", data_dir=data_dir)
@@ -209,7 +223,7 @@ def _foresee(model: str | None, claims: Claims, dataset: str | None, data_dir: P
     elif card is None or not card.classifier:
         return
     chosen = dataset or (card.dataset if card else "")
-    if data.info(chosen).short:
+    if data.info(chosen).framing is not None:
         data.class_names(chosen, "test", data_dir=data_dir)
 
 
@@ -232,8 +246,8 @@ def _tell(images: Images, there: int, total: int) -> None:
     if there < total:
         where += f": the first {there} of {total}; --data-dir or --download for all of them"
     facts = data.info(images.name)
-    if facts.short:
-        side = facts.shape[1]
-        where += f": the middle {side}x{side} of pictures whose shorter side is scaled to {facts.short}"
     what = f"{there} pictures in {len(images.classes)} class folders" if facts.path else f"{images.name} test images"
     show.say(f"{what} {where}")
+    some = f"of {len(images)} of them that were looked at: " if images.mapped is None and facts.framing else ""
+    for remark in images.remarks:
+        show.say(some + remark)

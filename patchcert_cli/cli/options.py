@@ -51,7 +51,8 @@ ModelArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="NAME|PATH|ADDRESS",
-        help="Zoo model, run folder, or a plain classifier: timm:NAME, hf-hub:ORG/REPO@COMMIT, PACKAGE.MODULE:FUNCTION. "
+        help="Zoo model, run folder, or a plain classifier: timm:NAME, torchvision:NAME, hf-hub:ORG/REPO@COMMIT, "
+        "onnx:FILE, PACKAGE.MODULE:FUNCTION. "
         "Default: the data set's documented default.",
     ),
 ]
@@ -82,7 +83,7 @@ DatasetOption = Annotated[
         "--data",
         "--dataset",
         metavar="NAME|imagefolder:PATH",
-        help="Data set, or a folder of class folders with pictures, @SIDE for squares of that size. "
+        help="Data set, or a folder of class folders with pictures, @SIDE or @HxW for images of that size. "
         "Default: the model's own, else cifar10.",
         rich_help_panel=DATA,
     ),
@@ -100,7 +101,7 @@ LimitOption = Annotated[
     int | None, typer.Option("--limit", help="Only this many images: a fixed subset chosen by --seed.", rich_help_panel=DATA)
 ]
 BatchOption = Annotated[
-    int | None, typer.Option("--batch-size", help="Images at a time; results do not depend on it.", rich_help_panel=RUN)
+    int | None, typer.Option("--batch-size", help="Images at a time, at most; results do not depend on it.", rich_help_panel=RUN)
 ]
 DeviceOption = Annotated[
     str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to compute.", rich_help_panel=RUN)

@@ -27,6 +27,13 @@ def add(
     result: Annotated[
         list[Path] | None, typer.Option(help="A result.json of certify on the full test split; repeatable.")
     ] = None,
+    sample: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE=PICTURES",
+            help="A result.json of certify on pictures that are no test split, and what they are and come from; repeatable.",
+        ),
+    ] = None,
     published: Annotated[
         list[str] | None, typer.Option(help="THREAT=CLEAN/CERTIFIED that a paper reports, as fractions; repeatable.")
     ] = None,
@@ -44,19 +51,34 @@ def add(
 
     if published and not source:
         source = cards.Card.read(run).source
+    pictures = dict(_pictures(text) for text in sample or [])
     card = hub.add(
         run,
         name,
         {str(path): files.read_json(path) for path in result or []},
         published=[_published(text, source or "") for text in published or []],
         notes=notes,
+        samples={path: files.read_json(Path(path)) for path in pictures},
+        pictures=pictures,
         to=to,
         force=force,
     )
     if as_json:
         print_json(card.to_dict())
     else:
-        typer.echo(f"{card.name}: {card.status}, {len(card.results)} results, sha256 {cards.weights_sha256(card.files)[:12]}…")
+        said = f"{len(card.results)} results" + (f", {len(card.samples)} on other pictures" if card.samples else "")
+        typer.echo(f"{card.name}: {card.status}, {said}, sha256 {cards.weights_sha256(card.files)[:12]}…")
+
+
+def _pictures(text: str) -> tuple[str, str]:
+    """Read ``FILE=PICTURES``."""
+    from patchcert_cli.errors import UsageError
+
+    path, _, words = text.partition("=")
+    if not path or not words.strip():
+        hint = "use FILE=PICTURES, such as result.json='100 photographs of birds, example.org/birds'."
+        raise UsageError(f"--sample '{text}' does not say what the pictures are;", hint=hint)
+    return path, words.strip()
 
 
 def _published(text: str, source: str) -> Published:

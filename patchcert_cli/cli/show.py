@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from patchcert_cli.files import json_bytes, write_named
+from patchcert_cli.pace import Clock, Left, spoken
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -23,27 +24,33 @@ PLAIN_EVERY = 10.0  # seconds between plain progress lines
 
 
 class TerminalProgress:
-    """A bar on stderr, or plain lines when stderr is not a terminal; nothing for work under a second."""
+    """A bar on stderr, or plain lines where it is no terminal, with the time to the end; nothing for work under a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = time.monotonic) -> None:
         from rich.console import Console
 
         self.console = Console(stderr=True)
         self.bars: Bars | None = None
         self.task: TaskID | None = None
-        self.began = self.spoke = time.monotonic()
+        self.clock, self.left, self.total = clock, Left(clock), -1
+        self.began = self.spoke = clock()
 
     def update(self, done: int, total: int, text: str) -> None:
-        """Show how far the work is."""
-        now = time.monotonic()
+        """Show how far the work is, and how long the rest takes."""
+        now = self.clock()
+        if total != self.total:  # another piece of work
+            self.total, self.left = total, Left(self.clock)
+        left = self.left.seconds(done, total)
         if now - self.began < PATIENCE:
             return
+        if left is not None and done < total:
+            text += f", {spoken(left)} left"
         if self.console.is_terminal:
             if self.bars is None:
-                from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+                from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
                 from rich.progress import Progress as Bars
 
-                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+                columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
                 self.bars = Bars(*columns, console=self.console, transient=True)
                 self.bars.start()
                 self.task = self.bars.add_task(text, total=total)

@@ -34,6 +34,7 @@ from patchcert_cli.schema import Count, Fraction
 from patchcert_cli.threats import Threat
 
 VALUES = 1 << 24  # pixel values of the views of a group of images
+GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # thresholds to compare
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Minority(PatchCleanser):
 
     Attributes:
         threshold: see :class:`MinorityOptions`.
+        grid: other thresholds, for which certificates say as well whether they would hold; costs more passes in float64.
     """
 
     source = "McCoyd et al., Minority Reports Defense: Defending Against Adversarial Patches, 2020"
@@ -61,6 +63,7 @@ class Minority(PatchCleanser):
     guarantee = Guarantee.DETECTION
     options = MinorityOptions
     threshold: float = 0.0
+    grid: tuple[float, ...] = ()
 
     @classmethod
     def entries(cls, threat: Threat, options: Options) -> dict[str, Any]:
@@ -91,20 +94,27 @@ class Minority(PatchCleanser):
         count = len(self.set) + 1
         size = max(1, VALUES // (count * math.prod(self.input_shape)))
         parts = [self._seen(views, part, count) for part in torch.split(x, size)]
-        label, rival, lead, excess = (torch.cat(column).reshape(len(x), count) for column in zip(*parts, strict=True))
-        return Reports(label[:, 0], label[:, 1:], rival[:, 1:], lead[:, 1:], excess[:, 1:])
+        columns = [torch.cat(column).reshape(len(x), count, *column[0].shape[1:]) for column in zip(*parts, strict=True)]
+        label, rival, lead, excess, confidence = columns
+        return Reports(label[:, 0], label[:, 1:], rival[:, 1:], lead[:, 1:], excess[:, 1:], confidence[:, 1:])
 
-    def _seen(self, views: Views | ExactViews, x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _seen(self, views: Views | ExactViews, x: Tensor, count: int) -> tuple[Tensor, ...]:
         """What :meth:`_read` makes of every view of some images, [n]; what nobody can tell has a lead of 0."""
         image, view = torch.arange(len(x) * count) // count, torch.arange(len(x) * count) % count
         seen = views.look(x, image, view, view, self._clear)
         label, rival, lead, excess = self._read(seen.logits, seen.scale)
-        return label, rival, torch.where(seen.known, lead, 0), excess
+        sure, off = _sure(seen.logits), SLACK["float64"] * seen.scale
+        confidence = torch.stack([(sure - off).exp(), (sure + off).exp()], dim=1)
+        return label, rival, torch.where(seen.known, lead, 0), excess, confidence
 
     def _clear(self, logits: Tensor, scale: Tensor) -> Tensor:
-        """How far label and alarm of each pass are from another decision, [n]."""
+        """How far label and alarm of each pass are from another decision, [n], with any of the thresholds."""
         _, _, lead, excess = self._read(logits, scale)
-        return torch.minimum(lead, excess.abs())
+        found, sure = torch.minimum(lead, excess.abs()), _sure(logits)
+        for threshold in self.grid:
+            if threshold > 0:
+                found = torch.minimum(found, (sure - math.log(threshold)).abs() / scale)
+        return found
 
     def _read(self, logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Label, next label, lead and excess of confidence of float64 logits [n, K], scale [n]; see :class:`agreement.Reports`.
@@ -113,7 +123,7 @@ class Minority(PatchCleanser):
         """
         ranked = logits.sort(dim=1, descending=True, stable=True)  # of equals the lowest class first
         floor = math.log(self.threshold) if self.threshold > 0 else -math.inf
-        excess = ranked.values[:, 0] - logits.logsumexp(dim=1) - floor
+        excess = _sure(logits) - floor
         return ranked.indices[:, 0], ranked.indices[:, 1], (ranked.values[:, 0] - ranked.values[:, 1]) / scale, excess / scale
 
     @torch.no_grad()
@@ -152,6 +162,8 @@ class Minority(PatchCleanser):
             method=method,
             guarantee=self.guarantee,
             arithmetic=views.arithmetic if exact else Arithmetic.MEASURED,
+            thresholds=agreement.thresholds(reports, by, SLACK["float64"]).to(device) if self.grid else None,
+            plain=reports.whole.to(device) if self.grid else None,
         )
 
     def cost(self) -> tuple[int, int]:
@@ -160,3 +172,8 @@ class Minority(PatchCleanser):
     def _by_mask(self, x: Tensor) -> Tensor:
         """By how much each mask agrees with the answer, float64 [B, M]."""
         return agreement.holds(self._reports(x, self.views()))
+
+
+def _sure(logits: Tensor) -> Tensor:
+    """The logarithm of the confidence of logits [n, K]: [n]."""
+    return logits.amax(dim=1) - logits.logsumexp(dim=1)

@@ -268,7 +268,7 @@ class PatchCleanser(Defense):
         """What it costs."""
         least, most = self.cost()
         passes = f"{least}" if least == most else f"{least} to {most}"
-        return f"{len(self.set)} masks: {passes} passes of the network an image, with the proof"
+        return f"masks: {self.set.sizes} pixels; {passes} passes of the network an image, with the proof"
 
     @torch.no_grad()
     def margin_map(self, x: Tensor, patch: Threat) -> Tensor:
@@ -289,6 +289,21 @@ class PatchCleanser(Defense):
 
     def self_test(self) -> None:
         self.views().test()
+
+    @torch.no_grad()
+    def plain(self, x: Tensor) -> Tensor:
+        """What the network alone says of images [B, C, H, W], without masks and without a defense: int64 [B]."""
+        self.check_input(x)
+        with exact.exact_arithmetic():
+            parts = torch.split(x, max(1, min(views.PASSES, views.PIXELS // math.prod(self.input_shape))))
+            return (
+                torch.cat([self.forward(part).argmax(dim=1) for part in parts]) if len(x) else x.new_zeros(0, dtype=torch.int64)
+            )
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """What tells whether the network is still the same function, see :meth:`Views.answers`; None where its weights tell."""
+        seen = self.views()
+        return seen.answers() if isinstance(seen, Views) else None
 
     def begin(self, x: Tensor) -> None:
         """Let a network that can begin with the whitening of the training images do so."""

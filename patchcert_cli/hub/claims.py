@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from patchcert_cli import files, ledger
 from patchcert_cli.arithmetic import former
-from patchcert_cli.cards import Card, weights_sha256
+from patchcert_cli.cards import Card, File, Sample, weights_sha256
 from patchcert_cli.errors import ClaimError, IntegrityError, PatchcertError
 from patchcert_cli.hub.find import Resolved
 
@@ -32,7 +33,7 @@ def measured(found: Resolved, results: Results) -> tuple[Card, bytes | None]:
     assert found.card is not None
     entries = [entry for where, result in results.items() for entry in _entries(result, where, found)]
     book = ledger.of_runs(results)
-    status = "measured" if entries else "trained"
+    status = found.card.status if found.card.public else "measured" if entries else "trained"
     kept = {name: file for name, file in found.card.files.items() if name != files.LEDGER}
     card = replace(found.card, status=status, results=(), files=kept).to_dict()
     if book is None:
@@ -40,6 +41,64 @@ def measured(found: Resolved, results: Results) -> tuple[Card, bytes | None]:
     packed = book.pack()
     card["files"][files.LEDGER] = {"sha256": files.sha256_of(packed), "size": len(packed)}
     return Card.from_dict({**card, "results": entries}, where=found.name), packed
+
+
+def sampled(found: Resolved, results: Results, pictures: Mapping[str, str]) -> tuple[Card, dict[str, bytes]]:
+    """The card of ``found`` with these results, on pictures that are no test split, and their records by name of file.
+
+    ``pictures`` says for each result what the pictures are and where they come from. A measurement of the same claim on pictures
+    of the same words is replaced.
+
+    Raises:
+        ClaimError: a result is about other weights, or its records do not bear it out.
+        IntegrityError: something is not a result of certify.
+    """
+    assert found.card is not None
+    card, packed = found.card, {}
+    for where, result in results.items():
+        common = {key: value for key, value in result.items() if key != "claims"}
+        claims = [{**common, **claim} for claim in result.get("claims", [{}])]
+        for claim in claims:
+            _check_about(claim, where, found)
+        book = ledger.of_runs({where: result})
+        assert book is not None
+        number = next(n for n in range(1, 1000) if f"sample-{n}.jsonl.gz" not in card.files)
+        name = f"sample-{number}.jsonl.gz"
+        packed[name] = book.pack()
+        masks = _masks(Path(where).parent)
+        fresh = tuple(_sample(claim, pictures[where], masks, name) for claim in claims)
+        keys = [(one.pictures, one.threat, one.method, one.guarantee) for one in fresh]
+        kept = tuple(one for one in card.samples if (one.pictures, one.threat, one.method, one.guarantee) not in keys)
+        card = replace(card, samples=(*kept, *fresh))
+        named = {one.records for one in card.samples}
+        held = {file: facts for file, facts in card.files.items() if file in named or not re.fullmatch(files.SAMPLE, file)}
+        content = packed[name]
+        card = replace(card, files={**held, name: File(files.sha256_of(content), len(content))})
+    return Card.from_dict(card.to_dict(), where=found.name), {name: packed[name] for name in packed if name in card.files}
+
+
+def _sample(result: Mapping[str, Any], pictures: str, masks: str, records: str) -> Sample:
+    copied = ("threat", "certified_interval", "method", "date", "command", "patchcert", "guarantee", "arithmetic", "images")
+    said = {key: result[key] for key in copied} | {key: result["counts"][key] for key in ("clean", "certified")}
+    return Sample(
+        **{**said, "certified_interval": tuple(said["certified_interval"])}, pictures=pictures, masks=masks, records=records
+    )
+
+
+def _masks(run: Path) -> str:
+    """The masks of a run in words; empty if it has none."""
+    said = files.read_json(run / "manifest.json").get("setting", {}).get("masks", {})
+    return f"{said['per_axis']} per axis" if said.get("per_axis") else ""
+
+
+def check_samples(card: Card, folder: Path) -> None:
+    """Raise :class:`ClaimError` unless the records in ``folder`` bear out the samples of ``card``."""
+    for one in card.samples:
+        book = ledger.read(folder / one.records)
+        if book.model_sha256 != weights_sha256(card.files):
+            raise ClaimError(f"'{folder / one.records}' is about other weights (sha256 {book.model_sha256[:12]}…).")
+        at = book.position(one.threat, one.method, one.guarantee)
+        ledger.check_counts(book, at, one.images, one.clean, one.certified, str(folder / one.records))
 
 
 def check(card: Card, folder: Path) -> None:
@@ -95,7 +154,7 @@ def _entries(result: Mapping[str, Any], where: str, found: Resolved) -> list[dic
     return [_entry({**common, **claim}, where, found) for claim in result.get("claims", [{}])]
 
 
-def _entry(result: Mapping[str, Any], where: str, found: Resolved) -> dict[str, Any]:
+def _check_about(result: Mapping[str, Any], where: str, found: Resolved) -> None:
     assert found.card is not None
     if "attack" in result or "certified" not in (result.get("counts") or {}):
         raise IntegrityError(f"'{where}' is not a result of patchcert certify.")
@@ -106,6 +165,15 @@ def _entry(result: Mapping[str, Any], where: str, found: Resolved) -> dict[str, 
         )
     if result.get("defense") != found.card.defense:  # the same weights may stand behind several, with other guarantees
         raise ClaimError(f"'{where}' is about {result.get('defense')} with these weights, but the model is {found.card.defense}.")
+    counts = result["counts"]
+    for key in ("clean", "certified"):
+        if result.get(f"{key}_accuracy") != counts.get(key, -1) / (result.get("images") or 1):
+            raise ClaimError(f"'{where}': {key}_accuracy is not its count over its images.")
+
+
+def _entry(result: Mapping[str, Any], where: str, found: Resolved) -> dict[str, Any]:
+    assert found.card is not None
+    _check_about(result, where, found)
     if result.get("split") != "test" or result.get("full_split") is not True:
         raise ClaimError(
             f"'{where}' is about {result.get('images')} images of {result.get('split')}, not about the full test split.",
@@ -113,9 +181,5 @@ def _entry(result: Mapping[str, Any], where: str, found: Resolved) -> dict[str, 
         )
     if result.get("dataset") != found.card.dataset:
         raise ClaimError(f"'{where}' is about {result.get('dataset')}, but the model was trained on {found.card.dataset}.")
-    counts = result["counts"]
-    for key in ("clean", "certified"):
-        if result.get(f"{key}_accuracy") != counts.get(key, -1) / (result.get("images") or 1):
-            raise ClaimError(f"'{where}': {key}_accuracy is not its count over its images.")
     said = {"arithmetic": str(former(found.card.defense)), **{key: result[key] for key in MEASURED if key in result}}
-    return {**said, "clean": counts.get("clean"), "certified": counts["certified"]}
+    return {**said, "clean": result["counts"].get("clean"), "certified": result["counts"]["certified"]}

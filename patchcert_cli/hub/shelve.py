@@ -11,7 +11,7 @@ from pathlib import Path
 from patchcert_cli import cards, files
 from patchcert_cli.cards import Card, File, Hub, Published
 from patchcert_cli.errors import IntegrityError, MachineError, UsageError
-from patchcert_cli.hub.claims import Results, measured
+from patchcert_cli.hub.claims import Results, measured, sampled
 from patchcert_cli.hub.find import resolve
 
 
@@ -22,14 +22,17 @@ def add(
     *,
     published: Sequence[Published] = (),
     notes: str | None = None,
+    samples: Results | None = None,
+    pictures: Mapping[str, str] | None = None,
     to: Path | None = None,
     force: bool = False,
 ) -> Card:
     """Copy a finished training run into the zoo as ``name``, with measured results and their records; returns its card.
 
-    ``results`` are certify's results by the file they come from, beside which their records lie; ``to`` is the zoo folder, by
-    default that of the source tree; ``force`` replaces a model that is there, which keeps its Hub revision if its files are the
-    same.
+    ``results`` are certify's results by the file they come from, beside which their records lie; ``samples`` are such results on
+    pictures that are no test split, which the card tells apart, and ``pictures`` says of each what they are and where they come
+    from. ``to`` is the zoo folder, by default that of the source tree; ``force`` replaces a model that is there, which keeps its
+    Hub revision if its files are the same.
 
     Raises:
         ClaimError: a result is about other weights or a part of the test split, or its records do not bear it out.
@@ -45,14 +48,17 @@ def add(
     if (zoo / name).exists() and not force:
         raise UsageError(f"'{zoo / name}' exists;", hint="replace it with --force, or use another --name.")
     card, packed = measured(found, results)
+    card, books = sampled(replace(found, card=card), samples or {}, pictures or {})
+    if packed is not None:
+        books[cards.LEDGER] = packed
     card = replace(
         card,
         name=name,
         hub=_hub(zoo, name, card.files),
-        published=tuple(published),
+        published=tuple(published) or card.published,
         notes=card.notes if notes is None else notes,
     )
-    _copy(found.folder, zoo / name, Card.from_dict(card.to_dict(), where=name), packed)
+    _copy(found.folder, zoo / name, Card.from_dict(card.to_dict(), where=name), books)
     return card
 
 
@@ -87,14 +93,14 @@ def _hub(zoo: Path, name: str, files: Mapping[str, File]) -> Hub:
     return Hub(f"patchcert/{name}")
 
 
-def _copy(run: Path, target: Path, card: Card, packed: bytes | None) -> None:
+def _copy(run: Path, target: Path, card: Card, books: Mapping[str, bytes]) -> None:
     """Write the model folder, the card last, each file whole or not at all."""
     try:
         target.mkdir(parents=True, exist_ok=True)
         for file in card.files:
             partial = target / f"{file}.partial"
-            if file == cards.LEDGER and packed is not None:
-                partial.write_bytes(packed)
+            if file in books:
+                partial.write_bytes(books[file])
             else:
                 shutil.copyfile(run / file, partial)
             os.replace(partial, target / file)

@@ -20,7 +20,7 @@ HUB = "https://huggingface.co/"
 def section(card: Card) -> Html:
     """A model's card, folded; its summary names it."""
     short = f"{card.defense} · {title(card.dataset)} · trained against {own(card)}"
-    if card.status in ("recipe only", "public weights"):
+    if card.public or card.status == "recipe only":
         short = f"{card.defense} · {title(card.dataset)} · for {own(card)}"
     summary = tag(
         "summary",
@@ -33,6 +33,7 @@ def section(card: Card) -> Html:
         tag("p", prose(card.notes), class_="notes") if card.notes else "",
         _facts(card),
         *_measurements(card),
+        *_samples(card),
         _published(card),
         *_commands(card),
         _provenance(card),
@@ -78,9 +79,10 @@ def _facts(card: Card) -> Html:
             ("Source", card.source),
             ("Network", card.network),
             ("Data set", title(card.dataset)),
-            ("Trained against" if card.trained else "To be trained against", code(own(card))),
+            ("Made for" if card.public else "Trained against" if card.trained else "To be trained against", code(own(card))),
             ("Training images", join([code(card.split), f", seed {card.seed}"])),
             ("Weights", weights),
+            *([("Origin", prose(card.origin))] if card.origin else []),
             ("Licence", card.license),
             ("Hub", hub_link(card)),
         ]
@@ -94,6 +96,30 @@ def _measurements(card: Card) -> Iterator[Html]:
         if results:
             results.sort(key=lambda one: (one.dataset, difficulty(parse_threat(one.threat)), one.split, -one.certified))
             yield _measured(card, guarantee, promise, results)
+
+
+def _samples(card: Card) -> Iterator[Html]:
+    """What was measured on pictures that are no test split; each row says how many and where they come from."""
+    if not card.samples:
+        return
+    rows = [
+        tag(
+            "tr",
+            tag("th", prose(one.pictures), scope="row"),
+            tag("td", str(one.images)),
+            tag("td", code(one.threat), f", {one.guarantee} ({one.method}{', ' + one.masks if one.masks else ''})"),
+            *(tag("td", f"{percent(count, one.images)} % ({count}/{one.images})") for count in (one.clean, one.certified)),
+            tag("td", " to ".join(f"{100 * end:.2f}" for end in one.certified_interval) + " %"),
+            tag("td", one.arithmetic),
+        )
+        for one in card.samples
+    ]
+    names = ("pictures", "n", "threat", "clean", "certified", "95 % interval", "arithmetic")
+    heads = tag("tr", *(tag("th", name, scope="col") for name in names))
+    said = tag("span", f"On other pictures: no figures for the test split of {title(card.dataset)}, and on no board.")
+    yield scrolling(
+        tag("table", tag("caption", said), tag("thead", heads), tag("tbody", *rows)), f"{card.name} on other pictures"
+    )
 
 
 def _measured(card: Card, guarantee: str, promise: str, results: list[Measured]) -> Html:
@@ -153,7 +179,7 @@ def _published(card: Card) -> Html:
 
 
 def _commands(card: Card) -> Iterator[Html]:
-    yield join([tag("h4", "Measure" if card.classifier else "Train"), block(card.command)])
+    yield join([tag("h4", "Measure" if card.public else "Train"), block(card.command)])
     if card.files:
         yield join([tag("h4", "Certify"), block(certify_command(card))])
     recipe = yaml.safe_dump(

@@ -160,14 +160,14 @@ def _row(entry: Entry, sources: Sources) -> Html:
 def unmeasured(cards: Sequence[Card]) -> Html:
     """Recipes without weights, and models without a test measurement, in a table each; nothing if there are none."""
     recipes = [card for card in cards if card.status == "recipe only"]
-    public = [card for card in cards if card.status == "public weights"]
+    public = [card for card in cards if card.public]
     waiting = [card for card in cards if card not in (*recipes, *public) and not card.results]
     parts = []
     if recipes:
         intro = "Recipes that nobody has run here: there are no weights, and nothing is claimed for them."
         parts.append(_waiting("recipes/", "Recipes only", intro, recipes))
     if public:
-        intro = "Classifiers of others, whose weights are public, with a defense around them; not measured here yet."
+        intro = "Classifiers of others, whose weights are public, with a defense around them; not measured on a test split."
         parts.append(_waiting("public/", "Public weights", intro, public))
     if waiting:
         intro = "Trained, but not measured on test images yet."
@@ -206,7 +206,7 @@ def _waiting(id_: str, name: str, intro: str, cards: Sequence[Card]) -> Html:
     commands = [
         tag(
             "div",
-            tag("p", "Measure " if card.classifier else "Train ", tag("b", card.name), ":"),
+            tag("p", "Measure " if card.public else "Train ", tag("b", card.name), ":"),
             block(card.command),
             class_="how",
             data_words=words(card, own(card)),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli import checkpoint, defenses, files
+from patchcert_cli import checkpoint, defenses, files, locks
 from patchcert_cli.certificate import Tally
 from patchcert_cli.data import Images, to_float
 from patchcert_cli.defenses.base import Defense, TrainingStep
@@ -84,6 +84,8 @@ class Trained:
         validation: counts on the whole held-out split.
         epochs_run: epochs this call trained itself; 0 if the run was finished before.
         seconds: training time of all epochs.
+        kept: how many images it was trained on.
+        chance: the share of the most frequent class among the held-out images, which needs no training to be reached.
     """
 
     folder: Path
@@ -91,6 +93,13 @@ class Trained:
     validation: Tally
     epochs_run: int
     seconds: float
+    kept: int
+    chance: float
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the model is right hardly more often than the answer that is always the same."""
+        return self.validation.clean_accuracy <= min(1.25 * self.chance, self.chance + 0.05 * (1 - self.chance))
 
 
 def train(
@@ -114,10 +123,10 @@ def train(
     recipe = recipe.validate()
     files.check_folder(folder, "--out")
     if fresh and (folder / files.CONFIG).exists():  # never somebody's other folder
-        files.clear(folder)
+        locks.clear(folder)
     config = recipe.config()
     _claim(folder, config)
-    kept, held = images.hold_out(recipe.validation, recipe.seed)
+    kept, held = images.limit(recipe.limit or None, recipe.seed).hold_out(recipe.validation, recipe.seed)
 
     def begin(defense: Defense) -> None:
         if not (folder / STATE).exists():
@@ -164,7 +173,8 @@ def train(
         lines[-1] |= _seen(tally)
         _note(folder, lines)
     checkpoint.save_defense(folder, made, config)
-    return Trained(folder, made.eval(), tally, recipe.epochs - start, sum(line["seconds"] for line in lines))
+    seconds, chance = sum(line["seconds"] for line in lines), float(held.labels.bincount().max()) / len(held)
+    return Trained(folder, made.eval(), tally, recipe.epochs - start, seconds, len(kept), chance)
 
 
 def _note(folder: Path, lines: list[dict[str, Any]]) -> None:
@@ -185,7 +195,7 @@ def _claim(folder: Path, config: dict[str, Any]) -> None:
     """Write the configuration into an empty folder, or check that the folder is this very run."""
     path = folder / files.CONFIG
     if not path.exists():
-        if folder.is_dir() and any(folder.iterdir()):
+        if not locks.empty(folder):
             raise UsageError(f"'{folder}' is not empty and holds no training run;", hint="use another --out.")
         files.write_json(path, config)
         return
@@ -265,7 +275,8 @@ def _epoch(recipe: Recipe, epoch: int, state: _State, images: Images, progress: 
         if average:
             average.follow(defense, options.keep())
         total += float(loss.detach())
-        progress.update(epoch * steps + number + 1, recipe.epochs * steps, f"epoch {epoch + 1} of {recipe.epochs}")
+        said = f"epoch {epoch + 1} of {recipe.epochs}: loss {total / (number + 1):.4f}"
+        progress.update(epoch * steps + number + 1, recipe.epochs * steps, said)
     defense.eval()
     return total / steps
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from own_models import COLOURS, lines, module, pictures
 
 from patchcert_cli import cards, checkpoint, files, hub, models, report
-from patchcert_cli.errors import HubError
+from patchcert_cli.defenses.patchcleanser import PatchCleanser
+from patchcert_cli.errors import HubError, IntegrityError
+from patchcert_cli.runs import Run
 
 from .test_commands import patchcert  # noqa: F401
 
@@ -64,9 +67,11 @@ def test_an_own_model_on_own_pictures(patchcert) -> None:  # type: ignore[no-unt
     for word in ("mine:build (patchcleanser, code", "12 images (whole split", "patch:3x3", "100.00 % (12/12)"):
         assert word in done.out
     assert "3 classes matched by name: cat is output 0, dog is output 1, red_fox is output 2" in done.err
+    assert "12 pictures in 3 class folders from 'val'\n" in done.err
     assert (
-        "12 pictures in 3 class folders from 'val': the middle 16x16 of pictures whose shorter side is scaled to 18" in done.err
-    )
+        "12 of 12 pictures resampled, from 24x30 to 27x27 pixels (height x width), to 16x16:"
+        " the shorter side is scaled to 18 (bicubic), and the middle 16x16 is taken"
+    ) in done.err
     again = patchcert("certify", "mine:build", *DEFENSE, *VAL, *CLASSES)
     assert "is complete" in again.err and again.out == done.out
     found = json.loads(patchcert("certify", "mine:build", *DEFENSE, *VAL, *CLASSES, "--json", "-").out)
@@ -126,7 +131,15 @@ def test_a_dry_run_counts_passes_hours_and_disk_and_writes_nothing(patchcert) ->
 def test_one_picture_and_an_attack(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
     done = patchcert("certify", "mine:named", *DEFENSE, "--image", "val/dog/0.png", "--resize", "--json", "-")
     assert done.code == 0, done.err
-    assert json.loads(done.out)["label"] == "dog"
+    assert json.loads(done.out)["class"] == "dog"
+    whole = json.loads(patchcert("certify", "mine:named", *DEFENSE, *VAL, "--json", "-").out)
+    for name, row in zip(("cat", "cat", "cat", "cat", "dog", "dog"), records(whole)[:6], strict=True):
+        path = f"val/{name}/{row['index'] % 4}.png"
+        one = json.loads(patchcert("certify", "mine:named", *DEFENSE, "--image", path, "--resize", "--json", "-").out)
+        assert one["prediction"] == row["prediction"]
+        assert {key: one["claims"][0][key] for key in ("certified", "margin", "worst")} == {
+            key: row[key] for key in ("certified", "margin", "worst")
+        }
     attacked = patchcert("attack", "mine:named", *DEFENSE, *VAL, "--limit", "3", "--steps", "1", "--json", "-")
     assert attacked.code == 0, attacked.err
     assert json.loads(attacked.out)["broken"] == []
@@ -138,7 +151,7 @@ def test_one_picture_and_an_attack(patchcert) -> None:  # type: ignore[no-untype
         (
             "mine:build D V",
             6,
-            "3 classes in imagefolder:./val@16/18, and nothing says what the 3 outputs of mine:build are called",
+            "3 classes in imagefolder:./val@16, and nothing says what the 3 outputs of mine:build are called",
         ),
         ("mine:build D V --classes wrong.txt", 6, "1 of them none of the 3 outputs of mine:build (red_fox is not among cat, dog"),
         ("mine:build D V --classes none.txt", 6, "--classes 'none.txt' cannot be read"),
@@ -159,8 +172,9 @@ def test_one_picture_and_an_attack(patchcert) -> None:  # type: ignore[no-untype
         ("mine:build D V C --weights none", 2, "--weights none means random weights, whose answers mean nothing"),
         ("mine:build D V C --weights x.pth", 5, "looks like a pickle, which could run code: it was not opened"),
         ("mine:build D V C --weights w.safetensors", 5, "does not fit mine:build: missing centre; unexpected body"),
-        ("mine:broken D V C", 5, "mine:broken answers NaN or infinity for images (2, 3, 224, 224)"),
-        ("mine:maps D V C", 5, "it must return logits [B, K], K >= 2."),
+        ("mine:broken D C --data imagefolder:./val@224", 5, "mine:broken answers NaN or infinity for images (2, 3, 224, 224)"),
+        ("mine:raw D V C", 6, "the pictures are of many sizes ('val/cat/0.png' is 24x30, 'val/cat/1.png' is 25x29)"),
+        ("mine:maps D C --data imagefolder:./val@224", 5, "it must return logits [B, K], K >= 2."),
         ("mine:raises D V C", 2, "mine:raises fails: ValueError: no luck. It is called without arguments"),
         ("mine:biuld D V C", 3, "no function in mine 'biuld'. Did you mean build?"),
         ("surely_none:build D V C", 3, "no module 'surely_none'; install it"),
@@ -187,7 +201,7 @@ def test_one_picture_and_an_attack(patchcert) -> None:  # type: ignore[no-untype
         (
             "cifar-bagcert-rf7 --patch 5 V",
             6,
-            "3 classes in imagefolder:./val@32/37, 1 of them none of the 10 outputs of cifar-bag",
+            "3 classes in imagefolder:./val@32/32, 1 of them none of the 10 outputs of cifar-bag",
         ),
         ("mnist-ibp-p5 --patch 5 V", 6, "images are (3, 28, 28), but mnist-ibp-p5 takes (1, 28, 28)"),
     ],
@@ -247,7 +261,7 @@ def test_imagenet_with_a_card_whose_weights_are_public(patchcert, served: Path, 
     tried = patchcert("certify", "small", "--dry-run", "--json", "-")
     assert tried.code == 0, tried.err
     value = json.loads(tried.out)
-    assert value["images"] == 1000 and value["dataset"] == "imagenet@160/168" and value["threat"] == "patch:2%"
+    assert value["images"] == 1000 and value["dataset"] == "imagenet@160/168,bilinear" and value["threat"] == "patch:2%"
     assert 4 <= value["passes_per_image"] <= 10 and value["disk_bytes"] > 1000 * 3 * 160 * 160
     done = patchcert("certify", "small", "--limit", "3", "--json", "-")
     assert done.code == 0, done.err
@@ -292,14 +306,14 @@ def test_a_network_of_timm_is_trained_on_own_pictures_and_certified(patchcert, s
     assert dict(report.train_rows(json.loads(done.out)))["next"] == f"patchcert certify {run} --data imagefolder:..."
     assert run == "runs/pets-patchcleanser-p2pct"
     config = files.read_json(Path(run) / files.CONFIG)
-    assert config["classes"] == list(COLOURS) and config["dataset"] == "imagefolder:./pets/train@32/37"
+    assert config["classes"] == list(COLOURS) and config["dataset"] == "imagefolder:./pets/train@32"
     assert config["network"]["options"]["weights"] == f"timm/{TINY}@{COMMIT}" and config["network"]["options"]["size"] == [32]
     assert config["network"]["options"]["mean"] == [0.5] * 3  # the network's own, not the data set's
     card = cards.Card.read(Path(run))
     assert "datasets:" not in card.render()  # the Hub is not told what somebody's folders are called
-    assert "--network-option architecture=test_resnet" in card.command and "imagefolder:./pets/train@32/37" in card.command
+    assert "--network-option architecture=test_resnet" in card.command and "imagefolder:./pets/train@32" in card.command
     refused = patchcert("certify", run, "--patch", "2%")
-    assert refused.code == 2 and "was trained on imagefolder:./pets/train@32/37; say on which pictures" in refused.err
+    assert refused.code == 2 and "was trained on imagefolder:./pets/train@32; say on which pictures" in refused.err
     found = patchcert("certify", run, *VAL, "--json", "-")
     assert found.code == 0, found.err
     assert json.loads(found.out)["images"] == 12 and "cat is output 0, dog is output 1, red_fox is output 2" in found.err
@@ -366,3 +380,188 @@ def test_the_page_about_own_models_keeps_its_word(patchcert) -> None:  # type: i
     assert scope["certificate"].certified.shape == (2,) and str(scope["certificate"].threat) == "patch:5x5"
     for option in ("--defense", "--masks", "--passes", "--weights", "--classes", "--labels", "--data", "--dry-run", "--limit"):
         assert option in page and option in patchcert("certify", "--help").out
+
+
+def test_plain_accuracy_and_what_is_in_front_stand_in_every_result(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    done = patchcert("certify", "mine:named", *DEFENSE, *VAL)
+    front = (
+        "pixels in [0, 1], resized to 16x16 (bicubic) where they are not, minus mean 0.5 0.5 0.5, divided by std 0.25 0.25 0.25"
+    )
+    assert done.code == 0 and f"in front of mine:named: {front}" in done.err, done.err
+    rows = dict(line.split(maxsplit=1) for line in done.out.splitlines())
+    assert rows["plain"] == "100.00 % (12/12) without defense and masks"
+    assert rows["clean"] == "100.00 % (12/12) with the defense" and front in rows["in"]
+    found = json.loads(patchcert("certify", "mine:turned", *DEFENSE, *VAL, "--json", "-").out)
+    assert (found["plain_accuracy"], found["plain_right"], found["in_front"]) == (4 / 12, 4, front)
+    assert all(row["plain"] == row["prediction"] for row in records(found))
+    for more in ([], ["--no-certify"]):
+        said = ["attack", "mine:turned", *DEFENSE, *VAL, "--limit", "1", "--steps", "1", "--json", "-", *more]
+        attacked = json.loads(patchcert(*said).out)
+        assert (
+            attacked["plain_right"] == sum(row["plain"] == row["label"] for row in records(attacked))
+            and attacked["in_front"] == front
+        )
+    one = json.loads(patchcert("certify", "mine:named", *DEFENSE, "--image", "val/dog/0.png", "--resize", "--json", "-").out)
+    assert (one["plain_label"], one["in_front"]) == ("dog", front)
+    other = json.loads(patchcert("certify", "cifar-bagcert-rf7", "--patch", "2", "--limit", "2", "--json", "-").out)
+    assert "plain_accuracy" not in other and "in_front" not in other
+
+
+CHANGING = """
+import torch
+from pathlib import Path
+from torch import nn
+import CHANGING_helper
+
+
+class Net(nn.Module):
+    def forward(self, x):
+        bright = x.mean(dim=(1, 2, 3)) * CHANGING_helper.FACTOR * float(Path("factor.txt").read_text())
+        return -(bright[:, None] - bright.new_tensor([0.15, 0.5, 0.85])).abs()
+
+
+def build():
+    made = Net()
+    made.classes, made.size = ["cat", "dog", "red fox"], 16
+    return made
+"""
+
+
+def changing(name: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    Path(f"{name}.py").write_text(CHANGING.replace("CHANGING", name))
+    Path(f"{name}_helper.py").write_text("FACTOR = 1.0\n")
+    Path("factor.txt").write_text("1.0")
+    return ["certify", f"{name}:build", *DEFENSE, *VAL, "--out", "run"]
+
+
+def test_a_changed_helper_or_file_is_another_run(patchcert, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    said = changing("first", monkeypatch)
+    assert patchcert(*said).code == 0 and "is complete" in patchcert(*said).err
+    manifest = json.loads(Path("run/manifest.json").read_text())
+    assert set(manifest["setting"]["code_sha256"]) == {"first", "first_helper"} and len(manifest["answers"]["sums"]) == 12
+    Path("factor.txt").write_text("1.01")
+    done = patchcert(*said)
+    assert done.code == 2 and "answers fixed pictures otherwise than when 'run' was begun: a file that it reads" in done.err
+    Path("factor.txt").write_text("1.0")
+    assert patchcert(*said).code == 0
+    Path("first_helper.py").write_text("FACTOR = 1.0  # the same\n")
+    for name in ("first", "first_helper"):
+        del sys.modules[name]
+    done = patchcert(*said)
+    assert done.code == 2 and "was made with other settings (setting.code_sha256.first_helper '" in done.err, done.err
+    assert patchcert(*said, "--fresh").code == 0
+
+
+def test_a_file_that_changes_in_the_middle_of_a_run_gives_no_result(patchcert, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    said = changing("second", monkeypatch)
+    append = Run.append
+
+    def change(self: Run, records: Any) -> None:
+        append(self, records)
+        Path("factor.txt").write_text("1.01")
+
+    monkeypatch.setattr(Run, "append", change)
+    done = patchcert(*said, "--batch-size", "6")
+    assert done.code == 2 and "answers fixed pictures otherwise than when 'run' was begun" in done.err, done.err
+    assert not Path("run/result.json").exists()
+    assert patchcert(*said).code == 2
+
+
+def test_random_weights_measure_the_cost_of_any_pictures(patchcert, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    """Neither the names of classes nor the self-test stop a dry run with weights whose answers mean nothing."""
+    pytest.importorskip("timm")
+
+    def fails(self: PatchCleanser) -> None:
+        raise IntegrityError("in float32 logits are off by 9.9e-01 of their scale;")
+
+    monkeypatch.setattr(PatchCleanser, "self_test", fails)
+    said = ["certify", f"timm:{TINY}", "--defense", "patchcleanser", "--masks", "2", "--patch", "2%", "--device", "cpu", *VAL]
+    done = patchcert(*said, "--limit", "2", "--weights", "none", "--dry-run", "--json", "-")
+    assert done.code == 0 and json.loads(done.out)["images"] == 2, done.err
+    assert "random weights fail the self-test, which is of no consequence for what they cost: in float32" in done.err
+    refused = patchcert("certify", "mine:named", *DEFENSE, *VAL)
+    assert refused.code == 5 and "logits are off by" in refused.err
+
+
+DETECT = ["--defense", "minority", "--masks", "3", "--patch", "3", "--device", "cpu"]
+
+
+def test_a_threshold_of_certified_detection_and_the_picture_of_all(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    pytest.importorskip("matplotlib")
+    said = ["certify", "mine:build", *DETECT, *VAL, *CLASSES]
+    done = patchcert(*said, "--threshold", "0.5", "--plot-thresholds", "t.png", "--json", "-")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert Path("t.png").is_file() and "drew t.png" in done.err
+    rows = {row["threshold"]: row for row in found["thresholds"]}
+    assert {0.0, 0.5, 0.999} <= set(rows)
+    manifest = json.loads((Path(found["records"]).parent / "manifest.json").read_text())
+    assert manifest["setting"]["threshold"] == 0.5 and manifest["setting"]["compared"] == sorted(rows)
+    places = {found["records"]}
+    for threshold in (0.0, 0.5, 0.9):
+        one = json.loads(patchcert(*said, "--threshold", str(threshold), "--json", "-").out)
+        counts = {key: rows[threshold][key] for key in ("clean", "alarms", "certified")}
+        assert one["counts"] == counts and "thresholds" not in one
+        places.add(one["records"])
+    assert len(places) == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--threshold", "1"], "--threshold 1 is no confidence; allowed: from 0 (any contradiction) to below 1."),
+        (["--threshold", "-0.1"], "--threshold -0.1 is no confidence"),
+        (["--threshold", "nan"], "--threshold nan is no confidence"),
+    ],
+)
+def test_what_is_no_threshold_is_refused(patchcert, more: list[str], words: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    done = patchcert("certify", "mine:build", *DETECT, *VAL, *CLASSES, *more)
+    assert done.code == 2 and words in done.err
+
+
+def test_a_defense_that_raises_no_alarms_has_no_threshold(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    for more, flag in ((["--threshold", "0.5"], "--threshold"), (["--plot-thresholds", "t.png"], "--plot-thresholds")):
+        done = patchcert("certify", "mine:build", *DEFENSE, *VAL, *CLASSES, *more)
+        assert done.code == 2 and f"patchcleanser raises no alarms, so {flag} means nothing;" in done.err
+    done = patchcert("certify", "mnist-ibp-p2", "--patch", "2", "--threshold", "0.5")
+    assert done.code == 2 and "ibp raises no alarms" in done.err
+
+
+def test_given_pictures_are_pasted_and_counted(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    from PIL import Image
+
+    Path("patches").mkdir()
+    for name, colour in (("red", (255, 0, 0)), ("white", (255, 255, 255))):
+        Image.new("RGB", (3, 3), colour).save(f"patches/{name}.png")
+    said = ["attack", "mine:build", *DEFENSE, *VAL, *CLASSES, "--saved", "patches"]
+    done = patchcert(*said, "--places", "2", "--turn", "20", "--shrink", "0.5", "--json", "-")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    rows = records(found)
+    assert all(row["tries"] == 4 and row["changed"] <= 4 for row in rows) and len(rows) == 12
+    right = [row for row in rows if row["prediction"] == row["label"]]
+    pasted = found["pasted"]
+    assert (pasted["right"], pasted["tries"]) == (len(right), 4 * len(right))
+    assert pasted["changed"] == sum(row["changed"] for row in right)
+    assert pasted["plain_changed"] == sum(row["plain_changed"] for row in rows if row["plain"] == row["label"])
+    assert found["broken"] == [] and set(found["attack"]["pictures"]) == {"red.png", "white.png"}
+    shown = patchcert(*said)
+    bare = patchcert("attack", "mnist-ibp-p5", "--patch", "5", "--saved", "patches", "--limit", "4")
+    assert bare.code == 0 and "pastings change" in bare.out and "plain network" not in bare.out
+    assert shown.code == 0 and "pastings change a right answer" in shown.out and "plain network" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (["--saved", "nowhere"], 6, "there is no folder 'nowhere'"),
+        (["--saved", "val"], 6, "'val' has no pictures"),
+        (["--saved", "val/cat", "--patch", "2"], 2, "larger than patch:2x2; allow for it: --patch"),
+        (["--saved", "val/cat", "--steps", "3"], 2, "--steps is for an attack that searches"),
+        (["--turn", "3"], 2, "--turn is about pictures to paste; say which: --saved FOLDER."),
+        (["--saved", "val/cat", "--places", "0"], 2, "--places"),
+    ],
+)
+def test_what_cannot_be_pasted(patchcert, more: list[str], code: int, words: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    done = patchcert("attack", "mine:build", *DEFENSE, *VAL, *CLASSES, *more)
+    assert done.code == code and words in done.err, done.err

@@ -15,12 +15,13 @@ from patchcert_cli.attacks.base import Attack, Target
 from patchcert_cli.attacks.patch_pgd import PatchPGD
 from patchcert_cli.cards import Card, Measured
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee
+from patchcert_cli.certifiers import agreement
 from patchcert_cli.certifiers.masks import Cover, MaskPlan, MaskSet
 from patchcert_cli.certifiers.views import SLACK
 from patchcert_cli.defenses.base import Claim
-from patchcert_cli.defenses.minority import Minority
+from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
-from patchcert_cli.errors import ClaimError, IntegrityError, UnsupportedThreat, UsageError
+from patchcert_cli.errors import ClaimError, DataError, IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.plan import Plan, Subject
 from patchcert_cli.threats import Patch, Sparse, Threat
 from patchcert_cli.training.recipe import Recipe
@@ -335,12 +336,14 @@ def test_a_picture_is_told_with_its_alarm(digits: Minority, tmp_path: Path) -> N
     subject = plan_of(digits).subject
     digits_say = int(digits.predict(torch.full((1, 1, 28, 28), 128 / 255)))
     found, _ = single.certify(subject, path, [Claim(Patch(2, 2))])
-    assert found["label"] == digits.called(digits_say) and found["claims"][0]["guarantee"] == "detection"
+    assert found["class"] == digits.called(digits_say) and found["claims"][0]["guarantee"] == "detection"
     sure = {**found, "claims": [{**found["claims"][0], "certified": True}]}
     told = dict(report.single_rows(sure))["patch:2x2, agreement"]
-    assert "certified: no such change alters the label without an alarm" in told
+    for answer, wanted in ({"class": "3", "prediction": 3}, "3 (class 3)"), ({"class": "alarm", "prediction": -1}, "alarm"):
+        assert dict(report.single_rows(found | answer))["prediction"] == wanted
+    assert "certified: no such change alters the prediction without an alarm" in told
     always = replace(subject, defense=made_to_alarm(digits))
-    assert single.certify(always, path, [Claim(Patch(2, 2))])[0]["label"] == "alarm"
+    assert single.certify(always, path, [Claim(Patch(2, 2))])[0]["class"] == "alarm"
 
 
 def made_to_alarm(defense: Minority) -> Minority:
@@ -364,7 +367,7 @@ def test_records_of_detection_are_asked_for_as_such(digits: Minority, tmp_path: 
     book = ledger.Ledger("0" * 64, "mnist", "test", stated, {0: row})
     assert book.position("patch:2x2") == 0
     assert book.position("patch:2x2", guarantee="detection") == 1
-    with pytest.raises(ClaimError, match=r"no published records for patch:3x3 that promise detection; there are records for"):
+    with pytest.raises(DataError, match=r"no published records for patch:3x3 that promise detection; there are records for"):
         book.position("patch:3x3", guarantee="detection")
     plan = plan_of(digits, 8)
     evaluate.certify(plan, tmp_path / "run")
@@ -376,7 +379,7 @@ def test_records_of_detection_are_asked_for_as_such(digits: Minority, tmp_path: 
     assert read.rows == rows and any(row.prediction == ALERT for row in rows.values())
     outcome = verify.verify(plan, read, PatchPGD(steps=1, restarts=0), {}, tmp_path / "verify")
     assert outcome["holds"] and "detection" in outcome["claim"]
-    with pytest.raises(ClaimError, match="no published records for patch:2x2 that promise detection"):
+    with pytest.raises(DataError, match="no published records for patch:2x2 that promise detection"):
         verify.verify(plan, replace(read, claims=stated[:1]), None, {}, tmp_path / "other")
 
 
@@ -458,3 +461,55 @@ def test_masks_that_leave_something_out_are_caught(change: Any, monkeypatch: pyt
         monkeypatch.undo()
     assert certified >= 20
     assert (violations > 0) == (change in MASK_BREAKS)
+
+
+@pytest.mark.parametrize("method", ["agreement", "all"])
+def test_thresholds_that_are_compared_are_those_that_would_be_deployed(method: str) -> None:
+    """What a certificate says of other thresholds is what the defense with such a threshold answers and certifies."""
+    x = torch.rand(60, *SHAPE, generator=torch.Generator().manual_seed(3))
+    x[..., :2] *= torch.linspace(0, 1.5, 60)[:, None, None, None].clamp(max=1)
+    wide = {"stride": 1, "wider": 1}
+    defense = made(Sums(1.0), covers="patch:1x1", threshold=0.5, **wide)
+    assert defense.certify(x, Patch(1, 1), method).thresholds is None
+    defense.grid = GRID
+    told = defense.certify(x, Patch(1, 1), method)
+    assert told.thresholds is not None and told.plain is not None
+    assert torch.equal(told.plain, defense.network(x).argmax(dim=1))
+    seen = set()
+    for threshold in GRID:
+        deployed = made(Sums(1.0), covers="patch:1x1", threshold=threshold, **wide).certify(x, Patch(1, 1), method)
+        silent, held = threshold > told.thresholds[:, 0], threshold < told.thresholds[:, 1]
+        assert torch.equal(deployed.prediction, torch.where(silent, told.plain, ALERT)), threshold
+        assert torch.equal(deployed.certified, silent & held), threshold
+        seen.add((int(silent.sum()), int(deployed.certified.sum())))
+    assert len(seen) > 5
+
+
+def test_a_threshold_that_a_confidence_equals_raises_the_alarm_and_certifies_nothing() -> None:
+    """Two equal logits: a confidence of one half behind each mask."""
+    half = torch.tensor([[[0.5, 0.5]]], dtype=torch.float64)
+    label = torch.tensor([[1]])
+    lead = torch.ones(1, 1, dtype=torch.float64)
+    for whole, expected in ((0, [0.5, -1.0]), (1, [-1.0, 0.5])):
+        reports = agreement.Reports(torch.tensor([whole]), label, label, lead, lead, half)
+        assert agreement.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [expected]
+    reports = agreement.Reports(torch.tensor([1]), label, label, lead * 0, lead, half)
+    assert agreement.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [[-1.0, -1.0]]
+
+
+def test_a_result_compares_thresholds_and_agrees_with_itself_at_its_own(digits: Minority, tmp_path: Path) -> None:
+    digits.threshold, digits.grid = 0.2, (0.0, 0.15, 0.2, 0.3)
+    plan = plan_of(digits)
+    plan = replace(plan, subject=replace(plan.subject, setting={"compared": list(digits.grid)}))
+    found = evaluate.certify(plan, tmp_path / "one")
+    rows = report.compared(found)
+    assert [row["threshold"] for row in rows] == list(digits.grid)
+    own = rows[2]
+    assert (own["clean"], own["alarms"], own["certified"]) == (
+        found["counts"]["clean"],
+        found["counts"]["alarms"],
+        found["counts"]["certified"],
+    )
+    assert [row["alarms"] for row in rows] == sorted((row["alarms"] for row in rows), reverse=True)
+    assert dict(report.certify_rows(found))["threshold 0.2"].startswith("alarms ")
+    assert evaluate.certify(plan, tmp_path / "one")["thresholds"] == found["thresholds"]

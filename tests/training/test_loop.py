@@ -18,6 +18,7 @@ from patchcert_cli.defenses.base import Defense
 from patchcert_cli.defenses.ibp import IntervalOptions
 from patchcert_cli.defenses.patchcleanser import MaskedOptions
 from patchcert_cli.errors import DataError, IntegrityError, Interrupted, UsageError
+from patchcert_cli.progress import Silent
 from patchcert_cli.threats import Patch, Sparse, parse_threat
 from patchcert_cli.training import loop, session
 from patchcert_cli.training.recipe import Recipe, for_threat
@@ -381,3 +382,26 @@ def test_a_network_of_whole_numbers_may_begin_with_weights_that_have_no_grids(tm
     wider = replace(WHOLE_NUMBERS, network_options={**WHOLE_NUMBERS.network_options, "stem": 5})
     with pytest.raises(IntegrityError, match="shape"):
         checkpoint.weights_for(defenses.build(wider.config()), tmp_path / "floats")
+
+
+def test_a_limit_takes_a_fixed_subset_and_chance_is_said(tmp_path: Path) -> None:
+    """Ten steps of nothing: one and the same answer, which is right as often as the most frequent class is there."""
+    recipe = Recipe("patch:5x5", network_options={"hidden": [8]}, epochs=1, validation=40, limit=200, learning_rate=1e-6)
+    whole, told = data.load("mnist", "test"), []
+
+    class Note(Silent):
+        def update(self, done: int, total: int, text: str) -> None:
+            told.append((done, total, text))
+
+    made = loop.train(recipe, whole, tmp_path / "run", progress=Note())
+    subset = whole.limit(200, 0)
+    _, held = subset.hold_out(40, 0)
+    assert made.kept == 160 and made.validation.images == 40
+    assert made.chance == float(held.labels.bincount().max()) / 40
+    assert told[-1][2].startswith("epoch 1 of 1: loss ") and float(told[-1][2].rsplit(" ", 1)[1]) > 0
+    for clean, said in ((round(1.2 * made.chance * 40), True), (20, False), (40, False)):
+        assert replace(made, validation=replace(made.validation, clean=clean)).at_chance is said
+    few = replace(made, chance=0.9, validation=Tally(100, 90, 0))
+    assert few.at_chance and not replace(few, validation=Tally(100, 92, 0)).at_chance
+    with pytest.raises(UsageError, match="limit 40 must be more than the 40 images of validation"):
+        replace(recipe, limit=40).validate()
