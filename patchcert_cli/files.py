@@ -119,7 +119,7 @@ def check_file(path: Path, option: str) -> None:
         raise UsageError(f"{option} '{path}' is {what};", hint="name a file.")
     if facts is not None and _is_stdout(facts):
         raise UsageError(f"{option} '{path}' is what stdout goes to;", hint="name another file.")
-    _check_place(Path(os.path.realpath(path)), option, PARTIAL)
+    _check_place(path, option, PARTIAL)
 
 
 def check_folder(path: Path, option: str) -> None:
@@ -132,7 +132,7 @@ def check_folder(path: Path, option: str) -> None:
     facts = _status(path)
     if facts is not None and not stat.S_ISDIR(facts.st_mode):
         raise UsageError(f"{option} '{path}' is a file;", hint="name a folder.")
-    _check_place(Path(os.path.realpath(path)), option)
+    _check_place(path, option)
 
 
 def nearest(path: Path) -> Path:
@@ -142,11 +142,11 @@ def nearest(path: Path) -> Path:
 
 def _check_place(path: Path, option: str, suffix: str = "") -> None:
     """Refuse a place for a file or folder that does not exist yet, by the nearest folder that does."""
-    most = LONGEST - len(suffix)
-    if any(len(os.fsencode(part)) > most for part in path.parts):
+    most, real = LONGEST - len(suffix), Path(os.path.realpath(path))
+    if any(len(os.fsencode(part)) > most for part in real.parts):
         raise UsageError(f"{option} '{_brief(path)}' has too long a name;", hint=f"use at most {most} bytes.")
-    place = nearest(path)
-    if not place.is_dir() and place != path:
+    place = nearest(real)
+    if not place.is_dir() and place != real:
         raise UsageError(f"{option} '{path}': '{place}' is a file;", hint="name a folder that can hold it.")
     place = place if place.is_dir() else place.parent
     try:
