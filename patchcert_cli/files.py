@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import json
 import os
@@ -10,12 +11,13 @@ import re
 import stat
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from patchcert_cli.errors import IntegrityError, MachineError, UsageError
+from patchcert_cli.errors import DataError, IntegrityError, MachineError, UsageError
 
 CARD, CONFIG, WEIGHTS = "README.md", "config.json", "model.safetensors"
 INDEX, LEDGER = "model.safetensors.index.json", "records.jsonl.gz"  # of weights in several files; published records
@@ -117,7 +119,7 @@ def check_file(path: Path, option: str) -> None:
         raise UsageError(f"{option} '{path}' is {what};", hint="name a file.")
     if facts is not None and _is_stdout(facts):
         raise UsageError(f"{option} '{path}' is what stdout goes to;", hint="name another file.")
-    _check_place(Path(os.path.realpath(path)), option, PARTIAL)
+    _check_place(path, option, PARTIAL)
 
 
 def check_folder(path: Path, option: str) -> None:
@@ -130,7 +132,7 @@ def check_folder(path: Path, option: str) -> None:
     facts = _status(path)
     if facts is not None and not stat.S_ISDIR(facts.st_mode):
         raise UsageError(f"{option} '{path}' is a file;", hint="name a folder.")
-    _check_place(Path(os.path.realpath(path)), option)
+    _check_place(path, option)
 
 
 def nearest(path: Path) -> Path:
@@ -140,11 +142,11 @@ def nearest(path: Path) -> Path:
 
 def _check_place(path: Path, option: str, suffix: str = "") -> None:
     """Refuse a place for a file or folder that does not exist yet, by the nearest folder that does."""
-    most = LONGEST - len(suffix)
-    if any(len(os.fsencode(part)) > most for part in path.parts):
+    most, real = LONGEST - len(suffix), Path(os.path.realpath(path))
+    if any(len(os.fsencode(part)) > most for part in real.parts):
         raise UsageError(f"{option} '{_brief(path)}' has too long a name;", hint=f"use at most {most} bytes.")
-    place = nearest(path)
-    if not place.is_dir() and place != path:
+    place = nearest(real)
+    if not place.is_dir() and place != real:
         raise UsageError(f"{option} '{path}': '{place}' is a file;", hint="name a folder that can hold it.")
     place = place if place.is_dir() else place.parent
     try:
@@ -206,6 +208,19 @@ def read(path: Path) -> bytes:
         raise IntegrityError(f"'{path}' is missing.") from problem
     except OSError as problem:
         raise IntegrityError(f"'{path}' is not readable: {problem.strerror or problem}.") from problem
+
+
+def unpacked(path: Path) -> bytes:
+    """What a file holds, unpacked if its name says that it is packed; damage is a :class:`DataError`."""
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+    except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
+        page = content.lstrip()[:1] == b"<"
+        what = "a web page, not a gzip file" if page else f"not an intact gzip file ({problem})"
+        raise DataError(f"'{path}' is {what}.", hint="Delete it and fetch the data again.") from problem
+    except OSError as problem:
+        raise DataError(f"'{path}' cannot be read: {problem.strerror or problem}.") from problem
 
 
 def parse_json(content: bytes, path: Path) -> dict[str, Any]:

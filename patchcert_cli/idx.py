@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 import struct
-import zlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from patchcert_cli import files
 from patchcert_cli.errors import DataError
 
 
@@ -23,23 +22,10 @@ def mnist(folder: Path, split: str) -> tuple[Tensor, Tensor] | None:
         packed = plain.with_name(plain.name + ".gz")
         if plain.is_file() or packed.is_file():
             path = plain if plain.is_file() else packed
-            found.append(read(_content(path), str(path)))
+            found.append(read(files.unpacked(path), str(path)))
         else:
             return None
     return found[0], found[1]
-
-
-def _content(path: Path) -> bytes:
-    """What a file holds, unpacked if its name says that it is packed."""
-    try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if path.suffix == ".gz" else content
-    except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
-        page = content.lstrip()[:1] == b"<"
-        what = "a web page, not a gzip file" if page else f"not an intact gzip file ({problem})"
-        raise DataError(f"'{path}' is {what}.", hint="Delete it and fetch the data again.") from problem
-    except OSError as problem:
-        raise DataError(f"'{path}' cannot be read: {problem.strerror or problem}.") from problem
 
 
 def read(content: bytes, where: str) -> Tensor:

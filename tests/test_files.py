@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from patchcert_cli import files
+from patchcert_cli import files, locks
 from patchcert_cli.errors import MachineError, PatchcertError, UsageError
 
 
@@ -141,6 +141,6 @@ def test_clearing_a_folder_keeps_the_folder_and_what_links_lead_to(tmp_path: Pat
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     (tmp_path / "run" / "link").symlink_to(tmp_path / "mine")
     (tmp_path / "here").symlink_to(tmp_path / "run")
-    files.clear(tmp_path / "here")
+    locks.clear(tmp_path / "here")
     assert not list((tmp_path / "run").iterdir()) and (tmp_path / "here").is_symlink()
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"

@@ -409,12 +409,9 @@ def test_the_command_writes_one_file_and_says_which(patchcert: Call) -> None:
 
 def test_what_is_not_ours_is_kept(patchcert: Call) -> None:
     Path("plain").write_text("mine")
-    for out in ("plain", "plain/deeper"):
-        assert patchcert("report", "zoo", "--out", out) == (
-            2,
-            "",
-            f"error[2]: --out '{out}': '{Path('plain').absolute() if '/' in out else 'plain'}' is a file; name a folder.\n",
-        )
+    below = f"--out 'plain/deeper': '{Path('plain').resolve()}' is a file; name a folder that can hold it."
+    for out, said in (("plain", "--out 'plain' is a file; name a folder."), ("plain/deeper", below)):
+        assert patchcert("report", "zoo", "--out", out) == (2, "", f"error[2]: {said}\n")
     Path("site").mkdir()
     Path("site/index.html").write_text("<h1>mine</h1>")
     code, out, err = patchcert("report", "zoo")
@@ -427,7 +424,7 @@ def test_what_is_not_ours_is_kept(patchcert: Call) -> None:
 
 def test_a_disk_that_takes_nothing_is_the_machines_fault(patchcert: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, err = patchcert("report", "zoo", "--out", "/proc/nowhere/site")
-    assert (code, out) == (7, "") and err.startswith("error[7]: cannot write '/proc/nowhere/site/index.html': ")
+    assert (code, out) == (7, "") and err.startswith("error[7]: --out '/proc/nowhere/site': nothing can be")
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")

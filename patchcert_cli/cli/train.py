@@ -47,6 +47,11 @@ StartOption = Annotated[
     typer.Option("--start", metavar="NAME|PATH", help="Begin with this model's weights.", rich_help_panel=RECIPE),
 ]
 
+FolderOption = Annotated[
+    Path | None,
+    typer.Option("--out", callback=folder_to_write("--out"), help="Run folder. Default: runs/NAME.", rich_help_panel=RUN),
+]
+
 FINE_TUNING: dict[str, Any] = {  # few, gentle steps: the published course of networks that were trained before
     "epochs": 10,
     "batch_size": 64,
@@ -125,10 +130,7 @@ def train(
     data_dir: DataDirOption = None,
     download: DownloadOption = False,
     device: DeviceOption = "auto",
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", callback=folder_to_write("--out"), help="Run folder. Default: runs/NAME.", rich_help_panel=RUN),
-    ] = None,
+    out: FolderOption = None,
     fresh: FreshOption = False,
     json: JsonOption = None,
     dry_run: DryRunOption = False,
