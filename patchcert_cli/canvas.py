@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import itertools
-import os
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,15 +60,15 @@ def require() -> None:
 
 
 def check_path(path: Path) -> None:
-    """Raise :class:`UsageError` unless a picture can be written to ``path``: a known ending, a folder that is or can be made."""
+    """Refuse a path that no picture can be written to: an unknown ending, or what :func:`files.check_file` refuses.
+
+    Raises:
+        UsageError: it is no path of a picture.
+        MachineError: nothing can be written there.
+    """
     if path.suffix.lower() not in ENDINGS:
         raise UsageError(f"a picture cannot be written to '{path}':", hint=f"its name must end in {', '.join(ENDINGS)}.")
-    if path.is_dir():
-        raise UsageError(f"a picture cannot be written to '{path}':", hint="it is a folder.")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        reason = "cannot be written to" if folder.is_dir() else "is not a folder"
-        raise UsageError(f"a picture cannot be written to '{path}':", hint=f"'{folder}' {reason}.")
+    files.check_file(path, "the picture")
 
 
 @contextmanager
@@ -80,7 +80,8 @@ def paper(path: Path, width: float, height: float) -> Iterator[Figure]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context():  # puts the process's settings back
+    with matplotlib.rc_context(), warnings.catch_warnings():  # put the process's settings back
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)  # its box says so
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         figure = Figure(figsize=(round(width * DPI) / DPI, round(height * DPI) / DPI), dpi=DPI, facecolor="white")
@@ -88,7 +89,7 @@ def paper(path: Path, width: float, height: float) -> Iterator[Figure]:
         yield figure
         content, ending = io.BytesIO(), path.suffix.lower()
         figure.savefig(content, format=ending[1:], dpi=DPI, metadata=UNDATED[ending])
-    files.write_atomically(path, content.getvalue())
+    files.write_named(path, content.getvalue())
 
 
 def panel(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:

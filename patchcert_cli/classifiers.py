@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from patchcert_cli import checkpoint, files, hub, labels, models, own_code, verified
 from patchcert_cli.errors import HubError, IntegrityError, MachineError, PatchcertError, UsageError
+from patchcert_cli.framing import Framing
 from patchcert_cli.labels import Names
 from patchcert_cli.layers import Prepared
 from patchcert_cli.models import timm
@@ -51,6 +52,7 @@ class Classifier:
         source: where they came from: ``hub``, ``file``, ``code`` or ``random``.
         note: one line about where they came from.
         setting: what besides the weights decides its answers, for manifests.
+        framing: how pictures become images, where more is known than ``side`` and ``short`` say.
     """
 
     network: nn.Module
@@ -63,6 +65,7 @@ class Classifier:
     source: str
     note: str
     setting: dict[str, Any] = field(default_factory=dict)
+    framing: Framing | None = None
 
 
 def is_address(text: str) -> bool:
@@ -332,12 +335,13 @@ def _described(
         name=address,
         names=names,
         side=min(source.size),
-        short=source.short,
+        short=min(source.framing.target),
         mean=source.mean,
         sha256=sha256,
         source=kind,
         note=note,
         setting={"preprocessing": {key: options[key] for key in ("size", "mean", "std", "interpolation")}},
+        framing=source.framing,
     )
 
 
@@ -364,4 +368,5 @@ def _own(address: str, module: str, function: str, weights: str | None) -> Class
             "preprocessing": {"size": said.size, "mean": said.mean, "std": said.std},
             "code_sha256": own_code.digest(module),
         },
+        framing=None if said.size is None else Framing(said.size),
     )

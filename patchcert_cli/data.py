@@ -15,8 +15,10 @@ import hashlib
 import io
 import math
 import os
+import pickle
 import re
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchcert_cli import folders, verified
+from patchcert_cli import folders, listing, verified
 from patchcert_cli.datasets import DATASETS as DATASETS
 from patchcert_cli.datasets import DatasetInfo as DatasetInfo
 from patchcert_cli.datasets import info as info
@@ -72,6 +74,7 @@ class Images:
         source: where it came from: ``bundled`` or a folder.
         mapped: where mapped images are; None for images in memory.
         classes: what the labels are called.
+        remarks: what a user should know of how pictures became images, and of files that were skipped, a line each.
     """
 
     pixels: Tensor
@@ -82,6 +85,7 @@ class Images:
     source: str
     mapped: Rows | None = None
     classes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -180,7 +184,7 @@ def load(
     """
     facts = info(name)
     root = directory(data_dir)
-    if facts.short:
+    if facts.framing is not None:
         return _in_folders(facts, root, split, download, progress)
     if download:
         _torchvision(name, root, split, download=True)
@@ -205,16 +209,17 @@ def glance(name: str, split: str, count: int, seed: int, *, data_dir: Path | Non
     Other arguments and errors are those of :func:`load`.
     """
     facts, root = info(name), directory(data_dir)
-    if facts.short:
+    if facts.framing is not None:
         folder, stores = _class_folders(facts, root, split)
-        listing = folders.scan(folder)
-        size, total = facts.shape[1], len(listing)
-        if folders.find(listing, size, facts.short, stores=stores) is None:
+        listed = listing.scan(folder)
+        total = len(listed)
+        if folders.find(listed, facts.framing, stores=stores) is None:
             chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
-            pixels = folders.glance(listing, chosen.tolist(), size, facts.short)
+            pixels, said = folders.glance(listed, chosen.tolist(), facts.framing)
             split, source = _called(facts, split, root)
-            some = Images(pixels, listing.labels[chosen], chosen, facts.name, split, source, classes=listing.classes)
-            return Glance(some, total, total, total * 3 * size * size)
+            labels, classes = listed.labels[chosen], listed.classes
+            some = Images(pixels, labels, chosen, facts.name, split, source, classes=classes, remarks=said)
+            return Glance(some, total, total, total * math.prod(facts.shape))
     whole = load(name, split, data_dir=data_dir, fetch=fetch)
     return Glance(whole, len(whole), whole_split(whole))
 
@@ -222,14 +227,15 @@ def glance(name: str, split: str, count: int, seed: int, *, data_dir: Path | Non
 def class_names(name: str, split: str, *, data_dir: Path | None = None) -> tuple[str, ...]:
     """What the labels of a split are called, without opening an image; errors are those of :func:`load`."""
     facts = info(name)
-    return folders.class_names(_class_folders(facts, directory(data_dir), split)[0]) if facts.short else facts.classes
+    in_folders = facts.framing is not None
+    return listing.class_names(_class_folders(facts, directory(data_dir), split)[0]) if in_folders else facts.classes
 
 
 def count(name: str) -> int:
     """How many pictures there are in somebody's own class folders."""
     path = info(name).path
     assert path is not None, f"{name} is no folder"
-    return len(folders.scan(path))
+    return len(listing.scan(path))
 
 
 def whole_split(images: Images) -> int:
@@ -246,7 +252,7 @@ def _class_folders(facts: DatasetInfo, root: Path, split: str) -> tuple[Path, tu
     folder = base / ("train" if split == "train" else "val")
     if not folder.is_dir():
         raise DataError(f"no {facts.label} {split} data: there is no folder '{folder}'.", hint=_obtain(facts, base))
-    names, wanted = folders.class_names(folder), len(facts.classes)
+    names, wanted = listing.class_names(folder), len(facts.classes)
     strange = [name for name in names if not re.fullmatch(facts.folders, name)]
     if strange or len(names) != wanted:  # classes are told by position, so that any other set of folders would be mistaken
         found = f"{len(names)} class folders ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
@@ -278,11 +284,12 @@ def _in_folders(facts: DatasetInfo, root: Path, split: str, download: bool, prog
         hint = _obtain(facts, root / facts.label)
         raise UsageError(f"{facts.label} cannot be downloaded by --download.", hint=hint)
     folder, stores = _class_folders(facts, root, split)
-    packed = folders.load(folder, facts.shape[1], facts.short, stores=stores, progress=progress)
+    assert facts.framing is not None
+    packed = folders.load(folder, facts.framing, stores=stores, progress=progress)
     count = torch.arange(len(packed.labels))
     mapped = Rows(packed.pixels, count, packed.sha256)
     split, source = _called(facts, split, root)
-    return Images(mapped.outline, packed.labels, count, facts.name, split, source, mapped, packed.classes)
+    return Images(mapped.outline, packed.labels, count, facts.name, split, source, mapped, packed.classes, packed.remarks)
 
 
 @cache
@@ -310,7 +317,7 @@ def pixels_of(file: Any) -> Tensor:
 
 def _checked(pixels: Tensor, labels: Tensor, facts: DatasetInfo, split: str, source: str) -> Images:
     pixels = pixels.reshape(len(pixels), *pixels.shape[-3:]) if pixels.ndim == 4 else pixels[:, None]
-    if tuple(pixels.shape[1:]) != facts.shape or len(pixels) != len(labels) or not len(labels):
+    if tuple(pixels.shape[1:]) != facts.shape or labels.ndim != 1 or len(pixels) != len(labels) or not len(labels):
         raise DataError(f"{facts.name} {split} data in '{source}' has shape {tuple(pixels.shape)}, not n x {facts.shape}.")
     labels = labels.long()
     if int(labels.max()) >= len(facts.classes):
@@ -327,13 +334,25 @@ def _mnist(folder: Path, split: str) -> tuple[Tensor, Tensor] | None:
     for part, axes in (("images", 3), ("labels", 1)):
         plain = folder / f"{stem}-{part}-idx{axes}-ubyte"
         packed = plain.with_name(plain.name + ".gz")
-        if plain.is_file():
-            found.append(_idx(plain.read_bytes(), str(plain)))
-        elif packed.is_file():
-            found.append(_idx(gzip.decompress(packed.read_bytes()), str(packed)))
+        if plain.is_file() or packed.is_file():
+            path = plain if plain.is_file() else packed
+            found.append(_idx(_content(path), str(path)))
         else:
             return None
     return found[0], found[1]
+
+
+def _content(path: Path) -> bytes:
+    """What a file holds, unpacked if its name says that it is packed."""
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+    except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
+        page = content.lstrip()[:1] == b"<"
+        what = "a web page, not a gzip file" if page else f"not an intact gzip file ({problem})"
+        raise DataError(f"'{path}' is {what}.", hint="Delete it and fetch the data again.") from problem
+    except OSError as problem:
+        raise DataError(f"'{path}' cannot be read: {problem.strerror or problem}.") from problem
 
 
 def _idx(content: bytes, where: str) -> Tensor:
@@ -342,8 +361,8 @@ def _idx(content: bytes, where: str) -> Tensor:
         raise DataError(f"'{where}' is not an IDX file of bytes.", hint="Delete it and fetch the data again.")
     axes = content[3]
     start = 4 + 4 * axes
-    sizes = struct.unpack(f">{axes}i", content[4:start]) if len(content) >= start else (-1,)
-    if len(content) != start + math.prod(sizes):
+    sizes = struct.unpack(f">{axes}I", content[4:start]) if len(content) >= start else ()
+    if not axes or len(content) <= start or len(content) != start + math.prod(sizes):
         raise DataError(f"'{where}' is truncated or damaged.", hint="Delete it and fetch the data again.")
     return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).reshape(sizes)
 
@@ -359,7 +378,7 @@ def _torchvision(name: str, root: Path, split: str, *, download: bool) -> tuple[
     kinds = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}
     try:
         loaded = kinds[name](str(root), train=split == "train", download=download)
-    except (RuntimeError, OSError) as problem:
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, zlib.error, pickle.UnpicklingError) as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         action = "downloaded to" if download else "read from"
         remedy = "Check the network." if download else "Delete it, then run the command again with --download."

@@ -1,8 +1,8 @@
 """What data sets there are, and what is known of each without opening it.
 
 A data set is named by a word, ``cifar10``, or is anybody's pictures in class folders, ``imagefolder:PATH``. Pictures in class
-folders become squares; ``NAME@SIDE/SHORT`` says of how many pixels, and to what length the shorter side of a picture is scaled
-before the middle is cut out: ``imagefolder:./val@224/248``. A patch is counted in pixels of that square.
+folders are made to fit; what stands behind ``@`` says how (:mod:`patchcert_cli.framing`): ``imagefolder:./val@224/248``. A patch
+is counted in pixels of the result.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from patchcert_cli import folders
+from patchcert_cli import listing
 from patchcert_cli.errors import UnknownName, UsageError, unknown
+from patchcert_cli.framing import Framing
 
 OWN = "imagefolder:"
-SIDE, LARGEST = 224, 4096  # of squares: unless somebody says otherwise, and at most
+SIDE = 224  # of squares, unless somebody says otherwise
 SPLITS = ("train", "training", "val", "valid", "validation", "test")  # folders that do not say what their pictures are of
 
 
@@ -32,7 +33,7 @@ class DatasetInfo:
         folders: what its class folders are called, a pattern, if it comes as pictures in class folders; class i is the i-th
             folder in the order of names.
         page: where to get it, if nobody can download it for you.
-        short: the length to which the shorter side of a picture in a class folder is scaled; 0 if it does not come as such.
+        framing: how a picture in a class folder becomes an image; None if it does not come as such.
         path: the folder of somebody's own class folders, which is all there is to the data set: it has no splits.
     """
 
@@ -45,7 +46,7 @@ class DatasetInfo:
     bundled: int = 0
     folders: str = ""
     page: str = ""
-    short: int = 0
+    framing: Framing | None = None
     path: Path | None = None
 
     @property
@@ -78,7 +79,7 @@ DATASETS = {
             test_images=50_000,
             folders=r"n\d{8}",
             page="https://image-net.org/download.php",
-            short=256,
+            framing=Framing.square(SIDE, 256),
         ),
     )
 }
@@ -92,19 +93,18 @@ def info(name: str) -> DatasetInfo:
         UsageError: a size that cannot be meant, or one for images that have theirs.
         DataError: no such folder, or one without class folders.
     """
-    base, side, short = _read(name)
+    base, said = _read(name)
     if base.startswith(OWN):
         path, like = Path(base.removeprefix(OWN)), DATASETS["imagenet"]
-        wide = side or SIDE
-        whole = short or folders.shorter(wide)
+        meant = said or Framing.square(SIDE)
         return DatasetInfo(
-            name=f"{base}@{wide}/{whole}",
-            shape=(3, wide, wide),
-            classes=folders.class_names(path),
+            name=f"{base}@{meant}",
+            shape=(3, *meant.size),
+            classes=listing.class_names(path),
             mean=like.mean,
             std=like.std,
             test_images=0,
-            short=whole,
+            framing=meant,
             path=path,
         )
     if base not in DATASETS:
@@ -112,22 +112,19 @@ def info(name: str) -> DatasetInfo:
             raise UnknownName(f"no data set '{base}'.", hint=f"For the pictures in its class folders say {OWN}{name}")
         raise unknown("data set", base, [*DATASETS, f"{OWN}PATH"])
     known = DATASETS[base]
-    if side is None:
+    if said is None or said == known.framing:
         return known
-    if not known.folders:
+    if known.framing is None:
         raise UsageError(f"{base} images are {known.shape[1]}x{known.shape[2]} as they are;", hint=f"say --data {base}.")
-    whole = short or folders.shorter(side)
-    if (known.shape, known.short) == ((3, side, side), whole):
-        return known
-    return replace(known, name=f"{base}@{side}/{whole}", shape=(3, side, side), short=whole)
+    return replace(known, name=f"{base}@{said}", shape=(3, *said.size), framing=said)
 
 
-def fitted(name: str, side: int, short: int | None = None) -> str:
-    """``name`` with squares of this size, if it is one of pictures in class folders and does not say itself how large."""
-    base, own, _ = _read(name)
-    if own is not None or not (base.startswith(OWN) or (base in DATASETS and DATASETS[base].folders)):
+def fitted(name: str, meant: Framing) -> str:
+    """``name`` with this framing, if it is one of pictures in class folders and does not say itself how they are made to fit."""
+    base, said = _read(name)
+    if said is not None or not (base.startswith(OWN) or (base in DATASETS and DATASETS[base].framing is not None)):
         return name
-    return info(f"{base}@{side}/{max(short or folders.shorter(side), side)}").name
+    return info(f"{base}@{meant}").name
 
 
 def own(name: str) -> bool:
@@ -135,10 +132,10 @@ def own(name: str) -> bool:
     return name.startswith(OWN)
 
 
-def size(name: str) -> tuple[int, int] | None:
-    """The side of squares, and the length of a picture's shorter side before, that a name says; None if it says none."""
-    _, side, short = _read(name)
-    return None if side is None else (side, short or folders.shorter(side))
+def framing(name: str) -> Framing | None:
+    """How a name says that pictures become images, or the data set of that name; None where neither says."""
+    base, said = _read(name)
+    return said or (DATASETS[base].framing if base in DATASETS else None)
 
 
 def same(one: str, other: str) -> bool:
@@ -146,14 +143,9 @@ def same(one: str, other: str) -> bool:
     return _read(one)[0] == _read(other)[0]
 
 
-def _read(name: str) -> tuple[str, int | None, int | None]:
-    """``NAME@SIDE/SHORT`` in parts."""
-    match = re.fullmatch(r"(?P<base>.+?)(?:@(?P<side>\d{1,6})(?:/(?P<short>\d{1,6}))?)?", name.strip())
+def _read(name: str) -> tuple[str, Framing | None]:
+    """``NAME@FRAMING`` in parts."""
+    match = re.fullmatch(r"(?P<base>.+?)(?:@(?P<framing>\d[\dx]*(?:/[\dx]*)?(?:,[a-z\d-]+)*))?", name.strip())
     if match is None or match["base"] == OWN:
         raise UsageError(f"--data '{name}' names no data set;", hint=f"say, for example, cifar10 or {OWN}./val")
-    side, short = (None if match[part] is None else int(match[part]) for part in ("side", "short"))
-    if side is not None and not (1 <= side <= LARGEST and (short is None or side <= short <= LARGEST)):
-        raise UsageError(
-            f"--data '{name}' cannot be meant:", hint=f"give NAME@SIDE or NAME@SIDE/SHORT, 1 to {LARGEST}, SHORT at least SIDE."
-        )
-    return match["base"], side, short
+    return match["base"], None if match["framing"] is None else Framing.parse(match["framing"])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from patchcert_cli import __version__, cards, data, hub, verified
+from patchcert_cli import __version__, cards, data, files, hub, verified
 from patchcert_cli.errors import IntegrityError, MachineError, PatchcertError
 
 EXTRAS = {"matplotlib": "plots", "timm": "timm"}
@@ -88,14 +88,18 @@ def _hub(offline: bool) -> Iterator[Finding]:
 
 def _disk() -> Iterator[Finding]:
     cache = verified.hub_cache()
-    files = [path for path in cache.rglob("*") if path.is_file() and not path.is_symlink()] if cache.is_dir() else []
-    yield Finding("cache", f"{cache}: {sum(path.stat().st_size for path in files) / 1e6:.1f} MB in {len(files)} files")
-    place = next(path for path in (cache, *cache.parents) if path.exists())
+    place = files.nearest(cache)
+    held = [path for path in cache.rglob("*") if path.is_file() and not path.is_symlink()] if place == cache else []
+    yield Finding("cache", f"{cache}: {sum(path.stat().st_size for path in held) / 1e6:.1f} MB in {len(held)} files")
     free = shutil.disk_usage(place).free
     full = MachineError(f"less than 100 MB are free on the disk of '{cache}'.", hint="Free some space, or set HF_HOME.")
     yield Finding("free", f"{free / 1e9:.1f} GB", full if free < 100e6 else None)
-    if not os.access(place, os.W_OK):
-        yield Finding("writable", "no", MachineError(f"'{place}' is not writable.", hint="Put the cache elsewhere with HF_HOME."))
+    try:
+        files.check_folder(cache, "the cache")
+    except PatchcertError as problem:
+        yield Finding(
+            "writable", "no", MachineError(f"{problem.args[0].rstrip('.;')}.", hint="Put the cache elsewhere with HF_HOME.")
+        )
 
 
 def _zoo() -> Iterator[Finding]:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import stat
+import sys
+import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from patchcert_cli.errors import IntegrityError, MachineError
+from patchcert_cli.errors import IntegrityError, MachineError, UsageError
 
 CARD, CONFIG, WEIGHTS = "README.md", "config.json", "model.safetensors"
 INDEX, LEDGER = "model.safetensors.index.json", "records.jsonl.gz"  # of weights in several files; published records
 SAMPLE = r"sample-\d{1,4}\.jsonl\.gz"  # records of pictures that are no test split
+PARTIAL = ".partial"  # what a file is called until it is whole
+LONGEST = 255  # bytes of a name, on every file system in use
+ROOM = (errno.ENOSPC, errno.EDQUOT)
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".th")
 
 
@@ -45,25 +53,144 @@ def sha256_of(content: bytes) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file's content so that a crash leaves either the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    """Replace a file's content so that a crash leaves either the old or the new one.
+
+    Raises:
+        MachineError: it cannot be written, or what is there is no file.
+    """
+    partial = path.with_name(path.name + PARTIAL)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is no regular file")
         with partial.open("wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, path)
     except OSError as problem:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
+        raise unwritten(path, problem) from problem
+
+
+def write_named(path: Path, content: bytes) -> None:
+    """Write a file that the user named: links are followed; pipes and devices are written to and stay what they are.
+
+    Raises:
+        MachineError: it cannot be written.
+    """
+    if not _takes_a_stream(_status(path)):
+        write_atomically(Path(os.path.realpath(path)), content)
+        return
+    try:
+        with path.open("wb") as stream:
+            stream.write(content)
+    except OSError as problem:
+        raise unwritten(path, problem) from problem
+
+
+def unwritten(path: Path, problem: OSError) -> MachineError:
+    """The error that ``path`` cannot be written, and why."""
+    hint = "Free some space" if problem.errno in ROOM else "Name another place, or make this one writable"
+    return MachineError(
+        f"cannot write '{_brief(path)}': {problem.strerror or problem}.", hint=f"{hint}, then run the same command again."
+    )
+
+
+def check_file(path: Path, option: str) -> None:
+    """Refuse a file that ``option`` names and that :func:`write_named` could not write. Nothing is made or changed.
+
+    Raises:
+        UsageError: it is a folder, a disk, stdout or below a file, or its name is too long.
+        MachineError: nothing can be written there.
+    """
+    facts = _status(path)
+    if _takes_a_stream(facts):
+        if _is_stdout(facts):
+            raise UsageError(f"{option} '{path}' is stdout, which gets the table;", hint="name a file.")
+        if not os.access(path, os.W_OK):
+            raise MachineError(f"{option} '{path}' is not writable.", hint="Name another file.")
+        return
+    if facts is not None and not stat.S_ISREG(facts.st_mode):
+        what = "a folder" if stat.S_ISDIR(facts.st_mode) else "no regular file"
+        raise UsageError(f"{option} '{path}' is {what};", hint="name a file.")
+    if facts is not None and _is_stdout(facts):
+        raise UsageError(f"{option} '{path}' is what stdout goes to;", hint="name another file.")
+    _check_place(Path(os.path.realpath(path)), option, PARTIAL)
+
+
+def check_folder(path: Path, option: str) -> None:
+    """Refuse a folder that ``option`` names and that could not be made or written into. Nothing is made or changed.
+
+    Raises:
+        UsageError: it is a file or below one, or its name is too long.
+        MachineError: nothing can be written there.
+    """
+    facts = _status(path)
+    if facts is not None and not stat.S_ISDIR(facts.st_mode):
+        raise UsageError(f"{option} '{path}' is a file;", hint="name a folder.")
+    _check_place(Path(os.path.realpath(path)), option)
+
+
+def nearest(path: Path) -> Path:
+    """The path itself, or the nearest of the folders that it is in which is there and can be looked at."""
+    return next(one for one in (path, *path.absolute().parents) if _status(one) is not None)
+
+
+def _check_place(path: Path, option: str, suffix: str = "") -> None:
+    """Refuse a place for a file or folder that does not exist yet, by the nearest folder that does."""
+    most = LONGEST - len(suffix)
+    if any(len(os.fsencode(part)) > most for part in path.parts):
+        raise UsageError(f"{option} '{_brief(path)}' has too long a name;", hint=f"use at most {most} bytes.")
+    place = nearest(path)
+    if not place.is_dir() and place != path:
+        raise UsageError(f"{option} '{path}': '{place}' is a file;", hint="name a folder that can hold it.")
+    place = place if place.is_dir() else place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as problem:
         raise MachineError(
-            f"cannot write '{path}': {problem.strerror or problem}.", hint="Free some space, then run the same command again."
+            f"{option} '{path}': nothing can be written into '{place}' ({problem.strerror or problem}).",
+            hint="Free some space." if problem.errno in ROOM else "Name another place.",
         ) from problem
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """What is at a path, links followed; None where nothing is, or nothing that can be looked at."""
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+def _takes_a_stream(facts: os.stat_result | None) -> bool:
+    return facts is not None and (stat.S_ISFIFO(facts.st_mode) or stat.S_ISCHR(facts.st_mode))
+
+
+def _is_stdout(facts: os.stat_result | None) -> bool:
+    """Whether this is the file or pipe that stdout goes to; a terminal or /dev/null may be written to twice."""
+    try:
+        other = os.fstat(sys.stdout.fileno())
+    except (AttributeError, OSError, ValueError):  # none, or not a file, as in tests
+        return False
+    return facts is not None and not stat.S_ISCHR(facts.st_mode) and os.path.samestat(facts, other)
+
+
+def _brief(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 120 else f"{text[:60]}...{text[-20:]}"
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object, atomically."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_atomically(path, json_bytes(value))
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """A JSON object as the content of a file."""
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,19 +1,16 @@
 """Pictures in one folder per class, packed once into a flat file of 8-bit pixels that is mapped into memory and never read whole.
 
-``FOLDER/CLASS/PICTURE``: classes are numbered in the order of their names, pictures in the order of classes, then names. Each
-picture becomes a square as classifiers are usually tested on: its shorter side scaled to 256/224 of the square's, or as the
-caller says (bicubic with antialiasing), then the middle cut out; colours only, as stored, without turning by EXIF.
+Which pictures a folder has says :mod:`patchcert_cli.listing`, what they become :mod:`patchcert_cli.image`.
 
 The packed file lies in a store, a folder that the caller names, with a JSON beside it that says what it holds. It is made
 again when the names, sizes or times of the pictures have changed. What is half done is kept, block by block.
 
-Shapes: n pictures, S x S pixels.
+Shapes: n pictures, H x W pixels.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 import shutil
@@ -22,50 +19,22 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy
 import torch
 from torch import Tensor
 
-from patchcert_cli import files
+from patchcert_cli import files, image
 from patchcert_cli.errors import DataError, IntegrityError, Interrupted, MachineError
+from patchcert_cli.framing import Framing
+from patchcert_cli.image import Account
+from patchcert_cli.listing import SHOWN, Listing, passed, scan
 from patchcert_cli.progress import Progress, Silent
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-FORMAT = 1  # of packed files, with all that decides their pixels
-SCALE = 256 / 224  # of the shorter side, to the side that is cut out
+FORMAT = 2  # of packed files, with all that decides their pixels
+REMEDY, AGAIN = "Replace or remove", "then run the same command again: what is packed is kept."
 BLOCK = 512  # pictures between two points from which packing goes on after an interruption
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What is in a folder of class folders.
-
-    Attributes:
-        classes: names of the class folders, sorted.
-        pictures: one text per picture, its path inside the folder, size and time, with zero characters between.
-        labels: int64 [n].
-    """
-
-    folder: Path
-    classes: tuple[str, ...]
-    pictures: list[str]
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def path(self, number: int) -> Path:
-        """Where picture ``number`` is."""
-        return self.folder / self.pictures[number].split("\0", 1)[0]
-
-    def digest(self, begin: int = 0, end: int | None = None) -> str:
-        """sha256 of names, sizes and times of the pictures from ``begin`` to ``end``; contents are not read."""
-        content = hashlib.sha256()
-        for text in self.pictures[begin:end]:
-            content.update(os.fsencode(text + "\n"))
-        return content.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -73,10 +42,11 @@ class Packed:
     """A folder of class folders as tensors.
 
     Attributes:
-        pixels: uint8 [n, 3, S, S], mapped from ``path``, not to be written to.
+        pixels: uint8 [n, 3, H, W], mapped from ``path``, not to be written to.
         labels: int64 [n].
         classes: names of the class folders.
         sha256: of the pixels, from when they were packed.
+        remarks: what was done to the pictures, and what was skipped, a line each.
     """
 
     pixels: Tensor
@@ -84,138 +54,70 @@ class Packed:
     classes: tuple[str, ...]
     sha256: str
     path: Path
+    remarks: tuple[str, ...] = ()
 
 
-def class_names(folder: Path) -> tuple[str, ...]:
-    """The names of the class folders of ``folder``, sorted; class i is the i-th.
-
-    Raises:
-        DataError: there is no such folder, or it has none.
-    """
-    if not folder.is_dir():
-        raise DataError(f"there is no folder '{folder}'.")
-    with _readable(folder), os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-    if not names:
-        raise DataError(
-            f"'{folder}' has no class folders;", hint="put the pictures of each class into a sub-folder of their own."
-        )
-    return tuple(names)
-
-
-def scan(folder: Path) -> Listing:
-    """List a folder of class folders without opening a picture.
-
-    Raises:
-        DataError: there is no such folder, or it has no class folders, or one of them has no pictures.
-    """
-    classes, pictures, counts = class_names(folder), [], []
-    for name in classes:
-        with _readable(folder / name), os.scandir(folder / name) as entries:
-            wanted = [one for one in entries if not one.name.startswith(".") and one.name.lower().endswith(PICTURES)]
-            found = sorted((one.name, one.stat()) for one in wanted if not one.is_dir())
-        if not found:
-            raise DataError(
-                f"'{folder / name}' has no pictures ({', '.join(PICTURES)});",
-                hint="every class folder needs some: add, or remove it.",
-            )
-        pictures += [f"{name}/{one}\0{facts.st_size}\0{facts.st_mtime_ns}" for one, facts in found]
-        counts.append(len(found))
-    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
-    return Listing(folder, classes, pictures, labels)
-
-
-def shorter(size: int) -> int:
-    """The usual length of a picture's shorter side before a square of ``size`` pixels is cut out of its middle."""
-    return round(size * SCALE)
-
-
-def load(
-    folder: Path, size: int, short: int | None = None, *, stores: Sequence[Path], progress: Progress | None = None
-) -> Packed:
-    """The pictures of ``folder`` as squares of ``size`` pixels, packed if they are not yet.
+def load(folder: Path, framing: Framing, *, stores: Sequence[Path], progress: Progress | None = None) -> Packed:
+    """The pictures of ``folder`` as images, packed if they are not yet.
 
     Args:
         folder: holds a folder per class.
-        size: S, of the squares.
-        short: what the shorter side of a picture is scaled to before, :func:`shorter` by default.
+        framing: how a picture becomes an image [3, H, W].
         stores: looked through for the packed file; it is made in the first of them that can be written to.
-        progress: is told how far it is packed.
+        progress: is told how far it is packed, and which pictures are damaged.
 
     Raises:
-        DataError: the folder is not one of class folders with pictures, or a picture cannot be read.
+        DataError: the folder is not one of class folders with pictures, or pictures cannot be read: all of them are named.
         MachineError: the disk is too small, or another process is packing the same folder.
         Interrupted: stopped by Ctrl-C; the same call goes on where it stopped.
     """
-    listing, short = scan(folder), short or shorter(size)
-    found = find(listing, size, short, stores=stores)
+    listing = scan(folder)
+    found = find(listing, framing, stores=stores)
     if found is not None:
         return found
-    wanted = _wanted(listing, size, short)
-    place = _place(_writable(stores), folder, size, short)
+    wanted = _wanted(listing, framing)
+    place = _place(_writable(stores), folder, framing)
     with _alone(place):
-        found = _opened(place, listing, wanted)  # another process may have been quicker
+        found = _opened(place, listing, wanted, framing)  # another process may have been quicker
         if found is None:
-            _pack(listing, wanted, place, progress or Silent())
-            found = _opened(place, listing, wanted)
+            _pack(listing, wanted, framing, place, progress or Silent())
+            found = _opened(place, listing, wanted, framing)
     if found is None:
         raise MachineError(f"'{place}' vanished while it was made;", hint="run the same command again.")
     return found
 
 
-def find(listing: Listing, size: int, short: int, *, stores: Sequence[Path]) -> Packed | None:
+def find(listing: Listing, framing: Framing, *, stores: Sequence[Path]) -> Packed | None:
     """The packed file of these pictures, if there is one that holds them as they are now; see :func:`load`."""
-    wanted = _wanted(listing, size, short)
-    places = (_place(store, listing.folder, size, short) for store in stores)
-    return next((found for place in places if (found := _opened(place, listing, wanted)) is not None), None)
+    wanted = _wanted(listing, framing)
+    places = (_place(store, listing.folder, framing) for store in stores)
+    return next((found for place in places if (found := _opened(place, listing, wanted, framing)) is not None), None)
 
 
-def glance(listing: Listing, numbers: Sequence[int], size: int, short: int) -> Tensor:
-    """Some pictures of a listing as uint8 [m, 3, S, S], read from their own files."""
-    squares = b"".join(square(listing.path(number), size, short) for number in numbers)
-    return torch.frombuffer(bytearray(squares), dtype=torch.uint8).reshape(len(numbers), 3, size, size)
+def glance(listing: Listing, numbers: Sequence[int], framing: Framing) -> tuple[Tensor, tuple[str, ...]]:
+    """Some pictures of a listing as uint8 [m, 3, H, W], read from their own files, and remarks as of :class:`Packed`."""
+    with image.quiet():
+        found = [image.take(listing.path(number), framing) for number in numbers]
+    account = sum(map(Account.of, found), Account())
+    return torch.stack([one.pixels for one in found]), _remarks(account, listing, framing)
 
 
-def square(path: Path, size: int, short: int | None = None) -> bytes:
-    """One picture as the bytes of uint8 [3, S, S]; ``short`` is the length of its shorter side before, see :func:`shorter`.
-
-    Raises:
-        DataError: it cannot be read, or has more than 8 bits.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as opened:
-            deep = opened.mode.startswith(("I", "F"))
-            clear = "transparency" in opened.info
-            picture: Any = (opened.convert("RGBA") if clear else opened).convert("RGB")
-    except Exception as problem:  # damaged files raise nearly anything
-        raise DataError(
-            f"'{path}' is not a picture that can be read ({type(problem).__name__}).",
-            hint="Replace or remove it, then run the same command again: what is packed is kept.",
-        ) from problem
-    if deep:
-        raise DataError(f"'{path}' has more than 8 bits per channel;", hint="save it as 8-bit PNG or JPEG.")
-    short = short or shorter(size)
-    width, height = picture.size
-    wide, high = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-    left, top = round((wide - size) / 2), round((high - size) / 2)
-    picture = picture.resize((wide, high), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    return numpy.asarray(picture).transpose(2, 0, 1).tobytes()
+def _remarks(account: Account, listing: Listing, framing: Framing) -> tuple[str, ...]:
+    skipped = passed(listing.skipped).removeprefix("; ")
+    return (*account.lines(framing), *([f"{skipped} in '{listing.folder}'"] if skipped else []))
 
 
-def _wanted(listing: Listing, size: int, short: int) -> dict[str, Any]:
+def _wanted(listing: Listing, framing: Framing) -> dict[str, Any]:
     """What a packed file must say of itself to hold these pictures."""
-    said = {"format": FORMAT, "size": size, "pictures": len(listing), "listing": listing.digest()}
-    return said if short == shorter(size) else {**said, "short": short}
+    return {"format": FORMAT, "framing": str(framing), "pictures": len(listing), "listing": listing.digest()}
 
 
-def _place(store: Path, folder: Path, size: int, short: int) -> Path:
+def _place(store: Path, folder: Path, framing: Framing) -> Path:
     """Where the packed file of ``folder`` is in ``store``. A data directory can be moved as a whole with the store inside."""
     whole, home = folder.resolve(), store.resolve().parent
     key = whole.relative_to(home) if whole.is_relative_to(home) else whole
     name = "-".join(key.relative_to(key.anchor).parts[-2:])
-    sides = f"{size}" if short == shorter(size) else f"{size}of{short}"
+    sides = str(framing).replace("/", "of").replace(",", "-")
     return store / f"{name}-{sides}-{files.sha256_of(os.fsencode(key.as_posix()))[:8]}.u8"
 
 
@@ -230,14 +132,14 @@ def _writable(stores: Sequence[Path]) -> Path:
     )
 
 
-def _opened(place: Path, listing: Listing, wanted: dict[str, Any]) -> Packed | None:
+def _opened(place: Path, listing: Listing, wanted: dict[str, Any], framing: Framing) -> Packed | None:
     """The packed file, or None if it is not there, not whole or not of these pictures."""
     try:
         facts = files.read_json(place.with_suffix(".json"))
-        there = place.stat().st_size
-    except (IntegrityError, OSError):
+        there, account = place.stat().st_size, Account.from_list(facts["account"])
+    except (IntegrityError, OSError, KeyError, TypeError, ValueError):
         return None
-    shape = (wanted["pictures"], 3, wanted["size"], wanted["size"])
+    shape = (wanted["pictures"], 3, *framing.size)
     if there != math.prod(shape) or any(facts.get(key) != value for key, value in wanted.items()):
         return None
     # not torch.from_file: it maps a file copy-on-write, which Linux refuses beyond the size of the memory, or open for writing
@@ -245,14 +147,13 @@ def _opened(place: Path, listing: Listing, wanted: dict[str, Any]) -> Packed | N
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to a data set
         pixels = torch.from_numpy(flat)
-    return Packed(pixels, listing.labels, listing.classes, str(facts["sha256"]), place)
+    remarks = _remarks(account, listing, framing)
+    return Packed(pixels, listing.labels, listing.classes, str(facts["sha256"]), place, remarks)
 
 
-def _pack(listing: Listing, wanted: dict[str, Any], place: Path, progress: Progress) -> None:
+def _pack(listing: Listing, wanted: dict[str, Any], framing: Framing, place: Path, progress: Progress) -> None:
     """Write the packed file and the JSON beside it; it is complete as soon as it has its name."""
-    size, total = int(wanted["size"]), len(listing)
-    short = int(wanted.get("short", shorter(size)))
-    bytes_each = 3 * size * size
+    total, bytes_each = len(listing), 3 * math.prod(framing.size)
     for stale in (place.with_suffix(".json"), place):  # of other pictures; whoever has it mapped keeps it
         stale.unlink(missing_ok=True)
     partial, journal = place.with_suffix(".partial"), place.with_suffix(".partial.json")
@@ -263,21 +164,27 @@ def _pack(listing: Listing, wanted: dict[str, Any], place: Path, progress: Progr
     if done:
         progress.note(f"{done} of them are packed already")
     try:
-        with partial.open("ab") as stream, ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        with partial.open("ab") as stream, ThreadPoolExecutor(torch.get_num_threads()) as pool, image.quiet():
             stream.truncate(done * bytes_each)
             while done < total:
                 end = min(done + BLOCK, total)
-                paths = [listing.path(number) for number in range(done, end)]
-                content = b"".join(pool.map(square, paths, [size] * len(paths), [short] * len(paths)))
+                found = list(pool.map(_tried, map(listing.path, range(done, end)), [framing] * (end - done)))
+                taken = [one for one in found if isinstance(one, image.Taken)]
+                if len(taken) < len(found):  # nothing more is packed: all damaged pictures are told at once
+                    _refuse([one for one in found if isinstance(one, DataError)], listing, end, pool, framing, progress)
+                content = b"".join(one.pixels.numpy().tobytes() for one in taken)
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())  # before the journal says so
-                blocks.append([listing.digest(done, end), files.sha256_of(content)])
-                files.write_json(journal, {"format": FORMAT, "size": size, "blocks": blocks})
+                account = sum(map(Account.of, taken), Account())
+                blocks.append([listing.digest(done, end), files.sha256_of(content), account.to_list()])
+                files.write_json(journal, {**_same(wanted), "blocks": blocks})
                 done = end
                 progress.update(done, total, "packing pictures")
-        whole = files.sha256_of("".join(content for _, content in blocks).encode())
-        files.write_json(place.with_suffix(".json"), {**wanted, "sha256": whole, **_described(listing)})
+        whole = files.sha256_of("".join(content for _, content, _ in blocks).encode())
+        account = sum((Account.from_list(said) for _, _, said in blocks), Account())
+        facts = {**wanted, "sha256": whole, "account": account.to_list(), **_described(listing)}
+        files.write_json(place.with_suffix(".json"), facts)
         os.replace(partial, place)  # last: until then the next call finishes this
     except OSError as problem:
         raise MachineError(
@@ -289,6 +196,31 @@ def _pack(listing: Listing, wanted: dict[str, Any], place: Path, progress: Progr
     journal.unlink(missing_ok=True)
 
 
+def _tried(path: Path, framing: Framing) -> image.Taken | DataError:
+    try:
+        return image.take(path, framing)
+    except DataError as problem:
+        return problem
+
+
+def _refuse(
+    bad: list[DataError], listing: Listing, begin: int, pool: ThreadPoolExecutor, framing: Framing, progress: Progress
+) -> NoReturn:
+    """Raise for all pictures that cannot be read, after looking at those from ``begin`` on too."""
+    total = len(listing)
+    for at in range(begin, total, BLOCK):
+        paths = [listing.path(number) for number in range(at, min(at + BLOCK, total))]
+        bad += [one for one in pool.map(_tried, paths, [framing] * len(paths)) if isinstance(one, DataError)]
+        progress.update(min(at + BLOCK, total), total, f"looking for damaged pictures, {len(bad)} so far")
+    said = [str(one.args[0]) for one in bad]
+    if len(bad) == 1:
+        raise DataError(said[0], hint=f"{REMEDY} it, {AGAIN}") from bad[0]
+    for one in said:
+        progress.note(one)
+    named = " ".join(said[:SHOWN]) + (f" And {len(bad) - SHOWN} more." if len(bad) > SHOWN else "")
+    raise DataError(f"{len(bad)} of {total} pictures cannot be used: {named}", hint=f"{REMEDY} them, {AGAIN}") from bad[0]
+
+
 def _described(listing: Listing) -> dict[str, Any]:
     """What nobody needs to read the packed file, but to know what it is; decoders differ between versions."""
     import PIL
@@ -296,15 +228,20 @@ def _described(listing: Listing) -> dict[str, Any]:
     return {"folder": str(listing.folder), "classes": list(listing.classes), "pillow": PIL.__version__}
 
 
-def _kept(listing: Listing, wanted: dict[str, Any], partial: Path, journal: Path, bytes_each: int) -> list[list[str]]:
+def _same(wanted: dict[str, Any]) -> dict[str, Any]:
+    """What decides the pixels of a picture."""
+    return {key: wanted[key] for key in ("format", "framing")}
+
+
+def _kept(listing: Listing, wanted: dict[str, Any], partial: Path, journal: Path, bytes_each: int) -> list[list[Any]]:
     """The first blocks of an interrupted packing that hold the very pictures of ``listing``."""
     try:
         before, there = files.read_json(journal), partial.stat().st_size
-        blocks = [[str(of), str(content)] for of, content in before["blocks"]]
+        blocks = [[str(of), str(content), Account.from_list(said).to_list()] for of, content, said in before["blocks"]]
     except (IntegrityError, OSError, KeyError, TypeError, ValueError):
         return []
-    kept: list[list[str]] = []
-    if (before.get("format"), before.get("size")) == (wanted["format"], wanted["size"]):
+    kept: list[list[Any]] = []
+    if {key: before.get(key) for key in _same(wanted)} == _same(wanted):
         for begin, block in zip(range(0, len(listing), BLOCK), blocks, strict=False):
             end = min(begin + BLOCK, len(listing))
             if end * bytes_each > there or block[0] != listing.digest(begin, end):
@@ -348,11 +285,3 @@ def _locked(descriptor: int) -> bool:
     except (ImportError, OSError):
         return True
     return True
-
-
-@contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as problem:
-        raise DataError(f"'{problem.filename or folder}' cannot be read: {problem.strerror or problem}.") from problem

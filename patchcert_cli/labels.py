@@ -9,11 +9,13 @@ Shapes: K outputs.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from patchcert_cli.errors import DataError
 
+WNID = re.compile(r"n\d{8}")  # a synset of WordNet, as ImageNet's folders are called
 SHOWN = 3  # names in an error message
 
 Names = tuple[tuple[str, ...], ...]  # for each output the names that it goes by
@@ -87,6 +89,15 @@ def match(classes: Sequence[str], outputs: Names, *, data: str, model: str, coun
             f"classes {' and '.join(twice[:2])} of {data} are the same output of {model};", hint="join their folders into one."
         )
     return chosen
+
+
+def words(outputs: Names) -> tuple[str, ...]:
+    """What each output is called for people: its first name that is no WordNet id, with the id where several share it."""
+    spoken = [next((name for name in names if not WNID.fullmatch(name)), names[0]) for names in outputs]
+    count = Counter(spoken)
+    return tuple(
+        one if count[one] == 1 or one == names[0] else f"{one} ({names[0]})" for one, names in zip(spoken, outputs, strict=True)
+    )
 
 
 def folded(name: str) -> str:

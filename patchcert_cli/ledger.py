@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from patchcert_cli.arithmetic import Arithmetic, former, weakest
-from patchcert_cli.errors import ClaimError, IntegrityError
+from patchcert_cli.errors import ClaimError, DataError, IntegrityError
 from patchcert_cli.files import LEDGER
 from patchcert_cli.threats import parse_threat
 
@@ -76,7 +76,7 @@ class Ledger:
         """Which claim promises ``guarantee`` under ``threat``, proven by ``method``, or by the proof that certifies most.
 
         Raises:
-            ClaimError: none is.
+            DataError: none is.
         """
         wanted = parse_threat(threat)
         found = [
@@ -85,7 +85,7 @@ class Ledger:
             if parse_threat(claim.threat) == wanted and method in (None, claim.method) and claim.guarantee == guarantee
         ]
         if not found:
-            raise ClaimError(
+            raise DataError(
                 f"no published records for {threat}{f' by {method}' if method else ''} that promise {guarantee};",
                 hint=f"there are records for {', '.join(dict.fromkeys(claim.about for claim in self.claims))}.",
             )

@@ -35,11 +35,14 @@ MARKS, DASHES = "osD^vp", ("-", (0, (5, 1.6)), (0, (1.6, 1.2)), (0, (6, 1.5, 1.5
 MOST_LABELLED = 5  # with more methods a legend takes the place of labels at the ends of the lines
 
 
-def plot(rows: Rows, path: Path, *, title: str) -> None:
-    """Draw :func:`shapes` if a row's patch is not square, else :func:`curve`."""
+def plot(rows: Rows, path: Path, *, title: str, area: int | None = None) -> None:
+    """Draw :func:`shapes` if a row's patch is not square, else :func:`curve`; ``area`` is what was asked of shapes."""
     threats = [parse_threat(row["threat"]) for row in rows]
     oblong = any(isinstance(threat, Patch) and threat.height != threat.width for threat in threats)
-    (shapes if oblong else curve)(rows, path, title=title)
+    if oblong:
+        shapes(rows, path, title=title, area=area)
+    else:
+        curve(rows, path, title=title)
 
 
 def curve(rows: Rows, path: Path, *, title: str) -> None:
@@ -68,10 +71,10 @@ def curve(rows: Rows, path: Path, *, title: str) -> None:
         _draw_accuracies(axes, points, bars=len(positions) == 1, dodge=0)
 
 
-def shapes(rows: Rows, path: Path, *, title: str) -> None:
+def shapes(rows: Rows, path: Path, *, title: str, area: int | None = None) -> None:
     """Draw certified accuracy in % over patch shapes, from wide to tall, with exact 95 % intervals and the clean accuracy.
 
-    The patches should have nearly one area. What follows the first line of ``title`` is set smaller.
+    The patches should have nearly one area, at most ``area``. What follows the first line of ``title`` is set smaller.
     """
     patches = [parse_threat(row["threat"]) for row in _checked(rows)]
     sides = [(patch.height, patch.width) for patch in patches if isinstance(patch, Patch)]
@@ -81,6 +84,7 @@ def shapes(rows: Rows, path: Path, *, title: str) -> None:
     points = [_Point.of(row, order.index(side)) for row, side in zip(rows, sides, strict=True)]
     wide = min(6.8 + 0.4 * max(0, len(order) - 11), 14)
     areas = _span([height * width for height, width in sides])
+    areas = areas if area is None else f"at most {area:,}" + (f" ({areas})" if areas != f"{area:,}" else "")
     note = f"one patch of {areas} pixels, anywhere in the image · {_images(rows)} · with exact 95 % intervals"
     heading = Heading.of(title, note, wide)
     upright = len(order) > 24  # tick labels

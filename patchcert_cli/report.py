@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from patchcert_cli.arithmetic import Arithmetic, former
@@ -11,6 +12,24 @@ from patchcert_cli.datasets import own
 Rows = list[tuple[str, str]]
 EMPIRICAL = " (empirical: a stronger attack may find more)"
 ANYWHERE = "anywhere in the image, any content in [0, 1]"
+PROOFS = {  # the names of proofs, in words
+    "best": "interval bounds, and linear ones where these leave something open",
+    "interval": "interval bounds",
+    "linear": "linear bounds",
+    "exact": "the exact worst case of the votes",
+    "3.1": "condition 3.1 of BagCert",
+    "3.2": "condition 3.2 of BagCert",
+    "3.3": "condition 3.3 of BagCert",
+    "masking": "the exact worst case of robust masking",
+    "rows": "double masking, for each location one mask with every other mask",
+    "pairs": "double masking, all pairs of masks",
+    "agreement": "for each location one mask that agrees with the answer",
+    "all": "every mask agrees with the answer",
+}
+AT_CHANCE = (
+    "the accuracy is at chance: one and the same answer is right on {:.1f} % of these images."
+    " The model has learned next to nothing; give it more --epochs, or another --learning-rate"
+)
 KEPT = {"recovery": "", "detection": " or with an alarm"}  # what else counts as withstood
 
 
@@ -30,9 +49,12 @@ def certify_rows(result: dict[str, Any]) -> Rows:
     ]
     if len(claims) == 1:
         rows.insert(2, ("threat", f"{result['threat']}, {ANYWHERE}"))
-        rows += [("certified", _certified(claims[0])), ("guarantee", f"{_promised(claims[0])} by {claims[0]['method']} bounds")]
+        proof = PROOFS.get(claims[0]["method"], claims[0]["method"])
+        rows += [("certified", _certified(claims[0])), ("guarantee", f"{_promised(claims[0])}, proof: {proof}")]
     else:
         rows.append(("guarantee", f"{_promised(claims[0])}; {ANYWHERE}"))
+        if "patch_area" in result:
+            rows.append(("shapes", f"the largest of at most {result['patch_area']} pixels, one of each height"))
         several = len({claim["method"] for claim in claims}) > 1
         rows += [(claim["threat"] + (f", {claim['method']}" if several else ""), _certified(claim)) for claim in claims]
     for one in compared(result):
@@ -105,7 +127,15 @@ def plot_title(result: dict[str, Any]) -> str:
     guarantee, measured = claims[0]["guarantee"], any(claim["arithmetic"] == Arithmetic.MEASURED for claim in claims)
     about = "" if guarantee == "recovery" else f", guarantee: {guarantee}"
     about += ", rounding measured, not proven" if measured else ""
-    return f"{result['model']}\n{_data(result)}{about}"
+    dataset = named(result["dataset"])
+    part = "" if result["full_split"] else ", a part of it"
+    return f"{named(result['model'])}\n{dataset} {result['split']}{part}{about}"
+
+
+def named(text: str) -> str:
+    """A model or a data set without the folders that it lies in: where they are on somebody's disk is no name."""
+    kind, colon, path = text.partition(":") if text.startswith("imagefolder:") else ("", "", text)
+    return kind + colon + (Path(path).name if Path(path).is_absolute() or kind else path)
 
 
 def single_rows(found: dict[str, Any]) -> Rows:
@@ -113,18 +143,23 @@ def single_rows(found: dict[str, Any]) -> Rows:
     rows = [
         ("image", str(found["image"])),
         ("model", _model(found)),
-        ("label", f"{found['label']} (class {found['prediction']})"),
+        ("prediction", _answer(found)),
     ]
     for claim in found["claims"]:
         top, left, height, width = claim["worst"]
         without = " without an alarm" if claim["guarantee"] == "detection" else ""
-        verdict = f"certified: no such change alters the label{without}" if claim["certified"] else "not certified"
+        verdict = f"certified: no such change alters the prediction{without}" if claim["certified"] else "not certified"
         place = f"weakest at row {top}, column {left} ({height}x{width}), towards {claim['rival']}"
         rows.append((f"{claim['threat']}, {claim['method']}", f"{verdict}; margin {claim['margin']:g}, {place}"))
     rows.append(_arithmetic(claim["arithmetic"] for claim in found["claims"]))
     if "map" in found:
         rows.append(("locations", f"{found['weak_locations']} of {found['locations']} are weak; map in {found['map']}"))
     return rows
+
+
+def _answer(found: dict[str, Any]) -> str:
+    """What the model answers for one picture; an alarm is no class."""
+    return str(found["class"]) if found["prediction"] < 0 else f"{found['class']} (class {found['prediction']})"
 
 
 def _certified(claim: dict[str, Any]) -> str:
@@ -161,6 +196,9 @@ def attack_rows(result: dict[str, Any]) -> Rows:
         rows.append(("certified", share(result["certified_accuracy"], counts["certified"], images)))
         rows.append(("verdict", f"{len(result['broken'])} certified images flipped"))
         rows.append(_arithmetic([result.get("arithmetic") or former(result["defense"])]))
+    if result.get("left"):
+        of = images + result["left"]
+        rows.append(("left", f"{result['left']} of {of} images: the time was up; the same command goes on with them"))
     return [*rows, ("queries", f"{result['queries']:,}"), ("time", _time(result)), ("records", str(result["records"]))]
 
 
@@ -193,6 +231,7 @@ def train_rows(result: dict[str, Any]) -> Rows:
             f"{share(counts['certified'] / images, counts['certified'], images)}{kept} of the held-out training images",
         ),
         ("next", f"patchcert certify {result['out']}" + (" --data imagefolder:..." if own(result["dataset"]) else "")),
+        *([("remark", AT_CHANCE.format(100 * result["chance"]))] if result.get("at_chance") else []),
     ]
 
 
@@ -202,4 +241,14 @@ def _data(result: dict[str, Any]) -> str:
 
 
 def _time(result: dict[str, Any]) -> str:
-    return f"{result['seconds']:.1f} s, {result['images_per_second']:.0f} images/s on {result['device']}"
+    pace = speed(result["images_per_second"])
+    return f"{result['seconds']:.1f} s{f', {pace}' if pace else ''} on {result['device']}"
+
+
+def speed(images_per_second: float) -> str:
+    """Images per second, below one of them seconds per image; empty if no image was computed."""
+    if images_per_second <= 0:
+        return ""
+    if images_per_second < 1:
+        return f"{1 / images_per_second:.{1 if images_per_second > 0.01 else 0}f} s an image"
+    return f"{images_per_second:.{0 if images_per_second >= 9.95 else 1}f} images/s"

@@ -55,16 +55,28 @@ def _verdicts(certificate: Certificate) -> Iterable[dict[str, Any]]:
         yield found if between is None else found | {"thresholds": between[at]}
 
 
-def so_far(records: Iterable[Record]) -> str:
-    """Clean and certified accuracy of the first claim, in words, of some records."""
-    rows: Sequence[Record] = list(records)
-    right = sum(r["prediction"] == r["label"] for r in rows)
-    text = f"clean {right / len(rows):.2%}"
-    firsts = [r["claims"][0] if "claims" in r else r for r in rows]
-    if "certified" in firsts[0]:
-        certified = sum(first["certified"] and r["prediction"] == r["label"] for first, r in zip(firsts, rows, strict=True))
-        text += f", certified {certified / len(rows):.2%}"
-    return text
+class Standing:
+    """Clean and certified accuracy of the first claim, counted record by record as they are made."""
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        self.images = self.right = 0
+        self.certified: int | None = None
+        self.add(records)
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Count some more."""
+        for record in records:
+            first = record["claims"][0] if "claims" in record else record
+            right = record["prediction"] == record["label"]
+            self.images, self.right = self.images + 1, self.right + right
+            if "certified" in first:
+                self.certified = (self.certified or 0) + bool(first["certified"] and right)
+
+    def __str__(self) -> str:
+        if not self.images:
+            return "no image yet"
+        text = f"clean {self.right / self.images:.2%}"
+        return text if self.certified is None else f"{text}, certified {self.certified / self.images:.2%}"
 
 
 def read_records(path: Path) -> list[Record]:
@@ -73,10 +85,10 @@ def read_records(path: Path) -> list[Record]:
 
 
 def ordered(plan: Plan, run: Run) -> list[Record]:
-    """All records in the order of the images; exactly one each."""
-    indices = plan.images.index.tolist()
-    assert len(run.records) == len(indices), "records and images differ"
-    return [run.records[index] for index in indices]
+    """All records in the order of the images; one each, as far as the run has come."""
+    found = [run.records[index] for index in plan.images.index.tolist() if index in run.records]
+    assert len(run.records) == len(found), "records and images differ"
+    return found
 
 
 def certify_result(plan: Plan, run: Run, seconds: float, resumed: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Run folders of evaluations: claimed for one set of settings, appended to image by image, safe against crashes.
 
 A folder holds ``manifest.json`` (what is run), ``records.jsonl`` (one line per image) and, once every image is done,
-``result.json``.
+``result.json``. One process at a time works in it.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from patchcert_cli import __version__, files
+from patchcert_cli import __version__, files, locks
 from patchcert_cli.errors import IntegrityError, MachineError, UsageError
 
 MANIFEST, RECORDS, RESULT = "manifest.json", "records.jsonl", "result.json"
@@ -24,16 +24,30 @@ MANIFEST, RECORDS, RESULT = "manifest.json", "records.jsonl", "result.json"
 Record = dict[str, Any]
 
 
+@contextmanager
+def opened(folder: Path, identity: dict[str, Any], *, device: str, command: str, fresh: bool) -> Iterator[Run]:
+    """A :class:`Run` that no other process writes to as long as the block lasts.
+
+    Raises:
+        MachineError: another process is at work in the folder.
+        UsageError: the folder holds another run, or something else.
+    """
+    with locks.held(folder, MANIFEST):
+        yield Run(folder, identity, device=device, command=command, fresh=fresh)
+
+
 class Run:
     """A run folder: claimed for one identity, appended to image by image."""
 
     def __init__(self, folder: Path, identity: dict[str, Any], *, device: str, command: str, fresh: bool) -> None:
+        """Claim a folder that this process holds; see :func:`opened`."""
         self.folder, self.identity = folder, identity
+        files.check_folder(folder, "--out")
         if fresh and (folder / MANIFEST).exists():
-            shutil.rmtree(folder)
+            locks.clear(folder)
         if (folder / MANIFEST).exists():
             self._check_same(files.read_json(folder / MANIFEST))
-        elif folder.is_dir() and any(folder.iterdir()):
+        elif not locks.empty(folder):
             raise UsageError(f"'{folder}' is not empty and holds no evaluation run;", hint="use another --out.")
         else:
             files.write_json(
@@ -63,15 +77,15 @@ class Run:
         path = self.folder / RECORDS
         if not path.exists():
             return {}
-        content = path.read_bytes()
+        content = files.read(path)
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             files.write_atomically(path, whole)
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
-        except ValueError as problem:
-            raise IntegrityError(f"'{path}' is damaged: {problem};", hint="use --fresh to start over.") from problem
-        return {int(line["index"]): line for line in lines}
+            return {int(line["index"]): line for line in lines}
+        except (ValueError, TypeError, LookupError) as problem:
+            raise IntegrityError(f"'{path}' is damaged: {problem!r};", hint="use --fresh to start over.") from problem
 
     def append(self, records: Iterable[Record]) -> None:
         """Write the records of one batch."""

@@ -26,6 +26,7 @@ class Must:
     expected: str
 
 
+LARGEST_SEED = 2**32 - 1  # seeds of epochs and images are made from it, in 64 bits
 Count = Annotated[int, Must(lambda n: n >= 0, "0 or more")]
 Positive = Annotated[int, Must(lambda n: n >= 1, "1 or more")]
 Fraction = Annotated[float, Must(lambda p: 0 <= p < 1, "in [0, 1)")]

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from patchcert_cli import cards, checkpoint, classifiers, datasets, defenses, hub, labels
+from patchcert_cli import cards, checkpoint, classifiers, datasets, defenses, hub, image, labels, listing
 from patchcert_cli.certifiers.masks import MaskPlan
+from patchcert_cli.certifiers.views import MANY
 from patchcert_cli.classifiers import Classifier
 from patchcert_cli.defenses.base import Defense
 from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.errors import UsageError
+from patchcert_cli.framing import Framing
 from patchcert_cli.labels import Names
 from patchcert_cli.plan import Subject
 from patchcert_cli.threats import Patch, PatchPercent, Threat
@@ -84,13 +86,37 @@ class Candidate(ABC):
     dataset: str
     names: Names
 
+    @property
     @abstractmethod
+    def channels(self) -> int:
+        """C of the images that it takes."""
+
+    @abstractmethod
+    def framing(self) -> Framing | None:
+        """How pictures become the images that the model was made for; None if nobody says."""
+
     def fitted(self, dataset: str) -> str:
-        """A data set's name with squares of the size that the model was made for, unless it says how large they are."""
+        """A data set's name with how its pictures become images, unless it says so itself: as the model was made for.
+
+        Raises:
+            DataError: nobody says, and the pictures are of many sizes.
+        """
+        if (meant := self.framing()) is not None:
+            return datasets.fitted(dataset, meant)
+        if not datasets.own(dataset) or datasets.framing(dataset) is not None:
+            return dataset
+        path = datasets.info(dataset).path
+        assert path is not None
+        return datasets.fitted(dataset, Framing(listing.common_size(listing.scan(path))))
+
+    def meant(self, dataset: str, path: Path) -> Framing:
+        """How one picture becomes an image: as the data set's name says, else as the model was made for, else as it is."""
+        said = datasets.framing(self.fitted(dataset)) if dataset else None
+        return said or self.framing() or Framing(image.size_of(path))
 
     @abstractmethod
     def shape(self, dataset: str) -> tuple[int, int, int]:
-        """C, H and W of the images that it is to be given, if they are of this data set; empty for any."""
+        """C, H and W of the images that it is to be given, if they are of this data set."""
 
     @abstractmethod
     def subject(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> Subject:
@@ -120,9 +146,14 @@ class Certified(Candidate):
         own = tuple(tuple(map(str, one)) for one in self.config.get("names", ())) or tuple((one,) for one in self.defense.classes)
         self.names = own if wish.classes is None else labels.read(Path(wish.classes))
 
-    def fitted(self, dataset: str) -> str:
-        side, short = datasets.size(self.dataset) or (self.defense.input_shape[1], None)
-        return datasets.fitted(dataset, side, short)
+    @property
+    def channels(self) -> int:
+        return self.defense.input_shape[0]
+
+    def framing(self) -> Framing:
+        """That of its training images; if they were no pictures in folders, the whole middle of a picture."""
+        size = self.defense.input_shape[1:]
+        return datasets.framing(self.dataset) or Framing(size, size)
 
     def shape(self, dataset: str) -> tuple[int, int, int]:
         return self.defense.input_shape
@@ -166,22 +197,22 @@ class Plain(Candidate):
         self.name = card.name if card else classifier.name
         self.threat, self.dataset = (card.threat, card.dataset) if card else ("", "")
 
-    def fitted(self, dataset: str) -> str:
-        side = self.classifier.side
-        return dataset if side is None else datasets.fitted(dataset, side, self.classifier.short)
+    @property
+    def channels(self) -> int:
+        return 3 if self.classifier.mean is None else len(self.classifier.mean)
+
+    def framing(self) -> Framing | None:
+        about = self.classifier
+        return about.framing or (None if about.side is None else Framing.square(about.side, about.short))
 
     def shape(self, dataset: str) -> tuple[int, int, int]:
-        if dataset:
-            return datasets.info(dataset).shape
-        side, mean = self.classifier.side or datasets.SIDE, self.classifier.mean
-        return 3 if mean is None else len(mean), side, side
+        return datasets.info(dataset).shape
 
     def subject(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> Subject:
         plan = self.wish.plan(threats, shape)
         plan.masks(*shape[1:])  # what cannot be masked is told before the network is asked
         count = classifiers.outputs(self.classifier, shape, device)
-        called = len(self.names) == count
-        classes = tuple(self.names[at][0] if called else str(at) for at in range(count))
+        classes = labels.words(self.names) if len(self.names) == count else tuple(map(str, range(count)))
         about, numbers = self.classifier, self.wish.labels or ""
         defense = put_around(about.network, self.kind, shape, classes, plan, about.mean, numbers).to(torch.device(device))
         alarming(defense, self.kind, self.wish)
@@ -239,6 +270,11 @@ def put_around(
 
     ``numbers`` is what labels are computed in, if not the defense's default.
     """
+    if numbers == "bfloat16" and len(classes) >= MANY:
+        raise UsageError(
+            f"with {len(classes)} classes --labels bfloat16 gains nothing: most labels are in doubt and computed again;",
+            hint="leave it out.",
+        )
     fill = tuple(mean or ())
     if len(fill) != shape[0]:
         fill = (sum(fill) / len(fill) if fill and shape[0] == 1 else GREY,) * shape[0]

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from patchcert_cli import evaluate, files, results
 from patchcert_cli.arithmetic import weakest
 from patchcert_cli.attacks.base import Attack
 from patchcert_cli.defenses.base import Claim
-from patchcert_cli.errors import ClaimError
+from patchcert_cli.errors import ClaimError, DataError, IntegrityError
 from patchcert_cli.ledger import Ledger, Row
 from patchcert_cli.plan import Plan
 from patchcert_cli.progress import Progress
@@ -43,7 +44,8 @@ def verify(
     ``limit`` is the most certified images to attack; ``attacker`` None attacks none. Returns what ``verdict.json`` holds.
 
     Raises:
-        ClaimError: the published records do not speak of these weights, this data set or these images.
+        IntegrityError: the published records are about other weights.
+        DataError: they do not speak of this threat, this data set or these images: nothing was claimed.
     """
     at = book.position(str(plan.threat), guarantee=str(plan.subject.defense.guarantee))
     method = book.claims[at].method
@@ -51,16 +53,16 @@ def verify(
     plan = replace(plan, claims=(Claim(plan.threat, method if known else None),))
     folder = folder or plan.folder("verify", {"published": str(book.claims[at])})
     if book.model_sha256 != plan.subject.sha256:
-        raise ClaimError(
+        raise IntegrityError(
             f"the published records are about other weights (sha256 {book.model_sha256[:12]}…, not {plan.subject.sha256[:12]}…)."
         )
     if (book.dataset, book.split) != (plan.images.name, plan.images.split):
-        raise ClaimError(
+        raise DataError(
             f"the published records are about {book.dataset} {book.split}, not {plan.images.name} {plan.images.split}."
         )
     missing = [index for index in plan.images.index.tolist() if index not in book.rows]
     if missing:
-        raise ClaimError(f"the published records lack {len(missing)} of the images (indices {shown(missing)}).")
+        raise DataError(f"the published records lack {len(missing)} of the images (indices {shown(missing)}).")
     certified = evaluate.certify(plan, folder / "certify", fresh=fresh, progress=progress)
     records = results.read_records(folder / "certify" / RECORDS)
     different = [row for row in (difference(book.rows[r["index"]], at, r) for r in records) if row]
@@ -86,14 +88,20 @@ def verify(
         "seconds": certified["seconds"],
     }
     if attacker is not None and held:
-        chosen = torch.tensor([index in set(held[:limit]) for index in plan.images.index.tolist()])
-        part = replace(plan, images=plan.images.take(chosen.nonzero()[:, 0]), batch_size=min(plan.batch_size, 64))
+        chosen = among(plan.images.index.tolist(), held, limit)
+        part = replace(plan, images=plan.images.take(chosen), batch_size=min(plan.batch_size, 64))
         found = evaluate.attack(part, attacker, dict(settings), folder / "attack", fresh=fresh, progress=progress)
         outcome |= {"attacked": found["images"], "broken": found["broken"], "attack": dict(settings)}
         outcome["seconds"] += found["seconds"]
     outcome["holds"] = not outcome["different"] and not outcome["broken"] and not outcome["overstated"]
     files.write_json(folder / "verdict.json", outcome)
     return {**outcome, "out": str(folder), "result": str(folder / "certify" / RESULT)}
+
+
+def among(indices: Sequence[int], held: Sequence[int], limit: int | None) -> Tensor:
+    """Positions, int64 [n], of those ``indices`` that are among the first ``limit`` of ``held``."""
+    wanted = set(held[:limit])
+    return torch.tensor([at for at, index in enumerate(indices) if index in wanted], dtype=torch.int64)
 
 
 def difference(row: Row, at: int, record: Record) -> dict[str, Any] | None:

@@ -232,7 +232,7 @@ def test_modules_that_cannot_be_imported(tmp_path: Path) -> None:
 def test_training_begins_with_all_but_the_head(cached: Path, tmp_path: Path) -> None:
     tensors = weights(cached / files.WEIGHTS)
     begun = classifiers.beginning(f"timm:{TINY}", None)
-    assert begun.options["weights"] == f"{REPO}@{COMMIT}" and begun.source.short == 168
+    assert begun.options["weights"] == f"{REPO}@{COMMIT}" and str(begun.source.framing) == "160/168,bilinear"
     assert begun.options["weights_sha256"] == files.sha256(cached / files.WEIGHTS)
     network: Any = models.build("timm", {**begun.options, "input_shape": (3, 32, 32), "classes": 5})
     head = {name: value.clone() for name, value in network.model.fc.state_dict().items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -100,3 +101,39 @@ def test_missing_damaged_and_unknown_data_are_told_apart(tmp_path: Path) -> None
     (tmp_path / "cifar-10-batches-py").mkdir()
     with pytest.raises(DataError, match="cifar10 could not be read"):
         data.load("cifar10", "test", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda content: content[:-9], "not an intact gzip file"),
+        (lambda content: content[:40] + b"\xff\x00" + content[42:], "not an intact gzip file"),
+        (lambda content: b"<!DOCTYPE html><title>404</title>", "a web page, not a gzip file"),
+        (lambda content: b"", "is not an IDX file"),
+        (lambda content: gzip.compress(b"\0\0\x08\x01\0\0\0"), "truncated or damaged"),
+        (lambda content: gzip.compress(b"\0\0\x08\x01\0\0\0\0"), "truncated or damaged"),
+        (lambda content: gzip.compress(b"\0\0\x08\x00"), "truncated or damaged"),
+        (lambda content: gzip.compress(b"\0\0\x08\x02" + b"\xff" * 8), "truncated or damaged"),
+    ],
+)
+@pytest.mark.parametrize("part", ["images-idx3", "labels-idx1"])
+def test_a_damaged_gzip_file_is_one_line(tmp_path: Path, damage: Callable[[bytes], bytes], said: str, part: str) -> None:
+    write_mnist(tmp_path, packed=True)
+    path = tmp_path / "MNIST" / "raw" / f"t10k-{part}-ubyte.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=said) as caught:
+        data.load("mnist", "test", data_dir=tmp_path)
+    assert caught.value.code == 6 and caught.value.hint == "Delete it and fetch the data again."
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_labels_in_place_of_images_are_refused(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    raw = tmp_path / "MNIST" / "raw"
+    images, labels = raw / "t10k-images-idx3-ubyte", raw / "t10k-labels-idx1-ubyte"
+    for one, other in ((images, labels), (labels, images)):
+        kept = one.read_bytes()
+        one.write_bytes(other.read_bytes())
+        with pytest.raises(DataError, match="has shape"):
+            data.load("mnist", "test", data_dir=tmp_path)
+        one.write_bytes(kept)

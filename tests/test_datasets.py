@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from own_models import pictures
 
-from patchcert_cli import data, datasets, folders
+from patchcert_cli import data, datasets, image
 from patchcert_cli.errors import DataError, UnknownName, UsageError
+from patchcert_cli.framing import Framing
 
 
 @pytest.fixture
@@ -18,36 +19,38 @@ def val(tmp_path: Path) -> Path:
 
 def test_a_folder_says_all_that_its_name_says(val: Path) -> None:
     facts = datasets.info(f"imagefolder:{val}@48/60")
-    assert (facts.name, facts.shape, facts.short) == (f"imagefolder:{val}@48/60", (3, 48, 48), 60)
+    assert (facts.name, facts.shape, facts.framing) == (f"imagefolder:{val}@48/60", (3, 48, 48), Framing.square(48, 60))
     assert (facts.classes, facts.path, facts.label) == (("cat", "dog", "red_fox"), val, "pets")
-    assert datasets.info(f"imagefolder:{val}@48").short == folders.shorter(48) == 55
-    assert datasets.info(f"imagefolder:{val}").name == f"imagefolder:{val}@224/256"
+    assert datasets.info(f"imagefolder:{val}@48").framing == Framing((48, 48))
+    assert datasets.info(f"imagefolder:{val}").name == f"imagefolder:{val}@224"
+    assert datasets.info(f"imagefolder:{val}@48x32").shape == (3, 48, 32)
     assert datasets.info(datasets.info(f"imagefolder:{val}@48").name) == datasets.info(f"imagefolder:{val}@48")
     assert datasets.info("imagefolder:.@9").label != ""
 
 
 @pytest.mark.parametrize(
-    ("given", "side", "short", "wanted"),
+    ("given", "meant", "wanted"),
     [
-        ("imagefolder:V", 160, 168, "imagefolder:V@160/168"),
-        ("imagefolder:V", 160, None, "imagefolder:V@160/183"),
-        ("imagefolder:V@32", 160, 168, "imagefolder:V@32"),
-        ("imagefolder:V", 160, 100, "imagefolder:V@160/160"),
-        ("imagenet", 224, 248, "imagenet@224/248"),
-        ("imagenet", 224, 256, "imagenet"),
-        ("imagenet@64", 224, 248, "imagenet@64"),
-        ("mnist", 224, 248, "mnist"),
-        ("cifar10", 224, None, "cifar10"),
-        ("nothing", 224, None, "nothing"),
+        ("imagefolder:V", "160/168,bilinear", "imagefolder:V@160/168,bilinear"),
+        ("imagefolder:V", "160", "imagefolder:V@160"),
+        ("imagefolder:V@32", "160/168", "imagefolder:V@32"),
+        ("imagefolder:V@a@32", "160/168", "imagefolder:V@a@32"),
+        ("imagenet", "224/248", "imagenet@224/248"),
+        ("imagenet", "224/256", "imagenet"),
+        ("imagenet@64", "224/248", "imagenet@64"),
+        ("mnist", "224/248", "mnist"),
+        ("cifar10", "224", "cifar10"),
+        ("nothing", "224", "nothing"),
     ],
 )
-def test_a_model_decides_the_size_that_nobody_else_does(val: Path, given: str, side: int, short: int | None, wanted: str) -> None:
-    assert datasets.fitted(given.replace("V", str(val)), side, short) == wanted.replace("V", str(val))
+def test_a_model_decides_the_size_that_nobody_else_does(val: Path, given: str, meant: str, wanted: str) -> None:
+    assert datasets.fitted(given.replace("V", str(val)), Framing.parse(meant)) == wanted.replace("V", str(val))
 
 
 def test_names_of_one_data_set_are_recognized() -> None:
     assert datasets.same("imagenet@64", "imagenet") and not datasets.same("imagefolder:a", "imagefolder:b")
-    assert datasets.size("imagenet@64") == (64, 73) and datasets.size("x@64/70") == (64, 70) and datasets.size("x") is None
+    assert datasets.framing("imagenet@64") == Framing((64, 64)) and datasets.framing("x@64/70") == Framing.square(64, 70)
+    assert datasets.framing("x") is datasets.framing("mnist") is None and datasets.framing("imagenet") == Framing.square(224, 256)
     assert datasets.own("imagefolder:a") and not datasets.own("cifar10")
     assert datasets.info("imagenet@64").label == "imagenet" and datasets.info("imagenet@64").classes[999] == "999"
     assert datasets.info("imagenet@224/256") is datasets.info("imagenet")
@@ -81,7 +84,9 @@ def test_the_folder_given_is_what_is_used(val: Path) -> None:
     assert (len(images), images.split, images.source, images.name) == (6, "folder", str(val), name)
     assert images.classes == data.class_names(name, "test") == ("cat", "dog", "red_fox") and data.count(name) == 6
     assert images.labels.tolist() == [0, 0, 1, 1, 2, 2]
-    assert images.read()[3].numpy().tobytes() == folders.square(val / "dog" / "1.png", 16, 20)
+    assert (
+        images.read()[3].numpy().tobytes() == image.take(val / "dog" / "1.png", Framing.square(16, 20)).pixels.numpy().tobytes()
+    )
     assert data.whole_split(images) == 6
     with pytest.raises(UsageError, match="is a folder of yours; leave --download out"):
         data.load(name, "test", download=True)

@@ -113,3 +113,15 @@ def test_a_full_disk_and_a_bad_data_folder_are_problems(tmp_path: Path, monkeypa
     (tmp_path / "data" / "cifar-10-batches-py").mkdir(parents=True)
     codes = {problem["code"] for problem in facts("--data-dir", str(tmp_path / "data"))["problems"]}
     assert codes == {7, 6}
+
+
+def test_a_home_that_is_no_folder_is_a_problem_and_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", "/dev/null/huggingface")
+    value = facts()
+    assert value["problems"] == [
+        {
+            "code": 7,
+            "problem": "the cache '/dev/null/huggingface/hub': '/dev/null' is a file. Put the cache elsewhere with HF_HOME.",
+        }
+    ]
+    assert value["facts"]["writable"] == "no" and value["facts"]["token"].startswith("none")

@@ -33,6 +33,11 @@ def make_plan(count: int = 40, **changes: Any) -> Plan:
     return replace(plan, **changes)
 
 
+def no_time() -> float:
+    """A clock by which nothing takes any time: batches grow eightfold from one image on."""
+    return 0.0
+
+
 def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / runs.RECORDS).read_text().splitlines()]
 
@@ -70,14 +75,15 @@ def test_a_stopped_run_resumes_and_a_torn_line_is_dropped(tmp_path: Path) -> Non
 
     class Stop(Silent):
         def update(self, done: int, total: int, text: str) -> None:
-            raise KeyboardInterrupt
+            if done == 9:
+                raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match="interrupted at 16 of 40 images; resume with the same command"):
-        evaluate.certify(make_plan(), tmp_path / "cut", progress=Stop())
+    with pytest.raises(Interrupted, match="interrupted at 9 of 40 images; resume with the same command"):
+        evaluate.certify(make_plan(), tmp_path / "cut", progress=Stop(), clock=no_time)
     with (tmp_path / "cut" / runs.RECORDS).open("a") as stream:
         stream.write('{"index": 9, "lab')  # what a crash leaves
     found = evaluate.certify(make_plan(), tmp_path / "cut")
-    assert found["resumed"] == 16
+    assert found["resumed"] == 9
     assert verdicts(read(tmp_path / "cut")) == verdicts(read(tmp_path / "whole"))
     assert found["counts"] == whole["counts"]
     assert evaluate.certify(make_plan(), tmp_path / "cut") == found  # complete: nothing is computed again
@@ -113,8 +119,8 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(tmp_path: Path, monk
         return certify
 
     monkeypatch.setattr(plan.subject.defense, "certify_each", short_of_memory(5))
-    assert evaluate.certify(plan, tmp_path / "small")["counts"] == reference["counts"]
-    assert sizes[:3] == [16, 8, 4]
+    assert evaluate.certify(plan, tmp_path / "small", clock=no_time)["counts"] == reference["counts"]
+    assert sizes[:4] == [1, 8, 4, 4] and max(sizes[2:]) == 4
     assert verdicts(read(tmp_path / "small")) == verdicts(read(tmp_path / "reference"))
     monkeypatch.setattr(plan.subject.defense, "certify_each", short_of_memory(0))
     with pytest.raises(MachineError, match="batch of one image"):
@@ -134,15 +140,15 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
 
     class Fill(Silent):
         def update(self, done: int, total: int, text: str) -> None:
-            if done == 16:
+            if done == 9:
                 records.rename(saved)
                 records.symlink_to("/dev/full")
 
-    with pytest.raises(MachineError, match="No space left on device; free some space .* 16 images are kept"):
-        evaluate.certify(make_plan(), tmp_path / "run", progress=Fill())
+    with pytest.raises(MachineError, match="No space left on device; free some space .* 9 images are kept"):
+        evaluate.certify(make_plan(), tmp_path / "run", progress=Fill(), clock=no_time)
     records.unlink()
     saved.rename(records)
-    assert evaluate.certify(make_plan(), tmp_path / "run")["resumed"] == 16
+    assert evaluate.certify(make_plan(), tmp_path / "run")["resumed"] == 9
 
 
 def test_an_attack_is_held_against_the_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

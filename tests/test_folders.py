@@ -17,16 +17,18 @@ import pytest
 import torch
 from PIL import Image
 
-from patchcert_cli import data, evaluate, folders, outlook, verified
+from patchcert_cli import data, evaluate, folders, image, listing, outlook, verified
 from patchcert_cli.checkpoint import load_defense
 from patchcert_cli.defenses.base import Claim
 from patchcert_cli.errors import DataError, Interrupted, MachineError, UsageError
+from patchcert_cli.framing import Framing
 from patchcert_cli.plan import Plan, Subject
 from patchcert_cli.threats import Patch
 from patchcert_cli.training import loop, session
 from patchcert_cli.training.recipe import Recipe
 
 SIZE = 16
+USUAL, TIGHT = Framing.square(SIZE), Framing.square(SIZE, SIZE)
 WORDS = ("n00000003", "n00000011", "n01000000")
 
 
@@ -44,7 +46,11 @@ def fill(folder: Path, names: tuple[str, ...] = WORDS, each: int = 5, suffix: st
 
 
 def load(folder: Path, **more: Any) -> folders.Packed:
-    return folders.load(folder, SIZE, stores=[folder.parent / "store"], **more)
+    return folders.load(folder, USUAL, stores=[folder.parent / "store"], **more)
+
+
+def square(path: Path, size: int, short: int | None = None) -> bytes:
+    return image.take(path, Framing.square(size, short)).pixels.numpy().tobytes()
 
 
 class Stop:
@@ -52,42 +58,29 @@ class Stop:
 
     def __init__(self, at: int) -> None:
         self.at = at
+        self.notes: list[str] = []
 
     def update(self, done: int, total: int, text: str) -> None:
         if done >= self.at:
             raise KeyboardInterrupt
 
     def note(self, text: str) -> None:
-        pass
+        self.notes.append(text)
 
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of all pictures that are opened, with blocks of four pictures."""
     names: list[str] = []
-    honest = folders.square
+    honest = image.take
 
-    def square(path: Path, size: int, short: int | None = None) -> bytes:
+    def take(path: Path, framing: Framing, channels: int = 3) -> image.Taken:
         names.append(path.name)
-        return honest(path, size, short)
+        return honest(path, framing, channels)
 
-    monkeypatch.setattr(folders, "square", square)
+    monkeypatch.setattr(image, "take", take)
     monkeypatch.setattr(folders, "BLOCK", 4)
     return names
-
-
-@pytest.mark.parametrize("size", [16, 224])
-@pytest.mark.parametrize("shape", [(300, 260), (31, 500), (224, 224), (9, 7), (1, 1), (257, 333)], ids=str)
-def test_a_square_is_what_torchvision_makes_for_testing(tmp_path: Path, shape: tuple[int, int], size: int) -> None:
-    from torchvision import transforms  # type: ignore[import-untyped]
-
-    noise(*shape, 1).save(tmp_path / "a.png")
-    bicubic = transforms.InterpolationMode.BICUBIC
-    steps = [transforms.Resize(round(size * 256 / 224), bicubic, antialias=True), transforms.CenterCrop(size)]
-    with Image.open(tmp_path / "a.png") as picture:
-        wanted = transforms.PILToTensor()(transforms.Compose(steps)(picture.convert("RGB")))
-    found = np.frombuffer(folders.square(tmp_path / "a.png", size), np.uint8).reshape(3, size, size)
-    assert np.array_equal(found, wanted.numpy())
 
 
 PALETTE = ("P", "clear palette")
@@ -107,7 +100,7 @@ def test_every_mode_becomes_eight_bit_colours(tmp_path: Path, suffix: str, mode:
     picture.save(tmp_path / f"a{suffix}", **more)
     with Image.open(tmp_path / f"a{suffix}") as again:
         assert again.mode == ("P" if mode in PALETTE else mode)
-    found = np.frombuffer(folders.square(tmp_path / f"a{suffix}", SIZE), np.uint8).reshape(3, SIZE, SIZE).astype(int)
+    found = np.frombuffer(square(tmp_path / f"a{suffix}", SIZE), np.uint8).reshape(3, SIZE, SIZE).astype(int)
     grey = mode in ("L", "1", "LA")
     assert found.std() > 0 and (np.ptp(found, axis=0).max() == 0) == grey
 
@@ -123,33 +116,33 @@ def test_classes_and_pictures_are_in_the_order_of_their_names_and_packed_once(tm
     wanted = [folder / name / f"{name}_{one}.JPEG" for name in "abc" for one in range(5)]
     assert sorted(opened) == [path.name for path in wanted]
     for row, path in zip(packed.pixels, wanted, strict=True):
-        assert row.numpy().tobytes() == folders.square(path, SIZE)
+        assert row.numpy().tobytes() == square(path, SIZE)
     opened.clear()
     again = load(folder)
     assert not opened
     assert torch.equal(again.pixels, packed.pixels) and again.sha256 == packed.sha256
     assert packed.path.stat().st_size == 15 * 3 * SIZE * SIZE
     beside = json.loads(packed.path.with_suffix(".json").read_text())
-    assert (beside["size"], beside["pictures"], beside["classes"]) == (SIZE, 15, ["a", "b", "c"])
-    assert len(folders.load(folder, 8, stores=[tmp_path / "store"]).pixels) == 15  # another size is another file
+    assert (beside["framing"], beside["pictures"], beside["classes"]) == ("16", 15, ["a", "b", "c"])
+    assert len(folders.load(folder, Framing.square(8), stores=[tmp_path / "store"]).pixels) == 15  # another size is another file
     assert load(folder).sha256 == packed.sha256 and len(list((tmp_path / "store").glob("*.u8"))) == 2
 
 
 def test_a_shorter_side_of_its_own_is_a_file_of_its_own(tmp_path: Path, opened: list[str]) -> None:
     folder = fill(tmp_path / "d")
-    usual, tight = load(folder), folders.load(folder, SIZE, SIZE, stores=[tmp_path / "store"])
+    usual, tight = load(folder), folders.load(folder, TIGHT, stores=[tmp_path / "store"])
     assert len(list((tmp_path / "store").glob("*.u8"))) == 2 and usual.sha256 != tight.sha256
-    assert tight.pixels[4].numpy().tobytes() == folders.square(folder / WORDS[0] / f"{WORDS[0]}_4.png", SIZE, SIZE)
+    assert tight.pixels[4].numpy().tobytes() == square(folder / WORDS[0] / f"{WORDS[0]}_4.png", SIZE, SIZE)
     opened.clear()
-    assert folders.load(folder, SIZE, folders.shorter(SIZE), stores=[tmp_path / "store"]).path == usual.path
-    listing = folders.scan(folder)
-    found = folders.find(listing, SIZE, SIZE, stores=[tmp_path / "none", tmp_path / "store"])
+    assert folders.load(folder, Framing.parse("16"), stores=[tmp_path / "store"]).path == usual.path
+    listed = listing.scan(folder)
+    found = folders.find(listed, TIGHT, stores=[tmp_path / "none", tmp_path / "store"])
     assert found is not None and found.path == tight.path and not opened
-    assert folders.find(listing, SIZE, SIZE + 1, stores=[tmp_path / "store"]) is None
-    assert torch.equal(folders.glance(listing, [7, 3], SIZE, SIZE), tight.pixels[[7, 3]])
+    assert folders.find(listed, Framing.square(SIZE, SIZE + 1), stores=[tmp_path / "store"]) is None
+    assert torch.equal(folders.glance(listed, [7, 3], TIGHT)[0], tight.pixels[[7, 3]])
     assert opened == [f"{WORDS[1]}_2.png", f"{WORDS[0]}_3.png"]
     touch(folder / WORDS[0] / f"{WORDS[0]}_0.png")
-    assert folders.find(folders.scan(folder), SIZE, SIZE, stores=[tmp_path / "store"]) is None
+    assert folders.find(listing.scan(folder), TIGHT, stores=[tmp_path / "store"]) is None
 
 
 def touch(path: Path) -> None:
@@ -173,7 +166,7 @@ def test_a_changed_folder_is_packed_anew(tmp_path: Path, change: str) -> None:
     kept = before.pixels.clone()
     CHANGES[change](folder)
     after = load(folder)
-    fresh = folders.load(folder, SIZE, stores=[tmp_path / "fresh"])
+    fresh = folders.load(folder, USUAL, stores=[tmp_path / "fresh"])
     assert torch.equal(after.pixels, fresh.pixels) and after.sha256 == fresh.sha256
     assert (after.sha256 == before.sha256) == (change == "newer")
     assert torch.equal(before.pixels, kept)  # whoever was using the old file still can
@@ -207,11 +200,11 @@ def test_only_what_still_holds_is_kept_of_an_interrupted_packing(tmp_path: Path,
     load(folder)
     assert len(opened) == 11
     with pytest.raises(Interrupted):
-        folders.load(folder, SIZE, stores=[tmp_path / "other"], progress=Stop(12))
+        folders.load(folder, USUAL, stores=[tmp_path / "other"], progress=Stop(12))
     (torn,) = (tmp_path / "other").glob("*.partial")
     os.truncate(torn, 5 * 3 * SIZE * SIZE)
     opened.clear()
-    assert torch.equal(folders.load(folder, SIZE, stores=[tmp_path / "other"]).pixels, load(folder).pixels)
+    assert torch.equal(folders.load(folder, USUAL, stores=[tmp_path / "other"]).pixels, load(folder).pixels)
     assert len(opened) == 11
 
 
@@ -273,6 +266,24 @@ def test_a_broken_picture_is_named_and_what_was_packed_is_kept(tmp_path: Path, o
     assert len(opened) == 14 - 8
 
 
+def test_all_damaged_pictures_are_told_at_once_and_what_was_packed_is_kept(tmp_path: Path, opened: list[str]) -> None:
+    folder, said = fill(tmp_path / "d"), Stop(99)
+    bad = [folder / WORDS[at // 5] / f"{WORDS[at // 5]}_{at % 5}.png" for at in (6, 7, 9, 14)]
+    for path, how in zip(bad, ("truncated", "page", "deep", "empty"), strict=True):
+        broken(path, how)
+    with pytest.raises(DataError, match="4 of 15 pictures cannot be used: ") as caught:
+        load(folder, progress=said)
+    assert str(caught.value).count("\n") == 0 and caught.value.code == 6
+    assert all(str(path) in str(caught.value) for path in bad[:3]) and "And 1 more. Replace or remove them, then" in str(
+        caught.value
+    )
+    assert len(opened) == 15 and all(any(str(path) in line for line in said.notes) for path in bad)
+    for path in bad:
+        noise(20, 20, 5).save(path)
+    opened.clear()
+    assert len(load(folder).pixels) == 15 and len(opened) == 15 - 4
+
+
 def test_a_full_disk_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: list[str]) -> None:
     folder = fill(tmp_path / "d")
     need = 15 * 3 * SIZE * SIZE
@@ -300,24 +311,26 @@ def test_the_first_store_that_can_be_written_to_is_used(tmp_path: Path, opened: 
     folder = fill(tmp_path / "d")
     (tmp_path / "file").write_text("no folder")
     stores = [tmp_path / "file" / "store", tmp_path / "second"]
-    assert folders.load(folder, SIZE, stores=stores).path.parent == tmp_path / "second"
+    assert folders.load(folder, USUAL, stores=stores).path.parent == tmp_path / "second"
     opened.clear()
     stores = [tmp_path / "third", tmp_path / "second"]  # what is packed somewhere is found there
-    assert folders.load(folder, SIZE, stores=stores).path.parent == tmp_path / "second"
+    assert folders.load(folder, USUAL, stores=stores).path.parent == tmp_path / "second"
     with pytest.raises(MachineError, match="cannot write to '.*/file/store'"):
-        folders.load(folder, 8, stores=[tmp_path / "file" / "store"])
+        folders.load(folder, Framing.square(8), stores=[tmp_path / "file" / "store"])
     fill(tmp_path / "root" / "d")
-    folders.load(tmp_path / "root" / "d", SIZE, stores=[tmp_path / "root" / ".store"])
+    folders.load(tmp_path / "root" / "d", USUAL, stores=[tmp_path / "root" / ".store"])
     (tmp_path / "root").rename(tmp_path / "moved")
     opened.clear()
-    folders.load(tmp_path / "moved" / "d", SIZE, stores=[tmp_path / "moved" / ".store"])
+    folders.load(tmp_path / "moved" / "d", USUAL, stores=[tmp_path / "moved" / ".store"])
     assert not opened
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ImageNet of three classes and 16x16 pixels."""
-    facts = replace(data.info("imagenet"), shape=(3, SIZE, SIZE), classes=("0", "1", "2"), test_images=15, short=18)
+    facts = replace(
+        data.info("imagenet"), shape=(3, SIZE, SIZE), classes=("0", "1", "2"), test_images=15, framing=Framing.square(SIZE, 18)
+    )
     monkeypatch.setitem(data.DATASETS, "imagenet", facts)
 
 
@@ -405,7 +418,7 @@ def test_packed_pictures_go_home_where_the_data_cannot_be_written_to(
     monkeypatch.setattr(verified, "home", lambda: tmp_path / "home")
     (tmp_path / "d" / data.STORE).write_text("in the way")
     assert len(imagenet(tmp_path / "d")) == 15
-    assert list((tmp_path / "home" / "patchcert" / "packed").glob("imagenet-val-16-*.u8"))
+    assert list((tmp_path / "home" / "patchcert" / "packed").glob("imagenet-val-16of18-*.u8"))
 
 
 RECIPE = Recipe(

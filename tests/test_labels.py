@@ -54,6 +54,12 @@ def test_position_alone_is_never_enough() -> None:
         match("tench", count=5)
 
 
+def test_outputs_are_called_by_words() -> None:
+    assert labels.words(OUTPUTS) == ("crane (n02012849)", "crane (n03126707)", "tench", "kit fox")
+    assert labels.words((("n02012849",), ("cat", "n02123045"))) == ("n02012849", "cat")
+    assert labels.words((("a",), ("a", "b"))) == ("a", "a")
+
+
 def test_names_are_read_from_lines(tmp_path: Path) -> None:
     path = tmp_path / "names.txt"
     path.write_text("\ufeffn1\tgreat white shark\tshark\nn2 \n\n", encoding="utf-8")

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from patchcert_cli import canvas, pictures
 from patchcert_cli.certificate import clopper_pearson
-from patchcert_cli.errors import PatchcertError, UsageError
+from patchcert_cli.errors import MachineError, PatchcertError, UsageError
 from patchcert_cli.threats import Patch
 
 Row = dict[str, Any]
@@ -345,7 +345,7 @@ def test_other_endings_are_refused(tmp_path: Path, name: str) -> None:
 def test_places_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
-    for path, message in ((tmp_path / "file" / "plot.png", "not a folder"), (tmp_path / "folder.png", "is a folder")):
+    for path, message in ((tmp_path / "file" / "plot.png", "is a file"), (tmp_path / "folder.png", "is a folder")):
         with pytest.raises(UsageError, match=message) as raised:
             pictures.check_path(path)
         one_line(raised.value)
@@ -353,9 +353,8 @@ def test_places_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     pictures.check_path(Path("plot.pdf"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
-    monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(UsageError, match="cannot be written to"):
-        pictures.check_path(tmp_path / "plot.png")
+    with pytest.raises(MachineError, match="nothing can be written into"):
+        pictures.check_path(Path("/proc/plot.png"))
 
 
 LEVELS = [

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from patchcert_cli import cards, checkpoint, data, defenses, files, ledger, verify
 from patchcert_cli.cards import Card, File
 from patchcert_cli.cli.main import app
-from patchcert_cli.errors import ClaimError, IntegrityError, PatchcertError
+from patchcert_cli.errors import ClaimError, DataError, IntegrityError, PatchcertError
 from patchcert_cli.ledger import Ledger, Row, Stated
 from patchcert_cli.training.recipe import Recipe
 
@@ -131,13 +131,13 @@ def test_records_that_are_not_about_these_weights_or_images_are_refused(model: P
     book = ledger.read(model / cards.LEDGER)
     other = tmp_path / "other.jsonl.gz"
     other.write_bytes(replace(book, model_sha256="0" * 64).pack())
-    assert "about other weights" in fail(ClaimError, model.name, "--records", str(other), "--sample", "5")
+    assert "about other weights" in fail(IntegrityError, model.name, "--records", str(other), "--sample", "5")
     other.write_bytes(replace(book, dataset="cifar10").pack())
-    assert "about cifar10 test, not mnist test" in fail(ClaimError, model.name, "--records", str(other), "--sample", "5")
+    assert "about cifar10 test, not mnist test" in fail(DataError, model.name, "--records", str(other), "--sample", "5")
     part = {i: row for i, row in book.rows.items() if i not in sampled(5)[:2]}
     other.write_bytes(replace(book, rows=part).pack())
-    assert "lack 2 of the images" in fail(ClaimError, model.name, "--records", str(other), "--sample", "5")
-    assert "no published records for patch:7x7" in fail(ClaimError, model.name, "--patch", "7")
+    assert "lack 2 of the images" in fail(DataError, model.name, "--records", str(other), "--sample", "5")
+    assert "no published records for patch:7x7" in fail(DataError, model.name, "--patch", "7")
     other.write_bytes(b"not gzip")
     assert "holds no published records" in fail(IntegrityError, model.name, "--records", str(other))
     (model / cards.LEDGER).write_bytes(replace(book, model_sha256="0" * 64).pack())
@@ -181,7 +181,7 @@ def test_a_ledger_reads_back_and_has_the_same_bytes_for_the_same_content(tmp_pat
     assert BOOK.counts(0) == (1, 1)
     assert BOOK.counts(1) == (1, 0)
     assert BOOK.position("patch:5") == 0
-    with pytest.raises(ClaimError, match="records for patch:5x5, sparse:4"):
+    with pytest.raises(DataError, match="records for patch:5x5, sparse:4"):
         BOOK.position("patch:6")
 
 

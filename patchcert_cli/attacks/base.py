@@ -12,6 +12,7 @@ y; further surrogates only lend their gradients.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -20,12 +21,31 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from patchcert_cli import passes
 from patchcert_cli.certificate import ALERT
 from patchcert_cli.defenses.base import Defense, Surrogate
 from patchcert_cli.errors import PatchcertError, UsageError
 from patchcert_cli.threats import Threat
 
 CHUNK_VALUES = {"cpu": 1 << 20, "cuda": 1 << 23}  # pixel values that go through the network in one pass
+
+
+def rows_at_once(device: torch.device, values: int, activations: int) -> int:
+    """Candidates of so many pixel values each that go through a network of so many activations in one pass."""
+    return max(1, CHUNK_VALUES.get(device.type, CHUNK_VALUES["cpu"]) // max(1, values, activations))
+
+
+@dataclass(frozen=True)
+class Effort:
+    """The most that an attack spends on one image.
+
+    Attributes:
+        queries: passes besides the deployed answers.
+        answers: deployed answers, each counted as one query too.
+    """
+
+    queries: int
+    answers: int
 
 
 @dataclass(frozen=True)
@@ -130,7 +150,7 @@ class Target:
         self.surrogates = defense.surrogates()
         self.activations = defense.activations
         self.queries = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        self.rows = max(1, CHUNK_VALUES.get(x.device.type, CHUNK_VALUES["cpu"]) // max(1, x[:1].numel(), self.activations))
+        self.rows = rows_at_once(x.device, x[:1].numel(), self.activations)
         everyone = torch.arange(len(x), device=x.device)
         self.answer = self.answers(x, everyone)
         self.best = x.clone()
@@ -195,8 +215,11 @@ class Target:
     def logits(self, rows: Tensor, owner: Tensor, lens: Lens | None = None) -> Tensor:
         """The logits of the first surrogate or of a lens, [R, C, H, W] and int64 [R] -> [R, K]."""
         self._count(owner, 1)
-        parts = torch.split(torch.arange(len(rows), device=rows.device), self.rows)
-        return torch.cat([self._logits(rows[part], part, lens) for part in parts])
+        found = []
+        for part in torch.split(torch.arange(len(rows), device=rows.device), self.rows):
+            found.append(self._logits(rows[part], part, lens))
+            passes.made(len(part))
+        return torch.cat(found)
 
     def gap(self, logits: Tensor, owner: Tensor, rival: Tensor | None = None) -> Tensor:
         """The margin, or ``f_rival - f_y`` for a class int64 [R], of logits [R, K] -> [R]."""
@@ -226,6 +249,7 @@ class Target:
                 aim = self.gap(logits, owner[part], None if rival is None else rival[part])
                 slopes.append(torch.autograd.grad(aim.sum(), point)[0])
             values.append(logits.detach())
+            passes.made(2 * len(part))
         return torch.cat(values), torch.cat(slopes)
 
     def rivals(self, x: Tensor, owner: Tensor, most: int) -> Tensor:
@@ -280,6 +304,20 @@ class Attack(ABC):
         Returns:
             float32 [B, C, H, W], the best candidate of each image, or the image itself.
         """
+
+    @property
+    def candidates(self) -> int:
+        """Candidates of an image that go through the network together, at least about."""
+        return 1
+
+    def together(self, defense: Defense) -> int:
+        """Images that it works on together: in batches of multiples of it, every image meets the same numbers to the bit."""
+        rows = rows_at_once(defense.device, math.prod(defense.input_shape), defense.activations)
+        return max(1, rows // self.candidates)
+
+    def most(self, defense: Defense, threat: Threat, *, hinted: bool) -> Effort | None:
+        """The most that an image takes, where it begins at a hint or not; None if nobody can tell."""
+        return None
 
     @final
     def __call__(

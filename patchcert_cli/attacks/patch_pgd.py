@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchcert_cli.attacks.base import Attack, Target, require
+from patchcert_cli.attacks.base import Attack, Effort, Target, require
+from patchcert_cli.defenses.base import Defense
 from patchcert_cli.threats import Threat
 
 BLOCK = 16  # locations of an image that are tried together; an image whose answer flips is done after its block
@@ -75,11 +76,45 @@ class PatchPGD(Attack):
         require("carried", self.carried, 1)
         require("rounds", self.rounds, 0)
 
+    @property
+    def candidates(self) -> int:
+        return max(BLOCK * CONTENTS, self.locations)
+
+    def most(self, defense: Defense, threat: Threat, *, hinted: bool) -> Effort:
+        atoms, surrogates = threat.atoms(*defense.input_shape[1:]), len(defense.surrogates())
+        screen = self._screens(len(atoms), defense.activations)
+        parts = [Effort(0, 2)]  # the clean answer and the last one
+        if hinted or not screen:
+            sizes = [2 + self.restarts] + [2] * (2 * surrogates - 1)
+            parts += [self._climbing(size, which=number // 2) for number, size in enumerate(sizes)]
+        if screen or not hinted:
+            parts.append(Effort(1 + 2 * min(self.rivals, len(defense.classes) - 1), 0))
+        if screen:
+            blocks = -(-len(atoms) // BLOCK)
+            parts.append(Effort(len(atoms) * CONTENTS + blocks, blocks))
+            climbs = CONTENTS + self.restarts if self.steps else 0
+            parts += [self._climbing(min(self.locations, len(atoms)), 0)] * climbs
+        else:
+            parts.append(Effort(1, 0))
+            for number in range(self.rounds):
+                parts.append(Effort(1 + len(_grid(atoms, self.carried, number)) + 8, 1))
+                parts += [self._climbing((self.locations + 1) // 2, 0)] if self.steps else []
+        return Effort(sum(part.queries for part in parts), sum(part.answers for part in parts))
+
+    def _climbing(self, starts: int, which: int) -> Effort:
+        """What :meth:`_climb` takes at most from so many points of an image, on one of the surrogates."""
+        looks = 1 + self.steps // JUDGED if which else 1  # with the first surrogate, besides those that come with a slope
+        return Effort(1 + (which > 0) + starts * (2 * self.steps + looks), looks if which else self.steps + 1)
+
+    def _screens(self, atoms: int, activations: int) -> bool:
+        """Whether every location is looked at."""
+        return atoms * CONTENTS * activations <= CHEAP if self.screen is None else self.screen
+
     def run(self, target: Target, x: Tensor, threat: Threat, index: Tensor) -> Tensor:
         """Work through the images in groups whose candidates make one chunk."""
         atoms = threat.atoms(int(x.shape[2]), int(x.shape[3])).to(x.device)
-        screen = len(atoms) * CONTENTS * target.activations <= CHEAP if self.screen is None else self.screen
-        for owner in target.groups(max(BLOCK * CONTENTS, self.locations)):
+        screen = self._screens(len(atoms), target.activations)
+        for owner in target.groups(self.candidates):
             if target.start is not None:
                 self._begin(target, x, owner, index, target.start.location[owner], target.start.rival[owner])
             elif not screen:

@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchcert_cli import files
+from patchcert_cli import files, image
 from patchcert_cli.attacks.base import Attack, Target, require
 from patchcert_cli.errors import DataError, UsageError
+from patchcert_cli.framing import Framing
 from patchcert_cli.threats import Patch, PatchPercent, Threat
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -47,26 +46,16 @@ def read(folder: Path, channels: int) -> tuple[Picture, ...]:
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder '{folder}';", hint="give a folder of pictures to paste: --saved ./patches")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in image.ENDINGS and not path.name.startswith("."))
     if not paths:
-        raise DataError(f"'{folder}' has no pictures ({', '.join(SUFFIXES)});", hint="put the patches into it, one a file.")
+        raise DataError(f"'{folder}' has no pictures;", hint="put the patches into it, one a file, such as patch.png.")
     return tuple(Picture(path.name, _pixels(path, channels), files.sha256(path)) for path in paths)
 
 
 def _pixels(path: Path, channels: int) -> Tensor:
     """A picture of any size, float32 [C, h, w]."""
-    from PIL import Image, UnidentifiedImageError
-
-    from patchcert_cli import image
-
-    try:
-        with Image.open(path) as opened:
-            width, height = opened.size
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
-        said = f"'{path}' is not a picture that can be read ({type(problem).__name__});"
-        raise DataError(said, hint="use PNG or JPEG.") from problem
-    pixels, _ = image.read(path, (channels, height, width))
-    return pixels.float() / 255
+    with image.quiet():
+        return image.take(path, Framing(image.size_of(path)), channels).pixels.float() / 255
 
 
 @dataclass(frozen=True, kw_only=True)

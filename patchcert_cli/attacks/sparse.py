@@ -16,7 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from patchcert_cli.attacks.base import Attack, Target, require
+from patchcert_cli.attacks.base import Attack, Effort, Target, require
+from patchcert_cli.defenses.base import Defense
 from patchcert_cli.threats import Sparse, Threat
 
 
@@ -47,10 +48,18 @@ class SparseSearch(Attack):
         require("iterations", self.iterations, 0)
         require("swap", self.swap, 0, 1)
 
+    @property
+    def candidates(self) -> int:
+        return self.rivals
+
+    def most(self, defense: Defense, threat: Threat, *, hinted: bool) -> Effort:
+        rivals, looks = min(self.rivals, len(defense.classes) - 1), self.steps + 1
+        return Effort(1 + 2 * rivals * looks + self.iterations, 2 + looks + self.iterations)
+
     def run(self, target: Target, x: Tensor, threat: Threat, index: Tensor) -> Tensor:
         """Work through the images in groups whose candidates make one chunk."""
         assert isinstance(threat, Sparse)
-        for owner in target.groups(self.rivals):
+        for owner in target.groups(self.candidates):
             slope = self._linearize(target, x, owner, threat)
             self._search(target, x, owner, threat, index, slope)
         return target.best

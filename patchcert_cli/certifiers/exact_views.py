@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchcert_cli import exact, integers
+from patchcert_cli import exact, integers, passes
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.certifiers.views import Answers, Clear, Seen, leads
 from patchcert_cli.errors import IntegrityError
@@ -369,11 +369,12 @@ class Asked:
     def logits(self, image: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """float64 [n, K] on the CPU, without rounding error."""
         views, network = self._views, self._views.network
+        passes.made(len(image))
         if self._x.device.type != "cpu" or not views.zones()[0].parted:
             return views.each(self._x, image, first, second)
         if not self._passes:
             steps = exact.to_steps(self._x)
             sides = [steps, steps.flip(3)]
             self._passes = [Passes(network, zones, steps, views.fill) for zones, steps in zip(views.zones(), sides, strict=False)]
-        features = [passes.features(image, first, second) for passes in self._passes]
+        features = [one.features(image, first, second) for one in self._passes]
         return network.logits(features[0] + features[1] if network.mirrored else features[0])

@@ -26,6 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from patchcert_cli import passes
 from patchcert_cli.certifiers.first_layer import Split, sparse_box, under_patch, window_sums
 from patchcert_cli.certifiers.intervals import Margins, resolve
 from patchcert_cli.certifiers.relaxations import BENT, Form, Magnitudes, Slope, adaptive, backward, zero
@@ -209,6 +210,7 @@ class Engine:
             part = query.part(start, start + step)
             boxes = self._unions(part, limit)
             found.append(torch.stack([self._evaluate(part, boxes, slope) for slope in SLOPES]).amax(dim=0))
+            passes.made(0)
         return torch.cat(found)
 
     def _unions(self, query: Query, limit: int) -> dict[int, Box]:

@@ -17,6 +17,7 @@ Shapes: H x W pixels, M masks, A atoms of a threat, U different sets of masks th
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -178,6 +179,13 @@ class MaskSet:
     def passes(self) -> int:
         """Pairs of masks, a mask with itself included: what evaluating all of them costs an image."""
         return len(self) * (len(self) + 1) // 2
+
+    @property
+    def sizes(self) -> str:
+        """How many masks of which size, in words: ``36 of 11x11``, or ``630 of two of 11x11``."""
+        shapes = [" and ".join(dict.fromkeys(f"{rows}x{columns}" for _, _, rows, columns in union)) for union in self.boxes]
+        found = Counter(zip(map(len, self.boxes), shapes, strict=True))
+        return ", ".join(f"{many} of {'' if each == 1 else f'{each} of '}{shape}" for (each, shape), many in found.items())
 
     @cached_property
     def hidden(self) -> Tensor:

@@ -40,11 +40,13 @@ class Gauge:
         head: the name of the layer whose output the logits are; None if there is none.
         least: the smallest scale of a pass, a power of two.
         double: whether its results in float64 carry more than float32.
+        last: whether many passes at a time are computed with channels last in memory.
     """
 
     head: str | None
     least: float
     double: bool
+    last: bool = False
 
 
 class Memory:
@@ -61,6 +63,11 @@ class Memory:
         if self._known is None or self._known[0] != key:
             self._known = (key, find())
         return self._known[1]
+
+    def amend(self, gauge: Gauge) -> None:
+        """Something else was found out about the same network."""
+        assert self._known is not None
+        self._known = (self._known[0], gauge)
 
 
 @dataclass

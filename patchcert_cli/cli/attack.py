@@ -80,6 +80,15 @@ ShrinkOption = Annotated[
     float | None,
     typer.Option("--shrink", metavar="SHARE", help="Scale each by a factor between this and 1.", rich_help_panel=SAVED),
 ]
+MaxSecondsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-seconds",
+        metavar="S",
+        help="Stop after so many seconds, and say which images are left; the same command goes on with them.",
+        rich_help_panel=RUN,
+    ),
+]
 JoinOption = Annotated[
     bool,
     typer.Option(
@@ -103,6 +112,7 @@ def attack(
     turn: TurnOption = None,
     shrink: ShrinkOption = None,
     join: JoinOption = True,
+    max_seconds: MaxSecondsOption = None,
     defense: DefenseOption = None,
     masks: MasksOption = None,
     passes: PassesOption = None,
@@ -129,6 +139,8 @@ def attack(
     chosen = threat_from(threat=threat, patch=patch, k=k, unit=unit)
     wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
     wish = wish_of(**wanted, labels=labels, dry_run=dry_run, threshold=threshold)
+    if max_seconds is not None and not max_seconds > 0:
+        raise UsageError(f"--max-seconds {max_seconds:g} must be more than 0.")
 
     searching: dict[str, Any] = {"steps": steps, "restarts": restarts, "locations": locations, "iterations": iterations}
     pasting: dict[str, Any] = {"places": places, "turn": turn, "shrink": shrink}
@@ -145,13 +157,15 @@ def attack(
         plan, full = open_glance(model, claims, wish, seed=seed, **given)
         attacker, settings = _attacker(plan, saved, pasting if saved else searching, seed)
         folder = out or plan.folder("attack", {"attack": settings, "joined": join})
-        value = outlook.evaluation(plan, folder, attacker, full)
+        with show.progress() as progress:
+            value = outlook.evaluation(plan, folder, attacker, full, join=join, progress=progress)
         show.result(report.plain_rows(value), value, json)
         return
     plan = open_plan(model, claims, wish, seed=seed, download=download, **given)
     attacker, settings = _attacker(plan, saved, pasting if saved else searching, seed)
     with show.progress() as progress:
-        found = evaluate.attack(plan, attacker, settings, out, join=join, fresh=fresh, progress=progress)
+        more: Any = {"join": join, "fresh": fresh, "progress": progress, "max_seconds": max_seconds}
+        found = evaluate.attack(plan, attacker, settings, out, **more)
     show.result(report.attack_rows(found), found, json)
     results.check_claim(found)
 

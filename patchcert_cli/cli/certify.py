@@ -38,6 +38,7 @@ from patchcert_cli.cli.options import (
     SeedOption,
     ThreatOption,
     UnitOption,
+    file_to_write,
     own_threat,
     threat_from,
 )
@@ -59,7 +60,7 @@ PICTURE = "One picture, and plots"
 
 AreaOption = Annotated[
     int | None,
-    typer.Option("--patch-area", help="Every aspect ratio of a patch of this many pixels.", rich_help_panel=THREAT),
+    typer.Option("--patch-area", help="Every aspect ratio of a patch of at most this many pixels.", rich_help_panel=THREAT),
 ]
 ConditionOption = Annotated[
     str | None,
@@ -81,12 +82,18 @@ BoundsOption = Annotated[
 ]
 PlotOption = Annotated[
     Path | None,
-    typer.Option("--plot", help="Draw accuracy over patch sizes or shapes into this file.", rich_help_panel=PICTURE),
+    typer.Option(
+        "--plot",
+        callback=file_to_write("--plot"),
+        help="Draw accuracy over patch sizes or shapes into this file.",
+        rich_help_panel=PICTURE,
+    ),
 ]
 PlotThresholdsOption = Annotated[
     Path | None,
     typer.Option(
         "--plot-thresholds",
+        callback=file_to_write("--plot-thresholds"),
         help="Certified detection: draw alarms on unattacked images and certified answers over the threshold into this file.",
         rich_help_panel=PICTURE,
     ),
@@ -96,10 +103,15 @@ ImageOption = Annotated[
 ]
 MapOption = Annotated[
     Path | None,
-    typer.Option("--map", help="Draw its margin at every location of the patch into this file.", rich_help_panel=PICTURE),
+    typer.Option(
+        "--map",
+        callback=file_to_write("--map"),
+        help="Draw its margin at every location of the patch into this file.",
+        rich_help_panel=PICTURE,
+    ),
 ]
 ResizeOption = Annotated[
-    bool, typer.Option("--resize", help="Scale the picture's middle square to the model's size.", rich_help_panel=PICTURE)
+    bool, typer.Option("--resize", help="Make the picture fit, as the pictures of a folder are.", rich_help_panel=PICTURE)
 ]
 
 
@@ -152,8 +164,15 @@ def certify(
     claims = _claims(_methods(condition, bounds), patch, patch_area, threat, k, unit)
     wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
     wish = wish_of(**wanted, labels=labels, dry_run=dry_run, threshold=threshold, compare=plot_thresholds is not None)
-    _check_pictures(image, [plot, plot_thresholds], map_, dry_run=dry_run)
+    _check_pictures(image, [plot, plot_thresholds], map_)
+    if image is None and resize:
+        raise UsageError("--resize goes with --image;", hint="the pictures of a folder are always made to fit.")
     if image is not None:
+        folder = {"--limit": limit, "--batch-size": batch_size, "--out": out}
+        switches = {"--dry-run": dry_run, "--download": download, "--fresh": fresh}
+        _check_alone(
+            *(flag for flag, value in folder.items() if value is not None), *(flag for flag, on in switches.items() if on)
+        )
         _certify_picture(model, claims, wish, dataset, device, image, resize, map_, json)
         return
 
@@ -162,15 +181,17 @@ def certify(
     given: Any = {"dataset": dataset, "data_dir": data_dir, "limit": limit, "batch_size": batch_size, "device": device}
     if dry_run:
         plan, full = open_glance(model, claims, wish, seed=seed, **given)
-        value = outlook.evaluation(plan, out or plan.folder("certify", {}), None, full)
+        with show.progress() as progress:
+            value = outlook.evaluation(plan, out or plan.folder("certify", {}), None, full, progress=progress)
         show.result(report.plain_rows(value), value, json)
         return
     plan = open_plan(model, claims, wish, seed=seed, download=download, **given)
     with show.progress() as progress:
         found = evaluate.certify(plan, out, fresh=fresh, progress=progress)
     show.say("\n".join(filter(None, dict.fromkeys(plan.subject.defense.remark(claim.threat) for claim in plan.claims))))
+    found |= {} if patch_area is None else {"patch_area": patch_area}
     if plot is not None:
-        pictures.plot(report.claim_list(found), plot, title=report.plot_title(found))
+        pictures.plot(report.claim_list(found), plot, title=report.plot_title(found), area=patch_area)
         show.say(f"drew {plot}")
     if plot_thresholds is not None:
         pictures.thresholds(report.compared(found), plot_thresholds, title=report.plot_title(found))
@@ -210,10 +231,12 @@ def _certify_picture(
 
     place = devices.resolve(device)
     candidate = opening.found(model, dataset, wish, place)
-    shape = candidate.shape("")
+    framing = candidate.meant(dataset or "", image)
+    shape = (candidate.channels, *framing.size)
     meant = claims(candidate.threat, shape)
     subject = candidate.subject(shape, [claim.threat for claim in meant], place)
-    found, notes = single.certify(subject, image, meant, resize=resize, map_to=map_to)
+    with show.progress() as progress:
+        found, notes = single.certify(subject, image, meant, framing=framing, resize=resize, map_to=map_to, progress=progress)
     show.say("\n".join(notes))
     show.result(report.single_rows(found), found, json)
 
@@ -248,15 +271,20 @@ def _threats(patch: str | None, area: int | None, threat: str | None, k: int | N
     return [] if one is None else [one]
 
 
-def _check_pictures(image: Path | None, plots: list[Path | None], map_: Path | None, *, dry_run: bool) -> None:
+def _check_alone(*given: str) -> None:
+    """Refuse options of a whole data set that were given with one picture."""
+    if given:
+        raise UsageError(f"{given[0]} does not go with --image;", hint="it is about one picture: leave one of them out.")
+
+
+def _check_pictures(image: Path | None, plots: list[Path | None], map_: Path | None) -> None:
     """Refuse what cannot be drawn before anything is computed."""
     from patchcert_cli import pictures
 
     if map_ is not None and image is None:
         raise UsageError("--map draws one picture;", hint="say which: --image FILE.")
-    if image is not None and (any(plots) or dry_run):
-        flag = "--plot" if plots[0] else "--plot-thresholds" if plots[1] else "--dry-run"
-        raise UsageError(f"{flag} does not go with --image;", hint="leave one of them out.")
+    if image is not None and any(plots):
+        _check_alone("--plot" if plots[0] else "--plot-thresholds")
     for path in filter(None, (*plots, map_)):
         pictures.require()
         pictures.check_path(path)

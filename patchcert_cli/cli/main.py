@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from patchcert_cli import __version__
-from patchcert_cli.cli import attack, certify, doctor, report, train, zoo
-from patchcert_cli.errors import PatchcertError
+from patchcert_cli.cli import attack, certify, doctor, report, streams, train, zoo
+from patchcert_cli.errors import PatchcertError, UsageError
 
 HELP = """Train, certify, attack and share certified defenses against adversarial patches and sparse attacks.
 
@@ -50,13 +51,23 @@ def options(
 
 def run() -> None:
     """Entry point of the ``patchcert`` command."""
-    try:
-        app()
-    except PatchcertError as problem:
-        if os.environ.get("PATCHCERT_DEBUG"):
-            raise
-        typer.echo(f"error[{problem.code}]: {problem}", err=True)
-        sys.exit(problem.code)
+    with streams.guarded():
+        try:
+            streams.require_stdout()
+            app()
+        except PatchcertError as problem:
+            if os.environ.get("PATCHCERT_DEBUG"):
+                raise
+            _fail(problem)
+        except OSError as problem:
+            if problem.errno != errno.ENAMETOOLONG:  # of what is read, wherever it is looked for
+                raise
+            _fail(UsageError(f"the name of a file is too long: '{str(problem.filename)[:60]}...';", hint="check what was typed."))
+
+
+def _fail(problem: PatchcertError) -> NoReturn:
+    typer.echo(f"error[{problem.code}]: {problem}", err=True)
+    sys.exit(problem.code)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ LabelsOption = Annotated[
     typer.Option(
         "--labels",
         metavar="float32|bfloat16",
-        help="What labels behind masks are computed in; bfloat16 is faster, and those in doubt are computed again.",
+        help="What labels behind masks are computed in; bfloat16 is faster with few classes; those in doubt are computed again.",
         rich_help_panel=CLASSIFIER,
     ),
 ]
@@ -196,7 +196,7 @@ def _open(
     subject = candidate.subject(shape, [claim.threat for claim in meant], place)
     facts = data.info(chosen)
     if facts.shape != shape:
-        if facts.short:  # before anything is packed
+        if facts.framing is not None:  # before anything is packed
             raise DataError(f"{chosen} images are {facts.shape}, but {candidate.name} takes {shape}.")
         return _Opened(chosen, subject, meant, None)  # the plan says so, if there are such images
     names = data.class_names(chosen, "test", data_dir=data_dir)
@@ -221,7 +221,7 @@ def _foresee(model: str | None, claims: Claims, dataset: str | None, data_dir: P
     elif card is None or not card.classifier:
         return
     chosen = dataset or (card.dataset if card else "")
-    if data.info(chosen).short:
+    if data.info(chosen).framing is not None:
         data.class_names(chosen, "test", data_dir=data_dir)
 
 
@@ -244,8 +244,8 @@ def _tell(images: Images, there: int, total: int) -> None:
     if there < total:
         where += f": the first {there} of {total}; --data-dir or --download for all of them"
     facts = data.info(images.name)
-    if facts.short:
-        side = facts.shape[1]
-        where += f": the middle {side}x{side} of pictures whose shorter side is scaled to {facts.short}"
     what = f"{there} pictures in {len(images.classes)} class folders" if facts.path else f"{images.name} test images"
     show.say(f"{what} {where}")
+    some = f"of {len(images)} of them that were looked at: " if images.mapped is None and facts.framing else ""
+    for remark in images.remarks:
+        show.say(some + remark)

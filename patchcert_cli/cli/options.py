@@ -5,15 +5,41 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from patchcert_cli import files
 from patchcert_cli.errors import UnsupportedThreat, UsageError
+from patchcert_cli.schema import LARGEST_SEED
 from patchcert_cli.threats import KINDS, UNITS, Sparse, Threat, parse_patch, parse_sparse, parse_threat
 
 THREAT, DATA, RUN = "Threat model", "Data", "Run"
+
+
+def file_to_write(flag: str) -> Callable[[Any], Any]:
+    """Callback of an option that names a file to write: it is refused before anything is computed; - means stdout."""
+
+    def check(value: Path | str | None) -> Path | str | None:
+        if value is not None and value != "-":
+            files.check_file(Path(value), flag)
+        return value
+
+    return check
+
+
+def folder_to_write(flag: str) -> Callable[[Any], Any]:
+    """Callback of an option that names a folder to write into: it is refused before anything is computed."""
+
+    def check(value: Path | None) -> Path | None:
+        if value is not None:
+            files.check_folder(value, flag)
+        return value
+
+    return check
+
 
 PatchOption = Annotated[
     str | None,
@@ -56,7 +82,7 @@ DatasetOption = Annotated[
         "--data",
         "--dataset",
         metavar="NAME|imagefolder:PATH",
-        help="Data set, or a folder of class folders with pictures, @SIDE for squares of that size. "
+        help="Data set, or a folder of class folders with pictures, @SIDE or @HxW for images of that size. "
         "Default: the model's own, else cifar10.",
         rich_help_panel=DATA,
     ),
@@ -74,14 +100,22 @@ LimitOption = Annotated[
     int | None, typer.Option("--limit", help="Only this many images: a fixed subset chosen by --seed.", rich_help_panel=DATA)
 ]
 BatchOption = Annotated[
-    int | None, typer.Option("--batch-size", help="Images at a time; results do not depend on it.", rich_help_panel=RUN)
+    int | None, typer.Option("--batch-size", help="Images at a time, at most; results do not depend on it.", rich_help_panel=RUN)
 ]
 DeviceOption = Annotated[
     str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to compute.", rich_help_panel=RUN)
 ]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.", rich_help_panel=RUN)]
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed of everything random.", rich_help_panel=RUN)
+]
 OutOption = Annotated[
-    Path | None, typer.Option("--out", help="Run folder. Default: a folder under runs/ named after the run.", rich_help_panel=RUN)
+    Path | None,
+    typer.Option(
+        "--out",
+        callback=folder_to_write("--out"),
+        help="Run folder. Default: a folder under runs/ named after the run.",
+        rich_help_panel=RUN,
+    ),
 ]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming the run folder.", rich_help_panel=RUN)]
 JsonOption = Annotated[
@@ -89,6 +123,7 @@ JsonOption = Annotated[
     typer.Option(
         "--json",
         metavar="PATH|-",
+        callback=file_to_write("--json"),
         help="Also write the result as one JSON object; - means stdout, and then nothing else is printed there.",
         rich_help_panel=RUN,
     ),

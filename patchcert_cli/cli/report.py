@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from patchcert_cli.cli.options import folder_to_write
+
 app = typer.Typer(name="report", help="Make pages from what was measured.", no_args_is_help=True)
 
 
@@ -17,7 +19,9 @@ def report() -> None:
 
 @app.command("zoo", epilog="Examples:\n\n patchcert report zoo\n\n patchcert report zoo --out site/ --dataset cifar10")
 def zoo(
-    out: Annotated[Path, typer.Option("--out", help="The folder that gets index.html.")] = Path("site"),
+    out: Annotated[
+        Path, typer.Option("--out", callback=folder_to_write("--out"), help="The folder that gets index.html.")
+    ] = Path("site"),
     dataset: Annotated[str | None, typer.Option(help="Only models for this data set.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an index.html that this command did not write.")] = False,
 ) -> None:

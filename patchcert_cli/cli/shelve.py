@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from patchcert_cli.cli import show
-from patchcert_cli.cli.options import AsJson, print_json
+from patchcert_cli.cli.options import AsJson, folder_to_write, print_json
 
 if TYPE_CHECKING:
     from patchcert_cli.cards import Published
@@ -39,7 +39,10 @@ def add(
     ] = None,
     source: Annotated[str | None, typer.Option(help="Where --published numbers stand; the run's own source by default.")] = None,
     notes: Annotated[str | None, typer.Option(help="A paragraph for the card.")] = None,
-    to: Annotated[Path | None, typer.Option(help="The zoo folder; that of the source tree by default.")] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(callback=folder_to_write("--to"), help="The zoo folder; that of the source tree by default."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a model of this name.")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from patchcert_cli.files import write_json
+from patchcert_cli.files import json_bytes, write_named
+from patchcert_cli.pace import Clock, Left, spoken
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -23,27 +24,33 @@ PLAIN_EVERY = 10.0  # seconds between plain progress lines
 
 
 class TerminalProgress:
-    """A bar on stderr, or plain lines when stderr is not a terminal; nothing for work under a second."""
+    """A bar on stderr, or plain lines where it is no terminal, with the time to the end; nothing for work under a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = time.monotonic) -> None:
         from rich.console import Console
 
         self.console = Console(stderr=True)
         self.bars: Bars | None = None
         self.task: TaskID | None = None
-        self.began = self.spoke = time.monotonic()
+        self.clock, self.left, self.total = clock, Left(clock), -1
+        self.began = self.spoke = clock()
 
     def update(self, done: int, total: int, text: str) -> None:
-        """Show how far the work is."""
-        now = time.monotonic()
+        """Show how far the work is, and how long the rest takes."""
+        now = self.clock()
+        if total != self.total:  # another piece of work
+            self.total, self.left = total, Left(self.clock)
+        left = self.left.seconds(done, total)
         if now - self.began < PATIENCE:
             return
+        if left is not None and done < total:
+            text += f", {spoken(left)} left"
         if self.console.is_terminal:
             if self.bars is None:
-                from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+                from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
                 from rich.progress import Progress as Bars
 
-                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+                columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
                 self.bars = Bars(*columns, console=self.console, transient=True)
                 self.bars.start()
                 self.task = self.bars.add_task(text, total=total)
@@ -87,14 +94,20 @@ def result(rows: Sequence[tuple[str, str]], value: dict[str, Any], json_to: str 
     if json_to == "-":
         typer.echo(json.dumps(value, indent=2))
         return
-    if json_to is not None:
-        write_json(Path(json_to), value)
+    try:  # a table that cannot be printed must not cost the file
+        _print_rows(rows)
+    finally:
+        if json_to is not None:
+            write_named(Path(json_to), json_bytes(value))
+
+
+def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
 
         table = Table(show_header=False, box=None, padding=(0, 2))
-        table.add_column(style="bold")
+        table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         for row in rows:
             table.add_row(*row)

@@ -21,6 +21,7 @@ from patchcert_cli.cli.options import (
     PatchOption,
     ThreatOption,
     UnitOption,
+    folder_to_write,
     threat_from,
     typed_command,
 )
@@ -66,6 +67,7 @@ RECIPE_FIELDS = (  # options that go into the recipe under their own name
     "precision",
     "stored",
     "validation",
+    "limit",
     "seed",
     "start",
 )
@@ -73,6 +75,9 @@ RECIPE_FIELDS = (  # options that go into the recipe under their own name
 
 def _recipe_option(*flags: str, text: str) -> Any:
     return typer.Option(*flags, help=text, rich_help_panel=RECIPE)
+
+
+LimitOption = Annotated[int | None, _recipe_option("--limit", text="Only this many training images, the held-out ones included.")]
 
 
 def train(
@@ -114,12 +119,16 @@ def train(
         _recipe_option("--option", text="NAME=VALUE of the defense's own training; repeatable. --dry-run lists them."),
     ] = None,
     validation: Annotated[int | None, _recipe_option("--validation", text="Training images held out.")] = None,
+    limit: LimitOption = None,
     seed: Annotated[int | None, _recipe_option("--seed", text="Seed of everything random.")] = None,
     start: StartOption = None,
     data_dir: DataDirOption = None,
     download: DownloadOption = False,
     device: DeviceOption = "auto",
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/NAME.", rich_help_panel=RUN)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", callback=folder_to_write("--out"), help="Run folder. Default: runs/NAME.", rich_help_panel=RUN),
+    ] = None,
     fresh: FreshOption = False,
     json: JsonOption = None,
     dry_run: DryRunOption = False,
@@ -177,6 +186,8 @@ def _recipe(
     else:
         raise UsageError("no threat model given;", hint="use --patch 5, or --threat sparse --k 10, or --recipe NAME.")
     basis = _begun(basis, given, model, weights, fetch=fetch)
+    if given.get("limit") and "validation" not in given:
+        given["validation"] = min(basis.validation, max(1, given["limit"] // 10))
     tables = {"network_options": basis.network_options, "options": basis.options}
     given |= {table: values | pairs[table] for table, values in tables.items()}
     given |= {"start_sha256": ""} if "start" in given else {}
@@ -197,7 +208,7 @@ def _begun(basis: Recipe, given: dict[str, Any], model: str | None, weights: str
         if "network" in given:
             raise UsageError("--model and --network both name a network;", hint="give one of them.")
         found = classifiers.beginning(model, weights, fetch=fetch)
-        dataset = datasets.fitted(dataset, min(found.source.size), found.source.short)
+        dataset = datasets.fitted(dataset, found.source.framing)
         basis = replace(basis, network="timm", network_options=found.options, **FINE_TUNING)
     if datasets.own(dataset):
         given["dataset"] = data.info(dataset).name

@@ -62,19 +62,20 @@ def verify(
     """Certify again, compare image by image with the published records, and attack what is certified.
 
     Exit code 0: every record agrees and no certified image was flipped. Exit code 8: the claim does not reproduce.
+    Where nothing was claimed, exit code 6 (no records for this) or 5 (records of other weights).
     """
     chosen = threat_from(threat=threat, patch=patch, k=k, unit=unit)
 
     from patchcert_cli import attacks, cards, hub, ledger, report, verify
     from patchcert_cli.defenses.base import Claim
-    from patchcert_cli.errors import ClaimError
+    from patchcert_cli.errors import DataError
     from patchcert_cli.hub.claims import check
 
     found = hub.resolve(name)
     if records is not None:
         book = ledger.read(records)
     elif found.card is None or cards.LEDGER not in found.card.files:
-        raise ClaimError(f"{name} publishes no records to compare with;", hint="name a file of them: --records FILE.")
+        raise DataError(f"{name} publishes no records to compare with;", hint="name a file of them: --records FILE.")
     else:
         check(found.card, found.folder)
         book = ledger.read(found.folder / cards.LEDGER)

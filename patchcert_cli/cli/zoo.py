@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from patchcert_cli.cli import shelve, verify
+from patchcert_cli.cli import show as said
 from patchcert_cli.cli.options import AsJson, print_json
 
 if TYPE_CHECKING:
@@ -16,6 +18,18 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="zoo", help="List, show, pull, verify and publish models.", no_args_is_help=True)
 COLUMNS = ("name", "defense", "threat", "clean", "certified", "published", "arithmetic", "size", "licence", "where")
+FIRST = (
+    "name",
+    "threat",
+    "clean",
+    "certified",
+    "defense",
+    "published",
+    "arithmetic",
+    "size",
+    "where",
+    "licence",
+)  # in little room
 GUARANTEES = {"recovery": "", "detection": "Certified detection: the answer stays right, or an alarm is raised."}
 NONE = "-"
 
@@ -161,16 +175,24 @@ def _size(count: int) -> str:
 
 
 def _print_table(rows: list[list[str]]) -> None:
-    """A table for a terminal; elsewhere plain lines, which nothing shortens."""
+    """A table of the columns that the terminal has room for; elsewhere plain lines. No name is ever shortened."""
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
     if sys.stdout.isatty():
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table(*COLUMNS, box=None)
+        console = Console()
+        room = accumulate(widths[COLUMNS.index(name)] + 2 for name in FIRST)
+        shown = [name for name, end in zip(FIRST, room, strict=True) if end <= console.width] or FIRST[:1]
+        at = [index for index, name in enumerate(COLUMNS) if name in shown]
+        table = Table(*(Column(COLUMNS[index], no_wrap=True, overflow="ignore") for index in at), box=None)
         for row in rows:
-            table.add_row(*row)
-        Console().print(table)
+            table.add_row(*(row[index] for index in at))
+        console.width = max(console.width, widths[0] + 2)  # the terminal may break a line, but nothing is cut off
+        console.print(table, crop=False)
+        if len(at) < len(COLUMNS):
+            left = ", ".join(name for name in COLUMNS if name not in shown)
+            said.say(f"not shown: {left}; widen the terminal, or see --json")
         return
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
     for row in (list(COLUMNS), *rows):
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

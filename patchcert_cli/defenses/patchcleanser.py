@@ -268,7 +268,7 @@ class PatchCleanser(Defense):
         """What it costs."""
         least, most = self.cost()
         passes = f"{least}" if least == most else f"{least} to {most}"
-        return f"{len(self.set)} masks: {passes} passes of the network an image, with the proof"
+        return f"masks: {self.set.sizes} pixels; {passes} passes of the network an image, with the proof"
 
     @torch.no_grad()
     def margin_map(self, x: Tensor, patch: Threat) -> Tensor:

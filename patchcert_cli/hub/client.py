@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,8 +214,15 @@ def facts() -> dict[str, Any]:
         "version": huggingface_hub.__version__,
         "endpoint": constants.ENDPOINT,
         "offline": bool(constants.HF_HUB_OFFLINE),
-        "token": bool(get_token()),
+        "token": _has_token(get_token),
     }
+
+
+def _has_token(get_token: Callable[[], str | None]) -> bool:
+    try:
+        return bool(get_token())
+    except OSError:  # a home that is no folder holds none
+        return False
 
 
 def _api() -> Any:

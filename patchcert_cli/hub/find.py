@@ -99,8 +99,8 @@ def pull(
     if not card.files:
         if card.classifier:
             said = f"{name}: its weights are those of {card.classifier};"
-            raise IntegrityError(said, hint=f"certify fetches them: patchcert certify {name}")
-        raise IntegrityError(f"{name}: no weights are published yet;", hint=f"train it: patchcert train --recipe {name}")
+            raise UnknownName(said, hint=f"certify fetches them: patchcert certify {name}")
+        raise UnknownName(f"{name}: no weights are published yet;", hint=f"train it: patchcert train --recipe {name}")
     bundled = (zoo or cards.bundled_folder()) / name
     reason = "it is not published on the Hub yet"
     if card.hub.revision is not None:
@@ -128,7 +128,7 @@ def _foreign(repo: str, revision: str | None, *, offline: bool, force: bool) -> 
     commit, folder = client.fetch_card(repo, revision, offline=offline)
     card = Card.read(folder)
     if not card.files:
-        raise IntegrityError(f"{repo} @ {commit[:7]} publishes no weights;", hint=f"train it: {card.command}")
+        raise UnknownName(f"{repo} @ {commit[:7]} publishes no weights;", hint=f"train it: {card.command}")
     return _from_hub(card, repo, commit, repo, offline=offline, force=force)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from patchcert_cli import cards
+from patchcert_cli import cards, files
 from patchcert_cli.cards import Card, File, Hub, Published
 from patchcert_cli.errors import IntegrityError, MachineError, UsageError
 from patchcert_cli.hub.claims import Results, measured, sampled
@@ -39,6 +39,7 @@ def add(
         IntegrityError: the run or a result is not complete.
     """
     zoo = to or source_zoo()
+    files.check_folder(zoo / name, "--to")
     found = resolve(run)
     if found.card is None:
         raise IntegrityError(f"'{run}' has no model card ({cards.CARD}).", hint="Train it again with the same command.")

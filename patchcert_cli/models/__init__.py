@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Mapping, Sequence
-from typing import Any, cast, get_origin, get_type_hints
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from torch import nn
 
-from patchcert_cli import registry
+from patchcert_cli import registry, schema
 from patchcert_cli.errors import IntegrityError
 
 
@@ -33,6 +34,22 @@ def listed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: [value] if type(value) is int and get_origin(kinds.get(key)) is Sequence else value for key, value in options.items()
     }
+
+
+def problems(name: str, options: Mapping[str, Any]) -> list[str]:
+    """What is wrong with options of network ``name``: those that it does not have, and values of another type."""
+    kinds = get_type_hints(registry.entry("network", __name__, name, names()).build)
+    known = {key: kind for key, kind in kinds.items() if key not in ("input_shape", "classes", "return")}
+    shown = ", ".join(sorted(known.keys() - {"mean", "std"}))  # these two come with the data set
+    found = [f"network '{name}' has no option '{key}'; known: {shown}." for key in options if key not in known]
+    wrong: list[str] = []
+    for key, value in listed(name, options).items():
+        kind = known.get(key, Any)
+        if get_origin(kind) is Sequence:
+            kind = types.GenericAlias(tuple, (*get_args(kind), ...))
+        if get_origin(kind) not in (Union, types.UnionType):  # a table
+            schema.decode(kind, value, f"{key} of network '{name}'", wrong)
+    return found + [f"{text}." for text in wrong]
 
 
 def defaults(name: str) -> dict[str, Any]:

@@ -15,10 +15,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from patchcert_cli import framing
 from patchcert_cli.errors import MachineError, UsageError, unknown
+from patchcert_cli.framing import Framing
 from patchcert_cli.layers import INTERPOLATIONS, Prepared
 
 INSTALL = 'pip install "patchcert[timm]"'
+USUAL = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # where published weights say nothing
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Facts:
         outputs: K, how many classes they tell apart.
         channels: C of what the network takes.
         size: H and W of what it takes.
-        short: the shorter side to which a picture is scaled before its middle of that size is cut out.
+        framing: how a picture becomes such an image, to the pixel as timm's transform for evaluation makes it.
         mean, std: per channel.
         interpolation: how pictures were resized when it was trained.
         heads: names of the layers that give the classes.
@@ -44,7 +47,7 @@ class Facts:
     outputs: int
     channels: int
     size: tuple[int, int]
-    short: int
+    framing: Framing
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
@@ -110,7 +113,8 @@ def described(architecture: str, said: Mapping[str, Any], arguments: Mapping[str
         ValueError, TypeError: the values are none of such a configuration.
     """
     channels, height, width = (int(side) for side in said.get("input_size", (3, 224, 224)))
-    heads, manner = said.get("classifier") or (), str(said.get("interpolation", "bicubic"))
+    heads, manner = said.get("classifier") or (), str(said.get("interpolation") or "bicubic")
+    mean, std = (tuple(float(value) for value in said.get(key) or usual) for key, usual in USUAL.items())
     outputs = int(said.get("num_classes", 1000))
     return Facts(
         architecture=architecture,
@@ -118,14 +122,26 @@ def described(architecture: str, said: Mapping[str, Any], arguments: Mapping[str
         outputs=outputs,
         channels=channels,
         size=(height, width),
-        short=math.floor(min(height, width) / float(said.get("crop_pct") or 0.875)),
-        mean=tuple(float(value) for value in said.get("mean", (0.485, 0.456, 0.406))),
-        std=tuple(float(value) for value in said.get("std", (0.229, 0.224, 0.225))),
+        framing=_framed(said, (height, width), manner, mean),
+        mean=mean,
+        std=std,
         interpolation=manner if manner in INTERPOLATIONS else "bicubic",
         heads=(heads,) if isinstance(heads, str) else tuple(heads),
         labels=_labels(said, outputs),
         arguments=dict(arguments) if arguments else None,
     )
+
+
+def _framed(said: Mapping[str, Any], size: tuple[int, int], interpolation: str, mean: tuple[float, ...]) -> Framing:
+    """How a ``pretrained_cfg`` wants pictures to be scaled and cut: ``crop_pct`` and ``crop_mode``."""
+    share, mode = float(said.get("crop_pct") or 0.875), str(said.get("crop_mode") or "center")
+    scale = math.floor(size[0] / share), math.floor(size[1] / share)
+    if interpolation not in framing.INTERPOLATIONS:
+        raise ValueError(f"unknown interpolation {interpolation}")
+    if mode != "border":
+        return Framing(size, scale, mode if mode == "squash" else "center", interpolation)
+    red, green, blue = (round(255 * value) for value in (mean if len(mean) == 3 else (mean[0],) * 3))
+    return Framing(size, scale, mode, interpolation, (red, green, blue))
 
 
 def imagenet_labels(outputs: int = 1000) -> tuple[tuple[str, ...], ...]:
@@ -137,6 +153,15 @@ def imagenet_labels(outputs: int = 1000) -> tuple[tuple[str, ...], ...]:
         return ()
     info = infos.ImageNetInfo(subset)
     return tuple((wnid, *str(info.label_name_to_description(wnid)).split(", ")) for wnid in info.label_names())
+
+
+def word(wnid: str) -> str:
+    """The first word for a WordNet id, or the id itself where timm is not there to know it."""
+    with contextlib.suppress(MachineError, KeyError):
+        library()
+        info = importlib.import_module("timm.data").ImageNetInfo()
+        return str(info.label_name_to_description(wnid)).split(", ")[0]
+    return wnid
 
 
 def _labels(said: Mapping[str, Any], outputs: int) -> tuple[tuple[str, ...], ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from patchcert_cli import __version__, files
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.cards import Card
-from patchcert_cli.errors import MachineError, UsageError
+from patchcert_cli.errors import UsageError
 from patchcert_cli.site import curves, models, tables
 from patchcert_cli.site.boards import GUARANTEES, Board, boards, difficulty
 from patchcert_cli.site.markup import Html, facts, fragment, tag
@@ -50,30 +50,25 @@ def write(cards: Iterable[Card], folder: Path, *, force: bool = False) -> Path:
     """Write the page as ``index.html`` into a folder, which is made if need be; returns its path.
 
     Raises:
-        UsageError: the folder is a file, or holds an ``index.html`` that is not such a page, and ``force`` is not given.
+        UsageError: the folder is a file or below one, or holds an ``index.html`` that is not such a page, without ``force``.
         MachineError: it cannot be written.
     """
     path = folder / INDEX
-    try:
-        nearest = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-        if not nearest.is_dir():
-            raise UsageError(f"--out '{folder}': '{nearest}' is a file;", hint="name a folder.")
-        if path.is_dir():
-            raise UsageError(f"'{path}' is a folder;", hint="choose another --out.")
-        if path.exists() and not force and not _ours(path):
-            raise UsageError(
-                f"'{path}' was not written by this command;", hint="choose another --out, or replace it with --force."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise MachineError(f"cannot write '{path}': {problem.strerror or problem}.", hint="Choose another --out.") from problem
-    files.write_atomically(path, render(cards).encode())
+    files.check_folder(folder, "--out")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"'{path}' is no regular file;", hint="choose another --out.")
+    if path.exists() and not force and not _ours(path):
+        raise UsageError(f"'{path}' was not written by this command;", hint="choose another --out, or replace it with --force.")
+    files.write_named(path, render(cards).encode())
     return path
 
 
 def _ours(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return f'content="{GENERATOR}'.encode() in stream.read(2000)
+    try:
+        with path.open("rb") as stream:
+            return f'content="{GENERATOR}'.encode() in stream.read(2000)
+    except OSError:
+        return False
 
 
 def policy() -> str:

@@ -7,7 +7,6 @@ optimizer's moments, what trains along) is on disk, so a run that was killed con
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli import checkpoint, defenses, files
+from patchcert_cli import checkpoint, defenses, files, locks
 from patchcert_cli.certificate import Tally
 from patchcert_cli.data import Images, to_float
 from patchcert_cli.defenses.base import Defense, TrainingStep
-from patchcert_cli.errors import Interrupted, MachineError, UsageError
+from patchcert_cli.errors import IntegrityError, Interrupted, MachineError, UsageError
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.training import augment
 from patchcert_cli.training.average import Average
@@ -85,6 +84,8 @@ class Trained:
         validation: counts on the whole held-out split.
         epochs_run: epochs this call trained itself; 0 if the run was finished before.
         seconds: training time of all epochs.
+        kept: how many images it was trained on.
+        chance: the share of the most frequent class among the held-out images, which needs no training to be reached.
     """
 
     folder: Path
@@ -92,6 +93,13 @@ class Trained:
     validation: Tally
     epochs_run: int
     seconds: float
+    kept: int
+    chance: float
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the model is right hardly more often than the answer that is always the same."""
+        return self.validation.clean_accuracy <= min(1.25 * self.chance, self.chance + 0.05 * (1 - self.chance))
 
 
 def train(
@@ -113,11 +121,12 @@ def train(
     """
     progress = progress or Silent()
     recipe = recipe.validate()
+    files.check_folder(folder, "--out")
     if fresh and (folder / files.CONFIG).exists():  # never somebody's other folder
-        shutil.rmtree(folder)
+        locks.clear(folder)
     config = recipe.config()
     _claim(folder, config)
-    kept, held = images.hold_out(recipe.validation, recipe.seed)
+    kept, held = images.limit(recipe.limit or None, recipe.seed).hold_out(recipe.validation, recipe.seed)
 
     def begin(defense: Defense) -> None:
         if not (folder / STATE).exists():
@@ -164,7 +173,8 @@ def train(
         lines[-1] |= _seen(tally)
         _note(folder, lines)
     checkpoint.save_defense(folder, made, config)
-    return Trained(folder, made.eval(), tally, recipe.epochs - start, sum(line["seconds"] for line in lines))
+    seconds, chance = sum(line["seconds"] for line in lines), float(held.labels.bincount().max()) / len(held)
+    return Trained(folder, made.eval(), tally, recipe.epochs - start, seconds, len(kept), chance)
 
 
 def _note(folder: Path, lines: list[dict[str, Any]]) -> None:
@@ -185,7 +195,7 @@ def _claim(folder: Path, config: dict[str, Any]) -> None:
     """Write the configuration into an empty folder, or check that the folder is this very run."""
     path = folder / files.CONFIG
     if not path.exists():
-        if folder.is_dir() and any(folder.iterdir()):
+        if not locks.empty(folder):
             raise UsageError(f"'{folder}' is not empty and holds no training run;", hint="use another --out.")
         files.write_json(path, config)
         return
@@ -265,7 +275,8 @@ def _epoch(recipe: Recipe, epoch: int, state: _State, images: Images, progress: 
         if average:
             average.follow(defense, options.keep())
         total += float(loss.detach())
-        progress.update(epoch * steps + number + 1, recipe.epochs * steps, f"epoch {epoch + 1} of {recipe.epochs}")
+        said = f"epoch {epoch + 1} of {recipe.epochs}: loss {total / (number + 1):.4f}"
+        progress.update(epoch * steps + number + 1, recipe.epochs * steps, said)
     defense.eval()
     return total / steps
 
@@ -340,4 +351,7 @@ def _kept_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
     path = folder / METRICS
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()[:epochs]]
+    try:
+        return [json.loads(line) for line in files.read(path).decode().splitlines()[:epochs]]
+    except ValueError as problem:
+        raise IntegrityError(f"'{path}' is damaged: {problem};", hint="use --fresh to start over.") from problem

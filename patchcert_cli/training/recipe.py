@@ -36,6 +36,7 @@ class Recipe:
         precision: what the network computes in while it trains; ``bfloat16`` means autocast.
         stored: what the weights of the finished model are rounded to; it is validated and certified as stored.
         validation: training images held out.
+        limit: only so many training images, the held-out ones included: a fixed subset; 0 for all.
         seed: of weights, held-out images, order of images and all else that is random.
         start: the model whose weights the run begins with, as ``--start`` names it; empty for fresh ones.
         start_sha256: those weights' digest, so that equal recipes begin alike.
@@ -55,6 +56,7 @@ class Recipe:
     precision: str = "float32"
     stored: str = "float32"
     validation: int = 5000
+    limit: int = 0
     seed: int = 0
     start: str = ""
     start_sha256: str = ""
@@ -85,9 +87,15 @@ class Recipe:
         network = self.network or (defense.default_network if defense else "")
         if network not in models.names():
             problems.append(f"no network '{network}'; known: {', '.join(models.names())}.")
+        else:
+            problems += models.problems(network, self.network_options)
         given = asdict(self)
-        least = {"epochs": 1, "batch_size": 1, "validation": 1, "seed": 0, "weight_decay": 0}
+        least = {"epochs": 1, "batch_size": 1, "validation": 1, "limit": 0, "seed": 0, "weight_decay": 0}
         problems += [f"{name} {given[name]} must be {low} or more." for name, low in least.items() if given[name] < low]
+        if self.seed > schema.LARGEST_SEED:
+            problems.append(f"seed {self.seed} must be at most {schema.LARGEST_SEED}.")
+        if 0 < self.limit <= self.validation:
+            problems.append(f"limit {self.limit} must be more than the {self.validation} images of validation.")
         if not 0 < self.learning_rate <= 1:
             problems.append(f"learning_rate {self.learning_rate} must be in (0, 1].")
         for name, allowed in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS), ("stored", STORED)):

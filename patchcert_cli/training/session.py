@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from patchcert_cli import __version__, cards, checkpoint, classifiers, data, defenses, files, hub, models
+from patchcert_cli import __version__, cards, checkpoint, classifiers, data, defenses, files, hub, locks, models
 from patchcert_cli import device as devices
 from patchcert_cli.defenses.base import Defense
 from patchcert_cli.errors import IntegrityError, UsageError
@@ -49,10 +49,14 @@ def check(recipe: Recipe) -> Callable[[Defense], None]:
     """What gives a fresh defense the weights to begin with; raises what building and preparing the recipe's network raises.
 
     Raises:
+        UsageError: no network can be built from its options.
         IntegrityError: the weights to begin with are not those of the recipe, or those of another network.
     """
     with torch.random.fork_rng():
-        defense = defenses.build(recipe.config())
+        try:
+            defense = defenses.build(recipe.config())
+        except IntegrityError as problem:  # of a file it would be; here it is what the user typed
+            raise UsageError(problem.args[0], hint=problem.hint or "See --network-option.") from problem
         defense.prepare(recipe.training)
     initial = checkpoint.weights_for(defense, hub.resolve(started(recipe).start).folder) if recipe.start else None
 
@@ -82,13 +86,22 @@ def run(
     Raises:
         DataError: the training data is not there; the message names the command that fetches it.
         UsageError: the recipe is wrong, or the folder holds a run of another one.
+        MachineError: another process is at work in the folder.
         Interrupted: stopped by Ctrl-C; whole epochs are kept.
     """
     progress = progress or Silent()
     place = devices.resolve(device)
     prepare = check(recipe)
     images = data.load(recipe.dataset, "train", data_dir=data_dir, download=download, fetch=fetch, progress=progress)
-    made = loop.train(recipe, images, folder, device=place, fresh=fresh, progress=progress, prepare=prepare)
+    for remark in images.remarks:
+        progress.note(remark)
+    with locks.held(folder, files.CONFIG):
+        made = loop.train(recipe, images, folder, device=place, fresh=fresh, progress=progress, prepare=prepare)
+        return _described(recipe, folder, made, place, progress)
+
+
+def _described(recipe: Recipe, folder: Path, made: loop.Trained, place: str, progress: Progress) -> dict[str, Any]:
+    """Write the card of a trained model, and say what it is."""
     weights = cards.weights_sha256({name: cards.File.of(folder / name) for name in cards.weights_of(folder)})
     validation = {"images": made.validation.images, "clean": made.validation.clean, "certified": made.validation.certified}
     if made.epochs_run or not (folder / files.CARD).exists():
@@ -96,7 +109,7 @@ def run(
             recipe.to_dict(),
             folder,
             network=models.describe(made.defense),
-            kept=len(images) - recipe.validation,
+            kept=made.kept,
             validation=validation,
             trained={
                 "seconds": round(made.seconds, 1),
@@ -120,6 +133,8 @@ def run(
         "threat": recipe.threat,
         "guarantee": str(made.defense.guarantee),
         "epochs": recipe.epochs,
+        "at_chance": made.at_chance,
+        "chance": made.chance,
         "validation": {"images": made.validation.images, "counts": {k: validation[k] for k in ("clean", "certified")}},
         "seconds": made.seconds,
         "device": place,

@@ -49,7 +49,7 @@ def test_certify_prints_a_table_and_leaves_a_run_folder(patchcert, model: str) -
         assert word in done.out
     assert "bundled" in done.err
     folder = next(Path("runs").glob("certify-m-patch-5x5-*"))
-    assert {p.name for p in folder.iterdir()} == {"manifest.json", "records.jsonl", "result.json"}
+    assert {p.name for p in folder.iterdir()} == {"manifest.json", "records.jsonl", "result.json", ".lock"}
     again = patchcert("certify", model, "--patch", "5", "--limit", "20")
     assert "is complete" in again.err and again.out == done.out
 

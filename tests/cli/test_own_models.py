@@ -64,9 +64,11 @@ def test_an_own_model_on_own_pictures(patchcert) -> None:  # type: ignore[no-unt
     for word in ("mine:build (patchcleanser, code", "12 images (whole split", "patch:3x3", "100.00 % (12/12)"):
         assert word in done.out
     assert "3 classes matched by name: cat is output 0, dog is output 1, red_fox is output 2" in done.err
+    assert "12 pictures in 3 class folders from 'val'\n" in done.err
     assert (
-        "12 pictures in 3 class folders from 'val': the middle 16x16 of pictures whose shorter side is scaled to 18" in done.err
-    )
+        "12 of 12 pictures resampled, from 24x30 to 27x27 pixels (height x width), to 16x16:"
+        " the shorter side is scaled to 18 (bicubic), and the middle 16x16 is taken"
+    ) in done.err
     again = patchcert("certify", "mine:build", *DEFENSE, *VAL, *CLASSES)
     assert "is complete" in again.err and again.out == done.out
     found = json.loads(patchcert("certify", "mine:build", *DEFENSE, *VAL, *CLASSES, "--json", "-").out)
@@ -126,7 +128,15 @@ def test_a_dry_run_counts_passes_hours_and_disk_and_writes_nothing(patchcert) ->
 def test_one_picture_and_an_attack(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
     done = patchcert("certify", "mine:named", *DEFENSE, "--image", "val/dog/0.png", "--resize", "--json", "-")
     assert done.code == 0, done.err
-    assert json.loads(done.out)["label"] == "dog"
+    assert json.loads(done.out)["class"] == "dog"
+    whole = json.loads(patchcert("certify", "mine:named", *DEFENSE, *VAL, "--json", "-").out)
+    for name, row in zip(("cat", "cat", "cat", "cat", "dog", "dog"), records(whole)[:6], strict=True):
+        path = f"val/{name}/{row['index'] % 4}.png"
+        one = json.loads(patchcert("certify", "mine:named", *DEFENSE, "--image", path, "--resize", "--json", "-").out)
+        assert one["prediction"] == row["prediction"]
+        assert {key: one["claims"][0][key] for key in ("certified", "margin", "worst")} == {
+            key: row[key] for key in ("certified", "margin", "worst")
+        }
     attacked = patchcert("attack", "mine:named", *DEFENSE, *VAL, "--limit", "3", "--steps", "1", "--json", "-")
     assert attacked.code == 0, attacked.err
     assert json.loads(attacked.out)["broken"] == []
@@ -138,7 +148,7 @@ def test_one_picture_and_an_attack(patchcert) -> None:  # type: ignore[no-untype
         (
             "mine:build D V",
             6,
-            "3 classes in imagefolder:./val@16/18, and nothing says what the 3 outputs of mine:build are called",
+            "3 classes in imagefolder:./val@16, and nothing says what the 3 outputs of mine:build are called",
         ),
         ("mine:build D V --classes wrong.txt", 6, "1 of them none of the 3 outputs of mine:build (red_fox is not among cat, dog"),
         ("mine:build D V --classes none.txt", 6, "--classes 'none.txt' cannot be read"),
@@ -159,8 +169,9 @@ def test_one_picture_and_an_attack(patchcert) -> None:  # type: ignore[no-untype
         ("mine:build D V C --weights none", 2, "--weights none means random weights, whose answers mean nothing"),
         ("mine:build D V C --weights x.pth", 5, "looks like a pickle, which could run code: it was not opened"),
         ("mine:build D V C --weights w.safetensors", 5, "does not fit mine:build: missing centre; unexpected body"),
-        ("mine:broken D V C", 5, "mine:broken answers NaN or infinity for images (2, 3, 224, 224)"),
-        ("mine:maps D V C", 5, "it must return logits [B, K], K >= 2."),
+        ("mine:broken D C --data imagefolder:./val@224", 5, "mine:broken answers NaN or infinity for images (2, 3, 224, 224)"),
+        ("mine:raw D V C", 6, "the pictures are of many sizes ('val/cat/0.png' is 24x30, 'val/cat/1.png' is 25x29)"),
+        ("mine:maps D C --data imagefolder:./val@224", 5, "it must return logits [B, K], K >= 2."),
         ("mine:raises D V C", 2, "mine:raises fails: ValueError: no luck. It is called without arguments"),
         ("mine:biuld D V C", 3, "no function in mine 'biuld'. Did you mean build?"),
         ("surely_none:build D V C", 3, "no module 'surely_none'; install it"),
@@ -187,7 +198,7 @@ def test_one_picture_and_an_attack(patchcert) -> None:  # type: ignore[no-untype
         (
             "cifar-bagcert-rf7 --patch 5 V",
             6,
-            "3 classes in imagefolder:./val@32/37, 1 of them none of the 10 outputs of cifar-bag",
+            "3 classes in imagefolder:./val@32/32, 1 of them none of the 10 outputs of cifar-bag",
         ),
         ("mnist-ibp-p5 --patch 5 V", 6, "images are (3, 28, 28), but mnist-ibp-p5 takes (1, 28, 28)"),
     ],
@@ -247,7 +258,7 @@ def test_imagenet_with_a_card_whose_weights_are_public(patchcert, served: Path, 
     tried = patchcert("certify", "small", "--dry-run", "--json", "-")
     assert tried.code == 0, tried.err
     value = json.loads(tried.out)
-    assert value["images"] == 1000 and value["dataset"] == "imagenet@160/168" and value["threat"] == "patch:2%"
+    assert value["images"] == 1000 and value["dataset"] == "imagenet@160/168,bilinear" and value["threat"] == "patch:2%"
     assert 4 <= value["passes_per_image"] <= 10 and value["disk_bytes"] > 1000 * 3 * 160 * 160
     done = patchcert("certify", "small", "--limit", "3", "--json", "-")
     assert done.code == 0, done.err
@@ -292,14 +303,14 @@ def test_a_network_of_timm_is_trained_on_own_pictures_and_certified(patchcert, s
     assert dict(report.train_rows(json.loads(done.out)))["next"] == f"patchcert certify {run} --data imagefolder:..."
     assert run == "runs/pets-patchcleanser-p2pct"
     config = files.read_json(Path(run) / files.CONFIG)
-    assert config["classes"] == list(COLOURS) and config["dataset"] == "imagefolder:./pets/train@32/37"
+    assert config["classes"] == list(COLOURS) and config["dataset"] == "imagefolder:./pets/train@32"
     assert config["network"]["options"]["weights"] == f"timm/{TINY}@{COMMIT}" and config["network"]["options"]["size"] == [32]
     assert config["network"]["options"]["mean"] == [0.5] * 3  # the network's own, not the data set's
     card = cards.Card.read(Path(run))
     assert "datasets:" not in card.render()  # the Hub is not told what somebody's folders are called
-    assert "--network-option architecture=test_resnet" in card.command and "imagefolder:./pets/train@32/37" in card.command
+    assert "--network-option architecture=test_resnet" in card.command and "imagefolder:./pets/train@32" in card.command
     refused = patchcert("certify", run, "--patch", "2%")
-    assert refused.code == 2 and "was trained on imagefolder:./pets/train@32/37; say on which pictures" in refused.err
+    assert refused.code == 2 and "was trained on imagefolder:./pets/train@32; say on which pictures" in refused.err
     found = patchcert("certify", run, *VAL, "--json", "-")
     assert found.code == 0, found.err
     assert json.loads(found.out)["images"] == 12 and "cat is output 0, dog is output 1, red_fox is output 2" in found.err

@@ -77,7 +77,7 @@ def test_a_patch_too_large_is_a_note_and_not_a_crash(patchcert, model: str) -> N
 def test_one_picture_with_its_map(patchcert, model: str, picture: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
     done = patchcert("certify", model, "--image", picture, "--patch", "5", "--map", "map.png", "--json", "-")
     found = json.loads(done.out)
-    assert found["label"] in data.info("cifar10").classes and found["locations"] == 784
+    assert found["class"] in data.info("cifar10").classes and found["locations"] == 784
     (claim,) = found["claims"]
     assert claim["certified"] is (found["weak_locations"] == 0) is (claim["margin"] > 0)
     assert Path("map.png").stat().st_size > 1000
@@ -89,12 +89,12 @@ def test_one_picture_with_its_map(patchcert, model: str, picture: str) -> None: 
     ("make", "said", "code"),
     [
         (lambda p: p.convert("L"), "converted", 0),
-        (lambda p: p.convert("RGBA"), "opaque everywhere: dropped", 0),
+        (lambda p: p.convert("RGBA"), "", 0),
         (lambda p: p.convert("P"), "", 0),
         (lambda p: p.convert("1"), "converted", 0),
-        (lambda p: _clear(p), "transparent pixels; flatten it", 6),
+        (lambda p: _clear(p), "'other.png' has transparent pixels: its alpha channel was dropped", 0),
         (lambda _: Image.fromarray(numpy.full((32, 32), 40_000, numpy.uint16)), "more than 8 bits per channel", 6),
-        (lambda p: p.resize((64, 48)), "is 64x48, but the model takes 32x32; --resize scales", 6),
+        (lambda p: p.resize((64, 48)), "is 48x64 (height x width), but the model takes 32x32; --resize makes it fit", 6),
     ],
 )
 def test_pictures_of_other_modes(patchcert, model: str, picture: str, make, said: str, code: int) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
@@ -116,7 +116,7 @@ def test_a_picture_is_resized_on_request_only(patchcert, model: str, picture: st
     with Image.open(picture) as opened:
         opened.resize((100, 64)).save("wide.png")
     done = patchcert("certify", model, "--image", "wide.png", "--patch", "5", "--resize")
-    assert done.code == 0 and "the middle 64x64 of 'wide.png' was scaled to 32x32" in done.err
+    assert done.code == 0 and "'wide.png' is 64x100 (height x width): the shorter side is scaled to 32 (bicubic)" in done.err
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,9 @@ def test_a_picture_is_resized_on_request_only(patchcert, model: str, picture: st
         ("--patch 5 --image none.png", 6, "there is no picture 'none.png'"),
         ("--patch 5 --image text.png", 6, "is not a picture that can be read"),
         ("--patch 5 --image cat.png --plot p.png", 2, "--plot does not go with --image"),
+        ("--patch 5 --image cat.png --limit 4", 2, "--limit does not go with --image; it is about one picture"),
+        ("--patch 5 --image cat.png --fresh --out x", 2, "--out does not go with --image"),
+        ("--patch 5 --resize", 2, "--resize goes with --image; the pictures of a folder are always made to fit"),
         ("--patch 1..3 --image cat.png --map m.png", 2, "--map draws one patch"),
         ("--k 3 --image cat.png --map m.png", 2, "a map needs one patch, not sparse:3"),
         ("--patch 5 --plot p.gif", 2, ".png"),
@@ -140,7 +143,7 @@ def test_a_picture_is_resized_on_request_only(patchcert, model: str, picture: st
 )
 def test_bad_input_is_one_clear_line(patchcert, model: str, picture: str, words: str, code: int, said: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
     Path("text.png").write_text("not a picture")
-    done = patchcert("certify", model, "--limit", "4", *words.split())
+    done = patchcert("certify", model, *([] if "--image" in words else ["--limit", "4"]), *words.split())
     assert said in done.err, done.err
     assert done.code in (code, 2), done.err
     assert "Traceback" not in done.err

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from model_folders import make_run, make_zoo, write_result
 from typer.testing import CliRunner, Result
 
 from patchcert_cli import cards
-from patchcert_cli.cli.zoo import app
+from patchcert_cli.cli.zoo import app, list_
 from patchcert_cli.errors import ClaimError, IntegrityError, PatchcertError, UnknownName, UsageError
 
 NAME = "small-ibp-p2"
@@ -58,6 +59,31 @@ def test_list_prints_one_unclipped_line_per_model(zoo: Path) -> None:
     assert lines[2].split()[1:] == ["ibp", "patch:2x2", *shares, "bounded", size, "kB", "apache-2.0", "bundled"]
 
 
+@pytest.mark.parametrize(
+    ("width", "heads", "left"),
+    [
+        (200, ["name", "defense", "threat", "clean", "certified", "published", "arithmetic", "size", "licence", "where"], ""),
+        (80, ["name", "defense", "threat", "clean", "certified", "published", "arithmetic"], "not shown: size, licence, where;"),
+        (40, ["name", "threat", "clean"], "not shown: defense, certified, published,"),
+        (10, ["name"], "not shown: defense, threat, clean,"),
+    ],
+)
+def test_a_terminal_gets_the_columns_that_it_has_room_for(
+    zoo: Path, width: int, heads: list[str], left: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("NO_COLOR", "1")
+    for names in ((NAME,), (NAME, "a-model-with-a-name-that-is-far-longer-than-any-column-of-a-terminal-would-be")):
+        make_zoo(zoo, names[-1])
+        list_(None, None, False)
+        captured = capsys.readouterr()
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", captured.out).splitlines()
+        assert {line.split()[0] for line in lines[1:] if line} == set(names)
+        if len(names) == 1:
+            assert lines[0].split() == heads and captured.err.startswith(left)
+
+
 def test_list_filters(zoo: Path) -> None:
     assert NAME in succeed("list", "--dataset", "mnist", "--threat", "patch").stdout
     done = succeed("list", "--threat", "sparse")
@@ -82,7 +108,7 @@ def test_list_tells_what_has_no_weights_or_measurement(zoo: Path, run: Path) -> 
 
 def test_list_imports_neither_torch_nor_the_hub_client(zoo: Path) -> None:
     code = (
-        "import sys; from patchcert_cli.cli.zoo import app; app(['list'], standalone_mode=False);"
+        "import sys; from patchcert_cli.cli.zoo import app, list_; app(['list'], standalone_mode=False);"
         "print(sorted({'torch', 'huggingface_hub', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

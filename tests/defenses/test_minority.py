@@ -21,7 +21,7 @@ from patchcert_cli.certifiers.views import SLACK
 from patchcert_cli.defenses.base import Claim
 from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
-from patchcert_cli.errors import ClaimError, IntegrityError, UnsupportedThreat, UsageError
+from patchcert_cli.errors import ClaimError, DataError, IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.plan import Plan, Subject
 from patchcert_cli.threats import Patch, Sparse, Threat
 from patchcert_cli.training.recipe import Recipe
@@ -336,12 +336,14 @@ def test_a_picture_is_told_with_its_alarm(digits: Minority, tmp_path: Path) -> N
     subject = plan_of(digits).subject
     digits_say = int(digits.predict(torch.full((1, 1, 28, 28), 128 / 255)))
     found, _ = single.certify(subject, path, [Claim(Patch(2, 2))])
-    assert found["label"] == digits.called(digits_say) and found["claims"][0]["guarantee"] == "detection"
+    assert found["class"] == digits.called(digits_say) and found["claims"][0]["guarantee"] == "detection"
     sure = {**found, "claims": [{**found["claims"][0], "certified": True}]}
     told = dict(report.single_rows(sure))["patch:2x2, agreement"]
-    assert "certified: no such change alters the label without an alarm" in told
+    for answer, wanted in ({"class": "3", "prediction": 3}, "3 (class 3)"), ({"class": "alarm", "prediction": -1}, "alarm"):
+        assert dict(report.single_rows(found | answer))["prediction"] == wanted
+    assert "certified: no such change alters the prediction without an alarm" in told
     always = replace(subject, defense=made_to_alarm(digits))
-    assert single.certify(always, path, [Claim(Patch(2, 2))])[0]["label"] == "alarm"
+    assert single.certify(always, path, [Claim(Patch(2, 2))])[0]["class"] == "alarm"
 
 
 def made_to_alarm(defense: Minority) -> Minority:
@@ -365,7 +367,7 @@ def test_records_of_detection_are_asked_for_as_such(digits: Minority, tmp_path: 
     book = ledger.Ledger("0" * 64, "mnist", "test", stated, {0: row})
     assert book.position("patch:2x2") == 0
     assert book.position("patch:2x2", guarantee="detection") == 1
-    with pytest.raises(ClaimError, match=r"no published records for patch:3x3 that promise detection; there are records for"):
+    with pytest.raises(DataError, match=r"no published records for patch:3x3 that promise detection; there are records for"):
         book.position("patch:3x3", guarantee="detection")
     plan = plan_of(digits, 8)
     evaluate.certify(plan, tmp_path / "run")
@@ -377,7 +379,7 @@ def test_records_of_detection_are_asked_for_as_such(digits: Minority, tmp_path: 
     assert read.rows == rows and any(row.prediction == ALERT for row in rows.values())
     outcome = verify.verify(plan, read, PatchPGD(steps=1, restarts=0), {}, tmp_path / "verify")
     assert outcome["holds"] and "detection" in outcome["claim"]
-    with pytest.raises(ClaimError, match="no published records for patch:2x2 that promise detection"):
+    with pytest.raises(DataError, match="no published records for patch:2x2 that promise detection"):
         verify.verify(plan, replace(read, claims=stated[:1]), None, {}, tmp_path / "other")
 
 

@@ -18,6 +18,7 @@ from patchcert_cli.defenses.base import Defense
 from patchcert_cli.defenses.ibp import IntervalOptions
 from patchcert_cli.defenses.patchcleanser import MaskedOptions
 from patchcert_cli.errors import DataError, IntegrityError, Interrupted, UsageError
+from patchcert_cli.progress import Silent
 from patchcert_cli.threats import Patch, Sparse, parse_threat
 from patchcert_cli.training import loop, session
 from patchcert_cli.training.recipe import Recipe, for_threat
@@ -51,28 +52,33 @@ from patchcert_cli.training import loop
 
 class Killer:
     def update(self, done, total, text):
-        if done == int(sys.argv[2]):
+        if done == step:
             os.kill(os.getpid(), signal.SIGKILL)
     def note(self, text):
         pass
 
-loop.train(TINY, images(), Path(sys.argv[1]), progress=Killer())
+for step in map(int, sys.argv[2:]):
+    child = os.fork()
+    if not child:
+        loop.train(TINY, images(), Path(sys.argv[1], str(step)), progress=Killer())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 """
 
 
-@pytest.mark.parametrize("step", [2, 6, 11])
-def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path, step: int) -> None:
-    whole = loop.train(TINY, images(), tmp_path / "whole")
-    root = Path(__file__).parents[2]
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "cut"), str(step)], cwd=root, capture_output=True)
-    assert killed.returncode == -9
-    assert not (tmp_path / "cut" / files.WEIGHTS).exists()
-    again = loop.train(TINY, images(), tmp_path / "cut")
-    assert again.epochs_run == 3 - (step - 1) // 4
-    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
-    rows = [json.loads(line) for line in (tmp_path / "cut" / loop.METRICS).read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == [1, 2, 3]
-    assert again.validation == whole.validation
+def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole, steps = loop.train(TINY, images(), tmp_path / "whole"), (2, 6, 11)
+    program = [sys.executable, "-c", KILLED, str(tmp_path), *map(str, steps)]
+    killed = subprocess.run(program, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert killed.returncode == 0, killed.stderr
+    for step in steps:
+        cut = tmp_path / str(step)
+        assert not (cut / files.WEIGHTS).exists()
+        again = loop.train(TINY, images(), cut)
+        assert again.epochs_run == 3 - (step - 1) // 4
+        assert digest(cut) == digest(tmp_path / "whole")
+        rows = [json.loads(line) for line in (cut / loop.METRICS).read_text().splitlines()]
+        assert [row["epoch"] for row in rows] == [1, 2, 3]
+        assert again.validation == whole.validation
 
 
 def test_a_run_stopped_in_its_last_validation_only_validates_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +104,8 @@ def test_a_run_stopped_in_its_last_validation_only_validates_again(tmp_path: Pat
 GUIDED = replace(
     TINY,
     network_options={"hidden": [12], "norm": True},
+    batch_size=8,
+    validation=16,
     options={
         **TINY.options,
         "natural_epochs": 1,
@@ -124,11 +132,11 @@ def test_what_trains_along_is_resumed_to_the_bit_and_not_deployed(tmp_path: Path
         def note(self, text: str) -> None:
             pass
 
-    recipe = replace(GUIDED, precision=precision)
-    loop.train(recipe, images(), tmp_path / "whole")
+    recipe, some = replace(GUIDED, precision=precision), images(48)
+    loop.train(recipe, some, tmp_path / "whole")
     with pytest.raises(Interrupted, match="after 2 of 3"):
-        loop.train(recipe, images(), tmp_path / "cut", progress=Stop())
-    assert loop.train(recipe, images(), tmp_path / "cut").epochs_run == 1
+        loop.train(recipe, some, tmp_path / "cut", progress=Stop())
+    assert loop.train(recipe, some, tmp_path / "cut").epochs_run == 1
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
     states = [checkpoint.unpack(tmp_path / name / loop.STATE)[0] for name in ("cut", "whole")]
     aids = [name for name in states[0] if name.startswith("aid.")]
@@ -276,8 +284,7 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("threat", ["patch:3x3", "sparse:4"])
-@pytest.mark.parametrize("locations", [0, 5])
+@pytest.mark.parametrize(("threat", "locations"), [("patch:3x3", 0), ("sparse:4", 5)])
 def test_training_raises_certified_accuracy(tmp_path: Path, threat: str, locations: int) -> None:
     options = {**TINY.options, "ramp_epochs": 2, "locations": locations}
     recipe = replace(TINY, threat=threat, network_options={"hidden": [32]}, epochs=6, batch_size=40, options=options).validate()
@@ -375,3 +382,26 @@ def test_a_network_of_whole_numbers_may_begin_with_weights_that_have_no_grids(tm
     wider = replace(WHOLE_NUMBERS, network_options={**WHOLE_NUMBERS.network_options, "stem": 5})
     with pytest.raises(IntegrityError, match="shape"):
         checkpoint.weights_for(defenses.build(wider.config()), tmp_path / "floats")
+
+
+def test_a_limit_takes_a_fixed_subset_and_chance_is_said(tmp_path: Path) -> None:
+    """Ten steps of nothing: one and the same answer, which is right as often as the most frequent class is there."""
+    recipe = Recipe("patch:5x5", network_options={"hidden": [8]}, epochs=1, validation=40, limit=200, learning_rate=1e-6)
+    whole, told = data.load("mnist", "test"), []
+
+    class Note(Silent):
+        def update(self, done: int, total: int, text: str) -> None:
+            told.append((done, total, text))
+
+    made = loop.train(recipe, whole, tmp_path / "run", progress=Note())
+    subset = whole.limit(200, 0)
+    _, held = subset.hold_out(40, 0)
+    assert made.kept == 160 and made.validation.images == 40
+    assert made.chance == float(held.labels.bincount().max()) / 40
+    assert told[-1][2].startswith("epoch 1 of 1: loss ") and float(told[-1][2].rsplit(" ", 1)[1]) > 0
+    for clean, said in ((round(1.2 * made.chance * 40), True), (20, False), (40, False)):
+        assert replace(made, validation=replace(made.validation, clean=clean)).at_chance is said
+    few = replace(made, chance=0.9, validation=Tally(100, 90, 0))
+    assert few.at_chance and not replace(few, validation=Tally(100, 92, 0)).at_chance
+    with pytest.raises(UsageError, match="limit 40 must be more than the 40 images of validation"):
+        replace(recipe, limit=40).validate()

@@ -1,0 +1,150 @@
+"""Every option that names what to write is checked before anything is computed; what cannot be printed is one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from patchcert_cli.cli import main, show, streams
+from patchcert_cli.errors import MachineError
+
+LONG = "x" * 300
+MODELS = {("certify",): ["nope"], ("attack",): ["nope"], ("train",): [], ("doctor",): [], ("report", "zoo"): []}
+MODELS |= {("zoo", "verify"): ["nope"], ("zoo", "add"): ["nope", "--name", "x"]}
+WRITES = {
+    *((command, "--json") for command in [("certify",), ("attack",), ("train",), ("doctor",), ("zoo", "verify")]),
+    *((command, "--out") for command in [("certify",), ("attack",), ("train",), ("zoo", "verify"), ("report", "zoo")]),
+    (("certify",), "--plot"),
+    (("certify",), "--map"),
+    (("zoo", "add"), "--to"),
+}
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["patchcert", *words])
+    with pytest.raises(SystemExit) as stop:
+        main.run()
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if hasattr(command, "commands"):
+        for name, one in command.commands.items():
+            yield from leaves(one, (*path, name))
+    else:
+        yield path, command
+
+
+def test_every_option_that_writes_is_in_the_list() -> None:
+    found = set()
+    for path, command in leaves(typer.main.get_command(main.app)):
+        for option in command.params:
+            if not getattr(option, "is_flag", False) and {"--json", "--out", "--plot", "--map"} & set(option.opts):
+                found.add((path, option.opts[0]))
+    assert found | {(("zoo", "add"), "--to")} == WRITES  # --to of zoo push is a repository
+
+
+@pytest.mark.parametrize(("command", "option"), sorted(WRITES), ids=str)
+def test_what_cannot_be_written_is_refused_first(
+    command: tuple[str, ...],
+    option: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    wrong = [("file/x", 2), (LONG, 2), ("/proc/x", 7)]
+    wrong += [(".", 2)] if option in ("--json", "--plot", "--map") else [("file", 2), ("pipe", 2)]
+    for path, code in wrong:
+        found = run(capsys, monkeypatch, *command, *MODELS[command], option, path)
+        assert found[:2] == (code, ""), (path, found)
+        assert found[2].startswith(f"error[{code}]: {option} '") and found[2].count("\n") == 1 and len(found[2]) < 300
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
+    assert (tmp_path / "file").read_text() == "mine" and (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("words", [["zoo", "list"], ["zoo", "list", "--json"], ["zoo", "show", "mnist-ibp-p5"], ["--help"]])
+def test_a_full_disk_or_a_closed_reader_behind_stdout_is_one_line(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    for stream, why in ((open("/dev/full", "w"), "No space left on device"), (os.fdopen(write, "w"), "Broken pipe")):  # noqa: SIM115
+        monkeypatch.setattr(sys, "stdout", stream)
+        code, _, said = run(capsys, monkeypatch, *words)
+        assert (code, said.count("\n")) == (7, 1) and said.startswith(f"error[7]: stdout cannot be written to: {why}.")
+        stream.close()  # what is left in it goes nowhere, and does not fail
+
+
+def test_a_closed_stdout_is_refused_before_anything_is_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    code, _, said = run(capsys, monkeypatch, "certify", "nope", "--patch", "5")
+    assert (code, said) == (7, "error[7]: stdout is closed, and results go there; to do without them add >/dev/null.\n")
+
+
+def test_a_full_stderr_stops_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert run(capsys, monkeypatch, "zoo", "show", "nope")[0] == 3
+        monkeypatch.setattr(sys, "stderr", None)
+        assert run(capsys, monkeypatch, "zoo", "show", "nope")[0] == 3
+
+
+def test_a_table_that_cannot_be_printed_does_not_cost_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with streams.guarded(), pytest.raises(MachineError, match="No space left"):
+            show.result([("a", "b")], {"x": 1}, str(tmp_path / "r.json"))
+        assert sys.stdout is full
+    assert json.loads((tmp_path / "r.json").read_text()) == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    "command", [["certify", "nope"], ["attack", "nope"], ["zoo", "verify", "nope"], ["train", "--patch", "5"]]
+)
+def test_a_seed_beyond_32_bits_is_refused(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in (2**64, 2**32, -1):
+        code, out, said = run(capsys, monkeypatch, *command, "--seed", str(seed))
+        assert (code, out) == (2, "") and "seed" in said and "Traceback" not in said
+        assert seed < 0 or str(2**32 - 1) in said
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("hiden=3", "network 'mlp' has no option 'hiden'; known: hidden, norm."),
+        ("classes=3", "network 'mlp' has no option 'classes'; known: hidden, norm."),
+        ("hidden=abc", "hidden of network 'mlp' is 'abc', not a list."),
+        ("hidden=3,x", "hidden of network 'mlp'[1] is 'x', not a whole number."),
+        ("norm=3", "norm of network 'mlp' is 3, not true or false."),
+        ("hidden=-3", "network 'mlp' cannot be built from its options: "),
+        ("hidden", "--network-option 'hidden' cannot be read; use NAME=VALUE"),
+    ],
+)
+def test_wrong_options_of_a_network_are_usage_errors(
+    option: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = run(capsys, monkeypatch, "train", "--patch", "5", "--network-option", option, "--out", "run")
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error[2]: ") and said in err
+    assert not Path("run").exists()
+
+
+def test_too_long_a_name_of_what_is_read_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for words in (["certify", LONG, "--patch", "5"], ["train", "--recipe", LONG], ["train", "--patch", "5", "--start", LONG]):
+        code, out, said = run(capsys, monkeypatch, *words)
+        assert (code, out, said.count("\n")) == (2, "", 1) and "too long" in said
