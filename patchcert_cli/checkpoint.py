@@ -233,6 +233,22 @@ def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], other
         raise IntegrityError(f"{otherwise}: {'; '.join(problems[:MOST_SHOWN])}{more}.", hint=hint)
 
 
+PREFIXES = ("module.", "_orig_mod.")  # of the names of weights saved from DataParallel and from compiled networks
+COUNTER = "num_batches_tracked"  # of a batch norm: of no use in eval mode, and missing in old files
+
+
+def renamed(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names of a network: without the prefixes of wrappers, and with its own counters where none are given."""
+    found = dict(given)
+    for _ in range(2 * len(PREFIXES)):
+        for prefix in PREFIXES:
+            strange = found.keys() - expected.keys()
+            if strange and all(name.startswith(prefix) for name in found):
+                found = {name.removeprefix(prefix): value for name, value in found.items()}
+    counters = {name: value for name, value in expected.items() if name.rpartition(".")[2] == COUNTER and name not in found}
+    return found | counters
+
+
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """sha256 of names, kinds, shapes and values of tensors, which identifies weights that are in no file."""
     content = hashlib.sha256()

@@ -3,6 +3,8 @@
 =================================  =====================================================================================
 ``timm:NAME[@COMMIT]``             a network of timm with the published weights of that name
 ``hf-hub:ORG/REPO@REVISION``       network and weights of a repository on the Hub in timm's format
+``torchvision:NAME[@WEIGHTS]``     a network of torchvision with published weights and their transform
+``onnx:FILE``                      an ONNX file, computed by onnxruntime
 ``PACKAGE.MODULE:FUNCTION``        own code: a function without arguments that returns a module, images to logits
 =================================  =====================================================================================
 
@@ -30,10 +32,10 @@ from patchcert_cli.labels import Names
 from patchcert_cli.layers import Prepared
 from patchcert_cli.models import timm
 
-TIMM, HUB = "timm:", "hf-hub:"
+TIMM, HUB, TORCHVISION, ONNX = "timm:", "hf-hub:", "torchvision:", "onnx:"
 OWN = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<function>[A-Za-z_]\w*)")
-FORMS = "timm:NAME, hf-hub:ORG/REPO@COMMIT or PACKAGE.MODULE:FUNCTION"
-RANDOM = "none"  # what --weights says for random weights
+FORMS = "timm:NAME, torchvision:NAME, hf-hub:ORG/REPO@COMMIT, onnx:FILE or PACKAGE.MODULE:FUNCTION"
+RANDOM, RANDOM_SOURCE = "none", "random"  # what --weights says for random weights, and where they then come from
 AS_FILE = "Or give the weights as a file: --weights FILE.safetensors"
 
 
@@ -67,13 +69,25 @@ class Classifier:
     setting: dict[str, Any] = field(default_factory=dict)
     framing: Framing | None = None
 
+    @property
+    def random(self) -> bool:
+        """Whether its weights are random because the user asked for such ones."""
+        return self.source == RANDOM_SOURCE
+
+    @property
+    def in_front(self) -> str:
+        """What is put in front of it, in words."""
+        return self.network.in_front if isinstance(self.network, Prepared) else "pixels in [0, 1], as they are"
+
 
 def is_address(text: str) -> bool:
     """Whether ``text`` is the address of a plain classifier, rather than the name or folder of a certified model."""
-    return text.startswith((TIMM, HUB)) or (OWN.fullmatch(text) is not None and not Path(text).exists())
+    return text.startswith((TIMM, HUB, TORCHVISION, ONNX)) or (OWN.fullmatch(text) is not None and not Path(text).exists())
 
 
-def open_(address: str, *, weights: str | None = None, classes: str | None = None, typed: bool = False) -> Classifier:
+def open_(
+    address: str, *, weights: str | None = None, classes: str | None = None, typed: bool = False, download: bool = False
+) -> Classifier:
     """The classifier at ``address``.
 
     Args:
@@ -82,6 +96,7 @@ def open_(address: str, *, weights: str | None = None, classes: str | None = Non
             for random weights, whose answers mean nothing but whose cost can be measured.
         classes: a text file with the names of its outputs, one line per output, or ``imagenet``.
         typed: whether the user typed this very address; only then code is imported.
+        download: whether weights of torchvision may be fetched.
 
     Raises:
         UnknownName: no such network, module or function; says what is near.
@@ -91,12 +106,18 @@ def open_(address: str, *, weights: str | None = None, classes: str | None = Non
         DataError: ``classes`` is no list of names.
         MachineError: timm is not installed.
     """
+    from patchcert_cli import doors
+
     if address.startswith(TIMM):
         found = _timm(address, weights)
     elif address.startswith(HUB):
         found = _repository(address, weights)
+    elif address.startswith(TORCHVISION):
+        found = doors.torchvision(address, weights, download=download)
+    elif address.startswith(ONNX) and typed:
+        found = doors.onnx(address, Path(address.removeprefix(ONNX)), weights)
     elif (match := OWN.fullmatch(address)) is not None and typed:
-        found = _own(address, match["module"], match["function"], weights)
+        found = doors.own(address, match["module"], match["function"], weights)
     else:
         raise UsageError(f"'{address}' is no address of a classifier;", hint=f"use {FORMS}.")
     if classes is not None:
@@ -305,7 +326,7 @@ def _given(address: str, source: timm.Facts, weights: str) -> Classifier:
     """A network of timm with somebody's own weights, and as many classes as these have; nobody says what they are called."""
     if weights == RANDOM:
         network, note = _built(source, source.outputs), f"{address}: random weights, whose answers mean nothing"
-        return _described(address, source, network, checkpoint.digest(network.state_dict()), "random", note, source.labels)
+        return _described(address, source, network, checkpoint.digest(network.state_dict()), RANDOM_SOURCE, note, source.labels)
     path = Path(weights)
     files.refuse_pickle(path)
     content = files.read(path)
@@ -342,31 +363,4 @@ def _described(
         note=note,
         setting={"preprocessing": {key: options[key] for key in ("size", "mean", "std", "interpolation")}},
         framing=source.framing,
-    )
-
-
-def _own(address: str, module: str, function: str, weights: str | None) -> Classifier:
-    """What a function of the user's own returns, with the preprocessing that it states itself."""
-    made = own_code.call(module, function)
-    if weights not in (None, RANDOM):
-        tensors, _ = checkpoint.unpack(Path(str(weights)))
-        checkpoint.check_fit(made.state_dict(), tensors, f"'{weights}' does not fit {address}")
-        made.load_state_dict(tensors, strict=True)
-    said = own_code.stated(address, made)
-    channels = None if said.mean is None else len(said.mean)
-    return Classifier(
-        network=Prepared(made, size=said.size, mean=said.mean, std=said.std, channels=channels, summary=address),
-        name=address,
-        names=said.names,
-        side=None if said.size is None else min(said.size),
-        short=None,
-        mean=said.mean,
-        sha256=checkpoint.digest(made.state_dict()),
-        source="code",
-        note=f"{address}: your own code" + (f", weights in '{weights}'" if weights not in (None, RANDOM) else ""),
-        setting={
-            "preprocessing": {"size": said.size, "mean": said.mean, "std": said.std},
-            "code_sha256": own_code.digest(module),
-        },
-        framing=None if said.size is None else Framing(said.size),
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def certify(
 
     def batch(part: Images) -> list[Record]:
         x = to_float(part.read()).to(defense.device)
-        return list(results.certify_records(part, defense.certify_each(x, plan.claims)))
+        return list(results.certify_records(part, defense.certify_each(x, plan.claims), plan.subject.plain(x)))
 
     with _opened(plan, "certify", {}, folder, fresh) as run:
         work = _Work(plan, run, Pace(plan.batch_size, defense.cost()), progress or Silent(), clock, most=defense.cost())
@@ -87,7 +87,12 @@ def attack(
         certificate = defense.certify(x, plan.threat) if join else None
         start = None if certificate is None else Start(certificate.worst, certificate.rival)
         outcome = attacker(defense, x, plan.threat, index=part.index, start=start)
-        records = results.certify_records(part, [certificate]) if certificate else [{"index": i} for i in part.index.tolist()]
+        plain = plan.subject.plain(x)
+        if certificate:
+            records: Iterable[Record] = results.certify_records(part, [certificate], plain)
+        else:
+            alone = [{}] * len(part) if plain is None else [{"plain": one} for one in plain.tolist()]
+            records = [{"index": i} | more for i, more in zip(part.index.tolist(), alone, strict=True)]
         columns = zip(
             part.labels.tolist(),
             outcome.clean_prediction.tolist(),
@@ -113,7 +118,8 @@ def attack(
         return merged
 
     def result(seconds: float, resumed: int) -> dict[str, Any]:
-        return _attacked(plan, run, settings, join, seconds, resumed)
+        found = _attacked(plan, run, settings, join, seconds, resumed)
+        return found | ({"pasted": results.judged_in_all(results.ordered(plan, run))} if attacker.judges_each else {})
 
     with _opened(plan, "attack", extra, folder, fresh) as run:
         pace = Pace(plan.batch_size, unit=attacker.together(defense))
@@ -133,14 +139,14 @@ def _attacked(plan: Plan, run: Run, settings: Mapping[str, Any], join: bool, sec
         "flipped": sum(r["flipped"] for r in records),
         "queries": sum(r["queries"] for r in records),
         "attack": dict(settings),
-        **({"pasted": results.judged_in_all(records)} if records and "tries" in records[0] else {}),
         "broken": [r["index"] for r in records if r.get("certified") and r["flipped"]],
     }
 
 
 def _opened(plan: Plan, kind: str, extra: dict[str, Any], folder: Path, fresh: bool) -> contextlib.AbstractContextManager[Run]:
     device = str(plan.subject.defense.device)
-    return runs.opened(folder, plan.identity(kind, extra), device=device, command=plan.command, fresh=fresh)
+    answers = plan.subject.fingerprint()
+    return runs.opened(folder, plan.identity(kind, extra), device=device, command=plan.command, fresh=fresh, answers=answers)
 
 
 class _TimeIsUp(Exception):
@@ -188,6 +194,7 @@ class _Work:
             raise MachineError(
                 f"no image was finished in {self._max:g} s;", hint="give more --max-seconds; --dry-run says what an image takes."
             )
+        run.check_answers(plan.subject.fingerprint())
         final = result(self._clock() - self._began, self._resumed)
         if left:
             return final | {"left": left}

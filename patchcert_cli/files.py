@@ -19,10 +19,10 @@ from patchcert_cli.errors import IntegrityError, MachineError, UsageError
 
 CARD, CONFIG, WEIGHTS = "README.md", "config.json", "model.safetensors"
 INDEX, LEDGER = "model.safetensors.index.json", "records.jsonl.gz"  # of weights in several files; published records
-SAMPLE = r"sample-\d{1,4}\.jsonl\.gz"  # records of pictures that are no test split
 PARTIAL = ".partial"  # what a file is called until it is whole
 LONGEST = 255  # bytes of a name, on every file system in use
 ROOM = (errno.ENOSPC, errno.EDQUOT)
+SAMPLE = r"sample-\d{1,4}\.jsonl\.gz"  # records of pictures that are no test split
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".th")
 
 
@@ -225,7 +225,8 @@ def refuse_pickle(path: Path) -> None:
     """Raise :class:`IntegrityError` if a file is a pickle by name or by its first bytes; it is never opened as one."""
     if path.suffix.lower() in PICKLES:
         raise IntegrityError(
-            f"'{path}' looks like a pickle, which could run code: it was not opened.", hint="Convert it to safetensors first."
+            f"'{path}' looks like a pickle, which could run code: it was not opened.",
+            hint=f"Convert it to safetensors first: patchcert convert {path} --to {path.with_suffix('.safetensors').name}",
         )
     if path.is_file() and path.suffix == ".safetensors":
         with path.open("rb") as stream:

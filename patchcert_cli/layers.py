@@ -12,6 +12,11 @@ from torch import Tensor, nn
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 
 
+def _check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
+    if len(mean) != len(std) or not all(math.isfinite(m) and math.isfinite(s) and s > 0 for m, s in zip(mean, std, strict=True)):
+        raise ValueError(f"mean {list(mean)} and std {list(std)} must be finite, std above 0, one each per channel")
+
+
 class Normalize(nn.Module):
     """``(x - mean) / std`` per channel on [B, C, H, W]; inside the model, so that threats speak of pixels in [0, 1].
 
@@ -23,10 +28,7 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if len(mean) != len(std) or not all(
-            math.isfinite(m) and math.isfinite(s) and s > 0 for m, s in zip(mean, std, strict=True)
-        ):
-            raise ValueError(f"mean {list(mean)} and std {list(std)} must be finite, std above 0, one each per channel")
+        _check_statistics(mean, std)
         mean_, std_ = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
         self.register_buffer("scale", (1 / std_).float(), persistent=False)
         self.register_buffer("shift", (-mean_ / std_).float(), persistent=False)
@@ -36,11 +38,28 @@ class Normalize(nn.Module):
         return x * self.scale.reshape(1, -1, 1, 1) + self.shift.reshape(1, -1, 1, 1)
 
 
+class Centre(nn.Module):
+    """The constants of ``(x - mean) * scale``, [C], rounded to float32 once; the mean itself becomes exactly zero."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        _check_statistics(mean, std)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("scale", (1 / torch.tensor(std, dtype=torch.float64)).float(), persistent=False)
+
+
 class Prepared(nn.Module):
     """A classifier behind the preprocessing that it was made for: images [B, C, H, W] in [0, 1], of any size, to logits [B, K].
 
     A defense masks the images as they are given to it. They are resized here, behind the masks, so that no pixel of a patch has
     leaked into another one before it is covered.
+
+    The mean is taken off before anything else. So what a mask of the mean colour hides is exactly zero for the classifier, in
+    every precision; taken off last it would be what rounding left of the mean. Layers without biases, such as those of fresh
+    networks with layer normalization, hold such a remainder for a picture and enlarge it a thousand times a layer.
 
     Attributes:
         model: the classifier, normalized [B, C', H', W'] -> [B, K]; its parameters are all that is stored.
@@ -75,15 +94,28 @@ class Prepared(nn.Module):
             raise ValueError(f"interpolation '{interpolation}' must be one of {', '.join(INTERPOLATIONS)}")
         self.model, self.channels, self.interpolation = model, channels, interpolation
         self.size = None if size is None else (int(size[0]), int(size[1]))
-        self.normalize = nn.Identity() if mean is None or std is None else Normalize(mean, std)
+        self.centre = None if mean is None or std is None else Centre(mean, std)
         self.summary = summary or type(model).__name__
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] == 1 and self.channels == 3:
             x = x.expand(-1, 3, -1, -1)
+        mean = x.new_zeros(()) if self.centre is None else self.centre.mean.reshape(1, -1, 1, 1)
+        x = x if self.centre is None else x - mean
         if self.size is not None and tuple(x.shape[2:]) != self.size:
             smooth = self.interpolation != "nearest"
             more = {"align_corners": False, "antialias": True} if smooth else {}
-            x = F.interpolate(x, self.size, mode=self.interpolation, **more).clamp(0, 1)
-        logits: Tensor = self.model(self.normalize(x))
+            x = F.interpolate(x, self.size, mode=self.interpolation, **more).clamp(-mean, 1 - mean)  # as pixels in [0, 1]
+        logits: Tensor = self.model(x if self.centre is None else x * self.centre.scale.reshape(1, -1, 1, 1))
         return logits
+
+    @property
+    def in_front(self) -> str:
+        """What is put in front of the classifier, in words."""
+        said = (
+            [] if self.size is None else [f"resized to {self.size[0]}x{self.size[1]} ({self.interpolation}) where they are not"]
+        )
+        if self.centre is not None:
+            mean, std = ((f"{value:.4g}" for value in part.tolist()) for part in (self.centre.mean, 1 / self.centre.scale))
+            said.append(f"minus mean {' '.join(mean)}, divided by std {' '.join(std)}")
+        return f"pixels in [0, 1], {', '.join(said) or 'as they are'}"

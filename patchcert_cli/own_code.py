@@ -7,21 +7,29 @@ state as attributes what it wants in front of it: ``mean`` and ``std`` per chann
 
 from __future__ import annotations
 
+import functools
 import importlib
-import inspect
 import math
+import site
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from patchcert_cli import files
 from patchcert_cli.errors import UnknownName, UsageError, unknown
 from patchcert_cli.labels import Names
 
 SHOW = "PATCHCERT_DEBUG=1 shows where."
+WRAPPERS = {"OptimizedModule": ("_orig_mod", "torch.compile"), "DataParallel": ("module", "DataParallel")}  # around a network
+
+_loaded: dict[str, set[str]] = {}  # for each module that was imported here the modules that came with it
+_read: dict[str, tuple[ModuleType, str]] = {}  # what was read of a module when it was loaded
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,9 @@ class Stated:
     names: Names
 
 
+NOTHING = Stated(None, None, None, ())
+
+
 def call(module: str, function: str) -> nn.Module:
     """The network that ``function`` of ``module`` returns. The current folder is looked through too.
 
@@ -41,6 +52,7 @@ def call(module: str, function: str) -> nn.Module:
         UnknownName: no such module or function.
         UsageError: importing or calling it fails, or it returns something else.
     """
+    before = set(sys.modules)
     home, address = _imported(module), f"{module}:{function}"
     found = getattr(home, function, None)
     if not callable(found):
@@ -50,9 +62,24 @@ def call(module: str, function: str) -> nn.Module:
         made = found()
     except Exception as problem:  # anybody's code can raise anything
         raise UsageError(f"{address} fails: {line(problem)}.", hint=f"It is called without arguments; {SHOW}") from problem
+    finally:
+        _remember(module, set(sys.modules) - before)
     if not isinstance(made, nn.Module):
         raise UsageError(f"{address} returns {type(made).__name__};", hint="it must return a torch.nn.Module, images to logits.")
+    lazy = [name for name, value in made.named_parameters() if is_lazy(value)]
+    if lazy:
+        raise UsageError(f"{address} returns a network whose {lazy[0]} has no values;", hint="run it once inside the function.")
     return made
+
+
+def unwrapped(module: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The network inside what compiles it or spreads it over devices, which computes the same; and what was taken off."""
+    taken: list[str] = []
+    while type(module).__name__ in WRAPPERS:
+        name, meaning = WRAPPERS[type(module).__name__]
+        taken.append(meaning)
+        module = getattr(module, name)
+    return module, taken
 
 
 def stated(address: str, module: nn.Module) -> Stated:
@@ -74,12 +101,47 @@ def stated(address: str, module: nn.Module) -> Stated:
     )
 
 
-def digest(module: str) -> str:
-    """sha256 of the text of a module that was imported, so that a run of other code is another run; empty if it has none."""
-    try:
-        return files.sha256_of(inspect.getsource(sys.modules[module]).encode())
-    except (OSError, TypeError):
+def digest(module: str) -> dict[str, str]:
+    """sha256 of the source of all modules that came with ``module``, itself included: a run of other code is another run.
+
+    Modules of Python itself, of installed packages and of this package are left out.
+    """
+    found = {name: _digest_of(name) for name in sorted({module, *_loaded.get(module, ())})}
+    return {name: value for name, value in found.items() if value}
+
+
+def _remember(module: str, new: set[str]) -> None:
+    """Note what an import loaded, and read it now: it is what runs, whatever becomes of the files."""
+    _loaded.setdefault(module, set()).update(new)
+    for name in (module, *new):
+        _digest_of(name)
+
+
+def _digest_of(name: str) -> str:
+    """sha256 of a loaded module's file as it was when it was loaded; empty if it has none, or it is no one's own."""
+    loaded = sys.modules.get(name)
+    if loaded is None:
         return ""
+    known = _read.get(name)
+    if known is None or known[0] is not loaded:
+        known = _read[name] = (loaded, _source(loaded))
+    return known[1]
+
+
+def _source(module: ModuleType) -> str:
+    where = Path(getattr(module, "__file__", None) or "")
+    installed = {"site-packages", "dist-packages"} & set(where.parts)
+    if installed or not where.is_file() or any(where.resolve().is_relative_to(one) for one in _installed()):
+        return ""
+    return files.sha256(where)
+
+
+@functools.cache
+def _installed() -> list[Path]:
+    """Folders whose modules are not somebody's own: Python's library, installed packages, this package."""
+    places = [sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")]
+    places += [*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parent)]
+    return [Path(one).resolve() for one in places]
 
 
 def line(problem: BaseException) -> str:

@@ -8,7 +8,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from torch import Tensor
 
 from patchcert_cli import __version__
 from patchcert_cli.data import Images
@@ -35,6 +37,8 @@ class Subject:
         sha256: of the weights.
         source: where the weights came from.
         setting: what besides the weights decides its answers, where no zoo says so: masks, preprocessing, own code.
+        in_front: of a plain classifier what is put in front of it, in words; empty for a model that was trained as a defense.
+        notes: lines about it for whoever asks, known once the images are.
     """
 
     defense: Defense
@@ -43,6 +47,17 @@ class Subject:
     sha256: str
     source: str
     setting: Mapping[str, Any] = field(default_factory=dict)
+    in_front: str = ""
+    notes: tuple[str, ...] = ()
+
+    def plain(self, x: Tensor) -> Tensor | None:
+        """What a plain classifier says of images [B, C, H, W] without the defense, int64 [B]; None if it is none."""
+        return self.defense.plain(x) if self.in_front else None
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """Answers of a plain classifier that tell whether it is still the same; None if it is none."""
+        found = getattr(self.defense, "fingerprint", None)
+        return cast("dict[str, Any] | None", found()) if self.in_front and found is not None else None
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ def certify_rows(result: dict[str, Any]) -> Rows:
     rows = [
         ("model", _model(result)),
         ("data", _data(result)),
-        ("clean", share(result["clean_accuracy"], counts["clean"], images)),
+        *_plain(result),
+        ("clean", share(result["clean_accuracy"], counts["clean"], images) + (" with the defense" if _plain(result) else "")),
         *_alarms(claims[0]),
     ]
     if len(claims) == 1:
@@ -62,6 +63,14 @@ def certify_rows(result: dict[str, Any]) -> Rows:
         rows.append((f"threshold {one['threshold']:g}", ", ".join(said)))
     rows.append(_arithmetic(claim["arithmetic"] for claim in claims))
     return [*rows, ("time", _time(result)), ("records", str(result["records"]))]
+
+
+def _plain(result: dict[str, Any]) -> Rows:
+    """What a plain classifier is given and gets right without the defense; nothing of other models."""
+    if "plain_accuracy" not in result:
+        return []
+    right = share(result["plain_accuracy"], result["plain_right"], result["images"])
+    return [("in front", result["in_front"]), ("plain", f"{right} without defense and masks")]
 
 
 def compared(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -145,6 +154,8 @@ def single_rows(found: dict[str, Any]) -> Rows:
         ("model", _model(found)),
         ("prediction", _answer(found)),
     ]
+    if "plain" in found:
+        rows += [("in front", found["in_front"]), ("plain", f"{found['plain_label']} without defense and masks")]
     for claim in found["claims"]:
         top, left, height, width = claim["worst"]
         without = " without an alarm" if claim["guarantee"] == "detection" else ""
@@ -186,7 +197,8 @@ def attack_rows(result: dict[str, Any]) -> Rows:
         ("model", _model(result)),
         ("data", _data(result)),
         ("threat", f"{result['threat']}, {ANYWHERE}"),
-        ("clean", share(result["clean_accuracy"], counts["clean"], images)),
+        *_plain(result),
+        ("clean", share(result["clean_accuracy"], counts["clean"], images) + (" with the defense" if _plain(result) else "")),
         ("attacked", f"{share(result['attacked_accuracy'], survived, images)}{KEPT[guarantee]}{EMPIRICAL}"),
         ("judged for", guarantee),
     ]

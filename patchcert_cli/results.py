@@ -27,10 +27,11 @@ from patchcert_cli.runs import RECORDS, Record, Run
 VERDICT = ("certified", "margin", "worst", "rival", "method", "arithmetic")
 
 
-def certify_records(part: Images, certificates: Sequence[Certificate]) -> Iterable[Record]:
+def certify_records(part: Images, certificates: Sequence[Certificate], plain: Tensor | None = None) -> Iterable[Record]:
     """One record per image: index, label, prediction, and for each claim the fields of :data:`VERDICT`.
 
-    Where the proof counts them, ``passes`` is how often the network was asked for all claims together.
+    Where the proof counts them, ``passes`` is how often the network was asked for all claims together. Of a plain classifier,
+    ``plain`` is what it says without the defense, int64 [B].
     """
     columns = [list(_verdicts(certificate)) for certificate in certificates]
     predictions = certificates[0].prediction.tolist()
@@ -38,6 +39,8 @@ def certify_records(part: Images, certificates: Sequence[Certificate]) -> Iterab
     passes = None if counted is None else counted.tolist()
     for position, (index, label) in enumerate(zip(part.index.tolist(), part.labels.tolist(), strict=True)):
         record = {"index": index, "label": label, "prediction": predictions[position]}
+        if plain is not None:
+            record["plain"] = int(plain[position])
         if passes is not None:
             record["passes"] = passes[position]
         if certificates[0].plain is not None:
@@ -117,6 +120,7 @@ def summary(plan: Plan, run: Run, records: Sequence[Record], seconds: float, res
         "threat": str(plan.threat),
         "clean_accuracy": clean / max(len(records), 1),
         "counts": {"clean": clean},
+        **_plain(plan, records),
         "seconds": seconds,
         "resumed": resumed,
         **({"passes": sum(r["passes"] for r in records)} if records and "passes" in records[0] else {}),
@@ -127,6 +131,14 @@ def summary(plan: Plan, run: Run, records: Sequence[Record], seconds: float, res
         "patchcert": __version__,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _plain(plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
+    """What a plain classifier gets right without the defense, and what is put in front of it; nothing for other models."""
+    if not plan.subject.in_front or not all("plain" in r for r in records):
+        return {}
+    right = sum(r["plain"] == r["label"] for r in records)
+    return {"in_front": plan.subject.in_front, "plain_accuracy": right / max(len(records), 1), "plain_right": right}
 
 
 def _row(plan: Plan, records: Sequence[Record], at: int) -> dict[str, Any]:

@@ -74,6 +74,9 @@ def certify(
         "class": _called(defense, answer),
         "claims": rows,
     }
+    plain = subject.plain(x)
+    if plain is not None:
+        found |= {"in_front": subject.in_front, "plain": int(plain[0]), "plain_label": defense.called(int(plain[0]))}
     if map_to is not None:
         threat = claims[0].threat
         with _counted(defense, progress or Silent(), whole=True):

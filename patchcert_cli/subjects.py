@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from patchcert_cli import cards, checkpoint, classifiers, datasets, defenses, hub, image, labels, listing
+from patchcert_cli import cards, checkpoint, classifiers, datasets, defenses, doors, hub, image, labels, listing
 from patchcert_cli.certifiers.masks import MaskPlan
 from patchcert_cli.certifiers.views import MANY
 from patchcert_cli.classifiers import Classifier
 from patchcert_cli.defenses.base import Defense
 from patchcert_cli.defenses.minority import GRID, Minority
-from patchcert_cli.errors import UsageError
+from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.framing import Framing
 from patchcert_cli.labels import Names
 from patchcert_cli.plan import Subject
@@ -44,6 +44,7 @@ class Wish:
         passes: as many masks as so many passes of the network let evaluate in pairs.
         weights: safetensors file for a plain classifier, or ``none`` for random ones.
         classes: text file with the names of the model's outputs, or ``imagenet``.
+        download: whether weights of torchvision may be fetched.
         labels: what labels behind masks are computed in, ``float32`` or ``bfloat16``; None for the model's own.
         threshold: confidence from which on certified detection raises an alarm; None for the model's own.
         compare: whether other thresholds are to be compared with it.
@@ -55,6 +56,7 @@ class Wish:
     weights: str | None = None
     classes: str | None = None
     labels: str | None = None
+    download: bool = False
     threshold: float | None = None
     compare: bool = False
 
@@ -211,14 +213,26 @@ class Plain(Candidate):
     def subject(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> Subject:
         plan = self.wish.plan(threats, shape)
         plan.masks(*shape[1:])  # what cannot be masked is told before the network is asked
-        count = classifiers.outputs(self.classifier, shape, device)
+        about, notes = doors.settled(self.classifier, shape, device)
+        count, numbers = classifiers.outputs(about, shape, device), self.wish.labels or ""
         classes = labels.words(self.names) if len(self.names) == count else tuple(map(str, range(count)))
-        about, numbers = self.classifier, self.wish.labels or ""
         defense = put_around(about.network, self.kind, shape, classes, plan, about.mean, numbers).to(torch.device(device))
         alarming(defense, self.kind, self.wish)
-        defense.test_once()
+        try:
+            defense.test_once()
+        except IntegrityError as problem:
+            if not about.random:
+                raise
+            notes.append(f"random weights fail the self-test, which is of no consequence for what they cost: {problem}")
+            defense.trust()
         setting = {"classifier": about.name, "input_shape": list(shape), **about.setting, **_masks_of(defense)}
-        return Subject(defense, self.name, self.kind, about.sha256, about.source, setting)
+        in_front = about.in_front
+        said = (f"in front of {about.name}: {in_front}", *notes)
+        return Subject(defense, self.name, self.kind, about.sha256, about.source, setting, in_front, said)
+
+    def matched(self, classes: Sequence[str], data: str, subject: Subject) -> list[int] | None:
+        """Outputs with random weights have no meaning that a name could fit."""
+        return None if self.classifier.random else super().matched(classes, data, subject)
 
 
 def find(model: str | None, dataset: str | None, wish: Wish, device: str) -> Candidate:
@@ -233,7 +247,8 @@ def find(model: str | None, dataset: str | None, wish: Wish, device: str) -> Can
         if wish.defense is None:
             raise UsageError(f"{name} is a plain classifier;", hint=f"say which defense: --defense {' or '.join(around())}.")
         check_around(wish.defense)
-        return Plain(classifiers.open_(name, weights=wish.weights, classes=wish.classes, typed=True), wish)
+        opened = classifiers.open_(name, weights=wish.weights, classes=wish.classes, typed=True, download=wish.download)
+        return Plain(opened, wish)
     card = cards.bundled_card(name) if name in cards.bundled_names() else None
     if card is not None and card.classifier:
         masks = wish.masks if wish.masked else card.recipe.get("masks", {}).get("per_axis")

@@ -54,8 +54,8 @@ def read(folder: Path, channels: int) -> tuple[Picture, ...]:
 
 def _pixels(path: Path, channels: int) -> Tensor:
     """A picture of any size, float32 [C, h, w]."""
-    with image.quiet():
-        return image.take(path, Framing(image.size_of(path)), channels).pixels.float() / 255
+    pixels, _ = image.read(path, Framing(image.size_of(path)), channels)
+    return pixels.float() / 255
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from patchcert_cli.certifiers.routes import Route
 from patchcert_cli.certifiers.rules import UNIT, gamma, noise, overflow, terms_of
 from patchcert_cli.certifiers.streams import Stream, WindowStream, open_stream
 from patchcert_cli.certifiers.window_rounding import difference, errors
+from patchcert_cli.errors import UsageError
 from patchcert_cli.threats import Patch, Sparse, Threat
 
 
@@ -203,4 +204,13 @@ def double(network: nn.Module) -> nn.Module:
 
 def frozen(network: nn.Module) -> nn.Module:
     """The network itself if all of it is in eval mode, else a copy that is: what is deployed and what is proven."""
-    return copy.deepcopy(network).eval() if any(layer.training for layer in network.modules()) else network
+    if not any(layer.training for layer in network.modules()):
+        return network
+    try:
+        return copy.deepcopy(network).eval()
+    except Exception as problem:  # anybody's code can raise anything when it is copied
+        said = (str(problem).splitlines() or [""])[0]
+        raise UsageError(
+            f"the network cannot be copied ({type(problem).__name__}: {said});",
+            hint="call its eval() first.",
+        ) from problem

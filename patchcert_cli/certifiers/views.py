@@ -107,6 +107,7 @@ class Views:
     Attributes:
         arithmetic: what is known of the rounding of its labels.
         slack: a lead that is sure exceeds it.
+        classes: K.
     """
 
     arithmetic = Arithmetic.MEASURED
@@ -133,7 +134,7 @@ class Views:
             first: the precision to begin with, float32 or bfloat16.
             memory: where what was found out about the network is kept from one call to the next.
         """
-        self._masks, self._fill, self._shape, self._classes, self._first = masks, fill, shape, classes, first
+        self._masks, self._fill, self._shape, self._first, self.classes = masks, fill, shape, first, classes
         self._networks: dict[str, nn.Module | None] = dict.fromkeys(PRECISIONS, rounding.frozen(network))
         self._owner, self._memory = network, memory or Memory()
 
@@ -149,7 +150,7 @@ class Views:
         bfloat16 is one of them only where the last layer says how large its terms are, where the processor computes in it, and
         where there are fewer than :data:`MANY` classes.
         """
-        wished = self._first == "bfloat16" and self._classes < MANY and computes_in_bfloat16(self._masks.device)
+        wished = self._first == "bfloat16" and self.classes < MANY and computes_in_bfloat16(self._masks.device)
         return PRECISIONS[::-1] if wished and self.gauge.head is not None else PRECISIONS[:1]
 
     def asking(self, x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Answers]:
@@ -173,7 +174,7 @@ class Views:
         return Seen(*(torch.cat(column) for column in zip(*parts, strict=True))) if parts else self._nothing(0)
 
     def _nothing(self, count: int) -> Seen:
-        logits = torch.zeros(count, self._classes, dtype=torch.float64)
+        logits = torch.zeros(count, self.classes, dtype=torch.float64)
         return Seen(logits, torch.ones(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool))
 
     def _look(self, x: Tensor, first: Tensor, second: Tensor, clear: Clear) -> Seen:
@@ -230,10 +231,10 @@ class Views:
         assert network is not None
         with scales.watching(network, head) as watch:
             logits = self._behind(kind, network, x, first, second)
-        if tuple(logits.shape) != (len(x), self._classes):
+        if tuple(logits.shape) != (len(x), self.classes):
             raise IntegrityError(
                 f"the network returns {tuple(logits.shape)} for {len(x)} images;",
-                hint=f"it must return logits ({len(x)}, {self._classes}).",
+                hint=f"it must return logits ({len(x)}, {self.classes}).",
             )
         told = logits.double().cpu()
         if not bool(told.isfinite().all()):
@@ -248,19 +249,20 @@ class Views:
     def _network(self, kind: str) -> nn.Module | None:
         """The copy in float64 is made when it is first needed; other people's code may not compute in float64."""
         if kind not in self._networks:
-            network = rounding.double(cast(nn.Module, self._networks["float32"]))
             grey = torch.full((1, *self._shape), 0.5, dtype=torch.float64, device=self._masks.device)
+            network: nn.Module | None = None
             try:
                 with torch.no_grad():
+                    network = rounding.double(cast(nn.Module, self._networks["float32"]))
                     kept = behind(network, grey, self._masks[:1], self._fill).dtype == torch.float64
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, MemoryError):
                 raise
-            except (RuntimeError, TypeError):
+            except Exception:  # anybody's code can raise anything when it is copied or asked in float64
                 kept = False
             self._networks[kind] = network if kept else None
         return self._networks[kind]
 
-    def _pictures(self) -> tuple[Tensor, Tensor, Tensor]:
+    def pictures(self) -> tuple[Tensor, Tensor, Tensor]:
         """Fixed images and two masks for each."""
         x = scales.pictures(self._shape)
         first, second = torch.randint(len(self._masks), (2, len(x)), generator=torch.Generator().manual_seed(0))
@@ -268,7 +270,7 @@ class Views:
 
     def _measure(self) -> Gauge:
         """Find the last layer, the smallest scale, and whether float64 is to be believed."""
-        x, first, second = self._pictures()
+        x, first, second = self.pictures()
         quick = cast(nn.Module, self._networks["float32"])
         with torch.no_grad(), _one_way(x.device):
             self._run("float32", x, first, second, None)  # refuses what are no logits
@@ -315,7 +317,7 @@ class Views:
             self._test()
 
     def _test(self) -> None:
-        x, first, second = self._pictures()
+        x, first, second = self.pictures()
         network = cast(nn.Module, self._networks["float32"])
         near = scales.shrunk(lambda images: self._behind("float32", network, images, first[:3], second[:3]), x[:3])
         if near is not None:

@@ -64,6 +64,15 @@ LocationsOption = Annotated[
 IterationsOption = Annotated[
     int | None, typer.Option("--iterations", min=0, help="Rounds of random search (sparse).", rich_help_panel=ATTACK)
 ]
+MaxSecondsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-seconds",
+        metavar="S",
+        help="Stop after so many seconds, and say which images are left; the same command goes on with them.",
+        rich_help_panel=RUN,
+    ),
+]
 SAVED = "Pictures to paste"
 SavedOption = Annotated[
     Path | None,
@@ -79,15 +88,6 @@ TurnOption = Annotated[
 ShrinkOption = Annotated[
     float | None,
     typer.Option("--shrink", metavar="SHARE", help="Scale each by a factor between this and 1.", rich_help_panel=SAVED),
-]
-MaxSecondsOption = Annotated[
-    float | None,
-    typer.Option(
-        "--max-seconds",
-        metavar="S",
-        help="Stop after so many seconds, and say which images are left; the same command goes on with them.",
-        rich_help_panel=RUN,
-    ),
 ]
 JoinOption = Annotated[
     bool,
@@ -138,7 +138,7 @@ def attack(
     """
     chosen = threat_from(threat=threat, patch=patch, k=k, unit=unit)
     wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
-    wish = wish_of(**wanted, labels=labels, dry_run=dry_run, threshold=threshold)
+    wish = wish_of(**wanted, labels=labels, dry_run=dry_run, download=download, threshold=threshold)
     if max_seconds is not None and not max_seconds > 0:
         raise UsageError(f"--max-seconds {max_seconds:g} must be more than 0.")
 

@@ -163,8 +163,9 @@ def certify(
     """
     claims = _claims(_methods(condition, bounds), patch, patch_area, threat, k, unit)
     wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
-    wish = wish_of(**wanted, labels=labels, dry_run=dry_run, threshold=threshold, compare=plot_thresholds is not None)
-    _check_pictures(image, [plot, plot_thresholds], map_)
+    compare = plot_thresholds is not None
+    wish = wish_of(**wanted, labels=labels, dry_run=dry_run, download=download, threshold=threshold, compare=compare)
+    _check_pictures(image, {"--plot": plot, "--plot-thresholds": plot_thresholds}, map_)
     if image is None and resize:
         raise UsageError("--resize goes with --image;", hint="the pictures of a folder are always made to fit.")
     if image is not None:
@@ -235,6 +236,7 @@ def _certify_picture(
     shape = (candidate.channels, *framing.size)
     meant = claims(candidate.threat, shape)
     subject = candidate.subject(shape, [claim.threat for claim in meant], place)
+    show.say("\n".join(subject.notes))
     with show.progress() as progress:
         found, notes = single.certify(subject, image, meant, framing=framing, resize=resize, map_to=map_to, progress=progress)
     show.say("\n".join(notes))
@@ -277,14 +279,14 @@ def _check_alone(*given: str) -> None:
         raise UsageError(f"{given[0]} does not go with --image;", hint="it is about one picture: leave one of them out.")
 
 
-def _check_pictures(image: Path | None, plots: list[Path | None], map_: Path | None) -> None:
+def _check_pictures(image: Path | None, plots: dict[str, Path | None], map_: Path | None) -> None:
     """Refuse what cannot be drawn before anything is computed."""
     from patchcert_cli import pictures
 
     if map_ is not None and image is None:
         raise UsageError("--map draws one picture;", hint="say which: --image FILE.")
-    if image is not None and any(plots):
-        _check_alone("--plot" if plots[0] else "--plot-thresholds")
-    for path in filter(None, (*plots, map_)):
+    if image is not None:
+        _check_alone(*(flag for flag, path in plots.items() if path is not None))
+    for path in filter(None, (*plots.values(), map_)):
         pictures.require()
         pictures.check_path(path)

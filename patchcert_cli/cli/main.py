@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from patchcert_cli import __version__
-from patchcert_cli.cli import attack, certify, doctor, report, streams, train, zoo
+from patchcert_cli.cli import attack, certify, convert, doctor, report, streams, train, zoo
 from patchcert_cli.errors import PatchcertError, UsageError
 
 HELP = """Train, certify, attack and share certified defenses against adversarial patches and sparse attacks.
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("certify", epilog=certify.EXAMPLES)(certify.certify)
 app.command("attack", epilog=attack.EXAMPLES)(attack.attack)
+app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.add_typer(zoo.app, name="zoo")
 app.add_typer(report.app, name="report")

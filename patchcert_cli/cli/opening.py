@@ -82,6 +82,7 @@ def wish_of(
     classes: str | None,
     labels: str | None,
     dry_run: bool,
+    download: bool = False,
     threshold: float | None = None,
     compare: bool = False,
 ) -> Wish:
@@ -100,7 +101,7 @@ def wish_of(
 
     from patchcert_cli.subjects import Wish
 
-    return Wish(defense, masks, passes, weights, classes, labels, threshold, compare)
+    return Wish(defense, masks, passes, weights, classes, labels, download, threshold, compare)
 
 
 def open_plan(
@@ -194,6 +195,7 @@ def _open(
     shape = candidate.shape(chosen)
     meant = tuple(claims(candidate.threat, shape))
     subject = candidate.subject(shape, [claim.threat for claim in meant], place)
+    show.say("\n".join(subject.notes))
     facts = data.info(chosen)
     if facts.shape != shape:
         if facts.framing is not None:  # before anything is packed

@@ -51,7 +51,8 @@ ModelArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="NAME|PATH|ADDRESS",
-        help="Zoo model, run folder, or a plain classifier: timm:NAME, hf-hub:ORG/REPO@COMMIT, PACKAGE.MODULE:FUNCTION. "
+        help="Zoo model, run folder, or a plain classifier: timm:NAME, torchvision:NAME, hf-hub:ORG/REPO@COMMIT, "
+        "onnx:FILE, PACKAGE.MODULE:FUNCTION. "
         "Default: the data set's documented default.",
     ),
 ]

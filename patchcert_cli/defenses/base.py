@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee
 from patchcert_cli.errors import DataError, UsageError
-from patchcert_cli.threats import Threat
+from patchcert_cli.threats import Threat, parse_threat
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,12 @@ class Defense(nn.Module, ABC):
         """What an answer is called: the name of its class, or ``alarm``."""
         return "alarm" if answer == ALERT else self.classes[answer]
 
-    def certify(self, x: Tensor, threat: Threat, method: str | None = None) -> Certificate:
-        """One claim; see :meth:`certify_each`."""
-        return self.certify_each(x, [Claim(threat, method)])[0]
+    def certify(self, x: Tensor, threat: Threat | str, method: str | None = None) -> Certificate:
+        """One claim; see :meth:`certify_each`. A threat model may be given as its text, such as ``patch:5x5``."""
+        meant = parse_threat(threat) if isinstance(threat, str) else threat
+        if not isinstance(meant, Threat):
+            raise UsageError(f"{type(meant).__name__} is no threat model;", hint="give Patch(5, 5), or its text: 'patch:5x5'.")
+        return self.certify_each(x, [Claim(meant, method)])[0]
 
     def check_method(self, method: str | None) -> None:
         """Raise :class:`UsageError` unless the defense has a proof of this name."""
@@ -229,6 +233,10 @@ class Defense(nn.Module, ABC):
             self.self_test()
             self._tested = True
 
+    def trust(self) -> None:
+        """Leave :meth:`self_test` out from now on: for networks whose cost is measured and whose answers mean nothing."""
+        self._tested = True
+
     def prepare(self, options: Options) -> nn.Module | None:
         """Start a training run: set fresh weights as ``options`` say, and return what trains along but is not deployed."""
         return None
@@ -249,10 +257,15 @@ class Defense(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(iter(self.parameters())).device
+        return next(chain(self.parameters(), self.buffers()), torch.zeros(())).device
 
     def check_input(self, x: Tensor) -> None:
         """Raise :class:`DataError` unless ``x`` is [B, C, H, W] of this model's size with pixels in [0, 1]."""
+        if not isinstance(x, Tensor):
+            said = f"images are {type(x).__module__.partition('.')[0]}.{type(x).__name__}, not a tensor;"
+            raise DataError(said, hint="give torch.as_tensor(images), float [B, C, H, W] in [0, 1].")
+        if x.ndim == 3 and tuple(x.shape) == self.input_shape:
+            raise DataError(f"one image of shape {tuple(x.shape)} is no batch;", hint="give x[None], which is a batch of one.")
         if x.dtype not in (torch.float32, torch.float64):
             raise DataError(f"images of type {x.dtype};", hint="give float32 in [0, 1]: divide 8-bit images by 255.")
         if x.ndim != 4 or tuple(x.shape[1:]) != self.input_shape:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from patchcert_cli import exact, models
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.certifiers import masking, views
+from patchcert_cli.certifiers import likeness, masking, views
 from patchcert_cli.certifiers.exact_views import ExactViews
 from patchcert_cli.certifiers.masking import Table
 from patchcert_cli.certifiers.masks import Cover, MaskPlan
@@ -299,6 +299,11 @@ class PatchCleanser(Defense):
             return (
                 torch.cat([self.forward(part).argmax(dim=1) for part in parts]) if len(x) else x.new_zeros(0, dtype=torch.int64)
             )
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """What tells whether the network is still the same function, see :mod:`patchcert_cli.certifiers.likeness`; None where its weights tell."""
+        seen = self.views()
+        return likeness.answers(seen) if isinstance(seen, Views) else None
 
     def begin(self, x: Tensor) -> None:
         """Let a network that can begin with the whitening of the training images do so."""

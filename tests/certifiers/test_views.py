@@ -12,6 +12,7 @@ from patchcert_cli.certifiers.masks import MaskPlan
 from patchcert_cli.certifiers.views import SLACK, Views
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import IntegrityError
+from patchcert_cli.layers import Normalize, Prepared
 from patchcert_cli.threats import Patch
 
 from .test_scales import Fake, small
@@ -187,3 +188,50 @@ def test_bfloat16_is_not_used_where_the_processor_lacks_it(monkeypatch: pytest.M
         monkeypatch.setattr(views, "computes_in_bfloat16", lambda device, there=there: there)
         assert around(small(), "bfloat16").views().quick == quick
     assert isinstance(views.computes_in_bfloat16(torch.device("cpu")), bool)
+
+
+class Bare(nn.Module):
+    """Layer normalization over channels without biases: it enlarges a remainder a thousand times a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.convolutions = nn.ModuleList(nn.Conv2d(c, 8, 1, bias=False) for c in (3, 8, 8, 8))
+        self.head = nn.Linear(8, 3)
+        for weight in self.parameters():
+            weight.data = torch.randn(weight.shape, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for convolution in self.convolutions:
+            v = convolution(x).permute(0, 2, 3, 1)
+            x = nn.functional.layer_norm(v, (8,), eps=1e-6).permute(0, 3, 1, 2)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+class NormalizedLast(nn.Module):
+    """As ``x * scale + shift``, whose value at the mean is what rounding leaves."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.normalize, self.network = Normalize(MEAN, STD), network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(self.normalize(x))  # type: ignore[no-any-return]
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize("size", [None, (12, 12)])
+def test_masks_of_the_mean_colour_leave_nothing_that_a_network_could_enlarge(size: tuple[int, int] | None) -> None:
+    plan, more = MaskPlan(("patch:3x3",), per_axis=3), {"input_shape": (3, 8, 8), "classes": ("a", "b", "c")}
+    network = Prepared(Bare().eval(), size=size, mean=MEAN, std=STD)
+    made = PatchCleanser(network.eval(), masks=plan, fill=MEAN, **more).eval()  # type: ignore[arg-type]
+    made.self_test()
+    seen: list[Tensor] = []
+    network.model.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    made.behind(torch.rand(2, 3, 8, 8), torch.ones(2, 8, 8, dtype=torch.bool))
+    assert not bool(seen[0].any())
+    last = PatchCleanser(NormalizedLast(Bare()).eval(), masks=plan, fill=MEAN, **more).eval()  # type: ignore[arg-type]
+    with pytest.raises(IntegrityError, match="in float32 logits are off by .* of their scale"):
+        last.self_test()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from own_models import COLOURS, lines, module, pictures
 
 from patchcert_cli import cards, checkpoint, files, hub, models, report
-from patchcert_cli.errors import HubError
+from patchcert_cli.defenses.patchcleanser import PatchCleanser
+from patchcert_cli.errors import HubError, IntegrityError
+from patchcert_cli.runs import Run
 
 from .test_commands import patchcert  # noqa: F401
 
@@ -377,6 +380,107 @@ def test_the_page_about_own_models_keeps_its_word(patchcert) -> None:  # type: i
     assert scope["certificate"].certified.shape == (2,) and str(scope["certificate"].threat) == "patch:5x5"
     for option in ("--defense", "--masks", "--passes", "--weights", "--classes", "--labels", "--data", "--dry-run", "--limit"):
         assert option in page and option in patchcert("certify", "--help").out
+
+
+def test_plain_accuracy_and_what_is_in_front_stand_in_every_result(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    done = patchcert("certify", "mine:named", *DEFENSE, *VAL)
+    front = (
+        "pixels in [0, 1], resized to 16x16 (bicubic) where they are not, minus mean 0.5 0.5 0.5, divided by std 0.25 0.25 0.25"
+    )
+    assert done.code == 0 and f"in front of mine:named: {front}" in done.err, done.err
+    rows = dict(line.split(maxsplit=1) for line in done.out.splitlines())
+    assert rows["plain"] == "100.00 % (12/12) without defense and masks"
+    assert rows["clean"] == "100.00 % (12/12) with the defense" and front in rows["in"]
+    found = json.loads(patchcert("certify", "mine:turned", *DEFENSE, *VAL, "--json", "-").out)
+    assert (found["plain_accuracy"], found["plain_right"], found["in_front"]) == (4 / 12, 4, front)
+    assert all(row["plain"] == row["prediction"] for row in records(found))
+    for more in ([], ["--no-certify"]):
+        said = ["attack", "mine:turned", *DEFENSE, *VAL, "--limit", "1", "--steps", "1", "--json", "-", *more]
+        attacked = json.loads(patchcert(*said).out)
+        assert (
+            attacked["plain_right"] == sum(row["plain"] == row["label"] for row in records(attacked))
+            and attacked["in_front"] == front
+        )
+    one = json.loads(patchcert("certify", "mine:named", *DEFENSE, "--image", "val/dog/0.png", "--resize", "--json", "-").out)
+    assert (one["plain_label"], one["in_front"]) == ("dog", front)
+    other = json.loads(patchcert("certify", "cifar-bagcert-rf7", "--patch", "2", "--limit", "2", "--json", "-").out)
+    assert "plain_accuracy" not in other and "in_front" not in other
+
+
+CHANGING = """
+import torch
+from pathlib import Path
+from torch import nn
+import CHANGING_helper
+
+
+class Net(nn.Module):
+    def forward(self, x):
+        bright = x.mean(dim=(1, 2, 3)) * CHANGING_helper.FACTOR * float(Path("factor.txt").read_text())
+        return -(bright[:, None] - bright.new_tensor([0.15, 0.5, 0.85])).abs()
+
+
+def build():
+    made = Net()
+    made.classes, made.size = ["cat", "dog", "red fox"], 16
+    return made
+"""
+
+
+def changing(name: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    Path(f"{name}.py").write_text(CHANGING.replace("CHANGING", name))
+    Path(f"{name}_helper.py").write_text("FACTOR = 1.0\n")
+    Path("factor.txt").write_text("1.0")
+    return ["certify", f"{name}:build", *DEFENSE, *VAL, "--out", "run"]
+
+
+def test_a_changed_helper_or_file_is_another_run(patchcert, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    said = changing("first", monkeypatch)
+    assert patchcert(*said).code == 0 and "is complete" in patchcert(*said).err
+    manifest = json.loads(Path("run/manifest.json").read_text())
+    assert set(manifest["setting"]["code_sha256"]) == {"first", "first_helper"} and len(manifest["answers"]["sums"]) == 12
+    Path("factor.txt").write_text("1.01")
+    done = patchcert(*said)
+    assert done.code == 2 and "answers fixed pictures otherwise than when 'run' was begun: a file that it reads" in done.err
+    Path("factor.txt").write_text("1.0")
+    assert patchcert(*said).code == 0
+    Path("first_helper.py").write_text("FACTOR = 1.0  # the same\n")
+    for name in ("first", "first_helper"):
+        del sys.modules[name]
+    done = patchcert(*said)
+    assert done.code == 2 and "was made with other settings (setting.code_sha256.first_helper '" in done.err, done.err
+    assert patchcert(*said, "--fresh").code == 0
+
+
+def test_a_file_that_changes_in_the_middle_of_a_run_gives_no_result(patchcert, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    said = changing("second", monkeypatch)
+    append = Run.append
+
+    def change(self: Run, records: Any) -> None:
+        append(self, records)
+        Path("factor.txt").write_text("1.01")
+
+    monkeypatch.setattr(Run, "append", change)
+    done = patchcert(*said, "--batch-size", "6")
+    assert done.code == 2 and "answers fixed pictures otherwise than when 'run' was begun" in done.err, done.err
+    assert not Path("run/result.json").exists()
+    assert patchcert(*said).code == 2
+
+
+def test_random_weights_measure_the_cost_of_any_pictures(patchcert, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    """Neither the names of classes nor the self-test stop a dry run with weights whose answers mean nothing."""
+    pytest.importorskip("timm")
+
+    def fails(self: PatchCleanser) -> None:
+        raise IntegrityError("in float32 logits are off by 9.9e-01 of their scale;")
+
+    monkeypatch.setattr(PatchCleanser, "self_test", fails)
+    said = ["certify", f"timm:{TINY}", "--defense", "patchcleanser", "--masks", "2", "--patch", "2%", "--device", "cpu", *VAL]
+    done = patchcert(*said, "--limit", "2", "--weights", "none", "--dry-run", "--json", "-")
+    assert done.code == 0 and json.loads(done.out)["images"] == 2, done.err
+    assert "random weights fail the self-test, which is of no consequence for what they cost: in float32" in done.err
+    refused = patchcert("certify", "mine:named", *DEFENSE, *VAL)
+    assert refused.code == 5 and "logits are off by" in refused.err
 
 
 DETECT = ["--defense", "minority", "--masks", "3", "--patch", "3", "--device", "cpu"]
