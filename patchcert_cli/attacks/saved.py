@@ -49,7 +49,7 @@ def read(folder: Path, channels: int) -> tuple[Picture, ...]:
         raise DataError(f"there is no folder '{folder}';", hint="give a folder of pictures to paste: --saved ./patches")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in image.ENDINGS and not path.name.startswith("."))
     if not paths:
-        raise DataError(f"'{folder}' has no pictures ({', '.join(image.ENDINGS)});", hint="put the patches into it, one a file.")
+        raise DataError(f"'{folder}' has no pictures;", hint="put the patches into it, one a file, such as patch.png.")
     return tuple(Picture(path.name, _pixels(path, channels), files.sha256(path)) for path in paths)
 
 

@@ -93,6 +93,7 @@ PlotThresholdsOption = Annotated[
     Path | None,
     typer.Option(
         "--plot-thresholds",
+        callback=file_to_write("--plot-thresholds"),
         help="Certified detection: draw alarms on unattacked images and certified answers over the threshold into this file.",
         rich_help_panel=PICTURE,
     ),
