@@ -30,3 +30,13 @@ def resolve(text: str) -> str:
             hint="use --device cpu or auto.",
         )
     return text
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether convolutions in bfloat16 are computed by the hardware; else they take many times as long as in float32."""
+    if device.type != "cpu":
+        return True
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return False

@@ -31,6 +31,7 @@ from patchcert_cli import passes
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.certifiers import rounding, scales
 from patchcert_cli.certifiers.scales import Gauge, Memory
+from patchcert_cli.device import computes_in_bfloat16
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.exact import exact_arithmetic
 
@@ -89,16 +90,6 @@ def behind(network: nn.Module, x: Tensor, hidden: Tensor, fill: Tensor) -> Tenso
     """
     seen = torch.where(hidden[:, None], fill, x)
     return cast(Tensor, network(seen, hidden[:, None]) if getattr(network, "takes_mask", False) else network(seen))
-
-
-def computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether convolutions in bfloat16 are computed by the hardware; else they take many times as long as in float32."""
-    if device.type != "cpu":
-        return True
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):
-        return False
 
 
 class Views:

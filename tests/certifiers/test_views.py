@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from patchcert_cli import device
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.certifiers import views
 from patchcert_cli.certifiers.masks import MaskPlan
@@ -185,9 +186,9 @@ def test_views_say_what_they_are() -> None:
 
 def test_bfloat16_is_not_used_where_the_processor_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for there, quick in ((True, ("bfloat16", "float32")), (False, ("float32",))):
-        monkeypatch.setattr(views, "computes_in_bfloat16", lambda device, there=there: there)
+        monkeypatch.setattr(views, "computes_in_bfloat16", lambda place, there=there: there)
         assert around(small(), "bfloat16").views().quick == quick
-    assert isinstance(views.computes_in_bfloat16(torch.device("cpu")), bool)
+    assert isinstance(device.computes_in_bfloat16(torch.device("cpu")), bool)
 
 
 class Bare(nn.Module):
