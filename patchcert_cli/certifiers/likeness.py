@@ -17,8 +17,8 @@ SUMS = 4  # of the logits of a picture
 def answers(views: Views) -> dict[str, Any]:
     """What the network says of three fixed pictures behind masks, each computed in one way.
 
-    Of each picture there are a few sums of its logits with fixed signs, [3 * SUMS], divided by K and the scale; ``near`` is how far
-    they may be apart on machines that round differently.
+    Of each picture there are a few sums of its logits with fixed signs, [3 * SUMS], divided by K and the scale; ``near`` is how
+    far they may be apart on machines that round differently.
     """
     x, first, second = views.pictures()
     some = torch.tensor([0, 2, 5])  # noise, squares, a slope
