@@ -98,7 +98,6 @@ class Views:
     Attributes:
         arithmetic: what is known of the rounding of its labels.
         slack: a lead that is sure exceeds it.
-        classes: K.
     """
 
     arithmetic = Arithmetic.MEASURED
@@ -241,7 +240,6 @@ class Views:
         """The copy in float64 is made when it is first needed; other people's code may not compute in float64."""
         if kind not in self._networks:
             grey = torch.full((1, *self._shape), 0.5, dtype=torch.float64, device=self._masks.device)
-            network: nn.Module | None = None
             try:
                 with torch.no_grad():
                     network = rounding.double(cast(nn.Module, self._networks["float32"]))

@@ -301,7 +301,7 @@ class PatchCleanser(Defense):
             )
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """What tells whether the network is still the same; None where weights say it."""
+        """What tells whether the network is the same (:mod:`patchcert_cli.certifiers.likeness`); None where its weights do."""
         seen = self.views()
         return likeness.answers(seen) if isinstance(seen, Views) else None
 
