@@ -47,21 +47,17 @@ class Classifier:
         network: [B, C, H, W] in [0, 1] -> logits [B, K], in eval mode.
         name: the address.
         names: for each output the names that it goes by; empty if nobody says.
-        side: the size of the squares that it was made for; None if it takes any.
-        short: the shorter side of a picture before such a square is cut out of its middle.
         mean: per channel, of the images that it was trained on; None if nobody says.
         sha256: of the weights.
         source: where they came from: ``hub``, ``file``, ``code`` or ``random``.
         note: one line about where they came from.
         setting: what besides the weights decides its answers, for manifests.
-        framing: how pictures become images, where more is known than ``side`` and ``short`` say.
+        framing: how pictures become images of the size that it was made for; None if it takes any.
     """
 
     network: nn.Module
     name: str
     names: Names
-    side: int | None
-    short: int | None
     mean: tuple[float, ...] | None
     sha256: str
     source: str
@@ -355,8 +351,6 @@ def _described(
         network=network,
         name=address,
         names=names,
-        side=min(source.size),
-        short=min(source.framing.target),
         mean=source.mean,
         sha256=sha256,
         source=kind,

@@ -204,8 +204,7 @@ class Plain(Candidate):
         return 3 if self.classifier.mean is None else len(self.classifier.mean)
 
     def framing(self) -> Framing | None:
-        about = self.classifier
-        return about.framing or (None if about.side is None else Framing.square(about.side, about.short))
+        return self.classifier.framing
 
     def shape(self, dataset: str) -> tuple[int, int, int]:
         return datasets.info(dataset).shape

@@ -81,7 +81,8 @@ def test_addresses_are_told_from_names_of_certified_models(text: str, is_one: bo
 def test_published_weights_are_those_of_the_commit_that_served(cached: Path) -> None:
     tensors = weights(cached / files.WEIGHTS)
     found = classifiers.open_(f"timm:{TINY}")
-    assert (found.source, found.sha256, found.side, found.short) == ("hub", files.sha256(cached / files.WEIGHTS), 160, 168)
+    assert (found.source, found.sha256) == ("hub", files.sha256(cached / files.WEIGHTS))
+    assert found.framing is not None and (found.framing.size, found.framing.target) == ((160, 160), (168, 168))
     assert found.setting["commit"] == COMMIT and f"pin it with timm:{TINY}@{COMMIT}" in found.note
     assert f"{REPO} @ {COMMIT[:7]}" in found.note
     assert "pin it" not in classifiers.open_(f"timm:{TINY}@{COMMIT}").note
@@ -140,7 +141,8 @@ def test_a_repository_in_timms_format(cached: Path) -> None:
     found = classifiers.open_(address)
     assert "pin it" not in found.note
     assert f"pin it with {address}" in classifiers.open_("hf-hub:somebody/net@main").note
-    assert (found.names, found.side, found.short) == ((("cat",), ("dog",), ("fox",)), 64, 64)
+    assert found.names == (("cat",), ("dog",), ("fox",))
+    assert found.framing is not None and (found.framing.size, found.framing.target) == ((64, 64), (64, 64))
     assert found.setting["preprocessing"]["mean"] == [0.4] * 3 and found.setting["commit"] == COMMIT
     for change, kind, words in (
         ({"architecture": None}, IntegrityError, "names no architecture of timm"),
@@ -158,12 +160,13 @@ def test_a_repository_in_timms_format(cached: Path) -> None:
 
 def test_own_code_states_its_preprocessing_itself(mine: str) -> None:
     found = classifiers.open_(f"{mine}:named", typed=True)
-    assert (found.names, found.side, found.mean, found.source) == ((("cat",), ("dog",), ("red fox",)), 16, (0.5,) * 3, "code")
+    assert (found.names, found.mean, found.source) == ((("cat",), ("dog",), ("red fox",)), (0.5,) * 3, "code")
+    assert found.framing is not None and found.framing.size == (16, 16)
     grey = torch.full((3, 3, 20, 24), 1.0) * torch.tensor([40, 130, 220])[:, None, None, None] / 255
     assert found.network(grey).argmax(dim=1).tolist() == [0, 1, 2]
     assert classifiers.outputs(found, (3, 20, 24)) == 3
     raw = classifiers.open_(f"{mine}:raw", typed=True)
-    assert (raw.side, raw.mean, raw.names) == (None, None, ())
+    assert (raw.framing, raw.mean, raw.names) == (None, None, ())
     x = torch.rand(2, 3, 5, 5)
     torch.testing.assert_close(raw.network(x), x.mean(dim=(2, 3)))
 

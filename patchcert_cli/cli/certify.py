@@ -58,6 +58,15 @@ CONDITIONS = ("exact", "3.1", "3.2", "3.3")
 BOUNDS = ("interval", "linear", "best")
 PICTURE = "One picture, and plots"
 
+PatchesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--patch",
+        metavar="N|HxW|P%|N..M",
+        help="One patch of this size in pixels, or share of the image; N..M for every size.",
+        rich_help_panel=THREAT,
+    ),
+]
 AreaOption = Annotated[
     int | None,
     typer.Option("--patch-area", help="Every aspect ratio of a patch of at most this many pixels.", rich_help_panel=THREAT),
@@ -117,15 +126,7 @@ ResizeOption = Annotated[
 
 def certify(
     model: ModelArgument = None,
-    patch: Annotated[
-        str | None,
-        typer.Option(
-            "--patch",
-            metavar="N|HxW|P%|N..M",
-            help="One patch of this size in pixels, or share of the image; N..M for every size.",
-            rich_help_panel=THREAT,
-        ),
-    ] = None,
+    patch: PatchesOption = None,
     patch_area: AreaOption = None,
     threat: ThreatOption = None,
     k: KOption = None,
@@ -170,7 +171,7 @@ def certify(
         raise UsageError("--resize goes with --image;", hint="the pictures of a folder are always made to fit.")
     if image is not None:
         folder = {"--limit": limit, "--batch-size": batch_size, "--out": out}
-        switches = {"--dry-run": dry_run, "--download": download, "--fresh": fresh}
+        switches = {"--dry-run": dry_run, "--fresh": fresh}
         _check_alone(
             *(flag for flag, value in folder.items() if value is not None), *(flag for flag, on in switches.items() if on)
         )
