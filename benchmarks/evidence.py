@@ -18,13 +18,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli import data, defenses, exact, files, hub, integers
-from patchcert_cli.certifiers import additive
-from patchcert_cli.certifiers.additive import Votes
+from patchcert_cli import data, defenses
+from patchcert_cli.catalog import find
+from patchcert_cli.certifiers.cells import additive
+from patchcert_cli.certifiers.cells.additive import Votes
+from patchcert_cli.certifiers.geometry import Axis, Cover
 from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.base import Claim, TrainingStep
 from patchcert_cli.defenses.smoothing import Smoothing
-from patchcert_cli.geometry import Axis, Cover
+from patchcert_cli.layers import exact, integers
+from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch
 from patchcert_cli.training.recipe import Recipe
 
@@ -174,7 +177,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {options.threads} threads")
     x = data.to_float(data.load("cifar10", "test").pixels[: options.images])
-    bagcert, bands = cast(BagCert, hub.load(options.bagcert)), cast(Smoothing, hub.load(options.smoothing))
+    bagcert, bands = cast(BagCert, find.load(options.bagcert)), cast(Smoothing, find.load(options.smoothing))
     few = x[: max(options.images // 4, 1)]
     backends(options.bagcert, bagcert, x)
     backends(options.smoothing, bands, few)
@@ -182,7 +185,7 @@ def main() -> None:
         return
     overhead(bagcert, x)
     proof()
-    found = hub.resolve(options.smoothing)
+    found = find.resolve(options.smoothing)
     recipe = files.read_json(found.folder / files.CONFIG)["recipe"]
     smoothing(bands, recipe, few)
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from hub.loopback import LoopbackHub  # type: ignore[import-not-found]
 from hub.test_crowds import NAME, PULL, publish  # type: ignore[import-not-found]
 
-from patchcert_cli import files, verified
+from patchcert_cli.storage import files, verified
 
 REPEATS = 5
 

@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli import data, hub
-from patchcert_cli.certifiers import intervals
-from patchcert_cli.certifiers.first_layer import location_masks
-from patchcert_cli.certifiers.plain import layers_of
-from patchcert_cli.certifiers.rules import propagate
+from patchcert_cli import data
+from patchcert_cli.catalog import find
+from patchcert_cli.certifiers.bounds import intervals
+from patchcert_cli.certifiers.bounds.first_layer import location_masks
+from patchcert_cli.certifiers.bounds.rules import propagate
 from patchcert_cli.defenses.base import TrainingStep
-from patchcert_cli.defenses.interval_options import IntervalOptions
-from patchcert_cli.plan import BATCH_SIZE
+from patchcert_cli.defenses.ibp.options import IntervalOptions
+from patchcert_cli.evaluation.plan import BATCH_SIZE
+from patchcert_cli.layers.plain import layers_of
 from patchcert_cli.threats import Patch
 
 PATCH = Patch(5, 5)
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    defense = hub.load(options.model)
+    defense = find.load(options.model)
     images = data.load("mnist", "test")
     print(f"{options.model}, torch {torch.__version__}, {options.threads} threads, float32")
     certificate = seconds(lambda: defense.certify(data.to_float(images.pixels[:BATCH_SIZE]), PATCH))

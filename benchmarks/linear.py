@@ -16,9 +16,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli import data, hub
-from patchcert_cli.certifiers import intervals, linear, refine, rounding
-from patchcert_cli.plan import BATCH_SIZE
+from patchcert_cli import data
+from patchcert_cli.catalog import find
+from patchcert_cli.certifiers.bounds import intervals, rounding
+from patchcert_cli.certifiers.bounds.linear import linear, refine
+from patchcert_cli.evaluation.plan import BATCH_SIZE
 from patchcert_cli.threats import Threat, parse_threat
 
 FEW = 20  # images for the passes that certification never makes
@@ -86,7 +88,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    defense = hub.load(options.model)
+    defense = find.load(options.model)
     network = defense.network
     assert isinstance(network, nn.Module)
     frozen, exact = rounding.frozen(network), rounding.double(network)

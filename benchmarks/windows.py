@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers import intervals, rounding
-from patchcert_cli.certifiers.first_layer import location_masks
-from patchcert_cli.certifiers.plain import layers_of
-from patchcert_cli.certifiers.routes import explain
-from patchcert_cli.certifiers.rules import propagate
-from patchcert_cli.certifiers.windows import Windows
+from patchcert_cli.certifiers.bounds import intervals, rounding
+from patchcert_cli.certifiers.bounds.first_layer import location_masks
+from patchcert_cli.certifiers.bounds.rules import propagate
+from patchcert_cli.certifiers.bounds.windows.routes import explain
+from patchcert_cli.certifiers.bounds.windows.windows import Windows
+from patchcert_cli.layers.plain import layers_of
 from patchcert_cli.models import cnn
 from patchcert_cli.threats import Patch
 

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchcert_cli import cards, checkpoint, defenses, files, models
-from patchcert_cli.layers import Prepared
+from patchcert_cli import cards, checkpoint, defenses, models
+from patchcert_cli.layers.preprocessing import Prepared
 from patchcert_cli.models import timm
+from patchcert_cli.storage import files
 
 NAME = "imagenet-patchcleanser-efficientnet-lite0"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"

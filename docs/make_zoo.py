@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from patchcert_cli.cards import Card, bundled
+from patchcert_cli.cards import Card
+from patchcert_cli.catalog.shelf import bundled
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- zoo -->", "<!-- /zoo -->"

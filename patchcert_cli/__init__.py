@@ -9,19 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from patchcert_cli.catalog.find import load as load
     from patchcert_cli.certificate import Certificate as Certificate
     from patchcert_cli.certificate import Guarantee as Guarantee
     from patchcert_cli.certificate import Tally as Tally
     from patchcert_cli.defenses.base import Defense as Defense
     from patchcert_cli.errors import PatchcertError as PatchcertError
-    from patchcert_cli.hub import load as load
     from patchcert_cli.threats import Patch as Patch
     from patchcert_cli.threats import PatchPercent as PatchPercent
     from patchcert_cli.threats import Sparse as Sparse
     from patchcert_cli.threats import Threat as Threat
     from patchcert_cli.threats import parse_threat as parse_threat
 
-__version__ = "0.1.0"
+from patchcert_cli.version import __version__
 
 _HOMES = {
     "Certificate": "certificate",
@@ -29,7 +29,7 @@ _HOMES = {
     "Tally": "certificate",
     "Defense": "defenses.base",
     "PatchcertError": "errors",
-    "load": "hub",
+    "load": "catalog.find",
     "Patch": "threats",
     "PatchPercent": "threats",
     "Sparse": "threats",

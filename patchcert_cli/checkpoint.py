@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from patchcert_cli import cards, defenses, files
+from patchcert_cli import cards, defenses
 from patchcert_cli.defenses.base import Defense
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.exact import Grid
-from patchcert_cli.files import CONFIG, INDEX, WEIGHTS, parse_json, refuse_pickle, shard, write_atomically, write_json
+from patchcert_cli.layers.exact import Grid
+from patchcert_cli.storage import files
+from patchcert_cli.storage.files import CONFIG, INDEX, WEIGHTS, parse_json, refuse_pickle, shard, write_atomically, write_json
 
 HALF = (torch.float16, torch.bfloat16)
 SHARD_BYTES = 5_000_000_000  # the most that one weight file holds
@@ -196,7 +197,7 @@ def _check_size(config: Mapping[str, Any], held: int, where: str) -> None:
 def weights_for(defense: Defense, folder: Path) -> dict[str, Tensor]:
     """The weights of a folder, for a defense that has such ones, to begin training with.
 
-    The steps of grids (:class:`patchcert_cli.exact.Grid`) are fitted when training ends: they may be missing.
+    The steps of grids (:class:`patchcert_cli.layers.exact.Grid`) are fitted when training ends: they may be missing.
 
     Raises:
         IntegrityError: names, shapes or types are not those of the defense.

@@ -27,11 +27,11 @@ def entry(kind: str, package: str, name: str, known: list[str]) -> ModuleType:
 
 
 def only_class(module: ModuleType, base: type[Base]) -> type[Base]:
-    """The one subclass of ``base`` that a module defines itself."""
+    """The one subclass of ``base`` that a module or package defines itself."""
     found = [
         value
         for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, base) and value.__module__ == module.__name__
+        if inspect.isclass(value) and issubclass(value, base) and f"{value.__module__}.".startswith(f"{module.__name__}.")
     ]
     assert len(found) == 1, f"{module.__name__} must define exactly one {base.__name__}"
     return found[0]

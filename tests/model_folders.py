@@ -12,7 +12,8 @@ import torch
 
 from patchcert_cli import cards, checkpoint, defenses
 from patchcert_cli.cards import Card, File, Hub, Measured, Published
-from patchcert_cli.ledger import Ledger, Row, Stated
+from patchcert_cli.cards.ledger import Ledger, Row, Stated
+from patchcert_cli.storage import files
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG: dict[str, Any] = {
@@ -41,7 +42,7 @@ def make_run(folder: Path) -> Card:
         command="patchcert train --patch 2 --seed 3",
         source="Someone et al., Somewhere 2020",
     )
-    (folder / cards.CARD).write_text(card.render(), encoding="utf-8")
+    (folder / files.CARD).write_text(card.render(), encoding="utf-8")
     return card
 
 
@@ -85,19 +86,19 @@ def make_zoo(zoo: Path, name: str = "small-ibp-p2", *, revision: str | None = No
     folder = zoo / name
     results = (measured(), measured(threat="sparse:1", certified=5000, certified_interval=(0.49, 0.51), command="other"))
     card = make_run(folder)
-    (folder / cards.LEDGER).write_bytes(packed(cards.weights_sha256(card.files), results))
+    (folder / files.LEDGER).write_bytes(packed(cards.weights_sha256(card.files), results))
     card = replace(
         card,
         name=name,
-        files={**card.files, cards.LEDGER: File.of(folder / cards.LEDGER)},
+        files={**card.files, files.LEDGER: File.of(folder / files.LEDGER)},
         status="measured",
         hub=Hub(f"patchcert/{name}", revision),
         results=results,
         published=(Published("patch:2", 0.92, 0.604, "table 1"), Published("patch:3x3", 0.9, 0.3, "table 2")),
     )
-    (folder / cards.CARD).write_text(card.render(), encoding="utf-8")
+    (folder / files.CARD).write_text(card.render(), encoding="utf-8")
     if not weights:
-        (folder / cards.WEIGHTS).unlink()
+        (folder / files.WEIGHTS).unlink()
     return card
 
 
@@ -106,7 +107,7 @@ def result_of(run: Path, **changes: Any) -> dict[str, Any]:
     one = measured()
     values: dict[str, Any] = {
         "model": str(run),
-        "model_sha256": cards.sha256(run / cards.WEIGHTS),
+        "model_sha256": files.sha256(run / files.WEIGHTS),
         "defense": "ibp",
         "dataset": one.dataset,
         "split": one.split,

@@ -11,12 +11,15 @@ import pytest
 import torch
 from model_folders import make_run, measured
 
-from patchcert_cli import cards, defenses, ledger, report
+from patchcert_cli import cards, defenses
 from patchcert_cli.arithmetic import MEANING, Arithmetic, former, weakest
-from patchcert_cli.cards import Card
+from patchcert_cli.cards import Card, ledger
+from patchcert_cli.cards.ledger import Ledger, Row, Stated
+from patchcert_cli.catalog import shelf
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.errors import ClaimError, IntegrityError
-from patchcert_cli.ledger import Ledger, Row, Stated
+from patchcert_cli.reporting import report
+from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch
 
 KNOWN = {
@@ -89,8 +92,8 @@ def test_results_are_printed_with_the_word_and_its_meaning(said: dict[str, str],
 
 def test_a_card_without_the_word_is_read_and_written_as_it_was(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    files = {**run.files, cards.LEDGER: cards.File("0" * 64, 7)}
-    old = replace(run, status="measured", files=files, results=(measured(),))
+    made = {**run.files, files.LEDGER: cards.File("0" * 64, 7)}
+    old = replace(run, status="measured", files=made, results=(measured(),))
     assert "arithmetic:" not in old.render().split("---\n")[1]
     assert Card.from_text(old.render()) == old and old.arithmetic(old.results[0]) == "bounded"
     masked = replace(old, defense="patchcleanser", recipe={**run.recipe, "defense": "patchcleanser"})
@@ -104,9 +107,9 @@ def test_a_card_without_the_word_is_read_and_written_as_it_was(tmp_path: Path) -
         replace(masked, results=(measured(arithmetic="good"),)).render()
 
 
-@pytest.mark.parametrize("name", cards.bundled_names())
+@pytest.mark.parametrize("name", shelf.bundled_names())
 def test_every_measured_claim_of_the_zoo_says_it(name: str) -> None:
-    card = cards.bundled_card(name)
+    card = shelf.bundled_card(name)
     whole = card.recipe.get("network_options", {}).get("bits", 0) > 0  # masked networks of whole numbers
     assert [one.arithmetic for one in card.results] == ["exact" if whole else KNOWN[card.defense]] * len(card.results)
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from patchcert_cli import checkpoint, defenses, files
+from patchcert_cli import checkpoint, defenses
 from patchcert_cli.errors import IntegrityError, MachineError
+from patchcert_cli.storage import files
 from patchcert_cli.training.recipe import Recipe
 
 CONFIG = Recipe("patch:5x5", network_options={"hidden": [12]}).config()

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchcert_cli import files, image
 from patchcert_cli.attacks.base import Attack, require
 from patchcert_cli.attacks.target import Target
+from patchcert_cli.data import image
+from patchcert_cli.data.framing import Framing
 from patchcert_cli.errors import DataError, UsageError
-from patchcert_cli.framing import Framing
+from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch, PatchPercent, Threat
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchcert_cli import passes
 from patchcert_cli.certificate import ALERT
 from patchcert_cli.defenses.base import Defense, Surrogate
 from patchcert_cli.errors import UsageError
+from patchcert_cli.layers import passes
 from patchcert_cli.threats import Threat
 
 CHUNK_VALUES = {"cpu": 1 << 20, "cuda": 1 << 23}  # pixel values that go through the network in one pass

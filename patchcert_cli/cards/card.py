@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import yaml
 
-from patchcert_cli import verified
 from patchcert_cli.arithmetic import Arithmetic, former
 from patchcert_cli.cards import page
 from patchcert_cli.cards.records import (
@@ -37,8 +36,9 @@ from patchcert_cli.cards.records import (
     weights_sha256,
 )
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.files import CARD, CONFIG, weight_files
 from patchcert_cli.schema import Count, Rule, decode
+from patchcert_cli.storage import verified
+from patchcert_cli.storage.files import CARD, CONFIG, weight_files
 from patchcert_cli.threats import parse_threat
 
 NODES, DEPTH = 20_000, 32  # the most values of the front matter, and how deep they are nested

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from patchcert_cli import verified
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.errors import PatchcertError
-from patchcert_cli.files import CONFIG, LEDGER, SAMPLE, WEIGHTS, weight_files
 from patchcert_cli.schema import Count, Must, NonNegative, Positive, Rule
+from patchcert_cli.storage import verified
+from patchcert_cli.storage.files import CONFIG, LEDGER, SAMPLE, WEIGHTS, weight_files
 from patchcert_cli.threats import parse_threat
 
 STATUSES = ("measured", "trained", "recipe only", "public weights", "unreliable")

@@ -45,7 +45,7 @@ from patchcert_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from patchcert_cli.attacks.base import Attack
-    from patchcert_cli.plan import Plan
+    from patchcert_cli.evaluation.plan import Plan
 
 EXAMPLES = (
     "Examples:  patchcert attack mnist-ibp-p5 --patch 5 --limit 500   |   patchcert attack runs/x --threat sparse --k 4"
@@ -146,8 +146,9 @@ def attack(
     pasting: dict[str, Any] = {"places": places, "turn": turn, "shrink": shrink}
     _check_options(saved, searching, pasting)
 
-    from patchcert_cli import evaluate, outlook, report, results
     from patchcert_cli.defenses.base import Claim
+    from patchcert_cli.evaluation import evaluate, outlook, results
+    from patchcert_cli.reporting import report
 
     def claims(own: str, shape: tuple[int, int, int]) -> list[Claim]:
         return [Claim(chosen or own_threat(own, threat=threat, unit=unit))]

@@ -48,7 +48,7 @@ from patchcert_cli.threats import Threat, parse_patches, patches_of_area
 if TYPE_CHECKING:
     from patchcert_cli.cli.opening import Claims
     from patchcert_cli.defenses.base import Claim
-    from patchcert_cli.subjects import Wish
+    from patchcert_cli.evaluation.subjects import Wish
 
 EXAMPLES = (
     "Examples:  patchcert certify --patch 5   |   patchcert certify --patch 1..10 --plot curve.png"
@@ -178,7 +178,8 @@ def certify(
         _certify_picture(model, claims, wish, dataset, device, image, resize, map_, json)
         return
 
-    from patchcert_cli import evaluate, outlook, pictures, report
+    from patchcert_cli.evaluation import evaluate, outlook
+    from patchcert_cli.reporting import pictures, report
 
     given: Any = {"dataset": dataset, "data_dir": data_dir, "limit": limit, "batch_size": batch_size, "device": device}
     if dry_run:
@@ -229,7 +230,8 @@ def _certify_picture(
     json: str | None,
 ) -> None:
     from patchcert_cli import device as devices
-    from patchcert_cli import report, single
+    from patchcert_cli.evaluation import single
+    from patchcert_cli.reporting import report
 
     place = devices.resolve(device)
     candidate = opening.found(model, dataset, wish, place)
@@ -282,7 +284,7 @@ def _check_alone(*given: str) -> None:
 
 def _check_pictures(image: Path | None, plots: dict[str, Path | None], map_: Path | None) -> None:
     """Refuse what cannot be drawn before anything is computed."""
-    from patchcert_cli import pictures
+    from patchcert_cli.reporting import pictures
 
     if map_ is not None and image is None:
         raise UsageError("--map draws one picture;", hint="say which: --image FILE.")

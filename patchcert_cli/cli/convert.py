@@ -25,8 +25,8 @@ def convert(
 
     It is read with weights_only=True: tensors and plain values, no code. Wrappers and prefixes are taken off, and said.
     """
-    from patchcert_cli import convert as library
-    from patchcert_cli import files
+    from patchcert_cli.classifiers import convert as library
+    from patchcert_cli.storage import files
 
     library.check(to, force=force)
     found = library.read(weights, key)

@@ -18,7 +18,7 @@ def doctor(
     json: JsonOption = None,
 ) -> None:
     """Say what this machine has: versions, devices, the Hub, cache, disk, zoo, data. The first problem decides the exit code."""
-    from patchcert_cli import doctor
+    from patchcert_cli.reporting import doctor
 
     findings = doctor.examine(data_dir=data_dir, offline=offline)
     problems = [finding.problem for finding in findings if finding.problem]

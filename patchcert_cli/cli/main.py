@@ -9,9 +9,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from patchcert_cli import __version__
 from patchcert_cli.cli import attack, certify, convert, doctor, report, streams, train, zoo
 from patchcert_cli.errors import PatchcertError, UsageError
+from patchcert_cli.version import __version__
 
 HELP = """Train, certify, attack and share certified defenses against adversarial patches and sparse attacks.
 

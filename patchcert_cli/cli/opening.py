@@ -14,11 +14,11 @@ from patchcert_cli.cli.options import typed_command
 from patchcert_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from patchcert_cli.data import Images
+    from patchcert_cli.data.images import Images
     from patchcert_cli.defenses.base import Claim
-    from patchcert_cli.outlook import Full
-    from patchcert_cli.plan import Plan, Subject
-    from patchcert_cli.subjects import Candidate, Wish
+    from patchcert_cli.evaluation.outlook import Full
+    from patchcert_cli.evaluation.plan import Plan, Subject
+    from patchcert_cli.evaluation.subjects import Candidate, Wish
 
     Claims = Callable[[str, tuple[int, int, int]], Sequence[Claim]]
 
@@ -99,7 +99,7 @@ def wish_of(
     if weights == "none" and not dry_run:
         raise UsageError("--weights none means random weights, whose answers mean nothing;", hint="it goes with --dry-run.")
 
-    from patchcert_cli.subjects import Wish
+    from patchcert_cli.evaluation.subjects import Wish
 
     return Wish(defense, masks, passes, weights, classes, labels, download, threshold, compare)
 
@@ -145,7 +145,8 @@ def open_glance(
     seed: int,
 ) -> tuple[Plan, Full]:
     """As :func:`open_plan`, but for a dry run: pictures that are not packed yet are not packed, and a few stand for all."""
-    from patchcert_cli import data, outlook
+    from patchcert_cli import data
+    from patchcert_cli.evaluation import outlook
 
     opened = _open(model, claims, wish, dataset, data_dir, device)
     fetch = typed_command().replace(" --dry-run", "") + " --download"
@@ -170,7 +171,7 @@ class _Opened:
 
     def plan(self, images: Images, total: int, batch_size: int | None, seed: int) -> Plan:
         """The evaluation on these images."""
-        from patchcert_cli import plan as plans
+        from patchcert_cli.evaluation import plan as plans
 
         named = images if self.outputs is None else images.relabelled(self.outputs)
         size = plans.batch_size(self.subject.defense) if batch_size is None else batch_size
@@ -183,8 +184,9 @@ def _open(
     model: str | None, claims: Claims, wish: Wish | None, dataset: str | None, data_dir: Path | None, device: str
 ) -> _Opened:
     """Find model and data set and hold them against each other before an image is read or packed."""
-    from patchcert_cli import data, datasets
+    from patchcert_cli import data
     from patchcert_cli import device as devices
+    from patchcert_cli.data import datasets
 
     place = devices.resolve(device)
     _foresee(model, claims, dataset, data_dir)
@@ -211,12 +213,14 @@ def _open(
 
 def _foresee(model: str | None, claims: Claims, dataset: str | None, data_dir: Path | None) -> None:
     """Refuse what would make fetching somebody's weights be in vain: no threat, no images."""
-    from patchcert_cli import cards, classifiers, data
+    from patchcert_cli import data
+    from patchcert_cli.catalog import shelf
+    from patchcert_cli.classifiers import addresses
 
     if model is None:
         return
-    card = cards.bundled_card(model) if model in cards.bundled_names() else None
-    if classifiers.is_address(model):
+    card = shelf.bundled_card(model) if model in shelf.bundled_names() else None
+    if addresses.is_address(model):
         if dataset is None:
             raise UsageError(f"{model} comes without images;", hint=SAY_DATA)
         claims("", data.info(dataset).shape)
@@ -229,7 +233,8 @@ def _foresee(model: str | None, claims: Claims, dataset: str | None, data_dir: P
 
 def found(model: str | None, dataset: str | None, wish: Wish | None, device: str) -> Candidate:
     """The model that is named, and a line on stderr about where it came from; a wrong data set is told first."""
-    from patchcert_cli import data, subjects
+    from patchcert_cli import data
+    from patchcert_cli.evaluation import subjects
 
     if dataset is not None:
         data.info(dataset)

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from patchcert_cli import files
 from patchcert_cli.errors import UnsupportedThreat, UsageError
 from patchcert_cli.schema import LARGEST_SEED
+from patchcert_cli.storage import files
 from patchcert_cli.threats import KINDS, UNITS, Sparse, Threat, parse_patch, parse_sparse, parse_threat
 
 THREAT, DATA, RUN = "Threat model", "Data", "Run"

@@ -12,7 +12,7 @@ from patchcert_cli.cli.options import AsJson, folder_to_write, print_json
 
 if TYPE_CHECKING:
     from patchcert_cli.cards import Published
-    from patchcert_cli.hub import Release
+    from patchcert_cli.catalog.publish import Release
 
 ADD = (
     "Examples:\n\n patchcert zoo add runs/p5 --name mnist-ibp-p5 --result runs/certify-p5/result.json"
@@ -47,12 +47,14 @@ def add(
     as_json: AsJson = False,
 ) -> None:
     """Copy a finished training run into the zoo, with a card that tells what certify measured."""
-    from patchcert_cli import cards, files, hub
+    from patchcert_cli import cards
+    from patchcert_cli.catalog import shelve
+    from patchcert_cli.storage import files
 
     if published and not source:
         source = cards.Card.read(run).source
     pictures = dict(_pictures(text) for text in sample or [])
-    card = hub.add(
+    card = shelve.add(
         run,
         name,
         {str(path): files.read_json(path) for path in result or []},
@@ -119,11 +121,12 @@ def push(
 
     Refused unless certify covered the full test split with these very weights and every count follows from its records.
     """
-    from patchcert_cli import files, hub
+    from patchcert_cli.catalog import find, publish
+    from patchcert_cli.storage import files
 
-    found = hub.resolve(Path(model) if Path(model).is_dir() else model)
+    found = find.resolve(Path(model) if Path(model).is_dir() else model)
     given = {str(path): files.read_json(path) for path in result or []}
-    release = hub.prepare(found, to, given, [Path("runs"), found.folder.parent])
+    release = publish.prepare(found, to, given, [Path("runs"), found.folder.parent])
     plan = {**release.plan(), "create_pr": create_pr, "dry_run": dry_run}
     if not as_json:
         _print_plan(release, create_pr)
@@ -133,7 +136,7 @@ def push(
         else:
             show.say("dry run: nothing was sent")
         return
-    done = hub.publish(release, create_pr=create_pr, private=private)
+    done = publish.publish(release, create_pr=create_pr, private=private)
     if as_json:
         print_json({**plan, "commit": done.commit, "url": done.url, "pull_request": done.request})
     elif done.request:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from patchcert_cli.files import json_bytes, write_named
-from patchcert_cli.pace import Clock, Left, spoken
+from patchcert_cli.evaluation.pace import Clock, Left, spoken
+from patchcert_cli.storage.files import json_bytes, write_named
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars

@@ -142,7 +142,8 @@ def train(
     made = _recipe(chosen, recipe, given, pairs, model, weights, fetch=not dry_run)
 
     from patchcert_cli import device as devices
-    from patchcert_cli import outlook, report
+    from patchcert_cli.evaluation import outlook
+    from patchcert_cli.reporting import report
     from patchcert_cli.training import session
 
     folder = out or Path("runs") / made.name
@@ -201,7 +202,9 @@ def _begun(basis: Recipe, given: dict[str, Any], model: str | None, weights: str
 
     ``given`` is what the user says himself; the size of pictures in class folders is added to it.
     """
-    from patchcert_cli import classifiers, data, datasets
+    from patchcert_cli import data
+    from patchcert_cli.classifiers import addresses
+    from patchcert_cli.data import datasets
 
     dataset = str(given.get("dataset", basis.dataset))
     if model is None and weights is not None:
@@ -209,7 +212,7 @@ def _begun(basis: Recipe, given: dict[str, Any], model: str | None, weights: str
     if model is not None:
         if "network" in given:
             raise UsageError("--model and --network both name a network;", hint="give one of them.")
-        found = classifiers.beginning(model, weights, fetch=fetch)
+        found = addresses.beginning(model, weights, fetch=fetch)
         dataset = datasets.fitted(dataset, found.source.framing)
         basis = replace(basis, network="timm", network_options=found.options, **FINE_TUNING)
     if datasets.own(dataset):

@@ -66,19 +66,24 @@ def verify(
     """
     chosen = threat_from(threat=threat, patch=patch, k=k, unit=unit)
 
-    from patchcert_cli import attacks, cards, hub, ledger, report, verify
+    from patchcert_cli import attacks
+    from patchcert_cli.cards import ledger
+    from patchcert_cli.catalog import find
+    from patchcert_cli.catalog.claims import check
     from patchcert_cli.defenses.base import Claim
     from patchcert_cli.errors import DataError
-    from patchcert_cli.hub.claims import check
+    from patchcert_cli.evaluation import verify
+    from patchcert_cli.reporting import report
+    from patchcert_cli.storage import files
 
-    found = hub.resolve(name)
+    found = find.resolve(name)
     if records is not None:
         book = ledger.read(records)
-    elif found.card is None or cards.LEDGER not in found.card.files:
+    elif found.card is None or files.LEDGER not in found.card.files:
         raise DataError(f"{name} publishes no records to compare with;", hint="name a file of them: --records FILE.")
     else:
         check(found.card, found.folder)
-        book = ledger.read(found.folder / cards.LEDGER)
+        book = ledger.read(found.folder / files.LEDGER)
     plan = open_plan(
         name,
         lambda own, _: [Claim(chosen or own_threat(own, threat=threat, unit=unit))],

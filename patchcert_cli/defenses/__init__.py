@@ -8,7 +8,7 @@ from typing import Any
 from patchcert_cli import registry
 from patchcert_cli.defenses.base import Defense
 
-SHARED = ("base", "evidence", "guide", "interval_loss", "interval_options", "interval_regularizers")
+SHARED = ("base", "evidence")
 
 
 def names() -> list[str]:

@@ -2,7 +2,8 @@
 
 A network with a small receptive field scores every class at every cell; a positive score is one vote, and the class with the most
 votes is the answer. A patch reaches the few cells that see it. The deployed network computes without rounding error
-(:mod:`patchcert_cli.exact`), so no vote is ever in doubt, and the proof is exact (:mod:`patchcert_cli.certifiers.additive`).
+(:mod:`patchcert_cli.layers.exact`), so no vote is ever in doubt, and the proof is exact
+(:mod:`patchcert_cli.certifiers.cells.additive`).
 
 Shapes: B images, C channels, H x W pixels, K classes, N x M cells.
 """
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli import models
-from patchcert_cli.certifiers.additive import Votes
+from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.defenses.base import Augment, Options, Surrogate, TrainingStep
 from patchcert_cli.defenses.evidence import CellSurrogate, EvidenceDefense, RegionDefense
 from patchcert_cli.models.region import RegionScorer

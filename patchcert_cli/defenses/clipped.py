@@ -4,8 +4,8 @@ A network with a small receptive field scores each class at every cell, each sco
 the largest sum is the answer. A patch reaches few cells, and clipping bounds what each of them can say.
 
 Clipped scores are put in whole steps by comparing exact scores with fixed thresholds, so nothing is rounded, and the proof is the
-exact one of :mod:`patchcert_cli.certifiers.additive` with every rival asked. (The published certificate asks the class that comes
-second on the clean image alone, and accepts equality: neither is sound.)
+exact one of :mod:`patchcert_cli.certifiers.cells.additive` with every rival asked. (The published certificate asks the class that
+comes second on the clean image alone, and accepts equality: neither is sound.)
 
 Shapes: B images, C channels, H x W pixels, K classes, N x M cells.
 """
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchcert_cli import models, schema
-from patchcert_cli.certifiers.additive import Votes
+from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.defenses.base import Augment, Options, Surrogate, TrainingStep
 from patchcert_cli.defenses.evidence import CellSurrogate, EvidenceDefense, RegionDefense
 from patchcert_cli.errors import IntegrityError

@@ -1,7 +1,7 @@
 """What defenses share whose cells each see a known part of the image.
 
 :class:`CellDefense` knows which cells a threat reaches, and checks it. :class:`EvidenceDefense` adds up what cells say, so one
-exact proof serves BagCert, clipped BagNet and derandomized smoothing: :mod:`patchcert_cli.certifiers.additive`.
+exact proof serves BagCert, clipped BagNet and derandomized smoothing: :mod:`patchcert_cli.certifiers.cells.additive`.
 :class:`RegionDefense` has the cells of a region scorer, which BagCert, clipped BagNet and PatchGuard read in different ways.
 
 Shapes: B images, C channels, H x W pixels, K classes, N x M cells, P x Q locations.
@@ -17,15 +17,16 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from patchcert_cli import exact, models, programs
+from patchcert_cli import models
 from patchcert_cli.certificate import Arithmetic, Certificate
-from patchcert_cli.certifiers import additive
-from patchcert_cli.certifiers.additive import Proof, Votes
+from patchcert_cli.certifiers.cells import additive
+from patchcert_cli.certifiers.cells.additive import Proof, Votes
+from patchcert_cli.certifiers.geometry import Axis, Cover
 from patchcert_cli.defenses.base import Claim, Defense, Surrogate
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
-from patchcert_cli.geometry import Axis, Cover
+from patchcert_cli.layers import exact, programs
+from patchcert_cli.layers.programs import Runner
 from patchcert_cli.models.region import RegionScorer
-from patchcert_cli.programs import Runner
 from patchcert_cli.threats import Patch, Patches, PatchPercent, Sparse, Threat
 
 Said = TypeVar("Said")
@@ -178,7 +179,8 @@ PIECE = 1 << 25  # activations of one layer that are computed at a time, at most
 
 
 class RegionDefense(CellDefense[Said]):
-    """A classifier whose cells are those of a region scorer, deployed without rounding error (:mod:`patchcert_cli.exact`)."""
+    """A classifier whose cells are those of a region scorer, deployed without rounding error
+    (:mod:`patchcert_cli.layers.exact`)."""
 
     default_network = "region"
 

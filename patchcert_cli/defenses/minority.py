@@ -4,8 +4,8 @@ The image is shown whole and behind each mask alone. If a mask hides the patch, 
 contradicts the whole image with enough confidence, an alarm is raised. One round of masks, against two for a corrected answer
 (:mod:`patchcert_cli.defenses.patchcleanser`, whose network, masks and training these are): it promises less, and so it costs
 less and mostly certifies more.
-Answer and proof: :mod:`patchcert_cli.certifiers.agreement`. Its certificates say ``measured``: that rounding alters neither a
-label nor an alarm is measured, not proven (:mod:`patchcert_cli.certifiers.views`).
+Answer and proof: :mod:`patchcert_cli.certifiers.masks.agreement`. Its certificates say ``measured``: that rounding alters neither
+a label nor an alarm is measured, not proven (:mod:`patchcert_cli.certifiers.masks.views`).
 
 Shapes: B images, C channels, H x W pixels, K classes, M masks, V = M + 1 views, n passes.
 """
@@ -22,11 +22,11 @@ from torch import Tensor
 
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.certificate import Certificate, Guarantee
-from patchcert_cli.certifiers import agreement
-from patchcert_cli.certifiers.agreement import Reports
-from patchcert_cli.certifiers.exact_views import ExactViews
-from patchcert_cli.certifiers.masks import Cover
-from patchcert_cli.certifiers.views import SLACK, Views
+from patchcert_cli.certifiers.masks import agreement
+from patchcert_cli.certifiers.masks.agreement import Reports
+from patchcert_cli.certifiers.masks.exact_views import ExactViews
+from patchcert_cli.certifiers.masks.mask_sets import Cover
+from patchcert_cli.certifiers.masks.views import SLACK, Views
 from patchcert_cli.defenses.base import Claim, Options
 from patchcert_cli.defenses.patchcleanser import MaskedOptions, PatchCleanser
 from patchcert_cli.errors import IntegrityError

@@ -2,11 +2,13 @@
 
 Masks that hide every location of the patch are laid over the image one at a time, then two at a time; the answer is made of the
 labels that the classifier gives then. Masks: :mod:`patchcert_cli.certifiers.masks`; answer and proof:
-:mod:`patchcert_cli.certifiers.masking`. Training behind two random masks, or behind the two worst of some (greedy cutout: Saha et
-al., Revisiting Image Classifier Training for Improved Certified Robust Defense against Adversarial Patches, TMLR 2023).
+:mod:`patchcert_cli.certifiers.masks.double_masking`. Training behind two random masks, or behind the two worst of some (greedy
+cutout: Saha et al., Revisiting Image Classifier Training for Improved Certified Robust Defense against Adversarial Patches, TMLR
+2023).
 
-A label that rounding might decide is computed again, in float64 and each image alone (:mod:`patchcert_cli.certifiers.views`).
-That the other labels do not depend on rounding is measured, not proven: the certificates say ``measured``.
+A label that rounding might decide is computed again, in float64 and each image alone
+(:mod:`patchcert_cli.certifiers.masks.views`). That the other labels do not depend on rounding is measured, not proven: the
+certificates say ``measured``.
 
 Shapes: B images, C channels, H x W pixels, K classes, M masks, n passes, A atoms.
 """
@@ -22,17 +24,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli import exact, models
+from patchcert_cli import models
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.certifiers import likeness, masking, views
-from patchcert_cli.certifiers.exact_views import ExactViews
-from patchcert_cli.certifiers.masking import Table
-from patchcert_cli.certifiers.masks import Cover, MaskPlan
-from patchcert_cli.certifiers.scales import Memory
-from patchcert_cli.certifiers.views import PRECISIONS, Views
+from patchcert_cli.certifiers.masks import double_masking, likeness, views
+from patchcert_cli.certifiers.masks.double_masking import Table
+from patchcert_cli.certifiers.masks.exact_views import ExactViews
+from patchcert_cli.certifiers.masks.mask_sets import Cover, MaskPlan
+from patchcert_cli.certifiers.masks.scales import Memory
+from patchcert_cli.certifiers.masks.views import PRECISIONS, Views
 from patchcert_cli.defenses.base import Augment, Claim, Defense, Options, Surrogate, TrainingStep
 from patchcert_cli.errors import UsageError
-from patchcert_cli.levels import Levels
+from patchcert_cli.layers import exact
+from patchcert_cli.layers.levels import Levels
 from patchcert_cli.schema import Count, Fraction, Must, Positive
 from patchcert_cli.threats import Patch, PatchPercent, Threat
 
@@ -111,7 +114,7 @@ class PatchCleanser(Defense):
     """
 
     source = "Xiang, Mahloujifar & Mittal, PatchCleanser, USENIX Security 2022"
-    methods = masking.METHODS
+    methods = double_masking.METHODS
     options = MaskedOptions
     numerics: Mapping[str, str] = {"labels in doubt": "float64, one image at a time"}
     default_network = "masked"
@@ -196,9 +199,9 @@ class PatchCleanser(Defense):
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """The published two-round answer; see :mod:`patchcert_cli.certifiers.masking`."""
+        """The published two-round answer; see :mod:`patchcert_cli.certifiers.masks.double_masking`."""
         self.check_input(x)
-        found = [masking.answer(table, len(self.classes)) for table in self._tables(x, self.views())]
+        found = [double_masking.answer(table, len(self.classes)) for table in self._tables(x, self.views())]
         return torch.cat([torch.zeros(0, dtype=torch.int64), *found]).to(x.device)
 
     @torch.no_grad()
@@ -211,7 +214,7 @@ class PatchCleanser(Defense):
         found: list[list[Certificate]] = [[] for _ in claims]
         views = self.views()
         for table in self._tables(x, views) if claims else ():
-            answer = masking.answer(table, len(self.classes))
+            answer = double_masking.answer(table, len(self.classes))
             seen = table.label >= 0
             certificates = [self._certificate(table, answer, seen, views, *pair) for pair in zip(claims, covers, strict=True)]
             for mine, one in zip(found, certificates, strict=True):
@@ -226,7 +229,7 @@ class PatchCleanser(Defense):
         if method == "pairs":  # every mask is to have a whole row
             by = torch.eye(len(self.set), dtype=torch.bool)
             atom = cover.atom[cover.by.int().argmax(dim=0)]
-        proof, device = masking.prove(table, answer, by, views.slack, seen), self.masks.device
+        proof, device = double_masking.prove(table, answer, by, views.slack, seen), self.masks.device
         return Certificate(
             prediction=answer.to(device),
             certified=proof.certified.to(device),
@@ -285,7 +288,7 @@ class PatchCleanser(Defense):
     def _by_mask(self, x: Tensor) -> Tensor:
         """The margin of each mask, from all pairs, float64 [B, M]."""
         tables = self._tables(x, self.views())
-        return torch.cat([masking.lowest(table, masking.answer(table, len(self.classes))) for table in tables])
+        return torch.cat([double_masking.lowest(table, double_masking.answer(table, len(self.classes))) for table in tables])
 
     def self_test(self) -> None:
         self.views().test()
@@ -301,7 +304,8 @@ class PatchCleanser(Defense):
             )
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """What tells whether the network is the same (:mod:`patchcert_cli.certifiers.likeness`); None where its weights do."""
+        """What tells whether the network is the same (:mod:`patchcert_cli.certifiers.masks.likeness`); None where its weights
+        do."""
         seen = self.views()
         return likeness.answers(seen) if isinstance(seen, Views) else None
 

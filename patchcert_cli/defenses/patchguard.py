@@ -3,7 +3,7 @@
 A network with a small receptive field gives each class evidence at every cell. A class loses its heaviest window of evidence, as
 large as what a patch of the size ``covers`` can reach, and the class with most left is the answer. The deployed network computes
 without rounding error and its evidence is made of whole steps, so nothing is rounded in the proof either
-(:mod:`patchcert_cli.certifiers.robust_masking`).
+(:mod:`patchcert_cli.certifiers.cells.robust_masking`).
 
 Shapes: B images, C channels, H x W pixels, K classes, N x M cells.
 """
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchcert_cli import models
-from patchcert_cli.certifiers import robust_masking
-from patchcert_cli.certifiers.additive import Proof
-from patchcert_cli.certifiers.robust_masking import FINEST, MOST, Masking
+from patchcert_cli.certifiers.cells import robust_masking
+from patchcert_cli.certifiers.cells.additive import Proof
+from patchcert_cli.certifiers.cells.robust_masking import FINEST, MOST, Masking
+from patchcert_cli.certifiers.geometry import Axis, Cover
 from patchcert_cli.defenses.base import Augment, Claim, Options, Surrogate, TrainingStep
 from patchcert_cli.defenses.evidence import RegionDefense
 from patchcert_cli.errors import PatchcertError, UnsupportedThreat, UsageError
-from patchcert_cli.geometry import Axis, Cover
 from patchcert_cli.models.region import RegionScorer
 from patchcert_cli.schema import Count, Must
 from patchcert_cli.threats import Patch, Threat, parse_patch, parse_threat

@@ -5,8 +5,8 @@ wraps around the image's borders. Each ablation is a cell that votes, and the cl
 reaches the few cells whose kept pixels it meets.
 
 A kept value x is given as (x, 1 - x) in two channels and an absent one as (0, 0), which differs from black, (0, 1). The deployed
-network computes without rounding error (:mod:`patchcert_cli.exact`), and the proof is exact
-(:mod:`patchcert_cli.certifiers.additive`); a vote that a rounded softmax may have decided counts as the attacker's.
+network computes without rounding error (:mod:`patchcert_cli.layers.exact`), and the proof is exact
+(:mod:`patchcert_cli.certifiers.cells.additive`); a vote that a rounded softmax may have decided counts as the attacker's.
 
 Shapes: B images, C channels, H x W pixels, K classes, N x M cells, V views (ablated images), h x w pixels of a view.
 """
@@ -22,14 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from patchcert_cli import exact, models, programs, schema
-from patchcert_cli.certifiers.additive import Votes
+from patchcert_cli import models, schema
+from patchcert_cli.certifiers.cells.additive import Votes
+from patchcert_cli.certifiers.geometry import Axis, Cover
 from patchcert_cli.defenses.base import Augment, Options, TrainingStep
 from patchcert_cli.defenses.evidence import EvidenceDefense
 from patchcert_cli.errors import IntegrityError, UsageError
-from patchcert_cli.geometry import Axis, Cover
+from patchcert_cli.layers import exact, programs
+from patchcert_cli.layers.programs import Runner
 from patchcert_cli.models.resnet import ResNet
-from patchcert_cli.programs import Runner
 from patchcert_cli.schema import Count, Must, Positive
 from patchcert_cli.threats import Patch
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patchcert_cli import __version__, verified
 from patchcert_cli.cards import File
 from patchcert_cli.errors import HubError, IntegrityError
-from patchcert_cli.files import CARD
 from patchcert_cli.hub.trouble import reason, told
-from patchcert_cli.verified import repository, snapshot
+from patchcert_cli.storage import verified
+from patchcert_cli.storage.files import CARD
+from patchcert_cli.storage.verified import repository, snapshot
+from patchcert_cli.version import __version__
 
 TRIES, PAUSE = 3, 0.5  # for the first answer of a Hub that has a problem of its own
 AGENT: dict[str, Any] = {"library_name": "patchcert", "library_version": __version__}

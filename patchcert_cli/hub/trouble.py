@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from patchcert_cli import verified
 from patchcert_cli.errors import HubError, IntegrityError, MachineError, PatchcertError
+from patchcert_cli.storage import verified
 
 UPLOAD_TIMEOUT = 120.0  # seconds that the Hub has to take in what was sent
 NO_ROOM = {errno.ENOSPC: "full", errno.EDQUOT: "over its quota", errno.EFBIG: "full", errno.EROFS: "read-only"}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from patchcert_cli.layers import Normalize
+from patchcert_cli.layers.preprocessing import Normalize
 
 
 def build(

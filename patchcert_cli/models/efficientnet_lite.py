@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.errors import UsageError
-from patchcert_cli.layers import Prepared
+from patchcert_cli.layers.preprocessing import Prepared
 
 STEM, HEAD = 32, 1280
 # of each stage: blocks, width, kernel, stride of the first block, how many times a block widens

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli import exact, levels
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.exact import Grid
-from patchcert_cli.layers import Normalize
-from patchcert_cli.levels import Level
+from patchcert_cli.layers import exact, levels
+from patchcert_cli.layers.exact import Grid
+from patchcert_cli.layers.levels import Level
+from patchcert_cli.layers.preprocessing import Normalize
 
 QUICK = 8.0  # a bias is this times its parameter, which squares in the step: 64 times the learning rate
 WHITE = 5e-4  # added to the variances that whitening divides by
@@ -148,7 +148,7 @@ class MaskedNetwork(nn.Module):
         return self.bits > 0
 
     def freeze(self, precision: torch.dtype) -> tuple[nn.Module, int]:
-        """The deployed network (:mod:`patchcert_cli.levels`); the bits of its weights do not depend on ``precision``."""
+        """The deployed network (:mod:`patchcert_cli.layers.levels`); the bits of its weights do not depend on ``precision``."""
         if not self.freezable or self.grid is None:
             raise IntegrityError("this network has no grid to compute exactly on;", hint="its network options say bits: 0.")
         weight, bias = exact.fold(self.stem, None)

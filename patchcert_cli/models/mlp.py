@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from patchcert_cli.layers import Normalize
+from patchcert_cli.layers.preprocessing import Normalize
 
 
 def build(

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli import exact
 from patchcert_cli.errors import UsageError
-from patchcert_cli.exact import Grid, Wire
-from patchcert_cli.layers import Normalize
-from patchcert_cli.programs import Program
+from patchcert_cli.layers import exact
+from patchcert_cli.layers.exact import Grid, Wire
+from patchcert_cli.layers.preprocessing import Normalize
+from patchcert_cli.layers.programs import Program
 
-LEAST_BITS, MOST_BITS = 4, 16  # of limited weights; with 7 one plane of integers holds them (:mod:`patchcert_cli.planes`)
+LEAST_BITS, MOST_BITS = 4, 16  # of limited weights; with 7 one plane of integers holds them (:mod:`patchcert_cli.layers.planes`)
 WHITE = 1e-2  # added to the variances that whitening divides by; normalized pixels have a variance of 1
 
 
@@ -212,7 +212,8 @@ class RegionScorer(nn.Module):
             stage.whitening.copy_(torch.eye(len(stage.whitening)))
 
     def freeze(self, precision: torch.dtype) -> tuple[nn.Module, int]:
-        """The deployed network of whole steps (:mod:`patchcert_cli.exact`), and the fewest bits of a channel's largest weight."""
+        """The deployed network of whole steps (:mod:`patchcert_cli.layers.exact`), and the fewest bits of a channel's largest
+        weight."""
         layers: list[nn.Module] = []
         fewest, wire = 53, exact.PIXELS
         scale, shift = self.normalize.scale.double().cpu() / 255, self.normalize.shift.double().cpu()
@@ -258,7 +259,7 @@ class _Placed(nn.Module):
         self.register_buffer("places", places)
 
     def plan(self, program: Program) -> None:
-        """See :class:`patchcert_cli.programs.Planned`."""
+        """See :class:`patchcert_cli.layers.programs.Planned`."""
         program.before.append(self)
 
     def forward(self, v: Tensor) -> Tensor:
@@ -274,7 +275,7 @@ class _Step(nn.Module):
         self.layer, self.wire, self.residual = layer, wire, residual
 
     def plan(self, program: Program) -> None:
-        """See :class:`patchcert_cli.programs.Planned`."""
+        """See :class:`patchcert_cli.layers.programs.Planned`."""
         at = program.last
         program.add((at, self.layer), onto=self.wire, beside=at if self.residual else None, gated=True)
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli import exact
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.exact import Grid, Wire
-from patchcert_cli.programs import Program
+from patchcert_cli.layers import exact
+from patchcert_cli.layers.exact import Grid, Wire
+from patchcert_cli.layers.programs import Program
 
 
 def convolution(before: int, width: int, size: tuple[int, int], stride: int = 1) -> nn.Conv2d:
@@ -122,7 +122,8 @@ class ResNet(nn.Module):
         return cast(Tensor, self.head(v.mean(dim=(2, 3), keepdim=True)).flatten(1))
 
     def freeze(self, precision: torch.dtype) -> tuple[nn.Module, int]:
-        """The deployed network of whole steps 0 to 255 (:mod:`patchcert_cli.exact`), and the fewest bits of a largest weight.
+        """The deployed network of whole steps 0 to 255 (:mod:`patchcert_cli.layers.exact`), and the fewest bits of a largest
+        weight.
 
         The mean over positions is a sum, which is exact, and 1/n is part of the head's weights. The head, which adds up the most
         and costs the least, is always computed in float64.
@@ -149,7 +150,7 @@ class _Stem(nn.Module):
         self.layer, self.wire = layer, wire
 
     def plan(self, program: Program) -> None:
-        """See :class:`patchcert_cli.programs.Planned`."""
+        """See :class:`patchcert_cli.layers.programs.Planned`."""
         program.add((program.last, self.layer), onto=self.wire)
 
     def forward(self, v: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ class _Block(nn.Module):
         self.inner, self.wire = inner, wire
 
     def plan(self, program: Program) -> None:
-        """See :class:`patchcert_cli.programs.Planned`."""
+        """See :class:`patchcert_cli.layers.programs.Planned`."""
         at = program.last
         inner = program.add((at, self.first), onto=self.inner)
         if self.shortcut is None:
@@ -186,7 +187,7 @@ class _Head(nn.Module):
         self.layer = layer
 
     def plan(self, program: Program) -> None:
-        """See :class:`patchcert_cli.programs.Planned`."""
+        """See :class:`patchcert_cli.layers.programs.Planned`."""
         step = 2.0 ** program.wires[program.last].exponent
         program.after = lambda q: self.total(q.sum(dim=(2, 3), keepdim=True).double() * step)
 

@@ -15,10 +15,10 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from patchcert_cli import framing
+from patchcert_cli.data import framing
+from patchcert_cli.data.framing import Framing
 from patchcert_cli.errors import MachineError, UsageError, unknown
-from patchcert_cli.framing import Framing
-from patchcert_cli.layers import INTERPOLATIONS, Prepared
+from patchcert_cli.layers.preprocessing import INTERPOLATIONS, Prepared
 
 INSTALL = 'pip install "patchcert[timm]"'
 USUAL = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # where published weights say nothing

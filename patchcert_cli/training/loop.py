@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli import checkpoint, defenses, files, locks
+from patchcert_cli import checkpoint, defenses
 from patchcert_cli.certificate import Tally
-from patchcert_cli.data import Images, to_float
+from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.defenses.base import Defense, TrainingStep
 from patchcert_cli.errors import IntegrityError, Interrupted, MachineError, UsageError
 from patchcert_cli.progress import Progress, Silent
+from patchcert_cli.storage import files, locks
 from patchcert_cli.training import augment
 from patchcert_cli.training.average import Average
 from patchcert_cli.training.muon import Muon

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli import models
-from patchcert_cli.defenses.ibp import IntervalDefense
+from patchcert_cli.defenses.ibp.defense import IntervalDefense
 
 Shape = tuple[int, int, int]
 

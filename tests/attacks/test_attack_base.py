@@ -13,7 +13,7 @@ from torch import Tensor
 from patchcert_cli import attacks
 from patchcert_cli.attacks.base import Attack, AttackResult
 from patchcert_cli.attacks.target import Target
-from patchcert_cli.defenses.ibp import IntervalDefense
+from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import DataError, PatchcertError, UnknownName, UnsupportedThreat, UsageError
 from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
 

@@ -13,7 +13,7 @@ from patchcert_cli.attacks.base import AttackResult
 from patchcert_cli.attacks.patch_pgd import PatchPGD, _around, _grid, _inside, _moved
 from patchcert_cli.attacks.target import Start, Target
 from patchcert_cli.defenses.bagcert import BagCert
-from patchcert_cli.defenses.ibp import IntervalDefense
+from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import UsageError
 from patchcert_cli.threats import Patch, Sparse, Threat
 from tests.attacks.test_attack_strength import check

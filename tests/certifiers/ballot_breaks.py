@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from patchcert_cli import geometry
-from patchcert_cli.certifiers import additive
-from patchcert_cli.certifiers.additive import Proof, Votes
-from patchcert_cli.geometry import Axis, Cover
+from patchcert_cli.certifiers import geometry
+from patchcert_cli.certifiers.cells import additive
+from patchcert_cli.certifiers.cells.additive import Proof, Votes
+from patchcert_cli.certifiers.geometry import Axis, Cover
 
 Break = Callable[[pytest.MonkeyPatch], None]
 

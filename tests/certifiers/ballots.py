@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchcert_cli.geometry import Axis, Cover
+from patchcert_cli.certifiers.geometry import Axis, Cover
 
 Array = np.ndarray
 Cells = frozenset[tuple[int, int]]

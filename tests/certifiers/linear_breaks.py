@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchcert_cli.certifiers import linear, relaxations
-from patchcert_cli.certifiers.linear import Engine, Query
-from patchcert_cli.certifiers.relaxations import Form
+from patchcert_cli.certifiers.bounds.linear import linear, relaxations
+from patchcert_cli.certifiers.bounds.linear.linear import Engine, Query
+from patchcert_cli.certifiers.bounds.linear.relaxations import Form
 from patchcert_cli.threats import Patch, Sparse
 
 Attack = Patch | Sparse

@@ -9,9 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers import intervals, rounding
-from patchcert_cli.certifiers.first_layer import Split
-from patchcert_cli.layers import Normalize
+from patchcert_cli.certifiers.bounds import intervals, rounding
+from patchcert_cli.certifiers.bounds.first_layer import Split
+from patchcert_cli.layers.preprocessing import Normalize
 from patchcert_cli.threats import Threat
 
 Shape = tuple[int, int, int]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchcert_cli.certifiers import additive
-from patchcert_cli.certifiers.additive import METHODS, Aggregate, Proof, Votes, prove, prove_aggregate
-from patchcert_cli.geometry import Axis, Cover
+from patchcert_cli.certifiers.cells import additive
+from patchcert_cli.certifiers.cells.additive import METHODS, Aggregate, Proof, Votes, prove, prove_aggregate
+from patchcert_cli.certifiers.geometry import Axis, Cover
 
 from . import ballots
 from .ballot_breaks import BREAKS, SPARSE_BREAKS

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from patchcert_cli.certificate import ALERT
-from patchcert_cli.certifiers import agreement
-from patchcert_cli.certifiers.agreement import Reports
-from patchcert_cli.certifiers.masks import MaskPlan, MaskSet
+from patchcert_cli.certifiers.masks import agreement
+from patchcert_cli.certifiers.masks.agreement import Reports
+from patchcert_cli.certifiers.masks.mask_sets import MaskPlan, MaskSet
 from patchcert_cli.threats import Patch
 
 View = tuple[int, float]  # label, and by how much its confidence exceeds the threshold

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli import subjects
-from patchcert_cli.certifiers import views
-from patchcert_cli.certifiers.masks import MaskPlan
+from patchcert_cli.certifiers.masks import views
+from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import UsageError
+from patchcert_cli.evaluation import subjects
 from patchcert_cli.threats import Patch
 
 SHAPE = (3, 12, 12)

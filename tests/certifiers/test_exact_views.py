@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchcert_cli import exact, integers
-from patchcert_cli.certifiers import exact_views
-from patchcert_cli.certifiers.exact_views import ExactViews, Window, Zones, common, spread
-from patchcert_cli.certifiers.masks import MaskPlan
+from patchcert_cli.certifiers.masks import exact_views
+from patchcert_cli.certifiers.masks.exact_views import ExactViews, Window, Zones, common, spread
+from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.levels import Levels
-from tests.test_levels import images, network, slowly
+from patchcert_cli.layers import exact, integers
+from patchcert_cli.layers.levels import Levels
+from tests.layers.test_levels import images, network, slowly
 
 FILL = torch.tensor([0.4, 0.5, 0.3])[:, None, None]
 

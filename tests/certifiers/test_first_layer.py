@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers import first_layer
-from patchcert_cli.certifiers.first_layer import Split, sparse_box, under_patch, window_sums
-from patchcert_cli.certifiers.gains import largest_gains
+from patchcert_cli.certifiers.bounds import first_layer
+from patchcert_cli.certifiers.bounds.first_layer import Split, sparse_box, under_patch, window_sums
+from patchcert_cli.certifiers.bounds.gains import largest_gains
 from patchcert_cli.errors import UnsupportedThreat
 from patchcert_cli.threats import Patch, Sparse
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers import intervals, plain
-from patchcert_cli.certifiers.first_layer import Split
-from patchcert_cli.defenses.ibp import IntervalDefense
+from patchcert_cli.certifiers.bounds import intervals
+from patchcert_cli.certifiers.bounds.first_layer import Split
+from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import UnsupportedThreat
-from patchcert_cli.layers import Normalize
+from patchcert_cli.layers import plain
+from patchcert_cli.layers.preprocessing import Normalize
 from patchcert_cli.threats import Patch, Sparse
 
 from . import slow

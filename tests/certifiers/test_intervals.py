@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers import intervals, rounding, streams
+from patchcert_cli.certifiers.bounds import intervals, rounding, streams
 from patchcert_cli.errors import UnsupportedThreat, UsageError
 from patchcert_cli.threats import Patch, PatchPercent, Sparse, parse_threat
 

@@ -12,8 +12,9 @@ import torch
 from soundness.arena import changes, draw_images, random_defense
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers import linear, relaxations, rounding
-from patchcert_cli.certifiers.linear import Engine, Query
+from patchcert_cli.certifiers.bounds import rounding
+from patchcert_cli.certifiers.bounds.linear import linear, relaxations
+from patchcert_cli.certifiers.bounds.linear.linear import Engine, Query
 from patchcert_cli.errors import UnsupportedThreat, UsageError
 from patchcert_cli.threats import Patch, Sparse, parse_threat
 

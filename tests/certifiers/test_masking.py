@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchcert_cli.certifiers import masking
-from patchcert_cli.certifiers.masking import Proof, Table, answer, prove
-from patchcert_cli.certifiers.views import Answers
+from patchcert_cli.certifiers.masks import double_masking
+from patchcert_cli.certifiers.masks.double_masking import Proof, Table, answer, prove
+from patchcert_cli.certifiers.masks.views import Answers
 
 SLACK = 0.125
 Labels = list[list[int]]
@@ -296,7 +296,7 @@ def test_whole_rows_of_every_mask() -> None:
     labels, leads = random_tables(torch.Generator().manual_seed(3), 30, 5, agree=0.8)
     known = table(labels, leads)
     answers = answer(known, 3)
-    least = masking.lowest(known, answers)
+    least = double_masking.lowest(known, answers)
     for b, i in product(range(30), range(5)):
         signed = [float(leads[b, i, j]) * (1 if labels[b, i, j] == answers[b] else -1) for j in range(5)]
         assert float(least[b, i]) == pytest.approx(min(signed))

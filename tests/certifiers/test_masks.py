@@ -9,8 +9,8 @@ from itertools import combinations_with_replacement, product
 import pytest
 import torch
 
-from patchcert_cli.certifiers import masks
-from patchcert_cli.certifiers.masks import Cover, MaskPlan, MaskSet, axis_masks
+from patchcert_cli.certifiers.masks import mask_sets
+from patchcert_cli.certifiers.masks.mask_sets import Cover, MaskPlan, MaskSet, axis_masks
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.threats import Threat, parse_threat
 
@@ -185,7 +185,7 @@ def test_masks_that_cannot_be_are_refused() -> None:
         MaskPlan(("patch:8x8",)).masks(8, 8)
     with pytest.raises(UsageError, match="does not fit a 8x8 image"):
         MaskPlan(("patch:9x9",)).masks(8, 8)
-    with pytest.raises(UsageError, match=f"more than {masks.MOST} masks are needed"):
+    with pytest.raises(UsageError, match=f"more than {mask_sets.MOST} masks are needed"):
         MaskPlan(("patches:3:5x5",), per_axis=6).masks(32, 32)
     MaskPlan(("patch:1x8",), per_axis=3).masks(8, 8).cover(parse_threat("patch:1x8"))
 
@@ -193,7 +193,7 @@ def test_masks_that_cannot_be_are_refused() -> None:
 def test_a_table_of_covers_that_would_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     made, threat = MaskPlan(("sparse:3",), per_axis=3).masks(6, 6), parse_threat("sparse:3")
     assert len(made.cover(threat).by) == 84  # three of nine
-    monkeypatch.setattr(masks, "LARGEST", 1 << 12)
+    monkeypatch.setattr(mask_sets, "LARGEST", 1 << 12)
     with pytest.raises(UnsupportedThreat, match="sparse:3 is too many changes at once for masks; two patches are possible"):
         made.cover(threat)
 
@@ -217,6 +217,6 @@ def test_plans_are_plain_values() -> None:
 
 def test_equal_sets_of_masks_are_told_once_with_their_first_atom() -> None:
     by = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 1, 1], [1, 0, 0], [0, 1, 1]]).bool()
-    found = masks._smallest(Cover(by, torch.tensor([9, 8, 7, 6, 5, 4])))
+    found = mask_sets._smallest(Cover(by, torch.tensor([9, 8, 7, 6, 5, 4])))
     assert found.by.tolist() == [[True, False, False], [False, True, True]]
     assert found.atom.tolist() == [8, 6]

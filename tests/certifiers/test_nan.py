@@ -9,14 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers import additive, agreement, linear, masking, refine, relaxations, robust_masking, rounding
-from patchcert_cli.certifiers.additive import Votes
-from patchcert_cli.certifiers.agreement import Reports
-from patchcert_cli.certifiers.relaxations import Form
-from patchcert_cli.certifiers.views import Answers
-from patchcert_cli.defenses.ibp import IntervalDefense
+from patchcert_cli.certifiers.bounds import rounding
+from patchcert_cli.certifiers.bounds.linear import linear, refine, relaxations
+from patchcert_cli.certifiers.bounds.linear.relaxations import Form
+from patchcert_cli.certifiers.cells import additive, robust_masking
+from patchcert_cli.certifiers.cells.additive import Votes
+from patchcert_cli.certifiers.geometry import Axis, Cover
+from patchcert_cli.certifiers.masks import agreement, double_masking
+from patchcert_cli.certifiers.masks.agreement import Reports
+from patchcert_cli.certifiers.masks.views import Answers
+from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import UsageError
-from patchcert_cli.geometry import Axis, Cover
 from patchcert_cli.threats import Patch, Sparse, Threat
 
 from .networks import LAYOUTS, images, network
@@ -135,10 +138,10 @@ def test_leads_that_are_no_numbers_certify_nothing(value: float) -> None:
         lead[(image == 1) & (first == 0) & (second == 3)] = value
         return Answers(torch.zeros_like(image), torch.ones_like(image), lead)
 
-    table = masking.Table(ask, images_, masks)
-    label = masking.answer(table, 2)
+    table = double_masking.Table(ask, images_, masks)
+    label = double_masking.answer(table, 2)
     for by in (torch.eye(masks, dtype=torch.bool), torch.eye(masks, dtype=torch.bool)[[0, 1]]):
-        proof = masking.prove(table, label, by, 0.125)
+        proof = double_masking.prove(table, label, by, 0.125)
         assert proof.certified.tolist() == [False, False, True]
         assert not bool((proof.margin[:2] > 0.125).any())
 
@@ -164,12 +167,14 @@ def test_classes_far_apart_are_told_apart_in_tables_of_labels() -> None:
         label = torch.where((first == 2) | (second == 2), 65_541, 5)
         return Answers(label, torch.full_like(label, 69_999), torch.ones(len(label), dtype=torch.float64))
 
-    table = masking.Table(ask, 1, 3)
-    label = masking.answer(table, classes)
-    proof = masking.prove(table, label, torch.eye(3, dtype=torch.bool), 0.125)
+    table = double_masking.Table(ask, 1, 3)
+    label = double_masking.answer(table, classes)
+    proof = double_masking.prove(table, label, torch.eye(3, dtype=torch.bool), 0.125)
     assert label.tolist() == [65_541] and proof.certified.tolist() == [False]
     assert table.one().tolist() == [[5, 5, 65_541]]
-    for wrong in (masking.MOST_CLASSES, -1):
-        beyond = masking.Table(lambda image, first, second, at=wrong: Answers(image * 0 + at, image * 0, image.double()), 1, 2)  # type: ignore[misc]
+    for wrong in (double_masking.MOST_CLASSES, -1):
+        beyond = double_masking.Table(
+            lambda image, first, second, at=wrong: Answers(image * 0 + at, image * 0, image.double()), 1, 2
+        )  # type: ignore[misc]
         with pytest.raises(UsageError, match="classes are 0 to"):
             beyond.one()

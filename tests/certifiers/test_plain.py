@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 
-from patchcert_cli.certifiers import intervals, plain, rules
-from patchcert_cli.certifiers.first_layer import Split
-from patchcert_cli.defenses.ibp import IntervalDefense
+from patchcert_cli.certifiers.bounds import intervals, rules
+from patchcert_cli.certifiers.bounds.first_layer import Split
+from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat
+from patchcert_cli.layers import plain
 from patchcert_cli.threats import Patch
 
 from .networks import images, rounding_error

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.certifiers import intervals, rounding
-from patchcert_cli.defenses.ibp import IntervalDefense
+from patchcert_cli.certifiers.bounds import intervals, rounding
+from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import PatchcertError, UnsupportedThreat
 from patchcert_cli.threats import Patch, Sparse, Threat
 

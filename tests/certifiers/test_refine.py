@@ -15,10 +15,11 @@ from soundness.arena import Arena, draw_images, random_defense
 from torch import Tensor
 
 from patchcert_cli import checkpoint, data
-from patchcert_cli.certifiers import intervals, linear, refine, relaxations, rounding
-from patchcert_cli.certifiers.linear import Engine, Query
-from patchcert_cli.certifiers.rounding import Proof
-from patchcert_cli.defenses.ibp import IntervalDefense
+from patchcert_cli.certifiers.bounds import intervals, rounding
+from patchcert_cli.certifiers.bounds.linear import linear, refine, relaxations
+from patchcert_cli.certifiers.bounds.linear.linear import Engine, Query
+from patchcert_cli.certifiers.bounds.rounding import Proof
+from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.threats import Patch, Sparse
 
 from .networks import LAYOUTS, images, network

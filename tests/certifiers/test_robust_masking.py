@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchcert_cli.certifiers import robust_masking
-from patchcert_cli.certifiers.additive import Proof
-from patchcert_cli.certifiers.robust_masking import MOST, Masking, margin_map, masked_sums, prove
-from patchcert_cli.geometry import Axis, Cover
+from patchcert_cli.certifiers.cells import robust_masking
+from patchcert_cli.certifiers.cells.additive import Proof
+from patchcert_cli.certifiers.cells.robust_masking import MOST, Masking, margin_map, masked_sums, prove
+from patchcert_cli.certifiers.geometry import Axis, Cover
 
 from .ballots import Cells, Line
 

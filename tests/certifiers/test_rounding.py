@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers import intervals, rounding
-from patchcert_cli.certifiers.first_layer import Split
+from patchcert_cli.certifiers.bounds import intervals, rounding
+from patchcert_cli.certifiers.bounds.first_layer import Split
 from patchcert_cli.threats import Patch, Sparse, Threat
 
 from . import reference

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers import plain, rules
+from patchcert_cli.certifiers.bounds import rules
 from patchcert_cli.errors import UnsupportedThreat
-from patchcert_cli.layers import Normalize
+from patchcert_cli.layers import plain
+from patchcert_cli.layers.preprocessing import Normalize
 
 from . import reference
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers import scales
-from patchcert_cli.certifiers.scales import Gauge, Memory
+from patchcert_cli.certifiers.masks import scales
+from patchcert_cli.certifiers.masks.scales import Gauge, Memory
 
 
 def small(seed: int = 0) -> nn.Sequential:

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from patchcert_cli import device
 from patchcert_cli.arithmetic import Arithmetic
-from patchcert_cli.certifiers import views
-from patchcert_cli.certifiers.masks import MaskPlan
-from patchcert_cli.certifiers.views import SLACK, Views
+from patchcert_cli.certifiers.masks import views
+from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
+from patchcert_cli.certifiers.masks.views import SLACK, Views
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.layers import Normalize, Prepared
+from patchcert_cli.layers.preprocessing import Normalize, Prepared
 from patchcert_cli.threats import Patch
 
 from .test_scales import Fake, small

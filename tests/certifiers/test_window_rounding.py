@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers import intervals, rounding
-from patchcert_cli.certifiers.first_layer import Split
-from patchcert_cli.certifiers.rules import UNIT
-from patchcert_cli.certifiers.streams import WindowStream, open_stream
-from patchcert_cli.certifiers.window_rounding import Errors
+from patchcert_cli.certifiers.bounds import intervals, rounding
+from patchcert_cli.certifiers.bounds.first_layer import Split
+from patchcert_cli.certifiers.bounds.rules import UNIT
+from patchcert_cli.certifiers.bounds.streams import WindowStream, open_stream
+from patchcert_cli.certifiers.bounds.windows.rounding import Errors
 from patchcert_cli.threats import Patch
 
 from . import reference

@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers import intervals, products, routes, streams, windows
-from patchcert_cli.certifiers.first_layer import Split, location_masks
-from patchcert_cli.certifiers.plain import layers_of
-from patchcert_cli.certifiers.reach import Piece, Reach, Slide
-from patchcert_cli.certifiers.rules import Box, propagate
-from patchcert_cli.certifiers.windows import Windows
+from patchcert_cli.certifiers.bounds import intervals, streams
+from patchcert_cli.certifiers.bounds.first_layer import Split, location_masks
+from patchcert_cli.certifiers.bounds.rules import Box, propagate
+from patchcert_cli.certifiers.bounds.windows import products, routes, windows
+from patchcert_cli.certifiers.bounds.windows.reach import Piece, Reach, Slide
+from patchcert_cli.certifiers.bounds.windows.windows import Windows
 from patchcert_cli.errors import UnsupportedThreat
-from patchcert_cli.layers import Normalize
+from patchcert_cli.layers.plain import layers_of
+from patchcert_cli.layers.preprocessing import Normalize
 from patchcert_cli.threats import Patch
 
 from .networks import LAYOUTS, Layout, images, network

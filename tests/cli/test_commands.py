@@ -136,7 +136,7 @@ def test_a_run_folder_of_other_settings_is_refused(patchcert, model: str) -> Non
 
 
 def test_a_broken_certificate_exits_8(patchcert, model: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    from patchcert_cli.certifiers import rounding
+    from patchcert_cli.certifiers.bounds import rounding
 
     real = rounding.prove
 

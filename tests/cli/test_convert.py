@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from patchcert_cli import checkpoint, convert, files
+from patchcert_cli import checkpoint
+from patchcert_cli.classifiers import convert
 from patchcert_cli.errors import DataError, IntegrityError, UsageError
+from patchcert_cli.storage import files
 
 from .test_commands import patchcert  # noqa: F401
 

@@ -13,10 +13,14 @@ import pytest
 import torch
 from own_models import COLOURS, lines, module, pictures
 
-from patchcert_cli import cards, checkpoint, files, hub, models, report
+from patchcert_cli import cards, checkpoint, models
+from patchcert_cli.catalog import shelf
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import HubError, IntegrityError
-from patchcert_cli.runs import Run
+from patchcert_cli.evaluation.runs import Run
+from patchcert_cli.hub import client
+from patchcert_cli.reporting import report
+from patchcert_cli.storage import files
 
 from .test_commands import patchcert  # noqa: F401
 
@@ -42,7 +46,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pytest.importorskip("timm")
     folder = tmp_path / "snapshot"
     folder.mkdir()
-    monkeypatch.setattr(hub, "fetch_unlisted", lambda repo, revision, names, *, hint="": (COMMIT, folder))
+    monkeypatch.setattr(client, "fetch_unlisted", lambda repo, revision, names, *, hint="": (COMMIT, folder))
     return folder
 
 
@@ -251,10 +255,10 @@ def imagenet(folder: Path) -> list[str]:
 
 def test_imagenet_with_a_card_whose_weights_are_public(patchcert, served: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
     """The whole path of the card of the zoo, with timm's smallest network in the place of the large one."""
-    card = cards.bundled_card("imagenet-patchcleanser-vit-b16", Path(__file__).parents[2] / "zoo")
+    card = shelf.bundled_card("imagenet-patchcleanser-vit-b16", Path(__file__).parents[2] / "zoo")
     small = replace(card, name="small", classifier=f"timm:{TINY}", recipe=card.recipe | {"masks": {"per_axis": 2}})
     files.write_atomically(Path("zoo/small/README.md"), small.render().encode())
-    monkeypatch.setenv(cards.ENVIRONMENT, "zoo")
+    monkeypatch.setenv(shelf.ENVIRONMENT, "zoo")
     weights(served / files.WEIGHTS)
     names = imagenet(Path("data/imagenet/val"))
     assert patchcert("certify", "small", "--data-dir", "none").err.startswith("error[6]: no imagenet test data")
@@ -354,7 +358,7 @@ def test_the_hub_is_not_asked_before_the_rest_is_right(patchcert, monkeypatch: p
     def never(*_: Any, **__: Any) -> None:
         raise HubError("asked")
 
-    monkeypatch.setattr(hub, "fetch_unlisted", never)
+    monkeypatch.setattr(client, "fetch_unlisted", never)
     address = f"timm:{TINY}"
     for words in (
         ["--patch", "3", *VAL],

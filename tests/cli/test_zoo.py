@@ -11,15 +11,17 @@ from model_folders import make_run, make_zoo, write_result
 from typer.testing import CliRunner, Result
 
 from patchcert_cli import cards
+from patchcert_cli.catalog import shelf
 from patchcert_cli.cli.zoo import app, list_
 from patchcert_cli.errors import ClaimError, IntegrityError, PatchcertError, UnknownName, UsageError
+from patchcert_cli.storage import files
 
 NAME = "small-ibp-p2"
 
 
 @pytest.fixture
 def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(cards.ENVIRONMENT, str(tmp_path / "zoo"))
+    monkeypatch.setenv(shelf.ENVIRONMENT, str(tmp_path / "zoo"))
     make_zoo(tmp_path / "zoo")
     return tmp_path / "zoo"
 
@@ -53,7 +55,7 @@ def test_list_prints_one_unclipped_line_per_model(zoo: Path) -> None:
     lines = succeed("list").stdout.splitlines()
     heads = ["name", "defense", "threat", "clean", "certified", "published", "arithmetic", "size", "licence", "where"]
     assert lines[0].split() == heads
-    size = f"{(zoo / NAME / cards.WEIGHTS).stat().st_size / 1e3:.1f}"
+    size = f"{(zoo / NAME / files.WEIGHTS).stat().st_size / 1e3:.1f}"
     assert [line.split()[0] for line in lines[1:]] == [name, NAME]
     shares = ["93.00%", "60.00%", "60.40%"]
     assert lines[2].split()[1:] == ["ibp", "patch:2x2", *shares, "bounded", size, "kB", "apache-2.0", "bundled"]
@@ -100,7 +102,7 @@ def test_list_json_is_one_value(zoo: Path) -> None:
 
 def test_list_tells_what_has_no_weights_or_measurement(zoo: Path, run: Path) -> None:
     succeed("add", run, "--name", "fresh")
-    (zoo / NAME / cards.WEIGHTS).unlink()
+    (zoo / NAME / files.WEIGHTS).unlink()
     rows = {line.split()[0]: line.split() for line in succeed("list").stdout.splitlines()}
     assert rows["fresh"][3:6] == ["-", "-", "-"]
     assert rows[NAME][-1] == "missing"
@@ -118,7 +120,7 @@ def test_list_imports_neither_torch_nor_the_hub_client(zoo: Path) -> None:
 
 def test_show_prints_the_card(zoo: Path) -> None:
     text = succeed("show", NAME).stdout
-    assert text == (zoo / NAME / cards.CARD).read_text().split("\n---\n\n", 1)[1]
+    assert text == (zoo / NAME / files.CARD).read_text().split("\n---\n\n", 1)[1]
     for part in ("60.00% (6000/10000)", "60.40%", "learning_rate: 1.0e-05", "patchcert train --patch 2 --seed 3", "torch 2.6.0"):
         assert part in text
     assert cards.Card.from_dict(json.loads(succeed("show", NAME, "--json").stdout)) == cards.Card.read(zoo / NAME)
@@ -132,11 +134,11 @@ def test_pull_says_where_the_files_are_and_why(zoo: Path) -> None:
     assert "not published on the Hub yet" in done.stderr
     value = json.loads(succeed("pull", NAME, "--offline", "--json").stdout)
     assert (value["folder"], value["source"]) == (str(zoo / NAME), "bundled")
-    assert value["sha256"] == value["files"][cards.WEIGHTS]["sha256"]
+    assert value["sha256"] == value["files"][files.WEIGHTS]["sha256"]
 
 
 def test_pull_refuses_weights_that_changed(zoo: Path) -> None:
-    weights = zoo / NAME / cards.WEIGHTS
+    weights = zoo / NAME / files.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     assert "sha256" in fail(IntegrityError, "pull", NAME)
 
@@ -157,7 +159,7 @@ def test_add_copies_a_run_with_its_results(zoo: Path, run: Path, tmp_path: Path)
         "--json",
     )
     card = cards.Card.from_dict(json.loads(succeed(*command).stdout))
-    assert card == cards.bundled_card("new")
+    assert card == shelf.bundled_card("new")
     assert (card.results[0].certified, card.published[0].threat, card.published[0].source) == (6000, "patch:2x2", "table 1")
     assert (
         "measured, 1 results" in succeed("add", run, "--name", "new", "--result", result, "--to", tmp_path / "elsewhere").stdout

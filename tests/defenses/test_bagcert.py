@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchcert_cli import checkpoint, data, exact
+from patchcert_cli import checkpoint, data
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.certifiers import additive
+from patchcert_cli.certifiers.cells import additive
 from patchcert_cli.defenses import evidence
 from patchcert_cli.defenses.bagcert import BagCert, BagCertOptions, Step
 from patchcert_cli.defenses.base import Claim, TrainingStep
 from patchcert_cli.errors import DataError, IntegrityError, UnsupportedThreat, UsageError
+from patchcert_cli.layers import exact
 from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
 from patchcert_cli.training import loop
 from patchcert_cli.training.recipe import Recipe

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from patchcert_cli import checkpoint, data
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.certifiers import additive
+from patchcert_cli.certifiers.cells import additive
+from patchcert_cli.certifiers.geometry import Axis, Cover
 from patchcert_cli.defenses.base import TrainingStep
 from patchcert_cli.defenses.clipped import STEPS, Clipped, ClippedOptions, thresholds
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.geometry import Axis, Cover
 from patchcert_cli.threats import Patch, Patches, Sparse
 from patchcert_cli.training import loop
 from patchcert_cli.training.recipe import Recipe

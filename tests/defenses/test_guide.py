@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli import models
-from patchcert_cli.certifiers import intervals, pairwise
-from patchcert_cli.defenses import interval_loss
+from patchcert_cli.certifiers.bounds import intervals, pairwise
 from patchcert_cli.defenses.base import TrainingStep
-from patchcert_cli.defenses.guide import Guide, at_locations, guided, sample
-from patchcert_cli.defenses.interval_options import IntervalOptions
+from patchcert_cli.defenses.ibp import losses
+from patchcert_cli.defenses.ibp.guide import Guide, at_locations, guided, sample
+from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.threats import Patch
 
 PATCH = Patch(2, 3)
@@ -72,7 +72,7 @@ def step(aid: nn.Module, seed: int = 0, **options: object) -> TrainingStep:
 def test_the_loss_and_both_gradients() -> None:
     """The loss is that of the worst of the sampled locations; the classifier's gradient too; the guide's is that of its error."""
     net, aid, (x, label) = network(), guide(), batch(6)
-    loss = interval_loss.training_loss(net, x, label, step(aid, locations=2, seed=4))
+    loss = losses.training_loss(net, x, label, step(aid, locations=2, seed=4))
     chosen = sample(aid(x), PATCH, 2, torch.Generator().manual_seed(4))
     assert chosen.shape == (6, 3 * 2)
     margins = intervals.margins_at(net, x, label, PATCH, chosen, per_class=False)
@@ -107,7 +107,7 @@ def test_the_guide_learns_the_bounds_and_finds_worse_locations() -> None:
     for i in range(80):
         optimizer.zero_grad()
         part = slice(40 * (1 + i % 4), 40 * (2 + i % 4))
-        interval_loss.training_loss(net, x[part], label[part], step(aid, seed=i, locations=4)).backward()  # type: ignore[no-untyped-call]
+        losses.training_loss(net, x[part], label[part], step(aid, seed=i, locations=4)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     after = report()
     assert after[0] < before[0] / 2

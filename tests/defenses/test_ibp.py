@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers import intervals, rounding
-from patchcert_cli.defenses import ibp
+from patchcert_cli.certifiers.bounds import intervals, rounding
 from patchcert_cli.defenses.base import TrainingStep
-from patchcert_cli.defenses.ibp import IntervalDefense, IntervalOptions
+from patchcert_cli.defenses.ibp import defense
+from patchcert_cli.defenses.ibp.defense import IntervalDefense, IntervalOptions
 from patchcert_cli.errors import IntegrityError, MachineError
 from patchcert_cli.threats import Patch, Sparse, Threat
 
@@ -139,7 +139,7 @@ def test_the_answer_is_the_argmax_in_float64() -> None:
 def test_less_than_float32_is_found_when_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     made = IntervalDefense.tiny()
     made.self_test()
-    rebuilt = ibp.rebuilt
+    rebuilt = defense.rebuilt
 
     class Coarse(nn.Module):
         """A network that a machine computes in bfloat16 although it should not."""
@@ -156,10 +156,10 @@ def test_less_than_float32_is_found_when_a_model_is_loaded(monkeypatch: pytest.M
         found = rebuilt(network, dtype)
         return Coarse(found) if dtype == torch.float32 else found
 
-    monkeypatch.setattr(ibp, "rebuilt", coarse)
+    monkeypatch.setattr(defense, "rebuilt", coarse)
     with pytest.raises(MachineError, match="in float32 logits are off by .*, and rounding explains"):
         made.self_test()
-    monkeypatch.setattr(ibp, "rebuilt", rebuilt)
+    monkeypatch.setattr(defense, "rebuilt", rebuilt)
     next(iter(made.parameters())).data.fill_(float("nan"))
     with pytest.raises(IntegrityError, match="NaN or infinity"):
         made.self_test()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from patchcert_cli.defenses.ibp import IntervalDefense
+from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.threats import Patch, Sparse
 
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli import models
-from patchcert_cli.certifiers import intervals, pairwise
-from patchcert_cli.certifiers.folding import fold
-from patchcert_cli.certifiers.rules import propagate
-from patchcert_cli.defenses import interval_loss
+from patchcert_cli.certifiers.bounds import intervals, pairwise
+from patchcert_cli.certifiers.bounds.folding import fold
+from patchcert_cli.certifiers.bounds.rules import propagate
 from patchcert_cli.defenses.base import TrainingStep
-from patchcert_cli.defenses.interval_options import IntervalOptions
+from patchcert_cli.defenses.ibp import losses
+from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.errors import UsageError
 from patchcert_cli.threats import Patch, Sparse
 from patchcert_cli.training import session
@@ -93,7 +93,7 @@ def test_a_table_in_parts_is_the_whole_table(monkeypatch: pytest.MonkeyPatch) ->
 def test_mined_locations_are_the_worst_of_the_screened(name: str, kept: int) -> None:
     network, (x, label) = build(name), batch()
     how = step(pick="mined", screened=10, locations=kept, epsilon=0.7, seed=8)
-    chosen, per_class = interval_loss.pick(network, x, label, PATCH, how)
+    chosen, per_class = losses.pick(network, x, label, PATCH, how)
     screened = torch.randint(LOCATIONS, (6, 10), generator=torch.Generator().manual_seed(8))
     table = slow_table(network, x, label, 0.7).detach()
     assert per_class == (kept == 0)
@@ -117,17 +117,16 @@ def test_the_loss_of_each_pick(name: str) -> None:
     expected = {"worst": table.amin(dim=1), "random": drawn.amin(dim=1), "mined": drawn.amin(dim=1)}
     options = {"worst": {}, "random": {"locations": 8}, "mined": {"screened": 8}}
     for pick, margins in expected.items():
-        loss = interval_loss.training_loss(network, x, label, step(pick=pick, seed=2, **options[pick]))
+        loss = losses.training_loss(network, x, label, step(pick=pick, seed=2, **options[pick]))
         assert float(loss.detach()) == pytest.approx(float(F.cross_entropy(-margins, label).detach()), rel=1e-5)
 
 
 def test_more_screening_finds_a_worse_location() -> None:
     network, (x, label) = build("mlp"), batch()
     losses = [
-        float(interval_loss.training_loss(network, x, label, step(pick="mined", screened=count)).detach())
-        for count in (1, 5, 400)
+        float(losses.training_loss(network, x, label, step(pick="mined", screened=count)).detach()) for count in (1, 5, 400)
     ]
-    worst = float(interval_loss.training_loss(network, x, label, step(pick="worst")).detach())
+    worst = float(losses.training_loss(network, x, label, step(pick="worst")).detach())
     assert losses[0] < losses[1] < losses[2]
     assert losses[2] == pytest.approx(worst, rel=1e-5)
 
@@ -135,7 +134,7 @@ def test_more_screening_finds_a_worse_location() -> None:
 def test_natural_epochs_see_no_attacker() -> None:
     network, (x, label) = build("mlp"), batch()
     natural = replace(step(pick="worst"), options=IntervalOptions(natural_epochs=30, bounded_epochs=0))
-    assert torch.equal(interval_loss.training_loss(network, x, label, natural), F.cross_entropy(network(x), label))
+    assert torch.equal(losses.training_loss(network, x, label, natural), F.cross_entropy(network(x), label))
 
 
 @pytest.mark.parametrize("threat", [PATCH, Patch(1, 3), Sparse(2), Sparse(3, "value")], ids=str)
@@ -191,8 +190,8 @@ def test_linear_margins_are_exact_where_no_relu_bends() -> None:
 def test_the_linear_share_of_the_loss() -> None:
     network, (x, label) = build("mlp"), batch()
     how = {"pick": "random", "locations": 6, "seed": 3}
-    interval = interval_loss.training_loss(network, x, label, step(**how))
-    mixed = interval_loss.training_loss(network, x, label, step(**how, linear=0.25))
+    interval = losses.training_loss(network, x, label, step(**how))
+    mixed = losses.training_loss(network, x, label, step(**how, linear=0.25))
     chosen = torch.randint(LOCATIONS, (6, 6), generator=torch.Generator().manual_seed(3))
     margins, index = slow_table(network, x, label).gather(1, chosen[:, :, None].expand(-1, -1, CLASSES)).min(dim=1)
     linear = pairwise.linear_margins(network, x, label, PATCH, chosen.gather(1, index))
@@ -264,7 +263,7 @@ def test_gradients_flow_through_the_statistics() -> None:
     """A bias in front of batch norm has no effect at all, so its gradient is zero, in the clean pass and in the bounds."""
     network = build("mlp", norm=True).train()
     x, label = batch()
-    loss = interval_loss.training_loss(network, x, label, step(pick="worst", natural=0.3))
+    loss = losses.training_loss(network, x, label, step(pick="worst", natural=0.3))
     gradients = dict(zip(dict(network.named_parameters()), torch.autograd.grad(loss, list(network.parameters())), strict=True))
     assert float(gradients["2.bias"].abs().max()) < 1e-5 < float(gradients["3.bias"].abs().max())
     assert float(gradients["2.weight"].abs().max()) > 1e-5
@@ -273,7 +272,7 @@ def test_gradients_flow_through_the_statistics() -> None:
 def test_running_statistics_move_once_per_step_and_serve_eval_mode() -> None:
     network = build("cnn", norm=True).train()
     x, label = batch()
-    interval_loss.training_loss(network, x, label, step(pick="worst", natural=0.3))
+    losses.training_loss(network, x, label, step(pick="worst", natural=0.3))
     assert {int(layer.num_batches_tracked) for layer in network if isinstance(layer, nn.BatchNorm2d)} == {1}
     network.eval()
     assert torch.allclose(fold(network, x)[0](x), network(x), atol=1e-6)
@@ -292,9 +291,9 @@ def test_bounds_stay_below_the_clean_margin_under_autocast(name: str, norm: bool
         for epsilon in (1e-3, 1.0):
             how = replace(step(epsilon=epsilon, natural=0.2, tightness=0.1, balance=0.1, **options), threat=threat)
             with torch.autocast("cpu", torch.bfloat16):
-                loss = interval_loss.training_loss(network, x, label, how)
+                loss = losses.training_loss(network, x, label, how)
                 bare, _ = fold(network, x)
-                bounds = interval_loss._bounds(bare, x, label, threat, how)
+                bounds = losses._bounds(bare, x, label, threat, how)
                 logits = bare(x).float()
             clean = logits.gather(1, label[:, None]) - logits
             room = 2**-6 * float(logits.detach().abs().max()) if epsilon < 1 or isinstance(threat, Sparse) else 0.0

@@ -12,7 +12,7 @@ import pytest
 
 from patchcert_cli.cli import main
 from patchcert_cli.defenses.base import Augment
-from patchcert_cli.defenses.interval_options import IntervalOptions
+from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.errors import UsageError
 from patchcert_cli.training.recipe import Recipe
 

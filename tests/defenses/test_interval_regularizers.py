@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli import models
-from patchcert_cli.certifiers import pairwise
-from patchcert_cli.certifiers.rules import Box
-from patchcert_cli.defenses import interval_regularizers as regularizers
-from patchcert_cli.defenses.ibp import IntervalDefense
-from patchcert_cli.defenses.interval_options import IntervalOptions
+from patchcert_cli.certifiers.bounds import pairwise
+from patchcert_cli.certifiers.bounds.rules import Box
+from patchcert_cli.defenses.ibp import regularizers as regularizers
+from patchcert_cli.defenses.ibp.defense import IntervalDefense
+from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.threats import Patch, Sparse, Threat
 
 NETWORKS = {

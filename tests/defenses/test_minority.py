@@ -10,20 +10,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli import cards, data, evaluate, ledger, report, results, runs, single, verify
+from patchcert_cli import cards, data
 from patchcert_cli.attacks.base import Attack
 from patchcert_cli.attacks.patch_pgd import PatchPGD
 from patchcert_cli.attacks.target import Target
-from patchcert_cli.cards import Card, Measured
+from patchcert_cli.cards import Card, Measured, ledger
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee
-from patchcert_cli.certifiers import agreement
-from patchcert_cli.certifiers.masks import Cover, MaskPlan, MaskSet
-from patchcert_cli.certifiers.views import SLACK
+from patchcert_cli.certifiers.masks import agreement
+from patchcert_cli.certifiers.masks.mask_sets import Cover, MaskPlan, MaskSet
+from patchcert_cli.certifiers.masks.views import SLACK
 from patchcert_cli.defenses.base import Claim
 from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError, UnsupportedThreat, UsageError
-from patchcert_cli.plan import Plan, Subject
+from patchcert_cli.evaluation import evaluate, results, runs, single, verify
+from patchcert_cli.evaluation.plan import Plan, Subject
+from patchcert_cli.reporting import report
 from patchcert_cli.threats import Patch, Sparse, Threat
 from patchcert_cli.training.recipe import Recipe
 from tests.soundness.arena import Arena, check, draw_images
@@ -174,7 +176,7 @@ def test_the_map_of_margins_has_the_certificate_as_its_smallest_entry() -> None:
 
 
 def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchcert_cli.certifiers.views.computes_in_bfloat16", lambda device: True)
+    monkeypatch.setattr("patchcert_cli.certifiers.masks.views.computes_in_bfloat16", lambda device: True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         defense = Minority.tiny()

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli import checkpoint, models
-from patchcert_cli.certifiers import views
-from patchcert_cli.certifiers.masks import MaskPlan
-from patchcert_cli.certifiers.views import SLACK
+from patchcert_cli.certifiers.masks import views
+from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
+from patchcert_cli.certifiers.masks.views import SLACK
 from patchcert_cli.defenses.base import Claim, TrainingStep
 from patchcert_cli.defenses.minority import Minority
 from patchcert_cli.defenses.patchcleanser import MaskedOptions, PatchCleanser

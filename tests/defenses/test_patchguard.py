@@ -13,7 +13,7 @@ from torch import Tensor
 
 from patchcert_cli import checkpoint, data
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.certifiers.robust_masking import MOST
+from patchcert_cli.certifiers.cells.robust_masking import MOST
 from patchcert_cli.defenses.base import TrainingStep
 from patchcert_cli.defenses.patchguard import STEPS, PatchGuard, PatchGuardOptions
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError

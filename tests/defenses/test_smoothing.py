@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from soundness.arena import Arena, check, draw_images
 from torch import Tensor, nn
 
-from patchcert_cli import checkpoint, data, exact, models
+from patchcert_cli import checkpoint, data, models
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.certifiers import additive
-from patchcert_cli.certifiers.additive import Votes
+from patchcert_cli.certifiers.cells import additive
+from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.defenses import smoothing
 from patchcert_cli.defenses.base import TrainingStep
 from patchcert_cli.defenses.smoothing import ABLATIONS, ROUNDING, VIEWS, VOTES, Smoothing, SmoothingOptions
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
-from patchcert_cli.exact import Wire
+from patchcert_cli.layers import exact
+from patchcert_cli.layers.exact import Wire
 from patchcert_cli.models.resnet import ResNet, convolution
 from patchcert_cli.threats import Patch, Sparse
 from patchcert_cli.training import loop
@@ -484,7 +485,7 @@ def unit(values: Tensor) -> float:
 
 
 def obeys(parts: list[tuple[Tensor, Wire]], bias: Tensor, bits: int) -> bool:
-    """The theorem of :mod:`patchcert_cli.exact`, channel by channel, for a sum over several wires."""
+    """The theorem of :mod:`patchcert_cli.layers.exact`, channel by channel, for a sum over several wires."""
     for channel in range(len(bias)):
         step = min([unit(weight[channel]) + wire.exponent for weight, wire in parts] + [unit(bias[channel])])
         total = sum(float(weight[channel].double().abs().sum()) * wire.most for weight, wire in parts)

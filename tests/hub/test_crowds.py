@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from model_folders import make_zoo
 
-from patchcert_cli import cards, files
 from patchcert_cli.cards import Card
+from patchcert_cli.storage import files
 
 from .loopback import LoopbackHub
 
@@ -31,7 +31,7 @@ def publish(hub: LoopbackHub, zoo: Path) -> Card:
     for name in card.files:
         (folder / name).unlink()
     card = Card.from_dict({**card.to_dict(), "hub": {"repo": REPO, "revision": commit}})
-    (folder / cards.CARD).write_text(card.render(), encoding="utf-8")
+    (folder / files.CARD).write_text(card.render(), encoding="utf-8")
     return card
 
 

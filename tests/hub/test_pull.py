@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from model_folders import make_zoo
 
-from patchcert_cli import cards, files
 from patchcert_cli.cards import Card, Hub
+from patchcert_cli.storage import files
 
 from .faults import Fault, dead_name, refused_endpoint, silent_endpoint
 from .loopback import LoopbackHub, environment
@@ -43,7 +43,7 @@ def zoo(tmp_path: Path, hub: LoopbackHub) -> Path:
     for name in card.files:
         shutil.move(folder / name, tmp_path / name)
     card = replace(card, hub=Hub(REPO, commit))
-    (folder / cards.CARD).write_text(card.render(), encoding="utf-8")
+    (folder / files.CARD).write_text(card.render(), encoding="utf-8")
     return tmp_path / "zoo"
 
 
@@ -127,10 +127,10 @@ def test_force_fetches_again_and_remove_empties_the_cache(hub: LoopbackHub, zoo:
     pull(hub, zoo, NAME)
     hub.reset_log()
     served(pull(hub, zoo, NAME, "--force"), zoo)
-    assert hub.downloads(cards.WEIGHTS) == 1
+    assert hub.downloads(files.WEIGHTS) == 1
     variables = hub.environment(zoo.parent / "hf", PATCHCERT_ZOO=str(zoo))
     assert "freed" in patchcert(variables, "zoo", "remove", NAME).stdout
-    assert not list((zoo.parent / "hf").rglob(cards.WEIGHTS))
+    assert not list((zoo.parent / "hf").rglob(files.WEIGHTS))
     assert "nothing to remove" in patchcert(variables, "zoo", "remove", NAME).stdout
     refused(patchcert(variables, "zoo", "remove", "small-ibp-p3"), 3, NAME)
     refused(pull(hub, zoo, NAME, "--offline"), 4, "--offline forbids fetching it")
@@ -138,7 +138,7 @@ def test_force_fetches_again_and_remove_empties_the_cache(hub: LoopbackHub, zoo:
 
 def test_damage_in_the_cache_is_found_and_mended(hub: LoopbackHub, zoo: Path) -> None:
     folder = served(pull(hub, zoo, NAME), zoo)
-    weights = folder / cards.WEIGHTS
+    weights = folder / files.WEIGHTS
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(bytes(content))
@@ -169,7 +169,7 @@ def test_anybodys_model_is_held_against_its_own_card(hub: LoopbackHub, zoo: Path
 def test_another_revision_is_held_against_the_card_of_that_revision(hub: LoopbackHub, zoo: Path) -> None:
     make_zoo(zoo.parent / "other")
     card = replace(Card.read(zoo.parent / "other" / NAME), notes="A second version.")
-    commit = hub.commit(REPO, {cards.CARD: card.render().encode()})
+    commit = hub.commit(REPO, {files.CARD: card.render().encode()})
     done = pull(hub, zoo, NAME, "--revision", commit, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["source"] == "hub"

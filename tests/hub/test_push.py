@@ -13,8 +13,9 @@ import pytest
 import yaml
 from model_folders import make_run, make_zoo, write_result
 
-from patchcert_cli import cards, files, ledger
-from patchcert_cli.cards import Card
+from patchcert_cli.cards import Card, ledger
+from patchcert_cli.catalog import shelf
+from patchcert_cli.storage import files
 
 from .faults import Fault, refused_endpoint
 from .loopback import LoopbackHub, environment
@@ -70,7 +71,7 @@ def test_what_is_pushed_can_be_pulled_by_its_commit(hub: LoopbackHub, run: Path)
     assert (folder / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
     card = Card.read(folder)
     assert (card.status, card.results[0].certified, card.hub.repo, card.hub.revision) == ("measured", 6000, TO, None)
-    assert ledger.read(folder / cards.LEDGER).counts(0) == (9300, 6000)
+    assert ledger.read(folder / files.LEDGER).counts(0) == (9300, 6000)
     entries = yaml.safe_load(hub.files(TO)[".eval_results/patchcert.yaml"])
     assert sorted(entry["value"] for entry in entries) == [0.6, 0.93]
 
@@ -139,13 +140,13 @@ def test_a_zoo_model_whose_records_say_otherwise_is_refused(hub: LoopbackHub, tm
     folder = tmp_path / "zoo" / card.name
     variables = hub.environment(tmp_path / "hf", HF_TOKEN=TOKEN, PATCHCERT_ZOO=str(tmp_path / "zoo"))
     better = replace(card, results=(replace(card.results[0], certified=6001), *card.results[1:]))
-    (folder / cards.CARD).write_text(better.render())
+    (folder / files.CARD).write_text(better.render())
     refused(patchcert(variables, "zoo", "push", card.name), 8, "but its records have 9300 and 6000")
-    (folder / cards.CARD).write_text(card.render())
+    (folder / files.CARD).write_text(card.render())
     done = patchcert(variables, "zoo", "push", card.name)
     assert done.returncode == 0, done.stderr
     assert sorted(held(hub, f"patchcert/{card.name}")) == sorted(SENT)
-    pinned = cards.bundled_card(card.name, tmp_path / "zoo").hub.revision
+    pinned = shelf.bundled_card(card.name, tmp_path / "zoo").hub.revision
     pulled = patchcert(variables, "zoo", "pull", card.name)
     assert f"patchcert/{card.name} @ {str(pinned)[:7]}, fetched from the Hub" in pulled.stderr
 

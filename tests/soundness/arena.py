@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from patchcert_cli import defenses
 from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.base import Defense
-from patchcert_cli.defenses.ibp import IntervalDefense
+from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import UnsupportedThreat
 from patchcert_cli.threats import Patch, Sparse
 

@@ -12,10 +12,11 @@ from certifiers import ballot_breaks
 from torch import Tensor
 
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.certifiers import first_layer, intervals, reach, rounding, streams, windows
+from patchcert_cli.certifiers.bounds import first_layer, intervals, rounding, streams
+from patchcert_cli.certifiers.bounds.windows import reach, windows
+from patchcert_cli.certifiers.geometry import touched_range
 from patchcert_cli.defenses.evidence import EvidenceDefense
-from patchcert_cli.defenses.ibp import IntervalDefense
-from patchcert_cli.geometry import touched_range
+from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.threats import Patch, PatchPercent, Sparse
 
 Break = Callable[[pytest.MonkeyPatch], None]

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from patchcert_cli import defenses
-from patchcert_cli.certifiers import additive
+from patchcert_cli.certifiers.cells import additive
 from patchcert_cli.defenses.base import Defense
 from patchcert_cli.defenses.evidence import EvidenceDefense
-from patchcert_cli.defenses.ibp import IntervalDefense
+from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.threats import Patch, Sparse
 
 from .arena import (
@@ -122,8 +122,8 @@ def assert_votes_caught(apply: Break, method: str, threats: list[Attack], monkey
 
 def test_every_defense_of_the_folder_is_registered() -> None:
     folder = Path(defenses.__file__).parent
-    aside = ("__init__", *defenses.SHARED)
-    assert defenses.names() == sorted(path.stem for path in folder.glob("*.py") if path.stem not in aside)
+    aside = ("__init__", "__pycache__", *defenses.SHARED)
+    assert defenses.names() == sorted(path.stem for path in folder.iterdir() if path.stem not in aside)
     for name in set(defenses.SHARED) - {"base"}:  # what is set aside holds no defense that would go untested
         module = importlib.import_module(f"{defenses.__name__}.{name}")
         kinds = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, Defense)]

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torchvision.io import read_image
 
 import patchcert_cli
-from patchcert_cli import integers
-from patchcert_cli.certifiers import scales, views
-from patchcert_cli.certifiers.exact_views import ExactViews
-from patchcert_cli.certifiers.scales import Watch
+from patchcert_cli.certifiers.masks import scales, views
+from patchcert_cli.certifiers.masks.exact_views import ExactViews
+from patchcert_cli.certifiers.masks.scales import Watch
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
+from patchcert_cli.layers import integers
 from patchcert_cli.threats import Patch
 
 from . import rounding_enemy as enemy

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers import intervals
-from patchcert_cli.certifiers.first_layer import location_masks
-from patchcert_cli.certifiers.rules import propagate
-from patchcert_cli.certifiers.windows import Windows
-from patchcert_cli.defenses.ibp import IntervalDefense
+from patchcert_cli.certifiers.bounds import intervals
+from patchcert_cli.certifiers.bounds.first_layer import location_masks
+from patchcert_cli.certifiers.bounds.rules import propagate
+from patchcert_cli.certifiers.bounds.windows.windows import Windows
+from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.threats import Patch
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from patchcert_cli.certifiers import reach, streams
-from patchcert_cli.certifiers.reach import Place, Slide
-from patchcert_cli.certifiers.windows import Field, Windows
+from patchcert_cli.certifiers.bounds import streams
+from patchcert_cli.certifiers.bounds.windows import reach
+from patchcert_cli.certifiers.bounds.windows.reach import Place, Slide
+from patchcert_cli.certifiers.bounds.windows.windows import Field, Windows
 
 from .breaks import Break
 

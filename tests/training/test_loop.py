@@ -12,13 +12,14 @@ from typing import Any, cast
 import pytest
 import torch
 
-from patchcert_cli import cards, checkpoint, data, defenses, files
+from patchcert_cli import cards, checkpoint, data, defenses
 from patchcert_cli.certificate import Tally
 from patchcert_cli.defenses.base import Defense
-from patchcert_cli.defenses.ibp import IntervalOptions
+from patchcert_cli.defenses.ibp.defense import IntervalOptions
 from patchcert_cli.defenses.patchcleanser import MaskedOptions
 from patchcert_cli.errors import DataError, IntegrityError, Interrupted, UsageError
 from patchcert_cli.progress import Silent
+from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch, Sparse, parse_threat
 from patchcert_cli.training import loop, session
 from patchcert_cli.training.recipe import Recipe, for_threat

@@ -1,0 +1,1 @@
+"""The zoo: models found, added and published, and what their cards may say."""

@@ -1,0 +1,136 @@
+"""A model goes to the Hub: card, weights, configuration, records and evaluation metadata, or nothing.
+
+What is pushed is what was measured: the card's numbers must follow from the records, the records must be about these very
+weights, and both must cover the full test split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from patchcert_cli import cards
+from patchcert_cli.cards import Card, Hub
+from patchcert_cli.catalog.claims import check, measured, results_about
+from patchcert_cli.catalog.find import Resolved
+from patchcert_cli.catalog.shelve import write_card
+from patchcert_cli.errors import ClaimError, IntegrityError, UsageError
+from patchcert_cli.hub import client
+from patchcert_cli.storage import files
+
+EVALUATION = ".eval_results/patchcert.yaml"
+
+
+@dataclass(frozen=True)
+class Release:
+    """What a push sends.
+
+    Attributes:
+        source: the model folder that it comes from.
+        repo: where it goes.
+        card: as it will stand there.
+        contents: every file, in the order of the plan.
+        evidence: the results that were found, one line each.
+    """
+
+    source: Path
+    repo: str
+    card: Card
+    contents: Mapping[str, bytes | Path]
+    evidence: Sequence[str]
+
+    def plan(self) -> dict[str, Any]:
+        """Every file with size and sha256, and what the card claims, as plain values."""
+        rows = {}
+        for name, content in self.contents.items():
+            data = content if isinstance(content, bytes) else content.read_bytes()
+            rows[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        claims = [
+            {key: getattr(one, key) for key in ("threat", "method", "guarantee", "images", "clean", "certified")}
+            | {"arithmetic": str(self.card.arithmetic(one))}
+            for one in self.card.results
+        ]
+        return {"repo": self.repo, "model": self.card.name, "files": rows, "claims": claims, "evidence": list(self.evidence)}
+
+
+def prepare(found: Resolved, repo: str | None, results: Mapping[str, Mapping[str, Any]], places: Sequence[Path] = ()) -> Release:
+    """What a push of this model would send; asks no network.
+
+    A zoo folder brings its measurements along. For a training run they are ``results``, by the path of their ``result.json``, or
+    else those found in ``places``.
+
+    Raises:
+        ClaimError: no result on the full test split for these very weights, records missing, or records that say otherwise.
+        IntegrityError: a file is not what its card says.
+        UsageError: no valid repository.
+    """
+    card = found.card
+    if card is None:
+        raise IntegrityError(f"'{found.folder}' has no model card ({files.CARD}).", hint="Train it again with the same command.")
+    repo = repo or card.hub.repo
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo):
+        raise UsageError(f"--to '{repo}' is no repository;", hint="use organization/name.")
+    if card.status == "unreliable":
+        raise ClaimError(f"{card.name} is marked unreliable: {card.reason}.")
+    contents: dict[str, bytes | Path] = {}
+    if card.results and not results:
+        check(card, found.folder)
+        evidence = [f"{found.folder / files.LEDGER}"]
+    else:
+        results = results or results_about(found, list(places))
+        card, packed = measured(found, results)
+        assert packed is not None
+        contents[files.LEDGER] = packed
+        evidence = list(results)
+    card = replace(card, hub=Hub(repo))
+    for name in card.files:
+        contents.setdefault(name, found.folder / name)
+    contents = {
+        files.CARD: card.render().encode(),
+        **{name: contents[name] for name in sorted(contents)},
+        EVALUATION: evaluation(card).encode(),
+    }
+    return Release(found.folder, repo, card, contents, evidence)
+
+
+def publish(release: Release, *, create_pr: bool = False, private: bool = False) -> client.Pushed:
+    """Send it, and write the commit back into the card it came from; a pull request has none until it is merged.
+
+    Raises:
+        HubError: the Hub is out of reach or refuses.
+        IntegrityError: the Hub holds something else than was sent, or a file has changed since the plan was made.
+    """
+    for name, facts in release.card.files.items():
+        content = release.contents[name]
+        actual = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else files.sha256(content)
+        if actual != facts.sha256:
+            raise IntegrityError(f"'{name}' has changed since the push was planned.", hint="Run the same command again.")
+    message = f"{release.card.name}: weights, card and records of every test image"
+    done = client.push(release.repo, release.contents, message, create_pr=create_pr, private=private)
+    if done.request is None:
+        packed = release.contents.get(files.LEDGER)
+        if isinstance(packed, bytes):
+            files.write_atomically(release.source / files.LEDGER, packed)
+        write_card(release.source, replace(release.card, hub=Hub(release.repo, done.commit)))
+    return done
+
+
+def evaluation(card: Card) -> str:
+    """The Hub's ``.eval_results`` file: one entry per measurement."""
+    entries = [
+        {
+            "dataset_id": cards.HUB_DATASETS.get(one.dataset, one.dataset),
+            "task_id": task,
+            "value": count / one.images,
+            "date": one.date,
+            "notes": f"{one.threat}, {one.split} split, {one.guarantee}, {one.method}, arithmetic {card.arithmetic(one)}:"
+            f" {count} of {one.images} images",
+        }
+        for one in card.results
+        for task, count in (("clean_accuracy", one.clean), (cards.metric(one)[0], one.certified))
+    ]
+    return client.evaluation(entries)

@@ -1,0 +1,1 @@
+"""Proofs from bounds of every activation, for every patch location at once."""

@@ -1,0 +1,167 @@
+"""Interval bounds of a network for every atom of a threat at once.
+
+Shapes: B images, C channels, H x W pixels, A atoms, K classes, N neurons of the layer at hand.
+
+**Theorem.** Let f be a ``Sequential`` of linear, convolution, ReLU, flatten, pooling, frozen batch norm and normalization
+layers, x an image in [0, 1], y a class, and T a threat model. For a patch, let m_c be the minimum over all locations L of the
+interval lower bound of f_y - f_c on the box {x' : x' = x outside L, x' in [0, 1] inside L}; for a sparse threat, on the box of
+pre-activations that :mod:`first_layer` gives. If m_c > 0 for every c != y then argmax f(x') = y for every x' that T allows.
+Proof: each x' lies in one of the boxes, and interval arithmetic encloses (:mod:`rules`); the last linear layer is merged with
+the difference e_y - e_c first. Source: Chiang et al., Certified Defenses for Adversarial Patches, ICLR 2020, section 3. Theirs
+is computed on one boxed copy of the image per location; here only the windows that a patch reaches are computed for each
+location (:mod:`windows`), and a fully connected network's first layer comes from sums over the patch window.
+
+These are statements of exact arithmetic; :mod:`rounding` accounts for the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from patchcert_cli.certifiers.bounds.first_layer import Split, location_masks, window_sums
+from patchcert_cli.certifiers.bounds.rules import Box, propagate
+from patchcert_cli.certifiers.bounds.streams import Contrast, Stream, open_stream
+from patchcert_cli.certifiers.bounds.windows.windows import Windows
+from patchcert_cli.errors import UnsupportedThreat
+from patchcert_cli.threats import Patch, PatchPercent, Sparse, Threat
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Lower bounds of ``f_target - f_class`` over all atoms.
+
+    Attributes:
+        values: [B, K], the minimum over atoms; 0 in the target's own column.
+        worst: int64 [B, K], the index of the atom that attains it.
+    """
+
+    values: Tensor
+    worst: Tensor
+
+
+def resolve(threat: Threat, height: int, width: int, channels: int) -> Patch | Sparse:
+    """The threat in pixels on this image size; raises if it does not fit or has no interval certificate."""
+    if isinstance(threat, PatchPercent):
+        return threat.resolve(height, width)
+    if isinstance(threat, Patch | Sparse):
+        threat.check(height, width, channels)
+        return threat
+    raise UnsupportedThreat(f"interval bounds have no certificate against {threat};", hint="allowed: patch, sparse.")
+
+
+def lower_margins(
+    network: nn.Module, x: Tensor, target: Tensor, threat: Threat, *, epsilon: float = 1.0, visits: int = 0
+) -> Margins:
+    """Interval lower bounds of ``f_target - f_class`` over every atom of ``threat``.
+
+    Args:
+        network: a ``Sequential`` in eval mode, images [B, C, H, W] in [0, 1] -> logits [B, K].
+        x: [B, C, H, W] in [0, 1].
+        target: int64 [B], the class to defend.
+        threat: a patch or sparse threat model.
+        epsilon: below 1, touched entries move only this fraction of their way to 0 or 1 (for training ramps).
+        visits: for training against a sparse threat: the most pixels or values per neuron that are looked at; 0 is all.
+
+    Gradients flow for sparse threats; for patches take them with :func:`margins_at` at the location found here.
+    """
+    split = Split.of(network, x.shape[1])
+    resolved = resolve(threat, x.shape[2], x.shape[3], x.shape[1])
+    with torch.set_grad_enabled(torch.is_grad_enabled() and isinstance(resolved, Sparse)):
+        return minimum(open_stream(split, x, resolved, epsilon, visits=visits), target)
+
+
+def minimum(stream: Stream, target: Tensor) -> Margins:
+    """The smallest margins over all atoms of a stream; ``target`` is int64 [B]."""
+    groups = stream.groups(target)
+    parts = [_smallest(stream.chunks(group, Contrast(stream.split, target[group]))) for group in groups]
+    back = torch.cat(groups).argsort()
+    values, worst = (torch.cat(part, dim=1)[:, back].t() for part in zip(*parts, strict=True))
+    return Margins(values, worst)
+
+
+def _smallest(chunks: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+    """Minimum over atoms and its index, [K, B] each, from chunks [A', K, B] in order."""
+    values = worst = None
+    seen = 0
+    for chunk in chunks:
+        lowest, index = chunk.min(dim=0)
+        if values is None or worst is None:
+            values, worst = lowest, index
+        else:
+            worst = torch.where(lowest < values, index + seen, worst)
+            values = torch.minimum(lowest, values)
+        seen += len(chunk)
+    assert values is not None and worst is not None
+    return values, worst
+
+
+def margins_at(
+    network: nn.Module, x: Tensor, target: Tensor, patch: Patch, chosen: Tensor, *, per_class: bool, epsilon: float = 1.0
+) -> Tensor:
+    """The interval lower bounds of ``f_target - f_class`` at chosen locations, with gradient.
+
+    Where ``chosen`` is the worst location of each class, this is the minimum over all locations and has its gradient (the
+    gradient of a minimum is that of its minimizer), at the cost of the few distinct locations instead of all.
+
+    Args:
+        chosen: int64, indices of locations: [B, K], one for each class, if ``per_class``; else [B, R], each for all classes, of
+            which the smallest margin is returned.
+
+    Returns: [B, K]; 0 in the target's column.
+    """
+    better, worse, offset, (lower, upper) = _contrasted(network, x, target, patch, chosen, epsilon)
+    if not per_class:
+        return (lower @ better.transpose(1, 2) + upper @ worse.transpose(1, 2)).amin(dim=1) + offset
+    return (better * lower + worse * upper).sum(dim=2) + offset
+
+
+def margins_table(network: nn.Module, x: Tensor, target: Tensor, patch: Patch, chosen: Tensor, *, epsilon: float = 1.0) -> Tensor:
+    """The interval lower bounds of ``f_target - f_class`` at each of R locations of each image, with gradient.
+
+    Args:
+        chosen: int64 [B, R], indices of locations.
+
+    Returns: [B, R, K]; 0 in the target's column.
+    """
+    better, worse, offset, (lower, upper) = _contrasted(network, x, target, patch, chosen, epsilon)
+    return lower @ better.transpose(1, 2) + upper @ worse.transpose(1, 2) + offset[:, None]
+
+
+def _contrasted(
+    network: nn.Module, x: Tensor, target: Tensor, patch: Patch, chosen: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor, Box]:
+    """The last layer merged with ``e_target - e_class``, and the box in front of it at ``chosen`` locations [B, R].
+
+    Returns: its weights for lower and for upper ends [B, K, N], its bias [B, K], and the box [B, R, N].
+    """
+    split = Split.of(network, x.shape[1])
+    final = split.rest[-1] if split.rest else None
+    if not isinstance(final, nn.Linear):
+        raise UnsupportedThreat("training on patches needs a network that ends in a linear layer behind another layer.")
+    atoms = patch.count(x.shape[2], x.shape[3])
+    image = torch.arange(len(x), device=x.device)[:, None].expand_as(chosen)
+    pairs, back = (image * atoms + chosen).unique(return_inverse=True)  # type: ignore[no-untyped-call]  # distinct (image, location)
+    lower, upper = _at_pairs(split, x, patch, pairs // atoms, pairs % atoms, epsilon)  # [U, N]
+    contrast = final.weight[target][:, None] - final.weight  # [B, K, N]
+    bias = final.bias if final.bias is not None else final.weight.new_zeros(final.out_features)
+    return contrast.clamp(min=0), contrast.clamp(max=0), bias[target][:, None] - bias, (lower[back], upper[back])
+
+
+def _at_pairs(split: Split, x: Tensor, patch: Patch, owner: Tensor, location: Tensor, epsilon: float) -> Box:
+    """Bounds in front of the last layer for U pairs (image ``owner``, ``location``), [U, N] each, with gradient."""
+    if not split.is_dense:
+        windows = Windows(split.layers[:-1], x, patch, epsilon, clip=False)
+        order = windows.reach.order(location)
+        back = order.argsort()
+        lower, upper = windows.bounds(owner[order], location[order])
+        return lower[back], upper[back]
+    moved = location_masks(patch, x)[location, None] * epsilon  # [U, 1, H, W]
+    weight = split.dense_weight((x.shape[1], x.shape[2], x.shape[3]))  # [N, C, H, W]
+    content = (0.5 - x)[owner] * moved
+    middle = split.clean(x)[owner] + content.flatten(1) @ weight.flatten(1).t()
+    radius = (epsilon / 2) * window_sums(weight.abs(), patch)[:, location].t()
+    return propagate(split.rest[:-1], (middle - radius, middle + radius))

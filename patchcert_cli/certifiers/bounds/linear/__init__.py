@@ -1,0 +1,1 @@
+"""Linear bounds, computed backwards."""

@@ -1,0 +1,1 @@
+"""Interval bounds in the windows that a patch can reach."""

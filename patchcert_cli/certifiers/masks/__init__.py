@@ -1,0 +1,1 @@
+"""Proofs from predictions behind masks."""

@@ -1,0 +1,1 @@
+"""Plain classifiers by address: timm, the Hub, a user's own code."""

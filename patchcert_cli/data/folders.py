@@ -1,0 +1,288 @@
+"""Pictures in one folder per class, packed once into a flat file of 8-bit pixels that is mapped into memory and never read whole.
+
+Which pictures a folder has says :mod:`patchcert_cli.data.listing`, what they become :mod:`patchcert_cli.data.image`.
+
+The packed file lies in a store, a folder that the caller names, with a JSON beside it that says what it holds. It is made
+again when the names, sizes or times of the pictures have changed. What is half done is kept, block by block.
+
+Shapes: n pictures, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy
+import torch
+from torch import Tensor
+
+from patchcert_cli.data import image
+from patchcert_cli.data.framing import Framing
+from patchcert_cli.data.image import Account
+from patchcert_cli.data.listing import SHOWN, Listing, passed, scan
+from patchcert_cli.errors import DataError, IntegrityError, Interrupted, MachineError
+from patchcert_cli.progress import Progress, Silent
+from patchcert_cli.storage import files
+
+FORMAT = 2  # of packed files, with all that decides their pixels
+REMEDY, AGAIN = "Replace or remove", "then run the same command again: what is packed is kept."
+BLOCK = 512  # pictures between two points from which packing goes on after an interruption
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A folder of class folders as tensors.
+
+    Attributes:
+        pixels: uint8 [n, 3, H, W], mapped from ``path``, not to be written to.
+        labels: int64 [n].
+        classes: names of the class folders.
+        sha256: of the pixels, from when they were packed.
+        remarks: what was done to the pictures, and what was skipped, a line each.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    sha256: str
+    path: Path
+    remarks: tuple[str, ...] = ()
+
+
+def load(folder: Path, framing: Framing, *, stores: Sequence[Path], progress: Progress | None = None) -> Packed:
+    """The pictures of ``folder`` as images, packed if they are not yet.
+
+    Args:
+        folder: holds a folder per class.
+        framing: how a picture becomes an image [3, H, W].
+        stores: looked through for the packed file; it is made in the first of them that can be written to.
+        progress: is told how far it is packed, and which pictures are damaged.
+
+    Raises:
+        DataError: the folder is not one of class folders with pictures, or pictures cannot be read: all of them are named.
+        MachineError: the disk is too small, or another process is packing the same folder.
+        Interrupted: stopped by Ctrl-C; the same call goes on where it stopped.
+    """
+    listing = scan(folder)
+    found = find(listing, framing, stores=stores)
+    if found is not None:
+        return found
+    wanted = _wanted(listing, framing)
+    place = _place(_writable(stores), folder, framing)
+    with _alone(place):
+        found = _opened(place, listing, wanted, framing)  # another process may have been quicker
+        if found is None:
+            _pack(listing, wanted, framing, place, progress or Silent())
+            found = _opened(place, listing, wanted, framing)
+    if found is None:
+        raise MachineError(f"'{place}' vanished while it was made;", hint="run the same command again.")
+    return found
+
+
+def find(listing: Listing, framing: Framing, *, stores: Sequence[Path]) -> Packed | None:
+    """The packed file of these pictures, if there is one that holds them as they are now; see :func:`load`."""
+    wanted = _wanted(listing, framing)
+    places = (_place(store, listing.folder, framing) for store in stores)
+    return next((found for place in places if (found := _opened(place, listing, wanted, framing)) is not None), None)
+
+
+def glance(listing: Listing, numbers: Sequence[int], framing: Framing) -> tuple[Tensor, tuple[str, ...]]:
+    """Some pictures of a listing as uint8 [m, 3, H, W], read from their own files, and remarks as of :class:`Packed`."""
+    with image.quiet():
+        found = [image.take(listing.path(number), framing) for number in numbers]
+    account = sum(map(Account.of, found), Account())
+    return torch.stack([one.pixels for one in found]), _remarks(account, listing, framing)
+
+
+def _remarks(account: Account, listing: Listing, framing: Framing) -> tuple[str, ...]:
+    skipped = passed(listing.skipped).removeprefix("; ")
+    return (*account.lines(framing), *([f"{skipped} in '{listing.folder}'"] if skipped else []))
+
+
+def _wanted(listing: Listing, framing: Framing) -> dict[str, Any]:
+    """What a packed file must say of itself to hold these pictures."""
+    return {"format": FORMAT, "framing": str(framing), "pictures": len(listing), "listing": listing.digest()}
+
+
+def _place(store: Path, folder: Path, framing: Framing) -> Path:
+    """Where the packed file of ``folder`` is in ``store``. A data directory can be moved as a whole with the store inside."""
+    whole, home = folder.resolve(), store.resolve().parent
+    key = whole.relative_to(home) if whole.is_relative_to(home) else whole
+    name = "-".join(key.relative_to(key.anchor).parts[-2:])
+    sides = str(framing).replace("/", "of").replace(",", "-")
+    return store / f"{name}-{sides}-{files.sha256_of(os.fsencode(key.as_posix()))[:8]}.u8"
+
+
+def _writable(stores: Sequence[Path]) -> Path:
+    for store in stores:
+        with contextlib.suppress(OSError):
+            store.mkdir(parents=True, exist_ok=True)
+            if os.access(store, os.W_OK):
+                return store
+    raise MachineError(
+        f"cannot write to {' or '.join(map(repr, map(str, stores)))};", hint="the packed pictures must lie somewhere."
+    )
+
+
+def _opened(place: Path, listing: Listing, wanted: dict[str, Any], framing: Framing) -> Packed | None:
+    """The packed file, or None if it is not there, not whole or not of these pictures."""
+    try:
+        facts = files.read_json(place.with_suffix(".json"))
+        there, account = place.stat().st_size, Account.from_list(facts["account"])
+    except (IntegrityError, OSError, KeyError, TypeError, ValueError):
+        return None
+    shape = (wanted["pictures"], 3, *framing.size)
+    if there != math.prod(shape) or any(facts.get(key) != value for key, value in wanted.items()):
+        return None
+    # not torch.from_file: it maps a file copy-on-write, which Linux refuses beyond the size of the memory, or open for writing
+    flat = numpy.memmap(place, dtype=numpy.uint8, mode="r", shape=shape)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to a data set
+        pixels = torch.from_numpy(flat)
+    remarks = _remarks(account, listing, framing)
+    return Packed(pixels, listing.labels, listing.classes, str(facts["sha256"]), place, remarks)
+
+
+def _pack(listing: Listing, wanted: dict[str, Any], framing: Framing, place: Path, progress: Progress) -> None:
+    """Write the packed file and the JSON beside it; it is complete as soon as it has its name."""
+    total, bytes_each = len(listing), 3 * math.prod(framing.size)
+    for stale in (place.with_suffix(".json"), place):  # of other pictures; whoever has it mapped keeps it
+        stale.unlink(missing_ok=True)
+    partial, journal = place.with_suffix(".partial"), place.with_suffix(".partial.json")
+    blocks = _kept(listing, wanted, partial, journal, bytes_each)
+    done = min(len(blocks) * BLOCK, total)
+    _check_room(place, (total - done) * bytes_each, f"packing {total} pictures of '{listing.folder}'")
+    progress.note(f"packing {total} pictures of '{listing.folder}' into '{place}' ({total * bytes_each / 1e9:.1f} GB), once")
+    if done:
+        progress.note(f"{done} of them are packed already")
+    try:
+        with partial.open("ab") as stream, ThreadPoolExecutor(torch.get_num_threads()) as pool, image.quiet():
+            stream.truncate(done * bytes_each)
+            while done < total:
+                end = min(done + BLOCK, total)
+                found = list(pool.map(_tried, map(listing.path, range(done, end)), [framing] * (end - done)))
+                taken = [one for one in found if isinstance(one, image.Taken)]
+                if len(taken) < len(found):  # nothing more is packed: all damaged pictures are told at once
+                    _refuse([one for one in found if isinstance(one, DataError)], listing, end, pool, framing, progress)
+                content = b"".join(one.pixels.numpy().tobytes() for one in taken)
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())  # before the journal says so
+                account = sum(map(Account.of, taken), Account())
+                blocks.append([listing.digest(done, end), files.sha256_of(content), account.to_list()])
+                files.write_json(journal, {**_same(wanted), "blocks": blocks})
+                done = end
+                progress.update(done, total, "packing pictures")
+        whole = files.sha256_of("".join(content for _, content, _ in blocks).encode())
+        account = sum((Account.from_list(said) for _, _, said in blocks), Account())
+        facts = {**wanted, "sha256": whole, "account": account.to_list(), **_described(listing)}
+        files.write_json(place.with_suffix(".json"), facts)
+        os.replace(partial, place)  # last: until then the next call finishes this
+    except OSError as problem:
+        raise MachineError(
+            f"cannot write '{partial}': {problem.strerror or problem};",
+            hint=f"run the same command again: {done} pictures are kept.",
+        ) from problem
+    except KeyboardInterrupt as problem:
+        raise Interrupted(f"interrupted at {done} of {total} pictures;", hint="resume with the same command.") from problem
+    journal.unlink(missing_ok=True)
+
+
+def _tried(path: Path, framing: Framing) -> image.Taken | DataError:
+    try:
+        return image.take(path, framing)
+    except DataError as problem:
+        return problem
+
+
+def _refuse(
+    bad: list[DataError], listing: Listing, begin: int, pool: ThreadPoolExecutor, framing: Framing, progress: Progress
+) -> NoReturn:
+    """Raise for all pictures that cannot be read, after looking at those from ``begin`` on too."""
+    total = len(listing)
+    for at in range(begin, total, BLOCK):
+        paths = [listing.path(number) for number in range(at, min(at + BLOCK, total))]
+        bad += [one for one in pool.map(_tried, paths, [framing] * len(paths)) if isinstance(one, DataError)]
+        progress.update(min(at + BLOCK, total), total, f"looking for damaged pictures, {len(bad)} so far")
+    said = [str(one.args[0]) for one in bad]
+    if len(bad) == 1:
+        raise DataError(said[0], hint=f"{REMEDY} it, {AGAIN}") from bad[0]
+    for one in said:
+        progress.note(one)
+    named = " ".join(said[:SHOWN]) + (f" And {len(bad) - SHOWN} more." if len(bad) > SHOWN else "")
+    raise DataError(f"{len(bad)} of {total} pictures cannot be used: {named}", hint=f"{REMEDY} them, {AGAIN}") from bad[0]
+
+
+def _described(listing: Listing) -> dict[str, Any]:
+    """What nobody needs to read the packed file, but to know what it is; decoders differ between versions."""
+    import PIL
+
+    return {"folder": str(listing.folder), "classes": list(listing.classes), "pillow": PIL.__version__}
+
+
+def _same(wanted: dict[str, Any]) -> dict[str, Any]:
+    """What decides the pixels of a picture."""
+    return {key: wanted[key] for key in ("format", "framing")}
+
+
+def _kept(listing: Listing, wanted: dict[str, Any], partial: Path, journal: Path, bytes_each: int) -> list[list[Any]]:
+    """The first blocks of an interrupted packing that hold the very pictures of ``listing``."""
+    try:
+        before, there = files.read_json(journal), partial.stat().st_size
+        blocks = [[str(of), str(content), Account.from_list(said).to_list()] for of, content, said in before["blocks"]]
+    except (IntegrityError, OSError, KeyError, TypeError, ValueError):
+        return []
+    kept: list[list[Any]] = []
+    if {key: before.get(key) for key in _same(wanted)} == _same(wanted):
+        for begin, block in zip(range(0, len(listing), BLOCK), blocks, strict=False):
+            end = min(begin + BLOCK, len(listing))
+            if end * bytes_each > there or block[0] != listing.digest(begin, end):
+                break
+            kept.append(block)
+    return kept
+
+
+def _check_room(place: Path, need: int, what: str) -> None:
+    free = shutil.disk_usage(place.parent).free
+    if need > free:
+        raise MachineError(
+            f"{what} needs {need / 1e9:.1f} GB in '{place.parent}', where {free / 1e9:.1f} GB are free;",
+            hint="free some space, or make that folder a link to a larger disk.",
+        )
+
+
+@contextlib.contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """Keep other processes from packing the same; the lock ends with the process, however it ends."""
+    try:
+        lock = place.with_suffix(".lock").open("w")
+    except OSError as problem:
+        raise MachineError(f"cannot write to '{place.parent}': {problem.strerror or problem}.") from problem
+    with lock:
+        if not _locked(lock.fileno()):
+            raise MachineError(
+                f"another process is packing '{place}';", hint="wait until it is done, then run the same command again."
+            )
+        yield
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether no other process holds the lock; nobody is kept out where the system or the disk knows no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return True
+    return True

@@ -1,0 +1,166 @@
+"""Interval bound propagation (Chiang et al., Certified Defenses for Adversarial Patches, ICLR 2020).
+
+Any feed-forward network of linear, convolution, ReLU and pooling layers, trained so that its interval bounds stay tight under
+the threat, and certified by them, or by linear bounds where they leave something open. Proofs:
+:mod:`patchcert_cli.certifiers.bounds.intervals` and :mod:`patchcert_cli.certifiers.bounds.linear.linear`; rounding rule:
+:mod:`patchcert_cli.certifiers.bounds.rounding`; training: :mod:`patchcert_cli.defenses.ibp.losses`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patchcert_cli import models
+from patchcert_cli.certificate import Arithmetic, Certificate
+from patchcert_cli.certifiers.bounds import pairwise, rounding
+from patchcert_cli.certifiers.bounds.first_layer import Split
+from patchcert_cli.certifiers.bounds.folding import fold
+from patchcert_cli.certifiers.bounds.linear import refine
+from patchcert_cli.certifiers.bounds.rules import plain_sums
+from patchcert_cli.certifiers.bounds.windows import routes
+from patchcert_cli.defenses.base import Claim, Defense, Options, TrainingStep
+from patchcert_cli.defenses.ibp import losses, regularizers
+from patchcert_cli.defenses.ibp.guide import Guide
+from patchcert_cli.defenses.ibp.options import IntervalOptions
+from patchcert_cli.errors import IntegrityError, MachineError, UnsupportedThreat
+from patchcert_cli.layers.plain import rebuilt
+from patchcert_cli.threats import Patch, PatchPercent, Threat
+
+
+class IntervalDefense(Defense):
+    """A plain classifier certified by interval and linear bounds, against patches and sparse changes."""
+
+    source = "Chiang et al., Certified Defenses for Adversarial Patches, ICLR 2020"
+    methods = ("best", "interval", "linear")  # linear bounds are added to interval bounds, so best and linear are one
+    options = IntervalOptions
+    numerics: Mapping[str, str] = {
+        "bounds": "float32",
+        "near_zero": "float64",
+        "linear": "float64",
+        "prediction": "float64",
+    }
+    default_network = "mlp"
+
+    def __init__(self, network: nn.Sequential, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
+        super().__init__(input_shape=input_shape, classes=classes)
+        self.network = network
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> IntervalDefense:
+        shape, classes = tuple(config["input_shape"]), tuple(config["classes"])
+        options = {**config["network"]["options"], "input_shape": shape, "classes": len(classes)}
+        return cls(models.build(config["network"]["name"], options), input_shape=shape, classes=classes)
+
+    @classmethod
+    def tiny(cls) -> IntervalDefense:
+        shape = (1, 4, 4)
+        options = {"input_shape": shape, "classes": 3, "hidden": (6,), "mean": (0.4,), "std": (0.5,)}
+        return cls(models.build("mlp", options), input_shape=shape, classes=("a", "b", "c")).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x)
+        return logits
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """Argmax of the logits evaluated in float64, lowest class index first.
+
+        It is the same in every batch and on every device, but for ties closer than float64 can tell, which are never certified.
+        """
+        self.check_input(x)
+        return self._predict(rebuilt(self.network, torch.float64), x)
+
+    @staticmethod
+    def _predict(exact: nn.Module, x: Tensor) -> Tensor:
+        with plain_sums():
+            logits: Tensor = exact(x.double())
+        if logits.ndim != 2:
+            raise UnsupportedThreat(
+                f"logits of shape {tuple(logits.shape)} are not [B, K];", hint="end the network with Flatten."
+            )
+        best = logits.amax(dim=1, keepdim=True)
+        return (logits == best).int().argmax(dim=1)
+
+    @torch.no_grad()
+    def certify_each(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
+        self.check_input(x)
+        for claim in claims:
+            self.check_method(claim.method)
+        exact, found = rebuilt(self.network, torch.float64), []
+        with plain_sums():
+            prediction = self._predict(exact, x)
+            network = exact if x.dtype == torch.float64 else rebuilt(self.network)
+            proofs = {
+                threat: rounding.prove(network, exact, x, prediction, threat)
+                for threat in dict.fromkeys(claim.threat for claim in claims)
+            }
+            for claim in claims:
+                proof, linear = proofs[claim.threat], (claim.method or self.methods[0]) != "interval"
+                if linear:
+                    proof = refine.improve(exact, x, prediction, claim.threat, proof)
+                found.append(self._certificate(prediction, proof, claim.threat, "linear" if linear else "interval"))
+        return found
+
+    @torch.no_grad()
+    def self_test(self) -> None:
+        """Compare float32 with float64 on some images: they differ by no more than roundings of float32 can explain.
+
+        Raises:
+            UnsupportedThreat: a layer has no rule.
+            IntegrityError: logits are no finite numbers.
+            MachineError: this machine computes in less than float32 where it should not.
+        """
+        generator = torch.Generator().manual_seed(0)
+        x = torch.rand(4, *self.input_shape, generator=generator).to(self.device)
+        single, exact = rebuilt(self.network, torch.float32), rebuilt(self.network, torch.float64)
+        with plain_sums():
+            found, best = single(x).double(), exact(x.double())
+            allowed = rounding.forward_error(Split.of(exact, x.shape[1]), x, torch.float32)
+        if not bool(found.isfinite().all() & best.isfinite().all()):
+            raise IntegrityError("the network answers NaN or infinity;", hint="its weights or its preprocessing are broken.")
+        off = float((found - best).abs().max())  # of one logit; a difference of two may be off by twice as much
+        if not off <= allowed:
+            raise MachineError(
+                f"in float32 logits are off by {off:.1e}, and rounding explains {allowed:.1e};",
+                hint="a setting makes this machine compute in less than float32: undo it, or use another --device.",
+            )
+
+    def _certificate(self, prediction: Tensor, proof: rounding.Proof, threat: Threat, method: str) -> Certificate:
+        height, width = self.input_shape[1:]
+        return Certificate(
+            prediction=prediction,
+            certified=proof.margin > proof.slack,
+            margin=proof.margin,
+            slack=proof.slack,
+            worst=threat.atoms(height, width).to(prediction.device)[proof.worst],
+            rival=proof.rival,
+            threat=threat,
+            method=method,
+            arithmetic=Arithmetic.BOUNDED,
+        )
+
+    def remark(self, threat: Threat) -> str:
+        if not isinstance(threat, Patch | PatchPercent):
+            return ""
+        layer = routes.joins(self.network, self.input_shape)
+        if layer is None:
+            return ""
+        return (
+            f"from {layer} on every location costs a pass over whole maps instead of a window; faster: Flatten and Linear right "
+            "behind convolutions and pooling."
+        )
+
+    def prepare(self, options: Options) -> nn.Module | None:
+        assert isinstance(options, IntervalOptions)
+        if options.init == "ibp":
+            regularizers.initialize(self.network)
+        if options.linear:  # refused before the first epoch, not behind the natural ones
+            pairwise.require_dense(fold(self.network, torch.zeros(1, *self.input_shape))[0], self.input_shape[0])
+        return Guide(self.input_shape[0], len(self.classes)) if options.picked == "guided" else None
+
+    def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:
+        return losses.training_loss(self.network, x, label, step)

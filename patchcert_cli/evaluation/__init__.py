@@ -1,0 +1,1 @@
+"""Certify and attack loops over images, run folders, results."""

@@ -1,0 +1,264 @@
+"""The certify and attack loops: one record per image, appended as it is made, resumable, with a manifest of what was run.
+
+What a run folder holds: :mod:`patchcert_cli.evaluation.runs`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patchcert_cli import checkpoint
+from patchcert_cli.attacks.base import Attack
+from patchcert_cli.attacks.target import Start
+from patchcert_cli.data.images import Images, to_float
+from patchcert_cli.errors import Interrupted, MachineError
+from patchcert_cli.evaluation import results, runs
+from patchcert_cli.evaluation.pace import Clock, Pace, spoken
+from patchcert_cli.evaluation.plan import Plan
+from patchcert_cli.evaluation.runs import RESULT, Record, Run
+from patchcert_cli.layers import passes
+from patchcert_cli.progress import Progress, Silent
+from patchcert_cli.storage import files
+
+BROKEN = "broken.safetensors"  # adversarial images of certified ones
+EVERY = 5.0  # seconds between two looks at what a batch has come to
+
+
+def certify(
+    plan: Plan,
+    folder: Path | None = None,
+    *,
+    fresh: bool = False,
+    progress: Progress | None = None,
+    clock: Clock = time.perf_counter,
+) -> dict[str, Any]:
+    """Certify every image of a plan; returns what ``result.json`` holds.
+
+    Batches are as large as fits into some seconds (:mod:`patchcert_cli.evaluation.pace`), by ``clock``.
+
+    Raises:
+        UsageError: the folder holds another run.
+        Interrupted: stopped by Ctrl-C; the same call goes on where it stopped.
+        MachineError: out of memory at a batch of one image, or the disk is full, or another process is at work in the folder.
+    """
+    plan.check()
+    folder, defense = folder or plan.folder("certify", {}), plan.subject.defense
+
+    def batch(part: Images) -> list[Record]:
+        x = to_float(part.read()).to(defense.device)
+        return list(results.certify_records(part, defense.certify_each(x, plan.claims), plan.subject.plain(x)))
+
+    with _opened(plan, "certify", {}, folder, fresh) as run:
+        work = _Work(plan, run, Pace(plan.batch_size, defense.cost()), progress or Silent(), clock, most=defense.cost())
+        return work.finish(batch, lambda seconds, resumed: results.certify_result(plan, run, seconds, resumed))
+
+
+def attack(
+    plan: Plan,
+    attacker: Attack,
+    settings: dict[str, Any],
+    folder: Path | None = None,
+    *,
+    join: bool = True,
+    fresh: bool = False,
+    progress: Progress | None = None,
+    clock: Clock = time.perf_counter,
+    max_seconds: float | None = None,
+) -> dict[str, Any]:
+    """Attack every image of a plan; with ``join`` certify the same images and hold the attack against the certificates.
+
+    ``settings`` names the attack's options in the manifest. The attack sees the defense and, with ``join``, the location and the
+    rival of the smallest certified margin as a place to begin.
+
+    After ``max_seconds`` no further image is finished: the result is about those that are, says under ``left`` how many are not,
+    and is not written into the folder; the same call goes on with these.
+
+    Raises:
+        MachineError: no image was finished within ``max_seconds``; and as :func:`certify`.
+    """
+    plan.check()
+    extra = {"attack": settings, "joined": join}
+    folder, defense = folder or plan.folder("attack", extra), plan.subject.defense
+
+    def batch(part: Images) -> list[Record]:
+        x = to_float(part.read()).to(defense.device)
+        certificate = defense.certify(x, plan.threat) if join else None
+        start = None if certificate is None else Start(certificate.worst, certificate.rival)
+        outcome = attacker(defense, x, plan.threat, index=part.index, start=start)
+        plain = plan.subject.plain(x)
+        if certificate:
+            records: Iterable[Record] = results.certify_records(part, [certificate], plain)
+        else:
+            alone = [{}] * len(part) if plain is None else [{"plain": one} for one in plain.tolist()]
+            records = [{"index": i} | more for i, more in zip(part.index.tolist(), alone, strict=True)]
+        columns = zip(
+            part.labels.tolist(),
+            outcome.clean_prediction.tolist(),
+            outcome.prediction.tolist(),
+            outcome.success.tolist(),
+            outcome.queries.tolist(),
+            strict=True,
+        )
+        merged = []
+        for record, (label, clean, attacked, flipped, queries) in zip(records, columns, strict=True):
+            merged.append(
+                {**record, "label": label, "prediction": clean, "attacked": attacked, "flipped": flipped, "queries": queries}
+            )
+        if attacker.judges_each:
+            merged = [
+                record | judged
+                for record, judged in zip(merged, results.judged(outcome, defense.plain(x[:0]) is not None), strict=True)
+            ]
+        if certificate is not None and bool((certificate.certified & outcome.success).any()):
+            broken = (certificate.certified & outcome.success).nonzero()[:, 0].cpu()
+            tensors = {"index": part.index[broken], "adversarial": outcome.adversarial.cpu()[broken]}
+            files.write_atomically(folder / f"{int(part.index[0])}-{BROKEN}", checkpoint.pack(tensors, {}))
+        return merged
+
+    def result(seconds: float, resumed: int) -> dict[str, Any]:
+        found = _attacked(plan, run, settings, join, seconds, resumed)
+        return found | ({"pasted": results.judged_in_all(results.ordered(plan, run))} if attacker.judges_each else {})
+
+    with _opened(plan, "attack", extra, folder, fresh) as run:
+        pace = Pace(plan.batch_size, unit=attacker.together(defense))
+        return _Work(plan, run, pace, progress or Silent(), clock, max_seconds=max_seconds).finish(batch, result)
+
+
+def _attacked(plan: Plan, run: Run, settings: Mapping[str, Any], join: bool, seconds: float, resumed: int) -> dict[str, Any]:
+    """What ``result.json`` of an attack holds."""
+    records = results.ordered(plan, run)
+    survived = sum(r["prediction"] == r["label"] and not r["flipped"] for r in records)
+    many = (plan, run, records, seconds, resumed)
+    return {
+        **(results.certify_result(plan, run, seconds, resumed) if join else results.summary(*many)),
+        "method": "attack",
+        "guarantee": str(plan.subject.defense.guarantee),
+        "attacked_accuracy": survived / len(records),
+        "flipped": sum(r["flipped"] for r in records),
+        "queries": sum(r["queries"] for r in records),
+        "attack": dict(settings),
+        "broken": [r["index"] for r in records if r.get("certified") and r["flipped"]],
+    }
+
+
+def _opened(plan: Plan, kind: str, extra: dict[str, Any], folder: Path, fresh: bool) -> contextlib.AbstractContextManager[Run]:
+    device = str(plan.subject.defense.device)
+    answers = plan.subject.fingerprint()
+    return runs.opened(folder, plan.identity(kind, extra), device=device, command=plan.command, fresh=fresh, answers=answers)
+
+
+class _TimeIsUp(Exception):
+    """Stops a batch; what it has come to is dropped."""
+
+
+class _Work:
+    """The records of a run that are missing, made batch by batch."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        run: Run,
+        pace: Pace,
+        progress: Progress,
+        clock: Clock,
+        *,
+        most: tuple[int, int] | None = None,
+        max_seconds: float | None = None,
+    ) -> None:
+        self._plan, self._run, self._pace, self._progress, self._clock = plan, run, pace, progress, clock
+        self._most = None if most is None else most[1]  # passes of an image
+        self._max, self._began, self._spoke = max_seconds, clock(), clock()
+        self._resumed, self._standing = len(run.records), results.Standing(run.records.values())
+        self._batch = self._passes = self._all_passes = 0  # images of this batch; passes of this batch, and of all
+
+    def finish(self, batch: Callable[[Images], list[Record]], result: Callable[[float, int], dict[str, Any]]) -> dict[str, Any]:
+        """Make the records that are missing, then the result."""
+        run, plan = self._run, self._plan
+        if self._resumed == len(plan.images) and (run.folder / RESULT).exists():
+            self._progress.note(f"{run.folder} is complete; --fresh runs it again")
+            return files.read_json(run.folder / RESULT)
+        if self._resumed:
+            left = len(plan.images) - self._resumed
+            self._progress.note(f"resuming {run.folder}: {self._resumed} images done, {left} left")
+        try:
+            self._make(batch)
+        except KeyboardInterrupt as problem:
+            raise Interrupted(
+                f"interrupted at {len(run.records)} of {len(plan.images)} images;", hint="resume with the same command."
+            ) from problem
+        left = len(plan.images) - len(run.records)
+        assert not left or self._max is not None, "records are missing"
+        if left and not run.records:
+            raise MachineError(
+                f"no image was finished in {self._max:g} s;", hint="give more --max-seconds; --dry-run says what an image takes."
+            )
+        run.check_answers(plan.subject.fingerprint())
+        final = result(self._clock() - self._began, self._resumed)
+        if left:
+            return final | {"left": left}
+        files.write_json(run.folder / RESULT, final)
+        return final
+
+    def _make(self, batch: Callable[[Images], list[Record]]) -> None:
+        plan, run, at = self._plan, self._run, 0
+        known = [index in run.records for index in plan.images.index.tolist()]
+        open_ = (~torch.tensor(known, dtype=torch.bool)).nonzero()[:, 0]
+        self._tell()
+        while at < len(open_) and not self._over():
+            part = plan.images.take(open_[at : at + self._pace.size])
+            self._batch, self._passes, began = len(part), 0, self._clock()
+            try:
+                with passes.heard(self._heard):
+                    records = batch(part)
+            except _TimeIsUp:
+                return
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
+                self._smaller(problem)
+                continue
+            run.append(records)
+            self._pace.took(len(part), self._clock() - began, self._passes)
+            self._standing.add(records)
+            at += len(part)
+            self._tell()
+
+    def _over(self) -> bool:
+        return self._max is not None and self._clock() - self._began >= self._max
+
+    def _tell(self, more: str = "") -> None:
+        self._spoke = self._clock()
+        self._progress.update(len(self._run.records), len(self._plan.images), f"{self._standing}{more}")
+
+    def _heard(self, count: int) -> None:
+        """Passes were made: show them now and then, and stop where the time is up."""
+        self._passes, self._all_passes = self._passes + count, self._all_passes + count
+        if self._over():
+            raise _TimeIsUp
+        now = self._clock()
+        if now - self._spoke < EVERY or not self._passes:
+            return
+        what = "the next image" if self._batch == 1 else f"the next {self._batch} images"
+        of = "" if self._most is None else f" of at most {self._most * self._batch:,}"
+        text = f"; {what}: {self._passes:,}{of} passes"
+        if self._most is not None and len(self._run.records) == self._resumed:  # no time of an image is known yet
+            most = self._most * (len(self._plan.images) - self._resumed) - self._all_passes
+            text += f", at most {spoken(max(most, 0) * (now - self._began) / self._all_passes)} left"
+        self._tell(text)
+
+    def _smaller(self, problem: BaseException) -> None:
+        """Half the batch size after an out-of-memory error; any other error goes on."""
+        memory = isinstance(problem, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(problem)
+        if not memory:
+            raise problem
+        size = self._batch
+        if size == 1:
+            raise MachineError("out of memory at a batch of one image;", hint="use a machine with more memory.") from problem
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._progress.note(f"out of memory at batch {size}; retrying with {size // 2} (results do not depend on it)")
+        self._pace.halve(size)

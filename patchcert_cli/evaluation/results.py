@@ -1,0 +1,214 @@
+"""From certificates to records, and from records to a result: plain values, one row for each claim.
+
+A record has the fields of :data:`VERDICT` itself if the plan has one claim, else a list of them under ``claims``; so has the
+result with the fields of a row.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchcert_cli.arithmetic import former, weakest
+from patchcert_cli.attacks.base import AttackResult
+from patchcert_cli.certificate import ALERT, Certificate, Guarantee, Tally
+from patchcert_cli.data.images import Images
+from patchcert_cli.errors import ClaimError
+from patchcert_cli.evaluation.plan import Plan
+from patchcert_cli.evaluation.runs import RECORDS, Record, Run
+from patchcert_cli.version import __version__
+
+VERDICT = ("certified", "margin", "worst", "rival", "method", "arithmetic")
+
+
+def certify_records(part: Images, certificates: Sequence[Certificate], plain: Tensor | None = None) -> Iterable[Record]:
+    """One record per image: index, label, prediction, and for each claim the fields of :data:`VERDICT`.
+
+    Where the proof counts them, ``passes`` is how often the network was asked for all claims together. Of a plain classifier,
+    ``plain`` is what it says without the defense, int64 [B].
+    """
+    columns = [list(_verdicts(certificate)) for certificate in certificates]
+    predictions = certificates[0].prediction.tolist()
+    counted = certificates[0].passes
+    passes = None if counted is None else counted.tolist()
+    for position, (index, label) in enumerate(zip(part.index.tolist(), part.labels.tolist(), strict=True)):
+        record = {"index": index, "label": label, "prediction": predictions[position]}
+        if plain is not None:
+            record["plain"] = int(plain[position])
+        if passes is not None:
+            record["passes"] = passes[position]
+        if certificates[0].plain is not None:
+            record["whole"] = int(certificates[0].plain[position])
+        verdicts = [column[position] for column in columns]
+        yield {**record, **verdicts[0]} if len(verdicts) == 1 else {**record, "claims": verdicts}
+
+
+def _verdicts(certificate: Certificate) -> Iterable[dict[str, Any]]:
+    parts = (certificate.certified, certificate.margin, certificate.worst, certificate.rival)
+    same = (certificate.method, str(certificate.arithmetic))
+    between = None if certificate.thresholds is None else certificate.thresholds.tolist()
+    for at, values in enumerate(zip(*(part.tolist() for part in parts), strict=True)):
+        found = dict(zip(VERDICT, (*values, *same), strict=True))
+        yield found if between is None else found | {"thresholds": between[at]}
+
+
+class Standing:
+    """Clean and certified accuracy of the first claim, counted record by record as they are made."""
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        self.images = self.right = 0
+        self.certified: int | None = None
+        self.add(records)
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Count some more."""
+        for record in records:
+            first = record["claims"][0] if "claims" in record else record
+            right = record["prediction"] == record["label"]
+            self.images, self.right = self.images + 1, self.right + right
+            if "certified" in first:
+                self.certified = (self.certified or 0) + bool(first["certified"] and right)
+
+    def __str__(self) -> str:
+        if not self.images:
+            return "no image yet"
+        text = f"clean {self.right / self.images:.2%}"
+        return text if self.certified is None else f"{text}, certified {self.certified / self.images:.2%}"
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a run folder, in the order in which they were made."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def ordered(plan: Plan, run: Run) -> list[Record]:
+    """All records in the order of the images; one each, as far as the run has come."""
+    found = [run.records[index] for index in plan.images.index.tolist() if index in run.records]
+    assert len(run.records) == len(found), "records and images differ"
+    return found
+
+
+def certify_result(plan: Plan, run: Run, seconds: float, resumed: int) -> dict[str, Any]:
+    """What ``result.json`` of a certify run holds."""
+    records = ordered(plan, run)
+    if len(plan.claims) == 1:
+        return summary(plan, run, records, seconds, resumed) | _row(plan, records, 0)
+    common = summary(plan, run, records, seconds, resumed)
+    del common["threat"]
+    return common | {"claims": [_row(plan, records, at) for at in range(len(plan.claims))]}
+
+
+def summary(plan: Plan, run: Run, records: Sequence[Record], seconds: float, resumed: int) -> dict[str, Any]:
+    """What every evaluation says of itself; ``counts`` has only the clean ones."""
+    clean = sum(r["prediction"] == r["label"] for r in records)
+    return {
+        "model": plan.subject.name,
+        "model_sha256": plan.subject.sha256,
+        "model_source": plan.subject.source,
+        "defense": plan.subject.kind,
+        "dataset": plan.images.name,
+        "split": plan.images.split,
+        "data_source": plan.images.source,
+        "images": len(records),
+        "full_split": len(records) == plan.total,
+        "threat": str(plan.threat),
+        "clean_accuracy": clean / max(len(records), 1),
+        "counts": {"clean": clean},
+        **_plain(plan, records),
+        "seconds": seconds,
+        "resumed": resumed,
+        **({"passes": sum(r["passes"] for r in records)} if records and "passes" in records[0] else {}),
+        "images_per_second": (len(records) - resumed) / seconds if seconds > 0 else 0.0,
+        "device": str(plan.subject.defense.device),
+        "records": str(run.folder / RECORDS),
+        "command": plan.command,
+        "patchcert": __version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _plain(plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
+    """What a plain classifier gets right without the defense, and what is put in front of it; nothing for other models."""
+    if not plan.subject.in_front or not all("plain" in r for r in records):
+        return {}
+    right = sum(r["plain"] == r["label"] for r in records)
+    return {"in_front": plan.subject.in_front, "plain_accuracy": right / max(len(records), 1), "plain_right": right}
+
+
+def _row(plan: Plan, records: Sequence[Record], at: int) -> dict[str, Any]:
+    """One claim over all images."""
+    verdicts = [r["claims"][at] if "claims" in r else r for r in records]
+    tally = certified_tally(records, verdicts)
+    return {
+        "threat": str(plan.claims[at].threat),
+        "method": verdicts[0]["method"],
+        "guarantee": str(plan.subject.defense.guarantee),
+        "arithmetic": str(weakest(one.get("arithmetic") or former(plan.subject.kind) for one in verdicts)),
+        "clean_accuracy": tally.clean_accuracy,
+        "certified_accuracy": tally.certified_accuracy,
+        "certified_interval": list(tally.certified_interval),
+        "counts": {"clean": tally.clean, "certified": tally.certified, **_alarms(plan, records)},
+        **_compared(plan, records, verdicts),
+    }
+
+
+def _compared(plan: Plan, records: Sequence[Record], verdicts: Sequence[Record]) -> dict[str, Any]:
+    """What other thresholds would give: how many alarms on unattacked images, right answers, and certified ones."""
+    rows = []
+    for threshold in plan.subject.setting.get("compared", ()):
+        right = [r["whole"] == r["label"] for r in records]
+        silent = [threshold > v["thresholds"][0] for v in verdicts]
+        held = [threshold < v["thresholds"][1] for v in verdicts]
+        counts = {"alarms": silent.count(False), "clean": sum(map(all, zip(right, silent, strict=True)))}
+        counts["certified"] = sum(map(all, zip(right, silent, held, strict=True)))
+        rows.append({"threshold": threshold, **counts})
+    return {"thresholds": rows} if rows else {}
+
+
+def _alarms(plan: Plan, records: Sequence[Record]) -> dict[str, int]:
+    """How many images raise an alarm unattacked, if the defense can."""
+    detects = plan.subject.defense.guarantee is Guarantee.DETECTION
+    return {"alarms": sum(r["prediction"] == ALERT for r in records)} if detects else {}
+
+
+def certified_tally(records: Sequence[Record], verdicts: Sequence[Record]) -> Tally:
+    """Counts of records whose claim has these verdicts."""
+
+    def column(rows: Sequence[Record], name: str) -> Tensor:
+        return torch.tensor([int(row[name]) for row in rows])
+
+    return Tally.of(column(records, "label"), column(records, "prediction"), column(verdicts, "certified").bool())
+
+
+def judged(outcome: AttackResult, inside: bool) -> Iterable[Record]:
+    """For each image what became of the tries of an attack that judges each of them, and the same of a classifier ``inside``."""
+    for (tries, changed, altered), plain in zip(outcome.judged.tolist(), outcome.plain.tolist(), strict=True):
+        yield {"tries": tries, "changed": changed} | ({"plain_changed": altered, "plain": plain} if inside else {})
+
+
+def judged_in_all(records: Sequence[Record]) -> dict[str, int]:
+    """The same over all images that are answered right: by the deployed model, and by the plain classifier."""
+    right = [r for r in records if r["prediction"] == r["label"]]
+    found = {"right": len(right), "tries": sum(r["tries"] for r in right), "changed": sum(r["changed"] for r in right)}
+    if not records or "plain_changed" not in records[0]:
+        return found
+    plainly = [r for r in records if r["plain"] == r["label"]]
+    found |= {"plain_right": len(plainly), "plain_tries": sum(r["tries"] for r in plainly)}
+    return found | {"plain_changed": sum(r["plain_changed"] for r in plainly)}
+
+
+def check_claim(result: dict[str, Any]) -> None:
+    """Raise :class:`ClaimError` if an attack flipped certified images."""
+    broken = result.get("broken", [])
+    if broken:
+        shown = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
+        raise ClaimError(
+            f"{len(broken)} certified images were flipped (indices {shown}): the certificate is wrong.",
+            hint=f"Please report it with {Path(str(result['records'])).parent}.",
+        )

@@ -1,0 +1,123 @@
+"""One picture: its answer, its certificate under each claim, and where a patch would do most harm."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from patchcert_cli.data import image, labels
+from patchcert_cli.data.framing import Framing
+from patchcert_cli.data.images import to_float
+from patchcert_cli.defenses.base import Claim, Defense
+from patchcert_cli.errors import UsageError
+from patchcert_cli.evaluation.plan import Subject
+from patchcert_cli.layers import passes
+from patchcert_cli.models import timm
+from patchcert_cli.progress import Progress, Silent
+from patchcert_cli.reporting import pictures
+from patchcert_cli.threats import Patch
+
+
+def certify(
+    subject: Subject,
+    path: Path,
+    claims: Sequence[Claim],
+    *,
+    framing: Framing | None = None,
+    resize: bool = False,
+    map_to: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Certify one picture file; returns plain values, and notes on what was done to the picture.
+
+    Args:
+        subject: the model.
+        path: the picture; see :func:`patchcert_cli.data.image.read`.
+        claims: what is to be certified.
+        framing: how a picture becomes an image of the model's size; by default the whole middle of it.
+        resize: make the picture fit; else it must be of that size.
+        map_to: a picture file to draw the margins of every location of the first claim's patch into.
+        progress: is told the passes of the network.
+    """
+    defense = subject.defense
+    channels, height, width = defense.input_shape
+    size = height, width
+    pixels, notes = image.read(path, framing or Framing(size, size), channels, resize=resize)
+    x = to_float(pixels)[None].to(defense.device)
+    if map_to is not None and len({str(claim.threat) for claim in claims}) > 1:
+        raise UsageError("--map draws one patch;", hint="give one --patch, for example --patch 5.")
+    with _counted(defense, progress or Silent()):
+        certificates = defense.certify_each(x, claims)
+    answer = int(certificates[0].prediction[0])
+    rows = [
+        {
+            "threat": str(certificate.threat),
+            "method": certificate.method,
+            "guarantee": str(certificate.guarantee),
+            "arithmetic": str(certificate.arithmetic),
+            "certified": bool(certificate.certified[0]),
+            "margin": float(certificate.margin[0]),
+            "worst": certificate.worst[0].tolist(),
+            "rival": _called(defense, int(certificate.rival[0])),
+        }
+        for certificate in certificates
+    ]
+    found: dict[str, Any] = {
+        "image": str(path),
+        "image_sha256": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(),
+        "model": subject.name,
+        "model_sha256": subject.sha256,
+        "model_source": subject.source,
+        "defense": subject.kind,
+        "prediction": answer,
+        "class": _called(defense, answer),
+        "claims": rows,
+    }
+    plain = subject.plain(x)
+    if plain is not None:
+        found |= {"in_front": subject.in_front, "plain": int(plain[0]), "plain_label": defense.called(int(plain[0]))}
+    if map_to is not None:
+        threat = claims[0].threat
+        with _counted(defense, progress or Silent(), whole=True):
+            margins = defense.margin_map(x, threat)[0].cpu()
+        found |= {"map": str(map_to), "locations": margins.numel(), "weak_locations": int((margins <= 0).sum())}
+        top, left, height, width = certificates[0].worst[0].tolist()
+        words = "certified" if rows[0]["certified"] else "not certified"
+        pictures.margin_map(
+            pixels,
+            margins,
+            map_to,
+            title=f"{path.name}: {found['class']}, {words} against {threat}",
+            box=(top, left, height, width),
+            patch=Patch(height, width),
+            unit=defense.unit,
+        )
+        notes.append(f"drew {map_to}")
+    notes += [text for text in dict.fromkeys(defense.remark(claim.threat) for claim in claims) if text]
+    return found, notes
+
+
+@contextmanager
+def _counted(defense: Defense, progress: Progress, *, whole: bool = False) -> Iterator[None]:
+    """Show the passes of the network, of the most there can be, or of all pairs of masks if the ``whole`` table is made."""
+    cost, made = defense.cost(), 0
+    total = None if cost is None else cost[1]
+    what = "passes for the map" if whole else "passes at most"
+
+    def heard(count: int) -> None:
+        nonlocal made
+        made += count
+        if made:
+            progress.update(made, max(total or made, made), what if total else "passes so far")
+
+    with passes.heard(heard):
+        yield
+
+
+def _called(defense: Defense, answer: int) -> str:
+    """What an answer is called; of a WordNet id its words, where they are known."""
+    name = defense.called(answer)
+    return timm.word(name) if labels.WNID.fullmatch(name) else name

@@ -1,0 +1,141 @@
+"""Is a published claim true? The same images certified again, compared one by one with the published records, then attacked.
+
+A certificate is a theorem about one image and one set of weights, so two honest runs agree on every verdict. Whoever publishes
+numbers that these weights do not bear out is found by a sample: if a share p of the records were false, n sampled images would
+all agree with probability (1 - p)^n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchcert_cli.arithmetic import weakest
+from patchcert_cli.attacks.base import Attack
+from patchcert_cli.cards.ledger import Ledger, Row
+from patchcert_cli.defenses.base import Claim
+from patchcert_cli.errors import ClaimError, DataError, IntegrityError
+from patchcert_cli.evaluation import evaluate, results
+from patchcert_cli.evaluation.plan import Plan
+from patchcert_cli.evaluation.runs import RECORDS, RESULT, Record
+from patchcert_cli.progress import Progress
+from patchcert_cli.storage import files
+
+CONFIDENCE = 0.95
+
+
+def verify(
+    plan: Plan,
+    book: Ledger,
+    attacker: Attack | None,
+    settings: Mapping[str, Any],
+    folder: Path | None = None,
+    *,
+    limit: int | None = None,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Certify the images of ``plan`` under its threat, compare with the published records, attack what is certified.
+
+    ``limit`` is the most certified images to attack; ``attacker`` None attacks none. Returns what ``verdict.json`` holds.
+
+    Raises:
+        IntegrityError: the published records are about other weights.
+        DataError: they do not speak of this threat, this data set or these images: nothing was claimed.
+    """
+    at = book.position(str(plan.threat), guarantee=str(plan.subject.defense.guarantee))
+    method = book.claims[at].method
+    known = method in plan.subject.defense.methods  # else it is what the defense calls its best
+    plan = replace(plan, claims=(Claim(plan.threat, method if known else None),))
+    folder = folder or plan.folder("verify", {"published": str(book.claims[at])})
+    if book.model_sha256 != plan.subject.sha256:
+        raise IntegrityError(
+            f"the published records are about other weights (sha256 {book.model_sha256[:12]}…, not {plan.subject.sha256[:12]}…)."
+        )
+    if (book.dataset, book.split) != (plan.images.name, plan.images.split):
+        raise DataError(
+            f"the published records are about {book.dataset} {book.split}, not {plan.images.name} {plan.images.split}."
+        )
+    missing = [index for index in plan.images.index.tolist() if index not in book.rows]
+    if missing:
+        raise DataError(f"the published records lack {len(missing)} of the images (indices {shown(missing)}).")
+    certified = evaluate.certify(plan, folder / "certify", fresh=fresh, progress=progress)
+    records = results.read_records(folder / "certify" / RECORDS)
+    different = [row for row in (difference(book.rows[r["index"]], at, r) for r in records) if row]
+    held = [r["index"] for r in records if r["certified"] and r["prediction"] == r["label"]]
+    said = book.claims[at].arithmetic
+    outcome: dict[str, Any] = {
+        "model": plan.subject.name,
+        "model_sha256": plan.subject.sha256,
+        "claim": str(book.claims[at]),
+        "dataset": plan.images.name,
+        "split": plan.images.split,
+        "images": len(records),
+        "of": len(book.rows),
+        "agree": len(records) - len(different),
+        "false_share_at_most": bound(len(records)) if not different else None,
+        "different": different,
+        "arithmetic": certified["arithmetic"],
+        "published_arithmetic": said,
+        "overstated": bool(said) and weakest((said, certified["arithmetic"])) != said,
+        "certified": len(held),
+        "attacked": 0,
+        "broken": [],
+        "seconds": certified["seconds"],
+    }
+    if attacker is not None and held:
+        chosen = among(plan.images.index.tolist(), held, limit)
+        part = replace(plan, images=plan.images.take(chosen), batch_size=min(plan.batch_size, 64))
+        found = evaluate.attack(part, attacker, dict(settings), folder / "attack", fresh=fresh, progress=progress)
+        outcome |= {"attacked": found["images"], "broken": found["broken"], "attack": dict(settings)}
+        outcome["seconds"] += found["seconds"]
+    outcome["holds"] = not outcome["different"] and not outcome["broken"] and not outcome["overstated"]
+    files.write_json(folder / "verdict.json", outcome)
+    return {**outcome, "out": str(folder), "result": str(folder / "certify" / RESULT)}
+
+
+def among(indices: Sequence[int], held: Sequence[int], limit: int | None) -> Tensor:
+    """Positions, int64 [n], of those ``indices`` that are among the first ``limit`` of ``held``."""
+    wanted = set(held[:limit])
+    return torch.tensor([at for at, index in enumerate(indices) if index in wanted], dtype=torch.int64)
+
+
+def difference(row: Row, at: int, record: Record) -> dict[str, Any] | None:
+    """What a new record says otherwise than the published one, or None if they agree."""
+    published = {"label": row.label, "prediction": row.prediction, "certified": row.certified[at]}
+    found = {name: record[name] for name in published}
+    if found == published:
+        return None
+    return {"index": record["index"], "published": published, "found": found}
+
+
+def bound(agreeing: int) -> float:
+    """The largest share of false records that ``agreeing`` sampled ones, all true, do not contradict with 95 % confidence."""
+    return float(1 - (1 - CONFIDENCE) ** (1 / agreeing)) if agreeing else 1.0
+
+
+def shown(indices: Sequence[int]) -> str:
+    """The first of some indices, in words."""
+    return ", ".join(map(str, indices[:10])) + (f" and {len(indices) - 10} more" if len(indices) > 10 else "")
+
+
+def check(outcome: Mapping[str, Any]) -> None:
+    """Raise :class:`ClaimError` if the claim did not reproduce; it lists the images."""
+    problems = []
+    different = [row["index"] for row in outcome["different"]]
+    if different:
+        problems.append(f"{len(different)} of {outcome['images']} records differ (indices {shown(different)})")
+    if outcome["broken"]:
+        problems.append(f"the attack flipped {len(outcome['broken'])} certified images (indices {shown(outcome['broken'])})")
+    if outcome.get("overstated"):
+        problems.append(f"published as {outcome['published_arithmetic']}, it is {outcome['arithmetic']}")
+    if problems:
+        raise ClaimError(
+            f"{outcome['model']}: {'; '.join(problems)}: the claim does not reproduce.",
+            hint=f"See {outcome['out']}/verdict.json.",
+        )

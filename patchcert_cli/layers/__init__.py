@@ -1,0 +1,1 @@
+"""What networks and proofs both know: preprocessing, and networks that compute without rounding error."""

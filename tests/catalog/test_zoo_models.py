@@ -1,0 +1,65 @@
+"""The zoo reproduces itself: the published records of a fixed sample are measured again, image by image."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import patchcert_cli
+from patchcert_cli import Certificate, cards, data
+from patchcert_cli.cards import ledger
+from patchcert_cli.catalog import shelf
+from patchcert_cli.certificate import Tally
+from patchcert_cli.storage import files
+
+NAMES = [name for name, card in shelf.bundled().items() if card.results]
+DEAR = {"smoothing": 4, "patchcleanser": 4}  # images for attacks on defenses that run a network for every band or mask
+SAMPLE = 24  # images whose published verdicts are held against new ones
+
+
+def certified_again(name: str, count: int | None) -> tuple[data.Images, Certificate, cards.Measured]:
+    card = shelf.bundled_card(name)
+    result = card.result()
+    assert result is not None
+    images = data.load(card.dataset, "test").limit(count, 1)
+    defense, threat = patchcert_cli.load(name), patchcert_cli.parse_threat(result.threat)
+    method = result.method if result.method in defense.methods else None  # what only names the family of the proof
+    parts = [defense.certify(data.to_float(part), threat, method) for part in images.pixels.split(500)]
+    return images, Certificate.cat(parts), result
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sample_has_the_answers_and_verdicts_of_the_records(name: str) -> None:
+    """Image by image: one verdict that differs fails. That all records add up to the card's counts is tested with the cards."""
+    images, certificate, result = certified_again(name, SAMPLE)
+    book = ledger.read(shelf.bundled_folder() / name / files.LEDGER)
+    at = book.position(result.threat, result.method, result.guarantee)
+    rows = [book.rows[index] for index in images.index.tolist()]
+    assert images.labels.tolist() == [row.label for row in rows]
+    assert certificate.prediction.tolist() == [row.prediction for row in rows]
+    assert certificate.certified.tolist() == [row.certified[at] for row in rows]
+    assert 0 < int(certificate.certified.sum()) < SAMPLE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_whole_split_gives_the_counts_of_the_card(name: str) -> None:
+    images, certificate, card = certified_again(name, None)
+    tally = Tally.of(images.labels, certificate.prediction, certificate.certified)
+    assert (tally.images, tally.clean, tally.certified) == (card.images, card.clean, card.certified)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_attack_breaks_no_certificate(name: str) -> None:
+    card = shelf.bundled_card(name)
+    threat, defense = patchcert_cli.parse_threat(card.threat), patchcert_cli.load(name)
+    images = data.load(card.dataset, "test").limit(DEAR.get(card.defense, 12), 2)
+    x = data.to_float(images.pixels)
+    from patchcert_cli import attacks
+
+    certificate = defense.certify(x, threat)
+    options = {"steps": 6, "restarts": 0, "rounds": 0} if card.defense in DEAR else {}
+    outcome = attacks.for_threat(threat, **options)(defense, x, threat, index=images.index)
+    assert not bool((outcome.success & certificate.certified).any())
+    assert int(certificate.certified.sum()) >= len(x) // 4
+    assert torch.equal(outcome.clean_prediction, certificate.prediction)

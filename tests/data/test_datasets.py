@@ -1,0 +1,114 @@
+"""Names of data sets: words, folders, and the size of what is cut out of pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from own_models import pictures
+
+from patchcert_cli import data
+from patchcert_cli.data import datasets, image
+from patchcert_cli.data.framing import Framing
+from patchcert_cli.errors import DataError, UnknownName, UsageError
+
+
+@pytest.fixture
+def val(tmp_path: Path) -> Path:
+    return pictures(tmp_path / "pets" / "val", 2)
+
+
+def test_a_folder_says_all_that_its_name_says(val: Path) -> None:
+    facts = datasets.info(f"imagefolder:{val}@48/60")
+    assert (facts.name, facts.shape, facts.framing) == (f"imagefolder:{val}@48/60", (3, 48, 48), Framing.square(48, 60))
+    assert (facts.classes, facts.path, facts.label) == (("cat", "dog", "red_fox"), val, "pets")
+    assert datasets.info(f"imagefolder:{val}@48").framing == Framing((48, 48))
+    assert datasets.info(f"imagefolder:{val}").name == f"imagefolder:{val}@224"
+    assert datasets.info(f"imagefolder:{val}@48x32").shape == (3, 48, 32)
+    assert datasets.info(datasets.info(f"imagefolder:{val}@48").name) == datasets.info(f"imagefolder:{val}@48")
+    assert datasets.info("imagefolder:.@9").label != ""
+
+
+@pytest.mark.parametrize(
+    ("given", "meant", "wanted"),
+    [
+        ("imagefolder:V", "160/168,bilinear", "imagefolder:V@160/168,bilinear"),
+        ("imagefolder:V", "160", "imagefolder:V@160"),
+        ("imagefolder:V@32", "160/168", "imagefolder:V@32"),
+        ("imagefolder:V@a@32", "160/168", "imagefolder:V@a@32"),
+        ("imagenet", "224/248", "imagenet@224/248"),
+        ("imagenet", "224/256", "imagenet"),
+        ("imagenet@64", "224/248", "imagenet@64"),
+        ("mnist", "224/248", "mnist"),
+        ("cifar10", "224", "cifar10"),
+        ("nothing", "224", "nothing"),
+    ],
+)
+def test_a_model_decides_the_size_that_nobody_else_does(val: Path, given: str, meant: str, wanted: str) -> None:
+    assert datasets.fitted(given.replace("V", str(val)), Framing.parse(meant)) == wanted.replace("V", str(val))
+
+
+def test_names_of_one_data_set_are_recognized() -> None:
+    assert datasets.same("imagenet@64", "imagenet") and not datasets.same("imagefolder:a", "imagefolder:b")
+    assert datasets.framing("imagenet@64") == Framing((64, 64)) and datasets.framing("x@64/70") == Framing.square(64, 70)
+    assert datasets.framing("x") is datasets.framing("mnist") is None and datasets.framing("imagenet") == Framing.square(224, 256)
+    assert datasets.own("imagefolder:a") and not datasets.own("cifar10")
+    assert datasets.info("imagenet@64").label == "imagenet" and datasets.info("imagenet@64").classes[999] == "999"
+    assert datasets.info("imagenet@224/256") is datasets.info("imagenet")
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "said"),
+    [
+        ("imagefolder:", UsageError, "names no data set; say, for example, cifar10 or imagefolder:./val"),
+        ("", UsageError, "names no data set"),
+        ("imagefolder:none", DataError, "there is no folder 'none'"),
+        ("imagefolder:flat", DataError, "'flat' has no class folders"),
+        ("pets", UnknownName, "no data set 'pets'. For the pictures in its class folders say imagefolder:pets"),
+        ("cifar", UnknownName, "Did you mean cifar10"),
+        ("mnist@32", UsageError, "mnist images are 28x28 as they are; say --data mnist"),
+        ("imagefolder:pets@0", UsageError, "cannot be meant: give NAME@SIDE or NAME@SIDE/SHORT"),
+        ("imagefolder:pets@64/32", UsageError, "SHORT at least SIDE"),
+        ("imagefolder:pets@9999", UsageError, "1 to 4096"),
+    ],
+)
+def test_names_that_mean_nothing_are_refused(val: Path, given: str, kind: type[Exception], said: str) -> None:
+    Path("flat").mkdir()
+    with pytest.raises(kind) as caught:
+        datasets.info(given)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_folder_given_is_what_is_used(val: Path) -> None:
+    name = f"imagefolder:{val}@16/20"
+    images = data.load(name, "train")
+    assert (len(images), images.split, images.source, images.name) == (6, "folder", str(val), name)
+    assert images.classes == data.class_names(name, "test") == ("cat", "dog", "red_fox") and data.count(name) == 6
+    assert images.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert (
+        images.read()[3].numpy().tobytes() == image.take(val / "dog" / "1.png", Framing.square(16, 20)).pixels.numpy().tobytes()
+    )
+    assert data.whole_split(images) == 6
+    with pytest.raises(UsageError, match="is a folder of yours; leave --download out"):
+        data.load(name, "test", download=True)
+
+
+def test_a_glance_packs_nothing_and_shows_the_very_pictures(val: Path) -> None:
+    name = f"imagefolder:{val}@16/20"
+    some = data.glance(name, "test", 4, 3)
+    assert not (val.parent / data.STORE).exists()
+    assert (some.there, some.total, some.disk, len(some.images)) == (6, 6, 6 * 3 * 16 * 16, 4)
+    whole = data.load(name, "test")
+    wanted = whole.limit(4, 3)
+    assert some.images.read().equal(wanted.read()) and some.images.labels.equal(wanted.labels)
+    assert some.images.index.equal(wanted.index) and some.images.classes == whole.classes
+    again = data.glance(name, "test", 4, 3)
+    assert (again.disk, len(again.images)) == (0, 6) and again.images.mapped is not None
+    assert (data.glance("mnist", "test", 4, 0).total, data.glance("cifar10", "test", 4, 0).there) == (10_000, 1_000)
+
+
+def test_labels_become_outputs(val: Path) -> None:
+    images = data.load(f"imagefolder:{val}@16", "test")
+    named = images.relabelled([7, 0, 3])
+    assert named.labels.tolist() == [7, 7, 0, 0, 3, 3] and named.digest() != images.digest()
+    assert images.relabelled([0, 1, 2]).digest() == images.digest()

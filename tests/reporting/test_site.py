@@ -1,0 +1,461 @@
+"""The zoo as a web page: who stands where, which numbers occur, and that a card cannot bring anything but text."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from site_cards import HOSTILE, PAPER, card, recipe, result, sweep, zoo
+
+from patchcert_cli.arithmetic import Arithmetic
+from patchcert_cli.cards import Card, Hub, Published
+from patchcert_cli.catalog import shelf
+from patchcert_cli.cli import main
+from patchcert_cli.reporting import site
+from patchcert_cli.reporting.site import curves
+from patchcert_cli.reporting.site.boards import Board, boards, describe
+from patchcert_cli.reporting.site.markup import Html, escape, fragment, tag
+from patchcert_cli.reporting.site.tables import letters
+from patchcert_cli.threats import parse_threat
+
+
+def parsed(page: str) -> ET.Element:
+    """The page as a tree; read as XML, so that an element that is not closed is an error."""
+    assert page.startswith("<!DOCTYPE html>\n")
+    bare = re.sub(r"<(style|script)>.*?</\1>", "", page.removeprefix("<!DOCTYPE html>\n"), flags=re.DOTALL)
+    return ET.fromstring(re.sub(r"<((?:meta|input)\b[^>]*)>", r"<\1/>", bare))
+
+
+def having(tree: ET.Element, name: str, class_: str) -> Iterator[ET.Element]:
+    yield from (one for one in tree.iter(name) if class_ in one.get("class", "").split())
+
+
+def text(element: ET.Element) -> str:
+    return " ".join("".join(element.itertext()).split())
+
+
+def rows(table: ET.Element) -> list[list[str]]:
+    """The texts of the cells of the body."""
+    return [[text(cell) for cell in row] for row in table.findall("tbody/tr")]
+
+
+def leaderboards(tree: ET.Element) -> dict[tuple[str, ...], list[list[str]]]:
+    """Rows by threat and guarantee of every section, in the order of the page."""
+    return {
+        (section.attrib["data-dataset"], *text(section.find("h3")).split()): rows(section.find(".//table"))  # type: ignore[arg-type]
+        for section in having(tree, "section", "threat")
+    }
+
+
+@pytest.fixture(scope="module")
+def tree() -> ET.Element:
+    return parsed(site.render(zoo()))
+
+
+def test_models_are_ranked_by_certified_accuracy_and_the_best_proof_counts(tree: ET.Element) -> None:
+    table = leaderboards(tree)["mnist", "patch:3x3", "recovery"]
+    assert [(row[0], row[1], row[3]) for row in table] == [
+        ("1", "bounds", "70.00 700/1000 68.77 to 71.23"),
+        ("2", "votes-a", "66.00 660/1000 64.77 to 67.23"),
+        ("3", "votes-b", "60.00 600/1000 58.77 to 61.23"),
+        ("\N{EN DASH}", "doubtful unreliable", "94.90 949/1000 93.67 to 96.13"),
+    ]
+    assert table[0][4:] == [
+        "90.00a",
+        "71.00a",
+        "ibp",
+        "MLP 784-255-10",
+        "additive",
+        "bounded",
+        "patch:3x3",
+        "811.3 kB",
+        "apache-2.0",
+    ]
+    assert table[1][4:6] == ["\N{EN DASH}", "\N{EN DASH}"]
+    shown = next(one for one in having(tree, "details", "card") if one.get("id") == "model/bounds")
+    proofs = rows(next(having(shown, "table", "results")))
+    assert [(row[2], row[3], row[5][:5]) for row in proofs] == [
+        ("additive", "bounded", "70.00"),
+        ("3.1", "bounded", "64.00"),
+        ("3.2", "bounded", "60.00"),
+    ]
+    assert all(one.meaning in "".join(tree.itertext()) for one in Arithmetic)
+
+
+def test_equal_accuracies_share_a_rank_whatever_their_counts() -> None:
+    models = [card("c", [result(3, 500)]), card("a", [result(3, 50, images=100, clean=95)]), card("b", [result(3, 499)])]
+    models += [card("d", [result(3, 500, clean=960)])]
+    (board,) = boards(models)
+    assert [(entry.rank, entry.card.name) for entry in board.entries] == [(1, "d"), (1, "a"), (1, "c"), (4, "b")]
+
+
+def test_there_is_a_table_for_every_data_set_split_threat_and_guarantee() -> None:
+    models = [
+        card(
+            "a",
+            [
+                result(3, 500),
+                result(3, 400, split="train"),
+                result(3, 300, dataset="cifar10"),
+                result("patch:3", 600, method="x"),
+            ],
+        ),
+        card(
+            "b",
+            [result(3, 500, guarantee="detection"), result("patch:3x4", 10), result("sparse:3:value", 9), result("patch:2%", 8)],
+        ),
+    ]
+    found = [(one.dataset, one.split, str(one.threat), one.guarantee, len(one.entries)) for one in boards(models)]
+    assert found == [
+        ("cifar10", "test", "patch:3x3", "recovery", 1),
+        ("mnist", "test", "patch:3x3", "recovery", 1),
+        ("mnist", "test", "patch:3x3", "detection", 1),
+        ("mnist", "train", "patch:3x3", "recovery", 1),
+        ("mnist", "test", "patch:3x4", "recovery", 1),
+        ("mnist", "test", "patch:2%", "recovery", 1),
+        ("mnist", "test", "sparse:3:value", "recovery", 1),
+    ]
+
+
+def test_recovery_and_detection_never_share_a_table_or_a_chart(tree: ET.Element) -> None:
+    tables = leaderboards(tree)
+    assert [row[1] for row in tables["mnist", "patch:3x3", "detection"]] == ["alarm"]
+    assert all("alarm" not in str(table) for key, table in tables.items() if key[2] == "recovery")
+    both = card("both", [result(3, 500), result(3, 600, guarantee="detection"), result(4, 400)])
+    shown = parsed(site.render([both]))
+    assert [rows(table)[0][5][:5] for table in having(shown, "table", "results")] == ["50.00", "60.00"]
+    for chart in curves.charts(boards([*zoo(), both])):
+        points = [entry for line in chart.lines for _, entry in line.points]
+        assert {entry.result.guarantee for entry in points} == {chart.guarantee}
+
+
+def test_a_published_number_stands_beside_one_guarantee_or_none() -> None:
+    paper = (Published("patch:3x3", 0.9, 0.8, PAPER),)
+    both = card("both", [result(3, 500), result(3, 600, guarantee="detection")], published=paper)
+    assert [entry.paper for board in boards([both]) for entry in board.entries] == [None, None]
+    other = card("other", [result(3, 500), result(3, 600, dataset="cifar10")], published=paper)
+    assert [(board.dataset, board.entries[0].paper) for board in boards([other])] == [("cifar10", None), ("mnist", paper[0])]
+
+
+def test_the_threats_that_a_model_was_trained_against_are_shown_first() -> None:
+    def first(found: list[Board]) -> list[tuple[str, str]]:
+        return [(board.dataset, str(board.threat)) for board in found if board.own]
+
+    assert first(boards(zoo())) == [
+        ("cifar10", "patch:2x2"),
+        ("mnist", "patch:3x3"),
+        ("mnist", "patch:3x3"),
+        ("mnist", "sparse:4"),
+        ("mnist", "sparse:10"),
+    ]
+    away = [sweep("a", 900, 100, (1, 2), threat="patch:9"), sweep("b", 900, 100, (2, 5), threat="patch:9")]
+    assert first(boards(away)) == [("mnist", "patch:2x2")]
+
+
+def test_every_measured_number_of_the_bundled_cards_is_there_and_no_other() -> None:
+    names = shelf.bundled_names()
+    assert len(names) >= 9
+    page = parsed(site.render(shelf.bundled().values()))
+    for parent in [*page.iter()]:
+        for child in [*parent]:
+            if child.tag == "pre" or "notes" in child.get("class", ""):
+                parent.remove(child)
+    said, allowed = text(page), set()
+    for name in names:
+        raw = yaml.safe_load((shelf.bundled_folder() / name / "README.md").read_text().split("---\n")[1])["patchcert"]
+        for one in [*raw["results"], *raw.get("samples", []), *([raw["validation"]] if raw["validation"] else [])]:
+            for count in (one["clean"], one["certified"]):
+                assert f"{count}/{one['images']}" in said
+            allowed |= {f"{100 * one[key] / one['images']:.2f}" for key in ("clean", "certified")}
+            allowed |= {f"{100 * end:.2f}" for end in one.get("certified_interval", ())}
+        allowed |= {f"{100 * one[key]:.2f}" for one in raw["published"] for key in ("clean", "certified")}
+        for free in (raw["network"], raw["source"], (raw["trained"] or {}).get("torch")):
+            said = said.replace(free or "\0", "")
+    assert set(re.findall(r"(?<![\d.])\d+\.\d\d(?!\d)", said)) == allowed
+
+
+def test_a_recipe_shows_what_the_paper_says_and_how_to_train_but_nothing_measured(tree: ET.Element) -> None:
+    section = next(one for one in tree.iter("section") if one.get("id") == "recipes/")
+    table = section.find(".//table")
+    assert table is not None
+    assert rows(table) == [
+        ["large-recipe", "MNIST", "patch:3x3", "86.42a", "59.31a", "ibp", "MLP 784-255-10"],
+    ]
+    assert "Published numbers belong to the weights of the paper, not to these:" in text(section)
+    assert f"a {PAPER}" in text(section) and text(section).endswith("patchcert train --threat patch --patch 3 --seed 3")
+    shown = next(one for one in having(tree, "details", "card") if one.get("id") == "model/large-recipe")
+    for part in (section, shown):
+        assert not [*having(part, "td", "measured")] and "/1000" not in text(part)
+    assert "patchcert certify large-recipe" not in text(tree) and "recipe only" in text(shown)
+    assert all("large-recipe" not in str(table) for table in leaderboards(tree).values())
+    waiting = next(one for one in tree.iter("section") if one.get("id") == "waiting/").find(".//table")
+    assert waiting is not None and [row[0] for row in rows(waiting)] == ["waiting"]
+
+
+def test_a_card_section_tells_all_that_the_card_says(tree: ET.Element) -> None:
+    shown = text(next(one for one in having(tree, "details", "card") if one.get("id") == "model/bounds"))
+    one = next(each for each in zoo() if each.name == "bounds")
+    assert one.trained is not None
+    for part in (
+        *(one.defense, one.network, one.source, one.license, one.split, one.command, one.hub.repo, one.hub.revision),
+        *("seed 3", "patchcert certify bounds --patch 3x3", "hidden: [255]", "learning_rate: 1.0e-05", "See votes-a."),
+        *("2026-01-31, 12.5 s on cpu with 1 threads", "torch 2.6.0, patchcert 0.1.0", "clean 94.22 % (4711/5000)"),
+        *("certified 62.26 % (3113/5000)", "patch:7x7: clean 88.00 %, certified 12.34 %; another paper", "811316", "a" * 64),
+        *("Measured with patchcert 0.1.0: patchcert certify NAME", "2026-02-01"),
+    ):
+        assert str(part) in shown, part
+    address = "https://huggingface.co/patchcert/bounds/tree/0123456789abcdef0123456789abcdef01234567"
+    assert [link.get("href") for link in tree.iter("a") if "bounds/tree" in link.get("href", "")] == [address]
+    other = text(next(each for each in having(tree, "details", "card") if each.get("id") == "model/pixels-4"))
+    assert "not published yet (patchcert/pixels-4)" in other and "patchcert certify pixels-4 --threat sparse:4" in other
+    doubtful = text(next(each for each in having(tree, "details", "card") if each.get("id") == "model/doubtful"))
+    assert doubtful.startswith("doubtful unreliable") and "an attack flipped a certified image" in doubtful
+
+
+def test_every_link_inside_the_page_arrives_and_ids_are_unique(tree: ET.Element) -> None:
+    ids = [one.attrib["id"] for one in tree.iter() if "id" in one.attrib]
+    assert len(ids) == len(set(ids)) and {"cifar10", "mnist/patch:3x3", "mnist/sparse:10", "model/votes-a"} <= set(ids)
+    inside = [link.attrib["href"] for link in tree.iter("a") if link.attrib["href"].startswith("#")]
+    assert len(inside) > 20 and {address[1:] for address in inside} <= set(ids)
+
+
+def test_tables_and_controls_are_named(tree: ET.Element) -> None:
+    assert tree.get("lang") == "en" and text(tree.find("head/title")).startswith("patchcert zoo")  # type: ignore[arg-type]
+    tables = [*tree.iter("table")]
+    assert len(tables) > 20 and all(text(table.find("caption/span")) for table in tables)  # type: ignore[arg-type]
+    assert all(head.get("scope") for head in tree.iter("th"))
+    controls = [*tree.iter("select"), *tree.iter("input")]
+    assert len(controls) == 3 and all(any(one in label for label in tree.iter("label")) for one in controls)
+    assert all(drawing.get("aria-label") or drawing.get("aria-hidden") for drawing in tree.iter("svg"))
+
+
+def hostile() -> Card:
+    """Text that tries to get out of wherever it stands."""
+    one = result(
+        "patch:2%", 7, images=10, clean=8, dataset=HOSTILE, split=HOSTILE, method=HOSTILE, command=HOSTILE, patchcert=HOSTILE
+    )
+    found = card("hostile", [one, result(3, 5), result(4, 4)], defense=HOSTILE, network=HOSTILE, license=HOSTILE, command=HOSTILE)
+    assert found.trained is not None
+    return replace(
+        found,
+        dataset=HOSTILE,
+        split=HOSTILE,
+        source=HOSTILE,
+        reason=HOSTILE,
+        notes=f"`{HOSTILE}`",
+        status="unreliable",
+        recipe={HOSTILE: [HOSTILE]},
+        hub=Hub('evil/"><script>', "javascript:alert(4)"),
+        trained=replace(found.trained, device=HOSTILE, torch=HOSTILE),
+        files={HOSTILE: found.files["config.json"]},
+        published=(Published("patch:2%", 0.9, 0.8, HOSTILE),),
+    )
+
+
+def test_nothing_on_a_card_can_become_markup() -> None:
+    sober, page = site.render([hostile_free()]), site.render([hostile()])
+    seen = parsed(page)
+    for word in ("<script", "</script", "<style", "</style"):
+        assert page.count(word) == sober.count(word) == 1
+    assert {one.tag for one in seen.iter()} == {one.tag for one in parsed(sober).iter()}
+    names = {name for one in seen.iter() for name in one.attrib}
+    assert names == {name for one in parsed(sober).iter() for name in one.attrib}
+    assert not [name for name in names if name.startswith("on") or name in ("src", "style", "srcdoc", "action")]
+    links = {link.attrib["href"].partition("/")[0] for link in seen.iter("a")}
+    assert links == {"#model", "https:"}
+    assert "alert(1)" in text(seen) and not re.search("[\x00\u202e\ud800]", page)
+    page.encode()
+
+
+def hostile_free() -> Card:
+    """The same card with harmless text."""
+    plain = card("hostile", [result("patch:2%", 7, images=10, clean=8, dataset="a"), result(3, 5), result(4, 4)])
+    paper = (Published("patch:2%", 0.9, 0.8, PAPER),)
+    hub = Hub("a/b", "c" * 40)
+    return replace(plain, dataset="a", status="unreliable", reason="a", notes="`a`", published=paper, hub=hub)
+
+
+@given(st.text(st.characters(exclude_characters="\t\n\r")))  # XML reads these as blanks
+def test_text_stays_text(said: str) -> None:
+    written = tag("p", said, data_x=said)
+    read = ET.fromstring(written)
+    assert (read.text or "") == read.attrib["data-x"] == html.unescape(escape(said))
+    assert isinstance(written, Html) and tag("p", written) == f"<p>{written}</p>\n"
+    assert re.fullmatch(r"[\w.~:%-]*", fragment(said), re.ASCII)
+
+
+def test_equal_cards_give_equal_bytes_in_any_order_and_the_date_is_the_newest_measurements() -> None:
+    page = site.render(zoo(), version="9.9")
+    assert page == site.render(reversed(zoo()), version="9.9")
+    assert "patchcert 9.9 · 8 of 10 models measured · newest measurement 2026-02-01" in page
+    later = [*zoo(), card("later", [result(3, 1, date="2031-12-30")])]
+    assert "newest measurement 2031-12-30" in site.render(later)
+    assert "0 of 1 models measured · no measurement yet" in site.render([recipe("only")])
+
+
+def test_the_page_loads_nothing_and_allows_only_its_own_style_and_script() -> None:
+    page = site.render(zoo())
+    assert not re.search(r"\ssrc\s*=|<link|<base|<img|<iframe|<object|@import|url\(|\sstyle=|\son\w+=", page)
+    assert set(re.findall(r"https?://[^/\"]*", page)) == {"https://huggingface.co"}
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
+    wanted = ["default-src 'none'"]
+    for name in ("style", "script"):
+        (inside,) = re.findall(rf"<{name}>(.*?)</{name}>", page, re.DOTALL)
+        wanted.append(f"{name}-src 'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'")
+    assert html.unescape(policy).split("; ") == [*wanted, "base-uri 'none'", "form-action 'none'"]
+
+
+def test_charts_show_what_was_measured(tree: ET.Element) -> None:
+    found = curves.charts(boards(zoo()))
+    assert [(one.dataset, one.axis, one.guarantee, [line.name for line in one.lines], one.doubtful) for one in found] == [
+        ("cifar10", "side", "recovery", ["photos"], ()),
+        ("mnist", "side", "recovery", ["bounds", "votes-a", "votes-b"], ("doubtful",)),
+        ("mnist", "side", "detection", ["alarm"], ()),
+        ("mnist", "pixel", "recovery", ["pixels-10", "pixels-4"], ()),
+    ]
+    drawing = [*having(tree, "figure", "curve")][1]
+    line = next(one for one in having(drawing, "g", "model") if one.get("data-name") == "votes-b")
+    titles = [text(one) for one in line.iter("title")]
+    assert titles[0] == (
+        "votes-b, patch:1x1: certified 90.00 % (900/1000), 95 % interval 88.77 to 91.23 %;"
+        " clean 95.00 % (950/1000); proof additive"
+    )
+    scale = curves.Scale.of(found[1])
+    places = [tuple(map(float, re.findall(r"[\d.]+", one.attrib["transform"]))) for one in having(line, "path", "mark")]
+    wanted = [(scale.x(side), scale.y(0.9 - 0.15 * (side - 1))) for side in range(1, 7)]
+    assert [round(value, 1) for place in places for value in place] == [round(value, 1) for place in wanted for value in place]
+    legend = [text(one) for one in next(having(drawing, "ul", "legend"))]
+    assert legend == ["bounds", "votes-a", "votes-b"] and "Left out as unreliable: doubtful." in text(drawing)
+
+
+def test_one_point_is_no_chart_and_odd_shapes_stand_on_no_axis() -> None:
+    assert curves.charts(boards([card("a", [result(3, 5), result("patch:2x9", 5), result("patch:2%", 5)])])) == []
+    units = [card("a", [result(f"sparse:{k}:{unit}", 5) for k in (1, 2) for unit in ("pixel", "value")])]
+    assert [(one.axis, one.strengths) for one in curves.charts(boards(units))] == [("pixel", [1, 2]), ("value", [1, 2])]
+
+
+def test_forty_models_can_be_told_apart() -> None:
+    (chart,) = curves.charts(boards([sweep(f"model-{i:02}", 900 - i, 100) for i in range(36)]))
+    drawn = parsed(site.render([sweep(f"model-{i:02}", 900 - i, 100) for i in range(36)]))
+    looks = [(one.attrib["class"], next(having(one, "path", "mark")).attrib["d"]) for one in having(drawn, "g", "model")]
+    assert len(set(looks)) == len(chart.lines) == 36
+    heights = [float(one[1].attrib["y"]) for one in having(drawn, "g", "label")]
+    assert len(heights) < 36 and all(0 < height < curves.HEIGHT for height in heights)
+
+
+@given(st.lists(st.floats(curves.TOP, curves.BOTTOM), max_size=18))
+def test_labels_are_moved_apart_and_stay_in_the_drawing(wanted: list[float]) -> None:
+    heights = curves.spread(sorted(wanted))
+    assert all(after - before >= curves.LINE - 1e-6 for before, after in pairwise(heights))
+    assert all(0 < height <= curves.BOTTOM for height in heights)
+
+
+@pytest.mark.parametrize(("first", "last"), [(1, 1), (1, 10), (3, 16), (1, 100), (7, 5000), (4, 10)])
+def test_ticks_are_round_and_few(first: int, last: int) -> None:
+    found = curves.ticks([first, last])
+    assert 1 <= len(found) <= 13 and all(first <= tick <= last for tick in found)
+    assert len({b - a for a, b in pairwise(found)}) <= 1
+
+
+def test_words_for_threats_and_letters_for_sources() -> None:
+    assert describe(parse_threat("patch:3x7")) == "one patch of 3x7 pixels, anywhere in the image"
+    assert describe(parse_threat("patch:2.5%")) == "one square patch of 2.5 % of the image, anywhere in it"
+    assert describe(parse_threat("sparse:4")) == "any 4 pixels"
+    assert describe(parse_threat("sparse:4:value")) == "any 4 single channel values"
+    assert [letters(i) for i in (0, 25, 26, 701, 702)] == ["a", "z", "aa", "zz", "aaa"]
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def patchcert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
+    """The command line, with a zoo of its own."""
+    monkeypatch.setattr(shelf, "bundled", lambda dataset=None: {one.name: one for one in zoo()})
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["patchcert", *words])
+        with pytest.raises(SystemExit) as stop:
+            main.run()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def test_the_command_writes_one_file_and_says_which(patchcert: Call) -> None:
+    assert patchcert("report", "zoo") == (0, "site/index.html\n", "")
+    assert patchcert("report", "zoo", "--out", "deep/er") == (0, "deep/er/index.html\n", "")
+    assert [path.name for path in Path("deep/er").iterdir()] == ["index.html"]
+    written = Path("site/index.html").read_bytes()
+    assert written == Path("deep/er/index.html").read_bytes() == site.render(zoo()).encode()
+    Path("site/index.html").write_bytes(written[:-100])
+    assert patchcert("report", "zoo")[0] == 0 and Path("site/index.html").read_bytes() == written
+
+
+def test_what_is_not_ours_is_kept(patchcert: Call) -> None:
+    Path("plain").write_text("mine")
+    below = f"--out 'plain/deeper': '{Path('plain').resolve()}' is a file; name a folder that can hold it."
+    for out, said in (("plain", "--out 'plain' is a file; name a folder."), ("plain/deeper", below)):
+        assert patchcert("report", "zoo", "--out", out) == (2, "", f"error[2]: {said}\n")
+    Path("site").mkdir()
+    Path("site/index.html").write_text("<h1>mine</h1>")
+    code, out, err = patchcert("report", "zoo")
+    assert (code, out) == (2, "") and "was not written by this command; choose another --out" in err and err.count("\n") == 1
+    assert Path("plain").read_text() == "mine" and Path("site/index.html").read_text() == "<h1>mine</h1>"
+    assert patchcert("report", "zoo", "--force")[0] == 0
+    Path("other/index.html").mkdir(parents=True)
+    assert patchcert("report", "zoo", "--out", "other", "--force")[0] == 2
+
+
+def test_a_disk_that_takes_nothing_is_the_machines_fault(patchcert: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, err = patchcert("report", "zoo", "--out", "/proc/nowhere/site")
+    assert (code, out) == (7, "") and err.startswith("error[7]: --out '/proc/nowhere/site': nothing can be")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, out, err = patchcert("report", "zoo")
+    assert (code, out) == (7, "") and "No space left on device" in err and [*Path("site").iterdir()] == []
+
+
+def test_a_data_set_without_models_is_refused(patchcert: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf, "bundled", lambda dataset=None: {})
+    assert patchcert("report", "zoo", "--dataset", "mnist") == (
+        2,
+        "",
+        "error[2]: there is no model to report on; see: patchcert zoo list\n",
+    )
+    monkeypatch.undo()
+
+
+def test_the_command_is_quick_and_needs_neither_torch_nor_a_network(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; sys.argv = ['patchcert', 'report', 'zoo', '--dataset', 'mnist']\n"
+        "from patchcert_cli.cli.main import run\n"
+        "try:\n    run()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "print(time.process_time(), {'torch', 'numpy', 'huggingface_hub', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    path, last = done.stdout.splitlines()
+    seconds, loaded = last.split(maxsplit=1)
+    assert float(seconds) < 1 and loaded == "set()"
+    page = (tmp_path / path).read_text()
+    assert "model/mnist-ibp-p5" in page and "cifar" not in parsed(page).findtext("body/main", "") and "CIFAR-10" not in page
