@@ -26,7 +26,7 @@ from patchcert_cli.certifiers.geometry import Axis, Cover
 from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.base import Claim, TrainingStep
 from patchcert_cli.defenses.smoothing import Smoothing
-from patchcert_cli.layers import exact, integers
+from patchcert_cli.layers import exact, integers, precision
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch
 from patchcert_cli.training.recipe import Recipe
@@ -92,7 +92,7 @@ def layer_by_layer(defense: BagCert | Smoothing, x: Tensor) -> Tensor:
         given = (defense.views(steps, image, cell, full=255.0) for image, cell in pieces)
     else:
         given = (part for part in torch.split(steps, max(1, (1 << 25) // defense.activations)))
-    with torch.no_grad(), exact.exact_arithmetic():
+    with torch.no_grad(), precision.exact_arithmetic():
         found = torch.cat([network(piece.contiguous(memory_format=torch.channels_last)) for piece in given])
     if isinstance(defense, BagCert):
         return found

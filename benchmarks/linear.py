@@ -21,6 +21,7 @@ from patchcert_cli.catalog import find
 from patchcert_cli.certifiers.bounds import intervals, rounding
 from patchcert_cli.certifiers.bounds.linear import linear, refine
 from patchcert_cli.evaluation.plan import BATCH_SIZE
+from patchcert_cli.layers import precision
 from patchcert_cli.threats import Threat, parse_threat
 
 FEW = 20  # images for the passes that certification never makes
@@ -91,7 +92,7 @@ def main() -> None:
     defense = find.load(options.model)
     network = defense.network
     assert isinstance(network, nn.Module)
-    frozen, exact = rounding.frozen(network), rounding.double(network)
+    frozen, exact = precision.frozen(network), precision.double(network)
     images = data.load("mnist", "test")
     x, label = data.to_float(images.pixels[: options.images]), images.labels[: options.images]
     print(f"{options.model}, {options.threat}, torch {torch.__version__}, {options.threads} threads")

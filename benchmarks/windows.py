@@ -22,6 +22,7 @@ from patchcert_cli.certifiers.bounds.first_layer import location_masks
 from patchcert_cli.certifiers.bounds.rules import propagate
 from patchcert_cli.certifiers.bounds.windows.routes import explain
 from patchcert_cli.certifiers.bounds.windows.windows import Windows
+from patchcert_cli.layers import precision
 from patchcert_cli.layers.plain import layers_of
 from patchcert_cli.models import cnn
 from patchcert_cli.threats import Patch
@@ -101,7 +102,7 @@ def certification(network: nn.Module, images: int, dense: int) -> None:
     same = ((found > middle) == (reference > middle))[others]
     error = float((found - reference).abs().max() / reference.abs().max())
     print(f"  margins equal to {error:.1e} of the largest; on the same side of their median: {int(same.sum())} of {len(same)}")
-    exact = rounding.double(network)
+    exact = precision.double(network)
     proof = seconds(lambda: rounding.prove(network, exact, x, target, PATCH)) / images
     print(f"  with rounding bounds and what float64 decides: {proof:.3f} s an image")
 

@@ -34,7 +34,7 @@ from patchcert_cli.certifiers.masks.scales import Memory
 from patchcert_cli.certifiers.masks.views import PRECISIONS, Views
 from patchcert_cli.defenses.base import Augment, Claim, Defense, Options, Surrogate, TrainingStep
 from patchcert_cli.errors import UsageError
-from patchcert_cli.layers import exact
+from patchcert_cli.layers import exact, precision
 from patchcert_cli.layers.levels import Levels
 from patchcert_cli.schema import Count, Fraction, Must, Positive
 from patchcert_cli.threats import Patch, PatchPercent, Threat
@@ -297,7 +297,7 @@ class PatchCleanser(Defense):
     def plain(self, x: Tensor) -> Tensor:
         """What the network alone says of images [B, C, H, W], without masks and without a defense: int64 [B]."""
         self.check_input(x)
-        with exact.exact_arithmetic():
+        with precision.exact_arithmetic():
             parts = torch.split(x, max(1, min(views.PASSES, views.PIXELS // math.prod(self.input_shape))))
             return (
                 torch.cat([self.forward(part).argmax(dim=1) for part in parts]) if len(x) else x.new_zeros(0, dtype=torch.int64)

@@ -21,21 +21,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli.errors import IntegrityError, MachineError
+from patchcert_cli.errors import IntegrityError
 
 BITS = {torch.float32: 24, torch.float64: 53}  # integers up to 2^p are exact
 FAR = {torch.float32: 100, torch.float64: 900}  # exponents of weights, up or down, that leave products normal numbers
-FAST_MATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")  # how oneDNN is told to compute in less than float32
-STRICT = "STRICT"
 ENOUGH = 6  # bits that a channel's largest weight needs, sign aside, for float32 to be chosen
 
 
@@ -254,62 +251,3 @@ def onto(v: Tensor, grid: Grid | Wire) -> Tensor:
     wire = grid.wire if isinstance(grid, Grid) else grid
     step = math.ldexp(1.0, wire.exponent)
     return v.mul_(1 / step).round_().clamp_(max=wire.most / step).mul_(step)
-
-
-@contextlib.contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """Switch off everything that computes in less than the tensors' own precision (TF32, bfloat16 products, autocast).
-
-    Also switches off NNPACK, whose convolutions are not plain sums of products.
-
-    Raises:
-        MachineError: oneDNN was told by an environment variable to compute in less. It reads it once, so that cannot be undone.
-    """
-    for name in FAST_MATH:
-        if os.environ.get(name, STRICT).upper() not in (STRICT, ""):
-            raise MachineError(
-                f"{name}={os.environ[name]} lets convolutions and products compute in less than float32;",
-                hint=f"start again without it: env -u {name} patchcert ...",
-            )
-    switches = _precision_switches()
-    before = [getattr(owner, name) for owner, name, _ in switches]
-    try:
-        for owner, name, exact in switches:
-            setattr(owner, name, exact)
-        with (
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-            torch.backends.nnpack.flags(enabled=False),
-        ):
-            yield
-    finally:
-        for (owner, name, _), value in zip(switches, before, strict=True):
-            setattr(owner, name, value)
-
-
-def _precision_switches() -> list[tuple[Any, str, Any]]:
-    """``(owner, attribute, exact value)`` of torch's precision flags, in whichever of its two interfaces this process uses."""
-    backends: Any = torch.backends
-    # set last, and restored last: other switches change those of oneDNN along with their own
-    onednn = [(owner, "fp32_precision", "ieee") for owner in (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)]
-    legacy = [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
-    try:
-        for owner, name, _ in legacy:
-            getattr(owner, name)
-        torch.get_float32_matmul_precision()
-    except RuntimeError:  # the newer interface has been used, and torch refuses to mix them
-        owners = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
-        return [*((owner, "fp32_precision", "ieee") for owner in owners), *onednn]
-    return [(_MatmulPrecision(), "value", "highest"), *legacy, *onednn]
-
-
-class _MatmulPrecision:
-    """torch's process-wide matmul precision as an attribute."""
-
-    @property
-    def value(self) -> str:
-        return torch.get_float32_matmul_precision()
-
-    @value.setter
-    def value(self, precision: str) -> None:
-        torch.set_float32_matmul_precision(precision)

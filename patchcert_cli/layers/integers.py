@@ -35,7 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.errors import IntegrityError, MachineError
-from patchcert_cli.layers.exact import exact_arithmetic, power
+from patchcert_cli.layers.exact import power
+from patchcert_cli.layers.precision import exact_arithmetic
 
 LARGEST = 64  # of a weight: two products with 255 fit 16 bits
 ROOM = 1 << 24  # whole numbers that float32 holds

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.layers import exact, integers
+from patchcert_cli.layers import exact, integers, precision
 from patchcert_cli.layers.integers import LARGEST, ROOM, Whole
 
 LOWEST = 4.0  # pre-activations below -4 count as -4, where GELU is 0 within a tenth of a step
@@ -142,7 +142,7 @@ class Levels(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """float64 [n, K], of features, or of the sum of those of an image and its mirrored one."""
-        with exact.exact_arithmetic():
+        with precision.exact_arithmetic():
             return cast(Tensor, self.head(features.double()[:, :, None, None])).flatten(1)
 
 

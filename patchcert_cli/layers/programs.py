@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli.errors import IntegrityError, MachineError
-from patchcert_cli.layers import exact, integers, passes
+from patchcert_cli.layers import exact, integers, passes, precision
 from patchcert_cli.layers.exact import Affine, Deployed, Wire
 from patchcert_cli.layers.integers import Trial
 from patchcert_cli.layers.planes import BYTE, Maps, Operation, Work, as_bytes, in_integers
@@ -156,7 +156,7 @@ class Program:
     def _through(self, pixels: Tensor, works: Sequence[Work]) -> Tensor:
         """The last map, each forgotten as soon as no operation needs it."""
         maps: list[Any] = [pixels.contiguous(memory_format=torch.channels_last)]
-        with exact.exact_arithmetic():
+        with precision.exact_arithmetic():
             for work, needed in zip(works, self._needed, strict=True):
                 maps.append(work(maps))
                 maps = [given if at in needed else None for at, given in enumerate(maps)]
@@ -207,7 +207,7 @@ class Runner:
         program = self.program(network) if steps.device.type == "cpu" else None
         if program is None:
             kind = exact.execution_type(network, steps.device)
-            with exact.exact_arithmetic():
+            with precision.exact_arithmetic():
                 return cast(Tensor, network(steps.to(kind).contiguous(memory_format=torch.channels_last)))
         forced = integers.forced()
         if forced is not None:

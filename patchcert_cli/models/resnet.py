@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.layers import exact
+from patchcert_cli.layers import exact, precision
 from patchcert_cli.layers.exact import Grid, Wire
 from patchcert_cli.layers.programs import Program
 
@@ -196,7 +196,7 @@ class _Head(nn.Module):
 
     def total(self, v: Tensor) -> Tensor:
         """Of the sums [B, C, 1, 1]."""
-        with exact.exact_arithmetic():
+        with precision.exact_arithmetic():
             return cast(Tensor, self.layer(v)).flatten(1)
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers.bounds import intervals, rounding, streams
+from patchcert_cli.certifiers.bounds import intervals, streams
 from patchcert_cli.errors import UnsupportedThreat, UsageError
+from patchcert_cli.layers import precision
 from patchcert_cli.threats import Patch, PatchPercent, Sparse, parse_threat
 
 from . import reference
@@ -37,7 +38,7 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_patch_margins_equal_the_minimum_over_boxed_copies(name: str) -> None:
-    shape, net = LAYOUTS[name].shape, rounding.double(network(name))
+    shape, net = LAYOUTS[name].shape, precision.double(network(name))
     x = images(shape, 4).double()
     path = reference.steps(net, shape)  # type: ignore[arg-type]
     target = targets(len(reference.forward(path, reference.numbers(x[0]))), len(x))
@@ -53,7 +54,7 @@ def test_patch_margins_equal_the_minimum_over_boxed_copies(name: str) -> None:
 
 @pytest.mark.parametrize("name", SPARSE_NAMES)
 def test_sparse_margins_equal_the_k_largest_gains(name: str) -> None:
-    shape, net = LAYOUTS[name].shape, rounding.double(network(name))
+    shape, net = LAYOUTS[name].shape, precision.double(network(name))
     x = images(shape, 4).double()
     path = reference.steps(net, shape)  # type: ignore[arg-type]
     target = targets(len(reference.forward(path, reference.numbers(x[0]))), len(x))
@@ -75,7 +76,7 @@ def test_every_layout_was_compared() -> None:
 
 @pytest.mark.parametrize("name", ["mlp-rgb", "conv-stride", "average-pool-first"])
 def test_chunks_of_one_location_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    net, x = rounding.double(network(name)), images(LAYOUTS[name].shape, 5).double()
+    net, x = precision.double(network(name)), images(LAYOUTS[name].shape, 5).double()
     whole = margins(net, x, targets(3, 5), Patch(2, 2))
     monkeypatch.setattr(streams, "CHUNK_BYTES", {"cpu": 1})
     single = margins(net, x, targets(3, 5), Patch(2, 2))
@@ -86,7 +87,7 @@ def test_chunks_of_one_location_change_nothing(name: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", ["mlp2", "conv-dilated"])
 @pytest.mark.parametrize("threat", [Patch(2, 2), Sparse(2)], ids=str)
 def test_targets_in_any_order_and_absent_classes(name: str, threat: Patch | Sparse) -> None:
-    net, x = rounding.double(network(name)), images(LAYOUTS[name].shape, 6).double()
+    net, x = precision.double(network(name)), images(LAYOUTS[name].shape, 6).double()
     for target in ([2, 0, 1, 2, 0, 2], [2] * 6, [0] * 6, [1, 1, 0, 1, 1, 0]):
         together = margins(net, x, torch.tensor(target), threat).values
         for i, y in enumerate(target):
@@ -109,7 +110,7 @@ def test_percent_patch_is_its_square() -> None:
 @pytest.mark.parametrize("epsilon", [0.3, 1.0])
 def test_margins_at_the_worst_locations_are_the_minimum(name: str, epsilon: float) -> None:
     """The gradient is compared with autograd through all boxed copies of the image."""
-    shape, net = LAYOUTS[name].shape, rounding.double(network(name)).requires_grad_(True)
+    shape, net = LAYOUTS[name].shape, precision.double(network(name)).requires_grad_(True)
     x = images(shape, 5).double()
     classes = net[-1].out_features  # type: ignore[index]
     target, patch = targets(classes, 5), Patch(2, 3)
@@ -129,7 +130,7 @@ def test_margins_at_the_worst_locations_are_the_minimum(name: str, epsilon: floa
 
 
 def test_margins_at_chosen_locations_takes_the_smallest_of_them() -> None:
-    shape, net = LAYOUTS["mlp-rgb"].shape, rounding.double(network("mlp-rgb"))
+    shape, net = LAYOUTS["mlp-rgb"].shape, precision.double(network("mlp-rgb"))
     x, target, patch = images(shape, 4).double(), targets(3, 4), Patch(2, 2)
     chosen = torch.randint(12, (4, 5), generator=torch.Generator().manual_seed(0))
     found = intervals.margins_at(net, x, target, patch, chosen, per_class=False)

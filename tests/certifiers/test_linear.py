@@ -12,10 +12,10 @@ import torch
 from soundness.arena import changes, draw_images, random_defense
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers.bounds import rounding
 from patchcert_cli.certifiers.bounds.linear import linear, relaxations
 from patchcert_cli.certifiers.bounds.linear.linear import Engine, Query
 from patchcert_cli.errors import UnsupportedThreat, UsageError
+from patchcert_cli.layers import precision
 from patchcert_cli.threats import Patch, Sparse, parse_threat
 
 from . import crown, reference
@@ -28,7 +28,7 @@ TINY: list[tuple[str, Shape, int]] = list(product(KINDS, ((1, 4, 3), (2, 3, 3)),
 
 
 def engine(net: nn.Module, x: Tensor, target: Tensor, threat: Attack) -> Engine:
-    return Engine(rounding.double(net).requires_grad_(False), x.double(), target, threat)
+    return Engine(precision.double(net).requires_grad_(False), x.double(), target, threat)
 
 
 def targets(net: nn.Module, x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def test_patch_bounds_equal_one_location_after_the_other(name: str, choice: int,
     slopes((relaxations.zero, relaxations.adaptive)[choice], monkeypatch)
     shape, net = LAYOUTS[name].shape, network(name)
     x = images(shape, 2).double()
-    target = targets(rounding.double(net), x)
+    target = targets(precision.double(net), x)
     path = reference.steps(net, shape)  # type: ignore[arg-type]
     for size, side in product([(1, 1), (2, 2), (3, 2), shape[1:]], [0, 1, 2]):
         found = linear.table(engine(net, x, target, Patch(*size)), side)
@@ -71,7 +71,7 @@ def test_sparse_bounds_equal_sorted_gains(name: str, choice: int, monkeypatch: p
     slopes((relaxations.zero, relaxations.adaptive)[choice], monkeypatch)
     shape, net = LAYOUTS[name].shape, network(name)
     x = images(shape, 2).double()
-    target = targets(rounding.double(net), x)
+    target = targets(precision.double(net), x)
     path = reference.steps(net, shape)  # type: ignore[arg-type]
     for threat in (Sparse(1), Sparse(3), Sparse(2, "value"), Sparse(5, "value"), Sparse(shape[1] * shape[2])):
         found = linear.table(engine(net, x, target, threat), 0)
@@ -93,7 +93,7 @@ def tiny(kind: str, shape: Shape, seed: int) -> tuple[nn.Module, Tensor]:
 def violations(kind: str, shape: Shape, seed: int, threats: list[Attack]) -> tuple[list[str], float]:
     """Bounds above a margin that an attacker reaches, and the smallest distance between the two."""
     net, x = tiny(kind, shape, seed)
-    exact = rounding.double(net)
+    exact = precision.double(net)
     target = exact(x.double()).argmax(dim=1)
     found, nearest = [], float("inf")
     for threat in threats:
@@ -129,7 +129,7 @@ def test_no_bound_exceeds_a_margin_that_is_reached(kind: str, shape: Shape, seed
 def test_no_bound_exceeds_a_margin_of_a_sampled_content(name: str) -> None:
     """Every layout, many contents at every location: random ones, and the one that the linear form itself fears most."""
     shape, net = LAYOUTS[name].shape, network(name, 1)
-    x, exact = images(shape, 3, 1).double(), rounding.double(net).requires_grad_(False)
+    x, exact = images(shape, 3, 1).double(), precision.double(net).requires_grad_(False)
     target, patch = targets(exact, x), Patch(2, 3)
     bounds = linear.table(engine(net, x, target, patch), 1)
     generator = torch.Generator().manual_seed(0)
@@ -280,7 +280,7 @@ def test_weights_that_are_no_numbers_or_huge_lose_everything(name: str, value: f
 
 @pytest.mark.parametrize("threat", ["patch:5x1", "sparse:21"])
 def test_threats_that_do_not_fit_are_refused(threat: str) -> None:
-    net, x = rounding.double(network("mlp2")), images((1, 4, 5), 1).double()
+    net, x = precision.double(network("mlp2")), images((1, 4, 5), 1).double()
     with pytest.raises(UsageError):
         linear.lower_margins(net, x, torch.tensor([0]), parse_threat(threat))
 

@@ -20,6 +20,7 @@ from patchcert_cli.certifiers.masks.agreement import Reports
 from patchcert_cli.certifiers.masks.views import Answers
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import UsageError
+from patchcert_cli.layers import precision
 from patchcert_cli.threats import Patch, Sparse, Threat
 
 from .networks import LAYOUTS, images, network
@@ -54,7 +55,7 @@ def test_a_weight_that_is_no_number_certifies_nothing(name: str, value: float) -
 
 
 def test_bounds_that_are_no_numbers_are_not_taken_by_linear_proofs(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, x = rounding.double(network("mlp2")), images((1, 4, 5), 12).double()
+    net, x = precision.double(network("mlp2")), images((1, 4, 5), 12).double()
     target = net(x).argmax(dim=1)
     threat = Patch(1, 1)
     proof = rounding.prove(net, net, x, target, threat)

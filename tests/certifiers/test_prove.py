@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.certifiers.bounds import intervals, rounding
+from patchcert_cli.certifiers.bounds import intervals
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import PatchcertError, UnsupportedThreat
+from patchcert_cli.layers import precision
 from patchcert_cli.threats import Patch, Sparse, Threat
 
 from . import reference
@@ -54,7 +55,7 @@ def test_the_certificate_is_about_the_deployed_answer(name: str) -> None:
     layout = LAYOUTS[name]
     for seed in range(3):
         judge, x = defense(network(name, seed), layout.shape, 4), images(layout.shape, 9, seed)
-        logits = rounding.double(judge.network)(x.double())
+        logits = precision.double(judge.network)(x.double())
         expected = torch.tensor([row.index(max(row)) for row in logits.tolist()])
         for threat in SINGLE if layout.sparse else SINGLE[:1]:
             certificate = judge.certify(x, threat)
@@ -162,7 +163,7 @@ def test_cancelling_batch_norm_is_not_certified_wrongly() -> None:
         layers = nn.Sequential(norm, *dense([[1.0]], [0.0], [[1.0], [0.0]], [0.0, 0.0])).requires_grad_(False)
         x, target = torch.full((1, 1, 1, 1), 0.9), torch.tensor([0])
         narrow = intervals.lower_margins(layers, x, target, Patch(1, 1)).values[0, 1]
-        wide = intervals.lower_margins(rounding.double(layers), x.double(), target, Patch(1, 1)).values[0, 1]
+        wide = intervals.lower_margins(precision.double(layers), x.double(), target, Patch(1, 1)).values[0, 1]
         gaps.append(float(narrow - wide))
         layers[-1].bias[1] = float(narrow + wide) / 2  # type: ignore[index, operator]
         judge = defense(layers, (1, 1, 1), 2)

@@ -20,6 +20,7 @@ from patchcert_cli.certifiers.bounds.linear import linear, refine, relaxations
 from patchcert_cli.certifiers.bounds.linear.linear import Engine, Query
 from patchcert_cli.certifiers.bounds.rounding import Proof
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
+from patchcert_cli.layers import precision
 from patchcert_cli.threats import Patch, Sparse
 
 from .networks import LAYOUTS, images, network
@@ -32,7 +33,7 @@ CASES = list(product(("mlp", "deep", "cnn", "strided"), ((1, 4, 4), (2, 3, 3)), 
 @torch.no_grad()
 def both(net: Any, x: Tensor, threat: Attack, *, sides: tuple[int, ...] = refine.SIDES) -> tuple[Proof, Proof]:
     """The proof by interval bounds, and what linear bounds make of it."""
-    exact = rounding.double(net)
+    exact = precision.double(net)
     target = exact(x.double()).argmax(dim=1)
     proof = rounding.prove(net, exact, x, target, threat)
     return proof, refine.improve(exact, x, target, threat, proof, sides=sides)
@@ -91,7 +92,7 @@ def test_the_verdict_is_that_of_bounding_every_pair(kind: str) -> None:
         rows = (~certified(before)).nonzero()[:, 0]
         if not len(rows):
             continue
-        exact = rounding.double(net)
+        exact = precision.double(net)
         engine = Engine(exact, x[rows].double(), exact(x[rows].double()).argmax(dim=1), threat)
         alone, plain = linear.table(engine, 1), engine.intervals(torch.arange(len(rows)))
         alone = torch.where(torch.isinf(plain), plain, alone)
@@ -128,7 +129,7 @@ def test_order_batch_and_precision_do_not_matter(kind: str) -> None:
         whole = certified(both(net, x, threat)[1])
         assert torch.equal(certified(both(net, x.flip(0), threat)[1]).flip(0), whole)
         assert torch.equal(torch.cat([certified(both(net, image[None], threat)[1]) for image in x]), whole)
-        assert torch.equal(certified(both(rounding.double(net), x.double(), threat)[1]), whole)
+        assert torch.equal(certified(both(precision.double(net), x.double(), threat)[1]), whole)
 
 
 def test_waves_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +143,7 @@ def test_waves_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_to_do_and_nothing_usable() -> None:
     net = network("mlp2")
-    exact, x = rounding.double(net), images((1, 4, 5), 3)
+    exact, x = precision.double(net), images((1, 4, 5), 3)
     target = exact(x.double()).argmax(dim=1)
     proof = rounding.prove(net, exact, x, target, Patch(1, 1))
     clear = replace(proof, margin=proof.slack + 1)
@@ -245,7 +246,7 @@ def test_the_device_does_not_matter(kind: str) -> None:
 
 
 def test_interval_margins_of_the_engine_are_those_of_the_stream() -> None:
-    net, x = rounding.double(network("mlp3")), images(LAYOUTS["mlp3"].shape, 5).double()
+    net, x = precision.double(network("mlp3")), images(LAYOUTS["mlp3"].shape, 5).double()
     target = torch.tensor([0, 1, 2, 3, 1])
     table = Engine(net, x, target, Patch(2, 2)).intervals(torch.tensor([3, 0, 4]))
     chosen = torch.tensor([3, 0, 4])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from patchcert_cli.certifiers.bounds import intervals, rounding
 from patchcert_cli.certifiers.bounds.first_layer import Split
+from patchcert_cli.layers import precision
 from patchcert_cli.threats import Patch, Sparse, Threat
 
 from . import reference
@@ -52,7 +53,7 @@ def test_margins_stay_within_their_bound_of_the_exact_ones(kind: str) -> None:
         target = torch.tensor([0, 1, 2])
         path = reference.steps(net, SHAPE, Fraction)
         for threat, wide in product(THREATS, (False, True)):
-            module, pixels = (rounding.double(net), x.double()) if wide else (net, x)
+            module, pixels = (precision.double(net), x.double()) if wide else (net, x)
             found = worst(module, pixels, target, threat)
             bound = rounding_error(module, pixels, threat, pixels.dtype)
             for i, y in enumerate(target.tolist()):
@@ -72,7 +73,7 @@ def test_margins_stay_within_their_bound_of_the_exact_ones(kind: str) -> None:
 def test_forward_error_bounds_the_deployed_differences(kind: str) -> None:
     for seed in range(6):
         net = dense(seed, kind)
-        exact = rounding.double(net)
+        exact = precision.double(net)
         bound = Fraction(rounding.forward_error(Split.of(exact, SHAPE[0]), torch.zeros(1, *SHAPE)))
         path = reference.steps(net, SHAPE, Fraction)
         for image in torch.cat([images(SHAPE, 6, seed), torch.zeros(1, *SHAPE), torch.ones(1, *SHAPE)]):
@@ -92,7 +93,7 @@ def test_float32_stays_within_its_bound_of_float64(name: str, scale: float) -> N
         net, x = network(name, seed, scale=scale), images(layout.shape, 5, seed)
         target = torch.tensor([0, 1, 2, 2, 0])
         for threat in threats:
-            gap = (worst(net, x, target, threat) - worst(rounding.double(net), x.double(), target, threat)).abs().amax(dim=1)
+            gap = (worst(net, x, target, threat) - worst(precision.double(net), x.double(), target, threat)).abs().amax(dim=1)
             bound = rounding_error(net, x, threat, torch.float32)
             assert bool((gap <= bound).all()), (seed, threat)
             ratios.append(float((gap / bound).max()))
@@ -109,7 +110,7 @@ def test_a_large_batch_norm_shift_counts() -> None:
     norm.running_var.fill_(1.7)
     norm.bias.fill_(1e6 / float((norm.running_var + norm.eps).sqrt()))
     x, target = images((1, 2, 2), 20), torch.arange(20) % 3
-    gap = (worst(net, x, target, Patch(1, 1)) - worst(rounding.double(net), x.double(), target, Patch(1, 1))).abs().amax(dim=1)
+    gap = (worst(net, x, target, Patch(1, 1)) - worst(precision.double(net), x.double(), target, Patch(1, 1))).abs().amax(dim=1)
     assert bool((gap <= rounding_error(net, x, Patch(1, 1), torch.float32)).all())
 
 

@@ -14,6 +14,7 @@ from patchcert_cli.certifiers.bounds.first_layer import Split
 from patchcert_cli.certifiers.bounds.rules import UNIT
 from patchcert_cli.certifiers.bounds.streams import WindowStream, open_stream
 from patchcert_cli.certifiers.bounds.windows.rounding import Errors
+from patchcert_cli.layers import precision
 from patchcert_cli.threats import Patch
 
 from . import reference
@@ -74,7 +75,7 @@ def test_margins_stay_within_their_bounds_of_the_exact_ones(kind: str) -> None:
         net, x, target = convolutional(seed, kind), images(shape, 3, seed), torch.tensor([0, 1, 2])
         path = reference.steps(net, shape, Fraction)
         for wide in (False, True):
-            module, pixels = (rounding.double(net), x.double()) if wide else (net, x)
+            module, pixels = (precision.double(net), x.double()) if wide else (net, x)
             found, errors = watched(module, pixels, target, PATCH)  # type: ignore[arg-type]
             bound = errors.double if wide else errors.single
             for i, y in enumerate(target.tolist()):
@@ -91,7 +92,7 @@ def test_the_deployed_pass_stays_within_its_bound_under_attack(kind: str) -> Non
     shape, generator = (1, 4, 4), torch.Generator().manual_seed(0)
     for seed in range(4):
         net, x = convolutional(seed, kind), images(shape, 2, seed)
-        exact, path = rounding.double(net), reference.steps(net, shape, Fraction)
+        exact, path = precision.double(net), reference.steps(net, shape, Fraction)
         _, errors = watched(net, x, torch.tensor([0, 1]), PATCH)
         for top, left in product(range(3), range(3)):
             attacked = x.clone()
@@ -111,12 +112,12 @@ def test_float32_stays_within_its_bound_of_float64(name: str, scale: float) -> N
         net, x, target = network(name, seed, scale=scale), images(shape, 10, seed), torch.arange(10) % 3
         for patch in (PATCH, Patch(*shape[1:])):
             found, errors = watched(net, x, target, patch)
-            wide, same = watched(rounding.double(net), x.double(), target, patch)  # type: ignore[arg-type]
+            wide, same = watched(precision.double(net), x.double(), target, patch)  # type: ignore[arg-type]
             off = (found - wide).abs().amax(dim=1)
             assert bool((off <= errors.single + errors.double).all()), (seed, patch)
             before = rounding_error(net, x, patch, torch.float32)
             assert bool((errors.single <= before * (1 + 1e-6)).all()), "knowing more made the bound worse"
-            before = rounding_error(rounding.double(net), x, patch, torch.float64)  # type: ignore[arg-type]
+            before = rounding_error(precision.double(net), x, patch, torch.float64)  # type: ignore[arg-type]
             assert bool((same.double <= before * (1 + 1e-6)).all())
             ratios.append(float((off / errors.single).max()))
     assert max(ratios) > 0, "rounding was never seen, so the bound was never tested"
@@ -145,7 +146,7 @@ def test_a_margin_within_rounding_is_not_certified_and_a_clear_one_is(exponent: 
     last.weight[1] = last.weight[0]
     last.bias.copy_(torch.tensor([2.0**exponent, 0.0]))
     x = images((1, 4, 4), 12)
-    exact, target = rounding.double(net), torch.zeros(12, dtype=torch.int64)
+    exact, target = precision.double(net), torch.zeros(12, dtype=torch.int64)
     assert bool((rounding_error(net, x, PATCH, torch.float32) > 2.0**-20).all())
     proof = rounding.prove(net, exact, x, target, PATCH)
     assert (proof.margin > proof.slack).tolist() == [exponent == -20] * 12
@@ -157,10 +158,10 @@ def test_few_locations_in_float64_decide_like_all_of_them(name: str) -> None:
     shape, decided = EVERY[name].shape, []
     for index, shift in product(range(4), (-1e-9, 1e-9, 1e-6)):
         net, x = network(name, index), images(shape, 8, index)
-        target = rounding.double(net)(x.double()).argmax(dim=1)
-        whole = _whole(rounding.double(net), x.double(), target)
+        target = precision.double(net)(x.double()).argmax(dim=1)
+        whole = _whole(precision.double(net), x.double(), target)
         net[-1].bias[target[index]] -= float(whole.margin[index]) - shift  # type: ignore[operator, index]
-        exact = rounding.double(net)
+        exact = precision.double(net)
         target = exact(x.double()).argmax(dim=1)
         proof, whole = rounding.prove(net, exact, x, target, PATCH), _whole(exact, x.double(), target)
         certified = proof.margin > proof.slack
@@ -187,7 +188,7 @@ def test_overflow_in_a_window_is_not_certified() -> None:
     last.weight.copy_(torch.tensor([[0.0] * 4, [1e-38] * 4]))
     last.bias.copy_(torch.tensor([1.0, 0.0]))
     x = torch.cat([torch.ones(1, 1, 3, 3), images((1, 3, 3), 9)])
-    exact = rounding.double(net)
+    exact = precision.double(net)
     target = exact(x.double()).argmax(dim=1)
     proof = rounding.prove(net, exact, x, target, Patch(1, 1))
     certified = proof.margin > proof.slack

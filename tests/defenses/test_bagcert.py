@@ -19,7 +19,7 @@ from patchcert_cli.defenses import evidence
 from patchcert_cli.defenses.bagcert import BagCert, BagCertOptions, Step
 from patchcert_cli.defenses.base import Claim, TrainingStep
 from patchcert_cli.errors import DataError, IntegrityError, UnsupportedThreat, UsageError
-from patchcert_cli.layers import exact
+from patchcert_cli.layers import exact, precision
 from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
 from patchcert_cli.training import loop
 from patchcert_cli.training.recipe import Recipe
@@ -81,7 +81,7 @@ def test_a_patch_reaches_exactly_the_cells_that_are_claimed(reach: int, patch: P
     for image, (top, left, height, width) in zip(steps, atoms.tolist(), strict=True):
         image[:, top : top + height, left : left + width] = float("nan")
     network = defense.deployed()
-    with torch.no_grad(), exact.exact_arithmetic():
+    with torch.no_grad(), precision.exact_arithmetic():
         reached = network(steps.to(exact.execution_type(network, steps.device))).isnan()
     assert torch.equal(reached.any(dim=1), reached.all(dim=1))
     claimed = cover.rows.matrix()[:, None, :, None] * cover.columns.matrix()[None, :, None, :]  # [P, Q, N, M]
@@ -104,7 +104,7 @@ def test_votes_are_the_signs_of_the_deployed_scores() -> None:
     defense, x = build(), images(9)
     network = defense.deployed()
     votes = defense.votes(x)
-    with torch.no_grad(), exact.exact_arithmetic():
+    with torch.no_grad(), precision.exact_arithmetic():
         scores = network(exact.to_steps(x).to(exact.execution_type(network, x.device)))
     assert torch.equal(votes.scores, scores > 0)
     assert votes.unknown is None and votes.weight is None

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers.bounds import intervals, rounding
+from patchcert_cli.certifiers.bounds import intervals
 from patchcert_cli.defenses.base import TrainingStep
 from patchcert_cli.defenses.ibp import defense
 from patchcert_cli.defenses.ibp.defense import IntervalDefense, IntervalOptions
 from patchcert_cli.errors import IntegrityError, MachineError
+from patchcert_cli.layers import precision
 from patchcert_cli.threats import Patch, Sparse, Threat
 
 CONFIG = {
@@ -131,7 +132,7 @@ def test_the_configuration_rebuilds_the_same_shapes() -> None:
 
 def test_the_answer_is_the_argmax_in_float64() -> None:
     defense, (x, _) = build(), batch(50)
-    logits = rounding.double(defense.network)(x.double())
+    logits = precision.double(defense.network)(x.double())
     assert defense.predict(x).tolist() == [row.index(max(row)) for row in logits.tolist()]
     assert all(weight.dtype == torch.float32 for weight in defense.parameters())
 

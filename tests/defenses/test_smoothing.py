@@ -21,7 +21,7 @@ from patchcert_cli.defenses import smoothing
 from patchcert_cli.defenses.base import TrainingStep
 from patchcert_cli.defenses.smoothing import ABLATIONS, ROUNDING, VIEWS, VOTES, Smoothing, SmoothingOptions
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
-from patchcert_cli.layers import exact
+from patchcert_cli.layers import exact, precision
 from patchcert_cli.layers.exact import Wire
 from patchcert_cli.models.resnet import ResNet, convolution
 from patchcert_cli.threats import Patch, Sparse
@@ -459,7 +459,7 @@ def test_the_frozen_network_is_exact_and_close_to_what_was_trained(name: str) ->
     network, v = resnet(name), steps(name, 20, 3)
     frozen, bits = network.freeze(torch.float32)
     assert bits >= 5
-    with torch.no_grad(), exact.exact_arithmetic():
+    with torch.no_grad(), precision.exact_arithmetic():
         found = frozen(v)
         assert torch.equal(copy.deepcopy(frozen).double()(v.double()), found)  # as off the CPU
         assert torch.equal(torch.cat([frozen(view[None]) for view in v]), found)

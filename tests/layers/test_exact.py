@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from patchcert_cli import models
 from patchcert_cli.errors import IntegrityError, MachineError
 from patchcert_cli.layers import exact
-from patchcert_cli.layers.exact import PIXELS, Affine, Grid, Wire, affine, exact_arithmetic, freeze, onto, to_steps
+from patchcert_cli.layers.exact import PIXELS, Affine, Grid, Wire, affine, freeze, onto, to_steps
+from patchcert_cli.layers.precision import exact_arithmetic
 from patchcert_cli.models.region import RegionScorer
 
 
@@ -376,7 +377,7 @@ def test_what_onednn_may_compute_in_is_cleared_and_restored(matmul: str) -> None
     """In its own process, as some of these switches cannot be mixed with others afterwards."""
     code = f"""
 import torch
-from patchcert_cli.layers.exact import exact_arithmetic
+from patchcert_cli.layers.precision import exact_arithmetic
 backends = torch.backends
 def state():
     return [owner.fp32_precision for owner in (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from patchcert_cli import models
 from patchcert_cli.errors import IntegrityError, MachineError, UsageError
-from patchcert_cli.layers import exact, integers, planes, programs
+from patchcert_cli.layers import exact, integers, planes, precision, programs
 from patchcert_cli.layers.exact import PIXELS
 from patchcert_cli.layers.integers import LARGEST, Trial
 from patchcert_cli.layers.planes import Operation, lowest
@@ -73,7 +73,7 @@ def test_residual_networks_have_the_same_bits_in_every_backend(name: str, seed: 
     frozen = exact.freeze(resnet(name, seed))
     steps = exact.to_steps(pictures(BLOCKS[name][0], 7, 2))
     program = program_of(frozen)
-    with torch.no_grad(), exact.exact_arithmetic():
+    with torch.no_grad(), precision.exact_arithmetic():
         wanted = copy.deepcopy(frozen).double()(steps.double())
     for backend in program.backends():
         if backend == "int8" and not has_integers():
@@ -200,7 +200,7 @@ def test_limits_of_weights(largest: int, beside: float) -> None:
     assert bool((whole.flatten(1).abs().amax(dim=1) >= min(largest / 4, 100)).all()), "no more bits are lost than need be"
     assert float((made.weight - weight).abs().max()) <= float(weight.abs().max()) / largest
     v = torch.randint(0, 256, (3, 5, 6, 6), generator=generator).double()
-    with exact.exact_arithmetic():
+    with precision.exact_arithmetic():
         assert torch.equal(F.conv2d(v, made.weight.double(), made.bias.double()), made(v.float()).double())
 
 

@@ -16,7 +16,7 @@ from patchcert_cli.certifiers.geometry import Axis, Cover
 from patchcert_cli.defenses.bagcert import BagCert, BagCertOptions
 from patchcert_cli.defenses.base import TrainingStep
 from patchcert_cli.errors import IntegrityError, UsageError
-from patchcert_cli.layers import exact
+from patchcert_cli.layers import exact, precision
 from patchcert_cli.threats import Patch, Sparse
 from patchcert_cli.training.recipe import Recipe, read, written
 from tests.attacks import test_surrogates
@@ -79,7 +79,7 @@ def test_a_patch_reaches_exactly_the_cells_that_are_claimed(name: str, stride: i
     for image, (top, left, height, width) in zip(x, atoms.tolist(), strict=True):
         image[:, top : top + height, left : left + width] = float("nan")
     network = defense.deployed()
-    with torch.no_grad(), exact.exact_arithmetic():
+    with torch.no_grad(), precision.exact_arithmetic():
         reached = network(x.to(exact.execution_type(network, x.device))).isnan().any(dim=1)
     claimed = cover.rows.matrix()[:, None, :, None] * cover.columns.matrix()[None, :, None, :]  # [P, Q, N, M]
     assert torch.equal(reached, claimed.flatten(0, 1).bool())

@@ -15,7 +15,6 @@ folded into the first layer, black pixels cost nothing.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import cast
 
@@ -29,7 +28,6 @@ from patchcert_cli.certifiers.bounds.rules import UNIT, gamma, noise, overflow, 
 from patchcert_cli.certifiers.bounds.streams import Stream, WindowStream, open_stream
 from patchcert_cli.certifiers.bounds.windows.rounding import difference, errors
 from patchcert_cli.certifiers.bounds.windows.routes import Route
-from patchcert_cli.errors import UsageError
 from patchcert_cli.threats import Patch, Sparse, Threat
 
 
@@ -195,22 +193,3 @@ def _at_pairs(wide: WindowStream, owner: Tensor, location: Tensor, target: Tenso
     margins = wide.at_pairs(owner, location, target[owner])
     least, rival = margins.scatter(1, target[owner][:, None], float("inf")).min(dim=1)
     return least.masked_fill(~torch.isfinite(margins).all(dim=1), float("-inf")), rival
-
-
-def double(network: nn.Module) -> nn.Module:
-    """A float64 copy of a network, in eval mode."""
-    return copy.deepcopy(network).double().eval()
-
-
-def frozen(network: nn.Module) -> nn.Module:
-    """The network itself if all of it is in eval mode, else a copy that is: what is deployed and what is proven."""
-    if not any(layer.training for layer in network.modules()):
-        return network
-    try:
-        return copy.deepcopy(network).eval()
-    except Exception as problem:  # anybody's code can raise anything when it is copied
-        said = (str(problem).splitlines() or [""])[0]
-        raise UsageError(
-            f"the network cannot be copied ({type(problem).__name__}: {said});",
-            hint="call its eval() first.",
-        ) from problem

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat
-from patchcert_cli.layers.exact import exact_arithmetic
 from patchcert_cli.layers.plain import IDENTITY, MONOTONE, check_padding, no_rule
+from patchcert_cli.layers.precision import exact_arithmetic
 from patchcert_cli.layers.preprocessing import Normalize
 
 Box = tuple[Tensor, Tensor]

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from patchcert_cli.certifiers.geometry import Axis, Cover
-from patchcert_cli.layers.exact import exact_arithmetic
+from patchcert_cli.layers.precision import exact_arithmetic
 
 METHODS = ("exact", "3.1", "3.2", "3.3")
 LARGEST_SUM = 2**24

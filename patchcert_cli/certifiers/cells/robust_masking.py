@@ -54,7 +54,7 @@ from torch import Tensor
 
 from patchcert_cli.certifiers.cells.additive import Proof, first_largest
 from patchcert_cli.certifiers.geometry import Axis, Cover
-from patchcert_cli.layers.exact import exact_arithmetic
+from patchcert_cli.layers.precision import exact_arithmetic
 
 MOST = 2**26  # the largest evidence of a cell
 FINEST = 1000  # the largest denominator of a share

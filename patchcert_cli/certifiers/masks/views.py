@@ -28,13 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli.arithmetic import Arithmetic
-from patchcert_cli.certifiers.bounds import rounding
 from patchcert_cli.certifiers.masks import scales
 from patchcert_cli.certifiers.masks.scales import Gauge, Memory
 from patchcert_cli.device import computes_in_bfloat16
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.layers import passes
-from patchcert_cli.layers.exact import exact_arithmetic
+from patchcert_cli.layers import passes, precision
+from patchcert_cli.layers.precision import exact_arithmetic
 
 SLACK = {"bfloat16": 2.0**-4, "float32": 2.0**-13, "float64": 2.0**-40}  # shares of the scale
 ROOM = 4  # a measured error may be this part of it: two logits make a lead, and a measurement is no bound
@@ -126,7 +125,7 @@ class Views:
             memory: where what was found out about the network is kept from one call to the next.
         """
         self._masks, self._fill, self._shape, self._first, self.classes = masks, fill, shape, first, classes
-        self._networks: dict[str, nn.Module | None] = dict.fromkeys(PRECISIONS, rounding.frozen(network))
+        self._networks: dict[str, nn.Module | None] = dict.fromkeys(PRECISIONS, precision.frozen(network))
         self._owner, self._memory = network, memory or Memory()
 
     @property
@@ -243,7 +242,7 @@ class Views:
             grey = torch.full((1, *self._shape), 0.5, dtype=torch.float64, device=self._masks.device)
             try:
                 with torch.no_grad():
-                    network = rounding.double(cast(nn.Module, self._networks["float32"]))
+                    network = precision.double(cast(nn.Module, self._networks["float32"]))
                     kept = behind(network, grey, self._masks[:1], self._fill).dtype == torch.float64
             except (torch.OutOfMemoryError, MemoryError):
                 raise
