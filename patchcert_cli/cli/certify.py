@@ -231,7 +231,7 @@ def _certify_picture(
 ) -> None:
     from patchcert_cli import device as devices
     from patchcert_cli.evaluation import single
-    from patchcert_cli.reporting import report
+    from patchcert_cli.reporting import pictures, report
 
     place = devices.resolve(device)
     candidate = opening.found(model, dataset, wish, place)
@@ -241,9 +241,15 @@ def _certify_picture(
     subject = candidate.subject(shape, [claim.threat for claim in meant], place)
     show.say("\n".join(subject.notes))
     with show.progress() as progress:
-        found, notes = single.certify(subject, image, meant, framing=framing, resize=resize, map_to=map_to, progress=progress)
-    show.say("\n".join(notes))
-    show.result(report.single_rows(found), found, json)
+        more: Any = {"framing": framing, "resize": resize, "mapped": map_to is not None, "progress": progress}
+        found = single.certify(subject, image, meant, **more)
+    values = found.values
+    if map_to is not None and found.margins is not None:
+        pictures.single_map(values, found.pixels, found.margins, map_to, unit=subject.defense.unit)
+        values |= {"map": str(map_to)}
+        found.notes.append(f"drew {map_to}")
+    show.say("\n".join(found.notes))
+    show.result(report.single_rows(values), values, json)
 
 
 def _methods(condition: str | None, bounds: str | None) -> list[str | None]:

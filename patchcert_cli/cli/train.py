@@ -142,14 +142,13 @@ def train(
     made = _recipe(chosen, recipe, given, pairs, model, weights, fetch=not dry_run)
 
     from patchcert_cli import device as devices
-    from patchcert_cli.evaluation import outlook
     from patchcert_cli.reporting import report
-    from patchcert_cli.training import session
+    from patchcert_cli.training import estimate, session
 
     folder = out or Path("runs") / made.name
     if dry_run:
         session.check(made)
-        cost = outlook.training(made, data_dir=data_dir, device=devices.resolve(device))
+        cost = estimate.training(made, data_dir=data_dir, device=devices.resolve(device))
         value = {**made.to_dict(), **cost, "out": str(folder)}
         show.result(report.plain_rows(value), value, json)
         return

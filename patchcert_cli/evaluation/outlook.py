@@ -17,19 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from patchcert_cli import data
 from patchcert_cli.attacks.base import Attack
 from patchcert_cli.attacks.target import Start
 from patchcert_cli.certifiers.masks.mask_sets import MaskSet
 from patchcert_cli.data.images import Images, to_float
-from patchcert_cli.errors import DataError
 from patchcert_cli.evaluation import results
 from patchcert_cli.evaluation.pace import Clock, Pace
 from patchcert_cli.evaluation.plan import Plan
 from patchcert_cli.layers import passes
 from patchcert_cli.progress import Progress, Silent
-from patchcert_cli.training import loop
-from patchcert_cli.training.recipe import Recipe
 
 MOST = 64  # pictures that are opened for it, where they are not packed yet
 SECONDS, PATIENCE = 5.0, 60.0  # that measuring takes at least, if there are enough images, and at most
@@ -303,22 +299,3 @@ def _hardware(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"{threads} thread{'s' if threads > 1 else ''}"
-
-
-def training(recipe: Recipe, *, data_dir: Path | None = None, device: str = "cpu") -> dict[str, Any]:
-    """What training would take besides certifying held-out images, if the training images are there: steps, hours, disk."""
-    try:
-        some = data.glance(recipe.dataset, "train", recipe.batch_size, recipe.seed, data_dir=data_dir)
-    except DataError as problem:
-        return {"not_measured": str(problem)}
-    tried = loop.trial(recipe, some.images.limit(recipe.batch_size, recipe.seed), device=device)
-    steps = ((min(recipe.limit or some.there, some.there) - recipe.validation) // recipe.batch_size or 1) * recipe.epochs
-    seconds = sum(tried.seconds) / len(tried.seconds) * steps
-    return {
-        "steps": steps,
-        "estimated_seconds": round(seconds, 1),
-        "estimated_hours": round(seconds / 3600, 2),
-        "disk_bytes": some.disk + tried.weights + tried.state,
-        "measured_on": "a step of the first epoch and one of the last; validation not included",
-        "device": device,
-    }

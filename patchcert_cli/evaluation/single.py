@@ -6,7 +6,9 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from patchcert_cli.data import image, labels
 from patchcert_cli.data.framing import Framing
@@ -17,8 +19,22 @@ from patchcert_cli.evaluation.plan import Subject
 from patchcert_cli.layers import passes
 from patchcert_cli.models import timm
 from patchcert_cli.progress import Progress, Silent
-from patchcert_cli.reporting import pictures
-from patchcert_cli.threats import Patch
+
+
+class Single(NamedTuple):
+    """What is known of one picture.
+
+    Attributes:
+        values: plain values, as JSON shows them.
+        notes: what was done to the picture, line by line.
+        pixels: uint8 [C, H, W], what the model was given.
+        margins: float64 [H - h + 1, W - w + 1], the margin at every location of the first claim's patch, if it was asked for.
+    """
+
+    values: dict[str, Any]
+    notes: list[str]
+    pixels: Tensor
+    margins: Tensor | None
 
 
 def certify(
@@ -28,10 +44,10 @@ def certify(
     *,
     framing: Framing | None = None,
     resize: bool = False,
-    map_to: Path | None = None,
+    mapped: bool = False,
     progress: Progress | None = None,
-) -> tuple[dict[str, Any], list[str]]:
-    """Certify one picture file; returns plain values, and notes on what was done to the picture.
+) -> Single:
+    """Certify one picture file.
 
     Args:
         subject: the model.
@@ -39,7 +55,7 @@ def certify(
         claims: what is to be certified.
         framing: how a picture becomes an image of the model's size; by default the whole middle of it.
         resize: make the picture fit; else it must be of that size.
-        map_to: a picture file to draw the margins of every location of the first claim's patch into.
+        mapped: whether the margins of every location of the first claim's patch are wanted as well.
         progress: is told the passes of the network.
     """
     defense = subject.defense
@@ -47,7 +63,7 @@ def certify(
     size = height, width
     pixels, notes = image.read(path, framing or Framing(size, size), channels, resize=resize)
     x = to_float(pixels)[None].to(defense.device)
-    if map_to is not None and len({str(claim.threat) for claim in claims}) > 1:
+    if mapped and len({str(claim.threat) for claim in claims}) > 1:
         raise UsageError("--map draws one patch;", hint="give one --patch, for example --patch 5.")
     with _counted(defense, progress or Silent()):
         certificates = defense.certify_each(x, claims)
@@ -79,25 +95,13 @@ def certify(
     plain = subject.plain(x)
     if plain is not None:
         found |= {"in_front": subject.in_front, "plain": int(plain[0]), "plain_label": defense.called(int(plain[0]))}
-    if map_to is not None:
-        threat = claims[0].threat
+    margins = None
+    if mapped:
         with _counted(defense, progress or Silent(), whole=True):
-            margins = defense.margin_map(x, threat)[0].cpu()
-        found |= {"map": str(map_to), "locations": margins.numel(), "weak_locations": int((margins <= 0).sum())}
-        top, left, height, width = certificates[0].worst[0].tolist()
-        words = "certified" if rows[0]["certified"] else "not certified"
-        pictures.margin_map(
-            pixels,
-            margins,
-            map_to,
-            title=f"{path.name}: {found['class']}, {words} against {threat}",
-            box=(top, left, height, width),
-            patch=Patch(height, width),
-            unit=defense.unit,
-        )
-        notes.append(f"drew {map_to}")
+            margins = defense.margin_map(x, claims[0].threat)[0].cpu()
+        found |= {"locations": margins.numel(), "weak_locations": int((margins <= 0).sum())}
     notes += [text for text in dict.fromkeys(defense.remark(claim.threat) for claim in claims) if text]
-    return found, notes
+    return Single(found, notes, pixels, margins)
 
 
 @contextmanager

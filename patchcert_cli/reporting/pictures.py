@@ -127,6 +127,22 @@ def thresholds(rows: Rows, path: Path, *, title: str) -> None:
         canvas.label_ends(axes, ends)
 
 
+def single_map(values: dict[str, Any], pixels: Tensor, margins: Tensor, path: Path, *, unit: str) -> None:
+    """Draw what is known of one picture: its values as JSON shows them, its pixels uint8 [C, H, W], and its margins [P, Q]."""
+    claim = values["claims"][0]
+    top, left, height, width = claim["worst"]
+    words = "certified" if claim["certified"] else "not certified"
+    margin_map(
+        pixels,
+        margins,
+        path,
+        title=f"{Path(values['image']).name}: {values['class']}, {words} against {claim['threat']}",
+        box=(top, left, height, width),
+        patch=Patch(height, width),
+        unit=unit,
+    )
+
+
 def margin_map(
     image: Tensor,
     margins: Tensor,

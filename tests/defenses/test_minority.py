@@ -338,7 +338,7 @@ def test_a_picture_is_told_with_its_alarm(digits: Minority, tmp_path: Path) -> N
     Image.new("L", (28, 28), 128).save(path)
     subject = plan_of(digits).subject
     digits_say = int(digits.predict(torch.full((1, 1, 28, 28), 128 / 255)))
-    found, _ = single.certify(subject, path, [Claim(Patch(2, 2))])
+    found = single.certify(subject, path, [Claim(Patch(2, 2))]).values
     assert found["class"] == digits.called(digits_say) and found["claims"][0]["guarantee"] == "detection"
     sure = {**found, "claims": [{**found["claims"][0], "certified": True}]}
     told = dict(report.single_rows(sure))["patch:2x2, agreement"]
@@ -346,7 +346,7 @@ def test_a_picture_is_told_with_its_alarm(digits: Minority, tmp_path: Path) -> N
         assert dict(report.single_rows(found | answer))["prediction"] == wanted
     assert "certified: no such change alters the prediction without an alarm" in told
     always = replace(subject, defense=made_to_alarm(digits))
-    assert single.certify(always, path, [Claim(Patch(2, 2))])[0]["class"] == "alarm"
+    assert single.certify(always, path, [Claim(Patch(2, 2))]).values["class"] == "alarm"
 
 
 def made_to_alarm(defense: Minority) -> Minority:

@@ -1,0 +1,98 @@
+"""In what precision networks compute: strictly in the tensors' own, or as a copy in float64.
+
+Shapes: any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from patchcert_cli.errors import MachineError, UsageError
+
+FAST_MATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")  # how oneDNN is told to compute in less than float32
+STRICT = "STRICT"
+
+
+@contextlib.contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Switch off everything that computes in less than the tensors' own precision (TF32, bfloat16 products, autocast).
+
+    Also switches off NNPACK, whose convolutions are not plain sums of products.
+
+    Raises:
+        MachineError: oneDNN was told by an environment variable to compute in less. It reads it once, so that cannot be undone.
+    """
+    for name in FAST_MATH:
+        if os.environ.get(name, STRICT).upper() not in (STRICT, ""):
+            raise MachineError(
+                f"{name}={os.environ[name]} lets convolutions and products compute in less than float32;",
+                hint=f"start again without it: env -u {name} patchcert ...",
+            )
+    switches = _precision_switches()
+    before = [getattr(owner, name) for owner, name, _ in switches]
+    try:
+        for owner, name, exact in switches:
+            setattr(owner, name, exact)
+        with (
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+            torch.backends.nnpack.flags(enabled=False),
+        ):
+            yield
+    finally:
+        for (owner, name, _), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
+
+
+def _precision_switches() -> list[tuple[Any, str, Any]]:
+    """``(owner, attribute, exact value)`` of torch's precision flags, in whichever of its two interfaces this process uses."""
+    backends: Any = torch.backends
+    # set last, and restored last: other switches change those of oneDNN along with their own
+    onednn = [(owner, "fp32_precision", "ieee") for owner in (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)]
+    legacy = [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
+    try:
+        for owner, name, _ in legacy:
+            getattr(owner, name)
+        torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer interface has been used, and torch refuses to mix them
+        owners = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+        return [*((owner, "fp32_precision", "ieee") for owner in owners), *onednn]
+    return [(_MatmulPrecision(), "value", "highest"), *legacy, *onednn]
+
+
+class _MatmulPrecision:
+    """torch's process-wide matmul precision as an attribute."""
+
+    @property
+    def value(self) -> str:
+        return torch.get_float32_matmul_precision()
+
+    @value.setter
+    def value(self, precision: str) -> None:
+        torch.set_float32_matmul_precision(precision)
+
+
+def double(network: nn.Module) -> nn.Module:
+    """A float64 copy of a network, in eval mode."""
+    return copy.deepcopy(network).double().eval()
+
+
+def frozen(network: nn.Module) -> nn.Module:
+    """The network itself if all of it is in eval mode, else a copy that is: what is deployed and what is proven."""
+    if not any(layer.training for layer in network.modules()):
+        return network
+    try:
+        return copy.deepcopy(network).eval()
+    except Exception as problem:  # anybody's code can raise anything when it is copied
+        said = (str(problem).splitlines() or [""])[0]
+        raise UsageError(
+            f"the network cannot be copied ({type(problem).__name__}: {said});",
+            hint="call its eval() first.",
+        ) from problem
