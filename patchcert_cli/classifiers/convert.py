@@ -75,8 +75,11 @@ def load(path: Path, content: bytes | None = None) -> Any:
 
     Raises:
         IntegrityError: it cannot be read so.
+        UsageError: it is a safetensors file.
     """
     content = files.read(path) if content is None else content
+    if content[8:9] == b"{" and int.from_bytes(content[:8], "little") < len(content):
+        raise UsageError(f"'{path}' is a safetensors file already;", hint=f"give it as it is: --weights {path}.")
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as problem:  # damaged files raise anything

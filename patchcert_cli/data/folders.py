@@ -48,6 +48,7 @@ class Packed:
         classes: names of the class folders.
         sha256: of the pixels, from when they were packed.
         remarks: what was done to the pictures, and what was skipped, a line each.
+        files: the path of each picture inside the folder.
     """
 
     pixels: Tensor
@@ -56,6 +57,7 @@ class Packed:
     sha256: str
     path: Path
     remarks: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
 
 def load(folder: Path, framing: Framing, *, stores: Sequence[Path], progress: Progress | None = None) -> Packed:
@@ -149,7 +151,7 @@ def _opened(place: Path, listing: Listing, wanted: dict[str, Any], framing: Fram
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to a data set
         pixels = torch.from_numpy(flat)
     remarks = _remarks(account, listing, framing)
-    return Packed(pixels, listing.labels, listing.classes, str(facts["sha256"]), place, remarks)
+    return Packed(pixels, listing.labels, listing.classes, str(facts["sha256"]), place, remarks, listing.files)
 
 
 def _pack(listing: Listing, wanted: dict[str, Any], framing: Framing, place: Path, progress: Progress) -> None:
@@ -217,7 +219,7 @@ def _refuse(
     if len(bad) == 1:
         raise DataError(said[0], hint=f"{REMEDY} it, {AGAIN}") from bad[0]
     for one in said:
-        progress.note(one)
+        progress.note(one.removesuffix(";"))
     named = " ".join(said[:SHOWN]) + (f" And {len(bad) - SHOWN} more." if len(bad) > SHOWN else "")
     raise DataError(f"{len(bad)} of {total} pictures cannot be used: {named}", hint=f"{REMEDY} them, {AGAIN}") from bad[0]
 

@@ -71,6 +71,7 @@ class Images:
         mapped: where mapped images are; None for images in memory.
         classes: what the labels are called.
         remarks: what a user should know of how pictures became images, and of files that were skipped, a line each.
+        files: of pictures in folders, the path of each one of the full split inside its folder, by ``index``.
     """
 
     pixels: Tensor
@@ -82,6 +83,7 @@ class Images:
     mapped: Rows | None = None
     classes: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -285,7 +287,8 @@ def _in_folders(facts: DatasetInfo, root: Path, split: str, download: bool, prog
     count = torch.arange(len(packed.labels))
     mapped = Rows(packed.pixels, count, packed.sha256)
     split, source = _called(facts, split, root)
-    return Images(mapped.outline, packed.labels, count, facts.name, split, source, mapped, packed.classes, packed.remarks)
+    about = (packed.classes, packed.remarks, packed.files)
+    return Images(mapped.outline, packed.labels, count, facts.name, split, source, mapped, *about)
 
 
 @cache

@@ -48,6 +48,11 @@ class Listing:
     def __len__(self) -> int:
         return len(self.pictures)
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The path of each picture inside the folder."""
+        return tuple(text.split("\0", 1)[0] for text in self.pictures)
+
     def path(self, number: int) -> Path:
         """Where picture ``number`` is."""
         return self.folder / self.pictures[number].split("\0", 1)[0]

@@ -17,7 +17,7 @@ from patchcert_cli import checkpoint
 from patchcert_cli.attacks.base import Attack
 from patchcert_cli.attacks.target import Start
 from patchcert_cli.data.images import Images, to_float
-from patchcert_cli.errors import Interrupted, MachineError
+from patchcert_cli.errors import Interrupted, MachineError, UsageError
 from patchcert_cli.evaluation import results, runs
 from patchcert_cli.evaluation.pace import Clock, Pace, spoken
 from patchcert_cli.evaluation.plan import Plan
@@ -80,7 +80,7 @@ def attack(
     and is not written into the folder; the same call goes on with these.
 
     Raises:
-        MachineError: no image was finished within ``max_seconds``; and as :func:`certify`.
+        UsageError: no image was finished within ``max_seconds``; and as :func:`certify`.
     """
     plan.check()
     extra = {"attack": settings, "joined": join}
@@ -96,7 +96,8 @@ def attack(
             records: Iterable[Record] = results.certify_records(part, [certificate], plain)
         else:
             alone = [{}] * len(part) if plain is None else [{"plain": one} for one in plain.tolist()]
-            records = [{"index": i} | more for i, more in zip(part.index.tolist(), alone, strict=True)]
+            named = [{"picture": part.files[i]} if part.files else {} for i in part.index.tolist()]
+            records = [{"index": i} | a | b for i, a, b in zip(part.index.tolist(), named, alone, strict=True)]
         columns = zip(
             part.labels.tolist(),
             outcome.clean_prediction.tolist(),
@@ -176,6 +177,7 @@ class _Work:
         self._max, self._began, self._spoke = max_seconds, clock(), clock()
         self._resumed, self._standing = len(run.records), results.Standing(run.records.values())
         self._batch = self._passes = self._all_passes = 0  # images of this batch; passes of this batch, and of all
+        self._cold: tuple[float, int] | None = None  # when the first passes were made, which set up much, and how many
 
     def finish(self, batch: Callable[[Images], list[Record]], result: Callable[[float, int], dict[str, Any]]) -> dict[str, Any]:
         """Make the records that are missing, then the result."""
@@ -195,8 +197,11 @@ class _Work:
         left = len(plan.images) - len(run.records)
         assert not left or self._max is not None, "records are missing"
         if left and not run.records:
-            raise MachineError(
-                f"no image was finished in {self._max:g} s;", hint="give more --max-seconds; --dry-run says what an image takes."
+            together = self._pace.size
+            few = "" if together == 1 else f", or fewer images at a time than {together}: --batch-size 1"
+            raise UsageError(
+                f"no image was finished in {self._max:g} s;",
+                hint=f"give more --max-seconds{few}; --dry-run says what an image takes.",
             )
         run.check_answers(plan.subject.fingerprint())
         final = result(self._clock() - self._began, self._resumed)
@@ -240,14 +245,19 @@ class _Work:
         if self._over():
             raise _TimeIsUp
         now = self._clock()
+        if self._cold is None and self._all_passes:
+            self._cold = now, self._all_passes
         if now - self._spoke < EVERY or not self._passes:
             return
         what = "the next image" if self._batch == 1 else f"the next {self._batch} images"
         of = "" if self._most is None else f" of at most {self._most * self._batch:,}"
         text = f"; {what}: {self._passes:,}{of} passes"
-        if self._most is not None and len(self._run.records) == self._resumed:  # no time of an image is known yet
-            most = self._most * (len(self._plan.images) - self._resumed) - self._all_passes
-            text += f", at most {spoken(max(most, 0) * (now - self._began) / self._all_passes)} left"
+        if (
+            self._most is not None and len(self._run.records) == self._resumed and self._cold is not None
+        ):  # no image's time is known
+            most, (since, before) = self._most * (len(self._plan.images) - self._resumed) - self._all_passes, self._cold
+            if self._all_passes > before:
+                text += f", at most {spoken(max(most, 0) * (now - since) / (self._all_passes - before))} left"
         self._tell(text)
 
     def _smaller(self, problem: BaseException) -> None:

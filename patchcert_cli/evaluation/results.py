@@ -30,6 +30,8 @@ VERDICT = ("certified", "margin", "worst", "rival", "method", "arithmetic")
 def certify_records(part: Images, certificates: Sequence[Certificate], plain: Tensor | None = None) -> Iterable[Record]:
     """One record per image: index, label, prediction, and for each claim the fields of :data:`VERDICT`.
 
+    A picture of a folder is named by its path in it, ``picture``.
+
     Where the proof counts them, ``passes`` is how often the network was asked for all claims together. Of a plain classifier,
     ``plain`` is what it says without the defense, int64 [B].
     """
@@ -39,6 +41,8 @@ def certify_records(part: Images, certificates: Sequence[Certificate], plain: Te
     passes = None if counted is None else counted.tolist()
     for position, (index, label) in enumerate(zip(part.index.tolist(), part.labels.tolist(), strict=True)):
         record = {"index": index, "label": label, "prediction": predictions[position]}
+        if part.files:
+            record["picture"] = part.files[index]
         if plain is not None:
             record["plain"] = int(plain[position])
         if passes is not None:

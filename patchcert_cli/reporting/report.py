@@ -199,7 +199,7 @@ def attack_rows(result: dict[str, Any]) -> Rows:
         ("threat", f"{result['threat']}, {ANYWHERE}"),
         *_plain(result),
         ("clean", share(result["clean_accuracy"], counts["clean"], images) + (" with the defense" if _plain(result) else "")),
-        ("attacked", f"{share(result['attacked_accuracy'], survived, images)}{KEPT[guarantee]}{EMPIRICAL}"),
+        ("right under attack", f"{share(result['attacked_accuracy'], survived, images)}{KEPT[guarantee]}{EMPIRICAL}"),
         ("judged for", guarantee),
     ]
     if "pasted" in result:
@@ -254,7 +254,8 @@ def _data(result: dict[str, Any]) -> str:
 
 def _time(result: dict[str, Any]) -> str:
     pace = speed(result["images_per_second"])
-    return f"{result['seconds']:.1f} s{f', {pace}' if pace else ''} on {result['device']}"
+    some = f" for {result['images'] - result['resumed']} images" if result.get("resumed") else ""
+    return f"{result['seconds']:.1f} s{some}{f', {pace}' if pace else ''} on {result['device']}"
 
 
 def speed(images_per_second: float) -> str:

@@ -205,7 +205,7 @@ def read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as problem:
-        raise IntegrityError(f"'{path}' is missing.") from problem
+        raise IntegrityError(f"'{path}' is missing;", hint="check the path.") from problem
     except OSError as problem:
         raise IntegrityError(f"'{path}' is not readable: {problem.strerror or problem}.") from problem
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from patchcert_cli import checkpoint
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
-from patchcert_cli.classifiers import addresses, doors, own_code
+from patchcert_cli.classifiers import addresses, doors, doubled, own_code
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import HubError, IntegrityError, MachineError, UnknownName, UsageError
 from patchcert_cli.evaluation.subjects import put_around
@@ -317,3 +317,14 @@ def test_onnx_files_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None
         assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="is no address of a classifier"):
         addresses.open_("onnx:net.onnx")  # no card can name a file
+
+
+class Rolling(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.randn(len(x), 3) + x.mean()
+
+
+def test_a_random_network_is_not_taken_for_one_that_normalizes_otherwise() -> None:
+    made = Rolling()
+    made.mean = [0.5] * 3
+    assert not doubled.twice("mine:rand", made, [0.5] * 3, [0.25] * 3, torch.rand(2, 3, 8, 8))

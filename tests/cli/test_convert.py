@@ -41,6 +41,8 @@ def test_weights_are_found_inside_wrappers(tmp_path: Path, saved: Any, notes: tu
     found = convert.read(tmp_path / "w.pth")
     assert (set(notes) <= set(found.notes) and found.tensors.keys() == WEIGHTS.keys()) or "epoch" in str(found.notes)
     convert.write(found, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="is a safetensors file already; give it as it is: --weights"):
+        convert.read(tmp_path / "w.safetensors")
     tensors, _ = checkpoint.unpack(tmp_path / "w.safetensors")
     assert tensors.keys() == WEIGHTS.keys() and all(torch.equal(tensors[name], WEIGHTS[name]) for name in WEIGHTS)
 

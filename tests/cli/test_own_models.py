@@ -81,6 +81,7 @@ def test_an_own_model_on_own_pictures(patchcert) -> None:  # type: ignore[no-unt
     found = json.loads(patchcert("certify", "mine:build", *DEFENSE, *VAL, *CLASSES, "--json", "-").out)
     assert found["counts"]["certified"] > 0 and found["split"] == "folder" and found["model_source"] == "code"
     rows = records(found)
+    assert [row["picture"] for row in rows[:5]] == ["cat/0.png", "cat/1.png", "cat/2.png", "cat/3.png", "dog/0.png"]
     assert [row["label"] for row in rows] == [0] * 4 + [1] * 4 + [2] * 4 == [row["prediction"] for row in rows]
     manifest = json.loads((Path(found["records"]).parent / "manifest.json").read_text())
     assert manifest["setting"]["masks"] == {"covers": ["patch:3x3"], "per_axis": 3}

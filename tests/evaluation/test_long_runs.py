@@ -20,7 +20,7 @@ from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
 from patchcert_cli.data.images import Images
 from patchcert_cli.defenses.base import Claim
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
-from patchcert_cli.errors import Interrupted, MachineError
+from patchcert_cli.errors import Interrupted, MachineError, UsageError
 from patchcert_cli.evaluation import evaluate, outlook, results, runs, single, verify
 from patchcert_cli.evaluation.plan import Plan, Subject
 from patchcert_cli.layers import passes
@@ -164,7 +164,7 @@ def test_an_attack_stops_in_time_and_says_what_it_left(tmp_path: Path, monkeypat
     rest = evaluate.attack(world.plan, Slow(), {}, tmp_path / "part", **many)
     assert rest["resumed"] == part["images"] and rest["images"] == 30
     assert by_index(tmp_path / "part") == by_index(tmp_path / "whole")
-    with pytest.raises(MachineError, match="no image was finished in 0.05 s; give more --max-seconds"):
+    with pytest.raises(UsageError, match="no image was finished in 0.05 s; give more --max-seconds"):
         evaluate.attack(world.plan, Slow(), {}, tmp_path / "none", max_seconds=0.05, **many)
 
 

@@ -101,4 +101,7 @@ def test_an_attack_says_what_it_left() -> None:
         dict(report.attack_rows(result(**attacked)))["left"]
         == "30 of 40 images: the time was up; the same command goes on with them"
     )
+    assert dict(report.attack_rows(result(**attacked)))["right under attack"].startswith("50.00 %")
+    resumed = {**attacked, "resumed": 4, "images": 40, "seconds": 83.1, "images_per_second": 36 / 83.1}
+    assert dict(report.attack_rows(result(**resumed)))["time"].startswith("83.1 s for 36 images, 2.3 s an image")
     assert "left" not in dict(report.attack_rows(result(**attacked | {"left": 0})))
