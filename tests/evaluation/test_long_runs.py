@@ -20,7 +20,7 @@ from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
 from patchcert_cli.data.images import Images
 from patchcert_cli.defenses.base import Claim
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
-from patchcert_cli.errors import Interrupted, MachineError, UsageError
+from patchcert_cli.errors import Interrupted, UsageError
 from patchcert_cli.evaluation import evaluate, outlook, results, runs, single, verify
 from patchcert_cli.evaluation.plan import Plan, Subject
 from patchcert_cli.layers import passes
