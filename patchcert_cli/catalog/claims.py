@@ -60,6 +60,7 @@ def sampled(found: Resolved, results: Results, pictures: Mapping[str, str]) -> t
         claims = [{**common, **claim} for claim in result.get("claims", [{}])]
         for claim in claims:
             _check_about(claim, where, found)
+            _check_counts(claim, where)
         book = ledger.of_runs({where: result})
         assert book is not None
         number = next(n for n in range(1, 1000) if f"sample-{n}.jsonl.gz" not in card.files)
@@ -165,9 +166,11 @@ def _check_about(result: Mapping[str, Any], where: str, found: Resolved) -> None
         )
     if result.get("defense") != found.card.defense:  # the same weights may stand behind several, with other guarantees
         raise ClaimError(f"'{where}' is about {result.get('defense')} with these weights, but the model is {found.card.defense}.")
-    counts = result["counts"]
+
+
+def _check_counts(result: Mapping[str, Any], where: str) -> None:
     for key in ("clean", "certified"):
-        if result.get(f"{key}_accuracy") != counts.get(key, -1) / (result.get("images") or 1):
+        if result.get(f"{key}_accuracy") != result["counts"].get(key, -1) / (result.get("images") or 1):
             raise ClaimError(f"'{where}': {key}_accuracy is not its count over its images.")
 
 
@@ -181,5 +184,6 @@ def _entry(result: Mapping[str, Any], where: str, found: Resolved) -> dict[str, 
         )
     if result.get("dataset") != found.card.dataset:
         raise ClaimError(f"'{where}' is about {result.get('dataset')}, but the model was trained on {found.card.dataset}.")
+    _check_counts(result, where)
     said = {"arithmetic": str(former(found.card.defense)), **{key: result[key] for key in MEASURED if key in result}}
     return {**said, "clean": result["counts"].get("clean"), "certified": result["counts"]["certified"]}

@@ -55,7 +55,8 @@ def problems(name: str, options: Mapping[str, Any]) -> list[str]:
 def defaults(name: str) -> dict[str, Any]:
     """The options of network ``name`` that have a default, each with it."""
     options = inspect.signature(registry.entry("network", __name__, name, names()).build).parameters
-    return {key: option.default for key, option in options.items() if option.default is not option.empty}
+    given = {key: option.default for key, option in options.items() if option.default is not option.empty}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
 
 
 def describe(network: nn.Module) -> str:

@@ -175,8 +175,13 @@ class Recipe:
         given, default = self.validate().to_dict(), for_threat(threat, self.defense, self.dataset).validate().to_dict()
         default["dataset"] = for_threat(threat, self.defense).dataset
         own = models.defaults(given["network"])  # a command that did not say them would get the recipe's
-        unsaid = own.keys() & default["network_options"].keys() - given["network_options"].keys()
-        given["network_options"] |= {key: own[key] for key in sorted(unsaid)}
+        for key, value in default["network_options"].items():
+            if (
+                key in own
+                and key not in given["network_options"]
+                and models.listed(given["network"], {key: own[key]})[key] != value
+            ):
+                given["network_options"][key] = own[key]
         if self.defense != for_threat(threat).defense:
             words.append(f"--defense {self.defense}")
         for name, value in given.items():

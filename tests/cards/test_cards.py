@@ -313,7 +313,7 @@ def test_the_zoo_folder_is_found_through_the_package_and_the_environment(tmp_pat
 
 
 def test_cards_import_no_torch() -> None:
-    code = "import sys, patchcert_cli.cards as c; c.bundled(); assert not {'torch', 'huggingface_hub'} & set(sys.modules)"
+    code = "import sys, patchcert_cli.catalog.shelf as c; c.bundled(); assert not {'torch', 'huggingface_hub'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -155,7 +155,7 @@ def test_pull_needs_a_whole_commit(zoo: Path) -> None:
 def client(zoo: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a process of its own: the Hub client reads its environment once."""
     variables = {**os.environ, "PATCHCERT_ZOO": str(zoo), "HF_HOME": str(zoo.parent / "hf"), **environment}
-    program = f"from patchcert_cli import errors, hub\n{code}"
+    program = f"from patchcert_cli import errors\nfrom patchcert_cli.catalog import find\n{code}"
     return subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=60, check=False)
 
 

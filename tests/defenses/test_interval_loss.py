@@ -123,12 +123,10 @@ def test_the_loss_of_each_pick(name: str) -> None:
 
 def test_more_screening_finds_a_worse_location() -> None:
     network, (x, label) = build("mlp"), batch()
-    losses = [
-        float(losses.training_loss(network, x, label, step(pick="mined", screened=count)).detach()) for count in (1, 5, 400)
-    ]
+    found = [float(losses.training_loss(network, x, label, step(pick="mined", screened=count)).detach()) for count in (1, 5, 400)]
     worst = float(losses.training_loss(network, x, label, step(pick="worst")).detach())
-    assert losses[0] < losses[1] < losses[2]
-    assert losses[2] == pytest.approx(worst, rel=1e-5)
+    assert found[0] < found[1] < found[2]
+    assert found[2] == pytest.approx(worst, rel=1e-5)
 
 
 def test_natural_epochs_see_no_attacker() -> None:

@@ -27,7 +27,7 @@ def test_a_wheel_holds_code_zoo_samples_and_types(tmp_path: Path) -> None:
     assert wanted | code | zoo <= names
     assert not any(name.startswith(("zoo/", "tests/")) for name in names)
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    program = "import patchcert_cli.cards as c; print(*c.bundled_names()); print(c.bundled_folder())"
+    program = "import patchcert_cli.catalog.shelf as c; print(*c.bundled_names()); print(c.bundled_folder())"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "site", capture_output=True, text=True, check=True)
     listed, folder = done.stdout.splitlines()
     assert listed.split() == shelf.bundled_names()

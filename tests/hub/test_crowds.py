@@ -20,7 +20,7 @@ from .loopback import LoopbackHub
 
 NAME = "small-ibp-p2"
 REPO = f"patchcert/{NAME}"
-PULL = f"from patchcert_cli import hub; print(hub.pull('{NAME}').folder)"
+PULL = f"from patchcert_cli.catalog import find; print(find.pull('{NAME}').folder)"
 
 
 def publish(hub: LoopbackHub, zoo: Path) -> Card:
@@ -36,7 +36,7 @@ def publish(hub: LoopbackHub, zoo: Path) -> Card:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("count", [8, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(100, marks=pytest.mark.slow)])
 def test_pulls_of_one_model_at_once_fetch_it_once(tmp_path: Path, count: int) -> None:
     with LoopbackHub() as hub:
         card = publish(hub, tmp_path / "zoo")
@@ -105,7 +105,7 @@ def pulls(home: Path, seeds: range) -> list[tuple[int, str, int, str, str]]:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [16, pytest.param(1000, marks=pytest.mark.slow)])
 def test_no_fault_ever_serves_wrong_content_or_a_traceback(tmp_path: Path, count: int) -> None:
     workers = 10 if count < 100 else 40  # most of the time is the patience of the client
     share = [range(first, count, workers) for first in range(workers)]

@@ -19,11 +19,11 @@ FILES = {"config.json": b'{"architecture": "test_resnet"}', "model.safetensors":
 WANTED = ["config.json", "model.safetensors"]
 PROGRAM = """
 import json, sys
-from patchcert_cli import hub
+from patchcert_cli.hub import client
 from patchcert_cli.errors import PatchcertError
 repo, revision, names = json.loads(sys.argv[1])
 try:
-    commit, folder = hub.fetch_unlisted(repo, revision, names, hint="Say --weights.")
+    commit, folder = client.fetch_unlisted(repo, revision, names, hint="Say --weights.")
     print(json.dumps([commit, str(folder)]))
 except PatchcertError as problem:
     print(json.dumps([problem.code, str(problem)]))

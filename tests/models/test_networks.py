@@ -179,6 +179,7 @@ def test_a_stride_is_named_and_checked_and_costs_less() -> None:
 LISTS = {  # per network, options that are lists, with a single number each
     "masked": {"widths": 4},
     "mlp": {"hidden": 12},
+    "efficientnet_lite": {"size": 8},
     "cnn": {"channels": 4, "strides": 2, "hidden": 5},
     "region": {"widths": 4, "kernels": 3, "dilations": 1, "mixes": 0},
     "resnet": {"widths": 4, "blocks": 1, "strides": 2},

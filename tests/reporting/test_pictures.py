@@ -301,7 +301,7 @@ def test_equal_input_gives_equal_bytes_whatever_the_settings(tmp_path: Path, end
 def test_another_process_draws_the_same_without_pyplot_or_torch(tmp_path: Path) -> None:
     pictures.plot(OBLONG, tmp_path / "here.pdf", title="shapes")
     program = (
-        "import sys, pathlib; from patchcert_cli import pictures; early = set(sys.modules)\n"
+        "import sys, pathlib; from patchcert_cli.reporting import pictures; early = set(sys.modules)\n"
         f"pictures.plot({OBLONG!r}, pathlib.Path('there.pdf'), title='shapes')\n"
         "print({'matplotlib', 'torch'} & early, {'matplotlib.pyplot', 'torch'} & set(sys.modules))"
     )

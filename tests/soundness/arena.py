@@ -180,7 +180,7 @@ def random_arenas(family: str) -> list[Arena]:
     """Many random networks: ``dense`` or ``convolutional``, one and two channels, 3x3 and 4x4 images."""
     kinds = ("mlp", "mlp", "deep") if family == "dense" else ("cnn", "strided", "two convolutions")
     arenas = []
-    for kind, shape, seed in product(kinds, ((1, 3, 3), (1, 4, 4), (2, 3, 3)), range(2)):
+    for kind, shape, seed in product(kinds, ((1, 3, 3), (1, 4, 4), (2, 3, 3)), range(4)):
         for whole in (False, True):
             defense = random_defense(kind, shape, len(arenas), whole=whole)
             arenas.append(Arena(f"{kind} {shape} {seed} {whole}", defense, draw_images(shape, 24, len(arenas))))

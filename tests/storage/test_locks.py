@@ -15,7 +15,7 @@ from patchcert_cli.storage import locks
 OTHER = """
 import sys
 from pathlib import Path
-from patchcert_cli import locks
+from patchcert_cli.storage import locks
 with locks.held(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -119,7 +119,7 @@ def test_the_cache_is_where_the_client_has_it(variables: dict[str, str]) -> None
     environment = {name: value for name, value in os.environ.items() if name not in names} | variables
     code = (
         "from huggingface_hub import constants as c; from huggingface_hub.file_download import repo_folder_name as f\n"
-        "from patchcert_cli import verified as v\n"
+        "from patchcert_cli.storage import verified as v\n"
         "assert (str(v.home()), str(v.hub_cache())) == (c.HF_HOME, c.HF_HUB_CACHE)\n"
         "assert v.repository('a/b-c').name == f(repo_id='a/b-c', repo_type='model')"
     )
