@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patchcert_cli.certificate import clopper_pearson
 from patchcert_cli.errors import UsageError
 from patchcert_cli.reporting import canvas
 from patchcert_cli.reporting.canvas import DPI, GRID, INK, MARK, SOFT, Heading, check_path, require
@@ -105,6 +104,8 @@ def thresholds(rows: Rows, path: Path, *, title: str) -> None:
 
     Rows are those of other pictures with ``threshold`` and ``alarms``, and without ``method`` and ``certified_interval``.
     """
+    from patchcert_cli.certificate import clopper_pearson  # with torch, which other pictures do not need
+
     order = sorted(_checked(rows), key=lambda row: float(row["threshold"]))
     threats, x = {str(row["threat"]) for row in order}, [float(row["threshold"]) for row in order]
     if len(threats) > 1:
