@@ -293,7 +293,7 @@ def test_results_and_reports_say_detection(digits: Minority, tmp_path: Path) -> 
     attacked = evaluate.attack(plan_of(digits, 6), PatchPGD(steps=1, restarts=0), {}, tmp_path / "three")
     assert attacked["guarantee"] == "detection" and attacked["broken"] == []
     shown = dict(report.attack_rows(attacked))
-    assert shown["judged for"] == "detection" and "or with an alarm" in shown["attacked"]
+    assert shown["judged for"] == "detection" and "or with an alarm" in shown["right under attack"]
     before = attacked["flipped"]
     records = results.read_records(tmp_path / "three" / runs.RECORDS)
     assert before == sum(r["attacked"] not in (r["prediction"], ALERT) for r in records)

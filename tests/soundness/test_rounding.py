@@ -113,7 +113,7 @@ def test_the_enemy_finds_nothing_around_a_network_of_others(precisions: tuple[st
     assert enemy.search(foreign("mnist-masked-cnn"), noise((1, 28, 28)), 2, precisions=precisions, sizes=(1, 2, 7)) == []
 
 
-@pytest.mark.parametrize("backend", ["", pytest.param("float32", marks=pytest.mark.slow), "float64"])
+@pytest.mark.parametrize("backend", ["", *(pytest.param(one, marks=pytest.mark.slow) for one in ("float32", "float64"))])
 def test_the_enemy_finds_nothing_around_a_network_of_whole_numbers(backend: str) -> None:
     """By construction: what it aims at is small in the network that was trained, and exact in the one that is deployed."""
     defense = loaded("cifar-masked-cnn")
