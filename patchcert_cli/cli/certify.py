@@ -235,13 +235,13 @@ def _certify_picture(
 
     place = devices.resolve(device)
     candidate = opening.found(model, dataset, wish, place)
-    framing = candidate.meant(dataset or "", image)
-    shape = (candidate.channels, *framing.size)
+    resize_crop = candidate.meant(dataset or "", image)
+    shape = (candidate.channels, *resize_crop.size)
     meant = claims(candidate.threat, shape)
     subject = candidate.subject(shape, [claim.threat for claim in meant], place)
     show.say("\n".join(subject.notes))
     with show.progress() as progress:
-        more: Any = {"framing": framing, "resize": resize, "mapped": map_to is not None, "progress": progress}
+        more: Any = {"resize_crop": resize_crop, "resize": resize, "mapped": map_to is not None, "progress": progress}
         found = single.certify(subject, image, meant, **more)
     values = found.values
     if map_to is not None and found.margins is not None:

@@ -212,7 +212,7 @@ def _begun(basis: Recipe, given: dict[str, Any], model: str | None, weights: str
         if "network" in given:
             raise UsageError("--model and --network both name a network;", hint="give one of them.")
         found = addresses.beginning(model, weights, fetch=fetch)
-        dataset = datasets.fitted(dataset, found.source.framing)
+        dataset = datasets.fitted(dataset, found.source.resize_crop)
         basis = replace(basis, network="timm", network_options=found.options, **FINE_TUNING)
     if datasets.own(dataset):
         given["dataset"] = data.info(dataset).name
