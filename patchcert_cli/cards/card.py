@@ -38,7 +38,7 @@ from patchcert_cli.cards.records import (
 )
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.schema import Count, Rule
-from patchcert_cli.storage import verified
+from patchcert_cli.storage import checksum_cache
 from patchcert_cli.storage.files import CARD, CONFIG, weight_files
 from patchcert_cli.threats import parse_threat
 
@@ -205,7 +205,7 @@ class Card:
             path = folder / name
             if not path.is_file():
                 raise IntegrityError(f"'{path}' is missing.", hint=f"Fetch it with: patchcert zoo pull {self.name} --force")
-            if (actual := verified.digest(path)) != expected.sha256:
+            if (actual := checksum_cache.sha256(path)) != expected.sha256:
                 raise IntegrityError(
                     f"'{path}': sha256 {actual[:12]}… but its card says {expected.sha256[:12]}….",
                     hint=f"It was not used. Fetch it again with: patchcert zoo pull {self.name} --force",
