@@ -73,7 +73,7 @@ def verify(
     from patchcert_cli.defenses.base import Claim
     from patchcert_cli.errors import DataError
     from patchcert_cli.evaluation import reproduce
-    from patchcert_cli.reporting import report
+    from patchcert_cli.reporting import text
     from patchcert_cli.storage import files
 
     found = resolve.resolve(name)
@@ -101,5 +101,5 @@ def verify(
         outcome = reproduce.reproduce(
             plan, published, attacker, settings, out, limit=attack_limit, fresh=fresh, progress=progress
         )
-    show.result(report.verify_rows(outcome), outcome, json)
+    show.result(text.verify_rows(outcome), outcome, json)
     reproduce.check(outcome)
