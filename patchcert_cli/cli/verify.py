@@ -80,7 +80,7 @@ def verify(
     if records is not None:
         book = ledger.read(records)
     elif found.card is None or files.LEDGER not in found.card.files:
-        raise DataError(f"{name} publishes no records to compare with;", hint="name a file of them: --records FILE.")
+        raise DataError(f"{name} publishes no records to compare with.", hint="Name a file of them: --records FILE.")
     else:
         check(found.card, found.folder)
         book = ledger.read(found.folder / files.LEDGER)

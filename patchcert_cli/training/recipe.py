@@ -128,7 +128,7 @@ class Recipe:
         known = {item.name for item in fields(cls)}
         strange = sorted(set(values) - known)
         if strange:
-            raise UsageError(f"unknown recipe entries: {', '.join(strange)};", hint=f"allowed: {', '.join(sorted(known))}.")
+            raise UsageError(f"unknown recipe entries: {', '.join(strange)}.", hint=f"Allowed: {', '.join(sorted(known))}.")
         return cls(**values)
 
     def config(self) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def _options(kind: type[Options], values: Mapping[str, Any], defense: str) -> Op
     made = schema.decode(kind, given, "", problems)  # a list of one is typed as one value
     if problems:
         known = ", ".join(item.name for item in fields(kind)) or "none"
-        raise UsageError(f"training options of {defense}: {'; '.join(problems)};", hint=f"known: {known}.")
+        raise UsageError(f"training options of {defense}: {'; '.join(problems)}.", hint=f"Known: {known}.")
     assert isinstance(made, Options)
     return made
 

@@ -346,7 +346,8 @@ class ExactViews:
             right = self.each(x, image, first, second)
         if not torch.equal(found, right):
             raise IntegrityError(
-                "the network's whole numbers differ from those of float64;", hint="this build of torch does not compute exactly."
+                "the network's whole numbers differ from those of float64.",
+                hint="Install another build of torch.",
             )
 
     def logits(self, steps: Tensor, hidden: Tensor) -> Tensor:
