@@ -18,7 +18,7 @@ from patchcert_cli.cards.ledger import Ledger, Row, Stated
 from patchcert_cli.catalog import shelf
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.errors import ClaimError, IntegrityError
-from patchcert_cli.reporting import report
+from patchcert_cli.reporting import text
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch
 
@@ -85,9 +85,9 @@ def result(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(("said", "word"), [({}, "measured"), ({"arithmetic": "exact"}, "exact")])
 def test_results_are_printed_with_the_word_and_its_meaning(said: dict[str, str], word: str) -> None:
     found = result(**said)
-    assert dict(report.certify_rows(found))["arithmetic"] == f"{word}: {Arithmetic(word).meaning}"
-    assert report.claim_list(found)[0]["arithmetic"] == word
-    assert ("measured, not proven" in report.plot_title(found)) == (word == "measured")
+    assert dict(text.certify_rows(found))["arithmetic"] == f"{word}: {Arithmetic(word).meaning}"
+    assert text.claim_list(found)[0]["arithmetic"] == word
+    assert ("measured, not proven" in text.plot_title(found)) == (word == "measured")
 
 
 def test_a_card_without_the_word_is_read_and_written_as_it_was(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.errors import PatchcertError
 from patchcert_cli.schema import Count, Must, NonNegative, Positive, Rule
-from patchcert_cli.storage import verified
+from patchcert_cli.storage import checksum_cache
 from patchcert_cli.storage.files import CONFIG, LEDGER, SAMPLE, WEIGHTS, weight_files
 from patchcert_cli.threats import parse_threat
 
@@ -92,7 +92,7 @@ class File:
     @classmethod
     def of(cls, path: Path) -> File:
         """The facts of a file on disk."""
-        return cls(verified.digest(path), path.stat().st_size)
+        return cls(checksum_cache.sha256(path), path.stat().st_size)
 
 
 @dataclass(frozen=True)

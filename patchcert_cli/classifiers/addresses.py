@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from patchcert_cli import checkpoint, models
 from patchcert_cli.catalog import find
 from patchcert_cli.classifiers import own_code
-from patchcert_cli.data import labels
-from patchcert_cli.data.framing import Framing
-from patchcert_cli.data.labels import Names
+from patchcert_cli.data import class_names
+from patchcert_cli.data.class_names import Names
+from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.errors import HubError, IntegrityError, MachineError, PatchcertError, UsageError
 from patchcert_cli.hub import client
 from patchcert_cli.layers.preprocessing import Prepared
 from patchcert_cli.models import timm
-from patchcert_cli.storage import files, verified
+from patchcert_cli.storage import checksum_cache, files
 
 TIMM, HUB, TORCHVISION, ONNX = "timm:", "hf-hub:", "torchvision:", "onnx:"
 OWN = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<function>[A-Za-z_]\w*)")
@@ -57,7 +57,7 @@ class Classifier:
         source: where they came from: ``hub``, ``file``, ``code`` or ``random``.
         note: one line about where they came from.
         setting: what besides the weights decides its answers, for manifests.
-        framing: how pictures become images of the size that it was made for; None if it takes any.
+        resize_crop: how pictures become images of the size that it was made for; None if it takes any.
     """
 
     network: nn.Module
@@ -68,7 +68,7 @@ class Classifier:
     source: str
     note: str
     setting: dict[str, Any] = field(default_factory=dict)
-    framing: Framing | None = None
+    resize_crop: ResizeCrop | None = None
 
     @property
     def random(self) -> bool:
@@ -122,7 +122,7 @@ def open_(
     else:
         raise UsageError(f"'{address}' is no address of a classifier.", hint=f"Use {FORMS}.")
     if classes is not None:
-        found = replace(found, names=timm.imagenet_labels() if classes == "imagenet" else labels.read(Path(classes)))
+        found = replace(found, names=timm.imagenet_labels() if classes == "imagenet" else class_names.read(Path(classes)))
     return replace(found, network=found.network.eval())
 
 
@@ -238,7 +238,7 @@ def _digest_of(path: Path) -> str:
     """sha256 of a file of weights."""
     files.refuse_pickle(path)
     try:
-        return verified.digest(path)
+        return checksum_cache.sha256(path)
     except OSError as problem:
         raise IntegrityError(f"'{path}' cannot be read: {problem.strerror or problem}.") from problem
 
@@ -360,5 +360,5 @@ def _described(
         source=kind,
         note=note,
         setting={"preprocessing": {key: options[key] for key in ("size", "mean", "std", "interpolation")}},
-        framing=source.framing,
+        resize_crop=source.resize_crop,
     )

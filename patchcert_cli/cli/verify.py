@@ -73,7 +73,7 @@ def verify(
     from patchcert_cli.defenses.base import Claim
     from patchcert_cli.errors import DataError
     from patchcert_cli.evaluation import verify
-    from patchcert_cli.reporting import report
+    from patchcert_cli.reporting import text
     from patchcert_cli.storage import files
 
     found = find.resolve(name)
@@ -99,5 +99,5 @@ def verify(
     settings = {"name": type(attacker).__name__, "seed": seed}
     with show.progress() as progress:
         outcome = verify.verify(plan, book, attacker, settings, out, limit=attack_limit, fresh=fresh, progress=progress)
-    show.result(report.verify_rows(outcome), outcome, json)
+    show.result(text.verify_rows(outcome), outcome, json)
     verify.check(outcome)

@@ -133,13 +133,13 @@ app.command("push", epilog=shelve.PUSH)(shelve.push)
 def _where(card: Card, zoo: Path) -> str:
     """Where the weights are: bundled, in the Hub's cache, on the Hub."""
     from patchcert_cli import cards
-    from patchcert_cli.storage import verified
+    from patchcert_cli.storage import hub_cache
 
     if not card.files:
         return card.status
     places = ["bundled"] if cards.weights_of(zoo / card.name) else []
     if card.hub.revision:
-        places += ["cached"] if verified.snapshot(card.hub.repo, card.hub.revision).is_dir() else []
+        places += ["cached"] if hub_cache.snapshot(card.hub.repo, card.hub.revision).is_dir() else []
         places += ["hub"]
     return "+".join(places) or "missing"
 

@@ -26,9 +26,9 @@ from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
 from patchcert_cli.certifiers.masks.views import MANY
 from patchcert_cli.classifiers import addresses, doors
 from patchcert_cli.classifiers.addresses import Classifier
-from patchcert_cli.data import datasets, image, labels, listing
-from patchcert_cli.data.framing import Framing
-from patchcert_cli.data.labels import Names
+from patchcert_cli.data import class_folders, class_names, datasets, image_files
+from patchcert_cli.data.class_names import Names
+from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.defenses.base import Defense
 from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.errors import IntegrityError, UsageError
@@ -98,7 +98,7 @@ class Candidate(ABC):
         """C of the images that it takes."""
 
     @abstractmethod
-    def framing(self) -> Framing | None:
+    def resize_crop(self) -> ResizeCrop | None:
         """How pictures become the images that the model was made for; None if nobody says."""
 
     def fitted(self, dataset: str) -> str:
@@ -107,18 +107,18 @@ class Candidate(ABC):
         Raises:
             DataError: nobody says, and the pictures are of many sizes.
         """
-        if (meant := self.framing()) is not None:
+        if (meant := self.resize_crop()) is not None:
             return datasets.fitted(dataset, meant)
-        if not datasets.own(dataset) or datasets.framing(dataset) is not None:
+        if not datasets.own(dataset) or datasets.resize_crop(dataset) is not None:
             return dataset
         path = datasets.info(dataset).path
         assert path is not None
-        return datasets.fitted(dataset, Framing(listing.common_size(listing.scan(path))))
+        return datasets.fitted(dataset, ResizeCrop(class_folders.common_size(class_folders.scan(path))))
 
-    def meant(self, dataset: str, path: Path) -> Framing:
+    def meant(self, dataset: str, path: Path) -> ResizeCrop:
         """How one picture becomes an image: as the data set's name says, else as the model was made for, else as it is."""
-        said = datasets.framing(self.fitted(dataset)) if dataset else None
-        return said or self.framing() or Framing(image.size_of(path))
+        said = datasets.resize_crop(self.fitted(dataset)) if dataset else None
+        return said or self.resize_crop() or ResizeCrop(image_files.size_of(path))
 
     @abstractmethod
     def shape(self, dataset: str) -> tuple[int, int, int]:
@@ -135,7 +135,7 @@ class Candidate(ABC):
             DataError: the names do not fit; says what to type.
         """
         count = len(subject.defense.classes)
-        return labels.match(classes, self.names, data=data, model=self.name, count=count)
+        return class_names.match(classes, self.names, data=data, model=self.name, count=count)
 
 
 class Certified(Candidate):
@@ -150,16 +150,16 @@ class Certified(Candidate):
         self.found, self.wish, self.name, self.note = found, wish, name, found.note
         self.threat, self.dataset = str(self.config["threat"]), str(self.config["dataset"])
         own = tuple(tuple(map(str, one)) for one in self.config.get("names", ())) or tuple((one,) for one in self.defense.classes)
-        self.names = own if wish.classes is None else labels.read(Path(wish.classes))
+        self.names = own if wish.classes is None else class_names.read(Path(wish.classes))
 
     @property
     def channels(self) -> int:
         return self.defense.input_shape[0]
 
-    def framing(self) -> Framing:
+    def resize_crop(self) -> ResizeCrop:
         """That of its training images; if they were no pictures in folders, the whole middle of a picture."""
         size = self.defense.input_shape[1:]
-        return datasets.framing(self.dataset) or Framing(size, size)
+        return datasets.resize_crop(self.dataset) or ResizeCrop(size, size)
 
     def shape(self, dataset: str) -> tuple[int, int, int]:
         return self.defense.input_shape
@@ -207,8 +207,8 @@ class Plain(Candidate):
     def channels(self) -> int:
         return 3 if self.classifier.mean is None else len(self.classifier.mean)
 
-    def framing(self) -> Framing | None:
-        return self.classifier.framing
+    def resize_crop(self) -> ResizeCrop | None:
+        return self.classifier.resize_crop
 
     def shape(self, dataset: str) -> tuple[int, int, int]:
         return datasets.info(dataset).shape
@@ -218,7 +218,7 @@ class Plain(Candidate):
         plan.masks(*shape[1:])  # what cannot be masked is told before the network is asked
         about, notes = doors.settled(self.classifier, shape, device)
         count, numbers = addresses.outputs(about, shape, device), self.wish.labels or ""
-        classes = labels.words(self.names) if len(self.names) == count else tuple(map(str, range(count)))
+        classes = class_names.words(self.names) if len(self.names) == count else tuple(map(str, range(count)))
         defense = put_around(about.network, self.kind, shape, classes, plan, about.mean, numbers).to(torch.device(device))
         alarming(defense, self.kind, self.wish)
         try:

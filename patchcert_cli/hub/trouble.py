@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from patchcert_cli.errors import HubError, IntegrityError, MachineError, PatchcertError
-from patchcert_cli.storage import verified
+from patchcert_cli.storage import hub_cache
 
 UPLOAD_TIMEOUT = 120.0  # seconds that the Hub has to take in what was sent
 NO_ROOM = {errno.ENOSPC: "full", errno.EDQUOT: "over its quota", errno.EFBIG: "full", errno.EROFS: "read-only"}
@@ -36,7 +36,7 @@ def told(repo: str) -> Iterator[None]:
     except Exception as problem:  # a stranger's server can make the client raise anything
         if isinstance(problem, OSError) and problem.errno in NO_ROOM:
             raise MachineError(
-                f"the Hub's cache '{verified.hub_cache()}' is {NO_ROOM[problem.errno]}: {problem.strerror}.",
+                f"the Hub's cache '{hub_cache.folder()}' is {NO_ROOM[problem.errno]}: {problem.strerror}.",
                 hint="Free some space, or put it elsewhere with HF_HOME.",
             ) from problem
         if isinstance(problem, OSError) and str(problem).startswith("Consistency check failed"):

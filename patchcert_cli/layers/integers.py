@@ -107,7 +107,7 @@ def only(backend: str) -> Iterator[None]:
 def _required(layer: Whole, shape: tuple[int, ...]) -> Run:
     run = prepared(layer, _forced[-1], shape)
     if run is None:
-        raise MachineError(f"this machine has no {_forced[-1]} convolutions.", hint="float32 works everywhere.")
+        raise MachineError(f"this machine has no {_forced[-1]} convolutions.", hint="Float32 works everywhere.")
     return run
 
 

@@ -143,7 +143,7 @@ class Program:
             around = [_around(operation, work) for operation, work in zip(self.operations, floats, strict=True)]
             self._bytes[key] = [one or other for one, other in zip(found, around, strict=True)] if any(found) else []
         if not self._bytes[key]:
-            raise MachineError("this machine has no int8 convolutions for this network.", hint="float32 works everywhere.")
+            raise MachineError("this machine has no int8 convolutions for this network.", hint="Float32 works everywhere.")
         return self._bytes[key]
 
     def _shapes(self, shape: tuple[int, ...]) -> list[torch.Size]:

@@ -14,7 +14,7 @@ from patchcert_cli import data
 from patchcert_cli.catalog import shelf
 from patchcert_cli.errors import IntegrityError, MachineError, PatchcertError
 from patchcert_cli.hub import client
-from patchcert_cli.storage import files, verified
+from patchcert_cli.storage import files, hub_cache
 from patchcert_cli.version import __version__
 
 EXTRAS = {"matplotlib": "plots", "timm": "timm"}
@@ -95,7 +95,7 @@ def _hub(offline: bool) -> Iterator[Finding]:
 
 
 def _disk() -> Iterator[Finding]:
-    cache = verified.hub_cache()
+    cache = hub_cache.folder()
     place = files.nearest(cache)
     held = [path for path in cache.rglob("*") if path.is_file() and not path.is_symlink()] if place == cache else []
     yield Finding("cache", f"{cache}: {sum(path.stat().st_size for path in held) / 1e6:.1f} MB in {len(held)} files")

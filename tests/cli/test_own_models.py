@@ -20,7 +20,7 @@ from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import HubError, IntegrityError
 from patchcert_cli.evaluation.runs import Run
 from patchcert_cli.hub import client
-from patchcert_cli.reporting import report
+from patchcert_cli.reporting import text
 from patchcert_cli.storage import files
 
 from .test_commands import patchcert  # noqa: F401
@@ -306,7 +306,7 @@ def test_a_network_of_timm_is_trained_on_own_pictures_and_certified(patchcert, s
     done = patchcert(*said, "--epochs", "2")
     assert done.code == 0, done.err
     run = json.loads(done.out)["out"]
-    assert dict(report.train_rows(json.loads(done.out)))["next"] == f"patchcert certify {run} --data imagefolder:..."
+    assert dict(text.train_rows(json.loads(done.out)))["next"] == f"patchcert certify {run} --data imagefolder:..."
     assert run == "runs/pets-patchcleanser-p2pct"
     config = files.read_json(Path(run) / files.CONFIG)
     assert config["classes"] == list(COLOURS) and config["dataset"] == "imagefolder:./pets/train@32"

@@ -25,7 +25,7 @@ from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.evaluation import evaluate, results, runs, single, verify
 from patchcert_cli.evaluation.plan import Plan, Subject
-from patchcert_cli.reporting import report
+from patchcert_cli.reporting import text
 from patchcert_cli.threats import Patch, Sparse, Threat
 from patchcert_cli.training.recipe import Recipe
 from tests.soundness.arena import Arena, check, draw_images
@@ -283,16 +283,16 @@ def test_results_and_reports_say_detection(digits: Minority, tmp_path: Path) -> 
     alarms = sum(record["prediction"] == ALERT for record in records)
     assert found["guarantee"] == "detection" and found["counts"]["alarms"] == alarms > 0
     assert not any(record["certified"] for record in records if record["prediction"] == ALERT)
-    rows = dict(report.certify_rows(found))
+    rows = dict(text.certify_rows(found))
     assert rows["guarantee"].startswith("detection (answered right or with an alarm)")
     assert f"({alarms}/30) of the unattacked images" in rows["alarms"]
-    assert "guarantee: detection, rounding measured, not proven" in report.plot_title(found)
+    assert "guarantee: detection, rounding measured, not proven" in text.plot_title(found)
     several = evaluate.certify(plan_of(digits, claims=(Claim(Patch(1, 1)), Claim(Patch(2, 2), "all"))), tmp_path / "two")
     assert {claim["guarantee"] for claim in several["claims"]} == {"detection"}
-    assert dict(report.certify_rows(several))["guarantee"].startswith("detection")
+    assert dict(text.certify_rows(several))["guarantee"].startswith("detection")
     attacked = evaluate.attack(plan_of(digits, 6), PatchPGD(steps=1, restarts=0), {}, tmp_path / "three")
     assert attacked["guarantee"] == "detection" and attacked["broken"] == []
-    shown = dict(report.attack_rows(attacked))
+    shown = dict(text.attack_rows(attacked))
     assert shown["judged for"] == "detection" and "or with an alarm" in shown["right under attack"]
     before = attacked["flipped"]
     records = results.read_records(tmp_path / "three" / runs.RECORDS)
@@ -341,9 +341,9 @@ def test_a_picture_is_told_with_its_alarm(digits: Minority, tmp_path: Path) -> N
     found = single.certify(subject, path, [Claim(Patch(2, 2))]).values
     assert found["class"] == digits.called(digits_say) and found["claims"][0]["guarantee"] == "detection"
     sure = {**found, "claims": [{**found["claims"][0], "certified": True}]}
-    told = dict(report.single_rows(sure))["patch:2x2, agreement"]
+    told = dict(text.single_rows(sure))["patch:2x2, agreement"]
     for answer, wanted in ({"class": "3", "prediction": 3}, "3 (class 3)"), ({"class": "alarm", "prediction": -1}, "alarm"):
-        assert dict(report.single_rows(found | answer))["prediction"] == wanted
+        assert dict(text.single_rows(found | answer))["prediction"] == wanted
     assert "certified: no such change alters the prediction without an alarm" in told
     always = replace(subject, defense=made_to_alarm(digits))
     assert single.certify(always, path, [Claim(Patch(2, 2))]).values["class"] == "alarm"
@@ -505,7 +505,7 @@ def test_a_result_compares_thresholds_and_agrees_with_itself_at_its_own(digits: 
     plan = plan_of(digits)
     plan = replace(plan, subject=replace(plan.subject, setting={"compared": list(digits.grid)}))
     found = evaluate.certify(plan, tmp_path / "one")
-    rows = report.compared(found)
+    rows = text.compared(found)
     assert [row["threshold"] for row in rows] == list(digits.grid)
     own = rows[2]
     assert (own["clean"], own["alarms"], own["certified"]) == (
@@ -514,5 +514,5 @@ def test_a_result_compares_thresholds_and_agrees_with_itself_at_its_own(digits: 
         found["counts"]["certified"],
     )
     assert [row["alarms"] for row in rows] == sorted((row["alarms"] for row in rows), reverse=True)
-    assert dict(report.certify_rows(found))["threshold 0.2"].startswith("alarms ")
+    assert dict(text.certify_rows(found))["threshold 0.2"].startswith("alarms ")
     assert evaluate.certify(plan, tmp_path / "one")["thresholds"] == found["thresholds"]

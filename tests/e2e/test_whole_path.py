@@ -86,7 +86,7 @@ class Labels:
 def check_path(candidate: Any, defense: PatchCleanser, name: str, threat: Patch, patches: Path, count: int) -> dict[str, int]:
     """Hold everything against naive code on ``count`` pictures of a folder; returns counts."""
     images = data.load(name, "test")
-    outputs = candidate.matched(data.class_names(name, "test"), name, type("Subject", (), {"defense": defense}))
+    outputs = candidate.matched(data.classes_of(name, "test"), name, type("Subject", (), {"defense": defense}))
     images = images if outputs is None else images.relabelled(outputs)
     plain = torch.cat([defense.plain(data.to_float(part)) for part in images.read().split(10)])
     some = images.limit(count, 0)
