@@ -98,7 +98,7 @@ def wish_of(
         raise UsageError(f"invalid --labels '{labels}'.", hint="Use float32 or bfloat16.")
     if weights == "none" and not dry_run:
         raise UsageError(
-            "--weights none means random weights, whose answers mean nothing.", hint="Add --dry-run, or give weights."
+            "--weights none means random weights, whose answers mean nothing.", hint="Add --dry-run."
         )
 
     from patchcert_cli.evaluation.subjects import Wish

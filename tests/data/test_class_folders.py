@@ -114,7 +114,7 @@ def test_the_size_of_pictures_that_agree() -> None:
     with pytest.raises(DataError) as caught:
         class_folders.common_size(class_folders.scan(Path("d")))
     assert str(caught.value) == (
-        "the pictures are of many sizes ('d/a/p.png' is 4x5, 'd/b/s.png' is 7x7), and nothing says which size the model takes;"
+        "the pictures are of many sizes ('d/a/p.png' is 4x5, 'd/b/s.png' is 7x7), and nothing says which size the model takes."
         " Use --data imagefolder:d@SIDE, or state it in the attribute size of your module."
     )
 

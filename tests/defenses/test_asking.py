@@ -40,7 +40,7 @@ def test_a_threat_may_be_given_as_text(made: Defense) -> None:
         (np.zeros((2, 1, 4, 4), dtype=np.float32), r"images are numpy.ndarray, not a tensor. Give torch.as_tensor\(images\)"),
         ([[0.5]], "images are builtins.list, not a tensor"),
         (torch.zeros(1, 4, 4), r"one image of shape \(1, 4, 4\) is no batch. Give x\[None\]"),
-        (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), "give float32 in"),
+        (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), "Give float32 in"),
         (torch.zeros(2, 3, 4, 4), "do not fit this model"),
     ],
 )
