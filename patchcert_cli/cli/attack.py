@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from patchcert_cli.cli import show
-from patchcert_cli.cli.opening import (
+from patchcert_cli.cli.loading import (
     ClassesOption,
     DefenseOption,
     LabelsOption,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import opening, show
-from patchcert_cli.cli.opening import (
+from patchcert_cli.cli import loading, show
+from patchcert_cli.cli.loading import (
     ClassesOption,
     DefenseOption,
     LabelsOption,
@@ -46,7 +46,7 @@ from patchcert_cli.errors import UsageError
 from patchcert_cli.threats import Threat, parse_patches, patches_of_area
 
 if TYPE_CHECKING:
-    from patchcert_cli.cli.opening import Claims
+    from patchcert_cli.cli.loading import Claims
     from patchcert_cli.defenses.base import Claim
     from patchcert_cli.evaluation.subjects import Wish
 
@@ -234,7 +234,7 @@ def _certify_picture(
     from patchcert_cli.reporting import plots, text
 
     place = devices.resolve(device)
-    candidate = opening.found(model, dataset, wish, place)
+    candidate = loading.found(model, dataset, wish, place)
     resize_crop = candidate.meant(dataset or "", image)
     shape = (candidate.channels, *resize_crop.size)
     meant = claims(candidate.threat, shape)

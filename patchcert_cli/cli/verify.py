@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from patchcert_cli.cli import show
-from patchcert_cli.cli.opening import open_plan
+from patchcert_cli.cli.loading import open_plan
 from patchcert_cli.cli.options import (
     DATA,
     RUN,

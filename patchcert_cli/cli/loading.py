@@ -97,9 +97,7 @@ def wish_of(
     if labels not in (None, "float32", "bfloat16"):
         raise UsageError(f"invalid --labels '{labels}'.", hint="Use float32 or bfloat16.")
     if weights == "none" and not dry_run:
-        raise UsageError(
-            "--weights none means random weights, whose answers mean nothing.", hint="Add --dry-run."
-        )
+        raise UsageError("--weights none means random weights, whose answers mean nothing.", hint="Add --dry-run.")
 
     from patchcert_cli.evaluation.subjects import Wish
 
