@@ -230,7 +230,7 @@ def _certify_picture(
     json: str | None,
 ) -> None:
     from patchcert_cli import device as devices
-    from patchcert_cli.evaluation import single
+    from patchcert_cli.evaluation import single_image
     from patchcert_cli.reporting import plots, text
 
     place = devices.resolve(device)
@@ -242,7 +242,7 @@ def _certify_picture(
     show.say("\n".join(subject.notes))
     with show.progress() as progress:
         more: Any = {"resize_crop": resize_crop, "resize": resize, "mapped": map_to is not None, "progress": progress}
-        found = single.certify(subject, image, meant, **more)
+        found = single_image.certify(subject, image, meant, **more)
     values = found.values
     if map_to is not None and found.margins is not None:
         plots.single_map(values, found.pixels, found.margins, map_to, unit=subject.defense.unit)

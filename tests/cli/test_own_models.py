@@ -15,10 +15,10 @@ from own_models import COLOURS, lines, module, pictures
 from refusals import check_refused
 
 from patchcert_cli import cards, checkpoint, models
-from patchcert_cli.catalog import shelf
+from patchcert_cli.catalog import bundled
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import HubError, IntegrityError
-from patchcert_cli.evaluation.runs import Run
+from patchcert_cli.evaluation.run_folder import Run
 from patchcert_cli.hub import client
 from patchcert_cli.reporting import text
 from patchcert_cli.storage import files
@@ -254,10 +254,10 @@ def imagenet(folder: Path) -> list[str]:
 
 def test_imagenet_with_a_card_whose_weights_are_public(patchcert, served: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
     """The whole path of the card of the zoo, with timm's smallest network in the place of the large one."""
-    card = shelf.bundled_card("imagenet-patchcleanser-vit-b16", Path(__file__).parents[2] / "zoo")
+    card = bundled.card("imagenet-patchcleanser-vit-b16", Path(__file__).parents[2] / "zoo")
     small = replace(card, name="small", classifier=f"timm:{TINY}", recipe=card.recipe | {"masks": {"per_axis": 2}})
     files.write_atomically(Path("zoo/small/README.md"), small.render().encode())
-    monkeypatch.setenv(shelf.ENVIRONMENT, "zoo")
+    monkeypatch.setenv(bundled.ENVIRONMENT, "zoo")
     weights(served / files.WEIGHTS)
     names = imagenet(Path("data/imagenet/val"))
     assert patchcert("certify", "small", "--data-dir", "none").err.startswith("error[6]: no imagenet test data")

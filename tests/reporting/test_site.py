@@ -25,7 +25,7 @@ from site_cards import HOSTILE, PAPER, card, recipe, result, sweep, zoo
 
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.cards import Card, Hub, Published
-from patchcert_cli.catalog import shelf
+from patchcert_cli.catalog import bundled
 from patchcert_cli.cli import main
 from patchcert_cli.reporting import site
 from patchcert_cli.reporting.site import curves
@@ -172,16 +172,16 @@ def test_the_threats_that_a_model_was_trained_against_are_shown_first() -> None:
 
 
 def test_every_measured_number_of_the_bundled_cards_is_there_and_no_other() -> None:
-    names = shelf.bundled_names()
+    names = bundled.names()
     assert len(names) >= 9
-    page = parsed(site.render(shelf.bundled().values()))
+    page = parsed(site.render(bundled.cards().values()))
     for parent in [*page.iter()]:
         for child in [*parent]:
             if child.tag == "pre" or "notes" in child.get("class", ""):
                 parent.remove(child)
     said, allowed = text(page), set()
     for name in names:
-        raw = yaml.safe_load((shelf.bundled_folder() / name / "README.md").read_text().split("---\n")[1])["patchcert"]
+        raw = yaml.safe_load((bundled.folder() / name / "README.md").read_text().split("---\n")[1])["patchcert"]
         for one in [*raw["results"], *raw.get("samples", []), *([raw["validation"]] if raw["validation"] else [])]:
             for count in (one["clean"], one["certified"]):
                 assert f"{count}/{one['images']}" in said
@@ -390,7 +390,7 @@ Call = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def patchcert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
     """The command line, with a zoo of its own."""
-    monkeypatch.setattr(shelf, "bundled", lambda dataset=None: {one.name: one for one in zoo()})
+    monkeypatch.setattr(bundled, "cards", lambda dataset=None: {one.name: one for one in zoo()})
 
     def call(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["patchcert", *words])
@@ -443,7 +443,7 @@ def test_a_disk_that_takes_nothing_is_the_machines_fault(patchcert: Call, monkey
 
 
 def test_a_data_set_without_models_is_refused(patchcert: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shelf, "bundled", lambda dataset=None: {})
+    monkeypatch.setattr(bundled, "cards", lambda dataset=None: {})
     code, out, err = patchcert("report", "zoo", "--dataset", "mnist")
     assert (code, out) == (2, "")
     check_refused(err, 2, "no model to report on", "patchcert zoo list")
