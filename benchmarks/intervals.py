@@ -35,8 +35,8 @@ def dense_margins(network: nn.Module, x: Tensor, target: Tensor, locations: int 
     layers = layers_of(network)
     final = layers[-1]
     assert isinstance(final, nn.Linear)
-    atoms = PATCH.count(x.shape[2], x.shape[3])
-    moved = location_masks(PATCH, x)[: locations or atoms, None, None]
+    every = PATCH.count(x.shape[2], x.shape[3])
+    moved = location_masks(PATCH, x)[: locations or every, None, None]
     boxed = x - moved * x
     lower, upper = propagate(layers[:-1], (boxed.flatten(0, 1), (boxed + moved).flatten(0, 1)))
     lower, upper = lower.reshape(-1, len(x), lower.shape[1]), upper.reshape(-1, len(x), upper.shape[1])

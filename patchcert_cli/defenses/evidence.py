@@ -88,7 +88,7 @@ class CellDefense(Defense, Generic[Said]):
             certified=proof.margin > 0,
             margin=proof.margin,
             slack=torch.zeros_like(proof.margin),  # whole numbers; what rounding may decide is the attacker's
-            worst=claim.threat.atoms(height, width).to(proof.worst.device)[proof.worst],
+            worst=claim.threat.locations(height, width).to(proof.worst.device)[proof.worst],
             rival=proof.rival,
             threat=claim.threat,
             method=self.title(claim.method or self.methods[0]),

@@ -144,10 +144,10 @@ class Minority(PatchCleanser):
 
     def _proven(self, reports: Reports, views: Views | ExactViews, claim: Claim, cover: Cover) -> Certificate:
         method = claim.method or self.methods[0]
-        by, atom = cover.by, cover.atom
+        by, location = cover.by, cover.location
         if method == "all":
             by = torch.eye(len(self.set), dtype=torch.bool)
-            atom = cover.atom[cover.by.int().argmax(dim=0)]
+            location = cover.location[cover.by.int().argmax(dim=0)]
         proof, device = agreement.prove(reports, by), self.masks.device
         exact = self.threshold == 0  # of a confidence the logarithm is rounded
         slack = torch.full_like(proof.margin, views.slack if exact else SLACK["float64"])
@@ -156,7 +156,7 @@ class Minority(PatchCleanser):
             certified=(proof.margin > slack).to(device),
             margin=proof.margin.to(device),
             slack=slack.to(device),
-            worst=claim.threat.atoms(*self.input_shape[1:])[atom[proof.weakest]].to(device),
+            worst=claim.threat.locations(*self.input_shape[1:])[location[proof.weakest]].to(device),
             rival=proof.rival.to(device),
             threat=claim.threat,
             method=method,

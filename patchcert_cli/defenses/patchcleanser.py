@@ -10,7 +10,7 @@ A label that rounding might decide is computed again, in float64 and each image 
 (:mod:`patchcert_cli.certifiers.masks.views`). That the other labels do not depend on rounding is measured, not proven: the
 certificates say ``measured``.
 
-Shapes: B images, C channels, H x W pixels, K classes, M masks, n passes, A atoms.
+Shapes: B images, C channels, H x W pixels, K classes, M masks, n passes, A locations.
 """
 
 from __future__ import annotations
@@ -225,17 +225,17 @@ class PatchCleanser(Defense):
         self, table: Table, answer: Tensor, seen: Tensor, views: Views | ExactViews, claim: Claim, cover: Cover
     ) -> Certificate:
         method = claim.method or self.methods[0]
-        by, atom = cover.by, cover.atom
+        by, location = cover.by, cover.location
         if method == "pairs":  # every mask is to have a whole row
             by = torch.eye(len(self.set), dtype=torch.bool)
-            atom = cover.atom[cover.by.int().argmax(dim=0)]
+            location = cover.location[cover.by.int().argmax(dim=0)]
         proof, device = double_masking.prove(table, answer, by, views.slack, seen), self.masks.device
         return Certificate(
             prediction=answer.to(device),
             certified=proof.certified.to(device),
             margin=proof.margin.to(device),
             slack=torch.full_like(proof.margin, views.slack, device=device),
-            worst=claim.threat.atoms(*self.input_shape[1:])[atom[proof.weakest]].to(device),
+            worst=claim.threat.locations(*self.input_shape[1:])[location[proof.weakest]].to(device),
             rival=proof.rival.to(device),
             threat=claim.threat,
             method=method,

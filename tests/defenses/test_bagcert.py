@@ -76,9 +76,9 @@ def test_a_patch_reaches_exactly_the_cells_that_are_claimed(reach: int, patch: P
     """A not-a-number in the patch, through the deployed network, at every location."""
     defense = build(config(reach))
     assert defense.receptive_field == reach
-    cover, atoms = defense.cover(patch), patch.atoms(*SHAPE[1:])
-    steps = exact.to_steps(images(1)).repeat(len(atoms), 1, 1, 1)
-    for image, (top, left, height, width) in zip(steps, atoms.tolist(), strict=True):
+    cover, locations = defense.cover(patch), patch.locations(*SHAPE[1:])
+    steps = exact.to_steps(images(1)).repeat(len(locations), 1, 1, 1)
+    for image, (top, left, height, width) in zip(steps, locations.tolist(), strict=True):
         image[:, top : top + height, left : left + width] = float("nan")
     network = defense.deployed()
     with torch.no_grad(), precision.exact_arithmetic():

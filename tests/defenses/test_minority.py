@@ -429,7 +429,7 @@ def card_values() -> dict[str, Any]:
 def last_border_mask_dropped(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
     """Nothing hides the last corner, and the proof does not ask about it."""
     by = cover.by[:, :-1]
-    return MaskSet(4, 4, masks.boxes[:-1]), Cover(by[by.any(dim=1)], cover.atom[by.any(dim=1)])
+    return MaskSet(4, 4, masks.boxes[:-1]), Cover(by[by.any(dim=1)], cover.location[by.any(dim=1)])
 
 
 def one_column_short(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
@@ -437,7 +437,7 @@ def one_column_short(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
 
 
 def any_mask_will_do(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
-    return masks, Cover(torch.ones(1, len(masks), dtype=torch.bool), cover.atom[:1])
+    return masks, Cover(torch.ones(1, len(masks), dtype=torch.bool), cover.location[:1])
 
 
 def nothing_wrong(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:

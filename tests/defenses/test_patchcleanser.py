@@ -322,8 +322,8 @@ def test_the_map_is_positive_everywhere_iff_the_image_is_certified(threat: Threa
     for seed in range(6):
         made, x = defense(seed=seed), images(count=10, seed=seed)
         found, certificate = made.margin_map(x, threat), made.certify(x, threat)
-        rows = 5 - int(threat.atoms(4, 4)[0, 2])
-        assert found.shape == (10, rows, 5 - int(threat.atoms(4, 4)[0, 3])) and found.dtype == torch.float64
+        rows = 5 - int(threat.locations(4, 4)[0, 2])
+        assert found.shape == (10, rows, 5 - int(threat.locations(4, 4)[0, 3])) and found.dtype == torch.float64
         least = found.flatten(1).amin(dim=1)
         assert torch.equal(least > SLACK["float64"], certificate.certified)
         assert bool((least[certificate.certified] >= certificate.margin[certificate.certified] - 1e-6).all())

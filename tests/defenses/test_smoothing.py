@@ -137,11 +137,11 @@ def test_a_patch_reaches_exactly_the_cells_that_are_claimed(ablation: str, view:
     """A not-a-number in the patch, through the deployed network, at every location; and the pixels that cells keep."""
     defense = build(config(ablation=ablation, view=view, stride=stride))
     rows, columns = axes(SHAPE, defense.how)
-    atoms, cover = patch.atoms(*SHAPE[1:]).tolist(), defense.cover(patch)
+    locations, cover = patch.locations(*SHAPE[1:]).tolist(), defense.cover(patch)
     claimed = (cover.rows.matrix()[:, None, :, None] * cover.columns.matrix()[None, :, None, :]).flatten(0, 1).bool()
-    assert claimed.shape == (len(atoms), len(rows), len(columns))
-    x = images(1).repeat(len(atoms), 1, 1, 1)
-    for at, (top, left, height, width) in enumerate(atoms):
+    assert claimed.shape == (len(locations), len(rows), len(columns))
+    x = images(1).repeat(len(locations), 1, 1, 1)
+    for at, (top, left, height, width) in enumerate(locations):
         x[at, :, top : top + height, left : left + width] = float("nan")
         inside = set(product(range(top, top + height), range(left, left + width)))
         for (n, r), (m, c) in product(enumerate(rows), enumerate(columns)):
@@ -252,7 +252,7 @@ def reference(votes: Votes, defense: Smoothing, patch: Patch) -> Tensor:
     for b, image in enumerate(votes.scores.int().tolist()):
         sums = [sum(map(sum, plane)) for plane in image]
         answer, found = sums.index(max(sums)), []
-        for top, left, height, width in patch.atoms(*defense.input_shape[1:]).tolist():
+        for top, left, height, width in patch.locations(*defense.input_shape[1:]).tolist():
             inside = set(product(range(top, top + height), range(left, left + width)))
             worst = [0] * len(sums)
             for (n, r), (m, c) in product(enumerate(rows), enumerate(columns)):

@@ -74,9 +74,9 @@ def test_a_patch_reaches_exactly_the_cells_that_are_claimed(name: str, stride: i
     """A not-a-number in the patch, through the deployed network, at every location."""
     defense = build(name, stride)
     shape = defense.input_shape
-    cover, atoms = defense.cover(patch), patch.atoms(*shape[1:])
-    x = torch.full((len(atoms), *shape), 128.0)
-    for image, (top, left, height, width) in zip(x, atoms.tolist(), strict=True):
+    cover, locations = defense.cover(patch), patch.locations(*shape[1:])
+    x = torch.full((len(locations), *shape), 128.0)
+    for image, (top, left, height, width) in zip(x, locations.tolist(), strict=True):
         image[:, top : top + height, left : left + width] = float("nan")
     network = defense.deployed()
     with torch.no_grad(), precision.exact_arithmetic():

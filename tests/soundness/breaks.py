@@ -27,7 +27,7 @@ def last_locations_missing(axis: int) -> Break:
 
     def without(chunks: Callable[..., Iterator[Tensor]]) -> Callable[..., Iterator[Tensor]]:
         def kept(self: Any, *args: Any) -> Iterator[Tensor]:
-            start = self.patch.atoms(*self.x.shape[2:])[:, axis]
+            start = self.patch.locations(*self.x.shape[2:])[:, axis]
             margins = torch.cat(list(chunks(self, *args)))
             margins[start >= max(int(start.max()), 1)] = float("inf")
             yield margins

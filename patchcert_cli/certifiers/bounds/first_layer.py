@@ -1,6 +1,6 @@
-"""The first affine layer of a network under an attacked input, for every atom, without copies of the image.
+"""The first affine layer of a network under an attacked input, for every location, without copies of the image.
 
-Shapes: B images, C channels, H x W pixels, A atoms, N first-layer neurons, P pixels or values, h x w a patch.
+Shapes: B images, C channels, H x W pixels, A locations, N first-layer neurons, P pixels or values, h x w a patch.
 
 **Claim (patch).** Let z(x) = W x + b with W already multiplied by the normalization's scale, and let x' differ from x only inside
 a window L, with entries in [x - e x, x + e (1 - x)] for 0 <= e <= 1 (e = 1 is all of [0, 1]). Then z(x') lies in
@@ -141,7 +141,7 @@ def window_sums(values: Tensor, patch: Patch) -> Tensor:
 def location_masks(patch: Patch, x: Tensor) -> Tensor:
     """1 under the patch, 0 elsewhere, for every location: [A, H, W] in the type of ``x``."""
     height, width = x.shape[2:]
-    top, left = (part[:, None] for part in patch.atoms(height, width)[:, :2].to(x.device).unbind(dim=1))
+    top, left = (part[:, None] for part in patch.locations(height, width)[:, :2].to(x.device).unbind(dim=1))
     row, column = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
     rows = (row >= top) & (row < top + patch.height)
     columns = (column >= left) & (column < left + patch.width)

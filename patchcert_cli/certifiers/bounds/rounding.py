@@ -101,12 +101,12 @@ def forward_error(split: Split, like: Tensor, dtype: torch.dtype = torch.float64
 
 @dataclass(frozen=True)
 class Proof:
-    """The smallest margin over rivals and atoms.
+    """The smallest margin over rivals and locations.
 
     Attributes:
-        margin: float64 [B], lower bound of ``f_target - f_rival`` over all atoms.
+        margin: float64 [B], lower bound of ``f_target - f_rival`` over all locations.
         slack: float64 [B], what rounding may have added to it, plus the rounding of the deployed float64 prediction.
-        worst: int64 [B], the atom index that attains it.
+        worst: int64 [B], the location index that attains it.
         rival: int64 [B], the class that attains it.
     """
 
@@ -151,7 +151,7 @@ def _prove(stream: Stream, x: Tensor, target: Tensor, threat: Patch | Sparse, de
     """A proof in the type of ``x``, and the part of its slack that is about the margins; ``deployed`` bounds the other part."""
     margins = minimum(stream, target)
     margin, rival = margins.values.scatter(1, target[:, None], float("inf")).min(dim=1)
-    worst = stream.worst_atom(target, rival, margins.worst.gather(1, rival[:, None])[:, 0])
+    worst = stream.worst_location(target, rival, margins.worst.gather(1, rival[:, None])[:, 0])
     if stream.errors is None:
         error, slack = (found := bound_error(stream.split, x, threat)), found + deployed
     else:

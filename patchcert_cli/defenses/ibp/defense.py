@@ -136,7 +136,7 @@ class IntervalDefense(Defense):
             certified=proof.margin > proof.slack,
             margin=proof.margin,
             slack=proof.slack,
-            worst=threat.atoms(height, width).to(prediction.device)[proof.worst],
+            worst=threat.locations(height, width).to(prediction.device)[proof.worst],
             rival=proof.rival,
             threat=threat,
             method=method,
