@@ -95,36 +95,42 @@ class Minority(PatchCleanser):
         size = max(1, VALUES // (count * math.prod(self.input_shape)))
         parts = [self._seen(views, part, count) for part in torch.split(x, size)]
         columns = [torch.cat(column).reshape(len(x), count, *column[0].shape[1:]) for column in zip(*parts, strict=True)]
-        label, rival, lead, excess, confidence = columns
-        return Reports(label[:, 0], label[:, 1:], rival[:, 1:], lead[:, 1:], excess[:, 1:], confidence[:, 1:])
+        label, rival, logit_margin, confidence_margin, confidence = columns
+        return Reports(label[:, 0], label[:, 1:], rival[:, 1:], logit_margin[:, 1:], confidence_margin[:, 1:], confidence[:, 1:])
 
     def _seen(self, views: Views | ExactViews, x: Tensor, count: int) -> tuple[Tensor, ...]:
-        """What :meth:`_read` makes of every view of some images, [n]; what nobody can tell has a lead of 0."""
+        """What :meth:`_read` makes of every view of some images, [n]; what nobody can tell has a logit margin of 0."""
         image, view = torch.arange(len(x) * count) // count, torch.arange(len(x) * count) % count
         seen = views.look(x, image, view, view, self._clear)
-        label, rival, lead, excess = self._read(seen.logits, seen.scale)
+        label, rival, logit_margin, confidence_margin = self._read(seen.logits, seen.scale)
         sure, off = _sure(seen.logits), SLACK["float64"] * seen.scale
         confidence = torch.stack([(sure - off).exp(), (sure + off).exp()], dim=1)
-        return label, rival, torch.where(seen.known, lead, 0), excess, confidence
+        return label, rival, torch.where(seen.known, logit_margin, 0), confidence_margin, confidence
 
     def _clear(self, logits: Tensor, scale: Tensor) -> Tensor:
         """How far label and alarm of each pass are from another decision, [n], with any of the thresholds."""
-        _, _, lead, excess = self._read(logits, scale)
-        found, sure = torch.minimum(lead, excess.abs()), _sure(logits)
+        _, _, logit_margin, confidence_margin = self._read(logits, scale)
+        found, sure = torch.minimum(logit_margin, confidence_margin.abs()), _sure(logits)
         for threshold in self.grid:
             if threshold > 0:
                 found = torch.minimum(found, (sure - math.log(threshold)).abs() / scale)
         return found
 
     def _read(self, logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Label, next label, lead and excess of confidence of float64 logits [n, K], scale [n]; see :class:`agreement.Reports`.
+        """Label, next label, logit margin and confidence margin of float64 logits [n, K], scale [n]; see
+        :class:`agreement.Reports`.
 
-        If logits are off by e, so is a lead by at most 2 e, and so is the logarithm of a confidence.
+        If logits are off by e, so is a logit margin by at most 2 e, and so is the logarithm of a confidence.
         """
         ranked = logits.sort(dim=1, descending=True, stable=True)  # of equals the lowest class first
         floor = math.log(self.threshold) if self.threshold > 0 else -math.inf
-        excess = _sure(logits) - floor
-        return ranked.indices[:, 0], ranked.indices[:, 1], (ranked.values[:, 0] - ranked.values[:, 1]) / scale, excess / scale
+        confidence_margin = _sure(logits) - floor
+        return (
+            ranked.indices[:, 0],
+            ranked.indices[:, 1],
+            (ranked.values[:, 0] - ranked.values[:, 1]) / scale,
+            confidence_margin / scale,
+        )
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class Seen:
 
 def answer(seen: Seen) -> int:
     """An alarm (-1) if a mask contradicts the whole image with at least the threshold's confidence."""
-    return -1 if any(label != seen.whole and excess >= 0 for label, excess in seen.views) else seen.whole
+    return -1 if any(label != seen.whole and confidence_margin >= 0 for label, confidence_margin in seen.views) else seen.whole
 
 
 def breakable(seen: Seen, hiding: list[set[int]], classes: int) -> bool:
@@ -52,10 +52,18 @@ def breakable(seen: Seen, hiding: list[set[int]], classes: int) -> bool:
 
 
 def reports(images: list[Seen]) -> Reports:
-    """What is seen of some images, with a lead of 1 everywhere and the lowest other class as rival."""
+    """What is seen of some images, with a logit margin of 1 everywhere and the lowest other class as rival."""
     label = torch.tensor([[label for label, _ in one.views] for one in images])
-    excess = torch.tensor([[excess for _, excess in one.views] for one in images], dtype=torch.float64)
-    return Reports(torch.tensor([one.whole for one in images]), label, (label == 0).long(), torch.ones_like(excess), excess)
+    confidence_margin = torch.tensor(
+        [[confidence_margin for _, confidence_margin in one.views] for one in images], dtype=torch.float64
+    )
+    return Reports(
+        torch.tensor([one.whole for one in images]),
+        label,
+        (label == 0).long(),
+        torch.ones_like(confidence_margin),
+        confidence_margin,
+    )
 
 
 def rows(hiding: list[set[int]], masks: int) -> Tensor:
@@ -143,14 +151,16 @@ def classes_disagree(found: Reports, rival: Tensor) -> bool:
 
 def test_the_weakest_set_and_the_rival_are_told() -> None:
     label = torch.tensor([[0, 0, 2], [0, 0, 0]])
-    lead = torch.tensor([[3.0, 1.0, 2.0], [3.0, 0.5, 2.0]], dtype=torch.float64)
-    excess = torch.tensor([[9.0, 9.0, -1.0], [9.0, 9.0, 0.25]], dtype=torch.float64)
-    found = Reports(torch.tensor([0, 0]), label, torch.full((2, 3), 1), lead, excess)
+    logit_margin = torch.tensor([[3.0, 1.0, 2.0], [3.0, 0.5, 2.0]], dtype=torch.float64)
+    confidence_margin = torch.tensor([[9.0, 9.0, -1.0], [9.0, 9.0, 0.25]], dtype=torch.float64)
+    found = Reports(torch.tensor([0, 0]), label, torch.full((2, 3), 1), logit_margin, confidence_margin)
     proof = agreement.prove(found, torch.tensor([[True, True, False], [False, True, False], [False, False, True]]))
     assert proof.margin.tolist() == [-2.0, 0.25]
     assert proof.weakest.tolist() == [2, 2]
     assert proof.rival.tolist() == [2, 1]
-    assert agreement.prove(replace(found, excess=excess.abs()), torch.ones(1, 3, dtype=torch.bool)).margin.tolist() == [0, 3]
+    assert agreement.prove(
+        replace(found, confidence_margin=confidence_margin.abs()), torch.ones(1, 3, dtype=torch.bool)
+    ).margin.tolist() == [0, 3]
 
 
 def trusted(found: Reports, by: Tensor) -> Tensor:
@@ -160,7 +170,7 @@ def trusted(found: Reports, by: Tensor) -> Tensor:
 
 BREAKS: dict[str, Certified] = {
     "the unmasked label trusted": trusted,
-    "confidence forgotten": lambda found, by: proven(replace(found, excess=found.excess.abs() + 1), by),
+    "confidence forgotten": lambda found, by: proven(replace(found, confidence_margin=found.confidence_margin.abs() + 1), by),
     "a set without its last mask's location": lambda found, by: proven(found, by[:-1] if len(by) > 1 else by),
     "any mask for all sets": lambda found, by: proven(found, by.any(dim=0, keepdim=True)),
     "alarms certified": lambda found, by: (found.label == found.whole[:, None]).any(dim=1),
@@ -177,7 +187,7 @@ def test_an_alarm_that_needs_more_than_the_certificate_is_caught(monkeypatch: py
     """The published convention: equal confidence certifies but raises no alarm."""
 
     def lenient(seen: Seen) -> int:
-        return -1 if any(label != seen.whole and excess > 0 for label, excess in seen.views) else seen.whole
+        return -1 if any(label != seen.whole and confidence_margin > 0 for label, confidence_margin in seen.views) else seen.whole
 
     assert breakable(Seen(0, ((0, 0.0), (0, 1.0))), [{0}], 2) is False
     monkeypatch.setattr(f"{__name__}.answer", lenient)

@@ -89,7 +89,7 @@ def test_answers_are_sorted_logits() -> None:
         numbers = logits[row].tolist()
         ranked = sorted(range(len(numbers)), key=lambda k: (-numbers[k], k))
         assert (int(told.label[row]), int(told.rival[row])) == (ranked[0], ranked[1])
-        assert (float(told.lead[row]) > 0) == (numbers[ranked[0]] > numbers[ranked[1]])
+        assert (float(told.logit_margin[row]) > 0) == (numbers[ranked[0]] > numbers[ranked[1]])
 
 
 def test_zones_are_where_a_hidden_pixel_is_felt() -> None:

@@ -134,10 +134,10 @@ def test_leads_that_are_no_numbers_certify_nothing(value: float) -> None:
     masks, images_ = 4, 3
 
     def ask(image: Tensor, first: Tensor, second: Tensor) -> Answers:
-        lead = torch.ones(len(image), dtype=torch.float64)
-        lead[(image == 0) & ((first == 1) | (second == 1))] = value
-        lead[(image == 1) & (first == 0) & (second == 3)] = value
-        return Answers(torch.zeros_like(image), torch.ones_like(image), lead)
+        logit_margin = torch.ones(len(image), dtype=torch.float64)
+        logit_margin[(image == 0) & ((first == 1) | (second == 1))] = value
+        logit_margin[(image == 1) & (first == 0) & (second == 3)] = value
+        return Answers(torch.zeros_like(image), torch.ones_like(image), logit_margin)
 
     table = double_masking.Table(ask, images_, masks)
     label = double_masking.answer(table, 2)
@@ -148,7 +148,7 @@ def test_leads_that_are_no_numbers_certify_nothing(value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
-@pytest.mark.parametrize("field", ["lead", "excess"])
+@pytest.mark.parametrize("field", ["logit_margin", "confidence_margin"])
 def test_reports_that_are_no_numbers_certify_nothing(field: str, value: float) -> None:
     ones = torch.ones(1, 3, dtype=torch.float64)
     found = Reports(torch.zeros(1).long(), torch.zeros(1, 3).long(), torch.ones(1, 3).long(), ones, ones.clone())

@@ -133,7 +133,7 @@ def test_a_float64_that_is_none_certifies_nothing_in_doubt(how: str) -> None:
 
 
 def test_leads_are_measured_against_a_scale_that_no_picture_shrinks() -> None:
-    """All logits of a dark image are 2^-20 of those of an ordinary one: a lead of a tenth of them is in doubt."""
+    """All logits of a dark image are 2^-20 of those of an ordinary one: a logit margin of a tenth of them is in doubt."""
 
     class Fading(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -151,10 +151,12 @@ def test_leads_are_measured_against_a_scale_that_no_picture_shrinks() -> None:
     zero = torch.zeros(2, dtype=torch.int64)
     precision.clear()
     seen = views.ask(bright, torch.arange(2), zero, zero)
-    assert precision == [torch.float32] and float(seen.lead[0]) == pytest.approx(0.5)
+    assert precision == [torch.float32] and float(seen.logit_margin[0]) == pytest.approx(0.5)
     precision.clear()
     seen = views.ask(dark, torch.arange(2), zero, zero)
-    assert precision == [torch.float32, torch.float64, torch.float64] and float(seen.lead[0]) == pytest.approx(0.5 * 2.0**-20)
+    assert precision == [torch.float32, torch.float64, torch.float64] and float(seen.logit_margin[0]) == pytest.approx(
+        0.5 * 2.0**-20
+    )
 
 
 def test_bfloat16_decides_only_where_the_last_layer_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

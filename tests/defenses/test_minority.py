@@ -116,23 +116,23 @@ def test_confidence_at_the_threshold_raises_an_alarm_and_certifies_nothing() -> 
         defense.threshold = threshold
         certificate = defense.certify(HALF, Patch(2, 2))
         assert certificate.prediction.tolist() == [answer]
-        assert certificate.certified.tolist() == [False], "a lead of zero, and an excess of zero"
+        assert certificate.certified.tolist() == [False], "a logit margin of zero, and a confidence margin of zero"
     assert float(certificate.margin) == 0
 
 
 def test_what_rounding_may_decide_is_not_certified() -> None:
-    """A lead of half the slack, and the same image a little clearer."""
+    """A logit margin of half the slack, and the same image a little clearer."""
 
     class Barely(Sums):
         def forward(self, x: Tensor) -> Tensor:
             one = torch.ones(len(x), dtype=x.dtype, device=x.device)
             return torch.stack([one + self.sharp.to(x) * one, one, x.mean(dim=(1, 2, 3)) / 2], dim=1)
 
-    for lead, certified in ((SLACK["float64"] / 2, False), (SLACK["float64"] * 4, True), (1e-6, True)):
+    for logit_margin, certified in ((SLACK["float64"] / 2, False), (SLACK["float64"] * 4, True), (1e-6, True)):
         network = Barely()
-        network.sharp = nn.Parameter(torch.tensor(lead, dtype=torch.float64))
+        network.sharp = nn.Parameter(torch.tensor(logit_margin, dtype=torch.float64))
         certificate = made(network).certify(HALF, Patch(1, 1))
-        assert certificate.certified.tolist() == [certified], lead
+        assert certificate.certified.tolist() == [certified], logit_margin
         assert torch.equal(certificate.certified, certificate.margin > certificate.slack)
 
 
@@ -492,11 +492,11 @@ def test_a_threshold_that_a_confidence_equals_raises_the_alarm_and_certifies_not
     """Two equal logits: a confidence of one half behind each mask."""
     half = torch.tensor([[[0.5, 0.5]]], dtype=torch.float64)
     label = torch.tensor([[1]])
-    lead = torch.ones(1, 1, dtype=torch.float64)
+    logit_margin = torch.ones(1, 1, dtype=torch.float64)
     for whole, expected in ((0, [0.5, -1.0]), (1, [-1.0, 0.5])):
-        reports = agreement.Reports(torch.tensor([whole]), label, label, lead, lead, half)
+        reports = agreement.Reports(torch.tensor([whole]), label, label, logit_margin, logit_margin, half)
         assert agreement.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [expected]
-    reports = agreement.Reports(torch.tensor([1]), label, label, lead * 0, lead, half)
+    reports = agreement.Reports(torch.tensor([1]), label, label, logit_margin * 0, logit_margin, half)
     assert agreement.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [[-1.0, -1.0]]
 
 

@@ -66,7 +66,7 @@ def foreign(name: str) -> PatchCleanser:
 
 
 def shrinking_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arithmetic that was broken: a lead is a share of the largest logit of its own pass."""
+    """The arithmetic that was broken: a logit margin is a share of the largest logit of its own pass."""
     monkeypatch.setattr(scales, "power_above", lambda value: 1e-300)
     monkeypatch.setattr(Watch, "scale", lambda self, logits: logits.double().abs().amax(dim=1).cpu())
 

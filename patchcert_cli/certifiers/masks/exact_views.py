@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchcert_cli.arithmetic import Arithmetic
-from patchcert_cli.certifiers.masks.views import Answers, Clear, Seen, leads
+from patchcert_cli.certifiers.masks.views import Answers, Clear, Seen, logit_margins
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.layers import exact, integers, passes
 from patchcert_cli.layers.levels import Level, Levels
@@ -267,14 +267,14 @@ def _more(count: int) -> int:
 
 
 def largest(logits: Tensor) -> Tensor:
-    """The largest logit of each pass, [n, K] -> [n]: what leads are told in; no decision depends on it."""
+    """The largest logit of each pass, [n, K] -> [n]: the unit of logit margins; no decision depends on it."""
     return logits.abs().amax(dim=1).clamp(min=1e-300)
 
 
 def told(logits: Tensor) -> Answers:
-    """Answers of exact logits [n, K]. A lead is a share of the pass's largest logit; its sign is exact."""
+    """Answers of exact logits [n, K]. A logit margin is a share of the pass's largest logit; its sign is exact."""
     ranked = logits.sort(dim=1, descending=True, stable=True).indices  # of equals the lowest class first
-    return Answers(ranked[:, 0], ranked[:, 1], leads(logits, largest(logits)))
+    return Answers(ranked[:, 0], ranked[:, 1], logit_margins(logits, largest(logits)))
 
 
 class ExactViews:
@@ -282,7 +282,7 @@ class ExactViews:
 
     Attributes:
         arithmetic: labels are exact.
-        slack: what a lead must exceed to be sure; 0, since none is rounded.
+        slack: what a logit margin must exceed to be sure; 0, since none is rounded.
     """
 
     arithmetic = Arithmetic.EXACT

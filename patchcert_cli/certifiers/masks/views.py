@@ -1,7 +1,7 @@
 """What a classifier says of images behind masks, of a network that cannot be made to compute exactly.
 
 A label is decided by how far the largest logit is ahead of the next, as a share of a scale that no picture shrinks
-(:mod:`patchcert_cli.certifiers.masks.scales`). Where this lead is above what rounding is allowed in a quick precision
+(:mod:`patchcert_cli.certifiers.masks.scales`). Where this logit margin is above what rounding is allowed in a quick precision
 (:data:`SLACK`), it decides, in whatever batch. Every other pass is **in doubt**, and is computed the same way each time: in
 float64, each image alone, in one memory format, on one thread of a CPU. So on one machine ``predict`` and ``certify`` ask one
 function of the image, as long as quick passes err by less than they are allowed.
@@ -36,7 +36,7 @@ from patchcert_cli.layers import passes, precision
 from patchcert_cli.layers.precision import exact_arithmetic
 
 SLACK = {"bfloat16": 2.0**-4, "float32": 2.0**-13, "float64": 2.0**-40}  # shares of the scale
-ROOM = 4  # a measured error may be this part of it: two logits make a lead, and a measurement is no bound
+ROOM = 4  # a measured error may be this part of it: two logits make a logit margin, and a measurement is no bound
 PRECISIONS = ("float32", "bfloat16")  # in which labels may be computed at first
 PASSES, PIXELS, LARGER = 256, 1 << 20, 64  # passes at a time on a CPU, their values, and how many times that on a GPU
 GATHERED = 4  # times as many passes have their images copied at once
@@ -52,12 +52,13 @@ class Answers(NamedTuple):
     Attributes:
         label: int64 [n], the class with the largest logit, ties to the lowest index.
         rival: int64 [n], the next one.
-        lead: float64 [n], how far the label is ahead of it, as a share of the scale; sure if above ``slack`` of the views.
+        logit_margin: float64 [n], how far the label is ahead of it, as a share of the scale; sure if above ``slack`` of the
+            views.
     """
 
     label: Tensor
     rival: Tensor
-    lead: Tensor
+    logit_margin: Tensor
 
 
 class Seen(NamedTuple):
@@ -65,7 +66,7 @@ class Seen(NamedTuple):
 
     Attributes:
         logits: float64 [n, K].
-        scale: float64 [n], what leads are measured against.
+        scale: float64 [n], what logit margins are measured against.
         known: bool [n], beyond doubt, or computed in a float64 that is believed.
     """
 
@@ -77,7 +78,7 @@ class Seen(NamedTuple):
 Clear = Callable[[Tensor, Tensor], Tensor]  # logits [n, K], scale [n] -> how far each pass is from another decision, [n]
 
 
-def leads(logits: Tensor, scale: Tensor) -> Tensor:
+def logit_margins(logits: Tensor, scale: Tensor) -> Tensor:
     """How far the largest logit is ahead of the next one, as a share of the scale: [n, K], [n] -> [n]."""
     best = logits.topk(2, dim=1).values
     return (best[:, 0] - best[:, 1]) / scale
@@ -97,7 +98,7 @@ class Views:
 
     Attributes:
         arithmetic: what is known of the rounding of its labels.
-        slack: a lead that is sure exceeds it.
+        slack: a logit margin that is sure exceeds it.
     """
 
     arithmetic = Arithmetic.MEASURED
@@ -153,9 +154,9 @@ class Views:
         Raises:
             IntegrityError: what the network returns is not one finite number per image and class.
         """
-        seen = self.look(x, image, first, second, leads)
+        seen = self.look(x, image, first, second, logit_margins)
         ranked = seen.logits.sort(dim=1, descending=True, stable=True).indices  # of equals the lowest class first
-        return Answers(ranked[:, 0], ranked[:, 1], torch.where(seen.known, leads(seen.logits, seen.scale), 0))
+        return Answers(ranked[:, 0], ranked[:, 1], torch.where(seen.known, logit_margins(seen.logits, seen.scale), 0))
 
     def look(self, x: Tensor, image: Tensor, first: Tensor, second: Tensor, clear: Clear) -> Seen:
         """Logits of n passes, as :meth:`ask` takes them, in which ``clear`` says what is beyond doubt."""
@@ -312,7 +313,9 @@ class Views:
         if near is not None:
             x, first, second = torch.cat([x, near]), first.repeat(2)[: len(x) + 3], second.repeat(2)[: len(x) + 3]
         best, scale = self.alone(x, first, second)
-        some = torch.tensor(sorted({0, 2, len(x) - 1}))  # noise, squares, and if there is one a picture of vanishing leads
+        some = torch.tensor(
+            sorted({0, 2, len(x) - 1})
+        )  # noise, squares, and if there is one a picture of vanishing logit margins
         self._check_steady(x[some.to(x.device)], first[some], second[some], best[some])
         if not self.gauge.double and self._network("float64") is not None:  # good enough to find errors with
             best, _ = self._each("float64", x, first, second, None)
