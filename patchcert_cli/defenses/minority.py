@@ -26,7 +26,7 @@ from patchcert_cli.certifiers.masks import agreement
 from patchcert_cli.certifiers.masks.agreement import Reports
 from patchcert_cli.certifiers.masks.exact_views import ExactViews
 from patchcert_cli.certifiers.masks.mask_sets import Cover
-from patchcert_cli.certifiers.masks.views import SLACK, Views
+from patchcert_cli.certifiers.masks.views import TOLERANCE, Views
 from patchcert_cli.defenses.base import Claim, Options
 from patchcert_cli.defenses.patchcleanser import MaskedOptions, PatchCleanser
 from patchcert_cli.errors import IntegrityError
@@ -103,7 +103,7 @@ class Minority(PatchCleanser):
         image, view = torch.arange(len(x) * count) // count, torch.arange(len(x) * count) % count
         seen = views.look(x, image, view, view, self._clear)
         label, rival, logit_margin, confidence_margin = self._read(seen.logits, seen.scale)
-        sure, off = _sure(seen.logits), SLACK["float64"] * seen.scale
+        sure, off = _sure(seen.logits), TOLERANCE["float64"] * seen.scale
         confidence = torch.stack([(sure - off).exp(), (sure + off).exp()], dim=1)
         return label, rival, torch.where(seen.known, logit_margin, 0), confidence_margin, confidence
 
@@ -156,19 +156,19 @@ class Minority(PatchCleanser):
             location = cover.location[cover.by.int().argmax(dim=0)]
         proof, device = agreement.prove(reports, by), self.masks.device
         exact = self.threshold == 0  # of a confidence the logarithm is rounded
-        slack = torch.full_like(proof.margin, views.slack if exact else SLACK["float64"])
+        tolerance = torch.full_like(proof.margin, views.tolerance if exact else TOLERANCE["float64"])
         return Certificate(
             prediction=agreement.answer(reports).to(device),
-            certified=(proof.margin > slack).to(device),
+            certified=(proof.margin > tolerance).to(device),
             margin=proof.margin.to(device),
-            slack=slack.to(device),
+            slack=tolerance.to(device),
             worst=claim.threat.locations(*self.input_shape[1:])[location[proof.weakest]].to(device),
             rival=proof.rival.to(device),
             threat=claim.threat,
             method=method,
             guarantee=self.guarantee,
             arithmetic=views.arithmetic if exact else Arithmetic.MEASURED,
-            thresholds=agreement.thresholds(reports, by, SLACK["float64"]).to(device) if self.grid else None,
+            thresholds=agreement.thresholds(reports, by, TOLERANCE["float64"]).to(device) if self.grid else None,
             plain=reports.whole.to(device) if self.grid else None,
         )
 

@@ -229,12 +229,12 @@ class PatchCleanser(Defense):
         if method == "pairs":  # every mask is to have a whole row
             by = torch.eye(len(self.set), dtype=torch.bool)
             location = cover.location[cover.by.int().argmax(dim=0)]
-        proof, device = double_masking.prove(table, answer, by, views.slack, seen), self.masks.device
+        proof, device = double_masking.prove(table, answer, by, views.tolerance, seen), self.masks.device
         return Certificate(
             prediction=answer.to(device),
             certified=proof.certified.to(device),
             margin=proof.margin.to(device),
-            slack=torch.full_like(proof.margin, views.slack, device=device),
+            slack=torch.full_like(proof.margin, views.tolerance, device=device),
             worst=claim.threat.locations(*self.input_shape[1:])[location[proof.weakest]].to(device),
             rival=proof.rival.to(device),
             threat=claim.threat,

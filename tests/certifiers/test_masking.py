@@ -18,7 +18,7 @@ from patchcert_cli.certifiers.masks import double_masking
 from patchcert_cli.certifiers.masks.double_masking import Proof, Table, answer, prove
 from patchcert_cli.certifiers.masks.views import Answers
 
-SLACK = 0.125
+TOLERANCE = 0.125
 Labels = list[list[int]]
 
 
@@ -79,7 +79,7 @@ def matrix(sets: list[set[int]], masks: int) -> Tensor:
 
 
 def random_tables(generator: torch.Generator, count: int, masks: int, *, agree: float) -> tuple[Tensor, Tensor]:
-    """Tables in which an entry is class 1 with probability ``agree``, and logit margins, some of them below the slack."""
+    """Tables in which an entry is class 1 with probability ``agree``, and logit margins, some of them below the tolerance."""
     entries = masks * (masks + 1) // 2
     labels = torch.where(
         torch.rand(count, entries, generator=generator) < agree, 1, torch.randint(3, (count, entries), generator=generator)
@@ -121,7 +121,7 @@ def published(labels: Tensor) -> Tensor:
 
 
 def certified(labels: Tensor, answers: Tensor, by: Tensor) -> Tensor:
-    return prove(table(labels), answers, by, SLACK).certified
+    return prove(table(labels), answers, by, TOLERANCE).certified
 
 
 @pytest.mark.parametrize(("masks", "classes"), [(2, 3), (3, 3), (4, 2)])
@@ -198,11 +198,11 @@ def test_proofs_equal_loops_on_random_tables_and_sets(masks: int) -> None:
             by, known = matrix(sets, masks), table(labels, logit_margins)
             answers = answer(known, 3)
             assert answers.tolist() == [slow_answer(f) for f in labels.tolist()]
-            proof = prove(known, answers, by, SLACK)
-            right = (labels == answers[:, None, None]) & (logit_margins > SLACK)
+            proof = prove(known, answers, by, TOLERANCE)
+            right = (labels == answers[:, None, None]) & (logit_margins > TOLERANCE)
             expected = [slow_condition(one, sets) for one in right.tolist()]
             assert proof.certified.tolist() == expected
-            assert torch.equal(proof.certified, proof.margin > SLACK)
+            assert torch.equal(proof.certified, proof.margin > TOLERANCE)
             found += sum(expected)
             check_told(proof, labels, logit_margins, answers, by)
             assert bool((known.passes <= masks * (masks + 1) // 2).all())
@@ -217,17 +217,17 @@ def check_told(proof: Proof, labels: Tensor, logit_margins: Tensor, answers: Ten
     assert bool((proof.margin[sure] <= best.amin(dim=1)[sure].double() + 1e-6).all())
     assert bool((proof.rival != answers).all())
     at = torch.arange(len(labels))[~sure]
-    assert bool((best[at, proof.weakest[~sure]] <= SLACK).all()), "the set that is named has no whole row"
+    assert bool((best[at, proof.weakest[~sure]] <= TOLERANCE).all()), "the set that is named has no whole row"
 
 
 def test_overlapping_masks_certify_more_than_the_published_condition_and_never_less() -> None:
     generator = torch.Generator().manual_seed(0)
     labels, logit_margins = random_tables(generator, 400, 4, agree=0.75)
-    logit_margins += SLACK
+    logit_margins += TOLERANCE
     by = matrix([{0, 1}, {2, 3}], 4)
     answers = published(labels)
     rows, pairs = (
-        prove(table(labels, logit_margins), answers, sets, SLACK).certified for sets in (by, torch.eye(4, dtype=torch.bool))
+        prove(table(labels, logit_margins), answers, sets, TOLERANCE).certified for sets in (by, torch.eye(4, dtype=torch.bool))
     )
     assert bool((pairs <= rows).all())
     assert int(rows.sum()) > 2 * int(pairs.sum()) > 0
@@ -240,17 +240,17 @@ def test_what_one_claim_asked_is_known_to_the_next_and_images_do_not_meet() -> N
     together = table(labels, logit_margins)
     answers = answer(together, 3)
     seen = together.label >= 0
-    proofs = [prove(together, answers, by, SLACK, seen) for by in (sets, all_, sets)]
+    proofs = [prove(together, answers, by, TOLERANCE, seen) for by in (sets, all_, sets)]
     asked = together.passes.clone()
     assert torch.equal(proofs[0].margin, proofs[2].margin), "another claim changed what this one rests on"
     assert torch.equal(proofs[0].weakest, proofs[2].weakest)
-    prove(together, answers, all_, SLACK, seen)
+    prove(together, answers, all_, TOLERANCE, seen)
     assert torch.equal(together.passes, asked)
     for at in range(50):
         alone = table(labels[at : at + 1], logit_margins[at : at + 1])
         assert int(answer(alone, 3)) == int(answers[at])
         known = alone.label >= 0
-        single = [prove(alone, answers[at : at + 1], by, SLACK, known) for by in (sets, all_)]
+        single = [prove(alone, answers[at : at + 1], by, TOLERANCE, known) for by in (sets, all_)]
         for one, many in zip(single, proofs, strict=False):
             assert bool(one.certified) == bool(many.certified[at]) and float(one.margin) == float(many.margin[at])
             assert int(one.weakest) == int(many.weakest[at]) and int(one.rival) == int(many.rival[at])
@@ -283,14 +283,14 @@ def test_failures_are_found_early_and_few_rows_are_asked_for() -> None:
     assert bool((fewer.passes[20:] <= five_rows).all())
 
 
-@pytest.mark.parametrize("logit_margin", [0.0, SLACK])
+@pytest.mark.parametrize("logit_margin", [0.0, TOLERANCE])
 def test_a_label_that_rounding_may_decide_counts_as_wrong(logit_margin: float) -> None:
     labels, logit_margins = torch.ones(3, 4, 4, dtype=torch.int64), torch.full((3, 4, 4), 0.5)
     logit_margins[1, 2, 2] = logit_margins[2, 0, 1] = logit_margins[2, 1, 0] = logit_margin
-    proof = prove(table(labels, logit_margins), torch.ones(3, dtype=torch.int64), torch.eye(4, dtype=torch.bool), SLACK)
+    proof = prove(table(labels, logit_margins), torch.ones(3, dtype=torch.int64), torch.eye(4, dtype=torch.bool), TOLERANCE)
     assert proof.certified.tolist() == [True, False, False]
     assert proof.margin.tolist() == [0.5, logit_margin, logit_margin]
-    loose = prove(table(labels, logit_margins), torch.ones(3, dtype=torch.int64), matrix([{3}], 4), SLACK)
+    loose = prove(table(labels, logit_margins), torch.ones(3, dtype=torch.int64), matrix([{3}], 4), TOLERANCE)
     assert loose.certified.tolist() == [True, True, True]
 
 
@@ -309,7 +309,7 @@ def test_no_images() -> None:
     known = table(torch.zeros(0, 4, 4, dtype=torch.int64))
     answers = answer(known, 3)
     assert answers.shape == (0,)
-    assert prove(known, answers, torch.eye(4, dtype=torch.bool), SLACK).margin.shape == (0,)
+    assert prove(known, answers, torch.eye(4, dtype=torch.bool), TOLERANCE).margin.shape == (0,)
 
 
 def test_passes_and_margins_of_an_image_do_not_depend_on_the_others() -> None:

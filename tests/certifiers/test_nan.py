@@ -63,16 +63,16 @@ def test_bounds_that_are_no_numbers_are_not_taken_by_linear_proofs(monkeypatch: 
     assert bool((refine.improve(net, x, target, threat, open_).margin > 0).any())
     for value in NO_NUMBERS:
         none = refine.improve(net, x, target, threat, replace(proof, margin=torch.full_like(proof.margin, value)))
-        assert not bool((none.margin > none.slack)[~torch.isposinf(none.margin)].any())
+        assert not bool((none.margin > none.tolerance)[~torch.isposinf(none.margin)].any())
     bounds = linear.Engine.bounds
     monkeypatch.setattr(linear.Engine, "bounds", lambda self, query: bounds(self, query) * NAN)
     none = refine.improve(net, x, target, threat, open_)
-    assert not bool((none.margin > none.slack).any())
+    assert not bool((none.margin > none.tolerance).any())
     monkeypatch.setattr(linear.Engine, "bounds", bounds)
     intervals = linear.Engine.intervals
     monkeypatch.setattr(linear.Engine, "intervals", lambda self, chosen: intervals(self, chosen) * NAN)
     none = refine.improve(net, x, target, threat, open_)
-    assert not bool((none.margin > none.slack).any())
+    assert not bool((none.margin > none.tolerance).any())
     monkeypatch.setattr(linear.Engine, "intervals", intervals)
     unions = linear.Engine._unions
 
@@ -81,7 +81,7 @@ def test_bounds_that_are_no_numbers_are_not_taken_by_linear_proofs(monkeypatch: 
 
     monkeypatch.setattr(linear.Engine, "_unions", spoiled)
     none = refine.improve(net, x, target, threat, open_)
-    assert not bool((none.margin > none.slack).any())
+    assert not bool((none.margin > none.tolerance).any())
 
 
 @pytest.mark.parametrize("layer", [nn.ReLU(), nn.MaxPool2d(2)], ids=["relu", "max-pool"])

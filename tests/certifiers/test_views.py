@@ -10,7 +10,7 @@ from patchcert_cli import device
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.certifiers.masks import views
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
-from patchcert_cli.certifiers.masks.views import SLACK, Views
+from patchcert_cli.certifiers.masks.views import TOLERANCE, Views
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.layers.preprocessing import Normalize, Prepared
@@ -181,7 +181,7 @@ def test_a_network_that_bfloat16_rounds_too_much_is_refused_with_it_alone(monkey
 
 def test_views_say_what_they_are() -> None:
     views = around(small()).views()
-    assert isinstance(views, Views) and (views.slack, views.arithmetic) == (SLACK["float64"], "measured")
+    assert isinstance(views, Views) and (views.tolerance, views.arithmetic) == (TOLERANCE["float64"], "measured")
     empty = torch.zeros(0, dtype=torch.int64)
     assert views.ask(images(1), empty, empty, empty).label.shape == (0,)
 

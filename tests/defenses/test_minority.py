@@ -18,7 +18,7 @@ from patchcert_cli.cards import Card, Measured, ledger
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee
 from patchcert_cli.certifiers.masks import agreement
 from patchcert_cli.certifiers.masks.mask_sets import Cover, MaskPlan, MaskSet
-from patchcert_cli.certifiers.masks.views import SLACK
+from patchcert_cli.certifiers.masks.views import TOLERANCE
 from patchcert_cli.defenses.base import Claim
 from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
@@ -128,7 +128,7 @@ def test_what_rounding_may_decide_is_not_certified() -> None:
             one = torch.ones(len(x), dtype=x.dtype, device=x.device)
             return torch.stack([one + self.sharp.to(x) * one, one, x.mean(dim=(1, 2, 3)) / 2], dim=1)
 
-    for logit_margin, certified in ((SLACK["float64"] / 2, False), (SLACK["float64"] * 4, True), (1e-6, True)):
+    for logit_margin, certified in ((TOLERANCE["float64"] / 2, False), (TOLERANCE["float64"] * 4, True), (1e-6, True)):
         network = Barely()
         network.sharp = nn.Parameter(torch.tensor(logit_margin, dtype=torch.float64))
         certificate = made(network).certify(HALF, Patch(1, 1))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from patchcert_cli import checkpoint, models
 from patchcert_cli.certifiers.masks import views
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
-from patchcert_cli.certifiers.masks.views import SLACK
+from patchcert_cli.certifiers.masks.views import TOLERANCE
 from patchcert_cli.defenses.base import Claim, TrainingStep
 from patchcert_cli.defenses.minority import Minority
 from patchcert_cli.defenses.patchcleanser import MaskedOptions, PatchCleanser
@@ -275,7 +275,7 @@ def test_bfloat16_gives_the_answers_and_certificates_of_float32(seed: int, monke
     quick.self_test()
     a, b = exact.certify(x, Patch(2, 2)), quick.certify(x, Patch(2, 2))
     assert torch.equal(a.prediction, b.prediction) and torch.equal(a.certified, b.certified)
-    assert torch.allclose(a.margin, b.margin, atol=2 * SLACK["bfloat16"])
+    assert torch.allclose(a.margin, b.margin, atol=2 * TOLERANCE["bfloat16"])
 
 
 def test_results_do_not_depend_on_how_passes_and_images_are_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +325,7 @@ def test_the_map_is_positive_everywhere_iff_the_image_is_certified(threat: Threa
         rows = 5 - int(threat.locations(4, 4)[0, 2])
         assert found.shape == (10, rows, 5 - int(threat.locations(4, 4)[0, 3])) and found.dtype == torch.float64
         least = found.flatten(1).amin(dim=1)
-        assert torch.equal(least > SLACK["float64"], certificate.certified)
+        assert torch.equal(least > TOLERANCE["float64"], certificate.certified)
         assert bool((least[certificate.certified] >= certificate.margin[certificate.certified] - 1e-6).all())
         seen |= set(certificate.certified.tolist())
     assert seen == {True, False}

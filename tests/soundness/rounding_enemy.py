@@ -178,11 +178,11 @@ def quick_look(
         for defense.labels in precisions:
             for way, batch, place, count in ways(x, sizes):
                 views: Any = defense.views()
-                slack = getattr(views, "slack", 2.0**-40)
+                tolerance = getattr(views, "tolerance", 2.0**-40)
                 n = len(batch)
                 with threads(count):
                     told = views.ask(batch, torch.arange(n), torch.full((n,), first), torch.full((n,), second))
-                found[f"{defense.labels}, {way}"] = (int(told.label[place]), bool(told.logit_margin[place] > slack))
+                found[f"{defense.labels}, {way}"] = (int(told.label[place]), bool(told.logit_margin[place] > tolerance))
     finally:
         defense.labels = before
     return found

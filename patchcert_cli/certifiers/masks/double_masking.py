@@ -19,8 +19,8 @@ one, and asks for more than is needed where a location lies behind several masks
 
 **Rounding.** The theorem is about one function f of the image. Of a network that computes exactly
 (:mod:`patchcert_cli.layers.exact`) there is one. Of any other network f is what is computed, and a label counts as y only if y
-is ahead of every other class by more than ``slack``: a certificate then holds as far as rounding moves no logit margin by more
-than that, which :mod:`patchcert_cli.certifiers.masks.views` measures and does not prove.
+is ahead of every other class by more than ``tolerance``: a certificate then holds as far as rounding moves no logit margin by
+more than that, which :mod:`patchcert_cli.certifiers.masks.views` measures and does not prove.
 
 Shapes: B images, M masks, n passes, U sets of masks of which one is to be whole (:class:`patchcert_cli.certifiers.masks.Cover`).
 """
@@ -122,7 +122,7 @@ class Proof:
     Attributes:
         certified: bool [B].
         margin: float64 [B], the smallest logit margin of the answer in the rows that the proof rests on; where nothing is proven,
-            at most ``slack``.
+            at most ``tolerance``.
         weakest: int64 [B], which of the U sets of masks has that logit margin.
         rival: int64 [B], the class that comes nearest there.
     """
@@ -140,7 +140,7 @@ def lowest(table: Table, label: Tensor) -> Tensor:
     return torch.where(table.label == label[:, None, None], table.logit_margin, -table.logit_margin).amin(dim=2).double()
 
 
-def prove(table: Table, label: Tensor, by: Tensor, slack: float, seen: Tensor | None = None) -> Proof:
+def prove(table: Table, label: Tensor, by: Tensor, tolerance: float, seen: Tensor | None = None) -> Proof:
     """Decide the theorem's condition for the answers ``label`` [B] and sets of masks ``by``, bool [U, M].
 
     ``seen``, bool [B, M, M], is what the proof may know at first, by default all that the table knows. With what was known when
@@ -155,7 +155,7 @@ def prove(table: Table, label: Tensor, by: Tensor, slack: float, seen: Tensor | 
     at, size = torch.arange(table.images), FIRST
     while len(at):
         unknown = ~seen[at]
-        right = ~unknown & (table.label[at] == label[at, None, None]) & (table.logit_margin[at] > slack)
+        right = ~unknown & (table.label[at] == label[at, None, None]) & (table.logit_margin[at] > tolerance)
         alive = (right | unknown).all(dim=2)  # [b, M]
         certified[at] = _served(right.all(dim=2), by).all(dim=1)
         open_ = ~certified[at] & _served(alive, by).all(dim=1)

@@ -282,11 +282,11 @@ class ExactViews:
 
     Attributes:
         arithmetic: labels are exact.
-        slack: what a logit margin must exceed to be sure; 0, since none is rounded.
+        tolerance: what a logit margin must exceed to be sure; 0, since none is rounded.
     """
 
     arithmetic = Arithmetic.EXACT
-    slack = 0.0
+    tolerance = 0.0
 
     def __init__(self, network: Levels, masks: Tensor, fill: Tensor) -> None:
         """Look through masks, bool [M, H, W], of colour ``fill``, [C, 1, 1] in [0, 1], rounded to whole steps of 1/255."""

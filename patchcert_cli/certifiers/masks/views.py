@@ -2,7 +2,7 @@
 
 A label is decided by how far the largest logit is ahead of the next, as a share of a scale that no picture shrinks
 (:mod:`patchcert_cli.certifiers.masks.scales`). Where this logit margin is above what rounding is allowed in a quick precision
-(:data:`SLACK`), it decides, in whatever batch. Every other pass is **in doubt**, and is computed the same way each time: in
+(:data:`TOLERANCE`), it decides, in whatever batch. Every other pass is **in doubt**, and is computed the same way each time: in
 float64, each image alone, in one memory format, on one thread of a CPU. So on one machine ``predict`` and ``certify`` ask one
 function of the image, as long as quick passes err by less than they are allowed.
 
@@ -10,7 +10,7 @@ function of the image, as long as quick passes err by less than they are allowed
 ordinary pictures and on ones whose logits were driven together, and refuses a network that uses a quarter of its allowance. A
 result in float64 counts only if it follows steps of the input that float32 cannot see; else what is in doubt is computed in
 float32, and certifies nothing. Two machines may differ where they round differently: labels that a pass in float64 leaves within
-``slack`` certify nothing.
+``tolerance`` certify nothing.
 
 Shapes: B images, C channels, H x W pixels, K classes, M masks, n passes.
 """
@@ -35,7 +35,7 @@ from patchcert_cli.errors import IntegrityError
 from patchcert_cli.layers import passes, precision
 from patchcert_cli.layers.precision import exact_arithmetic
 
-SLACK = {"bfloat16": 2.0**-4, "float32": 2.0**-13, "float64": 2.0**-40}  # shares of the scale
+TOLERANCE = {"bfloat16": 2.0**-4, "float32": 2.0**-13, "float64": 2.0**-40}  # shares of the scale
 ROOM = 4  # a measured error may be this part of it: two logits make a logit margin, and a measurement is no bound
 PRECISIONS = ("float32", "bfloat16")  # in which labels may be computed at first
 PASSES, PIXELS, LARGER = 256, 1 << 20, 64  # passes at a time on a CPU, their values, and how many times that on a GPU
@@ -52,7 +52,7 @@ class Answers(NamedTuple):
     Attributes:
         label: int64 [n], the class with the largest logit, ties to the lowest index.
         rival: int64 [n], the next one.
-        logit_margin: float64 [n], how far the label is ahead of it, as a share of the scale; sure if above ``slack`` of the
+        logit_margin: float64 [n], how far the label is ahead of it, as a share of the scale; sure if above ``tolerance`` of the
             views.
     """
 
@@ -98,11 +98,11 @@ class Views:
 
     Attributes:
         arithmetic: what is known of the rounding of its labels.
-        slack: a logit margin that is sure exceeds it.
+        tolerance: a logit margin that is sure exceeds it.
     """
 
     arithmetic = Arithmetic.MEASURED
-    slack = SLACK["float64"]
+    tolerance = TOLERANCE["float64"]
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class Views:
                 return found
             logits, scale = self.logits(kind, x[open_.to(x.device)], first[open_], second[open_])
             found.logits[open_], found.scale[open_] = logits, scale
-            open_ = open_[~(clear(logits, scale) > SLACK[kind])]
+            open_ = open_[~(clear(logits, scale) > TOLERANCE[kind])]
         if len(open_):
             logits, scale = self.alone(x[open_.to(x.device)], first[open_], second[open_])
             found.logits[open_], found.scale[open_], found.known[open_] = logits, scale, self.gauge.double
@@ -277,7 +277,7 @@ class Views:
             return False
         best, _ = self._each("float64" if self._network("float64") else "float32", x, first, second, None)
         logits, _ = self._run("float32", x.contiguous(memory_format=torch.channels_last), first, second, None)
-        return float(((logits - best).abs().amax(dim=1) / scale).amax()) * ROOM <= SLACK["float32"]
+        return float(((logits - best).abs().amax(dim=1) / scale).amax()) * ROOM <= TOLERANCE["float32"]
 
     def _believed(self, x: Tensor, first: Tensor, second: Tensor, least: float) -> bool:
         """Whether float64 carries more than float32, and gives a batch what it gives each image of it."""
@@ -286,7 +286,7 @@ class Views:
             return self._each("float64", images, first, second, None)[0]
 
         together, _ = self._run("float64", x, first, second, None)
-        steady = float((together - logits(x)).abs().amax()) * ROOM <= SLACK["float64"] * least
+        steady = float((together - logits(x)).abs().amax()) * ROOM <= TOLERANCE["float64"] * least
         return steady and scales.responds(logits, x.double())
 
     def test(self) -> None:
@@ -322,9 +322,9 @@ class Views:
         for kind in self.quick:
             for size in (*SIZES, LARGE[kind]):
                 off = self._off(kind, x, first, second, size, best, scale)
-                if ROOM * off > SLACK[kind]:
+                if ROOM * off > TOLERANCE[kind]:
                     raise IntegrityError(
-                        f"in {kind} logits are off by {off:.1e} of their scale, and {SLACK[kind] / ROOM:.1e} is allowed for;",
+                        f"in {kind} logits are off by {off:.1e} of their scale, and {TOLERANCE[kind] / ROOM:.1e} is allowed for;",
                         hint="a network so sensitive to rounding cannot be certified.",
                     )
 

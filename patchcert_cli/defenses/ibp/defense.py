@@ -133,9 +133,9 @@ class IntervalDefense(Defense):
         height, width = self.input_shape[1:]
         return Certificate(
             prediction=prediction,
-            certified=proof.margin > proof.slack,
+            certified=proof.margin > proof.tolerance,
             margin=proof.margin,
-            slack=proof.slack,
+            slack=proof.tolerance,
             worst=threat.locations(height, width).to(prediction.device)[proof.worst],
             rival=proof.rival,
             threat=threat,
