@@ -4,8 +4,9 @@ The image is shown whole and behind each mask alone. If a mask hides the patch, 
 contradicts the whole image with enough confidence, an alarm is raised. One round of masks, against two for a corrected answer
 (:mod:`patchcert_cli.defenses.patchcleanser`, whose network, masks and training these are): it promises less, and so it costs
 less and mostly certifies more.
-Answer and proof: :mod:`patchcert_cli.certifiers.masks.agreement`. Its certificates say ``measured``: that rounding alters neither
-a label nor an alarm is measured, not proven (:mod:`patchcert_cli.certifiers.masks.views`).
+Answer and proof: :mod:`patchcert_cli.certifiers.masks.masked_detection`. Its certificates say ``measured``: that rounding alters
+    neither
+a label nor an alarm is measured, not proven (:mod:`patchcert_cli.certifiers.masks.masked_predictions`).
 
 Shapes: B images, C channels, H x W pixels, K classes, M masks, V = M + 1 views, n passes.
 """
@@ -22,11 +23,11 @@ from torch import Tensor
 
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.certificate import Certificate, Guarantee
-from patchcert_cli.certifiers.masks import agreement
-from patchcert_cli.certifiers.masks.agreement import Reports
-from patchcert_cli.certifiers.masks.exact_views import ExactViews
+from patchcert_cli.certifiers.masks import masked_detection
+from patchcert_cli.certifiers.masks.exact_predictions import ExactViews
 from patchcert_cli.certifiers.masks.mask_sets import Cover
-from patchcert_cli.certifiers.masks.views import TOLERANCE, Views
+from patchcert_cli.certifiers.masks.masked_detection import Reports
+from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE, Views
 from patchcert_cli.defenses.base import Claim, Options
 from patchcert_cli.defenses.patchcleanser import MaskedOptions, PatchCleanser
 from patchcert_cli.errors import IntegrityError
@@ -59,7 +60,7 @@ class Minority(PatchCleanser):
     """
 
     source = "McCoyd et al., Minority Reports Defense: Defending Against Adversarial Patches, 2020"
-    methods = agreement.METHODS
+    methods = masked_detection.METHODS
     guarantee = Guarantee.DETECTION
     options = MinorityOptions
     threshold: float = 0.0
@@ -118,7 +119,7 @@ class Minority(PatchCleanser):
 
     def _read(self, logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Label, next label, logit margin and confidence margin of float64 logits [n, K], scale [n]; see
-        :class:`agreement.Reports`.
+        :class:`masked_detection.Reports`.
 
         If logits are off by e, so is a logit margin by at most 2 e, and so is the logarithm of a confidence.
         """
@@ -136,7 +137,7 @@ class Minority(PatchCleanser):
     def predict(self, x: Tensor) -> Tensor:
         """The label of the whole image, or :data:`patchcert_cli.certificate.ALERT`."""
         self.check_input(x)
-        return agreement.answer(self._reports(x, self.views())).to(x.device)
+        return masked_detection.answer(self._reports(x, self.views())).to(x.device)
 
     @torch.no_grad()
     def certify_each(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
@@ -154,11 +155,11 @@ class Minority(PatchCleanser):
         if method == "all":
             by = torch.eye(len(self.set), dtype=torch.bool)
             location = cover.location[cover.by.int().argmax(dim=0)]
-        proof, device = agreement.prove(reports, by), self.masks.device
+        proof, device = masked_detection.prove(reports, by), self.masks.device
         exact = self.threshold == 0  # of a confidence the logarithm is rounded
         tolerance = torch.full_like(proof.margin, views.tolerance if exact else TOLERANCE["float64"])
         return Certificate(
-            prediction=agreement.answer(reports).to(device),
+            prediction=masked_detection.answer(reports).to(device),
             certified=(proof.margin > tolerance).to(device),
             margin=proof.margin.to(device),
             slack=tolerance.to(device),
@@ -168,7 +169,7 @@ class Minority(PatchCleanser):
             method=method,
             guarantee=self.guarantee,
             arithmetic=views.arithmetic if exact else Arithmetic.MEASURED,
-            thresholds=agreement.thresholds(reports, by, TOLERANCE["float64"]).to(device) if self.grid else None,
+            thresholds=masked_detection.thresholds(reports, by, TOLERANCE["float64"]).to(device) if self.grid else None,
             plain=reports.whole.to(device) if self.grid else None,
         )
 
@@ -177,7 +178,7 @@ class Minority(PatchCleanser):
 
     def _by_mask(self, x: Tensor) -> Tensor:
         """By how much each mask agrees with the answer, float64 [B, M]."""
-        return agreement.holds(self._reports(x, self.views()))
+        return masked_detection.holds(self._reports(x, self.views()))
 
 
 def _sure(logits: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from patchcert_cli.certifiers.bounds import first_layer
 from patchcert_cli.certifiers.bounds.first_layer import Split, sparse_box, under_patch, window_sums
-from patchcert_cli.certifiers.bounds.gains import largest_gains
+from patchcert_cli.certifiers.bounds.topk_gains import largest_gains
 from patchcert_cli.errors import UnsupportedThreat
 from patchcert_cli.threats import Patch, Sparse
 

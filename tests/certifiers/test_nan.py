@@ -15,9 +15,9 @@ from patchcert_cli.certifiers.bounds.linear.relaxations import Form
 from patchcert_cli.certifiers.cells import additive, robust_masking
 from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.certifiers.geometry import Axis, Cover
-from patchcert_cli.certifiers.masks import agreement, double_masking
-from patchcert_cli.certifiers.masks.agreement import Reports
-from patchcert_cli.certifiers.masks.views import Answers
+from patchcert_cli.certifiers.masks import double_masking, masked_detection
+from patchcert_cli.certifiers.masks.masked_detection import Reports
+from patchcert_cli.certifiers.masks.masked_predictions import Answers
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import UsageError
 from patchcert_cli.layers import precision
@@ -153,11 +153,11 @@ def test_reports_that_are_no_numbers_certify_nothing(field: str, value: float) -
     ones = torch.ones(1, 3, dtype=torch.float64)
     found = Reports(torch.zeros(1).long(), torch.zeros(1, 3).long(), torch.ones(1, 3).long(), ones, ones.clone())
     by = torch.eye(3, dtype=torch.bool)
-    assert bool(agreement.prove(found, by).margin > 0)
+    assert bool(masked_detection.prove(found, by).margin > 0)
     for mask in range(3):
         spoiled = ones.clone()
         spoiled[0, mask] = value
-        assert not bool(agreement.prove(replace(found, **{field: spoiled}), by).margin > 0)
+        assert not bool(masked_detection.prove(replace(found, **{field: spoiled}), by).margin > 0)
 
 
 def test_classes_far_apart_are_told_apart_in_tables_of_labels() -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from patchcert_cli.certifiers.bounds import intervals, rounding
 from patchcert_cli.certifiers.bounds.first_layer import Split
+from patchcert_cli.certifiers.bounds.margin_chunks import WindowStream, open_stream
 from patchcert_cli.certifiers.bounds.rules import UNIT
-from patchcert_cli.certifiers.bounds.streams import WindowStream, open_stream
 from patchcert_cli.certifiers.bounds.windows.rounding import Errors
 from patchcert_cli.layers import precision
 from patchcert_cli.threats import Patch

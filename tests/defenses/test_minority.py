@@ -16,9 +16,9 @@ from patchcert_cli.attacks.patch_pgd import PatchPGD
 from patchcert_cli.attacks.target import Target
 from patchcert_cli.cards import Card, Measured, ledger
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee
-from patchcert_cli.certifiers.masks import agreement
+from patchcert_cli.certifiers.masks import masked_detection
 from patchcert_cli.certifiers.masks.mask_sets import Cover, MaskPlan, MaskSet
-from patchcert_cli.certifiers.masks.views import TOLERANCE
+from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE
 from patchcert_cli.defenses.base import Claim
 from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
@@ -176,7 +176,7 @@ def test_the_map_of_margins_has_the_certificate_as_its_smallest_entry() -> None:
 
 
 def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchcert_cli.certifiers.masks.views.computes_in_bfloat16", lambda device: True)
+    monkeypatch.setattr("patchcert_cli.certifiers.masks.masked_predictions.computes_in_bfloat16", lambda device: True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         defense = Minority.tiny()
@@ -494,10 +494,10 @@ def test_a_threshold_that_a_confidence_equals_raises_the_alarm_and_certifies_not
     label = torch.tensor([[1]])
     logit_margin = torch.ones(1, 1, dtype=torch.float64)
     for whole, expected in ((0, [0.5, -1.0]), (1, [-1.0, 0.5])):
-        reports = agreement.Reports(torch.tensor([whole]), label, label, logit_margin, logit_margin, half)
-        assert agreement.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [expected]
-    reports = agreement.Reports(torch.tensor([1]), label, label, logit_margin * 0, logit_margin, half)
-    assert agreement.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [[-1.0, -1.0]]
+        reports = masked_detection.Reports(torch.tensor([whole]), label, label, logit_margin, logit_margin, half)
+        assert masked_detection.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [expected]
+    reports = masked_detection.Reports(torch.tensor([1]), label, label, logit_margin * 0, logit_margin, half)
+    assert masked_detection.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [[-1.0, -1.0]]
 
 
 def test_a_result_compares_thresholds_and_agrees_with_itself_at_its_own(digits: Minority, tmp_path: Path) -> None:

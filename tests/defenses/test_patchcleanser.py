@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli import checkpoint, models
-from patchcert_cli.certifiers.masks import views
+from patchcert_cli.certifiers.masks import masked_predictions
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
-from patchcert_cli.certifiers.masks.views import TOLERANCE
+from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE
 from patchcert_cli.defenses.base import Claim, TrainingStep
 from patchcert_cli.defenses.minority import Minority
 from patchcert_cli.defenses.patchcleanser import MaskedOptions, PatchCleanser
@@ -270,7 +270,7 @@ def test_ties_and_labels_that_nobody_can_tell_are_never_certified() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_bfloat16_gives_the_answers_and_certificates_of_float32(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "computes_in_bfloat16", lambda device: True)
+    monkeypatch.setattr(masked_predictions, "computes_in_bfloat16", lambda device: True)
     exact, quick, x = defense(seed=seed), defense(seed=seed, labels="bfloat16"), images(count=40, seed=seed)
     quick.self_test()
     a, b = exact.certify(x, Patch(2, 2)), quick.certify(x, Patch(2, 2))
@@ -283,7 +283,7 @@ def test_results_do_not_depend_on_how_passes_and_images_are_grouped(monkeypatch:
     whole = made.certify(x, Patch(2, 2))
     assert whole.passes is not None and len(made.set) == 9
     assert bool((whole.passes >= 9).all()) and bool((whole.passes <= 45).all()) and len(whole.passes.unique()) > 1
-    monkeypatch.setattr(views, "PASSES", 7)
+    monkeypatch.setattr(masked_predictions, "PASSES", 7)
     monkeypatch.setattr("patchcert_cli.defenses.patchcleanser.CELLS", 200)
     parts = made.certify(x, Patch(2, 2))
     assert parts.passes is not None and torch.equal(parts.passes, whole.passes)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli.certifiers.bounds.first_layer import Split, location_masks, window_sums
+from patchcert_cli.certifiers.bounds.margin_chunks import Contrast, Stream, open_stream
 from patchcert_cli.certifiers.bounds.rules import Box, propagate
-from patchcert_cli.certifiers.bounds.streams import Contrast, Stream, open_stream
 from patchcert_cli.certifiers.bounds.windows.windows import Windows
 from patchcert_cli.errors import UnsupportedThreat
 from patchcert_cli.threats import Patch, PatchPercent, Sparse, Threat

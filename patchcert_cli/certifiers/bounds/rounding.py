@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from patchcert_cli.certifiers.bounds.first_layer import Split, patch_reach, sparse_reach
 from patchcert_cli.certifiers.bounds.intervals import minimum, resolve
+from patchcert_cli.certifiers.bounds.margin_chunks import Stream, WindowStream, open_stream
 from patchcert_cli.certifiers.bounds.rules import UNIT, gamma, noise, overflow, terms_of
-from patchcert_cli.certifiers.bounds.streams import Stream, WindowStream, open_stream
+from patchcert_cli.certifiers.bounds.windows.partition import Route
 from patchcert_cli.certifiers.bounds.windows.rounding import difference, errors
-from patchcert_cli.certifiers.bounds.windows.routes import Route
 from patchcert_cli.threats import Patch, Sparse, Threat
 
 

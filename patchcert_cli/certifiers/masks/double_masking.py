@@ -18,9 +18,9 @@ Neither the order of ties nor the unmasked image plays a role. The published con
 one, and asks for more than is needed where a location lies behind several masks.
 
 **Rounding.** The theorem is about one function f of the image. Of a network that computes exactly
-(:mod:`patchcert_cli.layers.exact`) there is one. Of any other network f is what is computed, and a label counts as y only if y
-is ahead of every other class by more than ``tolerance``: a certificate then holds as far as rounding moves no logit margin by
-more than that, which :mod:`patchcert_cli.certifiers.masks.views` measures and does not prove.
+(:mod:`patchcert_cli.layers.fixed_point`) there is one. Of any other network f is what is computed, and a label counts as y only
+if y is ahead of every other class by more than ``tolerance``: a certificate then holds as far as rounding moves no logit margin
+by more than that, which :mod:`patchcert_cli.certifiers.masks.masked_predictions` measures and does not prove.
 
 Shapes: B images, M masks, n passes, U sets of masks of which one is to be whole (:class:`patchcert_cli.certifiers.masks.Cover`).
 """
@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchcert_cli.certifiers.masks.views import Answers
+from patchcert_cli.certifiers.masks.masked_predictions import Answers
 from patchcert_cli.errors import UsageError
 
 METHODS = ("rows", "pairs")  # the theorem, and the published condition

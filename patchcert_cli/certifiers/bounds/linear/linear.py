@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from patchcert_cli.certifiers.bounds.first_layer import Split, sparse_box, under_patch, window_sums
 from patchcert_cli.certifiers.bounds.intervals import Margins, resolve
 from patchcert_cli.certifiers.bounds.linear.relaxations import BENT, Form, Magnitudes, Slope, adaptive, backward, zero
+from patchcert_cli.certifiers.bounds.margin_chunks import Contrast, open_stream
 from patchcert_cli.certifiers.bounds.rules import Box, box, propagate
-from patchcert_cli.certifiers.bounds.streams import Contrast, open_stream
 from patchcert_cli.layers import passes
 from patchcert_cli.threats import Patch, Sparse, Threat
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patchcert_cli.certifiers.masks import double_masking
 from patchcert_cli.certifiers.masks.double_masking import Proof, Table, answer, prove
-from patchcert_cli.certifiers.masks.views import Answers
+from patchcert_cli.certifiers.masks.masked_predictions import Answers
 
 TOLERANCE = 0.125
 Labels = list[list[int]]

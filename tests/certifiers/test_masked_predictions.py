@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from patchcert_cli import device
 from patchcert_cli.arithmetic import Arithmetic
-from patchcert_cli.certifiers.masks import views
+from patchcert_cli.certifiers.masks import masked_predictions
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
-from patchcert_cli.certifiers.masks.views import TOLERANCE, Views
+from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE, Views
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.layers.preprocessing import Normalize, Prepared
 from patchcert_cli.threats import Patch
 
-from .test_scales import Fake, small
+from .test_logit_scale import Fake, small
 
 SHAPE = (1, 4, 4)
 
@@ -160,7 +160,7 @@ def test_leads_are_measured_against_a_scale_that_no_picture_shrinks() -> None:
 
 
 def test_bfloat16_decides_only_where_the_last_layer_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "computes_in_bfloat16", lambda device: True)
+    monkeypatch.setattr(masked_predictions, "computes_in_bfloat16", lambda device: True)
     known, unknown = around(small(), "bfloat16"), around(Placed(0.0, tie=False), "bfloat16")
     assert known.views().quick == ("bfloat16", "float32") and unknown.views().quick == ("float32",)
     known.self_test()
@@ -168,7 +168,7 @@ def test_bfloat16_decides_only_where_the_last_layer_is_known(monkeypatch: pytest
 
 
 def test_a_network_that_bfloat16_rounds_too_much_is_refused_with_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "computes_in_bfloat16", lambda device: True)
+    monkeypatch.setattr(masked_predictions, "computes_in_bfloat16", lambda device: True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 4), nn.Linear(4, 3)).requires_grad_(False)
@@ -188,7 +188,7 @@ def test_views_say_what_they_are() -> None:
 
 def test_bfloat16_is_not_used_where_the_processor_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for there, quick in ((True, ("bfloat16", "float32")), (False, ("float32",))):
-        monkeypatch.setattr(views, "computes_in_bfloat16", lambda place, there=there: there)
+        monkeypatch.setattr(masked_predictions, "computes_in_bfloat16", lambda place, there=there: there)
         assert around(small(), "bfloat16").views().quick == quick
     assert isinstance(device.computes_in_bfloat16(torch.device("cpu")), bool)
 

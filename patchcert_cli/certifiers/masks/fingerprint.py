@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from patchcert_cli.certifiers.masks.views import TOLERANCE, Views
+from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE, Views
 
 SUMS = 4  # of the logits of a picture
 

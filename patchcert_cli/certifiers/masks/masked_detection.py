@@ -23,7 +23,8 @@ threshold certifies but raises no alarm; here it raises one.) A set of masks tha
 votes do in the paper, proves nothing about it.
 
 **Rounding.** ``f_i = y`` and ``p_i >= threshold`` count only if both hold by more than ``tolerance``: a certificate holds as far
-as rounding moves neither by more than that, which :mod:`patchcert_cli.certifiers.masks.views` measures and does not prove.
+as rounding moves neither by more than that, which :mod:`patchcert_cli.certifiers.masks.masked_predictions` measures and does not
+prove.
 
 Shapes: B images, M masks, U sets of masks of which an attack leaves one whole (:class:`masks.Cover`).
 """

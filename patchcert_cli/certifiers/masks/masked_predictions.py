@@ -1,9 +1,10 @@
 """What a classifier says of images behind masks, of a network that cannot be made to compute exactly.
 
 A label is decided by how far the largest logit is ahead of the next, as a share of a scale that no picture shrinks
-(:mod:`patchcert_cli.certifiers.masks.scales`). Where this logit margin is above what rounding is allowed in a quick precision
-(:data:`TOLERANCE`), it decides, in whatever batch. Every other pass is **in doubt**, and is computed the same way each time: in
-float64, each image alone, in one memory format, on one thread of a CPU. So on one machine ``predict`` and ``certify`` ask one
+(:mod:`patchcert_cli.certifiers.masks.logit_scale`). Where this logit margin is above what rounding is allowed in a quick
+precision (:data:`TOLERANCE`), it decides, in whatever batch. Every other pass is **in doubt**, and is computed the same way each
+time: in float64, each image alone, in one memory format, on one thread of a CPU. So on one machine ``predict`` and ``certify``
+    ask one
 function of the image, as long as quick passes err by less than they are allowed.
 
 **This is measured, not proven**: nothing bounds the rounding errors of a network of others. :meth:`Views.test` measures them, on
@@ -28,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli.arithmetic import Arithmetic
-from patchcert_cli.certifiers.masks import scales
-from patchcert_cli.certifiers.masks.scales import Gauge, Memory
+from patchcert_cli.certifiers.masks import logit_scale
+from patchcert_cli.certifiers.masks.logit_scale import Gauge, Memory
 from patchcert_cli.device import computes_in_bfloat16
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.layers import passes, precision
@@ -220,7 +221,7 @@ class Views:
         """One batch: logits float64 [n, K], and the scale [n] of the pass alone."""
         network = self._network(kind)
         assert network is not None
-        with scales.watching(network, head) as watch:
+        with logit_scale.watching(network, head) as watch:
             logits = self._behind(kind, network, x, first, second)
         if tuple(logits.shape) != (len(x), self.classes):
             raise IntegrityError(
@@ -254,7 +255,7 @@ class Views:
 
     def pictures(self) -> tuple[Tensor, Tensor, Tensor]:
         """Fixed images and two masks for each."""
-        x = scales.pictures(self._shape)
+        x = logit_scale.pictures(self._shape)
         first, second = torch.randint(len(self._masks), (2, len(x)), generator=torch.Generator().manual_seed(0))
         return x.to(self._masks.device), first, second
 
@@ -264,9 +265,9 @@ class Views:
         quick = cast(nn.Module, self._networks["float32"])
         with torch.no_grad(), _one_way(x.device):
             self._run("float32", x, first, second, None)  # refuses what are no logits
-            head = scales.head_of(quick, lambda: self._behind("float32", quick, x, first, second))
+            head = logit_scale.head_of(quick, lambda: self._behind("float32", quick, x, first, second))
             _, scale = self._each("float32", x, first, second, head)
-            least = scales.power_above(float(scale.amax()))
+            least = logit_scale.power_above(float(scale.amax()))
             double = self._network("float64") is not None and self._believed(x[:3], first[:3], second[:3], least)
             return Gauge(head, least, double, self._lasts(x, first, second, scale.clamp(min=least)))
 
@@ -287,7 +288,7 @@ class Views:
 
         together, _ = self._run("float64", x, first, second, None)
         steady = float((together - logits(x)).abs().amax()) * ROOM <= TOLERANCE["float64"] * least
-        return steady and scales.responds(logits, x.double())
+        return steady and logit_scale.responds(logits, x.double())
 
     def test(self) -> None:
         """Measure what rounding does, on ordinary pictures and on ones whose logits were driven together.
@@ -309,7 +310,7 @@ class Views:
     def _test(self) -> None:
         x, first, second = self.pictures()
         network = cast(nn.Module, self._networks["float32"])
-        near = scales.shrunk(lambda images: self._behind("float32", network, images, first[:3], second[:3]), x[:3])
+        near = logit_scale.shrunk(lambda images: self._behind("float32", network, images, first[:3], second[:3]), x[:3])
         if near is not None:
             x, first, second = torch.cat([x, near]), first.repeat(2)[: len(x) + 3], second.repeat(2)[: len(x) + 3]
         best, scale = self.alone(x, first, second)

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchcert_cli.arithmetic import Arithmetic
-from patchcert_cli.certifiers.masks.views import Answers, Clear, Seen, logit_margins
+from patchcert_cli.certifiers.masks.masked_predictions import Answers, Clear, Seen, logit_margins
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.layers import exact, integers, passes
+from patchcert_cli.layers import fixed_point, integers, passes
 from patchcert_cli.layers.levels import Level, Levels
 
 TESTED = 8  # passes of the test
@@ -290,7 +290,7 @@ class ExactViews:
 
     def __init__(self, network: Levels, masks: Tensor, fill: Tensor) -> None:
         """Look through masks, bool [M, H, W], of colour ``fill``, [C, 1, 1] in [0, 1], rounded to whole steps of 1/255."""
-        self.network, self.masks, self.fill = network, masks, exact.to_steps(fill)
+        self.network, self.masks, self.fill = network, masks, fixed_point.to_steps(fill)
         self._zones: list[Zones] = []
 
     def zones(self) -> list[Zones]:
@@ -310,7 +310,7 @@ class ExactViews:
 
     def each(self, x: Tensor, image: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """Logits of n passes, float64 [n, K] on the CPU, each computed on its own, without what masks share."""
-        steps, parts = exact.to_steps(x), [torch.zeros(0, self.network.head.weight.shape[0], dtype=torch.float64)]
+        steps, parts = fixed_point.to_steps(x), [torch.zeros(0, self.network.head.weight.shape[0], dtype=torch.float64)]
         device = self.masks.device
         for some in torch.split(torch.arange(len(image)), TOGETHER) if len(image) else ():
             hidden = self.masks[first[some].to(device)] | self.masks[second[some].to(device)]
@@ -373,7 +373,7 @@ class Asked:
         if self._x.device.type != "cpu" or not views.zones()[0].parted:
             return views.each(self._x, image, first, second)
         if not self._passes:
-            steps = exact.to_steps(self._x)
+            steps = fixed_point.to_steps(self._x)
             sides = [steps, steps.flip(3)]
             self._passes = [Passes(network, zones, steps, views.fill) for zones, steps in zip(views.zones(), sides, strict=False)]
         features = [one.features(image, first, second) for one in self._passes]
