@@ -154,6 +154,24 @@ class Defense(nn.Module, ABC):
         return {}
 
     @classmethod
+    def default_recipe(cls, threat: Threat, dataset: str) -> dict[str, Any]:
+        """The entries of a recipe that trains this defense against ``threat`` unless the user says otherwise.
+
+        Entries that are left out have the defaults of :class:`patchcert_cli.training.recipe.Recipe`.
+
+        Args:
+            threat: the threat model to train against.
+            dataset: the data set that the user chose; empty for the defense's default.
+        """
+        return {
+            "dataset": "cifar10",
+            "precision": "bfloat16",
+            "optimizer": "adamw",
+            "weight_decay": 1e-4,
+            "stored": "float16",
+        }
+
+    @classmethod
     @abstractmethod
     def tiny(cls) -> Defense:
         """A small random member of the family on 1x4x4 images with 3 classes, for soundness tests."""

@@ -164,6 +164,23 @@ class PatchCleanser(Defense):
         return {"masks": MaskPlan((str(threat),), per_axis=options.per_axis).to_dict(), "labels": options.labels}
 
     @classmethod
+    def default_recipe(cls, threat: Threat, dataset: str) -> dict[str, Any]:
+        digits = dataset == "mnist"  # a mirrored digit is not a digit, and digits need a smaller network
+        small = {"stem": 16, "widths": [32, 64, 128], "takes_mask": True} if digits else {}
+        return {
+            "dataset": "cifar10",
+            "network_options": {"bits": 8, **small},
+            "epochs": 20,
+            "learning_rate": 0.25,
+            "optimizer": "sgd",
+            "weight_decay": 5e-4,
+            "precision": "bfloat16",
+            "stored": "float16",
+            "validation": 500,  # certifying them costs the most here
+            "options": {"flip": not digits, "shift": 1 if digits else 2},
+        }
+
+    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> PatchCleanser:
         shape, classes = tuple(config["input_shape"]), tuple(config["classes"])
         options = {**config["network"]["options"], "input_shape": shape, "classes": len(classes)}

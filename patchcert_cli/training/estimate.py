@@ -11,13 +11,15 @@ from patchcert_cli.training import loop
 from patchcert_cli.training.recipe import Recipe
 
 
-def training(recipe: Recipe, *, data_dir: Path | None = None, device: str = "cpu") -> dict[str, Any]:
+def training(
+    recipe: Recipe, *, data_dir: Path | None = None, device: str = "cpu", beginning: loop.Beginning | None = None
+) -> dict[str, Any]:
     """What training would take besides certifying held-out images, if the training images are there: steps, hours, disk."""
     try:
         some = data.glance(recipe.dataset, "train", recipe.batch_size, recipe.seed, data_dir=data_dir)
     except DataError as problem:
         return {"not_measured": str(problem)}
-    tried = loop.trial(recipe, some.images.limit(recipe.batch_size, recipe.seed), device=device)
+    tried = loop.trial(recipe, some.images.limit(recipe.batch_size, recipe.seed), device=device, beginning=beginning)
     steps = ((min(recipe.limit or some.there, some.there) - recipe.validation) // recipe.batch_size or 1) * recipe.epochs
     seconds = sum(tried.seconds) / len(tried.seconds) * steps
     return {

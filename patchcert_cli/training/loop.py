@@ -23,7 +23,7 @@ from patchcert_cli.defenses.base import Defense, TrainingStep
 from patchcert_cli.errors import IntegrityError, Interrupted, MachineError, UsageError
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage import files, locks
-from patchcert_cli.training import augment
+from patchcert_cli.training import augment, recipe_files
 from patchcert_cli.training.average import Average
 from patchcert_cli.training.muon import Muon
 from patchcert_cli.training.recipe import Recipe
@@ -33,30 +33,56 @@ FITTED = 500  # training images that a defense is finished with
 REPORTS = 10  # points of a run at which some validation images are certified; the last epoch certifies all
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """What a run starts with, on the CPU.
+
+    Attributes:
+        defense: with fresh weights.
+        auxiliary: what trains along without being deployed; has no weights if nothing does.
+        load: puts the weights to begin with into the defense; None if it begins with the fresh ones.
+    """
+
+    defense: Defense
+    auxiliary: nn.Module
+    load: Callable[[Defense], None] | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Beginning:
+        """What the seed of ``recipe`` gives.
+
+        Raises:
+            IntegrityError: no network can be built from its options.
+        """
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.seed)
+            defense = defenses.build(recipe.config())
+            return cls(defense, defense.prepare(recipe.options) or nn.Module())
+
+
 @dataclass
 class _State:
     """What steps change: a defense, what trains along with it, the average of its weights if there is one, the optimizer."""
 
     defense: Defense
-    aid: nn.Module
+    auxiliary: nn.Module
     average: Average | None
     optimizer: torch.optim.Optimizer
 
     @classmethod
-    def of(cls, recipe: Recipe, device: str, begin: Callable[[Defense], None] | None = None) -> _State:
-        """What a run of ``recipe`` starts with, after ``begin`` has been done to the defense."""
-        with torch.random.fork_rng():
-            torch.manual_seed(recipe.seed)
-            defense = defenses.build(recipe.config())
-            aid = (defense.prepare(recipe.training) or nn.Module()).to(device)
-            defense = _laid_out(defense.to(device), recipe)
-        if begin is not None:
-            begin(defense)
-        average = Average(defense) if recipe.training.keep() > 0 else None
-        return cls(defense, aid, average, _optimizer([*defense.parameters(), *aid.parameters()], recipe))
+    def of(cls, recipe: Recipe, beginning: Beginning, device: str, images: Images | None = None) -> _State:
+        """The state before the first step; ``images`` are those that the defense is fitted to, if the run is a new one."""
+        auxiliary = beginning.auxiliary.to(device)
+        defense = _laid_out(beginning.defense.to(device), recipe)
+        if images is not None:
+            defense.begin(_some(defense, images))
+            if beginning.load is not None:
+                beginning.load(defense)
+        average = Average(defense) if recipe.options.keep() > 0 else None
+        return cls(defense, auxiliary, average, _optimizer([*defense.parameters(), *auxiliary.parameters()], recipe))
 
     @property
-    def made(self) -> Defense:
+    def deployed(self) -> Defense:
         """What is validated and saved."""
         return self.average.defense if self.average else self.defense
 
@@ -70,8 +96,8 @@ class _State:
         return tensors
 
     def parts(self) -> dict[str, nn.Module]:
-        """What has weights, by name."""
-        parts = {"model": self.defense, "aid": self.aid}
+        """What has weights, by the prefix of their names in :data:`STATE`."""
+        parts = {"model": self.defense, "aid": self.auxiliary}
         return parts | ({"average": self.average.defense} if self.average else {})
 
 
@@ -83,7 +109,7 @@ class Trained:
         folder: where config, weights and metrics are.
         defense: in eval mode.
         validation: counts on the whole held-out split.
-        epochs_run: epochs this call trained itself; 0 if the run was finished before.
+        epochs_run: epochs that this call trained itself; 0 if the run was finished before.
         seconds: training time of all epochs.
         kept: how many images it was trained on.
         chance: the share of the most frequent class among the held-out images, which needs no training to be reached.
@@ -111,78 +137,100 @@ def train(
     device: str = "cpu",
     fresh: bool = False,
     progress: Progress | None = None,
-    prepare: Callable[[Defense], None] | None = None,
+    beginning: Beginning | None = None,
 ) -> Trained:
-    """Train ``recipe`` on ``images`` (the training split) into ``folder``, continuing a stopped run of the same recipe.
+    """Train ``recipe`` into ``folder``, continuing a stopped run of the same recipe.
 
-    ``prepare`` brings in the weights to begin with, if they are not fresh ones.
+    Args:
+        recipe: what is trained.
+        images: the training split.
+        folder: empty, or a run of this recipe.
+        device: where to compute.
+        fresh: start over, even if there is a run.
+        progress: hears how far the run is.
+        beginning: fresh weights of this recipe, and what loads others into them; None for the fresh ones alone.
 
     Raises:
         UsageError: the folder holds a run of another recipe.
+        MachineError: out of memory.
+        Interrupted: stopped by Ctrl-C; whole epochs are kept.
     """
     progress = progress or Silent()
-    recipe = recipe.validate()
     files.check_folder(folder, "--out")
-    if fresh and (folder / files.CONFIG).exists():  # never somebody's other folder
+    if fresh and (folder / files.CONFIG).exists():  # a folder without one is not a run, and is left alone
         locks.clear(folder)
     config = recipe.config()
     _claim(folder, config)
+    recipe_files.write(recipe, folder)
     kept, held = images.limit(recipe.limit or None, recipe.seed).hold_out(recipe.validation, recipe.seed)
-
-    def begin(defense: Defense) -> None:
-        if not (folder / STATE).exists():
-            defense.begin(_some(defense, kept))
-            if prepare is not None:
-                prepare(defense)
-
-    state = _State.of(recipe, device, begin)
+    new = not (folder / STATE).exists()
+    state = _State.of(recipe, beginning or Beginning.of(recipe), device, kept if new else None)
     start = _restore(folder, state)
-    made = state.made
     if 0 < start < recipe.epochs:
         progress.note(f"resuming {folder}: {start} of {recipe.epochs} epochs done")
-    lines = _kept_metrics(folder, start)
+    rows = _kept_metrics(folder, start)
     try:
         for epoch in range(start, recipe.epochs):
-            began = time.perf_counter()
-            loss = _epoch(recipe, epoch, state, kept, progress)
-            seconds, last = time.perf_counter() - began, epoch + 1 == recipe.epochs
-            row = {"epoch": epoch + 1, "loss": loss, "learning_rate": _rate(recipe, epoch + 1), "seconds": seconds}
-            looked_at = last or (epoch + 1) % max(recipe.epochs // REPORTS, 1) == 0
-            if looked_at:
-                _finish(recipe, made, kept, rounded=last)
-            lines.append(row)
-            _note(folder, lines)
-            _save(folder, recipe, state, epoch + 1)  # certifying may take longer than the epoch did
-            said = f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f} ({seconds:.0f} s)"
-            if looked_at and not last:
-                tally = monitor(made, held.limit(made.monitored, recipe.seed), recipe)
-                row |= _seen(tally)
-                _note(folder, lines)
-                clean, certified = tally.clean_accuracy, tally.certified_accuracy
-                said += f", validation clean {clean:.2%}, certified {certified:.2%} of {tally.images}"
-            progress.note(said)
-        tally = _validated(lines[-1]) if lines and "clean" in lines[-1] else monitor(made, held, recipe)
+            rows.append({})
+            _run_epoch(recipe, epoch, state, (kept, held), folder, rows, progress)
+        validated = rows and "clean" in rows[-1]
+        tally = _validated(rows[-1]) if validated else monitor(state.deployed, held, recipe)
     except torch.OutOfMemoryError as problem:
         raise MachineError(
             "out of memory while training.", hint=f"Try --batch-size {max(recipe.batch_size // 2, 1)}."
         ) from problem
     except KeyboardInterrupt as problem:
+        done = len([row for row in rows if row])
         raise Interrupted(
-            f"interrupted after {len(lines)} of {recipe.epochs} epochs.", hint="Resume with the same command."
+            f"interrupted after {done} of {recipe.epochs} epochs.", hint="Resume with the same command."
         ) from problem
-    if lines:
-        lines[-1] |= _seen(tally)
-        _note(folder, lines)
-    checkpoint.save_defense(folder, made, config)
-    seconds, chance = sum(line["seconds"] for line in lines), float(held.labels.bincount().max()) / len(held)
-    return Trained(folder, made.eval(), tally, recipe.epochs - start, seconds, len(kept), chance)
+    if rows:
+        rows[-1] |= _validation_row(tally)
+        _write_metrics(folder, rows)
+    checkpoint.save_defense(folder, state.deployed, config)
+    seconds, chance = sum(row["seconds"] for row in rows), float(held.labels.bincount().max()) / len(held)
+    return Trained(folder, state.deployed.eval(), tally, recipe.epochs - start, seconds, len(kept), chance)
 
 
-def _note(folder: Path, lines: list[dict[str, Any]]) -> None:
-    files.write_atomically(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
+def _run_epoch(
+    recipe: Recipe,
+    epoch: int,
+    state: _State,
+    images: tuple[Images, Images],
+    folder: Path,
+    rows: list[dict[str, Any]],
+    progress: Progress,
+) -> None:
+    """Train an epoch on the first of ``images``, keep its state, and certify some of the second now and then.
+
+    The last of ``rows`` is filled with its metrics.
+    """
+    kept, held = images
+    began = time.perf_counter()
+    loss = _epoch(recipe, epoch, state, kept, progress)
+    seconds = time.perf_counter() - began
+    last = epoch + 1 == recipe.epochs
+    rows[-1] |= {"epoch": epoch + 1, "loss": loss, "learning_rate": _rate(recipe, epoch + 1), "seconds": seconds}
+    due = last or (epoch + 1) % max(recipe.epochs // REPORTS, 1) == 0
+    if due:
+        _finish(recipe, state.deployed, kept, rounded=last)
+    _write_metrics(folder, rows)
+    _save(folder, recipe, state, epoch + 1)  # certifying may take longer than the epoch did
+    line = f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f} ({seconds:.0f} s)"
+    if due and not last:
+        tally = monitor(state.deployed, held.limit(state.deployed.monitored, recipe.seed), recipe)
+        rows[-1] |= _validation_row(tally)
+        _write_metrics(folder, rows)
+        clean, certified = tally.clean_accuracy, tally.certified_accuracy
+        line += f", validation clean {clean:.2%}, certified {certified:.2%} of {tally.images}"
+    progress.note(line)
 
 
-def _seen(tally: Tally) -> dict[str, Any]:
+def _write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:
+    files.write_atomically(folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _validation_row(tally: Tally) -> dict[str, Any]:
     return {"validation_images": tally.images, "clean": tally.clean_accuracy, "certified": tally.certified_accuracy}
 
 
@@ -202,7 +250,7 @@ def _claim(folder: Path, config: dict[str, Any]) -> None:
         return
     before, now = files.read_json(path).get("recipe", {}), config["recipe"]
     if before:  # what an older run does not mention has its default
-        before = Recipe.from_dict(before).validate().to_dict()
+        before = Recipe.from_dict(before).to_dict()
     changed = [f"{key} {before.get(key)!r}, not {value!r}" for key, value in now.items() if before.get(key) != value]
     if changed:
         raise UsageError(
@@ -228,7 +276,7 @@ def _optimizer(weights: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optim
 
 
 def _rate(recipe: Recipe, progress: float) -> float:
-    return recipe.learning_rate * recipe.training.rate(progress, recipe.epochs)
+    return recipe.learning_rate * recipe.options.rate(progress, recipe.epochs)
 
 
 @torch.no_grad()
@@ -256,7 +304,7 @@ def _epoch(recipe: Recipe, epoch: int, state: _State, images: Images, progress: 
     defense, optimizer, average = state.defense, state.optimizer, state.average
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
     order = torch.randperm(len(images), generator=generator)
-    threat, options, steps = recipe.threat_model, recipe.training, len(order) // recipe.batch_size or 1
+    threat, options, steps = recipe.threat, recipe.options, len(order) // recipe.batch_size or 1
     reduced, total = recipe.precision == "bfloat16", 0.0
     defense.train()
     for number in range(steps):
@@ -270,14 +318,14 @@ def _epoch(recipe: Recipe, epoch: int, state: _State, images: Images, progress: 
             group["lr"] = group.get("share", 1.0) * recipe.learning_rate * options.rate(at, recipe.epochs)
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(defense.device.type, torch.bfloat16, enabled=reduced):
-            loss = defense.training_loss(x, label, TrainingStep(threat, options, at, recipe.epochs, generator, state.aid))
+            loss = defense.training_loss(x, label, TrainingStep(threat, options, at, recipe.epochs, generator, state.auxiliary))
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if average:
             average.follow(defense, options.keep())
         total += float(loss.detach())
-        said = f"epoch {epoch + 1} of {recipe.epochs}: loss {total / (number + 1):.4f}"
-        progress.update(epoch * steps + number + 1, recipe.epochs * steps, said)
+        line = f"epoch {epoch + 1} of {recipe.epochs}: loss {total / (number + 1):.4f}"
+        progress.update(epoch * steps + number + 1, recipe.epochs * steps, line)
     defense.eval()
     return total / steps
 
@@ -291,12 +339,12 @@ class Trial:
     state: int
 
 
-def trial(recipe: Recipe, images: Images, *, device: str = "cpu") -> Trial:
+def trial(recipe: Recipe, images: Images, *, device: str = "cpu", beginning: Beginning | None = None) -> Trial:
     """A step as in the first epoch and one as in the last, on at least one batch of images; nothing is kept.
 
     The first step of all, which sets things up, is not timed.
     """
-    state = _State.of(recipe, device)
+    state = _State.of(recipe, beginning or Beginning.of(recipe), device)
     batch, spent = images.take(torch.arange(min(recipe.batch_size, len(images)))), []
     for epoch in (0, 0, recipe.epochs - 1):
         began = time.perf_counter()
@@ -310,7 +358,7 @@ def trial(recipe: Recipe, images: Images, *, device: str = "cpu") -> Trial:
 def monitor(defense: Defense, images: Images, recipe: Recipe, batch: int = 500) -> Tally:
     """Clean and certified counts on held-out training images."""
     defense.eval()
-    threat = recipe.threat_model
+    threat = recipe.threat
     prediction, certified = [], []
     for start in range(0, len(images), batch):
         certificate = defense.certify(to_float(images.read(slice(start, start + batch)).to(defense.device)), threat)

@@ -28,7 +28,7 @@ from patchcert_cli.defenses.ibp.guide import Guide
 from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.errors import IntegrityError, MachineError, UnsupportedThreat
 from patchcert_cli.layers.supported_layers import rebuilt
-from patchcert_cli.threats import Patch, PatchPercent, Threat
+from patchcert_cli.threats import Patch, PatchPercent, Sparse, Threat
 
 
 class IntervalDefense(Defense):
@@ -54,6 +54,13 @@ class IntervalDefense(Defense):
         shape, classes = tuple(config["input_shape"]), tuple(config["classes"])
         options = {**config["network"]["options"], "input_shape": shape, "classes": len(classes)}
         return cls(models.build(config["network"]["name"], options), input_shape=shape, classes=classes)
+
+    @classmethod
+    def default_recipe(cls, threat: Threat, dataset: str) -> dict[str, Any]:
+        if isinstance(threat, Sparse):
+            schedule = {"ramp_epochs": 8, "bounded_epochs": 12}
+            return {"network_options": {"hidden": [512]}, "epochs": 32, "options": schedule}
+        return {"network_options": {"hidden": [255]}}
 
     @classmethod
     def tiny(cls) -> IntervalDefense:
