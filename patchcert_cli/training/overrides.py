@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from patchcert_cli import cards, data
+from patchcert_cli import cards, data, defenses, models
 from patchcert_cli.catalog import resolve
 from patchcert_cli.classifiers import addresses
 from patchcert_cli.data import datasets
@@ -101,6 +101,7 @@ def resolved(basis: str | None, changes: Overrides, *, fetch: bool = True) -> Re
         raise UsageError("no threat model given.", hint="Use --patch 5, or --threat sparse --k 10, or --recipe NAME.")
     _begin_with_published(values, given, changes, fetch=fetch)
     _hold_out_fewer(values, given)
+    _let_shorthands_decide(values, changes)
     for table in ("network_options", "options"):
         before = values.get(table) or {}
         values[table] = {**before, **getattr(changes, table)} if isinstance(before, Mapping) else before
@@ -142,6 +143,19 @@ def _begin_with_published(values: dict[str, Any], given: dict[str, Any], changes
     dataset = str(given.get("dataset", values.get("dataset", Recipe.dataset)))
     if datasets.own(dataset):
         given["dataset"] = datasets.fitted(dataset, beginning.source.resize_crop)
+
+
+def _let_shorthands_decide(values: dict[str, Any], changes: Overrides) -> None:
+    """Leave out of the basis what follows from a shorthand that the user gives, such as kernels from ``rf``."""
+    defense = changes.defense or values.get("defense", Recipe.defense)
+    network = changes.network or values.get("network")
+    if not network and defense in defenses.names():
+        network = defenses.by_name(defense).default_network
+    if network not in models.names():  # which the recipe refuses
+        return
+    follows = {option for name, option in models.shorthands(network).items() if name in changes.network_options}
+    if follows and isinstance(values.get("network_options"), Mapping):
+        values["network_options"] = {name: value for name, value in values["network_options"].items() if name not in follows}
 
 
 def _hold_out_fewer(values: dict[str, Any], given: dict[str, Any]) -> None:

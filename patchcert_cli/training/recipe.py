@@ -237,11 +237,21 @@ def _read(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if options is not None:
             entries["options"] = options
     if entries.get("network") and "network_options" in entries:
-        wrong = models.problems(entries["network"], entries["network_options"])
-        problems += [problem.rstrip(".") for problem in wrong]
-        if not wrong:
-            entries["network_options"] = models.listed(entries["network"], entries["network_options"])
+        _read_network(entries, problems)
     return entries, problems
+
+
+def _read_network(entries: dict[str, Any], problems: list[str]) -> None:
+    """Check the options of the network, with shorthands replaced, and numbers made lists where lists are wanted."""
+    network = entries["network"]
+    try:
+        options = models.expanded(network, entries["network_options"])
+        wrong = models.problems(network, options)
+    except PatchcertError as problem:
+        wrong = [str(problem)]
+    problems += [problem.rstrip(".") for problem in wrong]
+    if not wrong:
+        entries["network_options"] = models.listed(network, options)
 
 
 def _options(kind: type[Options], value: Any, problems: list[str]) -> Options | None:
