@@ -54,7 +54,7 @@ def list_(
         typer.echo("no model fits", err=True)
     else:
         for guarantee in Guarantee:  # never in one table
-            rows = [_row(card, where) for card, where in found if card.guarantee == guarantee]
+            rows = [_row(card, where) for card, where in found if card.guarantee is guarantee]
             if rows:
                 if guarantee is not Guarantee.RECOVERY:
                     typer.echo(f"Certified {guarantee}: {guarantee.phrase}.")
@@ -152,8 +152,8 @@ def _summary(card: Card, where: str) -> dict[str, Any]:
         "status": card.status,
         "defense": card.defense,
         "dataset": card.dataset,
-        "threat": card.threat,
-        "guarantee": card.guarantee,
+        "threat": str(card.threat),
+        "guarantee": str(card.guarantee),
         "clean": measured.clean / measured.images if measured else None,
         "certified": measured.certified / measured.images if measured else None,
         "images": measured.images if measured else None,
@@ -169,7 +169,7 @@ def _row(card: Card, where: str) -> list[str]:
     facts = _summary(card, where)
     shares = [NONE if facts[key] is None else f"{facts[key]:.2%}" for key in ("clean", "certified", "published")]
     name = card.name if card.status != "unreliable" else f"{card.name} (unreliable)"
-    return [name, card.defense, card.threat, *shares, facts["arithmetic"] or NONE, _size(card.size), card.license, where]
+    return [name, card.defense, str(card.threat), *shares, facts["arithmetic"] or NONE, _size(card.size), card.license, where]
 
 
 def _size(count: int) -> str:
