@@ -187,7 +187,7 @@ class RegionDefense(CellDefense[Said]):
     def __init__(self, scorer: RegionScorer, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
         super().__init__(input_shape=input_shape, classes=classes)
         self.scorer = scorer
-        self.deployed = fixed_point.Deployed(scorer)
+        self.deployed = fixed_point.FrozenNetworkCache(scorer)
         self.run = Runner(self.deployed)
 
     @staticmethod

@@ -149,7 +149,7 @@ class PatchCleanser(Defense):
         super().__init__(input_shape=input_shape, classes=classes)
         self.network, self.plan, self.labels = network, masks, labels
         self.set, self._memory = masks.masks(*input_shape[1:]), Memory()
-        self.deployed = fixed_point.Deployed(network) if getattr(network, "freezable", False) else None
+        self.deployed = fixed_point.FrozenNetworkCache(network) if getattr(network, "freezable", False) else None
         self._exact: ExactViews | None = None
         if self.deployed is not None:
             self.numerics = {"labels": "exact"}

@@ -100,7 +100,7 @@ class Smoothing(EvidenceDefense):
         self.network, self.how = network, how
         self.register_buffer("rows", kept(input_shape[1], how, along=("row", "block")), persistent=False)
         self.register_buffer("columns", kept(input_shape[2], how, along=("column", "block")), persistent=False)
-        self.deployed = fixed_point.Deployed(network)
+        self.deployed = fixed_point.FrozenNetworkCache(network)
         self.run = Runner(self.deployed)
 
     @classmethod

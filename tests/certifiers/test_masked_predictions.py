@@ -13,7 +13,7 @@ from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
 from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE, Views
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.layers.preprocessing import Normalize, Prepared
+from patchcert_cli.layers.preprocessing import Normalize, WithPreprocessing
 from patchcert_cli.threats import Patch
 
 from .test_logit_scale import Fake, small
@@ -228,7 +228,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 @pytest.mark.parametrize("size", [None, (12, 12)])
 def test_masks_of_the_mean_colour_leave_nothing_that_a_network_could_enlarge(size: tuple[int, int] | None) -> None:
     plan, more = MaskPlan(("patch:3x3",), per_axis=3), {"input_shape": (3, 8, 8), "classes": ("a", "b", "c")}
-    network = Prepared(Bare().eval(), size=size, mean=MEAN, std=STD)
+    network = WithPreprocessing(Bare().eval(), size=size, mean=MEAN, std=STD)
     made = PatchCleanser(network.eval(), masks=plan, fill=MEAN, **more).eval()  # type: ignore[arg-type]
     made.self_test()
     seen: list[Tensor] = []

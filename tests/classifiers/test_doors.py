@@ -20,7 +20,7 @@ from patchcert_cli.classifiers import addresses, doors, doubled, own_code
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import HubError, IntegrityError, MachineError, UnknownName, UsageError
 from patchcert_cli.evaluation.subjects import put_around
-from patchcert_cli.layers.preprocessing import Prepared
+from patchcert_cli.layers.preprocessing import WithPreprocessing
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch
 
@@ -97,7 +97,7 @@ def around(found: addresses.Classifier) -> PatchCleanser:
 def test_images_are_normalized_once(mine: str, how: str) -> None:
     found, notes = doors.settled(addresses.open_(f"{mine}:{how}", typed=True), (3, 8, 8))
     normalized = (X - torch.tensor([0.4, 0.5, 0.6])[:, None, None]) / torch.tensor([0.2, 0.3, 0.2])[:, None, None]
-    assert isinstance(found.network, Prepared)
+    assert isinstance(found.network, WithPreprocessing)
     with torch.no_grad():
         torch.testing.assert_close(found.network(X), found.network.model.body(normalized))
     if how == "front":
@@ -140,7 +140,7 @@ def test_all_own_modules_are_in_the_digest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 def test_weights_fit_whatever_wrapped_the_network_when_they_were_saved(mine: str, prefix: str) -> None:
     plain = addresses.open_(f"{mine}:front", typed=True)
-    assert isinstance(plain.network, Prepared)
+    assert isinstance(plain.network, WithPreprocessing)
     state = {prefix + name: value + 1 for name, value in plain.network.model.state_dict().items() if "num_batches" not in name}
     files.write_atomically(Path("w.safetensors"), checkpoint.pack(state, {}))
     found = addresses.open_(f"{mine}:front", weights="w.safetensors", typed=True)
@@ -150,7 +150,7 @@ def test_weights_fit_whatever_wrapped_the_network_when_they_were_saved(mine: str
 
 def test_wrappers_are_taken_off(mine: str) -> None:
     found = addresses.open_(f"{mine}:parallel", typed=True)
-    assert isinstance(found.network, Prepared) and isinstance(found.network.model, nn.Sequential)
+    assert isinstance(found.network, WithPreprocessing) and isinstance(found.network.model, nn.Sequential)
     assert "inside DataParallel, which was taken off" in found.note
     compiled = type("OptimizedModule", (nn.Module,), {})()  # what torch.compile returns is called so
     compiled._orig_mod = nn.Linear(2, 2)
