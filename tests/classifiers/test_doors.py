@@ -15,7 +15,7 @@ import torchvision  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from patchcert_cli import checkpoint
-from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
+from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.classifiers import addresses, doors, doubled, own_code
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import HubError, IntegrityError, MachineError, UnknownName, UsageError
@@ -87,7 +87,7 @@ def mine(tmp_path: Path, request: pytest.FixtureRequest) -> str:
 
 def around(found: addresses.Classifier) -> PatchCleanser:
     made = put_around(
-        found.network, "patchcleanser", (3, 8, 8), ("a", "b", "c"), MaskPlan(("patch:2x2",), per_axis=3), found.mean
+        found.network, "patchcleanser", (3, 8, 8), ("a", "b", "c"), MaskSpec(("patch:2x2",), per_axis=3), found.mean
     )
     assert isinstance(made, PatchCleanser)
     return made
@@ -171,7 +171,7 @@ def test_networks_without_parameters_or_without_copies_are_certified(mine: str) 
     pool = around(addresses.open_(f"{mine}:pool", typed=True))
     assert pool.device == torch.device("cpu") and bool(pool.certify(X, Patch(2, 2)).prediction.ge(0).all())
     free, locked = (around(addresses.open_(f"{mine}:{name}", typed=True)) for name in ("front", "locked"))
-    assert free.views().gauge.double and not locked.views().gauge.double
+    assert free.views().calibration.double and not locked.views().calibration.double
     one, two = free.certify(X, Patch(2, 2)), locked.certify(X, Patch(2, 2))
     assert torch.equal(one.prediction, two.prediction) and not bool((two.certified & ~one.certified).any())
     with pytest.raises(UsageError, match=r"the network cannot be copied \(TypeError: .*\); call its eval\(\) first"):
@@ -291,10 +291,12 @@ def test_an_onnx_file(monkeypatch: pytest.MonkeyPatch, shape: list[Any], asked: 
     found = addresses.open_("onnx:net.onnx", typed=True)
     torch.testing.assert_close(found.network(X), torch.stack([X.mean(dim=(1, 2, 3)), 1 - X.mean(dim=(1, 2, 3))], dim=1))
     assert runtime.asked == asked and found.sha256 == hashlib.sha256(b"network").hexdigest()
-    made = put_around(found.network, "patchcleanser", (3, 8, 8), ("a", "b"), MaskPlan(("patch:2x2",), per_axis=3), None)
+    made = put_around(found.network, "patchcleanser", (3, 8, 8), ("a", "b"), MaskSpec(("patch:2x2",), per_axis=3), None)
     certificate = made.certify(torch.stack([X[0] * 0.2, X[1] * 0.2 + 0.8]), "patch:2x2")
     assert (
-        not made.views().gauge.double and certificate.prediction.tolist() == [1, 0] and str(certificate.arithmetic) == "measured"
+        not made.views().calibration.double
+        and certificate.prediction.tolist() == [1, 0]
+        and str(certificate.arithmetic) == "measured"
     )
     assert bool(certificate.certified.all())
     with pytest.raises(UsageError, match="is an ONNX network, which has no gradient to attack by; certify it instead"):
