@@ -97,7 +97,7 @@ def test_the_prose_tells_measured_beside_published(card: Card) -> None:
     row = f"| `patch:2x2`, recovery (interval) | mnist test | bounded | {measured} | 92.00% | 60.40% |"
     assert row in text
     assert "| `patch:3x3` | mnist |  | not measured | not measured |  | 90.00% | 30.00% |" in text
-    assert f"patchcert certify {card.name} --patch 2x2" in text
+    assert f"patchcert certify {card.name} --patch 2" in text
     assert "Not proven:" in text
 
 
@@ -188,7 +188,7 @@ def test_a_card_of_public_weights_says_so_and_says_how_to_measure_them(tmp_path:
     ):
         assert words in text
     assert "Train" not in text.split("## Use")[1].split("## How")[0] and "seed" not in text.split("## How it was made")[1][:90]
-    with pytest.raises(IntegrityError, match=r"no weights are published yet; try: patchcert certify small"):
+    with pytest.raises(IntegrityError, match=r"no weights are published yet. Try: patchcert certify small"):
         card.verify(tmp_path)
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from patchcert_cli import checkpoint
 from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
-from patchcert_cli.classifiers import addresses, doors, doubled, own_code
+from patchcert_cli.classifiers import addresses, loaders, normalization, user_code
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import HubError, IntegrityError, MachineError, UnknownName, UsageError
-from patchcert_cli.evaluation.subjects import put_around
+from patchcert_cli.evaluation.models import put_around
 from patchcert_cli.layers.preprocessing import WithPreprocessing
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch
@@ -95,7 +95,7 @@ def around(found: addresses.Classifier) -> PatchCleanser:
 
 @pytest.mark.parametrize("how", ["front", "itself", "layer"])
 def test_images_are_normalized_once(mine: str, how: str) -> None:
-    found, notes = doors.settled(addresses.open_(f"{mine}:{how}", typed=True), (3, 8, 8))
+    found, notes = loaders.settled(addresses.open_(f"{mine}:{how}", typed=True), (3, 8, 8))
     normalized = (X - torch.tensor([0.4, 0.5, 0.6])[:, None, None]) / torch.tensor([0.2, 0.3, 0.2])[:, None, None]
     assert isinstance(found.network, WithPreprocessing)
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_images_are_normalized_once(mine: str, how: str) -> None:
 
 def test_statistics_that_are_used_otherwise_are_refused(mine: str) -> None:
     with pytest.raises(UsageError, match="states mean and std, and uses them itself, but not to normalize what it is given"):
-        doors.settled(addresses.open_(f"{mine}:wrong", typed=True), (3, 8, 8))
+        loaders.settled(addresses.open_(f"{mine}:wrong", typed=True), (3, 8, 8))
 
 
 def test_no_weights_given_is_said(mine: str) -> None:
@@ -125,16 +125,16 @@ def test_all_own_modules_are_in_the_digest(tmp_path: Path) -> None:
     )
     (tmp_path / "own_helper.py").write_text("from torch import nn\ndef net(): return nn.Flatten()\n")
     (tmp_path / "own_late.py").write_text("")
-    own_code.call("own_main", "build")
-    read = own_code.digest("own_main")
+    user_code.call("own_main", "build")
+    read = user_code.digest("own_main")
     assert read == {name: files.sha256(tmp_path / f"{name}.py") for name in ("own_helper", "own_late", "own_main")}
     (tmp_path / "own_helper.py").write_text("changed = True\n")
-    assert own_code.digest("own_main") == read, "what runs is what was loaded"
+    assert user_code.digest("own_main") == read, "what runs is what was loaded"
     for name in read:
         del sys.modules[name]
     (tmp_path / "own_helper.py").write_text("from torch import nn\ndef net(): return nn.Sequential(nn.Flatten())\n")
-    own_code.call("own_main", "build")
-    assert own_code.digest("own_main")["own_helper"] != read["own_helper"]
+    user_code.call("own_main", "build")
+    assert user_code.digest("own_main")["own_helper"] != read["own_helper"]
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
@@ -154,7 +154,7 @@ def test_wrappers_are_taken_off(mine: str) -> None:
     assert "inside DataParallel, which was taken off" in found.note
     compiled = type("OptimizedModule", (nn.Module,), {})()  # what torch.compile returns is called so
     compiled._orig_mod = nn.Linear(2, 2)
-    assert own_code.unwrapped(compiled) == (compiled._orig_mod, ["torch.compile"])
+    assert user_code.unwrapped(compiled) == (compiled._orig_mod, ["torch.compile"])
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_networks_without_parameters_or_without_copies_are_certified(mine: str) 
     assert free.views().calibration.double and not locked.views().calibration.double
     one, two = free.certify(X, Patch(2, 2)), locked.certify(X, Patch(2, 2))
     assert torch.equal(one.prediction, two.prediction) and not bool((two.certified & ~one.certified).any())
-    with pytest.raises(UsageError, match=r"the network cannot be copied \(TypeError: .*\); call its eval\(\) first"):
+    with pytest.raises(UsageError, match=r"the network cannot be copied \(TypeError: .*\). Call its eval\(\) first"):
         around(addresses.open_(f"{mine}:locked", typed=True)).train().views()
 
 
@@ -215,7 +215,7 @@ def published(cache: Path, monkeypatch: pytest.MonkeyPatch, name: str = "squeeze
 
 def test_published_weights_of_torchvision(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        HubError, match=r"are not at '.*squeezenet1_1-b8a52dc0.pth'; add --download, or give them as a file"
+        HubError, match=r"are not at '.*squeezenet1_1-b8a52dc0.pth'. Add --download, or give them as a file"
     ) as caught:
         addresses.open_("torchvision:squeezenet1_1")
     assert caught.value.code == 4
@@ -299,7 +299,7 @@ def test_an_onnx_file(monkeypatch: pytest.MonkeyPatch, shape: list[Any], asked: 
         and str(certificate.arithmetic) == "measured"
     )
     assert bool(certificate.certified.all())
-    with pytest.raises(UsageError, match="is an ONNX network, which has no gradient to attack by; certify it instead"):
+    with pytest.raises(UsageError, match="is an ONNX network, which has no gradient to attack by. Certify it instead"):
         made.surrogates()[0].whole(X.clone().requires_grad_())
 
 
@@ -307,11 +307,11 @@ def test_onnx_files_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None
     Path("net.onnx").write_bytes(b"network")
     Path("torn.onnx").write_bytes(b"net")
     for runtime, file, kind, said in (
-        (None, "net", MachineError, r'onnxruntime is not installed; type: pip install "patchcert\[onnx\]"'),
+        (None, "net", MachineError, r'onnxruntime is not installed. Type: pip install "patchcert\[onnx\]"'),
         (Runtime(["b", 3, 8, 8]), "torn", IntegrityError, "is no network that onnxruntime can read: INVALID_PROTOBUF"),
         (Runtime(["b", 3, 8, 8]), "none", IntegrityError, "'none.onnx' is missing"),
         (Runtime(["b", 3, 8, 8], "tensor(uint8)"), "net", UsageError, r"takes x tensor\(uint8\)"),
-        (Runtime(["b", 10]), "net", UsageError, "it must take one batch of images"),
+        (Runtime(["b", 10]), "net", UsageError, "It must take one batch of images"),
     ):
         monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
         with pytest.raises(kind, match=said) as caught:
@@ -329,4 +329,4 @@ class Rolling(nn.Module):
 def test_a_random_network_is_not_taken_for_one_that_normalizes_otherwise() -> None:
     made = Rolling()
     made.mean = [0.5] * 3
-    assert not doubled.twice("mine:rand", made, [0.5] * 3, [0.25] * 3, torch.rand(2, 3, 8, 8))
+    assert not normalization.twice("mine:rand", made, [0.5] * 3, [0.25] * 3, torch.rand(2, 3, 8, 8))
