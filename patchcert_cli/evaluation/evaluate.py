@@ -1,6 +1,6 @@
 """The certify and attack loops: one record per image, appended as it is made, resumable, with a manifest of what was run.
 
-What a run folder holds: :mod:`patchcert_cli.evaluation.runs`.
+What a run folder holds: :mod:`patchcert_cli.evaluation.run_folder`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from patchcert_cli.attacks.base import Attack
 from patchcert_cli.attacks.target import Start
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.errors import Interrupted, MachineError, UsageError
-from patchcert_cli.evaluation import results, runs
+from patchcert_cli.evaluation import results, run_folder
 from patchcert_cli.evaluation.pace import Clock, Pace, spoken
 from patchcert_cli.evaluation.plan import Plan
-from patchcert_cli.evaluation.runs import RESULT, Record, Run
+from patchcert_cli.evaluation.run_folder import RESULT, Record, Run
 from patchcert_cli.layers import passes
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage import files
@@ -151,7 +151,8 @@ def _attacked(plan: Plan, run: Run, settings: Mapping[str, Any], join: bool, sec
 def _opened(plan: Plan, kind: str, extra: dict[str, Any], folder: Path, fresh: bool) -> contextlib.AbstractContextManager[Run]:
     device = str(plan.subject.defense.device)
     answers = plan.subject.fingerprint()
-    return runs.opened(folder, plan.identity(kind, extra), device=device, command=plan.command, fresh=fresh, answers=answers)
+    identity = plan.identity(kind, extra)
+    return run_folder.opened(folder, identity, device=device, command=plan.command, fresh=fresh, answers=answers)
 
 
 class _TimeIsUp(Exception):
@@ -192,7 +193,7 @@ class _Work:
             self._make(batch)
         except KeyboardInterrupt as problem:
             raise Interrupted(
-                f"interrupted at {len(run.records)} of {len(plan.images)} images;", hint="resume with the same command."
+                f"interrupted at {len(run.records)} of {len(plan.images)} images.", hint="Resume with the same command."
             ) from problem
         left = len(plan.images) - len(run.records)
         assert not left or self._max is not None, "records are missing"
@@ -200,8 +201,8 @@ class _Work:
             together = self._pace.size
             few = "" if together == 1 else f", or fewer images at a time than {together}: --batch-size 1"
             raise UsageError(
-                f"no image was finished in {self._max:g} s;",
-                hint=f"give more --max-seconds{few}; --dry-run says what an image takes.",
+                f"no image was finished in {self._max:g} s.",
+                hint=f"Give more --max-seconds{few}; --dry-run says what an image takes.",
             )
         run.check_answers(plan.subject.fingerprint())
         final = result(self._clock() - self._began, self._resumed)
@@ -267,7 +268,7 @@ class _Work:
             raise problem
         size = self._batch
         if size == 1:
-            raise MachineError("out of memory at a batch of one image;", hint="use a machine with more memory.") from problem
+            raise MachineError("out of memory at a batch of one image.", hint="Use a machine with more memory.") from problem
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._progress.note(f"out of memory at batch {size}; retrying with {size // 2} (results do not depend on it)")

@@ -98,7 +98,7 @@ def require() -> None:
         import matplotlib.figure  # noqa: F401  # imported to see whether that works
     except ImportError as problem:
         raise MachineError(
-            "Plots need matplotlib, which is not installed.", hint="Type: pip install 'patchcert[plots]'"
+            "plots need matplotlib, which is not installed.", hint="Type: pip install 'patchcert[plots]'"
         ) from problem
 
 
@@ -110,7 +110,7 @@ def check_path(path: Path) -> None:
         MachineError: nothing can be written there.
     """
     if path.suffix.lower() not in ENDINGS:
-        raise UsageError(f"a plot cannot be written to '{path}':", hint=f"its name must end in {', '.join(ENDINGS)}.")
+        raise UsageError(f"a plot cannot be written to '{path}'.", hint=f"The name must end in {', '.join(ENDINGS)}.")
     files.check_file(path, "the picture")
 
 

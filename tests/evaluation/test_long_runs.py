@@ -15,13 +15,13 @@ from torch import nn
 from patchcert_cli import attacks
 from patchcert_cli.attacks.base import Attack
 from patchcert_cli.attacks.target import Target
-from patchcert_cli.certifiers.masks import views
+from patchcert_cli.certifiers.masks import masked_predictions
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
 from patchcert_cli.data.images import Images
 from patchcert_cli.defenses.base import Claim
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import Interrupted, UsageError
-from patchcert_cli.evaluation import evaluate, outlook, results, runs, single, verify
+from patchcert_cli.evaluation import evaluate, outlook, reproduce, results, run_folder, single_image
 from patchcert_cli.evaluation.plan import Plan, Subject
 from patchcert_cli.layers import passes
 from patchcert_cli.progress import Silent
@@ -34,7 +34,7 @@ class World:
     """A defense whose passes take ``each`` seconds of a clock that nothing else moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, each: float, images: int = 30) -> None:
-        self.now, self.each, self.asked, honest = 0.0, each, 0, views.behind
+        self.now, self.each, self.asked, honest = 0.0, each, 0, masked_predictions.behind
         with torch.random.fork_rng():
             torch.manual_seed(3)
             network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(36, 3))
@@ -48,7 +48,7 @@ class World:
             self.now += self.each * len(x)
             return honest(network, x, *rest)
 
-        monkeypatch.setattr(views, "behind", slow)
+        monkeypatch.setattr(masked_predictions, "behind", slow)
         labels = torch.zeros(images, dtype=torch.int64)
         data = Images(pixels, labels, torch.arange(images), "imagenet", "test", "x")
         self.plan = Plan(Subject(self.defense, "slow", "patchcleanser", "0" * 64, "x"), data, (Claim(Patch(2, 2)),), images)
@@ -72,7 +72,7 @@ class Seen(Silent):
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    path = folder / runs.RECORDS
+    path = folder / run_folder.RECORDS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -96,7 +96,7 @@ def test_a_record_is_on_disk_every_half_minute(each: float, tmp_path: Path, monk
 
 
 def test_an_image_that_takes_longer_shows_its_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "PIXELS", 6 * 3 * 12 * 12)  # as few at a time as there are of larger pictures
+    monkeypatch.setattr(masked_predictions, "PIXELS", 6 * 3 * 12 * 12)  # as few at a time as there are of larger pictures
     world = World(monkeypatch, 4.0, images=3)
     seen = Seen(world, tmp_path / "run")
     evaluate.certify(world.plan, tmp_path / "run", progress=seen, clock=world.clock)
@@ -161,11 +161,11 @@ def test_an_attack_stops_in_time_and_says_what_it_left(tmp_path: Path, monkeypat
     part = evaluate.attack(world.plan, Slow(), {}, tmp_path / "part", max_seconds=spent / 2, **many)
     assert 0 < part["images"] < 30 and part["left"] == 30 - part["images"]
     assert world.now <= spent / 2 + 12 * 0.01 * 8  # the pass that was running
-    assert not (tmp_path / "part" / runs.RESULT).exists() and not part["full_split"]
+    assert not (tmp_path / "part" / run_folder.RESULT).exists() and not part["full_split"]
     rest = evaluate.attack(world.plan, Slow(), {}, tmp_path / "part", **many)
     assert rest["resumed"] == part["images"] and rest["images"] == 30
     assert by_index(tmp_path / "part") == by_index(tmp_path / "whole")
-    with pytest.raises(UsageError, match="no image was finished in 0.05 s; give more --max-seconds"):
+    with pytest.raises(UsageError, match="no image was finished in 0.05 s. Give more --max-seconds"):
         evaluate.attack(world.plan, Slow(), {}, tmp_path / "none", max_seconds=0.05, **many)
 
 
@@ -208,7 +208,7 @@ def test_one_picture_shows_its_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         def update(self, done: int, total: int, text: str) -> None:
             shown.append((done, total, text))
 
-    with single._counted(world.defense, Note()):
+    with single_image._counted(world.defense, Note()):
         world.defense.certify(world.plan.images.pixels.float() / 255, Patch(2, 2))
     assert shown[0] == (9, 45, "passes at most") and shown[-1][0] <= 45
     with passes.heard(lambda count: pytest.fail("heard after the end")), passes.heard(lambda count: None):
@@ -249,7 +249,7 @@ class Number(int):
 
 def test_choosing_what_to_attack_looks_each_image_up_once() -> None:
     held = [Number(i) for i in range(0, 400, 2)]
-    assert verify.among([*range(400)], held, 3).tolist() == [0, 2, 4]
+    assert reproduce.among([*range(400)], held, 3).tolist() == [0, 2, 4]
     Number.hashed = 0
-    assert len(verify.among([Number(i) for i in range(400)], held, None)) == 200
+    assert len(reproduce.among([Number(i) for i in range(400)], held, None)) == 200
     assert Number.hashed == 200 + 400

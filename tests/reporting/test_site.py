@@ -20,11 +20,12 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import check_refused
 from site_cards import HOSTILE, PAPER, card, recipe, result, sweep, zoo
 
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.cards import Card, Hub, Published
-from patchcert_cli.catalog import shelf
+from patchcert_cli.catalog import bundled
 from patchcert_cli.cli import main
 from patchcert_cli.reporting import site
 from patchcert_cli.reporting.site import curves
@@ -171,16 +172,16 @@ def test_the_threats_that_a_model_was_trained_against_are_shown_first() -> None:
 
 
 def test_every_measured_number_of_the_bundled_cards_is_there_and_no_other() -> None:
-    names = shelf.bundled_names()
+    names = bundled.names()
     assert len(names) >= 9
-    page = parsed(site.render(shelf.bundled().values()))
+    page = parsed(site.render(bundled.cards().values()))
     for parent in [*page.iter()]:
         for child in [*parent]:
             if child.tag == "pre" or "notes" in child.get("class", ""):
                 parent.remove(child)
     said, allowed = text(page), set()
     for name in names:
-        raw = yaml.safe_load((shelf.bundled_folder() / name / "README.md").read_text().split("---\n")[1])["patchcert"]
+        raw = yaml.safe_load((bundled.folder() / name / "README.md").read_text().split("---\n")[1])["patchcert"]
         for one in [*raw["results"], *raw.get("samples", []), *([raw["validation"]] if raw["validation"] else [])]:
             for count in (one["clean"], one["certified"]):
                 assert f"{count}/{one['images']}" in said
@@ -389,7 +390,7 @@ Call = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def patchcert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
     """The command line, with a zoo of its own."""
-    monkeypatch.setattr(shelf, "bundled", lambda dataset=None: {one.name: one for one in zoo()})
+    monkeypatch.setattr(bundled, "cards", lambda dataset=None: {one.name: one for one in zoo()})
 
     def call(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["patchcert", *words])
@@ -413,13 +414,16 @@ def test_the_command_writes_one_file_and_says_which(patchcert: Call) -> None:
 
 def test_what_is_not_ours_is_kept(patchcert: Call) -> None:
     Path("plain").write_text("mine")
-    below = f"--out 'plain/deeper': '{Path('plain').resolve()}' is a file; name a folder that can hold it."
-    for out, said in (("plain", "--out 'plain' is a file; name a folder."), ("plain/deeper", below)):
-        assert patchcert("report", "zoo", "--out", out) == (2, "", f"error[2]: {said}\n")
+    below = f"--out 'plain/deeper': '{Path('plain').resolve()}' is a file."
+    for out, said in (("plain", "--out 'plain' is a file."), ("plain/deeper", below)):
+        code, printed, err = patchcert("report", "zoo", "--out", out)
+        assert (code, printed) == (2, "")
+        check_refused(err, 2, said)
     Path("site").mkdir()
     Path("site/index.html").write_text("<h1>mine</h1>")
     code, out, err = patchcert("report", "zoo")
-    assert (code, out) == (2, "") and "was not written by this command; choose another --out" in err and err.count("\n") == 1
+    assert (code, out) == (2, "")
+    check_refused(err, 2, "was not written by this command", "--out", "--force")
     assert Path("plain").read_text() == "mine" and Path("site/index.html").read_text() == "<h1>mine</h1>"
     assert patchcert("report", "zoo", "--force")[0] == 0
     Path("other/index.html").mkdir(parents=True)
@@ -439,12 +443,10 @@ def test_a_disk_that_takes_nothing_is_the_machines_fault(patchcert: Call, monkey
 
 
 def test_a_data_set_without_models_is_refused(patchcert: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shelf, "bundled", lambda dataset=None: {})
-    assert patchcert("report", "zoo", "--dataset", "mnist") == (
-        2,
-        "",
-        "error[2]: there is no model to report on; see: patchcert zoo list\n",
-    )
+    monkeypatch.setattr(bundled, "cards", lambda dataset=None: {})
+    code, out, err = patchcert("report", "zoo", "--dataset", "mnist")
+    assert (code, out) == (2, "")
+    check_refused(err, 2, "no model to report on", "patchcert zoo list")
     monkeypatch.undo()
 
 

@@ -48,13 +48,13 @@ def add(
 ) -> None:
     """Copy a finished training run into the zoo, with a card that tells what certify measured."""
     from patchcert_cli import cards
-    from patchcert_cli.catalog import shelve
+    from patchcert_cli.catalog import add_to_zoo
     from patchcert_cli.storage import files
 
     if published and not source:
         source = cards.Card.read(run).source
     pictures = dict(_pictures(text) for text in sample or [])
-    card = shelve.add(
+    card = add_to_zoo.add(
         run,
         name,
         {str(path): files.read_json(path) for path in result or []},
@@ -78,8 +78,8 @@ def _pictures(text: str) -> tuple[str, str]:
 
     path, _, words = text.partition("=")
     if not path or not words.strip():
-        hint = "use FILE=PICTURES, such as result.json='100 photographs of birds, example.org/birds'."
-        raise UsageError(f"--sample '{text}' does not say what the pictures are;", hint=hint)
+        hint = "Use FILE=PICTURES, such as result.json='100 photographs of birds, example.org/birds'."
+        raise UsageError(f"--sample '{text}' does not say what the pictures are.", hint=hint)
     return path, words.strip()
 
 
@@ -94,12 +94,12 @@ def _published(text: str, source: str) -> Published:
         clean, certified = (float(share) for share in shares.split("/"))
     except ValueError as problem:
         raise UsageError(
-            f"--published '{text}' cannot be read;", hint="use THREAT=CLEAN/CERTIFIED, such as patch:5x5=0.92/0.60."
+            f"--published '{text}' cannot be read.", hint="Use THREAT=CLEAN/CERTIFIED, such as patch:5x5=0.92/0.60."
         ) from problem
     if not 0 <= certified <= clean <= 1:
-        raise UsageError(f"--published '{text}':", hint="give fractions with 0 <= CERTIFIED <= CLEAN <= 1.")
+        raise UsageError(f"--published '{text}'.", hint="Give fractions with 0 <= CERTIFIED <= CLEAN <= 1.")
     if not source:
-        raise UsageError("--published needs a source;", hint="say with --source where the numbers stand.")
+        raise UsageError("--published needs a source.", hint="Name where the numbers are published with --source.")
     return Published(str(parse_threat(threat)), clean, certified, source)
 
 
@@ -121,10 +121,10 @@ def push(
 
     Refused unless certify covered the full test split with these very weights and every count follows from its records.
     """
-    from patchcert_cli.catalog import find, publish
+    from patchcert_cli.catalog import publish, resolve
     from patchcert_cli.storage import files
 
-    found = find.resolve(Path(model) if Path(model).is_dir() else model)
+    found = resolve.resolve(Path(model) if Path(model).is_dir() else model)
     given = {str(path): files.read_json(path) for path in result or []}
     release = publish.prepare(found, to, given, [Path("runs"), found.folder.parent])
     plan = {**release.plan(), "create_pr": create_pr, "dry_run": dry_run}
