@@ -18,10 +18,9 @@ from typing import Any
 
 from patchcert_cli.arithmetic import Arithmetic, former, weakest
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError
-from patchcert_cli.storage.files import LEDGER
+from patchcert_cli.storage.files import LEDGER, RECORDS
 from patchcert_cli.threats import parse_threat
 
-RUN_RECORDS = "records.jsonl"  # what certify leaves beside its result.json
 LARGEST = 1 << 29  # bytes after decompression; a stranger's file may be a bomb
 
 
@@ -146,7 +145,7 @@ def of_runs(results: Mapping[str, Mapping[str, Any]]) -> Ledger | None:
 
 
 def _of_run(where: Path, result: Mapping[str, Any]) -> Ledger:
-    path = where.parent / RUN_RECORDS
+    path = where.parent / RECORDS
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError as problem:
