@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli import checkpoint, models
-from patchcert_cli.catalog import find
+from patchcert_cli.catalog import resolve
 from patchcert_cli.classifiers import own_code
 from patchcert_cli.data import class_names
 from patchcert_cli.data.class_names import Names
@@ -213,7 +213,7 @@ def begin_with(network: nn.Module, options: Mapping[str, Any]) -> None:
     """
     assert isinstance(network, Prepared)
     where, source = str(options["weights"]), timm.facts(str(options["architecture"]))
-    match = None if Path(where).is_file() else find.ADDRESS.fullmatch(where)
+    match = None if Path(where).is_file() else resolve.ADDRESS.fullmatch(where)
     if match is None:
         path = Path(where)
     else:
@@ -270,7 +270,7 @@ def _repository(address: str, weights: str | None) -> Classifier:
 
 def _of_repository(address: str) -> tuple[str, str, timm.Facts]:
     """Name and revision of a repository on the Hub, and what its configuration says, which is to be in timm's format."""
-    match = find.ADDRESS.fullmatch(address.removeprefix(HUB))
+    match = resolve.ADDRESS.fullmatch(address.removeprefix(HUB))
     if match is None or not match["revision"]:
         raise UsageError(f"'{address}' names no revision;", hint="what is computed with is pinned: hf-hub:ORG/REPO@COMMIT.")
     repo, revision = match["repo"], match["revision"]

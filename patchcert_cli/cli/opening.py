@@ -214,12 +214,12 @@ def _open(
 def _foresee(model: str | None, claims: Claims, dataset: str | None, data_dir: Path | None) -> None:
     """Refuse what would make fetching somebody's weights be in vain: no threat, no images."""
     from patchcert_cli import data
-    from patchcert_cli.catalog import shelf
+    from patchcert_cli.catalog import bundled
     from patchcert_cli.classifiers import addresses
 
     if model is None:
         return
-    card = shelf.bundled_card(model) if model in shelf.bundled_names() else None
+    card = bundled.card(model) if model in bundled.names() else None
     if addresses.is_address(model):
         if dataset is None:
             raise UsageError(f"{model} comes without images;", hint=SAY_DATA)

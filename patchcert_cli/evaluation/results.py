@@ -21,7 +21,7 @@ from patchcert_cli.certificate import ALERT, Certificate, Guarantee, Tally
 from patchcert_cli.data.images import Images
 from patchcert_cli.errors import ClaimError
 from patchcert_cli.evaluation.plan import Plan
-from patchcert_cli.evaluation.runs import Record, Run
+from patchcert_cli.evaluation.run_folder import Record, Run
 from patchcert_cli.storage.files import RECORDS
 from patchcert_cli.version import __version__
 

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from patchcert_cli import cards, checkpoint, defenses
-from patchcert_cli.catalog import shelf
-from patchcert_cli.catalog.find import Resolved, resolve
+from patchcert_cli.catalog import bundled
+from patchcert_cli.catalog.resolve import ResolvedModel, resolve
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
 from patchcert_cli.certifiers.masks.views import MANY
 from patchcert_cli.classifiers import addresses, doors
@@ -141,7 +141,7 @@ class Candidate(ABC):
 class Certified(Candidate):
     """A model with a defense of its own, from the zoo, a folder or the Hub."""
 
-    def __init__(self, found: Resolved, name: str, wish: Wish, device: str) -> None:
+    def __init__(self, found: ResolvedModel, name: str, wish: Wish, device: str) -> None:
         if wish.weights is not None:
             raise UsageError(f"'{name}' has its own weights;", hint="leave --weights out; it is for plain classifiers.")
         self.defense, self.config = checkpoint.load_defense(
@@ -245,21 +245,21 @@ def find(model: str | None, dataset: str | None, wish: Wish, device: str) -> Can
         UnknownName, UsageError, HubError, IntegrityError, DataError, MachineError: as :func:`patchcert_cli.hub.resolve`,
             :func:`patchcert_cli.checkpoint.load_defense` and :func:`patchcert_cli.classifiers.open_`.
     """
-    name = model or shelf.default_model(dataset or shelf.DEFAULT_DATASET)
+    name = model or bundled.default_model(dataset or bundled.DEFAULT_DATASET)
     if addresses.is_address(name):
         if wish.defense is None:
             raise UsageError(f"{name} is a plain classifier;", hint=f"say which defense: --defense {' or '.join(around())}.")
         check_around(wish.defense)
         opened = addresses.open_(name, weights=wish.weights, classes=wish.classes, typed=True, download=wish.download)
         return Plain(opened, wish)
-    card = shelf.bundled_card(name) if name in shelf.bundled_names() else None
+    card = bundled.card(name) if name in bundled.names() else None
     if card is not None and card.classifier:
         masks = wish.masks if wish.masked else card.recipe.get("masks", {}).get("per_axis")
         wish = replace(wish, defense=wish.defense or card.defense, masks=masks)
         return Plain(addresses.open_(card.classifier, weights=wish.weights, classes=wish.classes), wish, card)
     made = Certified(resolve(name), name, wish, device)
     if model is None:
-        made.note = f"no model given: {name}, the default for {dataset or shelf.DEFAULT_DATASET}. {made.note}"
+        made.note = f"no model given: {name}, the default for {dataset or bundled.DEFAULT_DATASET}. {made.note}"
     return made
 
 

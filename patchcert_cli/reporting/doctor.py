@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patchcert_cli import data
-from patchcert_cli.catalog import shelf
+from patchcert_cli.catalog import bundled
 from patchcert_cli.errors import IntegrityError, MachineError, PatchcertError
 from patchcert_cli.hub import client
 from patchcert_cli.storage import files, hub_cache
@@ -107,11 +107,11 @@ def _disk() -> Iterator[Finding]:
 
 
 def _zoo() -> Iterator[Finding]:
-    zoo = shelf.bundled_folder()
+    zoo = bundled.folder()
     good, recipes, wrong = 0, 0, []
-    for name in shelf.bundled_names(zoo):
+    for name in bundled.names(zoo):
         try:
-            card = shelf.bundled_card(name, zoo)
+            card = bundled.card(name, zoo)
             if card.files:
                 card.verify(zoo / name)
                 good += 1

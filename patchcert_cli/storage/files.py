@@ -23,7 +23,8 @@ from patchcert_cli.errors import DataError, IntegrityError, MachineError, UsageE
 CARD, CONFIG, WEIGHTS = "README.md", "config.json", "model.safetensors"
 MANIFEST, RECORDS, RESULT = "manifest.json", "records.jsonl", "result.json"  # of an evaluation
 STATE, METRICS = "state.safetensors", "metrics.jsonl"  # of a training run
-INDEX, LEDGER = "model.safetensors.index.json", "records.jsonl.gz"  # of weights in several files; published records
+INDEX = "model.safetensors.index.json"  # of weights in several files
+PUBLISHED_RECORDS = "records.jsonl.gz"
 PARTIAL = ".partial"  # the ending of a file while it is being written
 MAX_NAME_BYTES = 255  # on every file system in use
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -21,7 +21,7 @@ from patchcert_cli.data.images import Images
 from patchcert_cli.defenses.base import Claim
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import Interrupted, UsageError
-from patchcert_cli.evaluation import evaluate, outlook, results, single, verify
+from patchcert_cli.evaluation import evaluate, outlook, reproduce, results, single_image
 from patchcert_cli.evaluation.plan import Plan, Subject
 from patchcert_cli.layers import passes
 from patchcert_cli.progress import Silent
@@ -209,7 +209,7 @@ def test_one_picture_shows_its_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         def update(self, done: int, total: int, text: str) -> None:
             shown.append((done, total, text))
 
-    with single._counted(world.defense, Note()):
+    with single_image._counted(world.defense, Note()):
         world.defense.certify(world.plan.images.pixels.float() / 255, Patch(2, 2))
     assert shown[0] == (9, 45, "passes at most") and shown[-1][0] <= 45
     with passes.heard(lambda count: pytest.fail("heard after the end")), passes.heard(lambda count: None):
@@ -250,7 +250,7 @@ class Number(int):
 
 def test_choosing_what_to_attack_looks_each_image_up_once() -> None:
     held = [Number(i) for i in range(0, 400, 2)]
-    assert verify.among([*range(400)], held, 3).tolist() == [0, 2, 4]
+    assert reproduce.among([*range(400)], held, 3).tolist() == [0, 2, 4]
     Number.hashed = 0
-    assert len(verify.among([Number(i) for i in range(400)], held, None)) == 200
+    assert len(reproduce.among([Number(i) for i in range(400)], held, None)) == 200
     assert Number.hashed == 200 + 400
