@@ -15,7 +15,7 @@ from torch import nn
 from patchcert_cli import attacks
 from patchcert_cli.attacks.base import Attack
 from patchcert_cli.attacks.target import Target
-from patchcert_cli.certifiers.masks import views
+from patchcert_cli.certifiers.masks import masked_predictions
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
 from patchcert_cli.data.images import Images
 from patchcert_cli.defenses.base import Claim
@@ -35,7 +35,7 @@ class World:
     """A defense whose passes take ``each`` seconds of a clock that nothing else moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, each: float, images: int = 30) -> None:
-        self.now, self.each, self.asked, honest = 0.0, each, 0, views.behind
+        self.now, self.each, self.asked, honest = 0.0, each, 0, masked_predictions.behind
         with torch.random.fork_rng():
             torch.manual_seed(3)
             network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(36, 3))
@@ -49,7 +49,7 @@ class World:
             self.now += self.each * len(x)
             return honest(network, x, *rest)
 
-        monkeypatch.setattr(views, "behind", slow)
+        monkeypatch.setattr(masked_predictions, "behind", slow)
         labels = torch.zeros(images, dtype=torch.int64)
         data = Images(pixels, labels, torch.arange(images), "imagenet", "test", "x")
         self.plan = Plan(Subject(self.defense, "slow", "patchcleanser", "0" * 64, "x"), data, (Claim(Patch(2, 2)),), images)
@@ -97,7 +97,7 @@ def test_a_record_is_on_disk_every_half_minute(each: float, tmp_path: Path, monk
 
 
 def test_an_image_that_takes_longer_shows_its_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "PIXELS", 6 * 3 * 12 * 12)  # as few at a time as there are of larger pictures
+    monkeypatch.setattr(masked_predictions, "PIXELS", 6 * 3 * 12 * 12)  # as few at a time as there are of larger pictures
     world = World(monkeypatch, 4.0, images=3)
     seen = Seen(world, tmp_path / "run")
     evaluate.certify(world.plan, tmp_path / "run", progress=seen, clock=world.clock)
@@ -166,7 +166,7 @@ def test_an_attack_stops_in_time_and_says_what_it_left(tmp_path: Path, monkeypat
     rest = evaluate.attack(world.plan, Slow(), {}, tmp_path / "part", **many)
     assert rest["resumed"] == part["images"] and rest["images"] == 30
     assert by_index(tmp_path / "part") == by_index(tmp_path / "whole")
-    with pytest.raises(UsageError, match="no image was finished in 0.05 s; give more --max-seconds"):
+    with pytest.raises(UsageError, match="no image was finished in 0.05 s. Give more --max-seconds"):
         evaluate.attack(world.plan, Slow(), {}, tmp_path / "none", max_seconds=0.05, **many)
 
 
