@@ -80,12 +80,6 @@ class Interrupted(PatchcertError):
     code = 130
 
 
-def first_line(problem: BaseException) -> str:
-    """The first line of an exception's message, or the name of its type if it has none."""
-    lines = str(problem).strip().splitlines()
-    return lines[0] if lines else type(problem).__name__
-
-
 def unknown(kind: str, given: str, known: Iterable[str], *, see: str = "") -> UnknownName:
     """An :class:`UnknownName` with suggestions: substring matches first, then close spellings; ``-`` and ``_`` are the same."""
     names = sorted(known)
