@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from patchcert_cli import cards, defenses
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses import Defense
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.layers.exact import Grid
 from patchcert_cli.storage import files

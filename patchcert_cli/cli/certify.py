@@ -47,7 +47,7 @@ from patchcert_cli.threats import Threat, parse_patches, patches_of_area
 
 if TYPE_CHECKING:
     from patchcert_cli.cli.opening import Claims
-    from patchcert_cli.defenses.base import Claim
+    from patchcert_cli.defenses import Claim
     from patchcert_cli.evaluation.subjects import Wish
 
 EXAMPLES = (
@@ -191,7 +191,7 @@ def certify(
     plan = open_plan(model, claims, wish, seed=seed, download=download, **given)
     with show.progress() as progress:
         found = evaluate.certify(plan, out, fresh=fresh, progress=progress)
-    show.say("\n".join(filter(None, dict.fromkeys(plan.subject.defense.remark(claim.threat) for claim in plan.claims))))
+    show.say("\n".join(filter(None, dict.fromkeys(plan.subject.defense.note(claim.threat) for claim in plan.claims))))
     found |= {} if patch_area is None else {"patch_area": patch_area}
     if plot is not None:
         pictures.plot(report.claim_list(found), plot, title=report.plot_title(found), area=patch_area)
@@ -209,7 +209,7 @@ def _claims(
     given = _threats(patch, area, threat, k, unit)
 
     def claims(own: str, shape: tuple[int, int, int]) -> list[Claim]:
-        from patchcert_cli.defenses.base import Claim
+        from patchcert_cli.defenses import Claim
 
         shapes = [] if area is None else patches_of_area(area, *shape[1:])
         threats = [*given, *shapes] or [own_threat(own, threat=threat, unit=unit)]

@@ -70,7 +70,7 @@ def verify(
     from patchcert_cli.cards import ledger
     from patchcert_cli.catalog import find
     from patchcert_cli.catalog.claims import check
-    from patchcert_cli.defenses.base import Claim
+    from patchcert_cli.defenses import Claim
     from patchcert_cli.errors import DataError
     from patchcert_cli.evaluation import verify
     from patchcert_cli.reporting import report

@@ -29,7 +29,7 @@ from patchcert_cli.classifiers.addresses import Classifier
 from patchcert_cli.data import datasets, image, labels, listing
 from patchcert_cli.data.framing import Framing
 from patchcert_cli.data.labels import Names
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.evaluation.plan import Subject

@@ -21,7 +21,7 @@ from patchcert_cli import data
 from patchcert_cli.checkpoint import load_defense
 from patchcert_cli.data import folders, image, listing
 from patchcert_cli.data.framing import Framing
-from patchcert_cli.defenses.base import Claim
+from patchcert_cli.defenses import Claim
 from patchcert_cli.errors import DataError, Interrupted, MachineError, UsageError
 from patchcert_cli.evaluation import evaluate, outlook
 from patchcert_cli.evaluation.plan import Plan, Subject
