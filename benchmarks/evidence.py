@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli import data, defenses
-from patchcert_cli.catalog import find
+from patchcert_cli.catalog import resolve
 from patchcert_cli.certifiers.cells import additive
 from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.certifiers.geometry import Axis, Cover
@@ -177,7 +177,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {options.threads} threads")
     x = data.to_float(data.load("cifar10", "test").pixels[: options.images])
-    bagcert, bands = cast(BagCert, find.load(options.bagcert)), cast(Smoothing, find.load(options.smoothing))
+    bagcert, bands = cast(BagCert, resolve.load(options.bagcert)), cast(Smoothing, resolve.load(options.smoothing))
     few = x[: max(options.images // 4, 1)]
     backends(options.bagcert, bagcert, x)
     backends(options.smoothing, bands, few)
@@ -185,7 +185,7 @@ def main() -> None:
         return
     overhead(bagcert, x)
     proof()
-    found = find.resolve(options.smoothing)
+    found = resolve.resolve(options.smoothing)
     recipe = files.read_json(found.folder / files.CONFIG)["recipe"]
     smoothing(bands, recipe, few)
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from hub.loopback import LoopbackHub  # type: ignore[import-not-found]
 from hub.test_crowds import NAME, PULL, publish  # type: ignore[import-not-found]
 
-from patchcert_cli.storage import files, verified
+from patchcert_cli.storage import checksum_cache, files
 
 REPEATS = 5
 
@@ -65,12 +65,12 @@ def hashes(place: Path) -> None:
     with path.open("wb") as stream:
         for _ in range(300):
             stream.write(os.urandom(1_000_000))
-    time.sleep(verified.YOUNG + 0.5)  # only files of some age are remembered
+    time.sleep(checksum_cache.MIN_AGE_SECONDS + 0.5)  # only files of some age are remembered
     files.sha256(path)  # from memory, not from the disk
     began = time.perf_counter()
-    verified.digest(path)
+    checksum_cache.sha256(path)
     first = time.perf_counter() - began
-    print(f"300 MB: {first:.2f} s the first time, {1000 * best(lambda: verified.digest(path)):.2f} ms from then on")
+    print(f"300 MB: {first:.2f} s the first time, {1000 * best(lambda: checksum_cache.sha256(path)):.2f} ms from then on")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli import data
-from patchcert_cli.catalog import find
+from patchcert_cli.catalog import resolve
 from patchcert_cli.certifiers.bounds import intervals
 from patchcert_cli.certifiers.bounds.first_layer import location_masks
 from patchcert_cli.certifiers.bounds.rules import propagate
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    defense = find.load(options.model)
+    defense = resolve.load(options.model)
     images = data.load("mnist", "test")
     print(f"{options.model}, torch {torch.__version__}, {options.threads} threads, float32")
     certificate = seconds(lambda: defense.certify(data.to_float(images.pixels[:BATCH_SIZE]), PATCH))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli import data
-from patchcert_cli.catalog import find
+from patchcert_cli.catalog import resolve
 from patchcert_cli.certifiers.bounds import intervals, rounding
 from patchcert_cli.certifiers.bounds.linear import linear, refine
 from patchcert_cli.evaluation.plan import BATCH_SIZE
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    defense = find.load(options.model)
+    defense = resolve.load(options.model)
     network = defense.network
     assert isinstance(network, nn.Module)
     frozen, exact = precision.frozen(network), precision.double(network)

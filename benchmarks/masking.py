@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from patchcert_cli import data, defenses
-from patchcert_cli.catalog import find
+from patchcert_cli.catalog import resolve
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers.masks import exact_views
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
@@ -31,7 +31,7 @@ APART = 2  # pixels between masks that overlap
 
 
 def opened(name: str) -> PatchCleanser:
-    defense = find.load(name)
+    defense = resolve.load(name)
     assert isinstance(defense, PatchCleanser)
     return defense
 
@@ -87,7 +87,7 @@ def loop(defense: PatchCleanser, x: Tensor, *, at_once: bool) -> float:
 
 def in_floats(name: str) -> PatchCleanser:
     """The model's weights in a network that computes in floating point."""
-    config = files.read_json(find.resolve(name).folder / files.CONFIG)
+    config = files.read_json(resolve.resolve(name).folder / files.CONFIG)
     config["network"]["options"]["bits"] = 0
     made = defenses.build(config)
     missing = made.load_state_dict(opened(name).state_dict(), strict=False)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from patchcert_cli.cards import Card
-from patchcert_cli.catalog.shelf import bundled
+from patchcert_cli.catalog import bundled
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- zoo -->", "<!-- /zoo -->"
@@ -21,7 +21,7 @@ INK, GRID, MEASURED, CLEAN, PUBLISHED = "#1f2933", "#d9dee3", "#2f6f8f", "#a9c7d
 def rows(guarantee: str = "recovery") -> list[tuple[Card, str]]:
     """Every measured card with the threat it was trained against, and those with published numbers, in the order of names."""
     found = []
-    for card in (card for card in bundled().values() if card.guarantee == guarantee):
+    for card in (card for card in bundled.cards().values() if card.guarantee == guarantee):
         threats = dict.fromkeys(result.threat for result in card.results if result.guarantee == guarantee)
         found += [(card, threat) for threat in threats if threat == card.threat or card.report(threat)]
     return found

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from patchcert_cli.catalog.find import load as load
+    from patchcert_cli.catalog.resolve import load as load
     from patchcert_cli.certificate import Certificate as Certificate
     from patchcert_cli.certificate import Guarantee as Guarantee
     from patchcert_cli.certificate import Tally as Tally
@@ -29,7 +29,7 @@ _HOMES = {
     "Tally": "certificate",
     "Defense": "defenses",
     "PatchcertError": "errors",
-    "load": "catalog.find",
+    "load": "catalog.resolve",
     "Patch": "threats",
     "PatchPercent": "threats",
     "Sparse": "threats",

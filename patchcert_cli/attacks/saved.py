@@ -19,8 +19,8 @@ from torch import Tensor
 
 from patchcert_cli.attacks._base import Attack, require
 from patchcert_cli.attacks._target import Target
-from patchcert_cli.data import image
-from patchcert_cli.data.framing import Framing
+from patchcert_cli.data import image_files
+from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.errors import DataError, UsageError
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch, PatchPercent, Threat
@@ -48,7 +48,9 @@ def read(folder: Path, channels: int) -> tuple[Picture, ...]:
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder '{folder}';", hint="give a folder of pictures to paste: --saved ./patches")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in image.ENDINGS and not path.name.startswith("."))
+    paths = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in image_files.EXTENSIONS and not path.name.startswith(".")
+    )
     if not paths:
         raise DataError(f"'{folder}' has no pictures;", hint="put the patches into it, one a file, such as patch.png.")
     return tuple(Picture(path.name, _pixels(path, channels), files.sha256(path)) for path in paths)
@@ -56,7 +58,7 @@ def read(folder: Path, channels: int) -> tuple[Picture, ...]:
 
 def _pixels(path: Path, channels: int) -> Tensor:
     """A picture of any size, float32 [C, h, w]."""
-    pixels, _ = image.read(path, Framing(image.size_of(path)), channels)
+    pixels, _ = image_files.read(path, ResizeCrop(image_files.size_of(path)), channels)
     return pixels.float() / 255
 
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from patchcert_cli import schema
 from patchcert_cli.arithmetic import Arithmetic, former
 from patchcert_cli.cards import page
 from patchcert_cli.cards.records import (
@@ -36,8 +37,8 @@ from patchcert_cli.cards.records import (
     weights_sha256,
 )
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.schema import Count, Rule, decode
-from patchcert_cli.storage import verified
+from patchcert_cli.schema import Count, Rule
+from patchcert_cli.storage import checksum_cache
 from patchcert_cli.storage.files import CARD, CONFIG, weight_files
 from patchcert_cli.threats import parse_threat
 
@@ -143,9 +144,10 @@ class Card:
 
     @classmethod
     def _decode(cls, values: Any) -> tuple[Card | None, list[str]]:
-        problems: list[str] = []
-        card = decode(cls, values, "", problems)
-        return (None if problems else card), problems
+        try:
+            return schema.read(cls, values), []
+        except schema.Invalid as invalid:
+            return None, list(invalid.problems)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON and YAML."""
@@ -203,7 +205,7 @@ class Card:
             path = folder / name
             if not path.is_file():
                 raise IntegrityError(f"'{path}' is missing.", hint=f"Fetch it with: patchcert zoo pull {self.name} --force")
-            if (actual := verified.digest(path)) != expected.sha256:
+            if (actual := checksum_cache.sha256(path)) != expected.sha256:
                 raise IntegrityError(
                     f"'{path}': sha256 {actual[:12]}… but its card says {expected.sha256[:12]}….",
                     hint=f"It was not used. Fetch it again with: patchcert zoo pull {self.name} --force",

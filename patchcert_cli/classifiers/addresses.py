@@ -26,16 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli import checkpoint, models
-from patchcert_cli.catalog import find
+from patchcert_cli.catalog import resolve
 from patchcert_cli.classifiers import own_code
-from patchcert_cli.data import labels
-from patchcert_cli.data.framing import Framing
-from patchcert_cli.data.labels import Names
+from patchcert_cli.data import class_names
+from patchcert_cli.data.class_names import Names
+from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.errors import HubError, IntegrityError, MachineError, PatchcertError, UsageError
 from patchcert_cli.hub import client
 from patchcert_cli.layers.preprocessing import Prepared
 from patchcert_cli.models import timm
-from patchcert_cli.storage import files, verified
+from patchcert_cli.storage import checksum_cache, files
 
 TIMM, HUB, TORCHVISION, ONNX = "timm:", "hf-hub:", "torchvision:", "onnx:"
 OWN = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<function>[A-Za-z_]\w*)")
@@ -57,7 +57,7 @@ class Classifier:
         source: where they came from: ``hub``, ``file``, ``code`` or ``random``.
         note: one line about where they came from.
         setting: what besides the weights decides its answers, for manifests.
-        framing: how pictures become images of the size that it was made for; None if it takes any.
+        resize_crop: how pictures become images of the size that it was made for; None if it takes any.
     """
 
     network: nn.Module
@@ -68,7 +68,7 @@ class Classifier:
     source: str
     note: str
     setting: dict[str, Any] = field(default_factory=dict)
-    framing: Framing | None = None
+    resize_crop: ResizeCrop | None = None
 
     @property
     def random(self) -> bool:
@@ -122,7 +122,7 @@ def open_(
     else:
         raise UsageError(f"'{address}' is no address of a classifier;", hint=f"use {FORMS}.")
     if classes is not None:
-        found = replace(found, names=timm.imagenet_labels() if classes == "imagenet" else labels.read(Path(classes)))
+        found = replace(found, names=timm.imagenet_labels() if classes == "imagenet" else class_names.read(Path(classes)))
     return replace(found, network=found.network.eval())
 
 
@@ -213,7 +213,7 @@ def begin_with(network: nn.Module, options: Mapping[str, Any]) -> None:
     """
     assert isinstance(network, Prepared)
     where, source = str(options["weights"]), timm.facts(str(options["architecture"]))
-    match = None if Path(where).is_file() else find.ADDRESS.fullmatch(where)
+    match = None if Path(where).is_file() else resolve.ADDRESS.fullmatch(where)
     if match is None:
         path = Path(where)
     else:
@@ -240,7 +240,7 @@ def _digest_of(path: Path) -> str:
     """sha256 of a file of weights."""
     files.refuse_pickle(path)
     try:
-        return verified.digest(path)
+        return checksum_cache.sha256(path)
     except OSError as problem:
         raise IntegrityError(f"'{path}' cannot be read: {problem.strerror or problem}.") from problem
 
@@ -270,7 +270,7 @@ def _repository(address: str, weights: str | None) -> Classifier:
 
 def _of_repository(address: str) -> tuple[str, str, timm.Facts]:
     """Name and revision of a repository on the Hub, and what its configuration says, which is to be in timm's format."""
-    match = find.ADDRESS.fullmatch(address.removeprefix(HUB))
+    match = resolve.ADDRESS.fullmatch(address.removeprefix(HUB))
     if match is None or not match["revision"]:
         raise UsageError(f"'{address}' names no revision;", hint="what is computed with is pinned: hf-hub:ORG/REPO@COMMIT.")
     repo, revision = match["repo"], match["revision"]
@@ -361,5 +361,5 @@ def _described(
         source=kind,
         note=note,
         setting={"preprocessing": {key: options[key] for key in ("size", "mean", "std", "interpolation")}},
-        framing=source.framing,
+        resize_crop=source.resize_crop,
     )

@@ -13,7 +13,7 @@ from torch import nn
 from patchcert_cli import checkpoint
 from patchcert_cli.classifiers import convert, doubled, own_code
 from patchcert_cli.classifiers.addresses import RANDOM, RANDOM_SOURCE, TORCHVISION, Classifier
-from patchcert_cli.data.framing import Framing
+from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.errors import UsageError
 from patchcert_cli.layers.preprocessing import Prepared
 from patchcert_cli.storage import files
@@ -56,7 +56,7 @@ def own(address: str, module: str, function: str, weights: str | None) -> Classi
             "preprocessing": {"size": said.size, "mean": said.mean, "std": said.std},
             "code_sha256": own_code.digest(module),
         },
-        framing=None if said.size is None else Framing(said.size),
+        resize_crop=None if said.size is None else ResizeCrop(said.size),
     )
 
 
@@ -91,7 +91,7 @@ def onnx(address: str, path: Path, weights: str | None) -> Classifier:
         source="file",
         note=note,
         setting={"preprocessing": {"size": made.size, "mean": None, "std": None}, "onnxruntime": sessions.library().__version__},
-        framing=None if made.size is None else Framing(made.size),
+        resize_crop=None if made.size is None else ResizeCrop(made.size),
     )
 
 
@@ -134,7 +134,7 @@ def torchvision(address: str, weights: str | None, *, download: bool) -> Classif
         source=source,
         note=note,
         setting={"preprocessing": inside},
-        framing=Framing(size, (facts.short, facts.short), interpolation=facts.interpolation),
+        resize_crop=ResizeCrop(size, (facts.short, facts.short), interpolation=facts.interpolation),
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from patchcert_cli.data.labels import Names
+from patchcert_cli.data.class_names import Names
 from patchcert_cli.errors import UnknownName, UsageError, unknown
 from patchcert_cli.storage import files
 

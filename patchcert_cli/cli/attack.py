@@ -148,7 +148,7 @@ def attack(
 
     from patchcert_cli.defenses import Claim
     from patchcert_cli.evaluation import evaluate, outlook, results
-    from patchcert_cli.reporting import report
+    from patchcert_cli.reporting import text
 
     def claims(own: str, shape: tuple[int, int, int]) -> list[Claim]:
         return [Claim(chosen or own_threat(own, threat=threat, unit=unit))]
@@ -160,14 +160,14 @@ def attack(
         folder = out or plan.folder("attack", {"attack": settings, "joined": join})
         with show.progress() as progress:
             value = outlook.evaluation(plan, folder, attacker, full, join=join, progress=progress)
-        show.result(report.plain_rows(value), value, json)
+        show.result(text.plain_rows(value), value, json)
         return
     plan = open_plan(model, claims, wish, seed=seed, download=download, **given)
     attacker, settings = _attacker(plan, saved, pasting if saved else searching, seed)
     with show.progress() as progress:
         more: Any = {"join": join, "fresh": fresh, "progress": progress, "max_seconds": max_seconds}
         found = evaluate.attack(plan, attacker, settings, out, **more)
-    show.result(report.attack_rows(found), found, json)
+    show.result(text.attack_rows(found), found, json)
     results.check_claim(found)
 
 

@@ -179,14 +179,14 @@ def certify(
         return
 
     from patchcert_cli.evaluation import evaluate, outlook
-    from patchcert_cli.reporting import pictures, report
+    from patchcert_cli.reporting import plots, text
 
     given: Any = {"dataset": dataset, "data_dir": data_dir, "limit": limit, "batch_size": batch_size, "device": device}
     if dry_run:
         plan, full = open_glance(model, claims, wish, seed=seed, **given)
         with show.progress() as progress:
             value = outlook.evaluation(plan, out or plan.folder("certify", {}), None, full, progress=progress)
-        show.result(report.plain_rows(value), value, json)
+        show.result(text.plain_rows(value), value, json)
         return
     plan = open_plan(model, claims, wish, seed=seed, download=download, **given)
     with show.progress() as progress:
@@ -194,12 +194,12 @@ def certify(
     show.say("\n".join(filter(None, dict.fromkeys(plan.subject.defense.note(claim.threat) for claim in plan.claims))))
     found |= {} if patch_area is None else {"patch_area": patch_area}
     if plot is not None:
-        pictures.plot(report.claim_list(found), plot, title=report.plot_title(found), area=patch_area)
+        plots.plot(text.claim_list(found), plot, title=text.plot_title(found), area=patch_area)
         show.say(f"drew {plot}")
     if plot_thresholds is not None:
-        pictures.thresholds(report.compared(found), plot_thresholds, title=report.plot_title(found))
+        plots.thresholds(text.compared(found), plot_thresholds, title=text.plot_title(found))
         show.say(f"drew {plot_thresholds}")
-    show.result(report.certify_rows(found), found, json)
+    show.result(text.certify_rows(found), found, json)
 
 
 def _claims(
@@ -230,26 +230,26 @@ def _certify_picture(
     json: str | None,
 ) -> None:
     from patchcert_cli import device as devices
-    from patchcert_cli.evaluation import single
-    from patchcert_cli.reporting import pictures, report
+    from patchcert_cli.evaluation import single_image
+    from patchcert_cli.reporting import plots, text
 
     place = devices.resolve(device)
     candidate = opening.found(model, dataset, wish, place)
-    framing = candidate.meant(dataset or "", image)
-    shape = (candidate.channels, *framing.size)
+    resize_crop = candidate.meant(dataset or "", image)
+    shape = (candidate.channels, *resize_crop.size)
     meant = claims(candidate.threat, shape)
     subject = candidate.subject(shape, [claim.threat for claim in meant], place)
     show.say("\n".join(subject.notes))
     with show.progress() as progress:
-        more: Any = {"framing": framing, "resize": resize, "mapped": map_to is not None, "progress": progress}
-        found = single.certify(subject, image, meant, **more)
+        more: Any = {"resize_crop": resize_crop, "resize": resize, "mapped": map_to is not None, "progress": progress}
+        found = single_image.certify(subject, image, meant, **more)
     values = found.values
     if map_to is not None and found.margins is not None:
-        pictures.single_map(values, found.pixels, found.margins, map_to, unit=subject.defense.unit)
+        plots.single_map(values, found.pixels, found.margins, map_to, unit=subject.defense.unit)
         values |= {"map": str(map_to)}
         found.notes.append(f"drew {map_to}")
     show.say("\n".join(found.notes))
-    show.result(report.single_rows(values), values, json)
+    show.result(text.single_rows(values), values, json)
 
 
 def _methods(condition: str | None, bounds: str | None) -> list[str | None]:
@@ -288,14 +288,14 @@ def _check_alone(*given: str) -> None:
         raise UsageError(f"{given[0]} does not go with --image;", hint="it is about one picture: leave one of them out.")
 
 
-def _check_pictures(image: Path | None, plots: dict[str, Path | None], map_: Path | None) -> None:
+def _check_pictures(image: Path | None, drawings: dict[str, Path | None], map_: Path | None) -> None:
     """Refuse what cannot be drawn before anything is computed."""
-    from patchcert_cli.reporting import pictures
+    from patchcert_cli.reporting import plots
 
     if map_ is not None and image is None:
         raise UsageError("--map draws one picture;", hint="say which: --image FILE.")
     if image is not None:
-        _check_alone(*(flag for flag, path in plots.items() if path is not None))
-    for path in filter(None, (*plots.values(), map_)):
-        pictures.require()
-        pictures.check_path(path)
+        _check_alone(*(flag for flag, path in drawings.items() if path is not None))
+    for path in filter(None, (*drawings.values(), map_)):
+        plots.require()
+        plots.check_path(path)

@@ -200,10 +200,10 @@ def _open(
     show.say("\n".join(subject.notes))
     facts = data.info(chosen)
     if facts.shape != shape:
-        if facts.framing is not None:  # before anything is packed
+        if facts.resize_crop is not None:  # before anything is packed
             raise DataError(f"{chosen} images are {facts.shape}, but {candidate.name} takes {shape}.")
         return _Opened(chosen, subject, meant, None)  # the plan says so, if there are such images
-    names = data.class_names(chosen, "test", data_dir=data_dir)
+    names = data.classes_of(chosen, "test", data_dir=data_dir)
     outputs = candidate.matched(names, chosen, subject)
     if outputs is not None:
         pairs = [f"{name} is output {at}" for name, at in zip(names, outputs, strict=True)]
@@ -214,12 +214,12 @@ def _open(
 def _foresee(model: str | None, claims: Claims, dataset: str | None, data_dir: Path | None) -> None:
     """Refuse what would make fetching somebody's weights be in vain: no threat, no images."""
     from patchcert_cli import data
-    from patchcert_cli.catalog import shelf
+    from patchcert_cli.catalog import bundled
     from patchcert_cli.classifiers import addresses
 
     if model is None:
         return
-    card = shelf.bundled_card(model) if model in shelf.bundled_names() else None
+    card = bundled.card(model) if model in bundled.names() else None
     if addresses.is_address(model):
         if dataset is None:
             raise UsageError(f"{model} comes without images;", hint=SAY_DATA)
@@ -227,8 +227,8 @@ def _foresee(model: str | None, claims: Claims, dataset: str | None, data_dir: P
     elif card is None or not card.classifier:
         return
     chosen = dataset or (card.dataset if card else "")
-    if data.info(chosen).framing is not None:
-        data.class_names(chosen, "test", data_dir=data_dir)
+    if data.info(chosen).resize_crop is not None:
+        data.classes_of(chosen, "test", data_dir=data_dir)
 
 
 def found(model: str | None, dataset: str | None, wish: Wish | None, device: str) -> Candidate:
@@ -253,6 +253,6 @@ def _tell(images: Images, there: int, total: int) -> None:
     facts = data.info(images.name)
     what = f"{there} pictures in {len(images.classes)} class folders" if facts.path else f"{images.name} test images"
     show.say(f"{what} {where}")
-    some = f"of {len(images)} of them that were looked at: " if images.mapped is None and facts.framing else ""
+    some = f"of {len(images)} of them that were looked at: " if images.mapped is None and facts.resize_crop else ""
     for remark in images.remarks:
         show.say(some + remark)

@@ -48,13 +48,13 @@ def add(
 ) -> None:
     """Copy a finished training run into the zoo, with a card that tells what certify measured."""
     from patchcert_cli import cards
-    from patchcert_cli.catalog import shelve
+    from patchcert_cli.catalog import add_to_zoo
     from patchcert_cli.storage import files
 
     if published and not source:
         source = cards.Card.read(run).source
     pictures = dict(_pictures(text) for text in sample or [])
-    card = shelve.add(
+    card = add_to_zoo.add(
         run,
         name,
         {str(path): files.read_json(path) for path in result or []},
@@ -121,10 +121,10 @@ def push(
 
     Refused unless certify covered the full test split with these very weights and every count follows from its records.
     """
-    from patchcert_cli.catalog import find, publish
+    from patchcert_cli.catalog import publish, resolve
     from patchcert_cli.storage import files
 
-    found = find.resolve(Path(model) if Path(model).is_dir() else model)
+    found = resolve.resolve(Path(model) if Path(model).is_dir() else model)
     given = {str(path): files.read_json(path) for path in result or []}
     release = publish.prepare(found, to, given, [Path("runs"), found.folder.parent])
     plan = {**release.plan(), "create_pr": create_pr, "dry_run": dry_run}

@@ -142,7 +142,7 @@ def train(
     made = _recipe(chosen, recipe, given, pairs, model, weights, fetch=not dry_run)
 
     from patchcert_cli import device as devices
-    from patchcert_cli.reporting import report
+    from patchcert_cli.reporting import text
     from patchcert_cli.training import estimate, session
 
     folder = out or Path("runs") / made.name
@@ -150,7 +150,7 @@ def train(
         session.check(made)
         cost = estimate.training(made, data_dir=data_dir, device=devices.resolve(device))
         value = {**made.to_dict(), **cost, "out": str(folder)}
-        show.result(report.plain_rows(value), value, json)
+        show.result(text.plain_rows(value), value, json)
         return
     with show.progress() as progress:
         found = session.run(
@@ -163,7 +163,7 @@ def train(
             fetch=f"{typed_command()} --download",
             progress=progress,
         )
-    show.result(report.train_rows(found), found, json)
+    show.result(text.train_rows(found), found, json)
 
 
 def _recipe(
@@ -212,7 +212,7 @@ def _begun(basis: Recipe, given: dict[str, Any], model: str | None, weights: str
         if "network" in given:
             raise UsageError("--model and --network both name a network;", hint="give one of them.")
         found = addresses.beginning(model, weights, fetch=fetch)
-        dataset = datasets.fitted(dataset, found.source.framing)
+        dataset = datasets.fitted(dataset, found.source.resize_crop)
         basis = replace(basis, network="timm", network_options=found.options, **FINE_TUNING)
     if datasets.own(dataset):
         given["dataset"] = data.info(dataset).name

@@ -44,10 +44,10 @@ def list_(
 
     Accuracies are measured under the threat that the model was trained against; published is the paper's certified accuracy.
     """
-    from patchcert_cli.catalog import shelf
+    from patchcert_cli.catalog import bundled
 
-    zoo = shelf.bundled_folder()
-    found = [(card, _where(card, zoo)) for card in shelf.bundled(dataset=dataset, threat=threat).values()]
+    zoo = bundled.folder()
+    found = [(card, _where(card, zoo)) for card in bundled.cards(dataset=dataset, threat=threat).values()]
     if as_json:
         print_json([_summary(card, where) for card, where in found])
     elif not found:
@@ -64,9 +64,9 @@ def list_(
 def show(name: Annotated[str, typer.Argument(help="A model of the zoo.", metavar="NAME")], as_json: AsJson = False) -> None:
     """Show a model's card: facts, measured beside published accuracy, command, recipe, provenance, what is proven."""
     from patchcert_cli import cards
-    from patchcert_cli.catalog import shelf
+    from patchcert_cli.catalog import bundled
 
-    card = shelf.bundled_card(name)
+    card = bundled.card(name)
     if as_json:
         print_json(card.to_dict())
     elif sys.stdout.isatty():
@@ -93,12 +93,12 @@ def pull(
     as_json: AsJson = False,
 ) -> None:
     """Fetch a model from the Hub at its pinned commit, or use the cached or bundled copy, and check the sha256 of every file."""
-    from patchcert_cli.catalog import find
+    from patchcert_cli.catalog import resolve
 
-    found = find.pull(name, offline=offline, force=force, revision=revision)
+    found = resolve.pull(name, offline=offline, force=force, revision=revision)
     assert found.card is not None
     if as_json:
-        print_json(find.facts(found))
+        print_json(resolve.facts(found))
         return
     typer.echo(found.note, err=True)
     typer.echo(str(found.folder))
@@ -111,11 +111,11 @@ def remove(
     name: Annotated[str, typer.Argument(help="A model of the zoo, or org/model.", metavar="NAME")], as_json: AsJson = False
 ) -> None:
     """Take a model, all its revisions, out of the Hub's cache. Copies that are bundled with patchcert stay."""
-    from patchcert_cli.catalog import find, shelf
+    from patchcert_cli.catalog import bundled, resolve
     from patchcert_cli.hub import client
 
-    address = find.ADDRESS.fullmatch(name)
-    card = None if address else shelf.bundled_card(name)
+    address = resolve.ADDRESS.fullmatch(name)
+    card = None if address else bundled.card(name)
     repo = card.hub.repo if card else address["repo"] if address else name
     freed = client.remove(repo)
     if as_json:
@@ -133,13 +133,13 @@ app.command("push", epilog=shelve.PUSH)(shelve.push)
 def _where(card: Card, zoo: Path) -> str:
     """Where the weights are: bundled, in the Hub's cache, on the Hub."""
     from patchcert_cli import cards
-    from patchcert_cli.storage import verified
+    from patchcert_cli.storage import hub_cache
 
     if not card.files:
         return card.status
     places = ["bundled"] if cards.weights_of(zoo / card.name) else []
     if card.hub.revision:
-        places += ["cached"] if verified.snapshot(card.hub.repo, card.hub.revision).is_dir() else []
+        places += ["cached"] if hub_cache.snapshot(card.hub.repo, card.hub.revision).is_dir() else []
         places += ["hub"]
     return "+".join(places) or "missing"
 

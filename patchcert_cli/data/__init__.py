@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from patchcert_cli.data.datasets import DATASETS as DATASETS
-    from patchcert_cli.data.datasets import DatasetInfo as DatasetInfo
+    from patchcert_cli.data.datasets import Dataset as Dataset
     from patchcert_cli.data.datasets import info as info
     from patchcert_cli.data.images import DEFAULT_DIRECTORY as DEFAULT_DIRECTORY
     from patchcert_cli.data.images import ENVIRONMENT as ENVIRONMENT
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from patchcert_cli.data.images import Glance as Glance
     from patchcert_cli.data.images import Images as Images
     from patchcert_cli.data.images import Rows as Rows
-    from patchcert_cli.data.images import class_names as class_names
+    from patchcert_cli.data.images import classes_of as classes_of
     from patchcert_cli.data.images import count as count
     from patchcert_cli.data.images import directory as directory
     from patchcert_cli.data.images import glance as glance
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "DATASETS": "datasets",
     "DEFAULT_DIRECTORY": "images",
-    "DatasetInfo": "datasets",
+    "Dataset": "datasets",
     "ENVIRONMENT": "images",
     "Glance": "images",
     "Images": "images",
     "Rows": "images",
     "STORE": "images",
-    "class_names": "images",
+    "classes_of": "images",
     "count": "images",
     "directory": "images",
     "glance": "images",

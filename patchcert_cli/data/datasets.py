@@ -1,8 +1,8 @@
 """What data sets there are, and what is known of each without opening it.
 
-A data set is named by a word, ``cifar10``, or is anybody's pictures in class folders, ``imagefolder:PATH``. Pictures in class
-folders are made to fit; what stands behind ``@`` says how (:mod:`patchcert_cli.data.framing`): ``imagefolder:./val@224/248``. A
-patch is counted in pixels of the result.
+A data set is named by a word, ``cifar10``, or is a folder of class folders, ``imagefolder:PATH``. Images in class folders are
+resized and cropped; what follows ``@`` says how (:mod:`patchcert_cli.data.resize_crop`): ``imagefolder:./val@224/248``. Patch
+sizes are counted in pixels of the result.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from patchcert_cli.data import listing
-from patchcert_cli.data.framing import Framing
+from patchcert_cli.data import class_folders
+from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.errors import UnknownName, UsageError, unknown
 
 OWN = "imagefolder:"
@@ -21,7 +21,7 @@ SPLITS = ("train", "training", "val", "valid", "validation", "test")  # folders 
 
 
 @dataclass(frozen=True)
-class DatasetInfo:
+class Dataset:
     """What is known of a data set without opening it.
 
     Attributes:
@@ -33,7 +33,7 @@ class DatasetInfo:
         folders: what its class folders are called, a pattern, if it comes as pictures in class folders; class i is the i-th
             folder in the order of names.
         page: where to get it, if nobody can download it for you.
-        framing: how a picture in a class folder becomes an image; None if it does not come as such.
+        resize_crop: how a picture in a class folder becomes an image; None if it does not come as such.
         path: the folder of somebody's own class folders, which is all there is to the data set: it has no splits.
     """
 
@@ -46,7 +46,7 @@ class DatasetInfo:
     bundled: int = 0
     folders: str = ""
     page: str = ""
-    framing: Framing | None = None
+    resize_crop: ResizeCrop | None = None
     path: Path | None = None
 
     @property
@@ -61,8 +61,8 @@ class DatasetInfo:
 DATASETS = {
     info.name: info
     for info in (
-        DatasetInfo("mnist", (1, 28, 28), tuple("0123456789"), (0.1307,), (0.3081,), bundled=10_000),
-        DatasetInfo(
+        Dataset("mnist", (1, 28, 28), tuple("0123456789"), (0.1307,), (0.3081,), bundled=10_000),
+        Dataset(
             "cifar10",
             (3, 32, 32),
             ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
@@ -70,7 +70,7 @@ DATASETS = {
             (0.2470, 0.2435, 0.2616),
             bundled=1_000,
         ),
-        DatasetInfo(
+        Dataset(
             "imagenet",  # ILSVRC 2012; its test split is the official validation images
             (3, 224, 224),
             tuple(map(str, range(1000))),  # class i is the i-th WordNet id
@@ -79,13 +79,13 @@ DATASETS = {
             test_images=50_000,
             folders=r"n\d{8}",
             page="https://image-net.org/download.php",
-            framing=Framing.square(SIDE, 256),
+            resize_crop=ResizeCrop.square(SIDE, 256),
         ),
     )
 }
 
 
-def info(name: str) -> DatasetInfo:
+def info(name: str) -> Dataset:
     """The facts of data set ``name``; for own pictures the folder is looked at, but none of them.
 
     Raises:
@@ -96,15 +96,15 @@ def info(name: str) -> DatasetInfo:
     base, said = _read(name)
     if base.startswith(OWN):
         path, like = Path(base.removeprefix(OWN)), DATASETS["imagenet"]
-        meant = said or Framing.square(SIDE)
-        return DatasetInfo(
+        meant = said or ResizeCrop.square(SIDE)
+        return Dataset(
             name=f"{base}@{meant}",
             shape=(3, *meant.size),
-            classes=listing.class_names(path),
+            classes=class_folders.class_names(path),
             mean=like.mean,
             std=like.std,
             test_images=0,
-            framing=meant,
+            resize_crop=meant,
             path=path,
         )
     if base not in DATASETS:
@@ -112,17 +112,17 @@ def info(name: str) -> DatasetInfo:
             raise UnknownName(f"no data set '{base}'.", hint=f"For the pictures in its class folders say {OWN}{name}")
         raise unknown("data set", base, [*DATASETS, f"{OWN}PATH"])
     known = DATASETS[base]
-    if said is None or said == known.framing:
+    if said is None or said == known.resize_crop:
         return known
-    if known.framing is None:
+    if known.resize_crop is None:
         raise UsageError(f"{base} images are {known.shape[1]}x{known.shape[2]} as they are;", hint=f"say --data {base}.")
-    return replace(known, name=f"{base}@{said}", shape=(3, *said.size), framing=said)
+    return replace(known, name=f"{base}@{said}", shape=(3, *said.size), resize_crop=said)
 
 
-def fitted(name: str, meant: Framing) -> str:
-    """``name`` with this framing, if it is one of pictures in class folders and does not say itself how they are made to fit."""
+def fitted(name: str, meant: ResizeCrop) -> str:
+    """``name`` with this resize and crop, if it names a data set of image files and states none itself."""
     base, said = _read(name)
-    if said is not None or not (base.startswith(OWN) or (base in DATASETS and DATASETS[base].framing is not None)):
+    if said is not None or not (base.startswith(OWN) or (base in DATASETS and DATASETS[base].resize_crop is not None)):
         return name
     return info(f"{base}@{meant}").name
 
@@ -132,10 +132,10 @@ def own(name: str) -> bool:
     return name.startswith(OWN)
 
 
-def framing(name: str) -> Framing | None:
+def resize_crop(name: str) -> ResizeCrop | None:
     """How a name says that pictures become images, or the data set of that name; None where neither says."""
     base, said = _read(name)
-    return said or (DATASETS[base].framing if base in DATASETS else None)
+    return said or (DATASETS[base].resize_crop if base in DATASETS else None)
 
 
 def same(one: str, other: str) -> bool:
@@ -143,9 +143,9 @@ def same(one: str, other: str) -> bool:
     return _read(one)[0] == _read(other)[0]
 
 
-def _read(name: str) -> tuple[str, Framing | None]:
+def _read(name: str) -> tuple[str, ResizeCrop | None]:
     """``NAME@FRAMING`` in parts."""
-    match = re.fullmatch(r"(?P<base>.+?)(?:@(?P<framing>\d[\dx]*(?:/[\dx]*)?(?:,[a-z\d-]+)*))?", name.strip())
+    match = re.fullmatch(r"(?P<base>.+?)(?:@(?P<resize_crop>\d[\dx]*(?:/[\dx]*)?(?:,[a-z\d-]+)*))?", name.strip())
     if match is None or match["base"] == OWN:
         raise UsageError(f"--data '{name}' names no data set;", hint=f"say, for example, cifar10 or {OWN}./val")
-    return match["base"], None if match["framing"] is None else Framing.parse(match["framing"])
+    return match["base"], None if match["resize_crop"] is None else ResizeCrop.parse(match["resize_crop"])

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchcert_cli.data import folders, idx, listing
-from patchcert_cli.data.datasets import DatasetInfo, info
+from patchcert_cli.data import class_folders, folders, idx
+from patchcert_cli.data.datasets import Dataset, info
 from patchcert_cli.errors import DataError, MachineError, UsageError
 from patchcert_cli.progress import Progress
-from patchcert_cli.storage import verified
+from patchcert_cli.storage import hub_cache
 
 ENVIRONMENT = "PATCHCERT_DATA"
 DEFAULT_DIRECTORY = "data"
@@ -182,7 +182,7 @@ def load(
     """
     facts = info(name)
     root = directory(data_dir)
-    if facts.framing is not None:
+    if facts.resize_crop is not None:
         return _in_folders(facts, root, split, download, progress)
     if download:
         _torchvision(name, root, split, download=True)
@@ -207,13 +207,13 @@ def glance(name: str, split: str, count: int, seed: int, *, data_dir: Path | Non
     Other arguments and errors are those of :func:`load`.
     """
     facts, root = info(name), directory(data_dir)
-    if facts.framing is not None:
+    if facts.resize_crop is not None:
         folder, stores = _class_folders(facts, root, split)
-        listed = listing.scan(folder)
+        listed = class_folders.scan(folder)
         total = len(listed)
-        if folders.find(listed, facts.framing, stores=stores) is None:
+        if folders.find(listed, facts.resize_crop, stores=stores) is None:
             chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
-            pixels, said = folders.glance(listed, chosen.tolist(), facts.framing)
+            pixels, said = folders.glance(listed, chosen.tolist(), facts.resize_crop)
             split, source = _called(facts, split, root)
             labels, classes = listed.labels[chosen], listed.classes
             some = Images(pixels, labels, chosen, facts.name, split, source, classes=classes, remarks=said)
@@ -222,18 +222,18 @@ def glance(name: str, split: str, count: int, seed: int, *, data_dir: Path | Non
     return Glance(whole, len(whole), whole_split(whole))
 
 
-def class_names(name: str, split: str, *, data_dir: Path | None = None) -> tuple[str, ...]:
+def classes_of(name: str, split: str, *, data_dir: Path | None = None) -> tuple[str, ...]:
     """What the labels of a split are called, without opening an image; errors are those of :func:`load`."""
     facts = info(name)
-    in_folders = facts.framing is not None
-    return listing.class_names(_class_folders(facts, directory(data_dir), split)[0]) if in_folders else facts.classes
+    in_folders = facts.resize_crop is not None
+    return class_folders.class_names(_class_folders(facts, directory(data_dir), split)[0]) if in_folders else facts.classes
 
 
 def count(name: str) -> int:
     """How many pictures there are in somebody's own class folders."""
     path = info(name).path
     assert path is not None, f"{name} is no folder"
-    return len(listing.scan(path))
+    return len(class_folders.scan(path))
 
 
 def whole_split(images: Images) -> int:
@@ -241,16 +241,16 @@ def whole_split(images: Images) -> int:
     return info(images.name).test_images if images.source == "bundled" else len(images)
 
 
-def _class_folders(facts: DatasetInfo, root: Path, split: str) -> tuple[Path, tuple[Path, Path]]:
+def _class_folders(facts: Dataset, root: Path, split: str) -> tuple[Path, tuple[Path, Path]]:
     """Where the class folders of a split are, checked by their names, and where packed files of theirs may lie."""
-    home = verified.home() / "patchcert" / "packed"
+    home = hub_cache.home() / "patchcert" / "packed"
     if facts.path is not None:
         return facts.path, (facts.path.parent / STORE, home)
     base = root / facts.label
     folder = base / ("train" if split == "train" else "val")
     if not folder.is_dir():
         raise DataError(f"no {facts.label} {split} data: there is no folder '{folder}'.", hint=_obtain(facts, base))
-    names, wanted = listing.class_names(folder), len(facts.classes)
+    names, wanted = class_folders.class_names(folder), len(facts.classes)
     strange = [name for name in names if not re.fullmatch(facts.folders, name)]
     if strange or len(names) != wanted:  # classes are told by position, so that any other set of folders would be mistaken
         found = f"{len(names)} class folders ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
@@ -262,19 +262,19 @@ def _class_folders(facts: DatasetInfo, root: Path, split: str) -> tuple[Path, tu
     return folder, (root / STORE, home)
 
 
-def _obtain(facts: DatasetInfo, base: Path) -> str:
+def _obtain(facts: Dataset, base: Path) -> str:
     return (
         f"Get it at {facts.page} (this needs an account) and put its pictures into '{base}/train/<wnid>/' and"
         f" '{base}/val/<wnid>/', or name another folder with --data-dir or {ENVIRONMENT}."
     )
 
 
-def _called(facts: DatasetInfo, split: str, root: Path) -> tuple[str, str]:
+def _called(facts: Dataset, split: str, root: Path) -> tuple[str, str]:
     """Split and source of pictures in class folders, as :class:`Images` tell them."""
     return (split, str(root)) if facts.path is None else ("folder", str(facts.path))
 
 
-def _in_folders(facts: DatasetInfo, root: Path, split: str, download: bool, progress: Progress | None) -> Images:
+def _in_folders(facts: Dataset, root: Path, split: str, download: bool, progress: Progress | None) -> Images:
     """A data set of pictures in class folders, mapped."""
     if download and facts.path is not None:
         raise UsageError(f"{facts.name} is a folder of yours;", hint="leave --download out.")
@@ -282,8 +282,8 @@ def _in_folders(facts: DatasetInfo, root: Path, split: str, download: bool, prog
         hint = _obtain(facts, root / facts.label)
         raise UsageError(f"{facts.label} cannot be downloaded by --download.", hint=hint)
     folder, stores = _class_folders(facts, root, split)
-    assert facts.framing is not None
-    packed = folders.load(folder, facts.framing, stores=stores, progress=progress)
+    assert facts.resize_crop is not None
+    packed = folders.load(folder, facts.resize_crop, stores=stores, progress=progress)
     count = torch.arange(len(packed.labels))
     mapped = Rows(packed.pixels, count, packed.sha256)
     split, source = _called(facts, split, root)
@@ -314,7 +314,7 @@ def pixels_of(file: Any) -> Tensor:
         return torch.from_numpy(numpy.array(picture)).permute(2, 0, 1).contiguous()
 
 
-def _checked(pixels: Tensor, labels: Tensor, facts: DatasetInfo, split: str, source: str) -> Images:
+def _checked(pixels: Tensor, labels: Tensor, facts: Dataset, split: str, source: str) -> Images:
     pixels = pixels.reshape(len(pixels), *pixels.shape[-3:]) if pixels.ndim == 4 else pixels[:, None]
     if tuple(pixels.shape[1:]) != facts.shape or labels.ndim != 1 or len(pixels) != len(labels) or not len(labels):
         raise DataError(f"{facts.name} {split} data in '{source}' has shape {tuple(pixels.shape)}, not n x {facts.shape}.")

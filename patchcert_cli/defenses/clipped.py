@@ -82,10 +82,10 @@ class Clipped(RegionDefense[Votes], VotingDefense):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Clipped:
-        problems: list[str] = []
-        how = schema.decode(ClippedOptions, config.get("options", {}), "options", problems)
-        if problems:
-            raise IntegrityError(f"clipped cannot be built: {'; '.join(problems)}.")
+        try:
+            how = schema.read(ClippedOptions, config.get("options", {}), "options")
+        except schema.Invalid as problem:
+            raise IntegrityError(f"clipped cannot be built: {problem}.") from problem
         shape, classes = tuple(config["input_shape"]), tuple(config["classes"])
         return cls(cls.scorer_of(config), how, input_shape=shape, classes=classes)
 

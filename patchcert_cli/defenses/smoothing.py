@@ -106,10 +106,10 @@ class Smoothing(VotingDefense):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Smoothing:
         shape, classes = tuple(config["input_shape"]), tuple(config["classes"])
-        problems: list[str] = []
-        how = schema.decode(SmoothingOptions, config.get("options", {}), "options", problems)
-        if problems:
-            raise IntegrityError(f"smoothing cannot be built: {'; '.join(problems)}.")
+        try:
+            how = schema.read(SmoothingOptions, config.get("options", {}), "options")
+        except schema.Invalid as problem:
+            raise IntegrityError(f"smoothing cannot be built: {problem}.") from problem
         options = {**config["network"]["options"], "input_shape": view_shape(shape, how), "classes": len(classes)}
         network: Any = models.build(config["network"]["name"], options)
         if not isinstance(network, ResNet):

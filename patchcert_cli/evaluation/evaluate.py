@@ -1,6 +1,6 @@
 """The certify and attack loops: one record per image, appended as it is made, resumable, with a manifest of what was run.
 
-What a run folder holds: :mod:`patchcert_cli.evaluation.runs`.
+What a run folder holds: :mod:`patchcert_cli.evaluation.run_folder`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from patchcert_cli import checkpoint
 from patchcert_cli.attacks import Attack, Start
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.errors import Interrupted, MachineError, UsageError
-from patchcert_cli.evaluation import results, runs
+from patchcert_cli.evaluation import results, run_folder
 from patchcert_cli.evaluation.pace import Clock, Pace, spoken
 from patchcert_cli.evaluation.plan import Plan
-from patchcert_cli.evaluation.runs import RESULT, Record, Run
+from patchcert_cli.evaluation.run_folder import RESULT, Record, Run
 from patchcert_cli.layers import passes
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage import files
@@ -157,7 +157,8 @@ def _attacked(plan: Plan, run: Run, settings: Mapping[str, Any], join: bool, sec
 def _opened(plan: Plan, kind: str, extra: dict[str, Any], folder: Path, fresh: bool) -> contextlib.AbstractContextManager[Run]:
     device = str(plan.subject.defense.device)
     answers = plan.subject.fingerprint()
-    return runs.opened(folder, plan.identity(kind, extra), device=device, command=plan.command, fresh=fresh, answers=answers)
+    identity = plan.identity(kind, extra)
+    return run_folder.opened(folder, identity, device=device, command=plan.command, fresh=fresh, answers=answers)
 
 
 class _TimeIsUp(Exception):

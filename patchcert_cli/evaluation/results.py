@@ -21,7 +21,7 @@ from patchcert_cli.certificate import ALERT, Certificate, Guarantee, Tally
 from patchcert_cli.data.images import Images
 from patchcert_cli.errors import ClaimError
 from patchcert_cli.evaluation.plan import Plan
-from patchcert_cli.evaluation.runs import RECORDS, Record, Run
+from patchcert_cli.evaluation.run_folder import RECORDS, Record, Run
 from patchcert_cli.version import __version__
 
 VERDICT = ("certified", "margin", "worst", "rival", "method", "arithmetic")

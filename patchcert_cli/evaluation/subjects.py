@@ -20,15 +20,15 @@ import torch
 from torch import nn
 
 from patchcert_cli import cards, checkpoint, defenses
-from patchcert_cli.catalog import shelf
-from patchcert_cli.catalog.find import Resolved, resolve
+from patchcert_cli.catalog import bundled
+from patchcert_cli.catalog.resolve import ResolvedModel, resolve
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
 from patchcert_cli.certifiers.masks.views import MANY
 from patchcert_cli.classifiers import addresses, doors
 from patchcert_cli.classifiers.addresses import Classifier
-from patchcert_cli.data import datasets, image, labels, listing
-from patchcert_cli.data.framing import Framing
-from patchcert_cli.data.labels import Names
+from patchcert_cli.data import class_folders, class_names, datasets, image_files
+from patchcert_cli.data.class_names import Names
+from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.errors import IntegrityError, UsageError
@@ -98,7 +98,7 @@ class Candidate(ABC):
         """C of the images that it takes."""
 
     @abstractmethod
-    def framing(self) -> Framing | None:
+    def resize_crop(self) -> ResizeCrop | None:
         """How pictures become the images that the model was made for; None if nobody says."""
 
     def fitted(self, dataset: str) -> str:
@@ -107,18 +107,18 @@ class Candidate(ABC):
         Raises:
             DataError: nobody says, and the pictures are of many sizes.
         """
-        if (meant := self.framing()) is not None:
+        if (meant := self.resize_crop()) is not None:
             return datasets.fitted(dataset, meant)
-        if not datasets.own(dataset) or datasets.framing(dataset) is not None:
+        if not datasets.own(dataset) or datasets.resize_crop(dataset) is not None:
             return dataset
         path = datasets.info(dataset).path
         assert path is not None
-        return datasets.fitted(dataset, Framing(listing.common_size(listing.scan(path))))
+        return datasets.fitted(dataset, ResizeCrop(class_folders.common_size(class_folders.scan(path))))
 
-    def meant(self, dataset: str, path: Path) -> Framing:
+    def meant(self, dataset: str, path: Path) -> ResizeCrop:
         """How one picture becomes an image: as the data set's name says, else as the model was made for, else as it is."""
-        said = datasets.framing(self.fitted(dataset)) if dataset else None
-        return said or self.framing() or Framing(image.size_of(path))
+        said = datasets.resize_crop(self.fitted(dataset)) if dataset else None
+        return said or self.resize_crop() or ResizeCrop(image_files.size_of(path))
 
     @abstractmethod
     def shape(self, dataset: str) -> tuple[int, int, int]:
@@ -135,13 +135,13 @@ class Candidate(ABC):
             DataError: the names do not fit; says what to type.
         """
         count = len(subject.defense.classes)
-        return labels.match(classes, self.names, data=data, model=self.name, count=count)
+        return class_names.match(classes, self.names, data=data, model=self.name, count=count)
 
 
 class Certified(Candidate):
     """A model with a defense of its own, from the zoo, a folder or the Hub."""
 
-    def __init__(self, found: Resolved, name: str, wish: Wish, device: str) -> None:
+    def __init__(self, found: ResolvedModel, name: str, wish: Wish, device: str) -> None:
         if wish.weights is not None:
             raise UsageError(f"'{name}' has its own weights;", hint="leave --weights out; it is for plain classifiers.")
         self.defense, self.config = checkpoint.load_defense(
@@ -150,16 +150,16 @@ class Certified(Candidate):
         self.found, self.wish, self.name, self.note = found, wish, name, found.note
         self.threat, self.dataset = str(self.config["threat"]), str(self.config["dataset"])
         own = tuple(tuple(map(str, one)) for one in self.config.get("names", ())) or tuple((one,) for one in self.defense.classes)
-        self.names = own if wish.classes is None else labels.read(Path(wish.classes))
+        self.names = own if wish.classes is None else class_names.read(Path(wish.classes))
 
     @property
     def channels(self) -> int:
         return self.defense.input_shape[0]
 
-    def framing(self) -> Framing:
+    def resize_crop(self) -> ResizeCrop:
         """That of its training images; if they were no pictures in folders, the whole middle of a picture."""
         size = self.defense.input_shape[1:]
-        return datasets.framing(self.dataset) or Framing(size, size)
+        return datasets.resize_crop(self.dataset) or ResizeCrop(size, size)
 
     def shape(self, dataset: str) -> tuple[int, int, int]:
         return self.defense.input_shape
@@ -207,8 +207,8 @@ class Plain(Candidate):
     def channels(self) -> int:
         return 3 if self.classifier.mean is None else len(self.classifier.mean)
 
-    def framing(self) -> Framing | None:
-        return self.classifier.framing
+    def resize_crop(self) -> ResizeCrop | None:
+        return self.classifier.resize_crop
 
     def shape(self, dataset: str) -> tuple[int, int, int]:
         return datasets.info(dataset).shape
@@ -218,7 +218,7 @@ class Plain(Candidate):
         plan.masks(*shape[1:])  # what cannot be masked is told before the network is asked
         about, notes = doors.settled(self.classifier, shape, device)
         count, numbers = addresses.outputs(about, shape, device), self.wish.labels or ""
-        classes = labels.words(self.names) if len(self.names) == count else tuple(map(str, range(count)))
+        classes = class_names.words(self.names) if len(self.names) == count else tuple(map(str, range(count)))
         defense = put_around(about.network, self.kind, shape, classes, plan, about.mean, numbers).to(torch.device(device))
         alarming(defense, self.kind, self.wish)
         try:
@@ -245,21 +245,21 @@ def find(model: str | None, dataset: str | None, wish: Wish, device: str) -> Can
         UnknownName, UsageError, HubError, IntegrityError, DataError, MachineError: as :func:`patchcert_cli.hub.resolve`,
             :func:`patchcert_cli.checkpoint.load_defense` and :func:`patchcert_cli.classifiers.open_`.
     """
-    name = model or shelf.default_model(dataset or shelf.DEFAULT_DATASET)
+    name = model or bundled.default_model(dataset or bundled.DEFAULT_DATASET)
     if addresses.is_address(name):
         if wish.defense is None:
             raise UsageError(f"{name} is a plain classifier;", hint=f"say which defense: --defense {' or '.join(around())}.")
         check_around(wish.defense)
         opened = addresses.open_(name, weights=wish.weights, classes=wish.classes, typed=True, download=wish.download)
         return Plain(opened, wish)
-    card = shelf.bundled_card(name) if name in shelf.bundled_names() else None
+    card = bundled.card(name) if name in bundled.names() else None
     if card is not None and card.classifier:
         masks = wish.masks if wish.masked else card.recipe.get("masks", {}).get("per_axis")
         wish = replace(wish, defense=wish.defense or card.defense, masks=masks)
         return Plain(addresses.open_(card.classifier, weights=wish.weights, classes=wish.classes), wish, card)
     made = Certified(resolve(name), name, wish, device)
     if model is None:
-        made.note = f"no model given: {name}, the default for {dataset or shelf.DEFAULT_DATASET}. {made.note}"
+        made.note = f"no model given: {name}, the default for {dataset or bundled.DEFAULT_DATASET}. {made.note}"
     return made
 
 

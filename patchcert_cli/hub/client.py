@@ -19,10 +19,10 @@ from typing import Any
 
 from patchcert_cli.cards import File
 from patchcert_cli.errors import HubError, IntegrityError
-from patchcert_cli.hub.trouble import reason, told
-from patchcert_cli.storage import verified
+from patchcert_cli.hub.failures import reason, translate_errors
+from patchcert_cli.storage import checksum_cache, hub_cache
 from patchcert_cli.storage.files import CARD
-from patchcert_cli.storage.verified import repository, snapshot
+from patchcert_cli.storage.hub_cache import repository, snapshot
 from patchcert_cli.version import __version__
 
 TRIES, PAUSE = 3, 0.5  # for the first answer of a Hub that has a problem of its own
@@ -45,7 +45,7 @@ def wrong(folder: Path, expected: Mapping[str, File]) -> list[str]:
 
 def _is(path: Path, facts: File) -> bool:
     try:
-        return path.stat().st_size == facts.size and verified.digest(path) == facts.sha256
+        return path.stat().st_size == facts.size and checksum_cache.sha256(path) == facts.sha256
     except OSError:
         return False
 
@@ -68,7 +68,7 @@ def fetch(repo: str, commit: str, expected: Mapping[str, File], *, offline: bool
     if found:
         return found
     _allowed(repo, offline)
-    with told(repo), _alone(repo):
+    with translate_errors(repo), _alone(repo):
         found = None if force else cached(repo, commit, expected)  # another process may just have fetched it
         if found:
             return found
@@ -114,7 +114,7 @@ def fetch_unlisted(
     if commit and (whole or offline or _forbidden()) and all(_checked(repo, commit, name) for name in names):
         return commit, snapshot(repo, commit)
     _allowed(repo, offline)
-    with told(repo), _alone(repo):
+    with translate_errors(repo), _alone(repo):
         if not whole:
             commit = _commit(repo, revision or "main")
             _remember(_note("refs", repo, revision or "main"), commit)
@@ -135,12 +135,12 @@ def _fetch_checked(repo: str, commit: str, name: str, hint: str) -> None:
         raise HubError(f"{repo} @ {commit[:7]} holds no {name}.", hint=hint or "Ask its author, or name another revision.")
     about = _api().get_paths_info(repo, [name], revision=commit)
     large = about[0].lfs if about else None
-    actual = verified.digest(path) if large else _names(path.read_bytes())[0]
+    actual = checksum_cache.sha256(path) if large else _names(path.read_bytes())[0]
     if not about or actual != (large.sha256 if large else about[0].blob_id):
         _discard(path)
         what = "card" if name == CARD else name
         raise IntegrityError(f"the Hub sent a damaged {what} of {repo} @ {commit[:7]}: not used, not kept.", hint="Try again.")
-    _remember(_checked_note(repo, commit, name), verified.digest(path))
+    _remember(_checked_note(repo, commit, name), checksum_cache.sha256(path))
 
 
 def push(repo: str, files: Mapping[str, bytes | Path], message: str, *, create_pr: bool, private: bool) -> Pushed:
@@ -153,7 +153,7 @@ def push(repo: str, files: Mapping[str, bytes | Path], message: str, *, create_p
     from huggingface_hub import CommitOperationAdd
 
     _allowed(repo, offline=False)
-    with told(repo):
+    with translate_errors(repo):
         api = _api()
         api.create_repo(repo, exist_ok=True, private=private or None)
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
@@ -183,11 +183,11 @@ def remove(repo: str) -> int:
     folder = repository(repo)
     if not folder.is_dir():
         return 0
-    with told(repo), _alone(repo):
+    with translate_errors(repo), _alone(repo):
         blobs = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
         freed = sum(path.stat().st_size for path in blobs)
         for path in blobs:
-            verified.forget(path)
+            checksum_cache.forget(path)
         shutil.rmtree(folder)
     return freed
 
@@ -263,7 +263,7 @@ def _known_commit(repo: str, revision: str) -> str:
 
 def _note(kind: str, repo: str, revision: str) -> Path:
     """Where it is remembered what a branch meant, or what a card that was checked is."""
-    return verified.home() / "patchcert" / kind / repo.replace("/", "--") / revision.replace("/", "--")
+    return hub_cache.home() / "patchcert" / kind / repo.replace("/", "--") / revision.replace("/", "--")
 
 
 def _remember(note: Path, text: str) -> None:
@@ -276,7 +276,7 @@ def _remember(note: Path, text: str) -> None:
 def _checked(repo: str, commit: str, name: str) -> bool:
     """Whether a file in the cache is the one that was checked when it came."""
     try:
-        return verified.digest(snapshot(repo, commit) / name) == _checked_note(repo, commit, name).read_text()
+        return checksum_cache.sha256(snapshot(repo, commit) / name) == _checked_note(repo, commit, name).read_text()
     except OSError:
         return False
 
@@ -294,7 +294,7 @@ def _names(content: bytes) -> tuple[str, str]:
 def _discard(path: Path) -> None:
     """Take a file out of the cache: what it points to first."""
     blob = Path(os.path.realpath(path))
-    verified.forget(blob)
+    checksum_cache.forget(blob)
     for each in (blob, path):
         each.unlink(missing_ok=True)
 
@@ -317,7 +317,7 @@ def _alone(repo: str) -> Iterator[None]:
     """One process at a time fetches, or removes, a repository."""
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
-    path = verified.home() / "patchcert" / "locks" / f"{repo.replace('/', '--')}.lock"
+    path = hub_cache.home() / "patchcert" / "locks" / f"{repo.replace('/', '--')}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(path):
         yield

@@ -48,7 +48,10 @@ def problems(name: str, options: Mapping[str, Any]) -> list[str]:
         if get_origin(kind) is Sequence:
             kind = types.GenericAlias(tuple, (*get_args(kind), ...))
         if get_origin(kind) not in (Union, types.UnionType):  # a table
-            schema.decode(kind, value, f"{key} of network '{name}'", wrong)
+            try:
+                schema.read(kind, value, f"{key} of network '{name}'")
+            except schema.Invalid as invalid:
+                wrong += invalid.problems
     return found + [f"{text}." for text in wrong]
 
 

@@ -15,8 +15,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from patchcert_cli.data import framing
-from patchcert_cli.data.framing import Framing
+from patchcert_cli.data import resize_crop
+from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.errors import MachineError, UsageError, unknown
 from patchcert_cli.layers.preprocessing import INTERPOLATIONS, Prepared
 
@@ -34,7 +34,7 @@ class Facts:
         outputs: K, how many classes they tell apart.
         channels: C of what the network takes.
         size: H and W of what it takes.
-        framing: how a picture becomes such an image, to the pixel as timm's transform for evaluation makes it.
+        resize_crop: how a picture becomes such an image, to the pixel as timm's transform for evaluation makes it.
         mean, std: per channel.
         interpolation: how pictures were resized when it was trained.
         heads: names of the layers that give the classes.
@@ -47,7 +47,7 @@ class Facts:
     outputs: int
     channels: int
     size: tuple[int, int]
-    framing: Framing
+    resize_crop: ResizeCrop
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
@@ -122,7 +122,7 @@ def described(architecture: str, said: Mapping[str, Any], arguments: Mapping[str
         outputs=outputs,
         channels=channels,
         size=(height, width),
-        framing=_framed(said, (height, width), manner, mean),
+        resize_crop=_framed(said, (height, width), manner, mean),
         mean=mean,
         std=std,
         interpolation=manner if manner in INTERPOLATIONS else "bicubic",
@@ -132,16 +132,16 @@ def described(architecture: str, said: Mapping[str, Any], arguments: Mapping[str
     )
 
 
-def _framed(said: Mapping[str, Any], size: tuple[int, int], interpolation: str, mean: tuple[float, ...]) -> Framing:
+def _framed(said: Mapping[str, Any], size: tuple[int, int], interpolation: str, mean: tuple[float, ...]) -> ResizeCrop:
     """How a ``pretrained_cfg`` wants pictures to be scaled and cut: ``crop_pct`` and ``crop_mode``."""
     share, mode = float(said.get("crop_pct") or 0.875), str(said.get("crop_mode") or "center")
     scale = math.floor(size[0] / share), math.floor(size[1] / share)
-    if interpolation not in framing.INTERPOLATIONS:
+    if interpolation not in resize_crop.INTERPOLATIONS:
         raise ValueError(f"unknown interpolation {interpolation}")
     if mode != "border":
-        return Framing(size, scale, mode if mode == "squash" else "center", interpolation)
+        return ResizeCrop(size, scale, mode if mode == "squash" else "center", interpolation)
     red, green, blue = (round(255 * value) for value in (mean if len(mean) == 3 else (mean[0],) * 3))
-    return Framing(size, scale, mode, interpolation, (red, green, blue))
+    return ResizeCrop(size, scale, mode, interpolation, (red, green, blue))
 
 
 def imagenet_labels(outputs: int = 1000) -> tuple[tuple[str, ...], ...]:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patchcert_cli import data
-from patchcert_cli.catalog import shelf
+from patchcert_cli.catalog import bundled
 from patchcert_cli.errors import IntegrityError, MachineError, PatchcertError
 from patchcert_cli.hub import client
-from patchcert_cli.storage import files, verified
+from patchcert_cli.storage import files, hub_cache
 from patchcert_cli.version import __version__
 
 EXTRAS = {"matplotlib": "plots", "timm": "timm"}
@@ -91,7 +91,7 @@ def _hub(offline: bool) -> Iterator[Finding]:
 
 
 def _disk() -> Iterator[Finding]:
-    cache = verified.hub_cache()
+    cache = hub_cache.folder()
     place = files.nearest(cache)
     held = [path for path in cache.rglob("*") if path.is_file() and not path.is_symlink()] if place == cache else []
     yield Finding("cache", f"{cache}: {sum(path.stat().st_size for path in held) / 1e6:.1f} MB in {len(held)} files")
@@ -107,11 +107,11 @@ def _disk() -> Iterator[Finding]:
 
 
 def _zoo() -> Iterator[Finding]:
-    zoo = shelf.bundled_folder()
+    zoo = bundled.folder()
     good, recipes, wrong = 0, 0, []
-    for name in shelf.bundled_names(zoo):
+    for name in bundled.names(zoo):
         try:
-            card = shelf.bundled_card(name, zoo)
+            card = bundled.card(name, zoo)
             if card.files:
                 card.verify(zoo / name)
                 good += 1

@@ -20,7 +20,7 @@ from typing import Any
 from patchcert_cli.errors import DataError, IntegrityError, MachineError, UsageError
 
 CARD, CONFIG, WEIGHTS = "README.md", "config.json", "model.safetensors"
-INDEX, LEDGER = "model.safetensors.index.json", "records.jsonl.gz"  # of weights in several files; published records
+INDEX, PUBLISHED_RECORDS = "model.safetensors.index.json", "records.jsonl.gz"  # of weights in several files; published records
 PARTIAL = ".partial"  # what a file is called until it is whole
 LONGEST = 255  # bytes of a name, on every file system in use
 ROOM = (errno.ENOSPC, errno.EDQUOT)

@@ -202,15 +202,13 @@ def _patch_name(threat: Threat) -> str:
 
 
 def _options(kind: type[Options], values: Mapping[str, Any], defense: str) -> Options:
-    problems: list[str] = []
     lists = {item.name for item in fields(kind) if isinstance(item.default, tuple)}
     given = {name: [value] if name in lists and isinstance(value, int | float | str) else value for name, value in values.items()}
-    made = schema.decode(kind, given, "", problems)  # a list of one is typed as one value
-    if problems:
+    try:
+        return schema.read(kind, given)  # a list of one is typed as one value
+    except schema.Invalid as problem:
         known = ", ".join(item.name for item in fields(kind)) or "none"
-        raise UsageError(f"training options of {defense}: {'; '.join(problems)};", hint=f"known: {known}.")
-    assert isinstance(made, Options)
-    return made
+        raise UsageError(f"training options of {defense}: {problem};", hint=f"known: {known}.") from problem
 
 
 def _plain(options: Options) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from patchcert_cli import cards, checkpoint, data, defenses, models
 from patchcert_cli import device as devices
-from patchcert_cli.catalog import find, shelf
+from patchcert_cli.catalog import bundled, resolve
 from patchcert_cli.classifiers import addresses
 from patchcert_cli.defenses import Defense
 from patchcert_cli.errors import IntegrityError, UsageError
@@ -24,12 +24,12 @@ from patchcert_cli.version import __version__
 
 def recipe_of(name_or_path: str) -> Recipe:
     """The recipe of a zoo model, which may have no weights yet, or the one that a run folder was trained with."""
-    if name_or_path in shelf.bundled_names():
-        card = shelf.bundled_card(name_or_path)
+    if name_or_path in bundled.names():
+        card = bundled.card(name_or_path)
         if card.classifier:
             raise UsageError(f"{card.name} is not trained: its weights are public;", hint=f"measure them: {card.command}")
         return Recipe.from_dict(card.recipe)
-    config = files.read_json(find.resolve(name_or_path).folder / files.CONFIG)
+    config = files.read_json(resolve.resolve(name_or_path).folder / files.CONFIG)
     if not isinstance(config.get("recipe"), dict):
         raise IntegrityError(f"'{name_or_path}' does not say how it was trained;", hint="give --patch or --threat instead.")
     return Recipe.from_dict(config["recipe"])
@@ -39,7 +39,7 @@ def started(recipe: Recipe) -> Recipe:
     """The recipe with the digest of the weights that it starts from."""
     if not recipe.start:
         return recipe
-    found = find.resolve(recipe.start)
+    found = resolve.resolve(recipe.start)
     digest = cards.weights_sha256({name: cards.File.of(found.folder / name) for name in cards.weights_of(found.folder)})
     if recipe.start_sha256 not in ("", digest):
         raise IntegrityError(
@@ -62,7 +62,7 @@ def check(recipe: Recipe) -> Callable[[Defense], None]:
         except IntegrityError as problem:  # of a file it would be; here it is what the user typed
             raise UsageError(problem.args[0], hint=problem.hint or "See --network-option.") from problem
         defense.init_weights(recipe.training)
-    initial = checkpoint.weights_for(defense, find.resolve(started(recipe).start).folder) if recipe.start else None
+    initial = checkpoint.weights_for(defense, resolve.resolve(started(recipe).start).folder) if recipe.start else None
 
     def prepare(defense: Defense) -> None:
         if recipe.network_options.get("weights"):  # published ones, all but the layers that give the classes

@@ -85,7 +85,7 @@ def test_published_weights_are_those_of_the_commit_that_served(cached: Path) -> 
     tensors = weights(cached / files.WEIGHTS)
     found = addresses.open_(f"timm:{TINY}")
     assert (found.source, found.sha256) == ("hub", files.sha256(cached / files.WEIGHTS))
-    assert found.framing is not None and (found.framing.size, found.framing.target) == ((160, 160), (168, 168))
+    assert found.resize_crop is not None and (found.resize_crop.size, found.resize_crop.target) == ((160, 160), (168, 168))
     assert found.setting["commit"] == COMMIT and f"pin it with timm:{TINY}@{COMMIT}" in found.note
     assert f"{REPO} @ {COMMIT[:7]}" in found.note
     assert "pin it" not in addresses.open_(f"timm:{TINY}@{COMMIT}").note
@@ -145,7 +145,7 @@ def test_a_repository_in_timms_format(cached: Path) -> None:
     assert "pin it" not in found.note
     assert f"pin it with {address}" in addresses.open_("hf-hub:somebody/net@main").note
     assert found.names == (("cat",), ("dog",), ("fox",))
-    assert found.framing is not None and (found.framing.size, found.framing.target) == ((64, 64), (64, 64))
+    assert found.resize_crop is not None and (found.resize_crop.size, found.resize_crop.target) == ((64, 64), (64, 64))
     assert found.setting["preprocessing"]["mean"] == [0.4] * 3 and found.setting["commit"] == COMMIT
     for change, kind, words in (
         ({"architecture": None}, IntegrityError, "names no architecture of timm"),
@@ -164,12 +164,12 @@ def test_a_repository_in_timms_format(cached: Path) -> None:
 def test_own_code_states_its_preprocessing_itself(mine: str) -> None:
     found = addresses.open_(f"{mine}:named", typed=True)
     assert (found.names, found.mean, found.source) == ((("cat",), ("dog",), ("red fox",)), (0.5,) * 3, "code")
-    assert found.framing is not None and found.framing.size == (16, 16)
+    assert found.resize_crop is not None and found.resize_crop.size == (16, 16)
     grey = torch.full((3, 3, 20, 24), 1.0) * torch.tensor([40, 130, 220])[:, None, None, None] / 255
     assert found.network(grey).argmax(dim=1).tolist() == [0, 1, 2]
     assert addresses.outputs(found, (3, 20, 24)) == 3
     raw = addresses.open_(f"{mine}:raw", typed=True)
-    assert (raw.framing, raw.mean, raw.names) == (None, None, ())
+    assert (raw.resize_crop, raw.mean, raw.names) == (None, None, ())
     x = torch.rand(2, 3, 5, 5)
     torch.testing.assert_close(raw.network(x), x.mean(dim=(2, 3)))
 
@@ -238,7 +238,7 @@ def test_modules_that_cannot_be_imported(tmp_path: Path) -> None:
 def test_training_begins_with_all_but_the_head(cached: Path, tmp_path: Path) -> None:
     tensors = weights(cached / files.WEIGHTS)
     begun = addresses.beginning(f"timm:{TINY}", None)
-    assert begun.options["weights"] == f"{REPO}@{COMMIT}" and str(begun.source.framing) == "160/168,bilinear"
+    assert begun.options["weights"] == f"{REPO}@{COMMIT}" and str(begun.source.resize_crop) == "160/168,bilinear"
     assert begun.options["weights_sha256"] == files.sha256(cached / files.WEIGHTS)
     network: Any = models.build("timm", {**begun.options, "input_shape": (3, 32, 32), "classes": 5})
     head = {name: value.clone() for name, value in network.model.fc.state_dict().items()}

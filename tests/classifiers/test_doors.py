@@ -221,8 +221,8 @@ def test_published_weights_of_torchvision(cache: Path, monkeypatch: pytest.Monke
     assert caught.value.code == 4
     state = published(cache, monkeypatch)
     found = addresses.open_("torchvision:squeezenet1_1")
-    assert found.source == "torchvision" and found.framing is not None
-    assert (found.framing.size, found.framing.target) == ((224, 224), (256, 256))
+    assert found.source == "torchvision" and found.resize_crop is not None
+    assert (found.resize_crop.size, found.resize_crop.target) == ((224, 224), (256, 256))
     assert found.mean == (0.485, 0.456, 0.406) and found.setting["preprocessing"]["interpolation"] == "bilinear"
     assert "pin it with torchvision:squeezenet1_1@IMAGENET1K_V1" in found.note and "tench" in found.names[0]
     assert all(torch.equal(found.network.state_dict()[f"model.{name}"], value) for name, value in state.items())

@@ -14,12 +14,12 @@ import torch
 from own_models import COLOURS, lines, module, pictures
 
 from patchcert_cli import cards, checkpoint, models
-from patchcert_cli.catalog import shelf
+from patchcert_cli.catalog import bundled
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import HubError, IntegrityError
-from patchcert_cli.evaluation.runs import Run
+from patchcert_cli.evaluation.run_folder import Run
 from patchcert_cli.hub import client
-from patchcert_cli.reporting import report
+from patchcert_cli.reporting import text
 from patchcert_cli.storage import files
 
 from .test_commands import patchcert  # noqa: F401
@@ -256,10 +256,10 @@ def imagenet(folder: Path) -> list[str]:
 
 def test_imagenet_with_a_card_whose_weights_are_public(patchcert, served: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
     """The whole path of the card of the zoo, with timm's smallest network in the place of the large one."""
-    card = shelf.bundled_card("imagenet-patchcleanser-vit-b16", Path(__file__).parents[2] / "zoo")
+    card = bundled.card("imagenet-patchcleanser-vit-b16", Path(__file__).parents[2] / "zoo")
     small = replace(card, name="small", classifier=f"timm:{TINY}", recipe=card.recipe | {"masks": {"per_axis": 2}})
     files.write_atomically(Path("zoo/small/README.md"), small.render().encode())
-    monkeypatch.setenv(shelf.ENVIRONMENT, "zoo")
+    monkeypatch.setenv(bundled.ENVIRONMENT, "zoo")
     weights(served / files.WEIGHTS)
     names = imagenet(Path("data/imagenet/val"))
     assert patchcert("certify", "small", "--data-dir", "none").err.startswith("error[6]: no imagenet test data")
@@ -308,7 +308,7 @@ def test_a_network_of_timm_is_trained_on_own_pictures_and_certified(patchcert, s
     done = patchcert(*said, "--epochs", "2")
     assert done.code == 0, done.err
     run = json.loads(done.out)["out"]
-    assert dict(report.train_rows(json.loads(done.out)))["next"] == f"patchcert certify {run} --data imagefolder:..."
+    assert dict(text.train_rows(json.loads(done.out)))["next"] == f"patchcert certify {run} --data imagefolder:..."
     assert run == "runs/pets-patchcleanser-p2pct"
     config = files.read_json(Path(run) / files.CONFIG)
     assert config["classes"] == list(COLOURS) and config["dataset"] == "imagefolder:./pets/train@32"

@@ -8,8 +8,8 @@ import pytest
 from own_models import pictures
 
 from patchcert_cli import data
-from patchcert_cli.data import datasets, image
-from patchcert_cli.data.framing import Framing
+from patchcert_cli.data import datasets, image_files
+from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.errors import DataError, UnknownName, UsageError
 
 
@@ -20,9 +20,9 @@ def val(tmp_path: Path) -> Path:
 
 def test_a_folder_says_all_that_its_name_says(val: Path) -> None:
     facts = datasets.info(f"imagefolder:{val}@48/60")
-    assert (facts.name, facts.shape, facts.framing) == (f"imagefolder:{val}@48/60", (3, 48, 48), Framing.square(48, 60))
+    assert (facts.name, facts.shape, facts.resize_crop) == (f"imagefolder:{val}@48/60", (3, 48, 48), ResizeCrop.square(48, 60))
     assert (facts.classes, facts.path, facts.label) == (("cat", "dog", "red_fox"), val, "pets")
-    assert datasets.info(f"imagefolder:{val}@48").framing == Framing((48, 48))
+    assert datasets.info(f"imagefolder:{val}@48").resize_crop == ResizeCrop((48, 48))
     assert datasets.info(f"imagefolder:{val}").name == f"imagefolder:{val}@224"
     assert datasets.info(f"imagefolder:{val}@48x32").shape == (3, 48, 32)
     assert datasets.info(datasets.info(f"imagefolder:{val}@48").name) == datasets.info(f"imagefolder:{val}@48")
@@ -45,13 +45,17 @@ def test_a_folder_says_all_that_its_name_says(val: Path) -> None:
     ],
 )
 def test_a_model_decides_the_size_that_nobody_else_does(val: Path, given: str, meant: str, wanted: str) -> None:
-    assert datasets.fitted(given.replace("V", str(val)), Framing.parse(meant)) == wanted.replace("V", str(val))
+    assert datasets.fitted(given.replace("V", str(val)), ResizeCrop.parse(meant)) == wanted.replace("V", str(val))
 
 
 def test_names_of_one_data_set_are_recognized() -> None:
     assert datasets.same("imagenet@64", "imagenet") and not datasets.same("imagefolder:a", "imagefolder:b")
-    assert datasets.framing("imagenet@64") == Framing((64, 64)) and datasets.framing("x@64/70") == Framing.square(64, 70)
-    assert datasets.framing("x") is datasets.framing("mnist") is None and datasets.framing("imagenet") == Framing.square(224, 256)
+    assert datasets.resize_crop("imagenet@64") == ResizeCrop((64, 64)) and datasets.resize_crop("x@64/70") == ResizeCrop.square(
+        64, 70
+    )
+    assert datasets.resize_crop("x") is datasets.resize_crop("mnist") is None and datasets.resize_crop(
+        "imagenet"
+    ) == ResizeCrop.square(224, 256)
     assert datasets.own("imagefolder:a") and not datasets.own("cifar10")
     assert datasets.info("imagenet@64").label == "imagenet" and datasets.info("imagenet@64").classes[999] == "999"
     assert datasets.info("imagenet@224/256") is datasets.info("imagenet")
@@ -83,10 +87,11 @@ def test_the_folder_given_is_what_is_used(val: Path) -> None:
     name = f"imagefolder:{val}@16/20"
     images = data.load(name, "train")
     assert (len(images), images.split, images.source, images.name) == (6, "folder", str(val), name)
-    assert images.classes == data.class_names(name, "test") == ("cat", "dog", "red_fox") and data.count(name) == 6
+    assert images.classes == data.classes_of(name, "test") == ("cat", "dog", "red_fox") and data.count(name) == 6
     assert images.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert (
-        images.read()[3].numpy().tobytes() == image.take(val / "dog" / "1.png", Framing.square(16, 20)).pixels.numpy().tobytes()
+        images.read()[3].numpy().tobytes()
+        == image_files.decode(val / "dog" / "1.png", ResizeCrop.square(16, 20)).pixels.numpy().tobytes()
     )
     assert data.whole_split(images) == 6
     with pytest.raises(UsageError, match="is a folder of yours; leave --download out"):

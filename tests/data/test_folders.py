@@ -19,19 +19,19 @@ from PIL import Image
 
 from patchcert_cli import data
 from patchcert_cli.checkpoint import load_defense
-from patchcert_cli.data import folders, image, listing
-from patchcert_cli.data.framing import Framing
+from patchcert_cli.data import class_folders, folders, image_files
+from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.defenses import Claim
 from patchcert_cli.errors import DataError, Interrupted, MachineError, UsageError
 from patchcert_cli.evaluation import evaluate, outlook
 from patchcert_cli.evaluation.plan import Plan, Subject
-from patchcert_cli.storage import verified
+from patchcert_cli.storage import hub_cache
 from patchcert_cli.threats import Patch
 from patchcert_cli.training import loop, session
 from patchcert_cli.training.recipe import Recipe
 
 SIZE = 16
-USUAL, TIGHT = Framing.square(SIZE), Framing.square(SIZE, SIZE)
+USUAL, TIGHT = ResizeCrop.square(SIZE), ResizeCrop.square(SIZE, SIZE)
 WORDS = ("n00000003", "n00000011", "n01000000")
 
 
@@ -53,7 +53,7 @@ def load(folder: Path, **more: Any) -> folders.Packed:
 
 
 def square(path: Path, size: int, short: int | None = None) -> bytes:
-    return image.take(path, Framing.square(size, short)).pixels.numpy().tobytes()
+    return image_files.decode(path, ResizeCrop.square(size, short)).pixels.numpy().tobytes()
 
 
 class Stop:
@@ -75,13 +75,13 @@ class Stop:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of all pictures that are opened, with blocks of four pictures."""
     names: list[str] = []
-    honest = image.take
+    honest = image_files.decode
 
-    def take(path: Path, framing: Framing, channels: int = 3) -> image.Taken:
+    def take(path: Path, resize_crop: ResizeCrop, channels: int = 3) -> image_files.DecodedImage:
         names.append(path.name)
-        return honest(path, framing, channels)
+        return honest(path, resize_crop, channels)
 
-    monkeypatch.setattr(image, "take", take)
+    monkeypatch.setattr(image_files, "decode", take)
     monkeypatch.setattr(folders, "BLOCK", 4)
     return names
 
@@ -126,8 +126,9 @@ def test_classes_and_pictures_are_in_the_order_of_their_names_and_packed_once(tm
     assert torch.equal(again.pixels, packed.pixels) and again.sha256 == packed.sha256
     assert packed.path.stat().st_size == 15 * 3 * SIZE * SIZE
     beside = json.loads(packed.path.with_suffix(".json").read_text())
-    assert (beside["framing"], beside["pictures"], beside["classes"]) == ("16", 15, ["a", "b", "c"])
-    assert len(folders.load(folder, Framing.square(8), stores=[tmp_path / "store"]).pixels) == 15  # another size is another file
+    assert (beside["resize_crop"], beside["pictures"], beside["classes"]) == ("16", 15, ["a", "b", "c"])
+    other = folders.load(folder, ResizeCrop.square(8), stores=[tmp_path / "store"])  # another size is another file
+    assert len(other.pixels) == 15
     assert load(folder).sha256 == packed.sha256 and len(list((tmp_path / "store").glob("*.u8"))) == 2
 
 
@@ -137,15 +138,15 @@ def test_a_shorter_side_of_its_own_is_a_file_of_its_own(tmp_path: Path, opened: 
     assert len(list((tmp_path / "store").glob("*.u8"))) == 2 and usual.sha256 != tight.sha256
     assert tight.pixels[4].numpy().tobytes() == square(folder / WORDS[0] / f"{WORDS[0]}_4.png", SIZE, SIZE)
     opened.clear()
-    assert folders.load(folder, Framing.parse("16"), stores=[tmp_path / "store"]).path == usual.path
-    listed = listing.scan(folder)
+    assert folders.load(folder, ResizeCrop.parse("16"), stores=[tmp_path / "store"]).path == usual.path
+    listed = class_folders.scan(folder)
     found = folders.find(listed, TIGHT, stores=[tmp_path / "none", tmp_path / "store"])
     assert found is not None and found.path == tight.path and not opened
-    assert folders.find(listed, Framing.square(SIZE, SIZE + 1), stores=[tmp_path / "store"]) is None
+    assert folders.find(listed, ResizeCrop.square(SIZE, SIZE + 1), stores=[tmp_path / "store"]) is None
     assert torch.equal(folders.glance(listed, [7, 3], TIGHT)[0], tight.pixels[[7, 3]])
     assert opened == [f"{WORDS[1]}_2.png", f"{WORDS[0]}_3.png"]
     touch(folder / WORDS[0] / f"{WORDS[0]}_0.png")
-    assert folders.find(listing.scan(folder), TIGHT, stores=[tmp_path / "store"]) is None
+    assert folders.find(class_folders.scan(folder), TIGHT, stores=[tmp_path / "store"]) is None
 
 
 def touch(path: Path) -> None:
@@ -319,7 +320,7 @@ def test_the_first_store_that_can_be_written_to_is_used(tmp_path: Path, opened: 
     stores = [tmp_path / "third", tmp_path / "second"]  # what is packed somewhere is found there
     assert folders.load(folder, USUAL, stores=stores).path.parent == tmp_path / "second"
     with pytest.raises(MachineError, match="cannot write to '.*/file/store'"):
-        folders.load(folder, Framing.square(8), stores=[tmp_path / "file" / "store"])
+        folders.load(folder, ResizeCrop.square(8), stores=[tmp_path / "file" / "store"])
     fill(tmp_path / "root" / "d")
     folders.load(tmp_path / "root" / "d", USUAL, stores=[tmp_path / "root" / ".store"])
     (tmp_path / "root").rename(tmp_path / "moved")
@@ -331,9 +332,8 @@ def test_the_first_store_that_can_be_written_to_is_used(tmp_path: Path, opened: 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ImageNet of three classes and 16x16 pixels."""
-    facts = replace(
-        data.info("imagenet"), shape=(3, SIZE, SIZE), classes=("0", "1", "2"), test_images=15, framing=Framing.square(SIZE, 18)
-    )
+    how = ResizeCrop.square(SIZE, 18)
+    facts = replace(data.info("imagenet"), shape=(3, SIZE, SIZE), classes=("0", "1", "2"), test_images=15, resize_crop=how)
     monkeypatch.setitem(data.DATASETS, "imagenet", facts)
 
 
@@ -418,7 +418,7 @@ def test_packed_pictures_go_home_where_the_data_cannot_be_written_to(
     tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(tmp_path / "d" / "imagenet" / "val")
-    monkeypatch.setattr(verified, "home", lambda: tmp_path / "home")
+    monkeypatch.setattr(hub_cache, "home", lambda: tmp_path / "home")
     (tmp_path / "d" / data.STORE).write_text("in the way")
     assert len(imagenet(tmp_path / "d")) == 15
     assert list((tmp_path / "home" / "patchcert" / "packed").glob("imagenet-val-16of18-*.u8"))

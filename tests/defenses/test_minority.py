@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from patchcert_cli import cards, data
 from patchcert_cli.attacks import Attack, Target
 from patchcert_cli.attacks.patch_pgd import PatchPGD
-from patchcert_cli.cards import Card, Measured, ledger
+from patchcert_cli.cards import Card, Measured
+from patchcert_cli.cards.published import ClaimKey, PublishedRecord, PublishedRecords
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee
 from patchcert_cli.certifiers.masks import agreement
 from patchcert_cli.certifiers.masks.mask_sets import Cover, MaskPlan, MaskSet
@@ -22,9 +23,9 @@ from patchcert_cli.defenses import Claim
 from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError, UnsupportedThreat, UsageError
-from patchcert_cli.evaluation import evaluate, results, runs, single, verify
+from patchcert_cli.evaluation import evaluate, reproduce, results, run_folder, single_image
 from patchcert_cli.evaluation.plan import Plan, Subject
-from patchcert_cli.reporting import report
+from patchcert_cli.reporting import text
 from patchcert_cli.threats import Patch, Sparse, Threat
 from patchcert_cli.training.recipe import Recipe
 from tests.soundness.arena import Arena, check, draw_images
@@ -278,23 +279,23 @@ def digits() -> Minority:
 
 def test_results_and_reports_say_detection(digits: Minority, tmp_path: Path) -> None:
     found = evaluate.certify(plan_of(digits), tmp_path / "one")
-    records = results.read_records(tmp_path / "one" / runs.RECORDS)
+    records = results.read_records(tmp_path / "one" / run_folder.RECORDS)
     alarms = sum(record["prediction"] == ALERT for record in records)
     assert found["guarantee"] == "detection" and found["counts"]["alarms"] == alarms > 0
     assert not any(record["certified"] for record in records if record["prediction"] == ALERT)
-    rows = dict(report.certify_rows(found))
+    rows = dict(text.certify_rows(found))
     assert rows["guarantee"].startswith("detection (answered right or with an alarm)")
     assert f"({alarms}/30) of the unattacked images" in rows["alarms"]
-    assert "guarantee: detection, rounding measured, not proven" in report.plot_title(found)
+    assert "guarantee: detection, rounding measured, not proven" in text.plot_title(found)
     several = evaluate.certify(plan_of(digits, claims=(Claim(Patch(1, 1)), Claim(Patch(2, 2), "all"))), tmp_path / "two")
     assert {claim["guarantee"] for claim in several["claims"]} == {"detection"}
-    assert dict(report.certify_rows(several))["guarantee"].startswith("detection")
+    assert dict(text.certify_rows(several))["guarantee"].startswith("detection")
     attacked = evaluate.attack(plan_of(digits, 6), PatchPGD(steps=1, restarts=0), {}, tmp_path / "three")
     assert attacked["guarantee"] == "detection" and attacked["broken"] == []
-    shown = dict(report.attack_rows(attacked))
+    shown = dict(text.attack_rows(attacked))
     assert shown["judged for"] == "detection" and "or with an alarm" in shown["right under attack"]
     before = attacked["flipped"]
-    records = results.read_records(tmp_path / "three" / runs.RECORDS)
+    records = results.read_records(tmp_path / "three" / run_folder.RECORDS)
     assert before == sum(r["attacked"] not in (r["prediction"], ALERT) for r in records)
 
 
@@ -337,15 +338,15 @@ def test_a_picture_is_told_with_its_alarm(digits: Minority, tmp_path: Path) -> N
     Image.new("L", (28, 28), 128).save(path)
     subject = plan_of(digits).subject
     digits_say = int(digits.predict(torch.full((1, 1, 28, 28), 128 / 255)))
-    found = single.certify(subject, path, [Claim(Patch(2, 2))]).values
+    found = single_image.certify(subject, path, [Claim(Patch(2, 2))]).values
     assert found["class"] == digits.class_name(digits_say) and found["claims"][0]["guarantee"] == "detection"
     sure = {**found, "claims": [{**found["claims"][0], "certified": True}]}
-    told = dict(report.single_rows(sure))["patch:2x2, agreement"]
+    told = dict(text.single_rows(sure))["patch:2x2, agreement"]
     for answer, wanted in ({"class": "3", "prediction": 3}, "3 (class 3)"), ({"class": "alarm", "prediction": -1}, "alarm"):
-        assert dict(report.single_rows(found | answer))["prediction"] == wanted
+        assert dict(text.single_rows(found | answer))["prediction"] == wanted
     assert "certified: no such change alters the prediction without an alarm" in told
     always = replace(subject, defense=made_to_alarm(digits))
-    assert single.certify(always, path, [Claim(Patch(2, 2))]).values["class"] == "alarm"
+    assert single_image.certify(always, path, [Claim(Patch(2, 2))]).values["class"] == "alarm"
 
 
 def made_to_alarm(defense: Minority) -> Minority:
@@ -364,25 +365,25 @@ def made_to_alarm(defense: Minority) -> Minority:
 
 
 def test_records_of_detection_are_asked_for_as_such(digits: Minority, tmp_path: Path) -> None:
-    stated = (ledger.Stated("patch:2x2", "rows"), ledger.Stated("patch:2x2", "agreement", "detection"))
-    row = ledger.Row(1, 1, (True, True), (1.0, 1.0))
-    book = ledger.Ledger("0" * 64, "mnist", "test", stated, {0: row})
+    stated = (ClaimKey("patch:2x2", "rows"), ClaimKey("patch:2x2", "agreement", "detection"))
+    row = PublishedRecord(1, 1, (True, True), (1.0, 1.0))
+    book = PublishedRecords("0" * 64, "mnist", "test", stated, {0: row})
     assert book.position("patch:2x2") == 0
     assert book.position("patch:2x2", guarantee="detection") == 1
     with pytest.raises(DataError, match=r"no published records for patch:3x3 that promise detection; there are records for"):
         book.position("patch:3x3", guarantee="detection")
     plan = plan_of(digits, 8)
     evaluate.certify(plan, tmp_path / "run")
-    records = results.read_records(tmp_path / "run" / runs.RECORDS)
-    rows = {r["index"]: ledger.Row(r["label"], r["prediction"], (r["certified"],), (r["margin"],)) for r in records}
+    records = results.read_records(tmp_path / "run" / run_folder.RECORDS)
+    rows = {r["index"]: PublishedRecord(r["label"], r["prediction"], (r["certified"],), (r["margin"],)) for r in records}
     kept = tmp_path / "records.jsonl.gz"
-    kept.write_bytes(ledger.Ledger("0" * 64, "mnist", "test", stated[1:], rows).pack())
-    read = ledger.read(kept)
+    kept.write_bytes(PublishedRecords("0" * 64, "mnist", "test", stated[1:], rows).pack())
+    read = PublishedRecords.read(kept)
     assert read.rows == rows and any(row.prediction == ALERT for row in rows.values())
-    outcome = verify.verify(plan, read, PatchPGD(steps=1, restarts=0), {}, tmp_path / "verify")
+    outcome = reproduce.reproduce(plan, read, PatchPGD(steps=1, restarts=0), {}, tmp_path / "verify")
     assert outcome["holds"] and "detection" in outcome["claim"]
     with pytest.raises(DataError, match="no published records for patch:2x2 that promise detection"):
-        verify.verify(plan, replace(read, claims=stated[:1]), None, {}, tmp_path / "other")
+        reproduce.reproduce(plan, replace(read, claims=stated[:1]), None, {}, tmp_path / "other")
 
 
 def test_a_card_of_detection_never_counts_as_recovery() -> None:
@@ -504,7 +505,7 @@ def test_a_result_compares_thresholds_and_agrees_with_itself_at_its_own(digits: 
     plan = plan_of(digits)
     plan = replace(plan, subject=replace(plan.subject, setting={"compared": list(digits.grid)}))
     found = evaluate.certify(plan, tmp_path / "one")
-    rows = report.compared(found)
+    rows = text.compared(found)
     assert [row["threshold"] for row in rows] == list(digits.grid)
     own = rows[2]
     assert (own["clean"], own["alarms"], own["certified"]) == (
@@ -513,5 +514,5 @@ def test_a_result_compares_thresholds_and_agrees_with_itself_at_its_own(digits: 
         found["counts"]["certified"],
     )
     assert [row["alarms"] for row in rows] == sorted((row["alarms"] for row in rows), reverse=True)
-    assert dict(report.certify_rows(found))["threshold 0.2"].startswith("alarms ")
+    assert dict(text.certify_rows(found))["threshold 0.2"].startswith("alarms ")
     assert evaluate.certify(plan, tmp_path / "one")["thresholds"] == found["thresholds"]

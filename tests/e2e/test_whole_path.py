@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from patchcert_cli import attacks, cards, data
-from patchcert_cli.catalog import shelf
+from patchcert_cli.catalog import bundled
 from patchcert_cli.certificate import ALERT
 from patchcert_cli.defenses.minority import Minority
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
@@ -86,7 +86,7 @@ class Labels:
 def check_path(candidate: Any, defense: PatchCleanser, name: str, threat: Patch, patches: Path, count: int) -> dict[str, int]:
     """Hold everything against naive code on ``count`` pictures of a folder; returns counts."""
     images = data.load(name, "test")
-    outputs = candidate.matched(data.class_names(name, "test"), name, type("Subject", (), {"defense": defense}))
+    outputs = candidate.matched(data.classes_of(name, "test"), name, type("Subject", (), {"defense": defense}))
     images = images if outputs is None else images.relabelled(outputs)
     plain = torch.cat([defense.plain(data.to_float(part)) for part in images.read().split(10)])
     some = images.limit(count, 0)
@@ -156,7 +156,7 @@ def test_the_whole_path_on_made_up_pictures(tmp_path: Path) -> None:
 @pytest.mark.pictures
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not (PICTURES / "imagenette-50").is_dir(), reason=f"no pictures in '{PICTURES}'")
-@pytest.mark.skipif(not cards.weights_of(shelf.bundled_folder() / NAME), reason="no weights")
+@pytest.mark.skipif(not cards.weights_of(bundled.folder() / NAME), reason="no weights")
 def test_the_whole_path_on_photographs(tmp_path: Path) -> None:
     folder = tmp_path / "imagenette-50"  # what is packed lies beside it
     folder.symlink_to((PICTURES / "imagenette-50").resolve())

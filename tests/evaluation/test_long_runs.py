@@ -20,7 +20,7 @@ from patchcert_cli.data.images import Images
 from patchcert_cli.defenses import Claim
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import Interrupted, UsageError
-from patchcert_cli.evaluation import evaluate, outlook, results, runs, single, verify
+from patchcert_cli.evaluation import evaluate, outlook, reproduce, results, run_folder, single_image
 from patchcert_cli.evaluation.plan import Plan, Subject
 from patchcert_cli.layers import passes
 from patchcert_cli.progress import Silent
@@ -71,7 +71,7 @@ class Seen(Silent):
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    path = folder / runs.RECORDS
+    path = folder / run_folder.RECORDS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -160,7 +160,7 @@ def test_an_attack_stops_in_time_and_says_what_it_left(tmp_path: Path, monkeypat
     part = evaluate.attack(world.plan, Slow(), {}, tmp_path / "part", max_seconds=spent / 2, **many)
     assert 0 < part["images"] < 30 and part["left"] == 30 - part["images"]
     assert world.now <= spent / 2 + 12 * 0.01 * 8  # the pass that was running
-    assert not (tmp_path / "part" / runs.RESULT).exists() and not part["full_split"]
+    assert not (tmp_path / "part" / run_folder.RESULT).exists() and not part["full_split"]
     rest = evaluate.attack(world.plan, Slow(), {}, tmp_path / "part", **many)
     assert rest["resumed"] == part["images"] and rest["images"] == 30
     assert by_index(tmp_path / "part") == by_index(tmp_path / "whole")
@@ -207,7 +207,7 @@ def test_one_picture_shows_its_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         def update(self, done: int, total: int, text: str) -> None:
             shown.append((done, total, text))
 
-    with single._counted(world.defense, Note()):
+    with single_image._counted(world.defense, Note()):
         world.defense.certify(world.plan.images.pixels.float() / 255, Patch(2, 2))
     assert shown[0] == (9, 45, "passes at most") and shown[-1][0] <= 45
     with passes.heard(lambda count: pytest.fail("heard after the end")), passes.heard(lambda count: None):
@@ -248,7 +248,7 @@ class Number(int):
 
 def test_choosing_what_to_attack_looks_each_image_up_once() -> None:
     held = [Number(i) for i in range(0, 400, 2)]
-    assert verify.among([*range(400)], held, 3).tolist() == [0, 2, 4]
+    assert reproduce.among([*range(400)], held, 3).tolist() == [0, 2, 4]
     Number.hashed = 0
-    assert len(verify.among([Number(i) for i in range(400)], held, None)) == 200
+    assert len(reproduce.among([Number(i) for i in range(400)], held, None)) == 200
     assert Number.hashed == 200 + 400

@@ -14,8 +14,8 @@ from patchcert_cli import data, defenses
 from patchcert_cli.certifiers.masks import views
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
 from patchcert_cli.classifiers import addresses
-from patchcert_cli.data.framing import Framing
 from patchcert_cli.data.images import Images
+from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.defenses import Claim
 from patchcert_cli.errors import DataError, UsageError
 from patchcert_cli.evaluation import outlook, plan, subjects
@@ -81,7 +81,7 @@ def opened(folder: Path) -> subjects.Plain:
 
 def test_a_network_owns_its_resize_and_masks_lie_on_what_comes_in(tmp_path: Path) -> None:
     candidate = opened(tmp_path)
-    assert (candidate.framing(), candidate.fitted("cifar10")) == (Framing((16, 16)), "cifar10")
+    assert (candidate.resize_crop(), candidate.fitted("cifar10")) == (ResizeCrop((16, 16)), "cifar10")
     assert candidate.shape("cifar10") == (3, 32, 32)
     subject = candidate.subject((3, 32, 40), [Patch(3, 3)], "cpu")
     defense: Any = subject.defense
@@ -118,7 +118,7 @@ def test_a_module_without_a_size_is_given_pictures_as_they_are(tmp_path: Path) -
     own = candidate.fitted(f"imagefolder:{tmp_path}/own")
     assert own == f"imagefolder:{tmp_path}/own@20x24" and candidate.shape(own) == (3, 20, 24)
     assert torch.equal(data.load(own, "test").read(), pixels)
-    assert candidate.meant("", tmp_path / "own" / "c0" / "a.png") == Framing((20, 24))
+    assert candidate.meant("", tmp_path / "own" / "c0" / "a.png") == ResizeCrop((20, 24))
     Image.new("RGB", (24, 21)).save(tmp_path / "own" / "c1" / "b.png")
     with pytest.raises(
         DataError, match=r"'.*a.png' is 20x24, '.*b.png' is 21x24.* say --data imagefolder:.*own@SIDE, or state it"

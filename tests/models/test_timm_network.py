@@ -26,7 +26,7 @@ def build(**changes: Any) -> Any:
 def test_what_timm_says_of_published_weights() -> None:
     facts = timm.facts(VIT)
     assert (facts.architecture, facts.repo, facts.outputs) == ("vit_base_patch16_224", f"timm/{VIT}", 1000)
-    assert (facts.channels, facts.size, str(facts.framing)) == (3, (224, 224), "224/248")
+    assert (facts.channels, facts.size, str(facts.resize_crop)) == (3, (224, 224), "224/248")
     assert facts.mean == facts.std == (0.5, 0.5, 0.5) and facts.interpolation == "bicubic" and facts.heads == ("head",)
     assert facts.labels[0][:2] == ("n01440764", "tench") and len(facts.labels) == 1000
     assert timm.word("n02510455") == "giant panda" and timm.word("n99999999") == "n99999999"
@@ -102,7 +102,12 @@ def test_without_timm_it_is_said_what_to_type(monkeypatch: pytest.MonkeyPatch) -
 def test_a_repository_in_timms_format_is_described() -> None:
     said: dict[str, Any] = {"input_size": [3, 64, 48], "num_classes": 2, "mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}
     facts = timm.described("test_vit", {**said, "crop_pct": 1.0, "interpolation": "lanczos", "classifier": ["head", "aux"]})
-    assert (facts.size, str(facts.framing), facts.outputs, facts.interpolation) == ((64, 48), "64x48/64x48,lanczos", 2, "bicubic")
+    assert (facts.size, str(facts.resize_crop), facts.outputs, facts.interpolation) == (
+        (64, 48),
+        "64x48/64x48,lanczos",
+        2,
+        "bicubic",
+    )
     assert facts.heads == ("head", "aux") and facts.labels == ()
     for names, wanted in (
         (["cat", "dog"], (("cat",), ("dog", "a dog"))),

@@ -24,11 +24,11 @@ from site_cards import HOSTILE, PAPER, card, recipe, result, sweep, zoo
 
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.cards import Card, Hub, Published
-from patchcert_cli.catalog import shelf
+from patchcert_cli.catalog import bundled
 from patchcert_cli.cli import main
 from patchcert_cli.reporting import site
 from patchcert_cli.reporting.site import curves
-from patchcert_cli.reporting.site.boards import Board, boards, describe
+from patchcert_cli.reporting.site.leaderboards import Leaderboard, describe, leaderboards
 from patchcert_cli.reporting.site.markup import Html, escape, fragment, tag
 from patchcert_cli.reporting.site.tables import letters
 from patchcert_cli.threats import parse_threat
@@ -54,7 +54,7 @@ def rows(table: ET.Element) -> list[list[str]]:
     return [[text(cell) for cell in row] for row in table.findall("tbody/tr")]
 
 
-def leaderboards(tree: ET.Element) -> dict[tuple[str, ...], list[list[str]]]:
+def shown_boards(tree: ET.Element) -> dict[tuple[str, ...], list[list[str]]]:
     """Rows by threat and guarantee of every section, in the order of the page."""
     return {
         (section.attrib["data-dataset"], *text(section.find("h3")).split()): rows(section.find(".//table"))  # type: ignore[arg-type]
@@ -68,7 +68,7 @@ def tree() -> ET.Element:
 
 
 def test_models_are_ranked_by_certified_accuracy_and_the_best_proof_counts(tree: ET.Element) -> None:
-    table = leaderboards(tree)["mnist", "patch:3x3", "recovery"]
+    table = shown_boards(tree)["mnist", "patch:3x3", "recovery"]
     assert [(row[0], row[1], row[3]) for row in table] == [
         ("1", "bounds", "70.00 700/1000 68.77 to 71.23"),
         ("2", "votes-a", "66.00 660/1000 64.77 to 67.23"),
@@ -100,7 +100,7 @@ def test_models_are_ranked_by_certified_accuracy_and_the_best_proof_counts(tree:
 def test_equal_accuracies_share_a_rank_whatever_their_counts() -> None:
     models = [card("c", [result(3, 500)]), card("a", [result(3, 50, images=100, clean=95)]), card("b", [result(3, 499)])]
     models += [card("d", [result(3, 500, clean=960)])]
-    (board,) = boards(models)
+    (board,) = leaderboards(models)
     assert [(entry.rank, entry.card.name) for entry in board.entries] == [(1, "d"), (1, "a"), (1, "c"), (4, "b")]
 
 
@@ -120,7 +120,7 @@ def test_there_is_a_table_for_every_data_set_split_threat_and_guarantee() -> Non
             [result(3, 500, guarantee="detection"), result("patch:3x4", 10), result("sparse:3:value", 9), result("patch:2%", 8)],
         ),
     ]
-    found = [(one.dataset, one.split, str(one.threat), one.guarantee, len(one.entries)) for one in boards(models)]
+    found = [(one.dataset, one.split, str(one.threat), one.guarantee, len(one.entries)) for one in leaderboards(models)]
     assert found == [
         ("cifar10", "test", "patch:3x3", "recovery", 1),
         ("mnist", "test", "patch:3x3", "recovery", 1),
@@ -133,13 +133,13 @@ def test_there_is_a_table_for_every_data_set_split_threat_and_guarantee() -> Non
 
 
 def test_recovery_and_detection_never_share_a_table_or_a_chart(tree: ET.Element) -> None:
-    tables = leaderboards(tree)
+    tables = shown_boards(tree)
     assert [row[1] for row in tables["mnist", "patch:3x3", "detection"]] == ["alarm"]
     assert all("alarm" not in str(table) for key, table in tables.items() if key[2] == "recovery")
     both = card("both", [result(3, 500), result(3, 600, guarantee="detection"), result(4, 400)])
     shown = parsed(site.render([both]))
     assert [rows(table)[0][5][:5] for table in having(shown, "table", "results")] == ["50.00", "60.00"]
-    for chart in curves.charts(boards([*zoo(), both])):
+    for chart in curves.charts(leaderboards([*zoo(), both])):
         points = [entry for line in chart.lines for _, entry in line.points]
         assert {entry.result.guarantee for entry in points} == {chart.guarantee}
 
@@ -147,16 +147,19 @@ def test_recovery_and_detection_never_share_a_table_or_a_chart(tree: ET.Element)
 def test_a_published_number_stands_beside_one_guarantee_or_none() -> None:
     paper = (Published("patch:3x3", 0.9, 0.8, PAPER),)
     both = card("both", [result(3, 500), result(3, 600, guarantee="detection")], published=paper)
-    assert [entry.paper for board in boards([both]) for entry in board.entries] == [None, None]
+    assert [entry.paper for board in leaderboards([both]) for entry in board.entries] == [None, None]
     other = card("other", [result(3, 500), result(3, 600, dataset="cifar10")], published=paper)
-    assert [(board.dataset, board.entries[0].paper) for board in boards([other])] == [("cifar10", None), ("mnist", paper[0])]
+    assert [(one.dataset, one.entries[0].paper) for one in leaderboards([other])] == [
+        ("cifar10", None),
+        ("mnist", paper[0]),
+    ]
 
 
 def test_the_threats_that_a_model_was_trained_against_are_shown_first() -> None:
-    def first(found: list[Board]) -> list[tuple[str, str]]:
+    def first(found: list[Leaderboard]) -> list[tuple[str, str]]:
         return [(board.dataset, str(board.threat)) for board in found if board.own]
 
-    assert first(boards(zoo())) == [
+    assert first(leaderboards(zoo())) == [
         ("cifar10", "patch:2x2"),
         ("mnist", "patch:3x3"),
         ("mnist", "patch:3x3"),
@@ -164,20 +167,20 @@ def test_the_threats_that_a_model_was_trained_against_are_shown_first() -> None:
         ("mnist", "sparse:10"),
     ]
     away = [sweep("a", 900, 100, (1, 2), threat="patch:9"), sweep("b", 900, 100, (2, 5), threat="patch:9")]
-    assert first(boards(away)) == [("mnist", "patch:2x2")]
+    assert first(leaderboards(away)) == [("mnist", "patch:2x2")]
 
 
 def test_every_measured_number_of_the_bundled_cards_is_there_and_no_other() -> None:
-    names = shelf.bundled_names()
+    names = bundled.names()
     assert len(names) >= 9
-    page = parsed(site.render(shelf.bundled().values()))
+    page = parsed(site.render(bundled.cards().values()))
     for parent in [*page.iter()]:
         for child in [*parent]:
             if child.tag == "pre" or "notes" in child.get("class", ""):
                 parent.remove(child)
     said, allowed = text(page), set()
     for name in names:
-        raw = yaml.safe_load((shelf.bundled_folder() / name / "README.md").read_text().split("---\n")[1])["patchcert"]
+        raw = yaml.safe_load((bundled.folder() / name / "README.md").read_text().split("---\n")[1])["patchcert"]
         for one in [*raw["results"], *raw.get("samples", []), *([raw["validation"]] if raw["validation"] else [])]:
             for count in (one["clean"], one["certified"]):
                 assert f"{count}/{one['images']}" in said
@@ -202,7 +205,7 @@ def test_a_recipe_shows_what_the_paper_says_and_how_to_train_but_nothing_measure
     for part in (section, shown):
         assert not [*having(part, "td", "measured")] and "/1000" not in text(part)
     assert "patchcert certify large-recipe" not in text(tree) and "recipe only" in text(shown)
-    assert all("large-recipe" not in str(table) for table in leaderboards(tree).values())
+    assert all("large-recipe" not in str(table) for table in shown_boards(tree).values())
     waiting = next(one for one in tree.iter("section") if one.get("id") == "waiting/").find(".//table")
     assert waiting is not None and [row[0] for row in rows(waiting)] == ["waiting"]
 
@@ -321,7 +324,7 @@ def test_the_page_loads_nothing_and_allows_only_its_own_style_and_script() -> No
 
 
 def test_charts_show_what_was_measured(tree: ET.Element) -> None:
-    found = curves.charts(boards(zoo()))
+    found = curves.charts(leaderboards(zoo()))
     assert [(one.dataset, one.axis, one.guarantee, [line.name for line in one.lines], one.doubtful) for one in found] == [
         ("cifar10", "side", "recovery", ["photos"], ()),
         ("mnist", "side", "recovery", ["bounds", "votes-a", "votes-b"], ("doubtful",)),
@@ -344,13 +347,13 @@ def test_charts_show_what_was_measured(tree: ET.Element) -> None:
 
 
 def test_one_point_is_no_chart_and_odd_shapes_stand_on_no_axis() -> None:
-    assert curves.charts(boards([card("a", [result(3, 5), result("patch:2x9", 5), result("patch:2%", 5)])])) == []
+    assert curves.charts(leaderboards([card("a", [result(3, 5), result("patch:2x9", 5), result("patch:2%", 5)])])) == []
     units = [card("a", [result(f"sparse:{k}:{unit}", 5) for k in (1, 2) for unit in ("pixel", "value")])]
-    assert [(one.axis, one.strengths) for one in curves.charts(boards(units))] == [("pixel", [1, 2]), ("value", [1, 2])]
+    assert [(one.axis, one.strengths) for one in curves.charts(leaderboards(units))] == [("pixel", [1, 2]), ("value", [1, 2])]
 
 
 def test_forty_models_can_be_told_apart() -> None:
-    (chart,) = curves.charts(boards([sweep(f"model-{i:02}", 900 - i, 100) for i in range(36)]))
+    (chart,) = curves.charts(leaderboards([sweep(f"model-{i:02}", 900 - i, 100) for i in range(36)]))
     drawn = parsed(site.render([sweep(f"model-{i:02}", 900 - i, 100) for i in range(36)]))
     looks = [(one.attrib["class"], next(having(one, "path", "mark")).attrib["d"]) for one in having(drawn, "g", "model")]
     assert len(set(looks)) == len(chart.lines) == 36
@@ -386,7 +389,7 @@ Call = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def patchcert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
     """The command line, with a zoo of its own."""
-    monkeypatch.setattr(shelf, "bundled", lambda dataset=None: {one.name: one for one in zoo()})
+    monkeypatch.setattr(bundled, "cards", lambda dataset=None: {one.name: one for one in zoo()})
 
     def call(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["patchcert", *words])
@@ -436,7 +439,7 @@ def test_a_disk_that_takes_nothing_is_the_machines_fault(patchcert: Call, monkey
 
 
 def test_a_data_set_without_models_is_refused(patchcert: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shelf, "bundled", lambda dataset=None: {})
+    monkeypatch.setattr(bundled, "cards", lambda dataset=None: {})
     assert patchcert("report", "zoo", "--dataset", "mnist") == (
         2,
         "",

@@ -88,12 +88,10 @@ class MaskPlan:
         Raises:
             IntegrityError: it cannot be meant so.
         """
-        problems: list[str] = []
-        made = schema.decode(cls, values, "masks", problems)
-        if problems:
-            raise IntegrityError(f"these masks cannot be meant: {'; '.join(problems)}.")
-        assert isinstance(made, MaskPlan)
-        return made
+        try:
+            return schema.read(cls, values, "masks")
+        except schema.Invalid as problem:
+            raise IntegrityError(f"invalid mask settings: {problem}.") from problem
 
     def to_dict(self) -> dict[str, Any]:
         """Inverse of :meth:`read`: what differs from the defaults."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from patchcert_cli.reporting.site.boards import GUARANTEES, Board, Entry
+from patchcert_cli.reporting.site.leaderboards import GUARANTEES, Entry, Leaderboard
 from patchcert_cli.reporting.site.markup import Html, fragment, tag
 from patchcert_cli.reporting.site.tables import title, words
 from patchcert_cli.threats import Patch, Sparse, Threat
@@ -76,7 +76,7 @@ def strength(threat: Threat) -> tuple[str, int] | None:
     return (threat.unit, threat.k) if isinstance(threat, Sparse) else None
 
 
-def charts(boards: Iterable[Board]) -> list[Chart]:
+def charts(boards: Iterable[Leaderboard]) -> list[Chart]:
     """Every chart with two points or more. A model keeps its look within a data set."""
     found: dict[tuple[str, str, str, str], dict[str, list[tuple[int, Entry]]]] = {}
     for board in boards:

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import yaml
 
 from patchcert_cli.cards import Card, Measured
-from patchcert_cli.reporting.site.boards import GUARANTEES, difficulty, own, paper_for
+from patchcert_cli.reporting.site.leaderboards import GUARANTEES, difficulty, own, paper_for
 from patchcert_cli.reporting.site.markup import Html, block, code, facts, fragment, join, percent, prose, scrolling, size, tag
 from patchcert_cli.reporting.site.tables import PAPERS, Sources, head, measured, published, title
 from patchcert_cli.reporting.site.tables import words as searched

@@ -15,7 +15,7 @@ from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.cards import Card
 from patchcert_cli.errors import UsageError
 from patchcert_cli.reporting.site import curves, models, tables
-from patchcert_cli.reporting.site.boards import GUARANTEES, Board, boards, difficulty
+from patchcert_cli.reporting.site.leaderboards import GUARANTEES, Leaderboard, difficulty, leaderboards
 from patchcert_cli.reporting.site.markup import Html, facts, fragment, tag
 from patchcert_cli.reporting.site.script import SCRIPT
 from patchcert_cli.reporting.site.style import STYLE
@@ -42,7 +42,7 @@ READING = (
 def render(cards: Iterable[Card], *, version: str = __version__) -> str:
     """The page about these cards."""
     shown = sorted(cards, key=lambda card: card.name)
-    found = boards(shown)
+    found = leaderboards(shown)
     body = tag("body", _header(shown, version), _controls(found), tag("main", *_main(shown, found)), _footer(), "\n", _script())
     return f"<!DOCTYPE html>\n{tag('html', _head(version), body, lang='en')}\n"
 
@@ -118,7 +118,7 @@ def _header(cards: Sequence[Card], version: str) -> Html:
     )
 
 
-def _controls(found: Sequence[Board]) -> Html:
+def _controls(found: Sequence[Leaderboard]) -> Html:
     """Selectors and the filter; hidden until the script makes them work."""
     datasets = dict.fromkeys(board.dataset for board in found)
     threats = dict.fromkeys(str(board.threat) for board in sorted(found, key=lambda board: difficulty(board.threat)))
@@ -138,7 +138,7 @@ def _controls(found: Sequence[Board]) -> Html:
     )
 
 
-def _main(cards: Sequence[Card], found: Sequence[Board]) -> Iterable[Html]:
+def _main(cards: Sequence[Card], found: Sequence[Leaderboard]) -> Iterable[Html]:
     drawn = curves.charts(found)
     for dataset in dict.fromkeys(board.dataset for board in found):
         seen: set[str] = set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from patchcert_cli.cards import Card, Published
-from patchcert_cli.reporting.site.boards import GUARANTEES, Board, Entry, describe, own
+from patchcert_cli.reporting.site.leaderboards import GUARANTEES, Entry, Leaderboard, describe, own
 from patchcert_cli.reporting.site.markup import Html, block, code, fragment, join, percent, scrolling, size, tag
 
 PAPERS = "Published numbers belong to the weights of the paper, not to these:"
@@ -87,12 +87,12 @@ def words(card: Card, *more: str) -> str:
     return " ".join((card.name, card.defense, card.network, card.license, card.status, *more)).lower()
 
 
-def board_id(board: Board) -> str:
+def board_id(board: Leaderboard) -> str:
     """The address of the boards of one data set and threat."""
     return fragment(board.dataset, str(board.threat))
 
 
-def leaderboard(board: Board, *, first: bool) -> Html:
+def leaderboard(board: Leaderboard, *, first: bool) -> Html:
     """A board as a section; the ``first`` of a data set and threat carries their address."""
     sources = Sources()
     rows = [_row(entry, sources) for entry in board.entries]

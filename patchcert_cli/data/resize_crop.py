@@ -32,7 +32,7 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Framing:
+class ResizeCrop:
     """How a picture becomes an image.
 
     Attributes:
@@ -52,12 +52,12 @@ class Framing:
     fill: tuple[int, int, int] = (0, 0, 0)
 
     @classmethod
-    def square(cls, side: int, short: int | None = None) -> Framing:
+    def square(cls, side: int, short: int | None = None) -> ResizeCrop:
         """The middle of pictures whose shorter side is scaled to ``short``; without it, of those that do not fit as they are."""
         return cls((side, side), None if short is None else (short, short))
 
     @classmethod
-    def parse(cls, text: str) -> Framing:
+    def parse(cls, text: str) -> ResizeCrop:
         """The inverse of ``str``.
 
         Raises:
@@ -73,7 +73,7 @@ class Framing:
         return made
 
     @classmethod
-    def _read(cls, size: str, scale: str | None, marks: list[str]) -> Framing | None:
+    def _read(cls, size: str, scale: str | None, marks: list[str]) -> ResizeCrop | None:
         sides, scaled = _sides(size), None if scale is None else _sides(scale)
         mode, interpolation, fill = "center", "bicubic", (0, 0, 0)
         for mark in marks:

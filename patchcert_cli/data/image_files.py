@@ -2,7 +2,7 @@
 
 A picture is turned as its EXIF says. Colours are those that the file stores: an alpha channel is dropped, without a background
 behind transparent pixels, as torchvision's loader does. Of several frames or pages the first one counts. More than 8 bits per
-channel are refused. Then the picture is made to fit (:mod:`patchcert_cli.data.framing`).
+channel are refused. Then the picture is made to fit (:mod:`patchcert_cli.data.resize_crop`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchcert_cli.data.framing import Framing, Size, written
+from patchcert_cli.data.resize_crop import ResizeCrop, Size, written
 from patchcert_cli.errors import DataError
 
-ENDINGS = (  # torchvision's, and other names and kinds of the same
+EXTENSIONS = (  # torchvision's, and other names and kinds of the same
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
     *(".jpe", ".jfif", ".gif", ".pbm", ".pnm"),
 )
@@ -38,7 +38,7 @@ UPRIGHT = {  # its values, and what makes such a picture upright, as Pillow call
 
 
 @dataclass(frozen=True)
-class Taken:
+class DecodedImage:
     """An image that was made from a picture.
 
     Attributes:
@@ -59,7 +59,7 @@ class Taken:
 
 
 @dataclass(frozen=True)
-class Account:
+class ImageChanges:
     """What was done to pictures to make them fit.
 
     Attributes:
@@ -79,37 +79,37 @@ class Account:
     most: Size = (0, 0)
 
     @classmethod
-    def of(cls, taken: Taken) -> Account:
+    def of(cls, taken: DecodedImage) -> ImageChanges:
         """One picture."""
         size, last = taken.size, (taken.pixels.shape[1], taken.pixels.shape[2])
         scaled, cut = taken.scaled != size, taken.scaled != last
         odd = size if scaled or cut else (0, 0)
         return cls(1, scaled, cut, taken.turned, taken.clear, odd, odd)
 
-    def __add__(self, other: Account) -> Account:
+    def __add__(self, other: ImageChanges) -> ImageChanges:
         odd = sorted((one for one in (self.least, self.most, other.least, other.most) if any(one)), key=math.prod) or [(0, 0)]
         counts = [mine + its for mine, its in zip(self.to_list()[:5], other.to_list()[:5], strict=True)]
-        return Account.from_list([*counts, odd[0], odd[-1]])
+        return ImageChanges.from_list([*counts, odd[0], odd[-1]])
 
     def to_list(self) -> list[Any]:
         """As a JSON keeps it."""
         return [self.pictures, self.scaled, self.cut, self.turned, self.clear, list(self.least), list(self.most)]
 
     @classmethod
-    def from_list(cls, said: list[Any]) -> Account:
+    def from_list(cls, said: list[Any]) -> ImageChanges:
         """The inverse of :meth:`to_list`."""
         pictures, scaled, cut, turned, clear, least, most = said
         sizes = [(int(high), int(wide)) for high, wide in (least, most)]
         return cls(int(pictures), int(scaled), int(cut), int(turned), int(clear), sizes[0], sizes[1])
 
-    def lines(self, framing: Framing) -> list[str]:
+    def lines(self, resize_crop: ResizeCrop) -> list[str]:
         """What a user should know of it, a line each; of pictures that fit there is nothing to say."""
         said, both = [], self.least if self.least == self.most else None
         if self.scaled or self.cut:
             span = written(self.least) if both else f"{written(self.least)} to {written(self.most)}"
             also = f", {self.cut} cut" if self.cut > self.scaled else ""
             done = f"{self.scaled} of {self.pictures} pictures resampled{also}"
-            said.append(f"{done}, from {span} pixels (height x width), to {written(framing.size)}: {framing.words}")
+            said.append(f"{done}, from {span} pixels (height x width), to {written(resize_crop.size)}: {resize_crop.words}")
         if self.turned:
             said.append(f"{self.turned} of {self.pictures} pictures turned as their EXIF says")
         if self.clear:
@@ -117,7 +117,7 @@ class Account:
         return said
 
 
-def take(path: Path, framing: Framing, channels: int = 3) -> Taken:
+def decode(path: Path, resize_crop: ResizeCrop, channels: int = 3) -> DecodedImage:
     """The image [C, H, W] that a picture file becomes; grey by luminance (ITU-R 601) if C is 1, else colours.
 
     Raises:
@@ -128,20 +128,20 @@ def take(path: Path, framing: Framing, channels: int = 3) -> Taken:
 
     picture, turned, clear, grey = _opened(path)
     size = picture.height, picture.width
-    high, wide = framing.scaled(*size)
+    high, wide = resize_crop.scaled(*size)
     if (high, wide) != size:
-        picture = picture.resize((wide, high), Image.Resampling[framing.interpolation.upper()])
-    top, left = framing.corner(high, wide)
-    if (high, wide) != framing.size:
-        picture = _cut(picture, top, left, framing)
+        picture = picture.resize((wide, high), Image.Resampling[resize_crop.interpolation.upper()])
+    top, left = resize_crop.corner(high, wide)
+    if (high, wide) != resize_crop.size:
+        picture = _cut(picture, top, left, resize_crop)
     if channels == 1:
         picture = picture.convert("L")
     pixels = torch.from_numpy(numpy.array(picture))
     pixels = pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
-    return Taken(pixels, size, (high, wide), turned, clear, grey)
+    return DecodedImage(pixels, size, (high, wide), turned, clear, grey)
 
 
-def read(path: Path, framing: Framing, channels: int = 3, *, resize: bool = False) -> tuple[Tensor, list[str]]:
+def read(path: Path, resize_crop: ResizeCrop, channels: int = 3, *, resize: bool = False) -> tuple[Tensor, list[str]]:
     """A picture as uint8 [C, H, W], and notes on what was done to it.
 
     With ``resize`` it is what the same picture in a folder becomes. Without, it must be of the right size, and is taken as it is.
@@ -150,23 +150,23 @@ def read(path: Path, framing: Framing, channels: int = 3, *, resize: bool = Fals
         DataError: it is not a picture, has more than 8 bits, or is of another size.
     """
     size = size_of(path)
-    if not resize and size != framing.size:
+    if not resize and size != resize_crop.size:
         raise DataError(
-            f"'{path}' is {written(size)} (height x width), but the model takes {written(framing.size)};",
+            f"'{path}' is {written(size)} (height x width), but the model takes {written(resize_crop.size)};",
             hint="--resize makes it fit as the pictures of a folder; the patch is then counted in the pixels of the result.",
         )
-    with quiet():
-        taken = take(path, framing if resize else Framing(framing.size), channels)
+    with without_warnings():
+        taken = decode(path, resize_crop if resize else ResizeCrop(resize_crop.size), channels)
     notes = [f"'{path}' was turned as its EXIF says"] if taken.turned else []
     if taken.clear:
         notes.append(f"'{path}' has transparent pixels: its alpha channel was dropped")
     if taken.grey != (channels == 1):
         kind, wanted = ("grey" if taken.grey else "in colour"), ("L" if channels == 1 else "RGB")
         notes.append(f"'{path}' is {kind}; the model takes {wanted}: converted")
-    if resize and (taken.size, taken.scaled) != (framing.size, framing.size):
-        notes.append(f"'{path}' is {written(size)} (height x width): {framing.words}; the patch is meant in the result")
-    if not resize and framing.scaled(*size) != size:
-        notes.append(f"'{path}' fits and is taken as it is; in a folder {framing.words}, and --resize does the same")
+    if resize and (taken.size, taken.scaled) != (resize_crop.size, resize_crop.size):
+        notes.append(f"'{path}' is {written(size)} (height x width): {resize_crop.words}; the patch is meant in the result")
+    if not resize and resize_crop.scaled(*size) != size:
+        notes.append(f"'{path}' fits and is taken as it is; in a folder {resize_crop.words}, and --resize does the same")
     return taken.pixels, notes
 
 
@@ -179,7 +179,7 @@ def size_of(path: Path) -> Size:
     from PIL import Image
 
     try:
-        with quiet(), Image.open(path) as opened:
+        with without_warnings(), Image.open(path) as opened:
             if opened.format == "TIFF":  # which some versions of Pillow make upright, and others do not
                 opened.load()
             wide, high = opened.size
@@ -190,7 +190,7 @@ def size_of(path: Path) -> Size:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """Keep Pillow's remarks about odd files from the user; for threads it has to be around them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -229,13 +229,13 @@ def _orientation(picture: Any) -> int:
     return found if 1 <= found <= 8 else 1
 
 
-def _cut(picture: Any, top: int, left: int, framing: Framing) -> Any:
+def _cut(picture: Any, top: int, left: int, resize_crop: ResizeCrop) -> Any:
     from PIL import Image
 
-    high, wide = framing.size
+    high, wide = resize_crop.size
     if top >= 0 and left >= 0:
         return picture.crop((left, top, left + wide, top + high))
-    whole = Image.new("RGB", (wide, high), framing.fill)
+    whole = Image.new("RGB", (wide, high), resize_crop.fill)
     whole.paste(picture, (-left, -top))
     return whole
 

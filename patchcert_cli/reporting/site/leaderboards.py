@@ -34,7 +34,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Board:
+class Leaderboard:
     """Models measured alike, the best first. ``own``: shown first, since one of them was trained against this threat."""
 
     dataset: str
@@ -48,7 +48,7 @@ class Board:
 Key = tuple[str, str, Threat, str]  # data set, split, threat, guarantee
 
 
-def boards(cards: Iterable[Card]) -> list[Board]:
+def leaderboards(cards: Iterable[Card]) -> list[Leaderboard]:
     """All boards, by data set, threat, split and guarantee; recovery and detection never meet."""
     found: dict[Key, list[Entry]] = {}
     for card in cards:
@@ -63,7 +63,7 @@ def boards(cards: Iterable[Card]) -> list[Board]:
     owned = {key for key in keys if any(parse_threat(entry.card.threat) == key[2] for entry in found[key])}
     for dataset in {key[0] for key in keys} - {key[0] for key in owned}:
         owned.add(max((key for key in keys if key[0] == dataset), key=lambda key: len(found[key])))
-    return [Board(*key, entries=_ranked(found[key]), own=key in owned) for key in keys]
+    return [Leaderboard(*key, entries=_ranked(found[key]), own=key in owned) for key in keys]
 
 
 def paper_for(card: Card, result: Measured) -> Published | None:

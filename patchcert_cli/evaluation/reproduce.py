@@ -17,21 +17,21 @@ from torch import Tensor
 
 from patchcert_cli.arithmetic import weakest
 from patchcert_cli.attacks import Attack
-from patchcert_cli.cards.ledger import Ledger, Row
+from patchcert_cli.cards.published import PublishedRecord, PublishedRecords
 from patchcert_cli.defenses import Claim
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError
 from patchcert_cli.evaluation import evaluate, results
 from patchcert_cli.evaluation.plan import Plan
-from patchcert_cli.evaluation.runs import RECORDS, RESULT, Record
+from patchcert_cli.evaluation.run_folder import RECORDS, RESULT, Record
 from patchcert_cli.progress import Progress
 from patchcert_cli.storage import files
 
 CONFIDENCE = 0.95
 
 
-def verify(
+def reproduce(
     plan: Plan,
-    book: Ledger,
+    published: PublishedRecords,
     attacker: Attack | None,
     settings: Mapping[str, Any],
     folder: Path | None = None,
@@ -48,35 +48,36 @@ def verify(
         IntegrityError: the published records are about other weights.
         DataError: they do not speak of this threat, this data set or these images: nothing was claimed.
     """
-    at = book.position(str(plan.threat), guarantee=str(plan.subject.defense.guarantee))
-    method = book.claims[at].method
+    at = published.position(str(plan.threat), guarantee=str(plan.subject.defense.guarantee))
+    method = published.claims[at].method
     known = method in plan.subject.defense.methods  # else it is what the defense calls its best
     plan = replace(plan, claims=(Claim(plan.threat, method if known else None),))
-    folder = folder or plan.folder("verify", {"published": str(book.claims[at])})
-    if book.model_sha256 != plan.subject.sha256:
+    folder = folder or plan.folder("verify", {"published": str(published.claims[at])})
+    if published.model_sha256 != plan.subject.sha256:
         raise IntegrityError(
-            f"the published records are about other weights (sha256 {book.model_sha256[:12]}…, not {plan.subject.sha256[:12]}…)."
+            f"the published records are about other weights (sha256 {published.model_sha256[:12]}…,"
+            f" not {plan.subject.sha256[:12]}…)."
         )
-    if (book.dataset, book.split) != (plan.images.name, plan.images.split):
+    if (published.dataset, published.split) != (plan.images.name, plan.images.split):
         raise DataError(
-            f"the published records are about {book.dataset} {book.split}, not {plan.images.name} {plan.images.split}."
+            f"the published records are about {published.dataset} {published.split}, not {plan.images.name} {plan.images.split}."
         )
-    missing = [index for index in plan.images.index.tolist() if index not in book.rows]
+    missing = [index for index in plan.images.index.tolist() if index not in published.rows]
     if missing:
         raise DataError(f"the published records lack {len(missing)} of the images (indices {shown(missing)}).")
     certified = evaluate.certify(plan, folder / "certify", fresh=fresh, progress=progress)
     records = results.read_records(folder / "certify" / RECORDS)
-    different = [row for row in (difference(book.rows[r["index"]], at, r) for r in records) if row]
+    different = [row for row in (difference(published.rows[r["index"]], at, r) for r in records) if row]
     held = [r["index"] for r in records if r["certified"] and r["prediction"] == r["label"]]
-    said = book.claims[at].arithmetic
+    said = published.claims[at].arithmetic
     outcome: dict[str, Any] = {
         "model": plan.subject.name,
         "model_sha256": plan.subject.sha256,
-        "claim": str(book.claims[at]),
+        "claim": str(published.claims[at]),
         "dataset": plan.images.name,
         "split": plan.images.split,
         "images": len(records),
-        "of": len(book.rows),
+        "of": len(published.rows),
         "agree": len(records) - len(different),
         "false_share_at_most": bound(len(records)) if not different else None,
         "different": different,
@@ -105,7 +106,7 @@ def among(indices: Sequence[int], held: Sequence[int], limit: int | None) -> Ten
     return torch.tensor([at for at, index in enumerate(indices) if index in wanted], dtype=torch.int64)
 
 
-def difference(row: Row, at: int, record: Record) -> dict[str, Any] | None:
+def difference(row: PublishedRecord, at: int, record: Record) -> dict[str, Any] | None:
     """What a new record says otherwise than the published one, or None if they agree."""
     published = {"label": row.label, "prediction": row.prediction, "certified": row.certified[at]}
     found = {name: record[name] for name in published}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from patchcert_cli import cards
 from patchcert_cli.cards import Card
-from patchcert_cli.catalog import shelf
+from patchcert_cli.catalog import bundled
 from patchcert_cli.errors import HubError, IntegrityError, UnknownName, UsageError
 from patchcert_cli.hub import client
 from patchcert_cli.storage import files
@@ -27,7 +27,7 @@ ADDRESS = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<re
 
 
 @dataclass(frozen=True)
-class Resolved:
+class ResolvedModel:
     """A model whose files are on the disk and have the right sha256.
 
     Attributes:
@@ -58,7 +58,7 @@ class Resolved:
 
 def resolve(
     name_or_path: str | Path, *, offline: bool = False, force: bool = False, revision: str | None = None, zoo: Path | None = None
-) -> Resolved:
+) -> ResolvedModel:
     """The files of a zoo model, of ``org/name@revision`` on the Hub, or of a folder that ``patchcert train`` made.
 
     ``zoo`` is used instead of the bundled folder; ``force`` fetches again what is in the cache.
@@ -80,7 +80,7 @@ def resolve(
 
 def pull(
     name: str, *, offline: bool = False, force: bool = False, revision: str | None = None, zoo: Path | None = None
-) -> Resolved:
+) -> ResolvedModel:
     """As :func:`resolve`, but for names and addresses alone. A ``revision`` other than its card's is held against its own card.
 
     Raises:
@@ -93,7 +93,7 @@ def pull(
     address = ADDRESS.fullmatch(name)
     if address:
         return _foreign(address["repo"], revision or address["revision"], offline=offline, force=force)
-    card = shelf.bundled_card(name, zoo)
+    card = bundled.card(name, zoo)
     if revision is not None and not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise UsageError(f"revision '{revision}' is not a full commit;", hint="give its 40 hex digits.")
     if revision not in (None, card.hub.revision):
@@ -103,29 +103,29 @@ def pull(
             said = f"{name}: its weights are those of {card.classifier};"
             raise UnknownName(said, hint=f"certify fetches them: patchcert certify {name}")
         raise UnknownName(f"{name}: no weights are published yet;", hint=f"train it: patchcert train --recipe {name}")
-    bundled = (zoo or shelf.bundled_folder()) / name
+    folder = (zoo or bundled.folder()) / name
     reason = "it is not published on the Hub yet"
     if card.hub.revision is not None:
         try:
             return _from_hub(card, card.hub.repo, card.hub.revision, name, offline=offline, force=force)
         except HubError as problem:
-            if not cards.weights_of(bundled):
+            if not cards.weights_of(folder):
                 raise
             reason = str(problem).rstrip(".")
     note = f"{name}: the copy that is bundled with patchcert, for {reason}"
-    return Resolved(bundled, card, "bundled", note, card.verify(bundled))
+    return ResolvedModel(folder, card, "bundled", note, card.verify(folder))
 
 
-def _from_hub(card: Card, repo: str, commit: str, called: str, *, offline: bool, force: bool) -> Resolved:
+def _from_hub(card: Card, repo: str, commit: str, called: str, *, offline: bool, force: bool) -> ResolvedModel:
     digest = cards.weights_sha256(card.files)
     found = None if force and not offline else client.cached(repo, commit, card.files)
     if found:
-        return Resolved(found, card, "cache", f"{called}: {repo} @ {commit[:7]}, from the Hub's cache", digest)
+        return ResolvedModel(found, card, "cache", f"{called}: {repo} @ {commit[:7]}, from the Hub's cache", digest)
     found = client.fetch(repo, commit, card.files, offline=offline, force=force)
-    return Resolved(found, card, "hub", f"{called}: {repo} @ {commit[:7]}, fetched from the Hub", digest)
+    return ResolvedModel(found, card, "hub", f"{called}: {repo} @ {commit[:7]}, fetched from the Hub", digest)
 
 
-def _foreign(repo: str, revision: str | None, *, offline: bool, force: bool) -> Resolved:
+def _foreign(repo: str, revision: str | None, *, offline: bool, force: bool) -> ResolvedModel:
     """A model that no bundled card describes: its own card says what its files must be."""
     commit, folder = client.fetch_card(repo, revision, offline=offline)
     card = Card.read(folder)
@@ -152,7 +152,7 @@ def load(
     )[0]
 
 
-def _folder(path: Path) -> Resolved:
+def _folder(path: Path) -> ResolvedModel:
     if path.is_file():
         if path.name != files.WEIGHTS:
             raise IntegrityError(f"'{path}' is a file;", hint=f"give the folder that holds {files.WEIGHTS} and {files.CONFIG}.")
@@ -167,12 +167,12 @@ def _folder(path: Path) -> Resolved:
         raise IntegrityError(f"'{path}' holds no {files.WEIGHTS};", hint="give a folder that patchcert train or zoo pull made.")
     if not (path / files.CARD).exists():
         digest = cards.weights_sha256({name: cards.File.of(path / name) for name in weights})
-        return Resolved(path, None, "folder", f"{path}: a folder without a card to check it against", digest)
+        return ResolvedModel(path, None, "folder", f"{path}: a folder without a card to check it against", digest)
     card = Card.read(path)
-    return Resolved(path, card, "folder", f"{path}: a folder, as its card says", card.verify(path))
+    return ResolvedModel(path, card, "folder", f"{path}: a folder, as its card says", card.verify(path))
 
 
-def facts(found: Resolved) -> dict[str, Any]:
+def facts(found: ResolvedModel) -> dict[str, Any]:
     """What a pull found, as plain values for JSON."""
     files = {name: asdict(file) for name, file in found.card.files.items()} if found.card else {}
     return {

@@ -13,9 +13,9 @@ import torch
 from model_folders import CONFIG, make_run
 
 from patchcert_cli import cards, checkpoint, defenses
-from patchcert_cli.catalog import find
+from patchcert_cli.catalog import resolve
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.storage import files, verified
+from patchcert_cli.storage import checksum_cache, files
 
 
 @pytest.fixture(autouse=True)
@@ -44,20 +44,20 @@ def test_a_file_is_hashed_once(tmp_path: Path, hashed: list[Path], monkeypatch: 
     path = tmp_path / "weights"
     path.write_bytes(b"one")
     old(path, monkeypatch)
-    assert verified.digest(path) == verified.digest(path) == files.sha256_of(b"one")
+    assert checksum_cache.sha256(path) == checksum_cache.sha256(path) == files.sha256_of(b"one")
     assert hashed == [path]
     (tmp_path / "link").symlink_to(path)
-    assert verified.digest(tmp_path / "link") == files.sha256_of(b"one")
+    assert checksum_cache.sha256(tmp_path / "link") == files.sha256_of(b"one")
     assert hashed == [path]
-    verified.forget(path)
-    verified.digest(path)
+    checksum_cache.forget(path)
+    checksum_cache.sha256(path)
     assert hashed == [path, path]
 
 
 def test_a_young_file_is_not_remembered(tmp_path: Path, hashed: list[Path]) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"one")
-    assert verified.digest(path) == verified.digest(path)
+    assert checksum_cache.sha256(path) == checksum_cache.sha256(path)
     assert hashed == [path, path]
 
 
@@ -67,7 +67,7 @@ def test_a_changed_file_is_hashed_again(tmp_path: Path, how: str, monkeypatch: p
     path.write_bytes(b"one")
     before = path.stat()
     old(path, monkeypatch)
-    verified.digest(path)
+    checksum_cache.sha256(path)
     if how == "replaced":
         (tmp_path / "new").write_bytes(b"two")
         os.utime(tmp_path / "new", ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -77,7 +77,7 @@ def test_a_changed_file_is_hashed_again(tmp_path: Path, how: str, monkeypatch: p
         path.write_bytes(b"two")
     if how == "with its time set back":
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert verified.digest(path) == files.sha256_of(b"two")
+    assert checksum_cache.sha256(path) == files.sha256_of(b"two")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"identity": 3, "sha256": "x"}'])
@@ -85,10 +85,10 @@ def test_damaged_memory_is_none(tmp_path: Path, home: Path, content: bytes, monk
     path = tmp_path / "weights"
     path.write_bytes(b"one")
     old(path, monkeypatch)
-    verified.digest(path)
+    checksum_cache.sha256(path)
     (memory,) = (home / "patchcert" / "sha256").iterdir()
     memory.write_bytes(content)
-    assert verified.digest(path) == files.sha256_of(b"one")
+    assert checksum_cache.sha256(path) == files.sha256_of(b"one")
 
 
 def test_a_home_that_cannot_be_written_costs_time_only(
@@ -99,7 +99,7 @@ def test_a_home_that_cannot_be_written_costs_time_only(
     path = tmp_path / "weights"
     path.write_bytes(b"one")
     old(path, monkeypatch)
-    assert verified.digest(path) == verified.digest(path)
+    assert checksum_cache.sha256(path) == checksum_cache.sha256(path)
     assert len(hashed) == 2
 
 
@@ -119,8 +119,8 @@ def test_the_cache_is_where_the_client_has_it(variables: dict[str, str]) -> None
     environment = {name: value for name, value in os.environ.items() if name not in names} | variables
     code = (
         "from huggingface_hub import constants as c; from huggingface_hub.file_download import repo_folder_name as f\n"
-        "from patchcert_cli.storage import verified as v\n"
-        "assert (str(v.home()), str(v.hub_cache())) == (c.HF_HOME, c.HF_HUB_CACHE)\n"
+        "from patchcert_cli.storage import hub_cache as v\n"
+        "assert (str(v.home()), str(v.folder())) == (c.HF_HOME, c.HF_HUB_CACHE)\n"
         "assert v.repository('a/b-c').name == f(repo_id='a/b-c', repo_type='model')"
     )
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
@@ -132,13 +132,13 @@ def test_checking_a_large_file_is_fast_and_then_free(tmp_path: Path, monkeypatch
         stream.write(os.urandom(1 << 20) * 100)
     old(path, monkeypatch)
     began = time.perf_counter()
-    first = verified.digest(path)
+    first = checksum_cache.sha256(path)
     middle = time.perf_counter()
     took = middle - began
     again = []
     for _ in range(5):
         began = time.perf_counter()
-        assert verified.digest(path) == first
+        assert checksum_cache.sha256(path) == first
         again.append(time.perf_counter() - began)
     assert min(again) < 0.02
     assert took < 5.0  # 100 MB, perhaps in a crowd; the benchmark measures it alone
@@ -156,7 +156,7 @@ def test_weights_in_several_files(tmp_path: Path) -> None:
     loaded, _ = checkpoint.load_defense(folder)
     for name, tensor in defense.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
-    found = find.resolve(folder)
+    found = resolve.resolve(folder)
     assert found.sha256 == cards.weights_sha256({name: cards.File.of(folder / name) for name in names})
     card = cards.card_for_run(
         CONFIG["recipe"],

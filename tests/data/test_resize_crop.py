@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from patchcert_cli.data import image
-from patchcert_cli.data.framing import Framing, shorter
+from patchcert_cli.data import image_files
+from patchcert_cli.data.resize_crop import ResizeCrop, shorter
 from patchcert_cli.errors import UsageError
 
 SHAPES = [(61, 97), (90, 43), (64, 64), (7, 5), (50, 201), (1, 3)]  # height x width
@@ -20,9 +20,9 @@ def noise(height: int, width: int, seed: int = 1) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def taken(picture: Image.Image, framing: Framing, path: Path) -> np.ndarray[Any, Any]:
+def taken(picture: Image.Image, resize_crop: ResizeCrop, path: Path) -> np.ndarray[Any, Any]:
     picture.save(path)
-    return image.take(path, framing).pixels.numpy()
+    return image_files.decode(path, resize_crop).pixels.numpy()
 
 
 TEXTS = [
@@ -43,7 +43,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_and_framing_are_inverse(text: str) -> None:
-    assert str(Framing.parse(text)) == text
+    assert str(ResizeCrop.parse(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_text_and_framing_are_inverse(text: str) -> None:
 )
 def test_text_that_means_nothing_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"cannot be meant: give NAME@SIDE or NAME@SIDE/SHORT, 1 to 4096, SHORT at least SIDE"):
-        Framing.parse(text)
+        ResizeCrop.parse(text)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (16, 16)], ids=str)
@@ -78,8 +78,8 @@ def test_pictures_that_fit_are_not_touched_and_others_are_made_as_torchvision_do
     bicubic = transforms.InterpolationMode.BICUBIC
     usual = transforms.Compose([transforms.Resize(shorter(16), bicubic), transforms.CenterCrop(16), transforms.PILToTensor()])
     wanted = np.asarray(picture).transpose(2, 0, 1) if shape == (16, 16) else usual(picture).numpy()
-    assert np.array_equal(taken(picture, Framing.square(16), tmp_path / "a.png"), wanted)
-    assert np.array_equal(taken(picture, Framing.square(16, shorter(16)), tmp_path / "a.png"), usual(picture).numpy())
+    assert np.array_equal(taken(picture, ResizeCrop.square(16), tmp_path / "a.png"), wanted)
+    assert np.array_equal(taken(picture, ResizeCrop.square(16, shorter(16)), tmp_path / "a.png"), usual(picture).numpy())
 
 
 def published() -> list[tuple[tuple[int, int, int], float, str, str, tuple[float, ...]]]:
@@ -105,14 +105,14 @@ def test_pixels_are_those_of_timms_own_transform_for_all_its_published_weights(t
     seen = set()
     for number, (size, crop_pct, mode, interpolation, mean) in enumerate(combinations):
         said = {"input_size": size, "crop_pct": crop_pct, "crop_mode": mode, "interpolation": interpolation, "mean": mean}
-        framing = timm.described("test_vit", said | {"num_classes": 2}).framing
-        assert Framing.parse(str(framing)) == framing
+        resize_crop = timm.described("test_vit", said | {"num_classes": 2}).resize_crop
+        assert ResizeCrop.parse(str(resize_crop)) == resize_crop
         own = create_transform(**said, normalize=False)
         shapes = SHAPES if (mode, interpolation) not in seen else [SHAPES[number % len(SHAPES)]]
         seen.add((mode, interpolation))
         for shape in shapes:
             wanted = own(noise(*shape)).numpy()
-            assert np.array_equal(taken(noise(*shape), framing, tmp_path / "a.bmp"), wanted), (framing, shape)
+            assert np.array_equal(taken(noise(*shape), resize_crop, tmp_path / "a.bmp"), wanted), (resize_crop, shape)
     assert {mode for mode, _ in seen} == {"center", "squash", "border"} and len(combinations) > 100
 
 
@@ -129,10 +129,10 @@ def test_what_a_repository_may_say_is_done_as_timm_does(
     from patchcert_cli.models import timm
 
     said = {"input_size": size, "crop_pct": crop_pct, "crop_mode": mode, "interpolation": interpolation, "mean": (0.1, 0.5, 0.7)}
-    framing = timm.described("test_vit", said | {"num_classes": 2}).framing
+    resize_crop = timm.described("test_vit", said | {"num_classes": 2}).resize_crop
     for shape in [(61, 97), (90, 43), (41, 60), (35, 35)]:
         wanted = create_transform(**said, normalize=False)(noise(*shape)).numpy()
-        assert np.array_equal(taken(noise(*shape), framing, tmp_path / "a.bmp"), wanted), shape
+        assert np.array_equal(taken(noise(*shape), resize_crop, tmp_path / "a.bmp"), wanted), shape
 
 
 def test_a_squashed_picture_keeps_its_left_quarter(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_squashed_picture_keeps_its_left_quarter(tmp_path: Path) -> None:
     picture.save(tmp_path / "a.png")
 
     def red(text: str) -> float:
-        pixels = image.take(tmp_path / "a.png", Framing.parse(text)).pixels
+        pixels = image_files.decode(tmp_path / "a.png", ResizeCrop.parse(text)).pixels
         return float((pixels[1] < 128).float().mean())
 
     assert red("384/384") == 0 and red("384/384,squash") == pytest.approx(0.25, abs=0.002)

@@ -72,7 +72,7 @@ def check_path(path: Path) -> None:
 
 
 @contextmanager
-def paper(path: Path, width: float, height: float) -> Iterator[Figure]:
+def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
     """A white figure of ``width`` x ``height`` inches; when the block ends it is written to ``path``, atomically."""
     require()
     check_path(path)
@@ -92,7 +92,7 @@ def paper(path: Path, width: float, height: float) -> Iterator[Figure]:
     files.write_named(path, content.getvalue())
 
 
-def panel(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+def axes_at(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
     """Axes at a place in inches from the lower left corner, begun on a whole device pixel."""
     across, up = (float(size) for size in figure.get_size_inches())
     left, bottom = round(left * DPI) / DPI, round(bottom * DPI) / DPI
@@ -131,7 +131,7 @@ class Heading:
 
 
 @dataclass(frozen=True)
-class End:
+class EndLabel:
     """The label of a line, and the line's last point in data units."""
 
     text: str
@@ -140,7 +140,7 @@ class End:
     y: float
 
 
-def label_ends(axes: Axes, ends: Sequence[End]) -> None:
+def label_ends(axes: Axes, ends: Sequence[EndLabel]) -> None:
     """Write labels right of the axes, which make room for them: as high as the lines end, but apart from each other."""
     order = sorted(ends, key=lambda end: end.y)
     boxes = []

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from patchcert_cli import cards
 from patchcert_cli.cards import Card, File, Hub, Published
-from patchcert_cli.catalog import shelf
-from patchcert_cli.catalog.claims import Results, measured, sampled
-from patchcert_cli.catalog.find import resolve
+from patchcert_cli.catalog import bundled
+from patchcert_cli.catalog.claims import Results, card_with_results, card_with_samples
+from patchcert_cli.catalog.resolve import resolve
 from patchcert_cli.errors import IntegrityError, MachineError, UsageError
 from patchcert_cli.storage import files
 
@@ -49,10 +49,10 @@ def add(
         raise UsageError(f"'{name}' cannot name a model;", hint="use lower-case letters, digits, '-' and '.'.")
     if (zoo / name).exists() and not force:
         raise UsageError(f"'{zoo / name}' exists;", hint="replace it with --force, or use another --name.")
-    card, packed = measured(found, results)
-    card, books = sampled(replace(found, card=card), samples or {}, pictures or {})
+    card, packed = card_with_results(found, results)
+    card, records = card_with_samples(replace(found, card=card), samples or {}, pictures or {})
     if packed is not None:
-        books[files.LEDGER] = packed
+        records[files.PUBLISHED_RECORDS] = packed
     card = replace(
         card,
         name=name,
@@ -60,7 +60,7 @@ def add(
         published=tuple(published) or card.published,
         notes=card.notes if notes is None else notes,
     )
-    _copy(found.folder, zoo / name, Card.from_dict(card.to_dict(), where=name), books)
+    _copy(found.folder, zoo / name, Card.from_dict(card.to_dict(), where=name), records)
     return card
 
 
@@ -70,8 +70,8 @@ def source_zoo() -> Path:
     Raises:
         UsageError: patchcert is installed without one.
     """
-    zoo = shelf.bundled_folder()
-    if os.environ.get(shelf.ENVIRONMENT) or (zoo.parent / "pyproject.toml").is_file():
+    zoo = bundled.folder()
+    if os.environ.get(bundled.ENVIRONMENT) or (zoo.parent / "pyproject.toml").is_file():
         return zoo
     raise UsageError("patchcert is not installed from a source tree;", hint="say with --to which folder gets the model.")
 
@@ -89,20 +89,20 @@ def write_card(folder: Path, card: Card) -> None:
 def _hub(zoo: Path, name: str, made: Mapping[str, File]) -> Hub:
     """The model's place on the Hub; the revision is kept only for the files it was made for."""
     if (zoo / name / files.CARD).is_file():
-        before = shelf.bundled_card(name, zoo)
+        before = bundled.card(name, zoo)
         if before.files == made:
             return before.hub
     return Hub(f"patchcert/{name}")
 
 
-def _copy(run: Path, target: Path, card: Card, books: Mapping[str, bytes]) -> None:
+def _copy(run: Path, target: Path, card: Card, records: Mapping[str, bytes]) -> None:
     """Write the model folder, the card last, each file whole or not at all."""
     try:
         target.mkdir(parents=True, exist_ok=True)
         for file in card.files:
             partial = target / f"{file}.partial"
-            if file in books:
-                partial.write_bytes(books[file])
+            if file in records:
+                partial.write_bytes(records[file])
             else:
                 shutil.copyfile(run / file, partial)
             os.replace(partial, target / file)

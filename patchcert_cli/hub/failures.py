@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from patchcert_cli.errors import HubError, IntegrityError, MachineError, PatchcertError
-from patchcert_cli.storage import verified
+from patchcert_cli.storage import hub_cache
 
 UPLOAD_TIMEOUT = 120.0  # seconds that the Hub has to take in what was sent
 NO_ROOM = {errno.ENOSPC: "full", errno.EDQUOT: "over its quota", errno.EFBIG: "full", errno.EROFS: "read-only"}
@@ -19,12 +19,12 @@ NO_ROOM |= {errno.EACCES: "not writable", errno.EPERM: "not writable"}
 
 
 @contextmanager
-def told(repo: str) -> Iterator[None]:
+def translate_errors(repo: str) -> Iterator[None]:
     """Turn what the client raises into one of our errors, and keep it from talking."""
     from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars, logging  # type: ignore[attr-defined]
 
-    _limit_patience()
+    _set_timeouts()
     if not os.environ.get("PATCHCERT_DEBUG"):
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if not sys.stderr.isatty():
@@ -36,7 +36,7 @@ def told(repo: str) -> Iterator[None]:
     except Exception as problem:  # a stranger's server can make the client raise anything
         if isinstance(problem, OSError) and problem.errno in NO_ROOM:
             raise MachineError(
-                f"the Hub's cache '{verified.hub_cache()}' is {NO_ROOM[problem.errno]}: {problem.strerror}.",
+                f"the Hub's cache '{hub_cache.folder()}' is {NO_ROOM[problem.errno]}: {problem.strerror}.",
                 hint="Free some space, or put it elsewhere with HF_HOME.",
             ) from problem
         if isinstance(problem, OSError) and str(problem).startswith("Consistency check failed"):
@@ -45,7 +45,7 @@ def told(repo: str) -> Iterator[None]:
 
 
 @cache
-def _limit_patience() -> None:
+def _set_timeouts() -> None:
     """No request of this process waits for ever: the client itself lists a repository without any limit of time.
 
     Nor does it wait as long as a stranger's server asks it to.
@@ -62,12 +62,12 @@ def _limit_patience() -> None:
             kind: min(given.get(kind) or most, most) for kind in ("connect", "read", "write", "pool")
         }
 
-    def hurry(response: Any) -> None:
+    def ignore_retry_after(response: Any) -> None:
         for name in ("Retry-After", "RateLimit"):
             response.headers.pop(name, None)
 
     def client() -> Any:
-        both: dict[str, Any] = {"request": [*hooks["request"], limit], "response": [*hooks["response"], hurry]}
+        both: dict[str, Any] = {"request": [*hooks["request"], limit], "response": [*hooks["response"], ignore_retry_after]}
         return httpx.Client(event_hooks=both, follow_redirects=True, timeout=None)
 
     set_client_factory(client)

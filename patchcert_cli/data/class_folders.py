@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from patchcert_cli.data import image
-from patchcert_cli.data.framing import Size, written
+from patchcert_cli.data import image_files
+from patchcert_cli.data.resize_crop import Size, written
 from patchcert_cli.errors import DataError
 
 NOTES, TINY = "val_annotations.txt", "images"  # Tiny-ImageNet's validation pictures, and what says their classes
@@ -29,7 +29,7 @@ SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)
-class Listing:
+class ClassFolders:
     """What is in a folder of class folders.
 
     Attributes:
@@ -74,7 +74,7 @@ def class_names(folder: Path) -> tuple[str, ...]:
     return _classes(folder)[0]
 
 
-def scan(folder: Path) -> Listing:
+def scan(folder: Path) -> ClassFolders:
     """List a folder of class folders without opening a picture.
 
     Raises:
@@ -91,23 +91,23 @@ def scan(folder: Path) -> Listing:
     for name, pictures in zip(classes, found, strict=True):
         if not pictures:
             raise DataError(
-                f"'{folder / name}' has no pictures ({', '.join(image.ENDINGS)}){passed(skipped)};",
+                f"'{folder / name}' has no pictures ({', '.join(image_files.EXTENSIONS)}){skipped_text(skipped)};",
                 hint="every class folder needs some: add, or remove it.",
             )
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(pictures) for pictures in found]))
-    return Listing(folder, classes, [one for pictures in found for one in pictures], labels, skipped)
+    return ClassFolders(folder, classes, [one for pictures in found for one in pictures], labels, skipped)
 
 
-def common_size(listing: Listing) -> Size:
+def common_size(listing: ClassFolders) -> Size:
     """Height and width of the pictures, if all have the same.
 
     Raises:
         DataError: they have not, with the way out.
     """
-    with image.quiet():
-        first = image.size_of(listing.path(0))
+    with image_files.without_warnings():
+        first = image_files.size_of(listing.path(0))
         for number in range(1, len(listing)):
-            size = image.size_of(listing.path(number))
+            size = image_files.size_of(listing.path(number))
             if size != first:
                 one, other = (f"'{listing.path(at)}' is {written(of)}" for at, of in ((0, first), (number, size)))
                 raise DataError(
@@ -134,11 +134,11 @@ def _classes(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
 
 
 def _pictures(folder: Path, name: str, skipped: Counter[str]) -> Iterator[str]:
-    """The pictures in ``folder/name``, at any depth, as a :class:`Listing` holds them; counts what is none."""
+    """The pictures in ``folder/name``, at any depth, as a :class:`ClassFolders` holds them; counts what is none."""
     inside = sorted(_folders(folder / name, name, ()), key=lambda one: one[0])
     for place, entries in inside:
         for entry in sorted(entries, key=lambda one: one.name):
-            if entry.name.startswith(".") or not entry.name.lower().endswith(image.ENDINGS):
+            if entry.name.startswith(".") or not entry.name.lower().endswith(image_files.EXTENSIONS):
                 skipped[_ending(entry.name)] += 1
                 continue
             facts = entry.stat()
@@ -169,7 +169,7 @@ def _ending(name: str) -> str:
     return "hidden" if name.startswith(".") else Path(name).suffix.lower() or "without an ending"
 
 
-def passed(skipped: Counter[str]) -> str:
+def skipped_text(skipped: Counter[str]) -> str:
     """The end of a sentence about files that were skipped; empty if none was."""
     if not skipped:
         return ""

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from patchcert_cli import data
-from patchcert_cli.data import image, listing
-from patchcert_cli.data.framing import Framing
-from patchcert_cli.data.image import Account
+from patchcert_cli.data import class_folders, image_files
+from patchcert_cli.data.image_files import ImageChanges
+from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.errors import DataError
 
 
@@ -18,7 +18,7 @@ def put(*paths: str, size: tuple[int, int] = (5, 4)) -> None:
     for text in paths:
         path = Path(text)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix.lower() in image.ENDINGS:
+        if path.suffix.lower() in image_files.EXTENSIONS:
             kind = "JPEG" if path.suffix.lower() in (".jfif", ".jpe") else None
             mode = {".pgm": "L", ".pbm": "1"}.get(path.suffix.lower(), "RGB")
             Image.new(mode, size).save(path, kind)
@@ -26,7 +26,7 @@ def put(*paths: str, size: tuple[int, int] = (5, 4)) -> None:
             path.write_text("no picture")
 
 
-def names(found: listing.Listing) -> list[str]:
+def names(found: class_folders.ClassFolders) -> list[str]:
     return [one.split("\0", 1)[0] for one in found.pictures]
 
 
@@ -36,7 +36,7 @@ def test_pictures_are_those_of_imagefolder_in_its_order() -> None:
     endings = [".jpg", ".JPEG", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"]
     put(*(f"d/b/p{ending}" for ending in endings))
     put("d/a/z.png", "d/a/deep/er/a.png", "d/a/deep/b.png", "d/a/deep-b/c.png", "d/a/B.png", "d/c c/x/y/z/1.png", "d/a/notes.txt")
-    found, wanted = listing.scan(Path("d")), ImageFolder("d")
+    found, wanted = class_folders.scan(Path("d")), ImageFolder("d")
     assert names(found) == [str(Path(path).relative_to("d")) for path, _ in wanted.samples]
     assert found.labels.tolist() == wanted.targets and found.classes == tuple(wanted.classes)
     assert found.skipped == {".txt": 1} and len(found) == 15
@@ -44,7 +44,7 @@ def test_pictures_are_those_of_imagefolder_in_its_order() -> None:
 
 def test_other_kinds_are_read_and_what_is_skipped_is_counted() -> None:
     put(
-        *(f"d/a/p{ending}" for ending in image.ENDINGS),
+        *(f"d/a/p{ending}" for ending in image_files.EXTENSIONS),
         "d/a/.hidden.png",
         "d/a/._p.jpg",
         "d/a/README",
@@ -52,10 +52,10 @@ def test_other_kinds_are_read_and_what_is_skipped_is_counted() -> None:
         "d/a/r.HEIC",
     )
     put("d/beside.png", "d/list.csv", "d/.trash/a.png", "d/a/.thumbs/a.png")
-    found = listing.scan(Path("d"))
-    assert len(found) == len(image.ENDINGS) == 14 and found.classes == ("a",)
+    found = class_folders.scan(Path("d"))
+    assert len(found) == len(image_files.EXTENSIONS) == 14 and found.classes == ("a",)
     assert found.skipped == {"hidden": 2, "without an ending": 1, ".heic": 2, ".csv": 1, ".png": 1}
-    assert listing.passed(found.skipped) == "; 7 other files skipped (2 .heic, 2 hidden, 1 .csv, ...)"
+    assert class_folders.skipped_text(found.skipped) == "; 7 other files skipped (2 .heic, 2 hidden, 1 .csv, ...)"
     images = data.load("imagefolder:d@8", "test")
     assert len(images) == 14 and images.remarks == (
         "14 of 14 pictures resampled, from 4x5 pixels (height x width), to 8x8:"
@@ -68,24 +68,24 @@ def test_other_kinds_are_read_and_what_is_skipped_is_counted() -> None:
 
 def test_gtsrb_and_tiny_imagenet_are_read_as_they_come() -> None:
     put("gtsrb/00000/00000_00000.ppm", "gtsrb/00000/GT-00000.csv", "gtsrb/00001/00000_00000.ppm", "gtsrb/00001/GT-00001.csv")
-    found = listing.scan(Path("gtsrb"))
+    found = class_folders.scan(Path("gtsrb"))
     assert found.classes == ("00000", "00001") and len(found) == 2 and found.skipped == {".csv": 2}
     for name in ("n02124075", "n04067472"):
         put(f"tiny/train/{name}/{name}_boxes.txt", *(f"tiny/train/{name}/images/{name}_{at}.JPEG" for at in (0, 1)))
-    train = listing.scan(Path("tiny/train"))
+    train = class_folders.scan(Path("tiny/train"))
     assert train.classes == ("n02124075", "n04067472") and train.labels.tolist() == [0, 0, 1, 1]
     put(*(f"tiny/val/images/val_{at}.JPEG" for at in range(4)))
     notes = Path("tiny/val/val_annotations.txt")
     notes.write_text("".join(f"val_{at}.JPEG\t{('n04067472', 'n02124075')[at % 2]}\t0\t0\t9\t9\n" for at in range(4)))
-    val = listing.scan(Path("tiny/val"))
-    assert val.classes == train.classes == listing.class_names(Path("tiny/val"))
+    val = class_folders.scan(Path("tiny/val"))
+    assert val.classes == train.classes == class_folders.class_names(Path("tiny/val"))
     assert names(val) == [f"images/val_{at}.JPEG" for at in (1, 3, 0, 2)] and val.labels.tolist() == [0, 0, 1, 1]
     put("tiny/val/images/val_9.JPEG")
     with pytest.raises(DataError, match="val_annotations.txt does not say the class of 'val_9.JPEG'; remove the picture, or add"):
-        listing.scan(Path("tiny/val"))
+        class_folders.scan(Path("tiny/val"))
     notes.write_text("val_0.JPEG\n")
     with pytest.raises(DataError, match="each line is PICTURE, a tab, CLASS"):
-        listing.scan(Path("tiny/val"))
+        class_folders.scan(Path("tiny/val"))
 
 
 def test_links_are_followed_but_not_in_circles() -> None:
@@ -93,26 +93,26 @@ def test_links_are_followed_but_not_in_circles() -> None:
     Path("d/a/more").symlink_to(Path("elsewhere").resolve())
     Path("d/a/round").symlink_to(Path("d/a").resolve())
     Path("elsewhere/up").symlink_to(Path("elsewhere").resolve())
-    assert names(listing.scan(Path("d"))) == ["a/b.png", "a/more/a.png"]
+    assert names(class_folders.scan(Path("d"))) == ["a/b.png", "a/more/a.png"]
 
 
 def test_a_class_without_pictures_says_what_is_there_instead() -> None:
     put("d/a/p.png", "d/b/q.heic", "d/b/r.heic")
     with pytest.raises(DataError, match=r"'d/b' has no pictures \(.jpg, .*\); 2 other files skipped \(2 .heic\); every class"):
-        listing.scan(Path("d"))
+        class_folders.scan(Path("d"))
 
 
 def test_the_size_of_pictures_that_agree() -> None:
     put("d/a/p.png", "d/b/q.png")
-    assert listing.common_size(listing.scan(Path("d"))) == (4, 5)
+    assert class_folders.common_size(class_folders.scan(Path("d"))) == (4, 5)
     put("d/b/r.png", size=(4, 5))
     exif = Image.Exif()
-    exif[image.ORIENTATION] = 6
+    exif[image_files.ORIENTATION] = 6
     Image.new("RGB", (4, 5)).save("d/b/r.png", exif=exif)  # upright it is as large as the others
-    assert listing.common_size(listing.scan(Path("d"))) == (4, 5)
+    assert class_folders.common_size(class_folders.scan(Path("d"))) == (4, 5)
     put("d/b/s.png", size=(7, 7))
     with pytest.raises(DataError) as caught:
-        listing.common_size(listing.scan(Path("d")))
+        class_folders.common_size(class_folders.scan(Path("d")))
     assert str(caught.value) == (
         "the pictures are of many sizes ('d/a/p.png' is 4x5, 'd/b/s.png' is 7x7), and nothing says which size the model takes;"
         " say --data imagefolder:d@SIDE, or state it: the attribute size of your module."
@@ -120,13 +120,13 @@ def test_the_size_of_pictures_that_agree() -> None:
 
 
 def test_accounts_add_up() -> None:
-    one, two = Account(1, 1, 0, 1, 0, (4, 5), (4, 5)), Account(1, 0, 1, 0, 1, (9, 2), (9, 2))
-    both = sum([one, Account(3), two], Account())
-    assert both == Account(5, 1, 1, 1, 1, (9, 2), (4, 5)) == Account.from_list(both.to_list())
-    assert both.lines(Framing((4, 4))) == [
+    one, two = ImageChanges(1, 1, 0, 1, 0, (4, 5), (4, 5)), ImageChanges(1, 0, 1, 0, 1, (9, 2), (9, 2))
+    both = sum([one, ImageChanges(3), two], ImageChanges())
+    assert both == ImageChanges(5, 1, 1, 1, 1, (9, 2), (4, 5)) == ImageChanges.from_list(both.to_list())
+    assert both.lines(ResizeCrop((4, 4))) == [
         "1 of 5 pictures resampled, from 9x2 to 4x5 pixels (height x width), to 4x4:"
         " the shorter side is scaled to 5 (bicubic), and the middle 4x4 is taken",
         "1 of 5 pictures turned as their EXIF says",
         "1 of 5 pictures have transparent pixels: alpha dropped, colours as stored",
     ]
-    assert Account(7).lines(Framing((4, 4))) == []
+    assert ImageChanges(7).lines(ResizeCrop((4, 4))) == []

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from patchcert_cli.data import labels
+from patchcert_cli.data import class_names
 from patchcert_cli.errors import DataError
 
 OUTPUTS = (("n02012849", "crane"), ("n03126707", "crane"), ("n01440764", "tench", "Tinca tinca"), ("n02119789", "kit fox"))
 
 
-def match(*classes: str, outputs: labels.Names = OUTPUTS, count: int = 4) -> list[int]:
-    return labels.match(classes, outputs, data="./val", model="m", count=count)
+def match(*classes: str, outputs: class_names.Names = OUTPUTS, count: int = 4) -> list[int]:
+    return class_names.match(classes, outputs, data="./val", model="m", count=count)
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))
@@ -55,15 +55,15 @@ def test_position_alone_is_never_enough() -> None:
 
 
 def test_outputs_are_called_by_words() -> None:
-    assert labels.words(OUTPUTS) == ("crane (n02012849)", "crane (n03126707)", "tench", "kit fox")
-    assert labels.words((("n02012849",), ("cat", "n02123045"))) == ("n02012849", "cat")
-    assert labels.words((("a",), ("a", "b"))) == ("a", "a")
+    assert class_names.words(OUTPUTS) == ("crane (n02012849)", "crane (n03126707)", "tench", "kit fox")
+    assert class_names.words((("n02012849",), ("cat", "n02123045"))) == ("n02012849", "cat")
+    assert class_names.words((("a",), ("a", "b"))) == ("a", "a")
 
 
 def test_names_are_read_from_lines(tmp_path: Path) -> None:
     path = tmp_path / "names.txt"
     path.write_text("\ufeffn1\tgreat white shark\tshark\nn2 \n\n", encoding="utf-8")
-    assert labels.read(path) == (("n1", "great white shark", "shark"), ("n2",))
+    assert class_names.read(path) == (("n1", "great white shark", "shark"), ("n2",))
     for content, said in (
         ("a\n\nb", "line 2 is empty"),
         ("", "it is empty"),
@@ -71,8 +71,8 @@ def test_names_are_read_from_lines(tmp_path: Path) -> None:
     ):
         path.write_text(content)
         with pytest.raises(DataError, match=said):
-            labels.read(path)
+            class_names.read(path)
     path.write_bytes(b"\xff\xfe\x00")
     for place in (path, tmp_path / "none.txt", tmp_path):
         with pytest.raises(DataError, match=r"--classes '.*' cannot be read \(.*\); give a text file with one line per output"):
-            labels.read(place)
+            class_names.read(place)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from patchcert_cli import defenses
-from patchcert_cli.reporting import pictures, report
+from patchcert_cli.reporting import plots, text
 
 
 def result(**changes: Any) -> dict[str, Any]:
@@ -53,55 +53,55 @@ def result(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_below_one_image_a_second_it_is_seconds_an_image(pace: float, words: str) -> None:
-    assert report.speed(pace) == words
-    said = dict(report.certify_rows(result(images_per_second=pace)))["time"]
+    assert text.speed(pace) == words
+    said = dict(text.certify_rows(result(images_per_second=pace)))["time"]
     assert said == (f"24.0 s, {words} on cpu" if words else "24.0 s on cpu")
 
 
 @pytest.mark.parametrize("kind", defenses.names())
 def test_every_proof_has_plain_words(kind: str) -> None:
     for method in defenses.by_name(kind).methods:
-        said = dict(report.certify_rows(result(method=method)))["guarantee"]
-        assert said == f"recovery, proof: {report.PROOFS[method]}" and "rows bounds" not in said
+        said = dict(text.certify_rows(result(method=method)))["guarantee"]
+        assert said == f"recovery, proof: {text.PROOFS[method]}" and "rows bounds" not in said
 
 
 def test_titles_name_no_folder_and_no_count(tmp_path: Path) -> None:
     own = {"dataset": f"imagefolder:{tmp_path}/val@32", "data_source": str(tmp_path / "val"), "split": "all"}
-    title = report.plot_title(result(model=str(tmp_path / "runs" / "mine"), **own))
+    title = text.plot_title(result(model=str(tmp_path / "runs" / "mine"), **own))
     assert title == "mine\nimagefolder:val@32 all"
-    assert report.plot_title(result(full_split=False, model="runs/p5")) == "runs/p5\nmnist test, a part of it"
+    assert text.plot_title(result(full_split=False, model="runs/p5")) == "runs/p5\nmnist test, a part of it"
 
 
 def test_letters_that_the_font_lacks_warn_nobody(tmp_path: Path) -> None:
-    rows = report.claim_list(result())
+    rows = text.claim_list(result())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pictures.plot(rows, tmp_path / "a.png", title="模型\n猫")
+        plots.plot(rows, tmp_path / "a.png", title="模型\n猫")
     assert (tmp_path / "a.png").stat().st_size > 0
 
 
 def test_shapes_say_the_area_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes = []
-    made = pictures.Heading.of
-    monkeypatch.setattr(pictures.Heading, "of", lambda title, note, width: notes.append(note) or made(title, note, width))
+    made = plots.Heading.of
+    monkeypatch.setattr(plots.Heading, "of", lambda title, note, width: notes.append(note) or made(title, note, width))
     claims = [{**result()["counts"], **result(), "threat": threat} for threat in ("patch:1x25", "patch:3x8", "patch:5x5")]
-    pictures.plot(claims, tmp_path / "a.png", title="x", area=25)
-    pictures.plot(claims, tmp_path / "a.png", title="x")
+    plots.plot(claims, tmp_path / "a.png", title="x", area=25)
+    plots.plot(claims, tmp_path / "a.png", title="x")
     assert [note.split(", anywhere")[0] for note in notes] == [
         "one patch of at most 25 (24 to 25) pixels",
         "one patch of 24 to 25 pixels",
     ]
     several = {"claims": [{**result(), "threat": threat} for threat in ("patch:1x25", "patch:3x8")], "patch_area": 25}
-    assert dict(report.certify_rows(result(**several)))["shapes"] == "the largest of at most 25 pixels, one of each height"
+    assert dict(text.certify_rows(result(**several)))["shapes"] == "the largest of at most 25 pixels, one of each height"
 
 
 def test_an_attack_says_what_it_left() -> None:
     attacked = {"attacked_accuracy": 0.5, "queries": 70, "broken": [], "left": 30}
     assert (
-        dict(report.attack_rows(result(**attacked)))["left"]
+        dict(text.attack_rows(result(**attacked)))["left"]
         == "30 of 40 images: the time was up; the same command goes on with them"
     )
-    assert dict(report.attack_rows(result(**attacked)))["right under attack"].startswith("50.00 %")
+    assert dict(text.attack_rows(result(**attacked)))["right under attack"].startswith("50.00 %")
     resumed = {**attacked, "resumed": 4, "images": 40, "seconds": 83.1, "images_per_second": 36 / 83.1}
-    assert dict(report.attack_rows(result(**resumed)))["time"].startswith("83.1 s for 36 images, 2.3 s an image")
-    assert "left" not in dict(report.attack_rows(result(**attacked | {"left": 0})))
+    assert dict(text.attack_rows(result(**resumed)))["time"].startswith("83.1 s for 36 images, 2.3 s an image")
+    assert "left" not in dict(text.attack_rows(result(**attacked | {"left": 0})))

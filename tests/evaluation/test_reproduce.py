@@ -11,12 +11,12 @@ import torch
 from typer.testing import CliRunner, Result
 
 from patchcert_cli import cards, checkpoint, data, defenses
-from patchcert_cli.cards import Card, File, ledger
-from patchcert_cli.cards.ledger import Ledger, Row, Stated
-from patchcert_cli.catalog import shelf
+from patchcert_cli.cards import Card, File, published
+from patchcert_cli.cards.published import ClaimKey, PublishedRecord, PublishedRecords
+from patchcert_cli.catalog import bundled
 from patchcert_cli.cli.main import app
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError, PatchcertError
-from patchcert_cli.evaluation import verify
+from patchcert_cli.evaluation import reproduce
 from patchcert_cli.storage import files
 from patchcert_cli.training.recipe import Recipe
 
@@ -54,7 +54,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / files.CARD).write_text(card.render())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setenv(shelf.ENVIRONMENT, str(place / "zoo"))
+        patch.setenv(bundled.ENVIRONMENT, str(place / "zoo"))
         done = CliRunner().invoke(app, ["certify", NAME, "--out", "certify", "--json", "result.json"])
         assert done.exit_code == 0, (done.output, done.exception)
         done = CliRunner().invoke(
@@ -71,7 +71,7 @@ def model(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     copy.mkdir(parents=True)
     for path in measured.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setenv(shelf.ENVIRONMENT, str(tmp_path / "zoo"))
+    monkeypatch.setenv(bundled.ENVIRONMENT, str(tmp_path / "zoo"))
     return copy
 
 
@@ -85,16 +85,17 @@ def fail(kind: type[PatchcertError], *arguments: str) -> str:
     return str(done.exception)
 
 
-def rewrite(model: Path, change: dict[int, Row], **facts: str) -> None:
+def rewrite(model: Path, change: dict[int, PublishedRecord], **facts: str) -> None:
     """Publish other records, with a card whose counts follow from them: only certifying again can tell."""
-    book = ledger.read(model / files.LEDGER)
+    book = PublishedRecords.read(model / files.PUBLISHED_RECORDS)
     forged = replace(book, rows={**book.rows, **change}, **facts)
-    (model / files.LEDGER).write_bytes(forged.pack())
+    (model / files.PUBLISHED_RECORDS).write_bytes(forged.pack())
     card = Card.read(model)
     clean, certified = forged.counts(0)
     share = certified / SPLIT
     result = replace(card.results[0], clean=clean, certified=certified, certified_interval=(max(0, share - 0.01), share + 0.01))
-    changed = replace(card, results=(result,), files={**card.files, files.LEDGER: File.of(model / files.LEDGER)})
+    listed = {files.PUBLISHED_RECORDS: File.of(model / files.PUBLISHED_RECORDS)}
+    changed = replace(card, results=(result,), files=card.files | listed)
     (model / files.CARD).write_text(changed.render())
 
 
@@ -116,7 +117,7 @@ def test_an_honest_claim_is_consistent(model: Path) -> None:
 
 
 def test_a_false_record_is_named_and_exits_8(model: Path) -> None:
-    book, chosen = ledger.read(model / files.LEDGER), sampled(60)
+    book, chosen = PublishedRecords.read(model / files.PUBLISHED_RECORDS), sampled(60)
     lies = [i for i in chosen if not book.rows[i].certified[0]][:2]
     rewrite(model, {i: replace(book.rows[i], certified=(True,), prediction=book.rows[i].label) for i in lies})
     done = call(model.name, "--sample", "60", "--no-attack")
@@ -131,7 +132,7 @@ def test_a_false_record_is_named_and_exits_8(model: Path) -> None:
 
 
 def test_records_that_are_not_about_these_weights_or_images_are_refused(model: Path, tmp_path: Path) -> None:
-    book = ledger.read(model / files.LEDGER)
+    book = PublishedRecords.read(model / files.PUBLISHED_RECORDS)
     other = tmp_path / "other.jsonl.gz"
     other.write_bytes(replace(book, model_sha256="0" * 64).pack())
     assert "about other weights" in fail(IntegrityError, model.name, "--records", str(other), "--sample", "5")
@@ -143,7 +144,7 @@ def test_records_that_are_not_about_these_weights_or_images_are_refused(model: P
     assert "no published records for patch:7x7" in fail(DataError, model.name, "--patch", "7")
     other.write_bytes(b"not gzip")
     assert "holds no published records" in fail(IntegrityError, model.name, "--records", str(other))
-    (model / files.LEDGER).write_bytes(replace(book, model_sha256="0" * 64).pack())
+    (model / files.PUBLISHED_RECORDS).write_bytes(replace(book, model_sha256="0" * 64).pack())
     assert "sha256" in fail(IntegrityError, model.name)
 
 
@@ -157,29 +158,29 @@ def test_counts_that_do_not_follow_from_the_records_are_refused_before_anything_
 def test_an_attack_that_flips_a_certified_image_is_reported() -> None:
     outcome = {"model": "x", "different": [], "images": 9, "broken": [4], "out": "runs/x"}
     with pytest.raises(ClaimError, match=r"flipped 1 certified images \(indices 4\): the claim does not reproduce"):
-        verify.check(outcome)
+        reproduce.check(outcome)
 
 
 def test_a_claim_of_more_than_is_found_does_not_reproduce() -> None:
     said = {"overstated": True, "published_arithmetic": "exact", "arithmetic": "measured"}
     outcome = {"model": "x", "different": [], "images": 9, "broken": [], "out": "runs/x", **said}
     with pytest.raises(ClaimError, match="published as exact, it is measured: the claim does not reproduce"):
-        verify.check(outcome)
+        reproduce.check(outcome)
 
 
 def test_what_a_sample_proves() -> None:
-    assert verify.bound(0) == 1
-    assert verify.bound(500) == pytest.approx(0.00597, abs=1e-5)
-    assert (1 - verify.bound(60)) ** 60 == pytest.approx(0.05)
+    assert reproduce.bound(0) == 1
+    assert reproduce.bound(500) == pytest.approx(0.00597, abs=1e-5)
+    assert (1 - reproduce.bound(60)) ** 60 == pytest.approx(0.05)
 
 
-ROWS = {7: Row(1, 1, (True, False), (0.25, None)), 3: Row(2, 0, (False, False), (-1.5, 0.0))}
-BOOK = Ledger("a" * 64, "mnist", "test", (Stated("patch:5x5", "interval"), Stated("sparse:4", "interval")), ROWS)
+ROWS = {7: PublishedRecord(1, 1, (True, False), (0.25, None)), 3: PublishedRecord(2, 0, (False, False), (-1.5, 0.0))}
+BOOK = PublishedRecords("a" * 64, "mnist", "test", (ClaimKey("patch:5x5", "interval"), ClaimKey("sparse:4", "interval")), ROWS)
 
 
 def test_a_ledger_reads_back_and_has_the_same_bytes_for_the_same_content(tmp_path: Path) -> None:
-    (tmp_path / files.LEDGER).write_bytes(BOOK.pack())
-    assert ledger.read(tmp_path / files.LEDGER) == BOOK
+    (tmp_path / files.PUBLISHED_RECORDS).write_bytes(BOOK.pack())
+    assert PublishedRecords.read(tmp_path / files.PUBLISHED_RECORDS) == BOOK
     assert replace(BOOK, rows=dict(reversed(ROWS.items()))).pack() == BOOK.pack()
     assert BOOK.counts(0) == (1, 1)
     assert BOOK.counts(1) == (1, 0)
@@ -205,20 +206,20 @@ def test_a_damaged_ledger_is_refused_whole(tmp_path: Path, old: str, new: str) -
 
     text = gzip.decompress(BOOK.pack()).decode()
     assert old in text
-    (tmp_path / files.LEDGER).write_bytes(gzip.compress(text.replace(old, new).encode()))
+    (tmp_path / files.PUBLISHED_RECORDS).write_bytes(gzip.compress(text.replace(old, new).encode()))
     with pytest.raises(IntegrityError, match="holds no published records"):
-        ledger.read(tmp_path / files.LEDGER)
+        PublishedRecords.read(tmp_path / files.PUBLISHED_RECORDS)
 
 
 def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / files.LEDGER).write_bytes(BOOK.pack())
-    monkeypatch.setattr(ledger, "LARGEST", 100)
+    (tmp_path / files.PUBLISHED_RECORDS).write_bytes(BOOK.pack())
+    monkeypatch.setattr(published, "MAX_BYTES", 100)
     with pytest.raises(IntegrityError, match="holds no published records"):
-        ledger.read(tmp_path / files.LEDGER)
+        PublishedRecords.read(tmp_path / files.PUBLISHED_RECORDS)
 
 
-@pytest.mark.parametrize("name", [name for name, card in shelf.bundled().items() if card.results])
+@pytest.mark.parametrize("name", [name for name, card in bundled.cards().items() if card.results])
 def test_every_bundled_claim_follows_from_its_records(name: str) -> None:
-    from patchcert_cli.catalog.claims import check
+    from patchcert_cli.catalog.claims import check_results
 
-    check(shelf.bundled_card(name), shelf.bundled_folder() / name)
+    check_results(bundled.card(name), bundled.folder() / name)

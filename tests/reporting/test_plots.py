@@ -28,7 +28,7 @@ from torch import Tensor
 
 from patchcert_cli.certificate import clopper_pearson
 from patchcert_cli.errors import MachineError, PatchcertError, UsageError
-from patchcert_cli.reporting import canvas, pictures
+from patchcert_cli.reporting import figure_style, plots
 from patchcert_cli.threats import Patch
 
 Row = dict[str, Any]
@@ -105,13 +105,13 @@ def drawn(path: Path) -> None:
     ids=["square", "oblong", "one square", "one oblong", "zero", "clean varies", "one image", "legend", "many shapes", "sparse"],
 )
 def test_charts_are_valid_pngs(tmp_path: Path, rows: list[Row]) -> None:
-    pictures.plot(rows, tmp_path / "new" / "plot.png", title="cifar10-bagcert-p5: certified accuracy\ncifar10 test")
+    plots.plot(rows, tmp_path / "new" / "plot.png", title="cifar10-bagcert-p5: certified accuracy\ncifar10 test")
     drawn(tmp_path / "new" / "plot.png")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["plot.png"]
 
 
 def test_a_curve_shows_sides_counts_and_intervals(tmp_path: Path, saved: list[Figure]) -> None:
-    pictures.plot(SQUARE[::-1], tmp_path / "curve.svg", title="costs $5 and $6\ncifar10 test")
+    plots.plot(SQUARE[::-1], tmp_path / "curve.svg", title="costs $5 and $6\ncifar10 test")
     found = texts(tmp_path / "curve.svg")
     assert {"costs $5 and $6", "cifar10 test", "patch side, pixels", "accuracy, %"} <= set(found)
     assert any("one square patch" in text and "n = 1,000 images" in text and "95 %" in text for text in found)
@@ -131,7 +131,7 @@ def test_a_curve_shows_sides_counts_and_intervals(tmp_path: Path, saved: list[Fi
 
 
 def test_shapes_go_from_wide_to_tall_with_exact_bars(tmp_path: Path, saved: list[Figure]) -> None:
-    pictures.plot(OBLONG, tmp_path / "shapes.svg", title="aspect ratios")
+    plots.plot(OBLONG, tmp_path / "shapes.svg", title="aspect ratios")
     found = texts(tmp_path / "shapes.svg")
     assert [text for text in found if re.fullmatch(r"\d+x\d+", text)] == ["1x25", "2x12", "3x8", "5x5", "12x2", "25x1"]
     assert any("one patch of 24 to 25 pixels" in text for text in found)
@@ -144,7 +144,7 @@ def test_shapes_go_from_wide_to_tall_with_exact_bars(tmp_path: Path, saved: list
 
 
 def test_methods_stand_beside_each_other_over_a_shape(tmp_path: Path, saved: list[Figure]) -> None:
-    pictures.shapes([row("patch:2x3", method, 400) for method in "ab"], tmp_path / "shapes.png", title="two")
+    plots.shapes([row("patch:2x3", method, 400) for method in "ab"], tmp_path / "shapes.png", title="two")
     (axes,) = saved[0].axes
     places = [float(line.get_xdata()[0]) for line in axes.lines if str(line.get_label()).startswith("certified")]
     assert places == sorted(places) and 0 < places[1] - places[0] < 0.5 and sum(places) == pytest.approx(0)
@@ -152,7 +152,7 @@ def test_methods_stand_beside_each_other_over_a_shape(tmp_path: Path, saved: lis
 
 def test_labels_lie_inside_the_picture_and_apart(tmp_path: Path, saved: list[Figure]) -> None:
     rows = [row(f"patch:{side}x{side}", f"a long name of a method {i}", 10 * i) for side in (1, 2, 3) for i in range(5)]
-    pictures.curve(rows, tmp_path / "curve.png", title="long " * 40)
+    plots.curve(rows, tmp_path / "curve.png", title="long " * 40)
     (axes,) = saved[0].axes
     boxes = [Text.get_window_extent(text) for text in (*axes.texts, *saved[0].texts)]
     outside = [box for box in boxes if not (box.x0 >= 0 and box.x1 <= saved[0].bbox.width and box.y1 <= saved[0].bbox.height)]
@@ -164,14 +164,14 @@ def test_labels_lie_inside_the_picture_and_apart(tmp_path: Path, saved: list[Fig
 @pytest.mark.parametrize(
     ("draw", "rows", "message"),
     [
-        (pictures.plot, [], "no result"),
-        (pictures.curve, [], "no result"),
-        (pictures.shapes, [], "no result"),
-        (pictures.curve, OBLONG, "no side"),
-        (pictures.curve, [row("patch:2x2", "a", 1), row("sparse:3", "a", 1)], "different kinds"),
-        (pictures.curve, [row("sparse:2:value", "a", 1), row("sparse:3", "a", 1)], "different kinds"),
-        (pictures.shapes, [row("sparse:3", "a", 1)], "aspect ratio"),
-        (pictures.shapes, [row("patch:2%", "a", 1)], "aspect ratio"),
+        (plots.plot, [], "no result"),
+        (plots.curve, [], "no result"),
+        (plots.shapes, [], "no result"),
+        (plots.curve, OBLONG, "no side"),
+        (plots.curve, [row("patch:2x2", "a", 1), row("sparse:3", "a", 1)], "different kinds"),
+        (plots.curve, [row("sparse:2:value", "a", 1), row("sparse:3", "a", 1)], "different kinds"),
+        (plots.shapes, [row("sparse:3", "a", 1)], "aspect ratio"),
+        (plots.shapes, [row("patch:2%", "a", 1)], "aspect ratio"),
     ],
 )
 def test_rows_that_make_no_chart(tmp_path: Path, draw: Callable[..., None], rows: list[Row], message: str) -> None:
@@ -197,7 +197,7 @@ def test_a_map_is_blue_where_the_patch_is_harmless(
     tmp_path: Path, saved: list[Figure], shift: float, blue: bool, red: bool, edges: int
 ) -> None:
     image, values = torch.full((1, 28, 28), 90, dtype=torch.uint8), margins(shift)
-    pictures.margin_map(image, values, tmp_path / "map.png", title="image 3", box=(9, 13, 5, 5), patch=Patch(5, 5))
+    plots.margin_map(image, values, tmp_path / "map.png", title="image 3", box=(9, 13, 5, 5), patch=Patch(5, 5))
     drawn(tmp_path / "map.png")
     assert tuple(count > 1000 for count in shades(tmp_path / "map.png")) == (blue, red)
     picture, chart, scale = saved[0].axes
@@ -227,7 +227,7 @@ def frame_box(top: int, left: int, height: int, width: int) -> Bbox:
 def test_a_map_says_how_many_locations_are_harmless(tmp_path: Path) -> None:
     values = margins(-20)
     image = torch.zeros(3, 28, 28, dtype=torch.uint8)
-    pictures.margin_map(image, values, tmp_path / "map.svg", title="x", box=(9, 13, 5, 5), patch=Patch(5, 5), unit="logits")
+    plots.margin_map(image, values, tmp_path / "map.svg", title="x", box=(9, 13, 5, 5), patch=Patch(5, 5), unit="logits")
     found = " ".join(texts(tmp_path / "map.svg"))
     assert f"{int((values > 0).sum())} of 576 locations" in found
     assert "smallest margin \N{MINUS SIGN}20 logits, at row 9, column 13" in found and "margin, logits" in found
@@ -235,9 +235,9 @@ def test_a_map_says_how_many_locations_are_harmless(tmp_path: Path) -> None:
 
 def test_pixels_stay_crisp_and_in_their_place(tmp_path: Path, saved: list[Figure]) -> None:
     image = torch.randint(256, (3, 12, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    pictures.margin_map(image, margins(1, 9, 16), tmp_path / "map.png", title="x", box=(8, 13, 4, 5), patch=Patch(4, 5))
+    plots.margin_map(image, margins(1, 9, 16), tmp_path / "map.png", title="x", box=(8, 13, 4, 5), patch=Patch(4, 5))
     found, box = pixels(tmp_path / "map.png"), saved[0].axes[0].bbox
-    side = int(3.6 * canvas.DPI) // 20
+    side = int(3.6 * figure_style.DPI) // 20
     left, top = round(box.x0), round(len(found) - box.y1)
     assert (round(box.width), round(box.height)) == (20 * side, 12 * side)
     block = found[top : top + 12 * side, left : left + 20 * side].reshape(12, side, 20, side, 3)[:7]  # above the frame
@@ -264,14 +264,14 @@ def test_maps_of_all_sizes_and_values(tmp_path: Path, shape: tuple[int, int, int
     field = margins(-3, rows, columns) if values is None else torch.full((rows, columns), values)
     image = torch.full(shape, 200, dtype=torch.uint8)
     box = (rows - 1, columns - 1, patch.height, patch.width)
-    pictures.margin_map(image, field, tmp_path / "map.png", title="image 3", box=box, patch=patch)
+    plots.margin_map(image, field, tmp_path / "map.png", title="image 3", box=box, patch=patch)
     drawn(tmp_path / "map.png")
 
 
 @pytest.mark.parametrize(("shape", "side"), [((1, 28, 28), 4), ((2, 28, 28), 5), ((1, 28, 29), 5)])
 def test_a_map_that_does_not_fit_is_refused(tmp_path: Path, shape: tuple[int, int, int], side: int) -> None:
     with pytest.raises(ValueError, match="does not fit"):
-        pictures.margin_map(
+        plots.margin_map(
             torch.zeros(shape, dtype=torch.uint8),
             margins(1),
             tmp_path / "map.png",
@@ -287,10 +287,8 @@ def test_equal_input_gives_equal_bytes_whatever_the_settings(tmp_path: Path, end
     for name in "ab":
         with matplotlib.rc_context({"font.size": 10 + 10 * (name == "b"), "savefig.transparent": name == "b"}):
             before = dict(matplotlib.rcParams)
-            pictures.plot(SQUARE, tmp_path / f"curve-{name}{ending}", title="curve")
-            pictures.margin_map(
-                image, values, tmp_path / f"map-{name}{ending}", title="map", box=(9, 13, 5, 5), patch=Patch(5, 5)
-            )
+            plots.plot(SQUARE, tmp_path / f"curve-{name}{ending}", title="curve")
+            plots.margin_map(image, values, tmp_path / f"map-{name}{ending}", title="map", box=(9, 13, 5, 5), patch=Patch(5, 5))
             assert dict(matplotlib.rcParams) == before
     for kind in ("curve", "map"):
         first, second = ((tmp_path / f"{kind}-{name}{ending}").read_bytes() for name in "ab")
@@ -299,10 +297,10 @@ def test_equal_input_gives_equal_bytes_whatever_the_settings(tmp_path: Path, end
 
 
 def test_another_process_draws_the_same_without_pyplot_or_torch(tmp_path: Path) -> None:
-    pictures.plot(OBLONG, tmp_path / "here.pdf", title="shapes")
+    plots.plot(OBLONG, tmp_path / "here.pdf", title="shapes")
     program = (
-        "import sys, pathlib; from patchcert_cli.reporting import pictures; early = set(sys.modules)\n"
-        f"pictures.plot({OBLONG!r}, pathlib.Path('there.pdf'), title='shapes')\n"
+        "import sys, pathlib; from patchcert_cli.reporting import plots; early = set(sys.modules)\n"
+        f"plots.plot({OBLONG!r}, pathlib.Path('there.pdf'), title='shapes')\n"
         "print({'matplotlib', 'torch'} & early, {'matplotlib.pyplot', 'torch'} & set(sys.modules))"
     )
     environment = {
@@ -322,24 +320,24 @@ def one_line(problem: PatchcertError) -> str:
 
 
 def test_without_matplotlib_the_hint_says_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures.require()
+    plots.require()
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UsageError) as raised:
-        pictures.require()
+        plots.require()
     assert "pip install 'patchcert[plots]'" in one_line(raised.value) and "matplotlib" in str(raised.value)
     with pytest.raises(UsageError, match="plots"):
-        pictures.plot(SQUARE, tmp_path / "plot.png", title="none")
+        plots.plot(SQUARE, tmp_path / "plot.png", title="none")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["plot.jpg", "plot", "plot.png.txt", ".png", "plot.gif"])
 def test_other_endings_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError) as raised:
-        pictures.check_path(tmp_path / name)
+        plots.check_path(tmp_path / name)
     assert all(ending in one_line(raised.value) for ending in (".png", ".pdf", ".svg"))
     with pytest.raises(UsageError, match="must end in"):
-        pictures.plot(SQUARE, tmp_path / name, title="none")
+        plots.plot(SQUARE, tmp_path / name, title="none")
 
 
 def test_places_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,14 +345,14 @@ def test_places_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: 
     (tmp_path / "folder.png").mkdir()
     for path, message in ((tmp_path / "file" / "plot.png", "is a file"), (tmp_path / "folder.png", "is a folder")):
         with pytest.raises(UsageError, match=message) as raised:
-            pictures.check_path(path)
+            plots.check_path(path)
         one_line(raised.value)
-    pictures.check_path(tmp_path / "a" / "b" / "plot.SVG")
+    plots.check_path(tmp_path / "a" / "b" / "plot.SVG")
     monkeypatch.chdir(tmp_path)
-    pictures.check_path(Path("plot.pdf"))
+    plots.check_path(Path("plot.pdf"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
     with pytest.raises(MachineError, match="nothing can be written into"):
-        pictures.check_path(Path("/proc/plot.png"))
+        plots.check_path(Path("/proc/plot.png"))
 
 
 LEVELS = [
@@ -364,7 +362,7 @@ LEVELS = [
 
 
 def test_thresholds_are_drawn_as_the_rows_say(tmp_path: Path, saved: list[Figure]) -> None:
-    pictures.thresholds(LEVELS[::-1], tmp_path / "t.svg", title="net\nfolder")
+    plots.thresholds(LEVELS[::-1], tmp_path / "t.svg", title="net\nfolder")
     lines = {str(line.get_label()): line for line in saved[0].axes[0].lines}
     for name, key in (("alarms, unattacked", "alarms"), ("right, no alarm", "clean"), ("certified", "certified")):
         assert list(np.asarray(lines[name].get_xdata())) == [row["threshold"] for row in LEVELS]
@@ -372,12 +370,12 @@ def test_thresholds_are_drawn_as_the_rows_say(tmp_path: Path, saved: list[Figure
     said = " ".join(texts(tmp_path / "t.svg"))
     for words in ("patch:32x32", "n = 20 images", "alarms, unattacked", "certified", "of all images, %"):
         assert words in said
-    pictures.thresholds(LEVELS, tmp_path / "t.png", title="net\nfolder")
+    plots.thresholds(LEVELS, tmp_path / "t.png", title="net\nfolder")
     drawn(tmp_path / "t.png")
 
 
 def test_thresholds_of_nothing_or_of_several_threats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no result to draw"):
-        pictures.thresholds([], tmp_path / "t.png", title="x")
+        plots.thresholds([], tmp_path / "t.png", title="x")
     with pytest.raises(UsageError, match="different threats"):
-        pictures.thresholds([*LEVELS, {**LEVELS[0], "threat": "patch:5x5"}], tmp_path / "t.png", title="x")
+        plots.thresholds([*LEVELS, {**LEVELS[0], "threat": "patch:5x5"}], tmp_path / "t.png", title="x")

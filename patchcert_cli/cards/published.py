@@ -18,16 +18,16 @@ from typing import Any
 
 from patchcert_cli.arithmetic import Arithmetic, former, weakest
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError
-from patchcert_cli.storage.files import LEDGER
+from patchcert_cli.storage.files import PUBLISHED_RECORDS
 from patchcert_cli.threats import parse_threat
 
 RUN_RECORDS = "records.jsonl"  # what certify leaves beside its result.json
-LARGEST = 1 << 29  # bytes after decompression; a stranger's file may be a bomb
+MAX_BYTES = 1 << 29  # bytes after decompression; a stranger's file may be a bomb
 
 
 @dataclass(frozen=True)
-class Stated:
-    """One claim of a ledger: threat model, proof, guarantee, and arithmetic, which is empty in files that do not say it."""
+class ClaimKey:
+    """One claim of a records: threat model, proof, guarantee, and arithmetic, which is empty in files that do not say it."""
 
     threat: str
     method: str
@@ -48,7 +48,7 @@ class Stated:
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedRecord:
     """One image: label, prediction, and per claim whether it is certified and by what margin (None if not finite)."""
 
     label: int
@@ -58,14 +58,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Ledger:
+class PublishedRecords:
     """Verdicts of one model on one split, by index of the image."""
 
     model_sha256: str
     dataset: str
     split: str
-    claims: tuple[Stated, ...]
-    rows: Mapping[int, Row]
+    claims: tuple[ClaimKey, ...]
+    rows: Mapping[int, PublishedRecord]
 
     def counts(self, at: int) -> tuple[int, int]:
         """Right answers, and right answers that claim number ``at`` certifies."""
@@ -99,53 +99,53 @@ class Ledger:
             lines.append(json.dumps({"index": index, **asdict(row)}, separators=(",", ":")))
         return gzip.compress(("\n".join(lines) + "\n").encode(), compresslevel=9, mtime=0)
 
+    @classmethod
+    def read(cls, path: Path) -> PublishedRecords:
+        """Inverse of :meth:`pack`.
 
-def read(path: Path) -> Ledger:
-    """Inverse of :meth:`Ledger.pack`.
+        Raises:
+            IntegrityError: the file is missing, damaged, or holds something else.
+        """
+        try:
+            with gzip.open(path) as stream:
+                content = stream.read(MAX_BYTES + 1)
+            if len(content) > MAX_BYTES:
+                raise ValueError(f"more than {MAX_BYTES >> 20} MB of records")
+            lines = [json.loads(line) for line in io.BytesIO(content)]
+            head, rows = lines[0], {int(line["index"]): _row(line) for line in lines[1:]}
+            if len(rows) != len(lines) - 1 or len(rows) != head["images"]:
+                raise ValueError(f"{len(lines) - 1} lines about {len(rows)} images instead of {head['images']}")
+            claims = tuple(ClaimKey(**claim) for claim in head["claims"])
+            if any(claim.arithmetic not in ("", *Arithmetic) for claim in claims):
+                raise ValueError(f"an arithmetic that is none of {', '.join(Arithmetic)}")
+            if any(len(row.certified) != len(claims) or len(row.margin) != len(claims) for row in rows.values()):
+                raise ValueError("a line with fewer or more verdicts than claims")
+            return cls(head["model_sha256"], head["dataset"], head["split"], claims, rows)
+        except FileNotFoundError as problem:
+            raise IntegrityError(f"'{path}' is missing.") from problem
+        except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zlib.error) as problem:
+            raise IntegrityError(f"'{path}' holds no published records: {problem}.") from problem
 
-    Raises:
-        IntegrityError: the file is missing, damaged, or not a ledger.
-    """
-    try:
-        with gzip.open(path) as stream:
-            content = stream.read(LARGEST + 1)
-        if len(content) > LARGEST:
-            raise ValueError(f"more than {LARGEST >> 20} MB of records")
-        lines = [json.loads(line) for line in io.BytesIO(content)]
-        head, rows = lines[0], {int(line["index"]): _row(line) for line in lines[1:]}
-        if len(rows) != len(lines) - 1 or len(rows) != head["images"]:
-            raise ValueError(f"{len(lines) - 1} lines about {len(rows)} images instead of {head['images']}")
-        claims = tuple(Stated(**claim) for claim in head["claims"])
-        if any(claim.arithmetic not in ("", *Arithmetic) for claim in claims):
-            raise ValueError(f"an arithmetic that is none of {', '.join(Arithmetic)}")
-        if any(len(row.certified) != len(claims) or len(row.margin) != len(claims) for row in rows.values()):
-            raise ValueError("a line with fewer or more verdicts than claims")
-        return Ledger(head["model_sha256"], head["dataset"], head["split"], claims, rows)
-    except FileNotFoundError as problem:
-        raise IntegrityError(f"'{path}' is missing.") from problem
-    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zlib.error) as problem:
-        raise IntegrityError(f"'{path}' holds no published records: {problem}.") from problem
+    @classmethod
+    def from_runs(cls, results: Mapping[str, Mapping[str, Any]]) -> PublishedRecords | None:
+        """The records of certify results, by the path of their ``result.json``, all about the same weights and images.
+
+        Raises:
+            ClaimError: records are missing, or results or records contradict each other.
+        """
+        parts = [_of_run(Path(where), result) for where, result in results.items()]
+        return _joined(parts) if parts else None
 
 
-def _row(line: Mapping[str, Any]) -> Row:
+def _row(line: Mapping[str, Any]) -> PublishedRecord:
     verdicts = tuple(line["certified"])
     if not all(isinstance(verdict, bool) for verdict in verdicts):
         raise ValueError(f"verdicts of image {line['index']} that are not true or false")
     margins = tuple(None if margin is None else float(margin) for margin in line["margin"])
-    return Row(int(line["label"]), int(line["prediction"]), verdicts, margins)
+    return PublishedRecord(int(line["label"]), int(line["prediction"]), verdicts, margins)
 
 
-def of_runs(results: Mapping[str, Mapping[str, Any]]) -> Ledger | None:
-    """The ledger of certify results, by the path of their ``result.json``, all about the same weights and images.
-
-    Raises:
-        ClaimError: records are missing, or results or records contradict each other.
-    """
-    ledgers = [_of_run(Path(where), result) for where, result in results.items()]
-    return _joined(ledgers) if ledgers else None
-
-
-def _of_run(where: Path, result: Mapping[str, Any]) -> Ledger:
+def _of_run(where: Path, result: Mapping[str, Any]) -> PublishedRecords:
     path = where.parent / RUN_RECORDS
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -157,35 +157,35 @@ def _of_run(where: Path, result: Mapping[str, Any]) -> Ledger:
         raise ClaimError(f"'{path}' is damaged: {problem}.", hint="Run patchcert certify again with --fresh.") from problem
     stated = result.get("claims") or [result]
     claims = tuple(
-        Stated(str(one["threat"]), str(one["method"]), str(one.get("guarantee", "recovery")), str(one.get("arithmetic", "")))
+        ClaimKey(str(one["threat"]), str(one["method"]), str(one.get("guarantee", "recovery")), str(one.get("arithmetic", "")))
         for one in stated
     )
     try:
         rows = {int(line["index"]): _published(line) for line in lines}
     except (KeyError, TypeError, ValueError) as problem:
         raise ClaimError(f"'{path}' holds no records of patchcert certify: {problem!r}.") from problem
-    ledger = Ledger(str(result["model_sha256"]), str(result["dataset"]), str(result["split"]), claims, rows)
+    records = PublishedRecords(str(result["model_sha256"]), str(result["dataset"]), str(result["split"]), claims, rows)
     if len(rows) != result["images"] or any(len(row.certified) != len(claims) for row in rows.values()):
         raise ClaimError(f"'{path}' has records of {len(rows)} images, but the result is about {result['images']}.")
     for at, one in enumerate(stated):
-        check_counts(ledger, at, result["images"], one["counts"]["clean"], one["counts"]["certified"], str(path))
-    return ledger
+        check_counts(records, at, result["images"], one["counts"]["clean"], one["counts"]["certified"], str(path))
+    return records
 
 
-def check_counts(ledger: Ledger, at: int, images: int, clean: int, certified: int, where: str) -> None:
+def check_counts(records: PublishedRecords, at: int, images: int, clean: int, certified: int, where: str) -> None:
     """Raise :class:`ClaimError` if claim number ``at`` does not have these counts."""
-    found = (len(ledger.rows), *ledger.counts(at))
+    found = (len(records.rows), *records.counts(at))
     if found != (images, clean, certified):
         raise ClaimError(
-            f"'{where}': {ledger.claims[at]} is said to have {clean} right and {certified} certified of {images} images,"
+            f"'{where}': {records.claims[at]} is said to have {clean} right and {certified} certified of {images} images,"
             f" but its records have {found[1]} and {found[2]} of {found[0]}."
         )
 
 
-def _published(record: Mapping[str, Any]) -> Row:
+def _published(record: Mapping[str, Any]) -> PublishedRecord:
     verdicts: Sequence[Mapping[str, Any]] = record.get("claims") or [record]
     margins = tuple(_short(float(verdict["margin"])) for verdict in verdicts)
-    return Row(
+    return PublishedRecord(
         int(record["label"]), int(record["prediction"]), tuple(bool(verdict["certified"]) for verdict in verdicts), margins
     )
 
@@ -194,40 +194,40 @@ def _short(margin: float) -> float | None:
     return float(f"{margin:.5g}") if math.isfinite(margin) else None
 
 
-def _joined(ledgers: Sequence[Ledger]) -> Ledger:
-    """One ledger of several about the same images; what they have in common must agree."""
-    first = ledgers[0]
+def _joined(parts: Sequence[PublishedRecords]) -> PublishedRecords:
+    """The records of several runs about the same images; what they have in common must agree."""
+    first = parts[0]
     answers = {index: (row.label, row.prediction) for index, row in first.rows.items()}
-    for other in ledgers[1:]:
+    for other in parts[1:]:
         if {index: (row.label, row.prediction) for index, row in other.rows.items()} != answers:
             raise ClaimError("the results are about other images, or their predictions differ: certify again with --fresh.")
-    seen: dict[Stated, tuple[Ledger, int]] = {}
-    for ledger in ledgers:
-        for at, claim in enumerate(ledger.claims):
-            seen.setdefault(claim, (ledger, at))
+    seen: dict[ClaimKey, tuple[PublishedRecords, int]] = {}
+    for records in parts:
+        for at, claim in enumerate(records.claims):
+            seen.setdefault(claim, (records, at))
 
-    def row(index: int) -> Row:
-        parts = [(ledger.rows[index], at) for ledger, at in seen.values()]
+    def row(index: int) -> PublishedRecord:
+        parts = [(records.rows[index], at) for records, at in seen.values()]
         certified = tuple(part.certified[at] for part, at in parts)
-        return Row(*answers[index], certified, tuple(part.margin[at] for part, at in parts))
+        return PublishedRecord(*answers[index], certified, tuple(part.margin[at] for part, at in parts))
 
-    return Ledger(first.model_sha256, first.dataset, first.split, tuple(seen), {index: row(index) for index in answers})
+    return PublishedRecords(first.model_sha256, first.dataset, first.split, tuple(seen), {index: row(index) for index in answers})
 
 
-def against(ledger: Ledger, results: Iterable[Any], where: str, defense: str) -> None:
+def check_card(records: PublishedRecords, results: Iterable[Any], where: str, defense: str) -> None:
     """Raise :class:`ClaimError` unless every measurement of a card of ``defense`` has counts and arithmetic of its records."""
     for one in results:
         same = [
             at
-            for at, claim in enumerate(ledger.claims)
+            for at, claim in enumerate(records.claims)
             if (parse_threat(claim.threat), claim.method, claim.guarantee)
             == (parse_threat(one.threat), one.method, one.guarantee)
         ]
-        if not same or (one.dataset, one.split) != (ledger.dataset, ledger.split):
+        if not same or (one.dataset, one.split) != (records.dataset, records.split):
             raise ClaimError(f"'{where}' has no records for {one.threat} ({one.method}) on {one.dataset} {one.split}.")
-        known = ledger.claims[same[0]].arithmetic or former(defense)
+        known = records.claims[same[0]].arithmetic or former(defense)
         if one.arithmetic and weakest((one.arithmetic, known)) != one.arithmetic:
             raise ClaimError(
                 f"'{where}': {one.threat} ({one.method}) is said to be {one.arithmetic}, but its records are {known}."
             )
-        check_counts(ledger, same[0], one.images, one.clean, one.certified, f"{where}/{LEDGER}")
+        check_counts(records, same[0], one.images, one.clean, one.certified, f"{where}/{PUBLISHED_RECORDS}")

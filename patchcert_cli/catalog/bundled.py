@@ -17,7 +17,7 @@ DEFAULT_DATASET = "cifar10"
 DEFAULT_MODELS = {"cifar10": "cifar-bagcert-rf7", "mnist": "mnist-ibp-p5"}
 
 
-def bundled_folder() -> Path:
+def folder() -> Path:
     """The zoo folder: ``PATCHCERT_ZOO`` if it is set, else the one that came with the package."""
     given = os.environ.get(ENVIRONMENT)
     if given:
@@ -28,45 +28,46 @@ def bundled_folder() -> Path:
         return Path(__file__).parents[2] / "zoo"
 
 
-def bundled_names(zoo: Path | None = None) -> list[str]:
+def names(zoo: Path | None = None) -> list[str]:
     """The names of all cards: the folders of the zoo."""
-    zoo = zoo or bundled_folder()
+    zoo = zoo or folder()
     if not zoo.is_dir():
         return []
     return sorted(path.name for path in zoo.iterdir() if path.is_dir() and not path.name.startswith((".", "_")))
 
 
-def bundled_card(name: str, zoo: Path | None = None) -> Card:
+def card(name: str, zoo: Path | None = None) -> Card:
     """The card of zoo model ``name``.
 
     Raises:
         UnknownName: there is none.
     """
-    names = bundled_names(zoo)
-    if not valid_name(name) or name not in names:
-        raise unknown("model", name, names, see="patchcert zoo list")
-    card = Card.read((zoo or bundled_folder()) / name)
-    if card.name != name:
-        raise IntegrityError(f"the card in '{(zoo or bundled_folder()) / name}' says that it is {card.name}.")
-    return card
+    known = names(zoo)
+    if not valid_name(name) or name not in known:
+        raise unknown("model", name, known, see="patchcert zoo list")
+    place = (zoo or folder()) / name
+    read = Card.read(place)
+    if read.name != name:
+        raise IntegrityError(f"the card in '{place}' is of {read.name}.")
+    return read
 
 
-def bundled(*, dataset: str | None = None, threat: str | None = None, zoo: Path | None = None) -> dict[str, Card]:
+def cards(*, dataset: str | None = None, threat: str | None = None, zoo: Path | None = None) -> dict[str, Card]:
     """All cards by name, or those for a data set and a kind of threat (``patch``, ``sparse``) or one threat (``patch:5x5``)."""
-    cards = {name: bundled_card(name, zoo) for name in bundled_names(zoo)}
+    found = {name: card(name, zoo) for name in names(zoo)}
     if dataset is not None:
-        known = {card.dataset for card in cards.values()} | set(HUB_DATASETS)
+        known = {one.dataset for one in found.values()} | set(HUB_DATASETS)
         if dataset not in known:
             raise unknown("data set", dataset, known)
-        cards = {name: card for name, card in cards.items() if card.dataset == dataset}
+        found = {name: one for name, one in found.items() if one.dataset == dataset}
     if threat is None:
-        return cards
+        return found
     if ":" in threat:
         wanted = parse_threat(threat)
-        return {name: card for name, card in cards.items() if parse_threat(card.threat) == wanted}
+        return {name: one for name, one in found.items() if parse_threat(one.threat) == wanted}
     if threat not in KINDS:
         raise UsageError(f"invalid threat '{threat}':", hint=f"use {' or '.join(KINDS)}, or one threat such as patch:5x5.")
-    return {name: card for name, card in cards.items() if parse_threat(card.threat).kind == threat}
+    return {name: one for name, one in found.items() if parse_threat(one.threat).kind == threat}
 
 
 def default_model(dataset: str = DEFAULT_DATASET) -> str:

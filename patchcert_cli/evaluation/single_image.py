@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from patchcert_cli.data import image, labels
-from patchcert_cli.data.framing import Framing
+from patchcert_cli.data import class_names, image_files
 from patchcert_cli.data.images import to_float
+from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.defenses import Claim, Defense
 from patchcert_cli.errors import UsageError
 from patchcert_cli.evaluation.plan import Subject
@@ -42,7 +42,7 @@ def certify(
     path: Path,
     claims: Sequence[Claim],
     *,
-    framing: Framing | None = None,
+    resize_crop: ResizeCrop | None = None,
     resize: bool = False,
     mapped: bool = False,
     progress: Progress | None = None,
@@ -51,9 +51,9 @@ def certify(
 
     Args:
         subject: the model.
-        path: the picture; see :func:`patchcert_cli.data.image.read`.
+        path: the picture; see :func:`patchcert_cli.data.image_files.read`.
         claims: what is to be certified.
-        framing: how a picture becomes an image of the model's size; by default the whole middle of it.
+        resize_crop: how a picture becomes an image of the model's size; by default the whole middle of it.
         resize: make the picture fit; else it must be of that size.
         mapped: whether the margins of every location of the first claim's patch are wanted as well.
         progress: is told the passes of the network.
@@ -61,7 +61,7 @@ def certify(
     defense = subject.defense
     channels, height, width = defense.input_shape
     size = height, width
-    pixels, notes = image.read(path, framing or Framing(size, size), channels, resize=resize)
+    pixels, notes = image_files.read(path, resize_crop or ResizeCrop(size, size), channels, resize=resize)
     x = to_float(pixels)[None].to(defense.device)
     if mapped and len({str(claim.threat) for claim in claims}) > 1:
         raise UsageError("--map draws one patch;", hint="give one --patch, for example --patch 5.")
@@ -124,4 +124,4 @@ def _counted(defense: Defense, progress: Progress, *, whole: bool = False) -> It
 def _called(defense: Defense, answer: int) -> str:
     """What an answer is called; of a WordNet id its words, where they are known."""
     name = defense.class_name(answer)
-    return timm.word(name) if labels.WNID.fullmatch(name) else name
+    return timm.word(name) if class_names.WNID.fullmatch(name) else name

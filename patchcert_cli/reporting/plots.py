@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchcert_cli.errors import UsageError
-from patchcert_cli.reporting import canvas
-from patchcert_cli.reporting.canvas import DPI, GRID, INK, MARK, SOFT, Heading, check_path, require
+from patchcert_cli.reporting import figure_style
+from patchcert_cli.reporting.figure_style import DPI, EMPTY, GRID, INK, MARK, SOFT, Heading, axes_at, check_path, require
 from patchcert_cli.threats import Patch, PatchPercent, Sparse, parse_threat
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def curve(rows: Rows, path: Path, *, title: str) -> None:
     ((unit, threat),) = names
     positions = sorted({point.x for point in points})
     heading = Heading.of(title, f"{threat}, anywhere in the image · {_images(rows)} · with exact 95 % intervals", 6.8)
-    with canvas.paper(path, 6.8, 3.7 + heading.height) as figure:
+    with figure_style.figure(path, 6.8, 3.7 + heading.height) as figure:
         axes = _accuracy_axes(figure, heading, below=0.55)
         axes.set_xlabel(unit)
         pad = 0.05 * (positions[-1] - positions[0]) or 0.5
@@ -88,7 +88,7 @@ def shapes(rows: Rows, path: Path, *, title: str, area: int | None = None) -> No
     heading = Heading.of(title, note, wide)
     upright = len(order) > 24  # tick labels
     below = 0.9 + 0.3 * upright
-    with canvas.paper(path, wide, below + 3.15 + heading.height) as figure:
+    with figure_style.figure(path, wide, below + 3.15 + heading.height) as figure:
         axes = _accuracy_axes(figure, heading, below=below)
         axes.set_xlabel("patch, height x width in pixels, from wide to tall")
         axes.set_xticks(range(len(order)), [f"{height}x{width}" for height, width in order])
@@ -112,7 +112,7 @@ def thresholds(rows: Rows, path: Path, *, title: str) -> None:
         raise UsageError("one picture of thresholds cannot show different threats;", hint="give one.")
     heading = Heading.of(title, f"{threats.pop()}, anywhere in the image · {_images(order)} · with exact 95 % intervals", 6.8)
     lines = {"alarms, unattacked": ("alarms", HUES[1]), "right, no alarm": ("clean", INK), "certified": ("certified", HUES[0])}
-    with canvas.paper(path, 6.8, 3.7 + heading.height) as figure:
+    with figure_style.figure(path, 6.8, 3.7 + heading.height) as figure:
         axes = _accuracy_axes(figure, heading, below=0.55)
         axes.set(xlabel="confidence from which a contradicting mask raises an alarm", ylabel="of all images, %")
         axes.set_xlim(-0.03, 1.03)
@@ -121,11 +121,11 @@ def thresholds(rows: Rows, path: Path, *, title: str) -> None:
             shares = [100 * row[key] / max(row["images"], 1) for row in order]
             (line,) = axes.plot(x, shares, color=hue, linewidth=1.6, linestyle=DASHES[i], marker=MARKS[i], markersize=4.5)
             line.set(markeredgecolor="white", label=name, clip_on=False)
-            ends.append(canvas.End(name, hue, x[-1], shares[-1]))
+            ends.append(figure_style.EndLabel(name, hue, x[-1], shares[-1]))
         spans = [clopper_pearson(row["certified"], max(row["images"], 1)) for row in order]
         low, high = ([100 * span[end] for span in spans] for end in (0, 1))
         axes.fill_between(x, low, high, color=HUES[0], alpha=0.2, linewidth=0)
-        canvas.label_ends(axes, ends)
+        figure_style.label_ends(axes, ends)
 
 
 def single_map(values: dict[str, Any], pixels: Tensor, margins: Tensor, path: Path, *, unit: str) -> None:
@@ -181,15 +181,15 @@ def margin_map(
     lefts = [0.7 + i * (slot + 0.75) + (slot - wide) / 2 for i in range(2)]
     bottom, total = 0.6 + (tall - high) / 2, 0.7 + 2 * slot + 0.75 + 1
     heading = Heading.of(title, note, total)
-    with canvas.paper(path, total, 0.6 + tall + 0.3 + heading.height) as figure:
+    with figure_style.figure(path, total, 0.6 + tall + 0.3 + heading.height) as figure:
         heading.write(figure)
-        panels = [canvas.panel(figure, start, bottom, wide, high) for start in lefts]
+        panels = [axes_at(figure, start, bottom, wide, high) for start in lefts]
         for axes, name in zip(panels, ("worst location of the patch", "margin for each top-left corner"), strict=True):
             axes.set_title(name, fontsize=9.5, pad=6, loc="left" if slot == wide else "center")
             axes.tick_params(length=3, labelsize=8.5)
         _draw_image(panels[0], image, box)
         _draw_margins(panels[1], margins, (height, width), (top, left), 72 * dots / DPI)
-        _draw_scale(panels[1], canvas.panel(figure, lefts[1] + wide + 0.16, bottom, 0.14, high), margins, f"margin, {unit}")
+        _draw_scale(panels[1], axes_at(figure, lefts[1] + wide + 0.16, bottom, 0.14, high), margins, f"margin, {unit}")
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def _accuracy_axes(figure: Figure, heading: Heading, *, below: float) -> Axes:
     """Axes from 0 to 100 % with the heading above; ``below`` inches for the x axis."""
     heading.write(figure)
     across, up = (float(size) for size in figure.get_size_inches())
-    axes = canvas.panel(figure, 0.62, below, across - 0.8, up - below - heading.height)
+    axes = axes_at(figure, 0.62, below, across - 0.8, up - below - heading.height)
     axes.set_ylim(-2, 104)
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("accuracy, %")
@@ -257,10 +257,10 @@ def _draw_accuracies(axes: Axes, points: Sequence[_Point], *, bars: bool, dodge:
     """The clean accuracy, and a certified line for each method, ``dodge`` beside each other, with intervals as bars or bands."""
     clean = sorted({(point.x, point.clean) for point in points})
     if len({value for _, value in clean}) == 1:
-        ends = [canvas.End(f"clean\n{clean[0][1]:.1f} %", INK, axes.get_xlim()[1], clean[0][1])]
+        ends = [figure_style.EndLabel(f"clean\n{clean[0][1]:.1f} %", INK, axes.get_xlim()[1], clean[0][1])]
         axes.axhline(clean[0][1], color=INK, linewidth=1.4, label="clean")
     else:
-        ends = [canvas.End("clean", INK, *clean[-1])]
+        ends = [figure_style.EndLabel("clean", INK, *clean[-1])]
         axes.plot(*zip(*clean, strict=True), color=INK, linewidth=1.4, marker=".", label="clean")
     methods = list(dict.fromkeys(point.method for point in points))
     values = []
@@ -268,13 +268,13 @@ def _draw_accuracies(axes: Axes, points: Sequence[_Point], *, bars: bool, dodge:
         shift, hue = min(dodge, 0.6 / len(methods)) * (i - (len(methods) - 1) / 2), HUES[i % len(HUES)]
         mine = sorted((replace(p, x=p.x + shift) for p in points if p.method == method), key=lambda point: point.x)
         _draw_method(axes, mine, i, bars=bars or len(mine) == 1)
-        ends.append(canvas.End(f"certified,\n{method}", hue, mine[-1].x, mine[-1].certified))
-        values += [canvas.Value(p.x, p.certified, *((p.low, p.high) if bars else (p.certified,) * 2), hue) for p in mine]
+        ends.append(figure_style.EndLabel(f"certified,\n{method}", hue, mine[-1].x, mine[-1].certified))
+        values += [figure_style.Value(p.x, p.certified, *((p.low, p.high) if bars else (p.certified,) * 2), hue) for p in mine]
     if len(methods) <= MOST_LABELLED:
-        canvas.label_ends(axes, ends)
+        figure_style.label_ends(axes, ends)
     else:
-        canvas.add_legend(axes)
-    canvas.label_values(axes, values)
+        figure_style.add_legend(axes)
+    figure_style.label_values(axes, values)
 
 
 def _draw_method(axes: Axes, points: Sequence[_Point], i: int, *, bars: bool) -> None:
@@ -326,7 +326,7 @@ def _draw_margins(axes: Axes, margins: Tensor, size: tuple[int, int], worst: tup
 
     values = margins.detach().double().cpu()  # [P, Q]
     limit = max((abs(value) for value in _finite(margins)), default=0) or 1
-    axes.patch.set(facecolor=canvas.EMPTY, hatch="////", edgecolor="#c3cad0", linewidth=0)  # where the patch would stick out
+    axes.patch.set(facecolor=EMPTY, hatch="////", edgecolor="#c3cad0", linewidth=0)  # where the patch would stick out
     axes.imshow(values.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
     axes.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
     axes.set(xlabel="left column of the patch, pixels", ylabel="top row, pixels")
