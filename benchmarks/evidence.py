@@ -26,7 +26,7 @@ from patchcert_cli.certifiers.geometry import Axis, Cover
 from patchcert_cli.defenses import Claim, TrainingStep
 from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.smoothing import Smoothing
-from patchcert_cli.layers import exact, integers, precision
+from patchcert_cli.layers import fixed_point, integers, precision
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch
 from patchcert_cli.training.recipe import Recipe
@@ -86,7 +86,7 @@ def _only(backend: str, defense: BagCert | Smoothing, x: Tensor) -> Tensor:
 
 def layer_by_layer(defense: BagCert | Smoothing, x: Tensor) -> Tensor:
     """Scores by the definition of the frozen network, float32 values on their grids, in pieces that no cache holds."""
-    network, steps = defense.deployed(), exact.to_steps(x)
+    network, steps = defense.deployed(), fixed_point.to_steps(x)
     if isinstance(defense, Smoothing):
         pieces = defense._pieces(x, max(1, (1 << 22) // defense.network.most))
         given = (defense.views(steps, image, cell, full=255.0) for image, cell in pieces)

@@ -24,7 +24,7 @@ from patchcert_cli.certifiers.bounds.rules import propagate
 from patchcert_cli.defenses import TrainingStep
 from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.evaluation.plan import BATCH_SIZE
-from patchcert_cli.layers.plain import layers_of
+from patchcert_cli.layers.supported_layers import layers_of
 from patchcert_cli.threats import Patch
 
 PATCH = Patch(5, 5)
@@ -35,8 +35,8 @@ def dense_margins(network: nn.Module, x: Tensor, target: Tensor, locations: int 
     layers = layers_of(network)
     final = layers[-1]
     assert isinstance(final, nn.Linear)
-    atoms = PATCH.count(x.shape[2], x.shape[3])
-    moved = location_masks(PATCH, x)[: locations or atoms, None, None]
+    every = PATCH.count(x.shape[2], x.shape[3])
+    moved = location_masks(PATCH, x)[: locations or every, None, None]
     boxed = x - moved * x
     lower, upper = propagate(layers[:-1], (boxed.flatten(0, 1), (boxed + moved).flatten(0, 1)))
     lower, upper = lower.reshape(-1, len(x), lower.shape[1]), upper.reshape(-1, len(x), upper.shape[1])

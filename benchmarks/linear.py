@@ -74,7 +74,7 @@ def certification(network: nn.Module, exact: nn.Module, x: Tensor, label: Tensor
         spent["interval"] += middle - began
         spent["linear"] += time.perf_counter() - middle
         for name, found in (("interval", proof), ("linear", better)):
-            right[name] += int(((found.margin > found.slack) & (target == truth)).sum())
+            right[name] += int(((found.margin > found.tolerance) & (target == truth)).sum())
     print(f"certified and right, of {len(x)}: interval {right['interval']}, with linear bounds {right['linear']}")
     print(
         f"  {spent['interval']:.2f} s, and {spent['linear']:.2f} s more: {spent['linear'] / spent['interval']:.2f} times the cost"

@@ -42,7 +42,7 @@ class Certificate:
             own unit; an image is certified only if it exceeds the rounding error ``slack``.
         slack: float64 [B], bound of the rounding error of ``margin`` and of the deployed prediction; where ``arithmetic`` is
             measured, what is allowed for it.
-        worst: int64 [B, 4], the atom (top, left, height, width) that comes nearest to altering the answer.
+        worst: int64 [B, 4], the location (top, left, height, width) that comes nearest to altering the answer.
         rival: int64 [B], the class that comes nearest.
         threat: the threat model of the claim.
         method: the name of the proof.

@@ -1,9 +1,9 @@
-"""Threat models: what an attacker may change, as a finite list of boxes ("atoms") and a budget.
+"""Threat models: what an attacker may change, as a finite list of boxes ("locations") and a budget.
 
-One patch: the atoms are all its placements wholly inside the image, the budget is 1; several patches have a larger budget. A
-sparse attack: the atoms are single pixels, the budget is k. ``parse_threat(str(threat)) == threat`` for every threat.
+One patch: the locations are all its placements wholly inside the image, the budget is 1; several patches have a larger budget. A
+sparse attack: the locations are single pixels, the budget is k. ``parse_threat(str(threat)) == threat`` for every threat.
 
-Shapes: B images, C channels, H x W pixels, A atoms. Atoms are rows ``top, left, height, width`` in pixels.
+Shapes: B images, C channels, H x W pixels, A locations. Locations are rows ``top, left, height, width`` in pixels.
 torch is imported where it is needed, so that parsing a threat costs nothing.
 """
 
@@ -31,7 +31,7 @@ class Threat(Protocol):
 
     @property
     def budget(self) -> int:
-        """How many atoms the attacker may pick."""
+        """How many locations the attacker may pick."""
         ...
 
     def check(self, height: int, width: int, channels: int = 1) -> None:
@@ -39,11 +39,11 @@ class Threat(Protocol):
         ...
 
     def count(self, height: int, width: int) -> int:
-        """The number of atoms A on an image of this size."""
+        """The number of locations A on an image of this size."""
         ...
 
-    def atoms(self, height: int, width: int) -> Tensor:
-        """All atoms, int64 [A, 4]: top, left, height, width."""
+    def locations(self, height: int, width: int) -> Tensor:
+        """All locations, int64 [A, 4]: top, left, height, width."""
         ...
 
     def contains(self, changed: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Patch:
     def count(self, height: int, width: int) -> int:
         return (height - self.height + 1) * (width - self.width + 1)
 
-    def atoms(self, height: int, width: int) -> Tensor:
+    def locations(self, height: int, width: int) -> Tensor:
         import torch
 
         self.check(height, width)
@@ -129,8 +129,8 @@ class PatchPercent:
     def count(self, height: int, width: int) -> int:
         return self.resolve(height, width).count(height, width)
 
-    def atoms(self, height: int, width: int) -> Tensor:
-        return self.resolve(height, width).atoms(height, width)
+    def locations(self, height: int, width: int) -> Tensor:
+        return self.resolve(height, width).locations(height, width)
 
     def contains(self, changed: Tensor) -> Tensor:
         return self.resolve(int(changed.shape[-2]), int(changed.shape[-1])).contains(changed)
@@ -169,8 +169,8 @@ class Sparse:
     def count(self, height: int, width: int) -> int:
         return height * width
 
-    def atoms(self, height: int, width: int) -> Tensor:
-        return Patch(1, 1).atoms(height, width)
+    def locations(self, height: int, width: int) -> Tensor:
+        return Patch(1, 1).locations(height, width)
 
     def contains(self, changed: Tensor) -> Tensor:
         entries = changed if self.unit == "value" else changed.any(dim=1)
@@ -202,8 +202,8 @@ class Patches:
     def count(self, height: int, width: int) -> int:
         return self.each.count(height, width)
 
-    def atoms(self, height: int, width: int) -> Tensor:
-        return self.each.atoms(height, width)
+    def locations(self, height: int, width: int) -> Tensor:
+        return self.each.locations(height, width)
 
     def contains(self, changed: Tensor) -> Tensor:
         patch = self.each.resolve(int(changed.shape[-2]), int(changed.shape[-1]))

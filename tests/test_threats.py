@@ -110,19 +110,19 @@ def test_atoms_are_all_places_in_order(height: int, width: int) -> None:
     for h, w in product(range(1, height + 1), range(1, width + 1)):
         patch = Patch(h, w)
         expected = [[t, le, h, w] for t in range(height) for le in range(width) if t + h <= height and le + w <= width]
-        atoms = patch.atoms(height, width)
-        assert atoms.tolist() == expected
-        assert atoms.dtype == torch.int64
+        locations = patch.locations(height, width)
+        assert locations.tolist() == expected
+        assert locations.dtype == torch.int64
         assert len(expected) == patch.count(height, width)
-        assert atoms[-1].tolist() == [height - h, width - w, h, w]
+        assert locations[-1].tolist() == [height - h, width - w, h, w]
         assert patch.budget == 1
 
 
 def test_atoms_of_sparse_and_percentages() -> None:
-    assert Sparse(3).atoms(2, 3).tolist() == [[r, c, 1, 1] for r in range(2) for c in range(3)]
+    assert Sparse(3).locations(2, 3).tolist() == [[r, c, 1, 1] for r in range(2) for c in range(3)]
     assert Sparse(3).count(2, 3) == 6
     assert Sparse(3).budget == 3
-    assert PatchPercent(Fraction(20)).atoms(4, 5).tolist() == Patch(2, 2).atoms(4, 5).tolist()
+    assert PatchPercent(Fraction(20)).locations(4, 5).tolist() == Patch(2, 2).locations(4, 5).tolist()
     assert PatchPercent(Fraction(20)).count(4, 5) == 12
     assert PatchPercent(Fraction(20)).budget == 1
 
@@ -180,7 +180,7 @@ def test_several_patches_are_refused_where_one_would_be_and_as_one() -> None:
     with pytest.raises(UsageError, match="does not fit a 3x3 image"):
         parse_threat("patches:2:4").check(3, 3)
     two = parse_threat("patches:2:2x3")
-    assert (two.budget, two.count(4, 4), two.atoms(4, 4).tolist()) == (2, 6, Patch(2, 3).atoms(4, 4).tolist())
+    assert (two.budget, two.count(4, 4), two.locations(4, 4).tolist()) == (2, 6, Patch(2, 3).locations(4, 4).tolist())
 
 
 def test_contains_every_subset_of_k_pixels_and_no_larger_one() -> None:
@@ -221,4 +221,4 @@ def test_threats_that_just_fit_are_accepted() -> None:
 
 def test_patch_atoms_refuse_images_that_are_too_small() -> None:
     with pytest.raises(UsageError, match="does not fit a 3x3 image"):
-        Patch(4, 4).atoms(3, 3)
+        Patch(4, 4).locations(3, 3)

@@ -23,7 +23,7 @@ from patchcert_cli import cards, checkpoint, defenses
 from patchcert_cli.catalog import bundled
 from patchcert_cli.catalog.resolve import ResolvedModel, resolve
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
-from patchcert_cli.certifiers.masks.views import MANY
+from patchcert_cli.certifiers.masks.masked_predictions import MANY
 from patchcert_cli.classifiers import addresses, doors
 from patchcert_cli.classifiers.addresses import Classifier
 from patchcert_cli.data import class_folders, class_names, datasets, image_files

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.errors import UsageError
-from patchcert_cli.layers import exact
-from patchcert_cli.layers.exact import Grid, Wire
+from patchcert_cli.layers import fixed_point
+from patchcert_cli.layers.fixed_point import Grid, Wire
 from patchcert_cli.layers.preprocessing import Normalize
 from patchcert_cli.layers.programs import Program
 
@@ -212,25 +212,25 @@ class RegionScorer(nn.Module):
             stage.whitening.copy_(torch.eye(len(stage.whitening)))
 
     def freeze(self, precision: torch.dtype) -> tuple[nn.Module, int]:
-        """The deployed network of whole steps (:mod:`patchcert_cli.layers.exact`), and the fewest bits of a channel's largest
-        weight."""
+        """The deployed network of whole steps (:mod:`patchcert_cli.layers.fixed_point`), and the fewest bits of a channel's
+        largest weight."""
         layers: list[nn.Module] = []
-        fewest, wire = 53, exact.PIXELS
+        fewest, wire = 53, fixed_point.PIXELS
         scale, shift = self.normalize.scale.double().cpu() / 255, self.normalize.shift.double().cpu()
         if self.places is not None:
             layers.append(_Placed(self.places))
             scale, shift = torch.cat([scale, scale.new_full((2,), 1 / 127.5)]), torch.cat([shift, shift.new_full((2,), -1.0)])
         for at, stage in enumerate(cast(list[Stage], list(self.stages))):
-            weight, bias = exact.fold(stage.convolution, stage.norm)
+            weight, bias = fixed_point.fold(stage.convolution, stage.norm)
             if stage.whitening is not None:
                 weight = (weight.flatten(1) @ stage.whitening.double().cpu()).reshape(weight.shape)
-            weight, bias = exact.absorb(weight, bias, scale, shift) if at == 0 else (weight, bias)
-            layer, bits = exact.affine(weight, bias, stage.convolution, wire, precision, largest=self.largest)
+            weight, bias = fixed_point.absorb(weight, bias, scale, shift) if at == 0 else (weight, bias)
+            layer, bits = fixed_point.affine(weight, bias, stage.convolution, wire, precision, largest=self.largest)
             fewest, wire = min(fewest, bits), stage.grid.wire
             layers.append(_Step(layer, wire, residual=False))
             for mix in cast(list[Mix], list(stage.mixes)):
-                layer, bits = exact.affine(
-                    *exact.fold(mix.convolution, mix.norm),
+                layer, bits = fixed_point.affine(
+                    *fixed_point.fold(mix.convolution, mix.norm),
                     mix.convolution,
                     wire,
                     precision,
@@ -239,7 +239,7 @@ class RegionScorer(nn.Module):
                 )
                 fewest, wire = min(fewest, bits), mix.grid.wire
                 layers.append(_Step(layer, wire, residual=True))
-        layer, bits = exact.affine(*exact.fold(self.head, None), self.head, wire, precision, largest=self.largest)
+        layer, bits = fixed_point.affine(*fixed_point.fold(self.head, None), self.head, wire, precision, largest=self.largest)
         return nn.Sequential(*layers, layer), min(fewest, bits)
 
 
@@ -270,7 +270,7 @@ class _Placed(nn.Module):
 class _Step(nn.Module):
     """Exact convolution, ReLU, with ``residual`` plus what came in, onto a grid."""
 
-    def __init__(self, layer: exact.Affine, wire: Wire, *, residual: bool) -> None:
+    def __init__(self, layer: fixed_point.Affine, wire: Wire, *, residual: bool) -> None:
         super().__init__()
         self.layer, self.wire, self.residual = layer, wire, residual
 
@@ -281,7 +281,7 @@ class _Step(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         out = self.layer(v).relu_()
-        return exact.onto(out.add_(v) if self.residual else out, self.wire)
+        return fixed_point.onto(out.add_(v) if self.residual else out, self.wire)
 
 
 def build(

@@ -16,9 +16,9 @@ from patchcert_cli.attacks.patch_pgd import PatchPGD
 from patchcert_cli.cards import Card, Measured
 from patchcert_cli.cards.published import ClaimKey, PublishedRecord, PublishedRecords
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee
-from patchcert_cli.certifiers.masks import agreement
+from patchcert_cli.certifiers.masks import masked_detection
 from patchcert_cli.certifiers.masks.mask_sets import Cover, MaskPlan, MaskSet
-from patchcert_cli.certifiers.masks.views import SLACK
+from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE
 from patchcert_cli.defenses import Claim
 from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
@@ -116,23 +116,23 @@ def test_confidence_at_the_threshold_raises_an_alarm_and_certifies_nothing() -> 
         defense.threshold = threshold
         certificate = defense.certify(HALF, Patch(2, 2))
         assert certificate.prediction.tolist() == [answer]
-        assert certificate.certified.tolist() == [False], "a lead of zero, and an excess of zero"
+        assert certificate.certified.tolist() == [False], "a logit margin of zero, and a confidence margin of zero"
     assert float(certificate.margin) == 0
 
 
 def test_what_rounding_may_decide_is_not_certified() -> None:
-    """A lead of half the slack, and the same image a little clearer."""
+    """A logit margin of half the slack, and the same image a little clearer."""
 
     class Barely(Sums):
         def forward(self, x: Tensor) -> Tensor:
             one = torch.ones(len(x), dtype=x.dtype, device=x.device)
             return torch.stack([one + self.sharp.to(x) * one, one, x.mean(dim=(1, 2, 3)) / 2], dim=1)
 
-    for lead, certified in ((SLACK["float64"] / 2, False), (SLACK["float64"] * 4, True), (1e-6, True)):
+    for logit_margin, certified in ((TOLERANCE["float64"] / 2, False), (TOLERANCE["float64"] * 4, True), (1e-6, True)):
         network = Barely()
-        network.sharp = nn.Parameter(torch.tensor(lead, dtype=torch.float64))
+        network.sharp = nn.Parameter(torch.tensor(logit_margin, dtype=torch.float64))
         certificate = made(network).certify(HALF, Patch(1, 1))
-        assert certificate.certified.tolist() == [certified], lead
+        assert certificate.certified.tolist() == [certified], logit_margin
         assert torch.equal(certificate.certified, certificate.margin > certificate.slack)
 
 
@@ -176,7 +176,7 @@ def test_the_map_of_margins_has_the_certificate_as_its_smallest_entry() -> None:
 
 
 def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchcert_cli.certifiers.masks.views.computes_in_bfloat16", lambda device: True)
+    monkeypatch.setattr("patchcert_cli.certifiers.masks.masked_predictions.computes_in_bfloat16", lambda device: True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         defense = Minority.tiny()
@@ -429,7 +429,7 @@ def card_values() -> dict[str, Any]:
 def last_border_mask_dropped(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
     """Nothing hides the last corner, and the proof does not ask about it."""
     by = cover.by[:, :-1]
-    return MaskSet(4, 4, masks.boxes[:-1]), Cover(by[by.any(dim=1)], cover.atom[by.any(dim=1)])
+    return MaskSet(4, 4, masks.boxes[:-1]), Cover(by[by.any(dim=1)], cover.location[by.any(dim=1)])
 
 
 def one_column_short(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
@@ -437,7 +437,7 @@ def one_column_short(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
 
 
 def any_mask_will_do(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
-    return masks, Cover(torch.ones(1, len(masks), dtype=torch.bool), cover.atom[:1])
+    return masks, Cover(torch.ones(1, len(masks), dtype=torch.bool), cover.location[:1])
 
 
 def nothing_wrong(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
@@ -492,12 +492,12 @@ def test_a_threshold_that_a_confidence_equals_raises_the_alarm_and_certifies_not
     """Two equal logits: a confidence of one half behind each mask."""
     half = torch.tensor([[[0.5, 0.5]]], dtype=torch.float64)
     label = torch.tensor([[1]])
-    lead = torch.ones(1, 1, dtype=torch.float64)
+    logit_margin = torch.ones(1, 1, dtype=torch.float64)
     for whole, expected in ((0, [0.5, -1.0]), (1, [-1.0, 0.5])):
-        reports = agreement.Reports(torch.tensor([whole]), label, label, lead, lead, half)
-        assert agreement.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [expected]
-    reports = agreement.Reports(torch.tensor([1]), label, label, lead * 0, lead, half)
-    assert agreement.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [[-1.0, -1.0]]
+        reports = masked_detection.Reports(torch.tensor([whole]), label, label, logit_margin, logit_margin, half)
+        assert masked_detection.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [expected]
+    reports = masked_detection.Reports(torch.tensor([1]), label, label, logit_margin * 0, logit_margin, half)
+    assert masked_detection.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [[-1.0, -1.0]]
 
 
 def test_a_result_compares_thresholds_and_agrees_with_itself_at_its_own(digits: Minority, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from patchcert_cli import attacks
 from patchcert_cli.attacks import Attack, Target
-from patchcert_cli.certifiers.masks import views
+from patchcert_cli.certifiers.masks import masked_predictions
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
 from patchcert_cli.data.images import Images
 from patchcert_cli.defenses import Claim
@@ -33,7 +33,7 @@ class World:
     """A defense whose passes take ``each`` seconds of a clock that nothing else moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, each: float, images: int = 30) -> None:
-        self.now, self.each, self.asked, honest = 0.0, each, 0, views.behind
+        self.now, self.each, self.asked, honest = 0.0, each, 0, masked_predictions.behind
         with torch.random.fork_rng():
             torch.manual_seed(3)
             network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(36, 3))
@@ -47,7 +47,7 @@ class World:
             self.now += self.each * len(x)
             return honest(network, x, *rest)
 
-        monkeypatch.setattr(views, "behind", slow)
+        monkeypatch.setattr(masked_predictions, "behind", slow)
         labels = torch.zeros(images, dtype=torch.int64)
         data = Images(pixels, labels, torch.arange(images), "imagenet", "test", "x")
         self.plan = Plan(Subject(self.defense, "slow", "patchcleanser", "0" * 64, "x"), data, (Claim(Patch(2, 2)),), images)
@@ -95,7 +95,7 @@ def test_a_record_is_on_disk_every_half_minute(each: float, tmp_path: Path, monk
 
 
 def test_an_image_that_takes_longer_shows_its_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "PIXELS", 6 * 3 * 12 * 12)  # as few at a time as there are of larger pictures
+    monkeypatch.setattr(masked_predictions, "PIXELS", 6 * 3 * 12 * 12)  # as few at a time as there are of larger pictures
     world = World(monkeypatch, 4.0, images=3)
     seen = Seen(world, tmp_path / "run")
     evaluate.certify(world.plan, tmp_path / "run", progress=seen, clock=world.clock)

@@ -11,7 +11,7 @@ from own_models import module, pictures
 from PIL import Image
 
 from patchcert_cli import data, defenses
-from patchcert_cli.certifiers.masks import views
+from patchcert_cli.certifiers.masks import masked_predictions
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
 from patchcert_cli.classifiers import addresses
 from patchcert_cli.data.images import Images
@@ -133,13 +133,13 @@ def test_a_dry_run_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     pixels = torch.randint(0, 256, (30, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = Images(pixels, torch.zeros(30, dtype=torch.int64), torch.arange(30), "imagenet", "test", "x")
     meant = Plan(subject, images, (Claim(Patch(2, 2)),), 30)
-    asked, honest = [0], views.behind
+    asked, honest = [0], masked_predictions.behind
 
     def counted(network: Any, x: torch.Tensor, *rest: Any) -> Any:
         asked[0] += len(x)
         return honest(network, x, *rest)
 
-    monkeypatch.setattr(views, "behind", counted)
+    monkeypatch.setattr(masked_predictions, "behind", counted)
     value = outlook.evaluation(meant, Path("x"), None, outlook.Full(1000, 5_000_000), clock=lambda: float(asked[0]))
     assert value["masks"] == "4 of 9x9 pixels"
     assert 4 <= value["passes_per_image"] <= 10 and value["passes"] == pytest.approx(1000 * value["passes_per_image"], rel=0.02)
@@ -152,13 +152,13 @@ def test_a_dry_run_of_a_slow_network_measures_passes_alone(tmp_path: Path, monke
     subject = opened(tmp_path).subject((3, 16, 16), [Patch(2, 2)], "cpu")
     pixels = torch.randint(0, 256, (30, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = Images(pixels, torch.zeros(30, dtype=torch.int64), torch.arange(30), "imagenet", "test", "x")
-    asked, honest = [0.0], views.behind
+    asked, honest = [0.0], masked_predictions.behind
 
     def slow(network: Any, x: torch.Tensor, *rest: Any) -> Any:
         asked[0] += 10.0 * len(x)  # seconds
         return honest(network, x, *rest)
 
-    monkeypatch.setattr(views, "behind", slow)
+    monkeypatch.setattr(masked_predictions, "behind", slow)
     meant = Plan(subject, images, (Claim(Patch(2, 2)),), 30)
     value = outlook.evaluation(meant, Path("x"), None, outlook.Full(1000, 5_000_000), clock=lambda: asked[0])
     assert asked[0] <= 100 + 3 * 10  # nobody waits for a whole image

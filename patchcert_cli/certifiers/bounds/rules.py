@@ -12,7 +12,7 @@ Each rule states two things about a layer f:
   plain forward pass: a bound of |W| |v| + |b| also bounds each half of midpoint-radius arithmetic. Where a value may overflow,
   the error is infinite.
 
-Which layers have rules, and how they are told from layers that only look like them: :mod:`plain`.
+Which layers have rules, and how they are told from layers that only look like them: :mod:`supported_layers`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat
-from patchcert_cli.layers.plain import IDENTITY, MONOTONE, check_padding, no_rule
 from patchcert_cli.layers.precision import exact_arithmetic
 from patchcert_cli.layers.preprocessing import Normalize
+from patchcert_cli.layers.supported_layers import IDENTITY, MONOTONE, check_padding, no_rule
 
 Box = tuple[Tensor, Tensor]
 

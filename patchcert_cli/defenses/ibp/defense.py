@@ -21,13 +21,13 @@ from patchcert_cli.certifiers.bounds.first_layer import Split
 from patchcert_cli.certifiers.bounds.folding import fold
 from patchcert_cli.certifiers.bounds.linear import refine
 from patchcert_cli.certifiers.bounds.rules import plain_sums
-from patchcert_cli.certifiers.bounds.windows import routes
+from patchcert_cli.certifiers.bounds.windows import partition
 from patchcert_cli.defenses._base import Claim, Defense, Options, TrainingStep
 from patchcert_cli.defenses.ibp import losses, regularizers
 from patchcert_cli.defenses.ibp.guide import Guide
 from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.errors import IntegrityError, MachineError, UnsupportedThreat
-from patchcert_cli.layers.plain import rebuilt
+from patchcert_cli.layers.supported_layers import rebuilt
 from patchcert_cli.threats import Patch, PatchPercent, Threat
 
 
@@ -133,10 +133,10 @@ class IntervalDefense(Defense):
         height, width = self.input_shape[1:]
         return Certificate(
             prediction=prediction,
-            certified=proof.margin > proof.slack,
+            certified=proof.margin > proof.tolerance,
             margin=proof.margin,
-            slack=proof.slack,
-            worst=threat.atoms(height, width).to(prediction.device)[proof.worst],
+            slack=proof.tolerance,
+            worst=threat.locations(height, width).to(prediction.device)[proof.worst],
             rival=proof.rival,
             threat=threat,
             method=method,
@@ -146,7 +146,7 @@ class IntervalDefense(Defense):
     def note(self, threat: Threat) -> str:
         if not isinstance(threat, Patch | PatchPercent):
             return ""
-        layer = routes.joins(self.network, self.input_shape)
+        layer = partition.joins(self.network, self.input_shape)
         if layer is None:
             return ""
         return (

@@ -1,8 +1,8 @@
 """Which layers of a network are bounded in windows, and what happens behind them.
 
-A layer is bounded in windows if its outputs have windows (:mod:`reach`) and its weights are the same everywhere. The first dense
-layer takes its columns under the window. Any other layer gets whole maps, filled in for each location, which is always right and
-costs what a boxed copy of the image costs from there on.
+A layer is bounded in windows if its outputs have windows (:mod:`patch_windows`) and its weights are the same everywhere. The
+first dense layer takes its columns under the window. Any other layer gets whole maps, filled in for each location, which is
+always right and costs what a boxed copy of the image costs from there on.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli.certifiers.bounds.rules import channel_affine
-from patchcert_cli.certifiers.bounds.windows.reach import Reach, Slide, pair, slides
-from patchcert_cli.layers.plain import IDENTITY, layers_of
+from patchcert_cli.certifiers.bounds.windows.patch_windows import Reach, Slide, pair, slides
+from patchcert_cli.layers.supported_layers import IDENTITY, layers_of
 from patchcert_cli.threats import Patch
 
 

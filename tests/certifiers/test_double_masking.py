@@ -16,9 +16,9 @@ from torch import Tensor
 
 from patchcert_cli.certifiers.masks import double_masking
 from patchcert_cli.certifiers.masks.double_masking import Proof, Table, answer, prove
-from patchcert_cli.certifiers.masks.views import Answers
+from patchcert_cli.certifiers.masks.masked_predictions import Answers
 
-SLACK = 0.125
+TOLERANCE = 0.125
 Labels = list[list[int]]
 
 
@@ -40,9 +40,9 @@ def slow_condition(right: list[list[bool]], sets: list[set[int]]) -> bool:
     return all(any(all(right[i]) for i in one) for one in sets)
 
 
-def table(labels: Tensor, leads: Tensor | None = None, *, classes: int = 3) -> Table:
+def table(labels: Tensor, logit_margins: Tensor | None = None, *, classes: int = 3) -> Table:
     """A table [B, M, M] that is told entry by entry, and no entry twice."""
-    leads = torch.full(labels.shape, 0.5) if leads is None else leads
+    logit_margins = torch.full(labels.shape, 0.5) if logit_margins is None else logit_margins
     seen = torch.zeros(labels.shape, dtype=torch.bool)
 
     def ask(image: Tensor, first: Tensor, second: Tensor) -> Answers:
@@ -51,7 +51,7 @@ def table(labels: Tensor, leads: Tensor | None = None, *, classes: int = 3) -> T
         assert not bool(seen[image, first, second].any()), "asked twice"
         seen[image, first, second] = seen[image, second, first] = True
         label = labels[image, first, second]
-        return Answers(label, (label + 1) % classes, leads[image, first, second].double())
+        return Answers(label, (label + 1) % classes, logit_margins[image, first, second].double())
 
     return Table(ask, len(labels), labels.shape[1])
 
@@ -79,13 +79,13 @@ def matrix(sets: list[set[int]], masks: int) -> Tensor:
 
 
 def random_tables(generator: torch.Generator, count: int, masks: int, *, agree: float) -> tuple[Tensor, Tensor]:
-    """Tables in which an entry is class 1 with probability ``agree``, and leads, some of them below the slack."""
+    """Tables in which an entry is class 1 with probability ``agree``, and logit margins, some of them below the tolerance."""
     entries = masks * (masks + 1) // 2
     labels = torch.where(
         torch.rand(count, entries, generator=generator) < agree, 1, torch.randint(3, (count, entries), generator=generator)
     )
-    leads = torch.rand(count, entries, generator=generator).clamp(min=0.01) ** 0.5
-    return symmetric(labels, masks), symmetric(leads, masks)
+    logit_margins = torch.rand(count, entries, generator=generator).clamp(min=0.01) ** 0.5
+    return symmetric(labels, masks), symmetric(logit_margins, masks)
 
 
 @pytest.mark.parametrize(("masks", "classes"), [(1, 3), (2, 3), (3, 3), (4, 2)])
@@ -121,7 +121,7 @@ def published(labels: Tensor) -> Tensor:
 
 
 def certified(labels: Tensor, answers: Tensor, by: Tensor) -> Tensor:
-    return prove(table(labels), answers, by, SLACK).certified
+    return prove(table(labels), answers, by, TOLERANCE).certified
 
 
 @pytest.mark.parametrize(("masks", "classes"), [(2, 3), (3, 3), (4, 2)])
@@ -192,63 +192,65 @@ def test_proofs_equal_loops_on_random_tables_and_sets(masks: int) -> None:
     generator = torch.Generator().manual_seed(masks)
     found = 0
     for agree in (0.5, 0.9, 0.98):
-        labels, leads = random_tables(generator, 60, masks, agree=agree)
+        labels, logit_margins = random_tables(generator, 60, masks, agree=agree)
         for _ in range(4):
             sets = [set(row.nonzero()[:, 0].tolist()) or {0} for row in torch.rand(4, masks, generator=generator) < 0.4]
-            by, known = matrix(sets, masks), table(labels, leads)
+            by, known = matrix(sets, masks), table(labels, logit_margins)
             answers = answer(known, 3)
             assert answers.tolist() == [slow_answer(f) for f in labels.tolist()]
-            proof = prove(known, answers, by, SLACK)
-            right = (labels == answers[:, None, None]) & (leads > SLACK)
+            proof = prove(known, answers, by, TOLERANCE)
+            right = (labels == answers[:, None, None]) & (logit_margins > TOLERANCE)
             expected = [slow_condition(one, sets) for one in right.tolist()]
             assert proof.certified.tolist() == expected
-            assert torch.equal(proof.certified, proof.margin > SLACK)
+            assert torch.equal(proof.certified, proof.margin > TOLERANCE)
             found += sum(expected)
-            check_told(proof, labels, leads, answers, by)
+            check_told(proof, labels, logit_margins, answers, by)
             assert bool((known.passes <= masks * (masks + 1) // 2).all())
     assert found > 20
 
 
-def check_told(proof: Proof, labels: Tensor, leads: Tensor, answers: Tensor, by: Tensor) -> None:
+def check_told(proof: Proof, labels: Tensor, logit_margins: Tensor, answers: Tensor, by: Tensor) -> None:
     """Margins of certified images come from rows that are whole, and the rival is another class."""
-    signed = torch.where(labels == answers[:, None, None], leads, -leads)
+    signed = torch.where(labels == answers[:, None, None], logit_margins, -logit_margins)
     best = torch.where(by, signed.amin(dim=2)[:, None, :], -torch.inf).amax(dim=2)  # [B, U]
     sure = proof.certified
     assert bool((proof.margin[sure] <= best.amin(dim=1)[sure].double() + 1e-6).all())
     assert bool((proof.rival != answers).all())
     at = torch.arange(len(labels))[~sure]
-    assert bool((best[at, proof.weakest[~sure]] <= SLACK).all()), "the set that is named has no whole row"
+    assert bool((best[at, proof.weakest[~sure]] <= TOLERANCE).all()), "the set that is named has no whole row"
 
 
 def test_overlapping_masks_certify_more_than_the_published_condition_and_never_less() -> None:
     generator = torch.Generator().manual_seed(0)
-    labels, leads = random_tables(generator, 400, 4, agree=0.75)
-    leads += SLACK
+    labels, logit_margins = random_tables(generator, 400, 4, agree=0.75)
+    logit_margins += TOLERANCE
     by = matrix([{0, 1}, {2, 3}], 4)
     answers = published(labels)
-    rows, pairs = (prove(table(labels, leads), answers, sets, SLACK).certified for sets in (by, torch.eye(4, dtype=torch.bool)))
+    rows, pairs = (
+        prove(table(labels, logit_margins), answers, sets, TOLERANCE).certified for sets in (by, torch.eye(4, dtype=torch.bool))
+    )
     assert bool((pairs <= rows).all())
     assert int(rows.sum()) > 2 * int(pairs.sum()) > 0
 
 
 def test_what_one_claim_asked_is_known_to_the_next_and_images_do_not_meet() -> None:
     generator = torch.Generator().manual_seed(1)
-    labels, leads = random_tables(generator, 50, 8, agree=0.97)
+    labels, logit_margins = random_tables(generator, 50, 8, agree=0.97)
     sets, all_ = matrix([{0, 1}, {2, 3, 4}, {5}, {6, 7}], 8), torch.eye(8, dtype=torch.bool)
-    together = table(labels, leads)
+    together = table(labels, logit_margins)
     answers = answer(together, 3)
     seen = together.label >= 0
-    proofs = [prove(together, answers, by, SLACK, seen) for by in (sets, all_, sets)]
+    proofs = [prove(together, answers, by, TOLERANCE, seen) for by in (sets, all_, sets)]
     asked = together.passes.clone()
     assert torch.equal(proofs[0].margin, proofs[2].margin), "another claim changed what this one rests on"
     assert torch.equal(proofs[0].weakest, proofs[2].weakest)
-    prove(together, answers, all_, SLACK, seen)
+    prove(together, answers, all_, TOLERANCE, seen)
     assert torch.equal(together.passes, asked)
     for at in range(50):
-        alone = table(labels[at : at + 1], leads[at : at + 1])
+        alone = table(labels[at : at + 1], logit_margins[at : at + 1])
         assert int(answer(alone, 3)) == int(answers[at])
         known = alone.label >= 0
-        single = [prove(alone, answers[at : at + 1], by, SLACK, known) for by in (sets, all_)]
+        single = [prove(alone, answers[at : at + 1], by, TOLERANCE, known) for by in (sets, all_)]
         for one, many in zip(single, proofs, strict=False):
             assert bool(one.certified) == bool(many.certified[at]) and float(one.margin) == float(many.margin[at])
             assert int(one.weakest) == int(many.weakest[at]) and int(one.rival) == int(many.rival[at])
@@ -260,14 +262,14 @@ def test_failures_are_found_early_and_few_rows_are_asked_for() -> None:
     masks = 25
     doubt = torch.rand(40, masks, generator=torch.Generator().manual_seed(2))
     doubt[:, 3] = 0.01
-    leads = doubt[:, :, None] + doubt[:, None, :]
+    logit_margins = doubt[:, :, None] + doubt[:, None, :]
     labels = torch.ones(40, masks, masks, dtype=torch.int64)
-    labels[:20] = torch.where(leads[:20] > 0.05, 1, 2)
+    labels[:20] = torch.where(logit_margins[:20] > 0.05, 1, 2)
     labels[:20, 3, 3] = 1
     labels[:20, 3, 7] = labels[:20, 7, 3] = 2  # one pair that is wrong, and in doubt
-    leads[:20, 3, 7] = leads[:20, 7, 3] = 0.2
+    logit_margins[:20, 3, 7] = logit_margins[:20, 7, 3] = 0.2
     all_ = torch.eye(masks, dtype=torch.bool)
-    known = table(labels, leads)
+    known = table(labels, logit_margins)
     answers = answer(known, 3)
     assert answers.tolist() == [1] * 40
     proof = prove(known, answers, all_, 0.001)
@@ -275,30 +277,30 @@ def test_failures_are_found_early_and_few_rows_are_asked_for() -> None:
     assert bool((known.passes[20:] == masks * (masks + 1) // 2).all())
     assert float(known.passes[:20].float().mean()) < 0.5 * masks * (masks + 1) // 2
     sets = matrix([{i, i + 1, i + 2, i + 3, i + 4} for i in range(0, masks, 5)], masks)
-    fewer = table(labels, leads)
+    fewer = table(labels, logit_margins)
     prove(fewer, answer(fewer, 3), sets, 0.001)
     five_rows = 5 * masks - 5 * 4 // 2 + (masks - 5)  # their pairs, and what is left of round one
     assert bool((fewer.passes[20:] <= five_rows).all())
 
 
-@pytest.mark.parametrize("lead", [0.0, SLACK])
-def test_a_label_that_rounding_may_decide_counts_as_wrong(lead: float) -> None:
-    labels, leads = torch.ones(3, 4, 4, dtype=torch.int64), torch.full((3, 4, 4), 0.5)
-    leads[1, 2, 2] = leads[2, 0, 1] = leads[2, 1, 0] = lead
-    proof = prove(table(labels, leads), torch.ones(3, dtype=torch.int64), torch.eye(4, dtype=torch.bool), SLACK)
+@pytest.mark.parametrize("logit_margin", [0.0, TOLERANCE])
+def test_a_label_that_rounding_may_decide_counts_as_wrong(logit_margin: float) -> None:
+    labels, logit_margins = torch.ones(3, 4, 4, dtype=torch.int64), torch.full((3, 4, 4), 0.5)
+    logit_margins[1, 2, 2] = logit_margins[2, 0, 1] = logit_margins[2, 1, 0] = logit_margin
+    proof = prove(table(labels, logit_margins), torch.ones(3, dtype=torch.int64), torch.eye(4, dtype=torch.bool), TOLERANCE)
     assert proof.certified.tolist() == [True, False, False]
-    assert proof.margin.tolist() == [0.5, lead, lead]
-    loose = prove(table(labels, leads), torch.ones(3, dtype=torch.int64), matrix([{3}], 4), SLACK)
+    assert proof.margin.tolist() == [0.5, logit_margin, logit_margin]
+    loose = prove(table(labels, logit_margins), torch.ones(3, dtype=torch.int64), matrix([{3}], 4), TOLERANCE)
     assert loose.certified.tolist() == [True, True, True]
 
 
 def test_whole_rows_of_every_mask() -> None:
-    labels, leads = random_tables(torch.Generator().manual_seed(3), 30, 5, agree=0.8)
-    known = table(labels, leads)
+    labels, logit_margins = random_tables(torch.Generator().manual_seed(3), 30, 5, agree=0.8)
+    known = table(labels, logit_margins)
     answers = answer(known, 3)
     least = double_masking.lowest(known, answers)
     for b, i in product(range(30), range(5)):
-        signed = [float(leads[b, i, j]) * (1 if labels[b, i, j] == answers[b] else -1) for j in range(5)]
+        signed = [float(logit_margins[b, i, j]) * (1 if labels[b, i, j] == answers[b] else -1) for j in range(5)]
         assert float(least[b, i]) == pytest.approx(min(signed))
     assert known.passes.tolist() == [15] * 30
 
@@ -307,7 +309,7 @@ def test_no_images() -> None:
     known = table(torch.zeros(0, 4, 4, dtype=torch.int64))
     answers = answer(known, 3)
     assert answers.shape == (0,)
-    assert prove(known, answers, torch.eye(4, dtype=torch.bool), SLACK).margin.shape == (0,)
+    assert prove(known, answers, torch.eye(4, dtype=torch.bool), TOLERANCE).margin.shape == (0,)
 
 
 def test_passes_and_margins_of_an_image_do_not_depend_on_the_others() -> None:
@@ -317,16 +319,16 @@ def test_passes_and_margins_of_an_image_do_not_depend_on_the_others() -> None:
     kinds = torch.randint(3, (count, masks * (masks + 1) // 2), generator=generator)
     rare = torch.rand(kinds.shape, generator=generator) < torch.rand(count, 1, generator=generator) * 0.1
     labels, by = symmetric(torch.where(rare, kinds, 0), masks), torch.eye(masks, dtype=torch.bool)
-    leads = symmetric(torch.rand(kinds.shape, generator=generator), masks)
+    logit_margins = symmetric(torch.rand(kinds.shape, generator=generator), masks)
 
-    def told(labels: Tensor, leads: Tensor) -> tuple[list[int], ...]:
-        asked = table(labels, leads)
+    def told(labels: Tensor, logit_margins: Tensor) -> tuple[list[int], ...]:
+        asked = table(labels, logit_margins)
         found = answer(asked, 3)
         proof = prove(asked, found, by, 0.0, asked.label >= 0)
         kept = (found, asked.passes, proof.certified, proof.margin, proof.weakest, proof.rival)
         return tuple(one.tolist() for one in kept)
 
-    together = told(labels, leads)
-    alone = [told(labels[at : at + 1], leads[at : at + 1]) for at in range(count)]
+    together = told(labels, logit_margins)
+    alone = [told(labels[at : at + 1], logit_margins[at : at + 1]) for at in range(count)]
     assert [list(column) for column in together] == [[one[0] for one in column] for column in zip(*alone, strict=True)]
     assert len(set(together[1])) > 5

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchcert_cli.certifiers.masks import exact_views
-from patchcert_cli.certifiers.masks.exact_views import ExactViews, Window, Zones, common, spread
+from patchcert_cli.certifiers.masks import exact_predictions
+from patchcert_cli.certifiers.masks.exact_predictions import ExactViews, Window, Zones, common, spread
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.layers import exact, integers
+from patchcert_cli.layers import fixed_point, integers
 from patchcert_cli.layers.levels import Levels
 from tests.layers.test_levels import images, network, slowly
 
@@ -23,7 +23,7 @@ FILL = torch.tensor([0.4, 0.5, 0.3])[:, None, None]
 def views(cover: str = "patch:3x3", seed: int = 0, **options: Any) -> tuple[ExactViews, Tensor]:
     """A network behind masks, and a few images."""
     shape = options.get("input_shape", (3, 16, 16))
-    frozen: Any = exact.freeze(network(seed, **options))
+    frozen: Any = fixed_point.freeze(network(seed, **options))
     masks = MaskPlan((cover,), per_axis=3).masks(*shape[1:]).hidden
     return ExactViews(frozen, masks, FILL[: shape[0]]), images(shape, 3)
 
@@ -50,14 +50,14 @@ CASES: list[dict[str, Any]] = [
 def test_every_pair_has_the_bits_of_the_whole_network(
     case: dict[str, Any], worth: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exact_views, "WORTH", worth)
+    monkeypatch.setattr(exact_predictions, "WORTH", worth)
     through, x = views(**case)
     parted = through.zones()[0].parted
     assert parted == (0 if worth == 0 else len(through.network.each)) or worth == 0.7
     image, first, second = every(len(x), len(through.masks))
     found = through.asking(x).logits(image, first, second)
     hidden = through.masks[first] | through.masks[second]
-    steps = torch.where(hidden[:, None], through.fill, exact.to_steps(x)[image])
+    steps = torch.where(hidden[:, None], through.fill, fixed_point.to_steps(x)[image])
     assert torch.equal(found, slowly(through.network, steps, hidden))
     assert len(found) == len(x) * len(through.masks) ** 2
 
@@ -89,12 +89,12 @@ def test_answers_are_sorted_logits() -> None:
         numbers = logits[row].tolist()
         ranked = sorted(range(len(numbers)), key=lambda k: (-numbers[k], k))
         assert (int(told.label[row]), int(told.rival[row])) == (ranked[0], ranked[1])
-        assert (float(told.lead[row]) > 0) == (numbers[ranked[0]] > numbers[ranked[1]])
+        assert (float(told.logit_margin[row]) > 0) == (numbers[ranked[0]] > numbers[ranked[1]])
 
 
 def test_zones_are_where_a_hidden_pixel_is_felt() -> None:
     """By NaN: what a pixel reaches in a chain of convolutions and poolings of the same shapes."""
-    frozen: Any = exact.freeze(network(kernel=3))
+    frozen: Any = fixed_point.freeze(network(kernel=3))
     masks = MaskPlan(("patch:3x3",), per_axis=3).masks(16, 16).hidden
     felt = masks
     for level in frozen.each:
@@ -119,7 +119,7 @@ def test_zones_are_where_a_hidden_pixel_is_felt() -> None:
 
 @pytest.mark.parametrize("broken", ["zone", "box", "row"])
 def test_a_wrong_zone_is_caught(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact_views, "WORTH", 2.0)
+    monkeypatch.setattr(exact_predictions, "WORTH", 2.0)
     through, x = views()
     zones = through.zones()[0]
     if broken == "zone":  # a column less is felt
@@ -140,7 +140,7 @@ def test_a_wrong_zone_is_caught(broken: str, monkeypatch: pytest.MonkeyPatch) ->
     image, first, second = every(len(x), len(through.masks))
     found = through.asking(x).logits(image, first, second)
     hidden = through.masks[first] | through.masks[second]
-    steps = torch.where(hidden[:, None], through.fill, exact.to_steps(x)[image])
+    steps = torch.where(hidden[:, None], through.fill, fixed_point.to_steps(x)[image])
     assert not torch.equal(found, through.network(steps, hidden))
 
 
@@ -159,7 +159,7 @@ def test_the_self_test_finds_a_backend_that_is_off_by_one(monkeypatch: pytest.Mo
 
 def test_boxes_save_most_of_the_early_levels() -> None:
     """What makes sharing pay: of the first maps of the network of the zoo, masks have hardly anything in common."""
-    frozen: Any = exact.freeze(network(input_shape=(3, 32, 32), widths=[8, 8, 8]))
+    frozen: Any = fixed_point.freeze(network(input_shape=(3, 32, 32), widths=[8, 8, 8]))
     assert isinstance(frozen, Levels)
     masks = MaskPlan(("patch:5x5",), per_axis=7).masks(32, 32).hidden
     zones = Zones(frozen, masks)

@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from patchcert_cli import device
 from patchcert_cli.arithmetic import Arithmetic
-from patchcert_cli.certifiers.masks import views
+from patchcert_cli.certifiers.masks import masked_predictions
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
-from patchcert_cli.certifiers.masks.views import SLACK, Views
+from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE, Views
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.layers.preprocessing import Normalize, Prepared
 from patchcert_cli.threats import Patch
 
-from .test_scales import Fake, small
+from .test_logit_scale import Fake, small
 
 SHAPE = (1, 4, 4)
 
@@ -133,7 +133,7 @@ def test_a_float64_that_is_none_certifies_nothing_in_doubt(how: str) -> None:
 
 
 def test_leads_are_measured_against_a_scale_that_no_picture_shrinks() -> None:
-    """All logits of a dark image are 2^-20 of those of an ordinary one: a lead of a tenth of them is in doubt."""
+    """All logits of a dark image are 2^-20 of those of an ordinary one: a logit margin of a tenth of them is in doubt."""
 
     class Fading(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -151,14 +151,16 @@ def test_leads_are_measured_against_a_scale_that_no_picture_shrinks() -> None:
     zero = torch.zeros(2, dtype=torch.int64)
     precision.clear()
     seen = views.ask(bright, torch.arange(2), zero, zero)
-    assert precision == [torch.float32] and float(seen.lead[0]) == pytest.approx(0.5)
+    assert precision == [torch.float32] and float(seen.logit_margin[0]) == pytest.approx(0.5)
     precision.clear()
     seen = views.ask(dark, torch.arange(2), zero, zero)
-    assert precision == [torch.float32, torch.float64, torch.float64] and float(seen.lead[0]) == pytest.approx(0.5 * 2.0**-20)
+    assert precision == [torch.float32, torch.float64, torch.float64] and float(seen.logit_margin[0]) == pytest.approx(
+        0.5 * 2.0**-20
+    )
 
 
 def test_bfloat16_decides_only_where_the_last_layer_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "computes_in_bfloat16", lambda device: True)
+    monkeypatch.setattr(masked_predictions, "computes_in_bfloat16", lambda device: True)
     known, unknown = around(small(), "bfloat16"), around(Placed(0.0, tie=False), "bfloat16")
     assert known.views().quick == ("bfloat16", "float32") and unknown.views().quick == ("float32",)
     known.self_test()
@@ -166,7 +168,7 @@ def test_bfloat16_decides_only_where_the_last_layer_is_known(monkeypatch: pytest
 
 
 def test_a_network_that_bfloat16_rounds_too_much_is_refused_with_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "computes_in_bfloat16", lambda device: True)
+    monkeypatch.setattr(masked_predictions, "computes_in_bfloat16", lambda device: True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 4), nn.Linear(4, 3)).requires_grad_(False)
@@ -179,14 +181,14 @@ def test_a_network_that_bfloat16_rounds_too_much_is_refused_with_it_alone(monkey
 
 def test_views_say_what_they_are() -> None:
     views = around(small()).views()
-    assert isinstance(views, Views) and (views.slack, views.arithmetic) == (SLACK["float64"], "measured")
+    assert isinstance(views, Views) and (views.tolerance, views.arithmetic) == (TOLERANCE["float64"], "measured")
     empty = torch.zeros(0, dtype=torch.int64)
     assert views.ask(images(1), empty, empty, empty).label.shape == (0,)
 
 
 def test_bfloat16_is_not_used_where_the_processor_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for there, quick in ((True, ("bfloat16", "float32")), (False, ("float32",))):
-        monkeypatch.setattr(views, "computes_in_bfloat16", lambda place, there=there: there)
+        monkeypatch.setattr(masked_predictions, "computes_in_bfloat16", lambda place, there=there: there)
         assert around(small(), "bfloat16").views().quick == quick
     assert isinstance(device.computes_in_bfloat16(torch.device("cpu")), bool)
 

@@ -17,7 +17,7 @@ from patchcert_cli.certifiers.bounds import intervals, rules
 from patchcert_cli.certifiers.bounds.first_layer import Split
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat
-from patchcert_cli.layers import plain
+from patchcert_cli.layers import supported_layers
 from patchcert_cli.threats import Patch
 
 from .networks import images, rounding_error
@@ -191,13 +191,13 @@ def test_the_rebuilt_network_shares_weights_and_leaves_the_generator_alone() -> 
     made = defense(layers())
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    again = plain.rebuilt(made.network)
+    again = supported_layers.rebuilt(made.network)
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(weight.requires_grad for weight in again.parameters())
     assert cast(nn.Conv2d, again[0]).weight.data_ptr() == cast(nn.Conv2d, made.network[0]).weight.data_ptr()
     x = images(SHAPE, 3)
     assert torch.equal(again(x), made.network(x))
-    assert plain.rebuilt(made.network, torch.float64)(x.double()).dtype == torch.float64
+    assert supported_layers.rebuilt(made.network, torch.float64)(x.double()).dtype == torch.float64
     assert all(weight.dtype == torch.float32 for weight in made.parameters())
 
 

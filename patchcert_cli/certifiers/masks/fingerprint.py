@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from patchcert_cli.certifiers.masks.views import SLACK, Views
+from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE, Views
 
 SUMS = 4  # of the logits of a picture
 
@@ -26,4 +26,4 @@ def answers(views: Views) -> dict[str, Any]:
     signs = torch.randint(2, (views.classes, SUMS), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     said = logits @ signs / views.classes / scale[:, None]
     precision = "float64" if views.gauge.double else "float32"
-    return {"sums": said.flatten().tolist(), "precision": precision, "near": SLACK[precision]}
+    return {"sums": said.flatten().tolist(), "precision": precision, "near": TOLERANCE[precision]}

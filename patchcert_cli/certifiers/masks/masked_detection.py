@@ -22,8 +22,9 @@ The published condition asks the same of all masks, which implies this one. (In 
 threshold certifies but raises no alarm; here it raises one.) A set of masks that leaves out a location at a corner, as windows of
 votes do in the paper, proves nothing about it.
 
-**Rounding.** ``f_i = y`` and ``p_i >= threshold`` count only if both hold by more than ``slack``: a certificate holds as far as
-rounding moves neither by more than that, which :mod:`patchcert_cli.certifiers.masks.views` measures and does not prove.
+**Rounding.** ``f_i = y`` and ``p_i >= threshold`` count only if both hold by more than ``tolerance``: a certificate holds as far
+as rounding moves neither by more than that, which :mod:`patchcert_cli.certifiers.masks.masked_predictions` measures and does not
+prove.
 
 Shapes: B images, M masks, U sets of masks of which an attack leaves one whole (:class:`masks.Cover`).
 """
@@ -48,16 +49,17 @@ class Reports:
         whole: int64 [B], the label of the whole image.
         label: int64 [B, M], the label behind each mask.
         rival: int64 [B, M], the next one.
-        lead: float64 [B, M], how far the label is ahead of the next one, in units in which rounding is at most ``slack``.
-        excess: float64 [B, M], how far its confidence is above the threshold, in such units; 0 is enough for an alarm.
+        logit_margin: float64 [B, M], how far the label is ahead of the next one, in units in which rounding is at most
+            ``tolerance``.
+        confidence_margin: float64 [B, M], how far its confidence is above the threshold, in such units; 0 is enough for an alarm.
         confidence: float64 [B, M, 2], its confidence at least and at most, as far as float64 rounds; for :func:`thresholds`.
     """
 
     whole: Tensor
     label: Tensor
     rival: Tensor
-    lead: Tensor
-    excess: Tensor
+    logit_margin: Tensor
+    confidence_margin: Tensor
     confidence: Tensor | None = None
 
 
@@ -66,7 +68,7 @@ class Proof:
     """What is proven of one claim.
 
     Attributes:
-        margin: float64 [B]; certified if it exceeds ``slack``: by how much what the proof rests on holds.
+        margin: float64 [B]; certified if it exceeds ``tolerance``: by how much what the proof rests on holds.
         weakest: int64 [B], which of the U sets of masks holds by so little.
         rival: int64 [B], the class that comes nearest there.
     """
@@ -78,28 +80,29 @@ class Proof:
 
 def answer(reports: Reports) -> Tensor:
     """The deployed answer, int64 [B], :data:`patchcert_cli.certificate.ALERT` for an alarm."""
-    alarm = ((reports.label != reports.whole[:, None]) & (reports.excess >= 0)).any(dim=1)
+    alarm = ((reports.label != reports.whole[:, None]) & (reports.confidence_margin >= 0)).any(dim=1)
     return torch.where(alarm, ALERT, reports.whole)
 
 
 def holds(reports: Reports) -> Tensor:
     """By how much each mask agrees with the answer, float64 [B, M]; not positive where it does not, or after an alarm."""
     right = reports.label == reports.whole[:, None]
-    found = torch.where(right, torch.minimum(reports.lead, reports.excess), -reports.lead)
+    found = torch.where(right, torch.minimum(reports.logit_margin, reports.confidence_margin), -reports.logit_margin)
     return torch.where((answer(reports) == ALERT)[:, None], found.clamp(max=0), found)
 
 
-def thresholds(reports: Reports, by: Tensor, slack: float) -> Tensor:
+def thresholds(reports: Reports, by: Tensor, tolerance: float) -> Tensor:
     """Between which two thresholds the theorem's condition holds for the sets of masks ``by``, bool [U, M]: float64 [B, 2].
 
     Above the first no mask that contradicts the whole image is confident enough for an alarm; below the second each set has a
-    mask that agrees with it, by a lead above ``slack``, and is confident enough. -1 where nothing contradicts, or nothing agrees.
+    mask that agrees with it, by a logit margin above ``tolerance``, and is confident enough. -1 where nothing contradicts, or
+    nothing agrees.
     """
     assert reports.confidence is not None
     low, high = reports.confidence.unbind(dim=2)
     right = reports.label == reports.whole[:, None]
     silent = torch.where(right, -1.0, high).amax(dim=1)
-    agreeing = torch.where(right & (reports.lead > slack), low, -1.0)
+    agreeing = torch.where(right & (reports.logit_margin > tolerance), low, -1.0)
     held = torch.where(by, agreeing[:, None], -1.0).amax(dim=2).amin(dim=1)
     return torch.stack([silent, held], dim=1)
 

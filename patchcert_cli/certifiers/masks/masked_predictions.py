@@ -1,16 +1,17 @@
 """What a classifier says of images behind masks, of a network that cannot be made to compute exactly.
 
 A label is decided by how far the largest logit is ahead of the next, as a share of a scale that no picture shrinks
-(:mod:`patchcert_cli.certifiers.masks.scales`). Where this lead is above what rounding is allowed in a quick precision
-(:data:`SLACK`), it decides, in whatever batch. Every other pass is **in doubt**, and is computed the same way each time: in
-float64, each image alone, in one memory format, on one thread of a CPU. So on one machine ``predict`` and ``certify`` ask one
+(:mod:`patchcert_cli.certifiers.masks.logit_scale`). Where this logit margin is above what rounding is allowed in a quick
+precision (:data:`TOLERANCE`), it decides, in whatever batch. Every other pass is **in doubt**, and is computed the same way each
+time: in float64, each image alone, in one memory format, on one thread of a CPU. So on one machine ``predict`` and ``certify``
+    ask one
 function of the image, as long as quick passes err by less than they are allowed.
 
 **This is measured, not proven**: nothing bounds the rounding errors of a network of others. :meth:`Views.test` measures them, on
 ordinary pictures and on ones whose logits were driven together, and refuses a network that uses a quarter of its allowance. A
 result in float64 counts only if it follows steps of the input that float32 cannot see; else what is in doubt is computed in
 float32, and certifies nothing. Two machines may differ where they round differently: labels that a pass in float64 leaves within
-``slack`` certify nothing.
+``tolerance`` certify nothing.
 
 Shapes: B images, C channels, H x W pixels, K classes, M masks, n passes.
 """
@@ -28,15 +29,15 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli.arithmetic import Arithmetic
-from patchcert_cli.certifiers.masks import scales
-from patchcert_cli.certifiers.masks.scales import Gauge, Memory
+from patchcert_cli.certifiers.masks import logit_scale
+from patchcert_cli.certifiers.masks.logit_scale import Gauge, Memory
 from patchcert_cli.device import computes_in_bfloat16
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.layers import passes, precision
 from patchcert_cli.layers.precision import exact_arithmetic
 
-SLACK = {"bfloat16": 2.0**-4, "float32": 2.0**-13, "float64": 2.0**-40}  # shares of the scale
-ROOM = 4  # a measured error may be this part of it: two logits make a lead, and a measurement is no bound
+TOLERANCE = {"bfloat16": 2.0**-4, "float32": 2.0**-13, "float64": 2.0**-40}  # shares of the scale
+ROOM = 4  # a measured error may be this part of it: two logits make a logit margin, and a measurement is no bound
 PRECISIONS = ("float32", "bfloat16")  # in which labels may be computed at first
 PASSES, PIXELS, LARGER = 256, 1 << 20, 64  # passes at a time on a CPU, their values, and how many times that on a GPU
 GATHERED = 4  # times as many passes have their images copied at once
@@ -52,12 +53,13 @@ class Answers(NamedTuple):
     Attributes:
         label: int64 [n], the class with the largest logit, ties to the lowest index.
         rival: int64 [n], the next one.
-        lead: float64 [n], how far the label is ahead of it, as a share of the scale; sure if above ``slack`` of the views.
+        logit_margin: float64 [n], how far the label is ahead of it, as a share of the scale; sure if above ``tolerance`` of the
+            views.
     """
 
     label: Tensor
     rival: Tensor
-    lead: Tensor
+    logit_margin: Tensor
 
 
 class Seen(NamedTuple):
@@ -65,7 +67,7 @@ class Seen(NamedTuple):
 
     Attributes:
         logits: float64 [n, K].
-        scale: float64 [n], what leads are measured against.
+        scale: float64 [n], what logit margins are measured against.
         known: bool [n], beyond doubt, or computed in a float64 that is believed.
     """
 
@@ -77,7 +79,7 @@ class Seen(NamedTuple):
 Clear = Callable[[Tensor, Tensor], Tensor]  # logits [n, K], scale [n] -> how far each pass is from another decision, [n]
 
 
-def leads(logits: Tensor, scale: Tensor) -> Tensor:
+def logit_margins(logits: Tensor, scale: Tensor) -> Tensor:
     """How far the largest logit is ahead of the next one, as a share of the scale: [n, K], [n] -> [n]."""
     best = logits.topk(2, dim=1).values
     return (best[:, 0] - best[:, 1]) / scale
@@ -97,11 +99,11 @@ class Views:
 
     Attributes:
         arithmetic: what is known of the rounding of its labels.
-        slack: a lead that is sure exceeds it.
+        tolerance: a logit margin that is sure exceeds it.
     """
 
     arithmetic = Arithmetic.MEASURED
-    slack = SLACK["float64"]
+    tolerance = TOLERANCE["float64"]
 
     def __init__(
         self,
@@ -153,9 +155,9 @@ class Views:
         Raises:
             IntegrityError: what the network returns is not one finite number per image and class.
         """
-        seen = self.look(x, image, first, second, leads)
+        seen = self.look(x, image, first, second, logit_margins)
         ranked = seen.logits.sort(dim=1, descending=True, stable=True).indices  # of equals the lowest class first
-        return Answers(ranked[:, 0], ranked[:, 1], torch.where(seen.known, leads(seen.logits, seen.scale), 0))
+        return Answers(ranked[:, 0], ranked[:, 1], torch.where(seen.known, logit_margins(seen.logits, seen.scale), 0))
 
     def look(self, x: Tensor, image: Tensor, first: Tensor, second: Tensor, clear: Clear) -> Seen:
         """Logits of n passes, as :meth:`ask` takes them, in which ``clear`` says what is beyond doubt."""
@@ -175,7 +177,7 @@ class Views:
                 return found
             logits, scale = self.logits(kind, x[open_.to(x.device)], first[open_], second[open_])
             found.logits[open_], found.scale[open_] = logits, scale
-            open_ = open_[~(clear(logits, scale) > SLACK[kind])]
+            open_ = open_[~(clear(logits, scale) > TOLERANCE[kind])]
         if len(open_):
             logits, scale = self.alone(x[open_.to(x.device)], first[open_], second[open_])
             found.logits[open_], found.scale[open_], found.known[open_] = logits, scale, self.gauge.double
@@ -219,7 +221,7 @@ class Views:
         """One batch: logits float64 [n, K], and the scale [n] of the pass alone."""
         network = self._network(kind)
         assert network is not None
-        with scales.watching(network, head) as watch:
+        with logit_scale.watching(network, head) as watch:
             logits = self._behind(kind, network, x, first, second)
         if tuple(logits.shape) != (len(x), self.classes):
             raise IntegrityError(
@@ -253,7 +255,7 @@ class Views:
 
     def pictures(self) -> tuple[Tensor, Tensor, Tensor]:
         """Fixed images and two masks for each."""
-        x = scales.pictures(self._shape)
+        x = logit_scale.pictures(self._shape)
         first, second = torch.randint(len(self._masks), (2, len(x)), generator=torch.Generator().manual_seed(0))
         return x.to(self._masks.device), first, second
 
@@ -263,9 +265,9 @@ class Views:
         quick = cast(nn.Module, self._networks["float32"])
         with torch.no_grad(), _one_way(x.device):
             self._run("float32", x, first, second, None)  # refuses what are no logits
-            head = scales.head_of(quick, lambda: self._behind("float32", quick, x, first, second))
+            head = logit_scale.head_of(quick, lambda: self._behind("float32", quick, x, first, second))
             _, scale = self._each("float32", x, first, second, head)
-            least = scales.power_above(float(scale.amax()))
+            least = logit_scale.power_above(float(scale.amax()))
             double = self._network("float64") is not None and self._believed(x[:3], first[:3], second[:3], least)
             return Gauge(head, least, double, self._lasts(x, first, second, scale.clamp(min=least)))
 
@@ -276,7 +278,7 @@ class Views:
             return False
         best, _ = self._each("float64" if self._network("float64") else "float32", x, first, second, None)
         logits, _ = self._run("float32", x.contiguous(memory_format=torch.channels_last), first, second, None)
-        return float(((logits - best).abs().amax(dim=1) / scale).amax()) * ROOM <= SLACK["float32"]
+        return float(((logits - best).abs().amax(dim=1) / scale).amax()) * ROOM <= TOLERANCE["float32"]
 
     def _believed(self, x: Tensor, first: Tensor, second: Tensor, least: float) -> bool:
         """Whether float64 carries more than float32, and gives a batch what it gives each image of it."""
@@ -285,8 +287,8 @@ class Views:
             return self._each("float64", images, first, second, None)[0]
 
         together, _ = self._run("float64", x, first, second, None)
-        steady = float((together - logits(x)).abs().amax()) * ROOM <= SLACK["float64"] * least
-        return steady and scales.responds(logits, x.double())
+        steady = float((together - logits(x)).abs().amax()) * ROOM <= TOLERANCE["float64"] * least
+        return steady and logit_scale.responds(logits, x.double())
 
     def test(self) -> None:
         """Measure what rounding does, on ordinary pictures and on ones whose logits were driven together.
@@ -308,20 +310,22 @@ class Views:
     def _test(self) -> None:
         x, first, second = self.pictures()
         network = cast(nn.Module, self._networks["float32"])
-        near = scales.shrunk(lambda images: self._behind("float32", network, images, first[:3], second[:3]), x[:3])
+        near = logit_scale.shrunk(lambda images: self._behind("float32", network, images, first[:3], second[:3]), x[:3])
         if near is not None:
             x, first, second = torch.cat([x, near]), first.repeat(2)[: len(x) + 3], second.repeat(2)[: len(x) + 3]
         best, scale = self.alone(x, first, second)
-        some = torch.tensor(sorted({0, 2, len(x) - 1}))  # noise, squares, and if there is one a picture of vanishing leads
+        some = torch.tensor(
+            sorted({0, 2, len(x) - 1})
+        )  # noise, squares, and if there is one a picture of vanishing logit margins
         self._check_steady(x[some.to(x.device)], first[some], second[some], best[some])
         if not self.gauge.double and self._network("float64") is not None:  # good enough to find errors with
             best, _ = self._each("float64", x, first, second, None)
         for kind in self.quick:
             for size in (*SIZES, LARGE[kind]):
                 off = self._off(kind, x, first, second, size, best, scale)
-                if ROOM * off > SLACK[kind]:
+                if ROOM * off > TOLERANCE[kind]:
                     raise IntegrityError(
-                        f"in {kind} logits are off by {off:.1e} of their scale, and {SLACK[kind] / ROOM:.1e} is allowed for;",
+                        f"in {kind} logits are off by {off:.1e} of their scale, and {TOLERANCE[kind] / ROOM:.1e} is allowed for;",
                         hint="a network so sensitive to rounding cannot be certified.",
                     )
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from patchcert_cli.certificate import ALERT
-from patchcert_cli.certifiers.masks import agreement
-from patchcert_cli.certifiers.masks.agreement import Reports
+from patchcert_cli.certifiers.masks import masked_detection
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan, MaskSet
+from patchcert_cli.certifiers.masks.masked_detection import Reports
 from patchcert_cli.threats import Patch
 
 View = tuple[int, float]  # label, and by how much its confidence exceeds the threshold
@@ -33,7 +33,7 @@ class Seen:
 
 def answer(seen: Seen) -> int:
     """An alarm (-1) if a mask contradicts the whole image with at least the threshold's confidence."""
-    return -1 if any(label != seen.whole and excess >= 0 for label, excess in seen.views) else seen.whole
+    return -1 if any(label != seen.whole and confidence_margin >= 0 for label, confidence_margin in seen.views) else seen.whole
 
 
 def breakable(seen: Seen, hiding: list[set[int]], classes: int) -> bool:
@@ -52,10 +52,18 @@ def breakable(seen: Seen, hiding: list[set[int]], classes: int) -> bool:
 
 
 def reports(images: list[Seen]) -> Reports:
-    """What is seen of some images, with a lead of 1 everywhere and the lowest other class as rival."""
+    """What is seen of some images, with a logit margin of 1 everywhere and the lowest other class as rival."""
     label = torch.tensor([[label for label, _ in one.views] for one in images])
-    excess = torch.tensor([[excess for _, excess in one.views] for one in images], dtype=torch.float64)
-    return Reports(torch.tensor([one.whole for one in images]), label, (label == 0).long(), torch.ones_like(excess), excess)
+    confidence_margin = torch.tensor(
+        [[confidence_margin for _, confidence_margin in one.views] for one in images], dtype=torch.float64
+    )
+    return Reports(
+        torch.tensor([one.whole for one in images]),
+        label,
+        (label == 0).long(),
+        torch.ones_like(confidence_margin),
+        confidence_margin,
+    )
 
 
 def rows(hiding: list[set[int]], masks: int) -> Tensor:
@@ -84,7 +92,7 @@ Certified = Callable[[Reports, Tensor], Tensor]
 
 
 def proven(found: Reports, by: Tensor) -> Tensor:
-    return agreement.prove(found, by).margin > 0
+    return masked_detection.prove(found, by).margin > 0
 
 
 def compare(certified: Certified = proven, *, by_rule: Callable[[Seen], int] = answer) -> tuple[int, int, int, int]:
@@ -104,7 +112,7 @@ def compare(certified: Certified = proven, *, by_rule: Callable[[Seen], int] = a
 
 
 def at_least(found: Reports, by: Tensor) -> Tensor:
-    return (agreement.prove(found, by).margin >= 0) & (agreement.answer(found) != ALERT)
+    return (masked_detection.prove(found, by).margin >= 0) & (masked_detection.answer(found) != ALERT)
 
 
 def test_every_table_is_certified_if_and_only_if_no_attack_exists() -> None:
@@ -119,7 +127,7 @@ def test_every_table_is_certified_if_and_only_if_no_attack_exists() -> None:
 def test_the_answer_is_that_of_the_rule() -> None:
     for classes, masks in ((2, 3), (3, 2)):
         images = every_image(masks, classes)
-        assert agreement.answer(reports(images)).tolist() == [answer(one) for one in images]
+        assert masked_detection.answer(reports(images)).tolist() == [answer(one) for one in images]
     assert ALERT == -1
 
 
@@ -130,37 +138,39 @@ def test_all_masks_ask_for_more_than_is_needed() -> None:
         some, every = proven(found, by), proven(found, torch.eye(masks, dtype=torch.bool))
         assert not bool((every & ~some).any())
         gained += int((some & ~every).sum())
-        whole = agreement.prove(found, by)
-        assert torch.equal(whole.margin, torch.where(by, agreement.holds(found)[:, None], -torch.inf).amax(2).amin(1))
+        whole = masked_detection.prove(found, by)
+        assert torch.equal(whole.margin, torch.where(by, masked_detection.holds(found)[:, None], -torch.inf).amax(2).amin(1))
         assert bool((whole.rival != found.whole).all() or classes_disagree(found, whole.rival))
     assert gained > 0
 
 
 def classes_disagree(found: Reports, rival: Tensor) -> bool:
     """A rival may be the answer only where there is an alarm."""
-    return bool((agreement.answer(found)[rival == found.whole] == ALERT).all())
+    return bool((masked_detection.answer(found)[rival == found.whole] == ALERT).all())
 
 
 def test_the_weakest_set_and_the_rival_are_told() -> None:
     label = torch.tensor([[0, 0, 2], [0, 0, 0]])
-    lead = torch.tensor([[3.0, 1.0, 2.0], [3.0, 0.5, 2.0]], dtype=torch.float64)
-    excess = torch.tensor([[9.0, 9.0, -1.0], [9.0, 9.0, 0.25]], dtype=torch.float64)
-    found = Reports(torch.tensor([0, 0]), label, torch.full((2, 3), 1), lead, excess)
-    proof = agreement.prove(found, torch.tensor([[True, True, False], [False, True, False], [False, False, True]]))
+    logit_margin = torch.tensor([[3.0, 1.0, 2.0], [3.0, 0.5, 2.0]], dtype=torch.float64)
+    confidence_margin = torch.tensor([[9.0, 9.0, -1.0], [9.0, 9.0, 0.25]], dtype=torch.float64)
+    found = Reports(torch.tensor([0, 0]), label, torch.full((2, 3), 1), logit_margin, confidence_margin)
+    proof = masked_detection.prove(found, torch.tensor([[True, True, False], [False, True, False], [False, False, True]]))
     assert proof.margin.tolist() == [-2.0, 0.25]
     assert proof.weakest.tolist() == [2, 2]
     assert proof.rival.tolist() == [2, 1]
-    assert agreement.prove(replace(found, excess=excess.abs()), torch.ones(1, 3, dtype=torch.bool)).margin.tolist() == [0, 3]
+    assert masked_detection.prove(
+        replace(found, confidence_margin=confidence_margin.abs()), torch.ones(1, 3, dtype=torch.bool)
+    ).margin.tolist() == [0, 3]
 
 
 def trusted(found: Reports, by: Tensor) -> Tensor:
     """The unmasked label is believed where any mask agrees."""
-    return (found.label == found.whole[:, None]).any(dim=1) & (agreement.answer(found) != ALERT)
+    return (found.label == found.whole[:, None]).any(dim=1) & (masked_detection.answer(found) != ALERT)
 
 
 BREAKS: dict[str, Certified] = {
     "the unmasked label trusted": trusted,
-    "confidence forgotten": lambda found, by: proven(replace(found, excess=found.excess.abs() + 1), by),
+    "confidence forgotten": lambda found, by: proven(replace(found, confidence_margin=found.confidence_margin.abs() + 1), by),
     "a set without its last mask's location": lambda found, by: proven(found, by[:-1] if len(by) > 1 else by),
     "any mask for all sets": lambda found, by: proven(found, by.any(dim=0, keepdim=True)),
     "alarms certified": lambda found, by: (found.label == found.whole[:, None]).any(dim=1),
@@ -177,7 +187,7 @@ def test_an_alarm_that_needs_more_than_the_certificate_is_caught(monkeypatch: py
     """The published convention: equal confidence certifies but raises no alarm."""
 
     def lenient(seen: Seen) -> int:
-        return -1 if any(label != seen.whole and excess > 0 for label, excess in seen.views) else seen.whole
+        return -1 if any(label != seen.whole and confidence_margin > 0 for label, confidence_margin in seen.views) else seen.whole
 
     assert breakable(Seen(0, ((0, 0.0), (0, 1.0))), [{0}], 2) is False
     monkeypatch.setattr(f"{__name__}.answer", lenient)
@@ -201,5 +211,5 @@ def test_masks_that_leave_out_a_border_do_not_prove_anything_about_it() -> None:
     assert (3, 3) in misses(cut, patch)
     by = torch.stack([cut.hides(patch)[at] for at in range(patch.count(5, 5))])
     unanimous = Seen(0, ((0, 1.0),) * len(cut))
-    assert float(agreement.prove(reports([unanimous]), by).margin) == -float("inf")
+    assert float(masked_detection.prove(reports([unanimous]), by).margin) == -float("inf")
     assert breakable(unanimous, [set(row.nonzero()[:, 0].tolist()) for row in by], 2)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers.masks import scales
-from patchcert_cli.certifiers.masks.scales import Gauge, Memory
+from patchcert_cli.certifiers.masks import logit_scale
+from patchcert_cli.certifiers.masks.logit_scale import Gauge, Memory
 
 
 def small(seed: int = 0) -> nn.Sequential:
@@ -48,29 +48,29 @@ class Around(nn.Module):
 )
 def test_the_last_layer_is_the_one_whose_output_the_logits_are(how: str, name: str | None) -> None:
     network, x = Around(how).requires_grad_(False), torch.rand(5, 1, 4, 4)
-    assert scales.head_of(network, lambda: network(x)) == name
+    assert logit_scale.head_of(network, lambda: network(x)) == name
 
 
 def test_a_convolution_may_be_the_last_layer() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 3, 1), nn.Flatten()).requires_grad_(False)
     x = torch.rand(5, 1, 4, 4)
-    assert scales.head_of(network, lambda: network(x)) == "2"
+    assert logit_scale.head_of(network, lambda: network(x)) == "2"
     maps = nn.Sequential(nn.Conv2d(1, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).requires_grad_(False)
-    assert scales.head_of(maps, lambda: maps(x)) is None, "its output is averaged"
+    assert logit_scale.head_of(maps, lambda: maps(x)) is None, "its output is averaged"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_scale_is_the_largest_sum_of_terms(dtype: torch.dtype) -> None:
     network, x = small().to(dtype), torch.rand(5, 1, 4, 4, dtype=dtype)
-    with scales.watching(network, "3") as watch:
+    with logit_scale.watching(network, "3") as watch:
         logits = network(x)
     v, layer = network[:3](x), network[3]
     expected = (v.abs() @ layer.weight.abs().T + layer.bias.abs()).amax(dim=1).double()
     assert torch.allclose(watch.scale(logits), expected, rtol=1e-5)
-    with scales.watching(network, None) as none:
+    with logit_scale.watching(network, None) as none:
         network(x)
     assert torch.equal(none.scale(logits), logits.double().abs().amax(dim=1))
-    with scales.watching(network, "3") as twice:
+    with logit_scale.watching(network, "3") as twice:
         network(x)
         network(x)
     assert torch.equal(twice.scale(logits), logits.double().abs().amax(dim=1)), "which call is meant is not known"
@@ -80,9 +80,9 @@ def test_the_scale_is_the_largest_sum_of_terms(dtype: torch.dtype) -> None:
 def test_logits_that_vanish_keep_their_scale() -> None:
     network = small()
     x = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    near = scales.shrunk(network, x, steps=40)
+    near = logit_scale.shrunk(network, x, steps=40)
     assert near is not None and torch.equal((near * 255).round(), near * 255)
-    with scales.watching(network, "3") as watch:
+    with logit_scale.watching(network, "3") as watch:
         logits = network(near)
     spread = logits - logits.mean(dim=1, keepdim=True)
     before = network(x) - network(x).mean(dim=1, keepdim=True)
@@ -94,7 +94,7 @@ def test_a_network_without_gradients_is_not_driven_anywhere() -> None:
     def quantized(x: Tensor) -> Tensor:
         return x.detach().flatten(1)[:, :3]
 
-    assert scales.shrunk(quantized, torch.rand(2, 1, 4, 4)) is None
+    assert logit_scale.shrunk(quantized, torch.rand(2, 1, 4, 4)) is None
 
 
 class Fake(nn.Module):
@@ -121,8 +121,8 @@ def test_a_float64_that_is_none_is_not_believed(how: str) -> None:
     x = 0.05 + 0.9 * torch.rand(3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     fake, honest = Fake(small(), how), small().double()
     assert fake(x).dtype == torch.float64 and torch.allclose(fake(x), honest(x) / (3 if how == "end" else 1), atol=1e-5)
-    assert not scales.responds(fake, x)
-    assert scales.responds(honest, x)
+    assert not logit_scale.responds(fake, x)
+    assert logit_scale.responds(honest, x)
 
 
 def test_what_does_not_respond_is_not_believed() -> None:
@@ -130,8 +130,8 @@ def test_what_does_not_respond_is_not_believed() -> None:
         return (x * 255).round().flatten(1)[:, :3]
 
     x = torch.full((1, 1, 4, 4), 0.501, dtype=torch.float64)
-    assert not scales.responds(steps, x)
-    assert not scales.responds(lambda x: torch.ones(len(x), 3, dtype=x.dtype), x)
+    assert not logit_scale.responds(steps, x)
+    assert not logit_scale.responds(lambda x: torch.ones(len(x), 3, dtype=x.dtype), x)
 
 
 def test_what_was_found_out_is_kept_until_the_weights_change() -> None:
@@ -153,5 +153,5 @@ def test_what_was_found_out_is_kept_until_the_weights_change() -> None:
 
 @pytest.mark.parametrize(("value", "power"), [(1.0, 1.0), (1.01, 2.0), (0.3, 0.5), (5.0, 8.0)])
 def test_the_smallest_scale_is_a_power_of_two(value: float, power: float) -> None:
-    assert scales.power_above(value) == power
-    assert scales.power_above(0.0) > 0
+    assert logit_scale.power_above(value) == power
+    assert logit_scale.power_above(0.0) > 0

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from patchcert_cli import models
 from patchcert_cli.errors import IntegrityError, MachineError
-from patchcert_cli.layers import exact
-from patchcert_cli.layers.exact import PIXELS, Affine, Grid, Wire, affine, freeze, onto, to_steps
+from patchcert_cli.layers import fixed_point
+from patchcert_cli.layers.fixed_point import PIXELS, Affine, Grid, Wire, affine, freeze, onto, to_steps
 from patchcert_cli.layers.precision import exact_arithmetic
 from patchcert_cli.models.region import RegionScorer
 
@@ -62,7 +62,7 @@ def scorer(plan: Plan, kind: str = "even", bits: int = 8, seed: int = 0) -> Regi
                 if kind == "uneven":
                     layer.weight.mul_(10.0 ** torch.randint(-3, 2, layer.weight.shape))
         made.eval()
-        with exact.observing(made):
+        with fixed_point.observing(made):
             made(pictures(plan.shape, 16, seed + 1))
     return made
 
@@ -186,7 +186,7 @@ def test_sums_stay_within_what_is_exact(name: str) -> None:
                         math.ldexp(wire.most, -wire.exponent)
                     )
                     most += int(wire.most / unit) if residual else 0
-                    assert most <= 2 ** exact.BITS[precision]
+                    assert most <= 2 ** fixed_point.BITS[precision]
                 wire = wire if isinstance(step, Affine) else step.wire
 
 
@@ -233,7 +233,7 @@ def test_too_few_bits_for_float32_mean_float64() -> None:
         made.head.weight[1].mul_(1e-6)
         made.head.bias[1] = 50.0
     bits = made.freeze(torch.float32)[1]
-    assert bits < exact.ENOUGH <= made.freeze(torch.float64)[1]
+    assert bits < fixed_point.ENOUGH <= made.freeze(torch.float64)[1]
     frozen = freeze(made)
     assert {buffer.dtype for buffer in frozen.buffers()} == {torch.float64}
     steps = to_steps(pictures(plan.shape, 6, 2)).double()
@@ -241,14 +241,14 @@ def test_too_few_bits_for_float32_mean_float64() -> None:
     assert torch.equal(whole, torch.cat([run(frozen, image[None]) for image in steps]))
     assert torch.equal(whole, by_hand(frozen, steps, reversed_sum)[-1])
     assert float(whole[:, 1].std()) > 0, "the small weights were lost"
-    assert exact.execution_type(frozen, torch.device("cpu")) == torch.float64
+    assert fixed_point.execution_type(frozen, torch.device("cpu")) == torch.float64
 
 
 def test_float32_is_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     made = scorer(PLANS["dilated"])
     assert {buffer.dtype for buffer in freeze(made).buffers()} == {torch.float32}
-    assert exact.execution_type(freeze(made), torch.device("cpu")) == torch.float32
-    monkeypatch.setattr(exact, "ENOUGH", 20)
+    assert fixed_point.execution_type(freeze(made), torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(fixed_point, "ENOUGH", 20)
     assert {buffer.dtype for buffer in freeze(made).buffers()} == {torch.float64}
 
 
@@ -283,7 +283,7 @@ def test_putting_values_on_a_grid() -> None:
 def test_grids_fit_what_they_observe() -> None:
     for peak in (1e-9, 0.03, 1.0, 15 / 16, 15.0, 15.01, 1e4):
         network = nn.Sequential(Grid(4), nn.Identity(), Grid(4))
-        with exact.observing(network):
+        with fixed_point.observing(network):
             network(torch.tensor([0.0, peak / 2]))
             network(torch.tensor([peak]))
             network(torch.tensor([peak / 3]))
@@ -293,7 +293,7 @@ def test_grids_fit_what_they_observe() -> None:
             assert grid.wire.most >= peak
             if peak > 1e-5:
                 assert grid.wire.most < 2.2 * peak, "steps twice as fine would do"
-    with exact.observing(network):
+    with fixed_point.observing(network):
         network(torch.tensor([1.0]))
     assert network[0].wire.most < 2.2, "an earlier peak was kept"
 
@@ -307,13 +307,13 @@ def test_folding_equals_convolution_and_norm() -> None:
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
     norm.eval()
-    weight, bias = exact.fold(convolution, norm)
+    weight, bias = fixed_point.fold(convolution, norm)
     with torch.no_grad():
         assert torch.allclose(F.conv2d(x, weight, bias), norm(convolution(x)), atol=1e-12)
-        assert torch.equal(F.conv2d(x, *exact.fold(convolution, None)), convolution(x))
+        assert torch.equal(F.conv2d(x, *fixed_point.fold(convolution, None)), convolution(x))
     scale, shift = torch.tensor([2.0, -1.0, 0.5]).double(), torch.tensor([0.1, 0.2, -3.0]).double()
     moved = x * scale[:, None, None] + shift[:, None, None]
-    assert torch.allclose(F.conv2d(x, *exact.absorb(weight, bias, scale, shift)), F.conv2d(moved, weight, bias), atol=1e-12)
+    assert torch.allclose(F.conv2d(x, *fixed_point.absorb(weight, bias, scale, shift)), F.conv2d(moved, weight, bias), atol=1e-12)
 
 
 def test_eight_bit_images_become_whole_numbers() -> None:
@@ -362,7 +362,7 @@ def test_precision_settings_are_restored() -> None:
 
 def test_more_bits_than_are_exact_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparisons above find rounding where there is some."""
-    monkeypatch.setitem(exact.BITS, torch.float32, 32)
+    monkeypatch.setitem(fixed_point.BITS, torch.float32, 32)
     differing = 0
     for name in ("small", "plain", "dilated"):
         frozen, _ = scorer(PLANS[name]).freeze(torch.float32)

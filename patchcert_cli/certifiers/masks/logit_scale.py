@@ -1,7 +1,7 @@
 """How large the numbers are that a network's logits are made of, and whether its float64 is float64.
 
 What rounding does to logits goes with the size of what is added up in them, not with the size of the logits: a picture can be
-made whose logits nearly vanish behind some masks, while their terms are as large as ever. So a lead is measured against a
+made whose logits nearly vanish behind some masks, while their terms are as large as ever. So a logit margin is measured against a
 **scale** that such a picture does not shrink:
 
 - where the last layer is known, the largest ``sum_j |w_kj v_j| + |b_k|`` of the pass, with w and b its weights and v its input;

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchcert_cli.arithmetic import Arithmetic
-from patchcert_cli.certifiers.masks.views import Answers, Clear, Seen, leads
+from patchcert_cli.certifiers.masks.masked_predictions import Answers, Clear, Seen, logit_margins
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.layers import exact, integers, passes
+from patchcert_cli.layers import fixed_point, integers, passes
 from patchcert_cli.layers.levels import Level, Levels
 
 TESTED = 8  # passes of the test
@@ -267,14 +267,14 @@ def _more(count: int) -> int:
 
 
 def largest(logits: Tensor) -> Tensor:
-    """The largest logit of each pass, [n, K] -> [n]: what leads are told in; no decision depends on it."""
+    """The largest logit of each pass, [n, K] -> [n]: the unit of logit margins; no decision depends on it."""
     return logits.abs().amax(dim=1).clamp(min=1e-300)
 
 
 def told(logits: Tensor) -> Answers:
-    """Answers of exact logits [n, K]. A lead is a share of the pass's largest logit; its sign is exact."""
+    """Answers of exact logits [n, K]. A logit margin is a share of the pass's largest logit; its sign is exact."""
     ranked = logits.sort(dim=1, descending=True, stable=True).indices  # of equals the lowest class first
-    return Answers(ranked[:, 0], ranked[:, 1], leads(logits, largest(logits)))
+    return Answers(ranked[:, 0], ranked[:, 1], logit_margins(logits, largest(logits)))
 
 
 class ExactViews:
@@ -282,15 +282,15 @@ class ExactViews:
 
     Attributes:
         arithmetic: labels are exact.
-        slack: what a lead must exceed to be sure; 0, since none is rounded.
+        tolerance: what a logit margin must exceed to be sure; 0, since none is rounded.
     """
 
     arithmetic = Arithmetic.EXACT
-    slack = 0.0
+    tolerance = 0.0
 
     def __init__(self, network: Levels, masks: Tensor, fill: Tensor) -> None:
         """Look through masks, bool [M, H, W], of colour ``fill``, [C, 1, 1] in [0, 1], rounded to whole steps of 1/255."""
-        self.network, self.masks, self.fill = network, masks, exact.to_steps(fill)
+        self.network, self.masks, self.fill = network, masks, fixed_point.to_steps(fill)
         self._zones: list[Zones] = []
 
     def zones(self) -> list[Zones]:
@@ -310,7 +310,7 @@ class ExactViews:
 
     def each(self, x: Tensor, image: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """Logits of n passes, float64 [n, K] on the CPU, each computed on its own, without what masks share."""
-        steps, parts = exact.to_steps(x), [torch.zeros(0, self.network.head.weight.shape[0], dtype=torch.float64)]
+        steps, parts = fixed_point.to_steps(x), [torch.zeros(0, self.network.head.weight.shape[0], dtype=torch.float64)]
         device = self.masks.device
         for some in torch.split(torch.arange(len(image)), TOGETHER) if len(image) else ():
             hidden = self.masks[first[some].to(device)] | self.masks[second[some].to(device)]
@@ -373,7 +373,7 @@ class Asked:
         if self._x.device.type != "cpu" or not views.zones()[0].parted:
             return views.each(self._x, image, first, second)
         if not self._passes:
-            steps = exact.to_steps(self._x)
+            steps = fixed_point.to_steps(self._x)
             sides = [steps, steps.flip(3)]
             self._passes = [Passes(network, zones, steps, views.fill) for zones, steps in zip(views.zones(), sides, strict=False)]
         features = [one.features(image, first, second) for one in self._passes]

@@ -1,6 +1,6 @@
-"""Margins of all atoms of a threat, chunk by chunk, so that memory does not grow with their number.
+"""Margins of all locations of a threat, chunk by chunk, so that memory does not grow with their number.
 
-Shapes: B images, G images treated together, C channels, H x W pixels, A atoms, K classes, N neurons of the layer at hand.
+Shapes: B images, G images treated together, C channels, H x W pixels, A locations, K classes, N neurons of the layer at hand.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Contrast:
 
 
 class Stream(Protocol):
-    """Margins of all atoms of one threat for one batch of images.
+    """Margins of all locations of one threat for one batch of images.
 
     Attributes:
         errors: bounds of rounding errors, where all chunks were asked for, if they say more than :func:`rounding.bound_error`.
@@ -93,11 +93,11 @@ class Stream(Protocol):
         ...
 
     def chunks(self, group: Tensor, contrast: Contrast) -> Iterator[Tensor]:
-        """Margins [A', K, G] for consecutive atoms, of the images with indices ``group``, whose contrast is given."""
+        """Margins [A', K, G] for consecutive locations, of the images with indices ``group``, whose contrast is given."""
         ...
 
-    def worst_atom(self, target: Tensor, rival: Tensor, attained: Tensor) -> Tensor:
-        """The atom, int64 [B], to name as the worst for each image and rival; ``attained`` is where the minimum was."""
+    def worst_location(self, target: Tensor, rival: Tensor, attained: Tensor) -> Tensor:
+        """The location, int64 [B], to name as the worst for each image and rival; ``attained`` is where the minimum was."""
         ...
 
 
@@ -107,11 +107,11 @@ def by_target(target: Tensor) -> list[Tensor]:
 
 
 class PatchStream:
-    """What all streams over patch locations share: the worst atom is the location where the minimum was attained."""
+    """What all streams over patch locations share: the worst location is the location where the minimum was attained."""
 
     errors: Errors | None = None
 
-    def worst_atom(self, target: Tensor, rival: Tensor, attained: Tensor) -> Tensor:
+    def worst_location(self, target: Tensor, rival: Tensor, attained: Tensor) -> Tensor:
         return attained
 
 
@@ -135,7 +135,7 @@ class SparseStream:
     def chunks(self, group: Tensor, contrast: Contrast) -> Iterator[Tensor]:
         yield contrast.rows(self.lower[group][None], self.upper[group][None])
 
-    def worst_atom(self, target: Tensor, rival: Tensor, attained: Tensor) -> Tensor:
+    def worst_location(self, target: Tensor, rival: Tensor, attained: Tensor) -> Tensor:
         """The pixel whose gains and losses weigh most in the margin bound, to first order in the first layer's box."""
         with torch.enable_grad():
             box = tuple(part.detach().requires_grad_() for part in self.box)
@@ -173,11 +173,11 @@ class DenseStream(PatchStream):
         x = self.x[group]
         hidden = under_patch((0.5 - x).permute(1, 2, 3, 0).contiguous(), self.patch)  # [A, P, B]
         clean = self.clean[:, group][None]  # [1, N, G]
-        atoms, neurons, images = self.weight.shape[0], self.weight.shape[1], len(x)
+        locations, neurons, images = self.weight.shape[0], self.weight.shape[1], len(x)
         step = _chunk(2 * self.widest * images * x.element_size(), x.device)
-        room, buffer = x.new_empty(min(step, atoms), neurons, images), x.new_empty(min(step, atoms), 2 * neurons, images)
-        for start in range(0, atoms, step):
-            part = slice(start, min(start + step, atoms))
+        room, buffer = x.new_empty(min(step, locations), neurons, images), x.new_empty(min(step, locations), 2 * neurons, images)
+        for start in range(0, locations, step):
+            part = slice(start, min(start + step, locations))
             middle, bounds = room[: part.stop - start], buffer[: part.stop - start]
             torch.baddbmm(clean, self.weight[part], hidden[part], alpha=self.epsilon, out=middle)
             torch.sub(middle, self.radius[part], out=bounds[:, :neurons])
@@ -223,13 +223,13 @@ class WindowStream(PatchStream):
         step = _chunk(windows.widest(len(x)) * len(x) * x.element_size() // 2, x.device)
         margins = None
         for alike in windows.reach.classes():
-            for atoms in torch.split(alike.to(x.device), step):
-                bounds = windows.everywhere(atoms)
-                lower, upper = (part.reshape(len(atoms), len(x), *part.shape[1:]) for part in bounds)
+            for locations in torch.split(alike.to(x.device), step):
+                bounds = windows.everywhere(locations)
+                lower, upper = (part.reshape(len(locations), len(x), *part.shape[1:]) for part in bounds)
                 found = contrast.rows(lower, upper)
                 if margins is None:  # a location that nobody looks at would not be certified
                     margins = found.new_full((self.locations, *found.shape[1:]), float("-inf"))
-                margins[atoms] = found
+                margins[locations] = found
         assert margins is not None
         if self.watch:
             noted = errors(windows.route, self.split.layers[len(self.body) :], x, windows.highest, x.dtype)
