@@ -119,7 +119,7 @@ def load_defense(
     if not names:
         for candidate in sorted(folder.iterdir()) if folder.is_dir() else []:
             refuse_pickle(candidate)
-        raise IntegrityError(f"'{folder}' holds no {WEIGHTS};", hint="give a folder that patchcert train or zoo pull made.")
+        raise IntegrityError(f"'{folder}' holds no {WEIGHTS}.", hint="Give a folder that patchcert train or zoo pull made.")
     config = _configuration(folder / CONFIG, expected_config)
     contents = {name: files.read(folder / name) for name in names}
     _expect(folder / names[0], weights_sha256(contents), expected_sha256)
@@ -156,7 +156,7 @@ def _configuration(path: Path, expected: str | None) -> dict[str, Any]:
     content = files.read(path)
     _expect(path, files.sha256_of(content), expected)
     if len(content) > CONFIG_BYTES:
-        raise IntegrityError(f"'{path}' has {len(content)} bytes;", hint=f"a configuration has at most {CONFIG_BYTES}.")
+        raise IntegrityError(f"'{path}' has {len(content)} bytes.", hint=f"A configuration has at most {CONFIG_BYTES}.")
     config = parse_json(content, path)
     shape, network = config.get("input_shape"), config.get("network")
     problems = []

@@ -64,7 +64,7 @@ class Patch:
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
-            raise UsageError(f"invalid patch {self.height}x{self.width}:", hint="both sides must be 1 or more.")
+            raise UsageError(f"invalid patch {self.height}x{self.width}.", hint="Both sides must be 1 or more.")
 
     @property
     def budget(self) -> int:
@@ -78,8 +78,8 @@ class Patch:
     def check(self, height: int, width: int, channels: int = 1) -> None:
         if self.height > height or self.width > width:
             raise UsageError(
-                f"patch {self.height}x{self.width} does not fit a {height}x{width} image;",
-                hint=f"the largest patch is {height}x{width}.",
+                f"patch {self.height}x{self.width} does not fit a {height}x{width} image.",
+                hint=f"The largest patch is {height}x{width}.",
             )
 
     def count(self, height: int, width: int) -> int:
@@ -152,7 +152,7 @@ class Sparse:
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.unit not in UNITS:
-            raise UsageError(f"invalid sparse budget {self.k} {self.unit}:", hint=f"use 1 or more of {' or '.join(UNITS)}.")
+            raise UsageError(f"invalid sparse budget {self.k} {self.unit}.", hint=f"Use 1 or more of {' or '.join(UNITS)}.")
 
     @property
     def budget(self) -> int:
@@ -162,8 +162,8 @@ class Sparse:
         most = height * width * (channels if self.unit == "value" else 1)
         if self.k > most:
             raise UsageError(
-                f"--k {self.k} exceeds the {most} {self.unit}s of a {height}x{width} image;",
-                hint=f"allowed: 1 to {most}.",
+                f"--k {self.k} exceeds the {most} {self.unit}s of a {height}x{width} image.",
+                hint=f"Allowed: 1 to {most}.",
             )
 
     def count(self, height: int, width: int) -> int:
@@ -190,7 +190,7 @@ class Patches:
 
     def __post_init__(self) -> None:
         if self.number < 2:
-            raise UsageError(f"invalid number of patches {self.number}:", hint="use 2 or more; one patch is patch:5x5.")
+            raise UsageError(f"invalid number of patches {self.number}.", hint="Use 2 or more; one patch is patch:5x5.")
 
     @property
     def budget(self) -> int:
@@ -261,7 +261,7 @@ def parse_patch(text: str) -> Patch | PatchPercent:
     sides = (square[1], square[1]) if square else (rectangle[1], rectangle[2]) if rectangle else None
     if sides and int(sides[0]) > 0 and int(sides[1]) > 0:
         return Patch(int(sides[0]), int(sides[1]))
-    raise UsageError(f"invalid patch '{text}':", hint="use N, HxW or P%, for example 5, 3x7 or 2%.")
+    raise UsageError(f"invalid patch '{text}'.", hint="Use N, HxW or P%, for example 5, 3x7 or 2%.")
 
 
 def parse_patches(text: str) -> list[Patch | PatchPercent]:
@@ -271,7 +271,7 @@ def parse_patches(text: str) -> list[Patch | PatchPercent]:
         return [parse_patch(text)]
     first, last = int(match[1]), int(match[2])
     if not 1 <= first <= last:
-        raise UsageError(f"invalid range of patches '{text}':", hint="use FIRST..LAST, both 1 or more, for example 1..10.")
+        raise UsageError(f"invalid range of patches '{text}'.", hint="Use FIRST..LAST, both 1 or more, for example 1..10.")
     return [Patch(side, side) for side in range(first, last + 1)]
 
 
@@ -290,7 +290,7 @@ def parse_several(text: str) -> Patches:
     """Read ``2:5``, ``2:3x7`` or ``2:2%``: how many patches, and the shape of each."""
     match = re.fullmatch(r"(\d{1,2}):(.*)", text)
     if not match:
-        raise UsageError(f"invalid patches '{text}':", hint="use a number and a shape, for example 2:5 or 2:3x7.")
+        raise UsageError(f"invalid patches '{text}'.", hint="Use a number and a shape, for example 2:5 or 2:3x7.")
     return Patches(int(match[1]), parse_patch(match[2]))
 
 
@@ -298,10 +298,10 @@ def parse_sparse(text: str) -> Sparse:
     """Read ``10``, ``10:pixel`` or ``10:value``."""
     match = re.fullmatch(r"(\d{1,9})(?::([a-z]+))?", text)
     if not match or int(match[1]) < 1:
-        raise UsageError(f"invalid sparse budget '{text}':", hint="use a whole number k of 1 or more, for example 10.")
+        raise UsageError(f"invalid sparse budget '{text}'.", hint="Use a whole number k of 1 or more, for example 10.")
     unit = match[2] or "pixel"
     if unit not in UNITS:
-        raise UsageError(f"invalid unit '{unit}':", hint=f"use one of {', '.join(UNITS)}.")
+        raise UsageError(f"invalid unit '{unit}'.", hint=f"Use one of {', '.join(UNITS)}.")
     return Sparse(int(match[1]), unit)
 
 
@@ -314,7 +314,7 @@ def parse_threat(text: str) -> Threat:
     kind, _, rest = text.strip().partition(":")
     if kind not in KINDS:
         raise UsageError(
-            f"invalid threat '{text}':",
-            hint="use patch:HxW, patch:P%, patches:N:HxW, sparse:K or sparse:K:value, for example patch:5x5.",
+            f"invalid threat '{text}'.",
+            hint="Use patch:HxW, patch:P%, patches:N:HxW, sparse:K or sparse:K:value, for example patch:5x5.",
         )
     return KINDS[kind](rest)

@@ -86,8 +86,8 @@ class PublishedRecords:
         ]
         if not found:
             raise DataError(
-                f"no published records for {threat}{f' by {method}' if method else ''} that promise {guarantee};",
-                hint=f"there are records for {', '.join(dict.fromkeys(claim.about for claim in self.claims))}.",
+                f"no published records for {threat}{f' by {method}' if method else ''} that promise {guarantee}.",
+                hint=f"There are records for {', '.join(dict.fromkeys(claim.about for claim in self.claims))}.",
             )
         return max(found, key=lambda at: self.counts(at)[1])
 

@@ -46,9 +46,9 @@ def add(
     if found.card is None:
         raise IntegrityError(f"'{run}' has no model card ({files.CARD}).", hint="Train it again with the same command.")
     if not cards.valid_name(name):
-        raise UsageError(f"'{name}' cannot name a model;", hint="use lower-case letters, digits, '-' and '.'.")
+        raise UsageError(f"'{name}' cannot name a model.", hint="Use lower-case letters, digits, '-' and '.'.")
     if (zoo / name).exists() and not force:
-        raise UsageError(f"'{zoo / name}' exists;", hint="replace it with --force, or use another --name.")
+        raise UsageError(f"'{zoo / name}' exists.", hint="Replace it with --force, or use another --name.")
     card, packed = card_with_results(found, results)
     card, records = card_with_samples(replace(found, card=card), samples or {}, pictures or {})
     if packed is not None:
@@ -73,7 +73,7 @@ def source_zoo() -> Path:
     zoo = bundled.folder()
     if os.environ.get(bundled.ENVIRONMENT) or (zoo.parent / "pyproject.toml").is_file():
         return zoo
-    raise UsageError("patchcert is not installed from a source tree;", hint="say with --to which folder gets the model.")
+    raise UsageError("patchcert is not installed from a source tree.", hint="Name the folder that gets the model with --to.")
 
 
 def write_card(folder: Path, card: Card) -> None:

@@ -66,7 +66,7 @@ def cards(*, dataset: str | None = None, threat: str | None = None, zoo: Path | 
         wanted = parse_threat(threat)
         return {name: one for name, one in found.items() if parse_threat(one.threat) == wanted}
     if threat not in KINDS:
-        raise UsageError(f"invalid threat '{threat}':", hint=f"use {' or '.join(KINDS)}, or one threat such as patch:5x5.")
+        raise UsageError(f"invalid threat '{threat}'.", hint=f"Use {' or '.join(KINDS)}, or one threat such as patch:5x5.")
     return {name: one for name, one in found.items() if parse_threat(one.threat).kind == threat}
 
 
@@ -74,6 +74,7 @@ def default_model(dataset: str = DEFAULT_DATASET) -> str:
     """The model that a command takes for ``dataset`` when none is named."""
     if dataset not in DEFAULT_MODELS:
         raise UnknownName(
-            f"no default model for data set '{dataset}';", hint=f"name one of: patchcert zoo list --dataset {dataset}"
+            f"no default model for data set '{dataset}'.",
+            hint=f"List those that there are: patchcert zoo list --dataset {dataset}",
         )
     return DEFAULT_MODELS[dataset]

@@ -95,14 +95,14 @@ def pull(
         return _foreign(address["repo"], revision or address["revision"], offline=offline, force=force)
     card = bundled.card(name, zoo)
     if revision is not None and not re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise UsageError(f"revision '{revision}' is not a full commit;", hint="give its 40 hex digits.")
+        raise UsageError(f"revision '{revision}' is not a full commit.", hint="Give its 40 hex digits.")
     if revision not in (None, card.hub.revision):
         return _foreign(card.hub.repo, revision, offline=offline, force=force)
     if not card.files:
         if card.classifier:
-            said = f"{name}: its weights are those of {card.classifier};"
-            raise UnknownName(said, hint=f"certify fetches them: patchcert certify {name}")
-        raise UnknownName(f"{name}: no weights are published yet;", hint=f"train it: patchcert train --recipe {name}")
+            said = f"{name}: its weights are those of {card.classifier}."
+            raise UnknownName(said, hint=f"They are fetched by: patchcert certify {name}")
+        raise UnknownName(f"{name}: no weights are published yet.", hint=f"Train it: patchcert train --recipe {name}")
     folder = (zoo or bundled.folder()) / name
     reason = "it is not published on the Hub yet"
     if card.hub.revision is not None:
@@ -111,7 +111,7 @@ def pull(
         except HubError as problem:
             if not cards.weights_of(folder):
                 raise
-            reason = str(problem).rstrip(".")
+            reason = problem.message.rstrip(".")
     note = f"{name}: the copy that is bundled with patchcert, for {reason}"
     return ResolvedModel(folder, card, "bundled", note, card.verify(folder))
 
@@ -130,7 +130,7 @@ def _foreign(repo: str, revision: str | None, *, offline: bool, force: bool) -> 
     commit, folder = client.fetch_card(repo, revision, offline=offline)
     card = Card.read(folder)
     if not card.files:
-        raise UnknownName(f"{repo} @ {commit[:7]} publishes no weights;", hint=f"train it: {card.command}")
+        raise UnknownName(f"{repo} @ {commit[:7]} publishes no weights.", hint=f"Train it: {card.command}")
     return _from_hub(card, repo, commit, repo, offline=offline, force=force)
 
 
@@ -155,7 +155,7 @@ def load(
 def _folder(path: Path) -> ResolvedModel:
     if path.is_file():
         if path.name != files.WEIGHTS:
-            raise IntegrityError(f"'{path}' is a file;", hint=f"give the folder that holds {files.WEIGHTS} and {files.CONFIG}.")
+            raise IntegrityError(f"'{path}' is a file.", hint=f"Give the folder that holds {files.WEIGHTS} and {files.CONFIG}.")
         path = path.parent
     if not path.is_dir():
         hint = "Train one with patchcert train, take a name from patchcert zoo list, or name the Hub's: org/model@COMMIT."
@@ -164,7 +164,7 @@ def _folder(path: Path) -> ResolvedModel:
     if not weights:
         for candidate in sorted(path.iterdir()):
             refuse_pickle(candidate)
-        raise IntegrityError(f"'{path}' holds no {files.WEIGHTS};", hint="give a folder that patchcert train or zoo pull made.")
+        raise IntegrityError(f"'{path}' holds no {files.WEIGHTS}.", hint="Give a folder that patchcert train or zoo pull made.")
     if not (path / files.CARD).exists():
         digest = cards.weights_sha256({name: cards.File.of(path / name) for name in weights})
         return ResolvedModel(path, None, "folder", f"{path}: a folder without a card to check it against", digest)

@@ -78,7 +78,7 @@ def onnx(address: str, path: Path, weights: str | None) -> Classifier:
     from patchcert_cli.classifiers import sessions
 
     if weights is not None:
-        raise UsageError(f"{address} has its own weights;", hint="leave --weights out.")
+        raise UsageError(f"{address} has its own weights.", hint="Leave --weights out.")
     made = sessions.Session(path)
     network = Prepared(made, size=made.size, channels=made.channels, summary=address)
     note = f"{address}: sha256 {made.sha256[:12]}…, no float64: labels in doubt certify nothing"

@@ -44,8 +44,8 @@ def twice(address: str, network: nn.Module, mean: Sequence[float], std: Sequence
     if _same(plain, given):
         return True
     raise UsageError(
-        f"{address} states mean and std, and uses them itself, but not to normalize what it is given;",
-        hint="rename the attributes that it uses itself, or normalize in forward and state none.",
+        f"{address} states mean and std, and uses them itself, but not to normalize what it is given.",
+        hint="Rename the attributes that it uses itself, or normalize in forward and state none.",
     )
 
 

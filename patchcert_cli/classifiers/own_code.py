@@ -25,7 +25,7 @@ from patchcert_cli.data.class_names import Names
 from patchcert_cli.errors import UnknownName, UsageError, unknown
 from patchcert_cli.storage import files
 
-SHOW = "PATCHCERT_DEBUG=1 shows where."
+SHOW = "Set PATCHCERT_DEBUG=1 to see where."
 WRAPPERS = {"OptimizedModule": ("_orig_mod", "torch.compile"), "DataParallel": ("module", "DataParallel")}  # around a network
 
 _loaded: dict[str, set[str]] = {}  # for each module that was imported here the modules that came with it
@@ -61,14 +61,14 @@ def call(module: str, function: str) -> nn.Module:
     try:
         made = found()
     except Exception as problem:  # anybody's code can raise anything
-        raise UsageError(f"{address} fails: {line(problem)}.", hint=f"It is called without arguments; {SHOW}") from problem
+        raise UsageError(f"{address} fails: {line(problem)}.", hint=f"It is called without arguments. {SHOW}") from problem
     finally:
         _remember(module, set(sys.modules) - before)
     if not isinstance(made, nn.Module):
-        raise UsageError(f"{address} returns {type(made).__name__};", hint="it must return a torch.nn.Module, images to logits.")
+        raise UsageError(f"{address} returns {type(made).__name__}.", hint="It must return a torch.nn.Module, images to logits.")
     lazy = [name for name, value in made.named_parameters() if is_lazy(value)]
     if lazy:
-        raise UsageError(f"{address} returns a network whose {lazy[0]} has no values;", hint="run it once inside the function.")
+        raise UsageError(f"{address} returns a network whose {lazy[0]} has no values.", hint="Run it once inside the function.")
     return made
 
 
@@ -90,7 +90,7 @@ def stated(address: str, module: nn.Module) -> Stated:
     """
     size, mean, std = (_numbers(address, module, name) for name in ("size", "mean", "std"))
     if (mean is None) != (std is None) or len(mean or ()) != len(std or ()):
-        raise UsageError(f"{address} must state mean and std together, one number per channel;", hint="or neither.")
+        raise UsageError(f"{address} must state mean and std together, one number per channel.", hint="Or state neither.")
     names = getattr(module, "classes", None)
     listed = isinstance(names, list | tuple) and all(isinstance(one, str) for one in names)
     return Stated(
@@ -160,7 +160,7 @@ def _imported(name: str) -> Any:
         missing = problem.name or ""
         if not f"{name}.".startswith(f"{missing}."):  # the module is there, and needs another one
             raise UsageError(f"module '{name}' cannot be imported: {line(problem)}.", hint="Install what it needs.") from problem
-        raise UnknownName(f"no module '{missing}';", hint="install it, or go to the folder that holds it.") from problem
+        raise UnknownName(f"no module '{missing}'.", hint="Install it, or go to the folder that holds it.") from problem
     except Exception as problem:  # anybody's code can raise anything
         raise UsageError(f"module '{name}' cannot be imported: {line(problem)}.", hint=SHOW) from problem
 
@@ -174,6 +174,6 @@ def _numbers(address: str, module: nn.Module, name: str) -> tuple[float, ...] | 
     good = isinstance(listed, list | tuple) and all(isinstance(one, int | float) and math.isfinite(one) for one in listed)
     if not good or not listed or (name != "mean" and min(listed) <= 0) or (name == "size" and len(listed) > 2):
         raise UsageError(
-            f"{address} states {name} {value!r};", hint="state mean and std per channel, size as a number or (height, width)."
+            f"{address} states {name} {value!r}.", hint="State mean and std per channel, size as a number or (height, width)."
         )
     return tuple(float(one) for one in listed)

@@ -86,14 +86,14 @@ def fetched(member: Any, *, download: bool) -> tuple[Path, bytes]:
     if begin is None:
         raise IntegrityError(f"{member.url} publishes no hash.", hint="Convert it, and say --weights FILE.safetensors.")
     if not path.is_file():
-        hint = "add --download, or give them as a file: --weights FILE.safetensors"
+        hint = "Add --download, or give them as a file: --weights FILE.safetensors"
         if not download:
-            raise HubError(f"the weights {member} are not at '{path}';", hint=hint)
+            raise HubError(f"the weights {member} are not at '{path}'.", hint=hint)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(member.url, str(path), hash_prefix=begin[1], progress=False)
         except (OSError, RuntimeError) as problem:
-            raise HubError(f"{member.url} cannot be downloaded: {str(problem).splitlines()[0]};", hint=hint) from problem
+            raise HubError(f"{member.url} cannot be downloaded: {str(problem).splitlines()[0]}.", hint=hint) from problem
     content = files.read(path)
     if not files.sha256_of(content).startswith(begin[1]):
         raise IntegrityError(f"'{path}' is damaged: its sha256 does not begin with {begin[1]}.", hint="Delete it.")
@@ -118,7 +118,7 @@ def built(name: str, member: Any | None, tensors: Mapping[str, Tensor], where: s
             return cast(nn.Module, make(weights=None))
         network = make(weights=None, num_classes=_classes(make, tensors))
     if hasattr(network, "transform_input"):
-        raise UsageError(f"{name} changes its images as its weights want it;", hint=f"say which: torchvision:{name}@WEIGHTS")
+        raise UsageError(f"{name} changes its images as its weights want it.", hint=f"Name them: torchvision:{name}@WEIGHTS")
     given = checkpoint.renamed(network.state_dict(), tensors)
     checkpoint.check_fit(network.state_dict(), given, f"'{where}' does not fit torchvision's {name}")
     network.load_state_dict(given, strict=True)

@@ -31,9 +31,9 @@ def library() -> Any:
     try:
         return importlib.import_module("onnxruntime")
     except ModuleNotFoundError as problem:
-        raise MachineError("onnxruntime is not installed;", hint=f"type: {INSTALL}") from problem
+        raise MachineError("onnxruntime is not installed.", hint=f"Type: {INSTALL}") from problem
     except (ImportError, OSError) as problem:
-        raise MachineError(f"onnxruntime cannot be imported: {problem}.", hint=f"type: {INSTALL}") from problem
+        raise MachineError(f"onnxruntime cannot be imported: {problem}.", hint=f"Type: {INSTALL}") from problem
 
 
 class NoGradient(UsageError, RuntimeError):
@@ -69,7 +69,7 @@ class Session(nn.Module):
         given, told = session.get_inputs(), session.get_outputs()
         if len(given) != 1 or given[0].type != TYPE or len(given[0].shape) != 4:
             said = ", ".join(f"{one.name} {one.type} {one.shape}" for one in given)
-            raise UsageError(f"'{path}' takes {said};", hint=f"it must take one batch of images, {TYPE} [B, C, H, W].")
+            raise UsageError(f"'{path}' takes {said}.", hint=f"It must take one batch of images, {TYPE} [B, C, H, W].")
         self._input, sides = given[0].name, [one if isinstance(one, int) and one > 0 else None for one in given[0].shape]
         self._batch = sides[0] or 0
         self.last = sides[3] in (1, 3) and sides[1] not in (1, 3)
@@ -85,7 +85,7 @@ class Session(nn.Module):
             wanted = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
             if wanted not in runtime.get_available_providers():
                 raise MachineError(
-                    f"this onnxruntime has no {wanted};", hint="say --device cpu, or install onnxruntime-gpu instead."
+                    f"this onnxruntime has no {wanted}.", hint="Use --device cpu, or install onnxruntime-gpu instead."
                 )
             options = runtime.SessionOptions()
             options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
@@ -103,7 +103,7 @@ class Session(nn.Module):
             raise TypeError(f"an ONNX session computes in float32, not {x.dtype}")
         if x.requires_grad and torch.is_grad_enabled():
             raise NoGradient(
-                f"'{self._path}' is an ONNX network, which has no gradient to attack by;", hint="certify it instead."
+                f"'{self._path}' is an ONNX network, which has no gradient to attack by.", hint="Certify it instead."
             )
         session, size = self._session(x.device.type), self._batch or max(len(x), 1)
         parts = [self._run(session, part) for part in torch.split(x.detach(), size)]

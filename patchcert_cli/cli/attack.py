@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from patchcert_cli.cli import show
-from patchcert_cli.cli.opening import (
+from patchcert_cli.cli.loading import (
     ClassesOption,
     DefenseOption,
     LabelsOption,
@@ -176,10 +176,10 @@ def _check_options(saved: Path | None, searching: dict[str, Any], pasting: dict[
     strange = [name for name, value in (searching if saved else pasting).items() if value is not None]
     if strange and saved:
         raise UsageError(
-            f"--{strange[0]} is for an attack that searches, and --saved only pastes;", hint="leave one of them out."
+            f"--{strange[0]} is for an attack that searches, and --saved only pastes.", hint="Leave one of them out."
         )
     if strange:
-        raise UsageError(f"--{strange[0]} is about pictures to paste;", hint="say which: --saved FOLDER.")
+        raise UsageError(f"--{strange[0]} is about pictures to paste.", hint="Add --saved FOLDER.")
 
 
 def _attacker(plan: Plan, saved: Path | None, asked: dict[str, Any], seed: int) -> tuple[Attack, dict[str, Any]]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import opening, show
-from patchcert_cli.cli.opening import (
+from patchcert_cli.cli import loading, show
+from patchcert_cli.cli.loading import (
     ClassesOption,
     DefenseOption,
     LabelsOption,
@@ -46,7 +46,7 @@ from patchcert_cli.errors import UsageError
 from patchcert_cli.threats import Threat, parse_patches, patches_of_area
 
 if TYPE_CHECKING:
-    from patchcert_cli.cli.opening import Claims
+    from patchcert_cli.cli.loading import Claims
     from patchcert_cli.defenses import Claim
     from patchcert_cli.evaluation.subjects import Wish
 
@@ -168,7 +168,7 @@ def certify(
     wish = wish_of(**wanted, labels=labels, dry_run=dry_run, download=download, threshold=threshold, compare=compare)
     _check_pictures(image, {"--plot": plot, "--plot-thresholds": plot_thresholds}, map_)
     if image is None and resize:
-        raise UsageError("--resize goes with --image;", hint="the pictures of a folder are always made to fit.")
+        raise UsageError("--resize goes with --image.", hint="The pictures of a folder are always made to fit.")
     if image is not None:
         folder = {"--limit": limit, "--batch-size": batch_size, "--out": out}
         switches = {"--dry-run": dry_run, "--fresh": fresh}
@@ -234,7 +234,7 @@ def _certify_picture(
     from patchcert_cli.reporting import plots, text
 
     place = devices.resolve(device)
-    candidate = opening.found(model, dataset, wish, place)
+    candidate = loading.found(model, dataset, wish, place)
     resize_crop = candidate.meant(dataset or "", image)
     shape = (candidate.channels, *resize_crop.size)
     meant = claims(candidate.threat, shape)
@@ -256,14 +256,14 @@ def _methods(condition: str | None, bounds: str | None) -> list[str | None]:
     """The proofs that --condition or --bounds names; None is the defense's best."""
     if bounds is not None:
         if condition is not None:
-            raise UsageError("--condition is for votes and --bounds for networks;", hint="give one of them.")
+            raise UsageError("--condition is for votes and --bounds for networks.", hint="Give one of them.")
         if bounds not in (*BOUNDS, "all"):
-            raise UsageError(f"no bounds '{bounds}';", hint=f"use one of {', '.join(BOUNDS)}, or all.")
+            raise UsageError(f"no bounds '{bounds}'.", hint=f"Use one of {', '.join(BOUNDS)}, or all.")
         return ["interval", "linear"] if bounds == "all" else [bounds]
     if condition is None:
         return [None]
     if condition not in (*CONDITIONS, "all"):
-        raise UsageError(f"no condition '{condition}';", hint=f"use one of {', '.join(CONDITIONS)}, or all.")
+        raise UsageError(f"no condition '{condition}'.", hint=f"Use one of {', '.join(CONDITIONS)}, or all.")
     return list(CONDITIONS) if condition == "all" else [condition]
 
 
@@ -271,7 +271,7 @@ def _threats(patch: str | None, area: int | None, threat: str | None, k: int | N
     """What --patch, --threat and --k name; empty if --patch-area or the model's own threat is meant."""
     if area is not None:
         if patch is not None or k is not None or threat not in (None, "patch"):
-            raise UsageError("--patch-area describes every shape itself;", hint="leave --patch, --threat and --k out.")
+            raise UsageError("--patch-area describes every shape itself.", hint="Leave --patch, --threat and --k out.")
         if area < 1:
             raise UsageError(f"--patch-area {area} must be 1 or more.")
         return []
@@ -285,7 +285,7 @@ def _threats(patch: str | None, area: int | None, threat: str | None, k: int | N
 def _check_alone(*given: str) -> None:
     """Refuse options of a whole data set that were given with one picture."""
     if given:
-        raise UsageError(f"{given[0]} does not go with --image;", hint="it is about one picture: leave one of them out.")
+        raise UsageError(f"{given[0]} does not go with --image.", hint="It is about one picture: leave one of them out.")
 
 
 def _check_pictures(image: Path | None, drawings: dict[str, Path | None], map_: Path | None) -> None:
@@ -293,7 +293,7 @@ def _check_pictures(image: Path | None, drawings: dict[str, Path | None], map_: 
     from patchcert_cli.reporting import plots
 
     if map_ is not None and image is None:
-        raise UsageError("--map draws one picture;", hint="say which: --image FILE.")
+        raise UsageError("--map draws one picture.", hint="Add --image FILE.")
     if image is not None:
         _check_alone(*(flag for flag, path in drawings.items() if path is not None))
     for path in filter(None, (*drawings.values(), map_)):

@@ -35,5 +35,5 @@ def zoo(
 
     found = bundled.cards(dataset=dataset)
     if not found:
-        raise UsageError("there is no model to report on;", hint="see: patchcert zoo list")
+        raise UsageError("there is no model to report on.", hint="See: patchcert zoo list")
     typer.echo(site.write(found.values(), out, force=force))

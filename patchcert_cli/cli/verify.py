@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from patchcert_cli.cli import show
-from patchcert_cli.cli.opening import open_plan
+from patchcert_cli.cli.loading import open_plan
 from patchcert_cli.cli.options import (
     DATA,
     RUN,
@@ -80,7 +80,7 @@ def verify(
     if records is not None:
         published = PublishedRecords.read(records)
     elif found.card is None or files.PUBLISHED_RECORDS not in found.card.files:
-        raise DataError(f"{name} publishes no records to compare with;", hint="name a file of them: --records FILE.")
+        raise DataError(f"{name} publishes no records to compare with.", hint="Name a file of them: --records FILE.")
     else:
         check_results(found.card, found.folder)
         published = PublishedRecords.read(found.folder / files.PUBLISHED_RECORDS)

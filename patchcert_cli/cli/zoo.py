@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import shelve, verify
+from patchcert_cli.cli import sharing, verify
 from patchcert_cli.cli import show as said
 from patchcert_cli.cli.options import AsJson, print_json
 
@@ -126,8 +126,8 @@ def remove(
 
 
 app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
-app.command("add", epilog=shelve.ADD)(shelve.add)
-app.command("push", epilog=shelve.PUSH)(shelve.push)
+app.command("add", epilog=sharing.ADD)(sharing.add)
+app.command("push", epilog=sharing.PUSH)(sharing.push)
 
 
 def _where(card: Card, zoo: Path) -> str:

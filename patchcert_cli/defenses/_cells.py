@@ -99,7 +99,7 @@ class LocalFeatureDefense(Defense, Generic[CellOutputs]):
     def margin_map(self, x: Tensor, patch: Threat) -> Tensor:
         self.check_input(x)
         if not isinstance(patch, Patch | PatchPercent):
-            raise UsageError(f"a map needs one patch, not {patch};", hint="use --patch, for example --patch 5.")
+            raise UsageError(f"a map needs one patch, not {patch}.", hint="Use --patch, for example --patch 5.")
         return self.margins(self.count(self.scores(x)), self.cover_of(patch))
 
     def cover_of(self, threat: Threat) -> Cover:
@@ -115,7 +115,7 @@ class LocalFeatureDefense(Defense, Generic[CellOutputs]):
             return self.cover(threat.resolve(height, width))
         if isinstance(threat, Sparse) and threat.unit == "pixel":
             return replace(self.cover(Patch(1, 1)), budget=threat.k)
-        raise UnsupportedThreat(f"votes have no certificate against {threat};", hint="allowed: patches, and sparse pixels.")
+        raise UnsupportedThreat(f"votes have no certificate against {threat}.", hint="Allowed: patches, and sparse pixels.")
 
     @torch.no_grad()
     def self_test(self) -> None:
@@ -156,7 +156,7 @@ class VotingDefense(LocalFeatureDefense[Votes]):
     def prove(self, said: Votes, cover: Cover, claim: Claim) -> Proof:
         method = claim.method or self.methods[0]
         if method == "3.1" and cover.budget > 1:
-            raise UnsupportedThreat(f"condition 3.1 is not for {claim.threat};", hint="it is for one patch or one pixel.")
+            raise UnsupportedThreat(f"condition 3.1 is not for {claim.threat}.", hint="It is for one patch or one pixel.")
         return additive.prove(said, cover, method)
 
     def margins(self, said: Votes, cover: Cover) -> Tensor:
@@ -198,7 +198,7 @@ class RegionDefense(LocalFeatureDefense[CellOutputs]):
         scorer: Any = models.build(network["name"], options)
         if not isinstance(scorer, RegionScorer):
             raise IntegrityError(
-                f"{config.get('defense', 'bagcert')} needs a region scorer, not '{network['name']}';", hint="use network region."
+                f"{config.get('defense', 'bagcert')} needs a region scorer, not '{network['name']}'.", hint="Use network region."
             )
         return scorer
 

@@ -279,7 +279,7 @@ class PatchCleanser(Defense):
         self.check_input(x)
         height, width = self.input_shape[1:]
         if not isinstance(patch, Patch | PatchPercent):
-            raise UsageError(f"a map needs one patch, not {patch};", hint="use --patch, for example --patch 5.")
+            raise UsageError(f"a map needs one patch, not {patch}.", hint="Use --patch, for example --patch 5.")
         self.set.cover(patch)
         hides, sides = self.set.hides(patch), patch.resolve(height, width)
         best = torch.stack([torch.where(hides, one, -torch.inf).amax(dim=1) for one in self._by_mask(x)])  # [B, A]

@@ -114,7 +114,7 @@ class Smoothing(VotingDefense):
         network: Any = models.build(config["network"]["name"], options)
         if not isinstance(network, ResNet):
             raise IntegrityError(
-                f"smoothing needs a residual network, not '{config['network']['name']}';", hint="use network resnet."
+                f"smoothing needs a residual network, not '{config['network']['name']}'.", hint="Use network resnet."
             )
         return cls(network, how, input_shape=shape, classes=classes)
 
@@ -240,7 +240,7 @@ def view_shape(shape: tuple[int, ...], how: SmoothingOptions) -> tuple[int, int,
     least = {"column": width, "row": height, "block": min(height, width)}[how.ablation]
     if how.band > least:
         raise UsageError(
-            f"a {how.ablation} of {how.band} pixels is larger than the {height}x{width} image;", hint=f"allowed: up to {least}."
+            f"a {how.ablation} of {how.band} pixels is larger than the {height}x{width} image.", hint=f"Allowed: up to {least}."
         )
     if how.view == "full":
         return 2 * channels, height, width

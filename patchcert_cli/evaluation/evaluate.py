@@ -199,7 +199,7 @@ class _Work:
             self._make(batch)
         except KeyboardInterrupt as problem:
             raise Interrupted(
-                f"interrupted at {len(run.records)} of {len(plan.images)} images;", hint="resume with the same command."
+                f"interrupted at {len(run.records)} of {len(plan.images)} images.", hint="Resume with the same command."
             ) from problem
         left = len(plan.images) - len(run.records)
         assert not left or self._max is not None, "records are missing"
@@ -207,8 +207,8 @@ class _Work:
             together = self._pace.size
             few = "" if together == 1 else f", or fewer images at a time than {together}: --batch-size 1"
             raise UsageError(
-                f"no image was finished in {self._max:g} s;",
-                hint=f"give more --max-seconds{few}; --dry-run says what an image takes.",
+                f"no image was finished in {self._max:g} s.",
+                hint=f"Give more --max-seconds{few}; --dry-run says what an image takes.",
             )
         run.check_answers(plan.subject.fingerprint())
         final = result(self._clock() - self._began, self._resumed)
@@ -274,7 +274,7 @@ class _Work:
             raise problem
         size = self._batch
         if size == 1:
-            raise MachineError("out of memory at a batch of one image;", hint="use a machine with more memory.") from problem
+            raise MachineError("out of memory at a batch of one image.", hint="Use a machine with more memory.") from problem
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._progress.note(f"out of memory at batch {size}; retrying with {size // 2} (results do not depend on it)")

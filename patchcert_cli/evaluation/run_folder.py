@@ -81,7 +81,7 @@ class Run:
             self.answers = manifest.get("answers")
             self.check_answers(answers)
         elif not locks.empty(folder):
-            raise UsageError(f"'{folder}' is not empty and holds no evaluation run;", hint="use another --out.")
+            raise UsageError(f"'{folder}' is not empty and holds no evaluation run.", hint="Use another --out.")
         else:
             files.write_json(
                 folder / MANIFEST,
@@ -100,8 +100,8 @@ class Run:
         changed = list(_differences(manifest, self.identity))
         if changed:
             raise UsageError(
-                f"'{self.folder}' was made with other settings ({'; '.join(changed)});",
-                hint="use another --out, or --fresh to start over.",
+                f"'{self.folder}' was made with other settings ({'; '.join(changed)}).",
+                hint="Use another --out, or --fresh to start over.",
             )
 
     def check_answers(self, now: dict[str, Any] | None) -> None:
@@ -118,8 +118,8 @@ class Run:
         if not same or then["precision"] != now["precision"]:
             raise UsageError(
                 f"the network answers fixed pictures otherwise than when '{self.folder}' was begun: a file that it reads, "
-                "or a library, has changed;",
-                hint="use another --out, or --fresh to start over.",
+                "or a library, has changed.",
+                hint="Use another --out, or --fresh to start over.",
             )
 
     def _read(self) -> dict[int, Record]:
@@ -135,7 +135,7 @@ class Run:
             lines = [json.loads(line) for line in whole.splitlines()]
             return {int(line["index"]): line for line in lines}
         except (ValueError, TypeError, LookupError) as problem:
-            raise IntegrityError(f"'{path}' is damaged: {problem!r};", hint="use --fresh to start over.") from problem
+            raise IntegrityError(f"'{path}' is damaged: {problem!r}.", hint="Use --fresh to start over.") from problem
 
     def append(self, records: Iterable[Record]) -> None:
         """Write the records of one batch."""
@@ -145,8 +145,8 @@ class Run:
                 stream.write("".join(json.dumps(record) + "\n" for record in records))
         except OSError as problem:
             raise MachineError(
-                f"cannot write '{self.folder / RECORDS}': {problem.strerror or problem};",
-                hint=f"free some space and run the same command: {len(self.records)} images are kept.",
+                f"cannot write '{self.folder / RECORDS}': {problem.strerror or problem}.",
+                hint=f"Free some space and run the same command: {len(self.records)} images are kept.",
             ) from problem
         self.records.update((record["index"], record) for record in records)
 

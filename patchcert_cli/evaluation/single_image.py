@@ -64,7 +64,7 @@ def certify(
     pixels, notes = image_files.read(path, resize_crop or ResizeCrop(size, size), channels, resize=resize)
     x = to_float(pixels)[None].to(defense.device)
     if mapped and len({str(claim.threat) for claim in claims}) > 1:
-        raise UsageError("--map draws one patch;", hint="give one --patch, for example --patch 5.")
+        raise UsageError("--map draws one patch.", hint="Give one --patch, for example --patch 5.")
     with _counted(defense, progress or Silent()):
         certificates = defense.certify_claims(x, claims)
     answer = int(certificates[0].prediction[0])

@@ -143,7 +143,7 @@ class Certified(Candidate):
 
     def __init__(self, found: ResolvedModel, name: str, wish: Wish, device: str) -> None:
         if wish.weights is not None:
-            raise UsageError(f"'{name}' has its own weights;", hint="leave --weights out; it is for plain classifiers.")
+            raise UsageError(f"'{name}' has its own weights.", hint="Leave --weights out; it is for plain classifiers.")
         self.defense, self.config = checkpoint.load_defense(
             found.folder, device=device, expected_sha256=found.sha256, expected_config=found.config_sha256
         )
@@ -170,8 +170,8 @@ class Certified(Candidate):
         asked, wish = self.wish.defense or kind, self.wish
         if asked != kind or wish.masked or wish.labels:
             if self.wish.defense is None and kind not in around():
-                hint = f"say which defense has them: --defense {' or '.join(around())}."
-                raise UsageError(f"{self.name} is a model of {kind}, which has no masks to choose;", hint=hint)
+                hint = f"Choose a defense that has them: --defense {' or '.join(around())}."
+                raise UsageError(f"{self.name} is a model of {kind}, which has no masks to choose.", hint=hint)
             check_around(asked)
             inner: nn.Module = defense
             mean: Sequence[float] | None = self.config.get("network", {}).get("options", {}).get("mean")
@@ -248,7 +248,7 @@ def find(model: str | None, dataset: str | None, wish: Wish, device: str) -> Can
     name = model or bundled.default_model(dataset or bundled.DEFAULT_DATASET)
     if addresses.is_address(name):
         if wish.defense is None:
-            raise UsageError(f"{name} is a plain classifier;", hint=f"say which defense: --defense {' or '.join(around())}.")
+            raise UsageError(f"{name} is a plain classifier.", hint=f"Choose a defense: --defense {' or '.join(around())}.")
         check_around(wish.defense)
         opened = addresses.open_(name, weights=wish.weights, classes=wish.classes, typed=True, download=wish.download)
         return Plain(opened, wish)
@@ -272,7 +272,7 @@ def check_around(kind: str) -> None:
     """Raise :class:`UsageError` unless defense ``kind`` can be put around any classifier."""
     defenses.by_name(kind)  # an unknown name says so itself
     if kind not in around():
-        raise UsageError(f"{kind} cannot be put around a classifier;", hint=f"allowed: {', '.join(around())}.")
+        raise UsageError(f"{kind} cannot be put around a classifier.", hint=f"Allowed: {', '.join(around())}.")
 
 
 def put_around(
@@ -290,8 +290,8 @@ def put_around(
     """
     if numbers == "bfloat16" and len(classes) >= MANY:
         raise UsageError(
-            f"with {len(classes)} classes --labels bfloat16 gains nothing: most labels are in doubt and computed again;",
-            hint="leave it out.",
+            f"with {len(classes)} classes --labels bfloat16 gains nothing: most labels are in doubt and computed again.",
+            hint="Leave it out.",
         )
     fill = tuple(mean or ())
     if len(fill) != shape[0]:
@@ -314,7 +314,7 @@ def alarming(defense: Defense, kind: str, wish: Wish, own: float | None = None) 
         defense.grid = tuple(sorted({*GRID, defense.threshold})) if wish.compare else ()
     elif wish.threshold is not None or wish.compare:
         flag = "--plot-thresholds" if wish.threshold is None else "--threshold"
-        raise UsageError(f"{kind} raises no alarms, so {flag} means nothing;", hint="say --defense minority, or leave it out.")
+        raise UsageError(f"{kind} raises no alarms, so {flag} means nothing.", hint="Use --defense minority, or leave it out.")
 
 
 def largest(threats: Sequence[Threat], shape: Sequence[int]) -> list[Threat]:

@@ -190,7 +190,7 @@ def affine(
     shifted = torch.round(bias * power(down)) * power(-down)
     spent = (_reach(quantized) * wire.most + shifted.abs() + beside) * power(down)
     if not bool((spent <= 2 * room).all()) or float(exponent.abs().max()) > FAR[dtype]:
-        raise IntegrityError("weights too far apart in size to compute with exactly;", hint="train the network again.")
+        raise IntegrityError("weights too far apart in size to compute with exactly.", hint="Train the network again.")
     useful = torch.where(weight.flatten(1).abs().sum(dim=1) > 0, torch.log2(most_steps), torch.inf)
     return Affine(quantized.to(dtype), shifted.to(dtype), like), int(min(float(useful.min()), 53.0))
 

@@ -71,7 +71,7 @@ class Whole(nn.Module):
         whole = bool((weight == weight.round()).all()) and bool((bias == bias.round()).all())
         within = bool((bias.abs() + 255 * reach <= ROOM).all()) and float(weight.abs().max()) <= LARGEST
         if not (whole and within and bool(((down >= 0) & (down < 100)).all())):
-            raise IntegrityError("weights that whole numbers cannot compute with exactly;", hint="train the network again.")
+            raise IntegrityError("weights that whole numbers cannot compute with exactly.", hint="Train the network again.")
         self.register_buffer("weight", weight.to(torch.int8))
         self.register_buffer("bias", bias.double())
         self.register_buffer("down", down.long())
@@ -108,7 +108,7 @@ def only(backend: str) -> Iterator[None]:
 def _required(layer: Whole, shape: tuple[int, ...]) -> Run:
     run = prepared(layer, _forced[-1], shape)
     if run is None:
-        raise MachineError(f"this machine has no {_forced[-1]} convolutions;", hint="float32 serves everywhere.")
+        raise MachineError(f"this machine has no {_forced[-1]} convolutions.", hint="Float32 works everywhere.")
     return run
 
 

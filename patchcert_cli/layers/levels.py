@@ -161,7 +161,7 @@ def gelu_table(step: int, out: int, zero: int) -> Tensor:
         inside = 0 < abs(x) < HIGHEST
         ideal = (0.5 * x * (1 + math.erf(x / math.sqrt(2))) if inside else max(x, 0.0)) * 2.0**-out + zero
         if inside and abs(ideal % 1 - 0.5) < 1e-9:
-            raise IntegrityError("an activation is too close to a half to be rounded alike everywhere;", hint="train it again.")
+            raise IntegrityError("an activation is too close to a half to be rounded alike everywhere.", hint="Train it again.")
         made.append(min(max(round(ideal), 0), 255))
     return torch.tensor(made)
 

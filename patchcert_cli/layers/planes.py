@@ -138,7 +138,7 @@ class Operation:
             size = given.abs()[given != 0]
             normal = not len(size) or (float(size.min()) >= 2.0**-FAR and float(size.max()) <= 2.0**FAR)
             if not (normal and torch.equal(made.double(), given)):
-                raise IntegrityError("weights too far apart in size to compute with exactly;", hint="train the network again.")
+                raise IntegrityError("weights too far apart in size to compute with exactly.", hint="Train the network again.")
         laid = [weight.contiguous(memory_format=torch.channels_last) for weight in weights]
 
         def work(maps: Maps) -> Tensor:

@@ -116,7 +116,7 @@ class Program:
         for module in self.before:
             steps = module(steps)
         if backend not in self.backends():
-            raise MachineError(f"this network has no {backend} form;", hint=f"allowed: {', '.join(self.backends())}.")
+            raise MachineError(f"this network has no {backend} form.", hint=f"Allowed: {', '.join(self.backends())}.")
         if backend == "int8":
             return self.after(self._through(steps.to(torch.uint8), self._in_bytes(tuple(steps.shape[1:]), tested)))
         kind = torch.float32 if backend == "float32" else torch.float64
@@ -143,7 +143,7 @@ class Program:
             around = [_around(operation, work) for operation, work in zip(self.operations, floats, strict=True)]
             self._bytes[key] = [one or other for one, other in zip(found, around, strict=True)] if any(found) else []
         if not self._bytes[key]:
-            raise MachineError("this machine has no int8 convolutions for this network;", hint="float32 serves everywhere.")
+            raise MachineError("this machine has no int8 convolutions for this network.", hint="Float32 works everywhere.")
         return self._bytes[key]
 
     def _shapes(self, shape: tuple[int, ...]) -> list[torch.Size]:

@@ -90,10 +90,10 @@ def rebuilt(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Sequenti
 def no_rule(layer: nn.Module) -> UnsupportedThreat:
     """The error for a layer whose type has no rule."""
     name = type(layer).__name__
-    instead = f"use {INSTEAD[name]}; " if name in INSTEAD else ""
+    instead = f"Use {INSTEAD[name]}. " if name in INSTEAD else ""
     return UnsupportedThreat(
-        f"no interval rule for layer {name};",
-        hint=f"{instead}allowed, without hooks: {ALLOWED}.",
+        f"no interval rule for layer {name}.",
+        hint=f"{instead}Allowed, without hooks: {ALLOWED}.",
     )
 
 
@@ -101,13 +101,15 @@ def check_padding(layer: nn.Conv2d) -> None:
     """Raise unless a convolution pads with zeros, by numbers."""
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         raise UnsupportedThreat(
-            f"interval bounds need convolutions with numeric zero padding, not {layer.padding_mode} padding {layer.padding!r};",
-            hint="use padding_mode='zeros' and whole numbers, for example padding=1.",
+            f"interval bounds need convolutions with numeric zero padding, not {layer.padding_mode} padding {layer.padding!r}.",
+            hint="Use padding_mode='zeros' and whole numbers, for example padding=1.",
         )
 
 
 def _refused(layer: nn.Module, why: str, instead: str) -> UnsupportedThreat:
-    return UnsupportedThreat(f"layer {type(layer).__name__} has no interval rule as it is: {why};", hint=f"{instead}.")
+    return UnsupportedThreat(
+        f"layer {type(layer).__name__} has no interval rule as it is: {why}.", hint=f"{instead[:1].upper()}{instead[1:]}."
+    )
 
 
 def _check(layer: nn.Module) -> None:
@@ -137,13 +139,13 @@ def _check_process() -> None:
     """Raise if torch itself has been altered."""
     if modules._global_forward_hooks or modules._global_forward_pre_hooks:
         raise UnsupportedThreat(
-            "there are global forward hooks, which may alter what every layer computes;", hint="remove them before certifying."
+            "there are global forward hooks, which may alter what every layer computes.", hint="Remove them before certifying."
         )
     changed = next((f"{owner}.{name}" for (owner, name), code in _code().items() if code is not _ORIGINAL[owner, name]), None)
     if changed:
         raise UnsupportedThreat(
-            f"{changed} is not torch's own any more: something in this process has replaced it;",
-            hint="undo that, or certify in a process of its own.",
+            f"{changed} is not torch's own any more: something in this process has replaced it.",
+            hint="Undo that, or certify in a process of its own.",
         )
 
 
@@ -228,7 +230,7 @@ def _rebuilt(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         )
         return _with(made, layer, dtype, ("weight", "bias"))
     if old.running_mean is None or old.running_var is None:
-        raise UnsupportedThreat("batch norm without running statistics mixes images;", hint="freeze it first.")
+        raise UnsupportedThreat("batch norm without running statistics mixes images.", hint="Freeze it first.")
     made = type(old)(len(old.running_mean), eps=float(old.eps), affine=old.weight is not None, device="meta")
     return _with(made, layer, dtype, ("weight", "bias", "running_mean", "running_var"))
 

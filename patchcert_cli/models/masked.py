@@ -150,7 +150,7 @@ class MaskedNetwork(nn.Module):
     def freeze(self, precision: torch.dtype) -> tuple[nn.Module, int]:
         """The deployed network (:mod:`patchcert_cli.layers.levels`); the bits of its weights do not depend on ``precision``."""
         if not self.freezable or self.grid is None:
-            raise IntegrityError("this network has no grid to compute exactly on;", hint="its network options say bits: 0.")
+            raise IntegrityError("this network has no grid to compute exactly on.", hint="Its network options say bits: 0.")
         weight, bias = fixed_point.fold(self.stem, None)
         scale, shift = self.normalize.scale.double().cpu() / 255, self.normalize.shift.double().cpu()
         around = (-shift / scale).round().clamp(0, 255)  # a normalized 0

@@ -105,19 +105,19 @@ class RegionScorer(nn.Module):
         super().__init__()
         if weight_bits and not LEAST_BITS <= weight_bits <= MOST_BITS:
             raise UsageError(
-                f"weights of {weight_bits} bits are not for this network;", hint=f"allowed: {LEAST_BITS} to {MOST_BITS}, or 0."
+                f"weights of {weight_bits} bits are not for this network.", hint=f"Allowed: {LEAST_BITS} to {MOST_BITS}, or 0."
             )
         self.largest = 1 << (weight_bits - 1) if weight_bits else 0
         if stride < 1:
-            raise UsageError(f"a stride of {stride} leaves no cells;", hint="allowed: 1 or more.")
+            raise UsageError(f"a stride of {stride} leaves no cells.", hint="Allowed: 1 or more.")
         self.normalize = normalize
         self.register_buffer("places", coordinates(shape[1], shape[2]) if places else None, persistent=False)
         self.dilations = [dilation for _, _, dilation, _ in plan]
         self.receptive_field = 1 + sum((kernel - 1) * dilation for _, kernel, dilation, _ in plan)
         if self.receptive_field > min(shape[1:]):
             raise UsageError(
-                f"a receptive field of {self.receptive_field} is larger than the {shape[1]}x{shape[2]} image;",
-                hint=f"allowed: up to {min(shape[1:])}.",
+                f"a receptive field of {self.receptive_field} is larger than the {shape[1]}x{shape[2]} image.",
+                hint=f"Allowed: up to {min(shape[1:])}.",
             )
         self.stride = stride
         widths = [shape[0] + (2 if places else 0), *(width for width, *_ in plan)]

@@ -83,7 +83,7 @@ class Block(nn.Module):
             return _Block(first, second, shortcut, inner, self.grid.wire), min(bits, fewest)
         if not torch.equal(beside, straight.to(beside)):  # the shortcut's steps are too fine for what is added to them
             if precision == torch.float64:
-                raise IntegrityError("weights too far apart in size to compute with exactly;", hint="train the network again.")
+                raise IntegrityError("weights too far apart in size to compute with exactly.", hint="Train the network again.")
             fewest = 0
         return _Block(first, second, None, inner, self.grid.wire), min(bits, fewest)
 

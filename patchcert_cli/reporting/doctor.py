@@ -62,7 +62,11 @@ def _torch() -> Iterator[Finding]:
     try:
         import torch
     except (ImportError, OSError) as problem:
-        yield Finding("torch", "cannot be imported", MachineError(f"torch cannot be imported: {_first(problem)}.", hint=REPAIR))
+        yield Finding(
+            "torch",
+            "cannot be imported",
+            MachineError(f"torch cannot be imported: {_first(problem)}.", hint=f"Repair it: {REPAIR}"),
+        )
         return
     yield Finding("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
     if torch.cuda.is_available():
@@ -77,7 +81,7 @@ def _torch() -> Iterator[Finding]:
         import torchvision  # type: ignore[import-untyped]
     except (ImportError, OSError, RuntimeError) as problem:  # mixed builds raise RuntimeError: no operator torchvision::nms
         said = f"torch {torch.__version__} and torchvision {_version('torchvision') or '(none)'} do not fit together"
-        yield Finding("torchvision", said, MachineError(f"{said}: {_first(problem)}.", hint=f"Repair: {REPAIR}"))
+        yield Finding("torchvision", said, MachineError(f"{said}: {_first(problem)}.", hint=f"Repair it: {REPAIR}"))
         return
     yield Finding("torchvision", str(torchvision.__version__))
 
@@ -101,9 +105,7 @@ def _disk() -> Iterator[Finding]:
     try:
         files.check_folder(cache, "the cache")
     except PatchcertError as problem:
-        yield Finding(
-            "writable", "no", MachineError(f"{problem.args[0].rstrip('.;')}.", hint="Put the cache elsewhere with HF_HOME.")
-        )
+        yield Finding("writable", "no", MachineError(problem.message, hint="Put the cache elsewhere with HF_HOME."))
 
 
 def _zoo() -> Iterator[Finding]:

@@ -128,7 +128,7 @@ class Recipe:
         known = {item.name for item in fields(cls)}
         strange = sorted(set(values) - known)
         if strange:
-            raise UsageError(f"unknown recipe entries: {', '.join(strange)};", hint=f"allowed: {', '.join(sorted(known))}.")
+            raise UsageError(f"unknown recipe entries: {', '.join(strange)}.", hint=f"Allowed: {', '.join(sorted(known))}.")
         return cls(**values)
 
     def config(self) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def _options(kind: type[Options], values: Mapping[str, Any], defense: str) -> Op
         return schema.read(kind, given)  # a list of one is typed as one value
     except schema.Invalid as problem:
         known = ", ".join(item.name for item in fields(kind)) or "none"
-        raise UsageError(f"training options of {defense}: {problem};", hint=f"known: {known}.") from problem
+        raise UsageError(f"training options of {defense}: {problem}.", hint=f"Known: {known}.") from problem
 
 
 def _plain(options: Options) -> dict[str, Any]:

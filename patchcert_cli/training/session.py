@@ -27,11 +27,11 @@ def recipe_of(name_or_path: str) -> Recipe:
     if name_or_path in bundled.names():
         card = bundled.card(name_or_path)
         if card.classifier:
-            raise UsageError(f"{card.name} is not trained: its weights are public;", hint=f"measure them: {card.command}")
+            raise UsageError(f"{card.name} is not trained: its weights are public.", hint=f"Measure them: {card.command}")
         return Recipe.from_dict(card.recipe)
     config = files.read_json(resolve.resolve(name_or_path).folder / files.CONFIG)
     if not isinstance(config.get("recipe"), dict):
-        raise IntegrityError(f"'{name_or_path}' does not say how it was trained;", hint="give --patch or --threat instead.")
+        raise IntegrityError(f"'{name_or_path}' does not say how it was trained.", hint="Give --patch or --threat instead.")
     return Recipe.from_dict(config["recipe"])
 
 
@@ -43,8 +43,8 @@ def started(recipe: Recipe) -> Recipe:
     digest = cards.weights_sha256({name: cards.File.of(found.folder / name) for name in cards.weights_of(found.folder)})
     if recipe.start_sha256 not in ("", digest):
         raise IntegrityError(
-            f"'{recipe.start}' has weights {digest[:12]}…, but the recipe starts from {recipe.start_sha256[:12]}…;",
-            hint="name the model that it was started from with --start.",
+            f"'{recipe.start}' has weights {digest[:12]}…, but the recipe starts from {recipe.start_sha256[:12]}….",
+            hint="Name the model that it was started from with --start.",
         )
     return replace(recipe, start_sha256=digest)
 
@@ -60,7 +60,7 @@ def check(recipe: Recipe) -> Callable[[Defense], None]:
         try:
             defense = defenses.build(recipe.config())
         except IntegrityError as problem:  # of a file it would be; here it is what the user typed
-            raise UsageError(problem.args[0], hint=problem.hint or "See --network-option.") from problem
+            raise UsageError(problem.message, hint=problem.hint or "See --network-option.") from problem
         defense.init_weights(recipe.training)
     initial = checkpoint.weights_for(defense, resolve.resolve(started(recipe).start).folder) if recipe.start else None
 

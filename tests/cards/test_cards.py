@@ -188,7 +188,7 @@ def test_a_card_of_public_weights_says_so_and_says_how_to_measure_them(tmp_path:
     ):
         assert words in text
     assert "Train" not in text.split("## Use")[1].split("## How")[0] and "seed" not in text.split("## How it was made")[1][:90]
-    with pytest.raises(IntegrityError, match=r"no weights are published yet; try: patchcert certify small"):
+    with pytest.raises(IntegrityError, match=r"no weights are published yet. Try: patchcert certify small"):
         card.verify(tmp_path)
 
 

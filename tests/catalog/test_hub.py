@@ -137,7 +137,7 @@ def test_a_recipe_without_weights_says_how_to_train(tmp_path: Path) -> None:
     bare = replace(card, status="recipe only", files={}, trained=None, validation=None, results=())
     (tmp_path / "zoo" / NAME / files.CARD).write_text(bare.render())
     for action in (resolve.resolve, resolve.pull):
-        with pytest.raises(UnknownName, match=f"no weights are published yet; train it: patchcert train --recipe {NAME}"):
+        with pytest.raises(UnknownName, match=f"no weights are published yet. Train it: patchcert train --recipe {NAME}"):
             action(NAME, zoo=tmp_path / "zoo")
 
 

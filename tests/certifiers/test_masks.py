@@ -125,7 +125,7 @@ def test_covers_are_those_of_loops_over_places(plan: MaskPlan, size: tuple[int, 
     for text in THREATS:
         threat = parse_threat(text)
         if not covered(made, threat):
-            with pytest.raises(UnsupportedThreat, match=f"do not cover {threat}; choose masks that do"):
+            with pytest.raises(UnsupportedThreat, match=f"do not cover {threat}. Choose masks that do"):
                 made.cover(threat)
             continue
         sets = {frozenset(i for i, mask in enumerate(found) if place <= mask) for place in places(threat, *size)}
@@ -174,7 +174,7 @@ def test_a_budget_of_passes_buys_as_many_masks_as_it_can_pay() -> None:
             found for k in range(axis + 1, 33) if len(found := MaskPlan(("patch:5x5",), per_axis=k).masks(32, 32)) > len(made)
         )
         assert more.passes > passes
-    with pytest.raises(UsageError, match="9 passes are too few for masks against patch:5x5; allow 10 or more"):
+    with pytest.raises(UsageError, match="9 passes are too few for masks against patch:5x5. Allow 10 or more"):
         MaskPlan(("patch:5x5",), passes=9).masks(32, 32)
 
 
@@ -194,7 +194,7 @@ def test_a_table_of_covers_that_would_fill_the_memory_is_refused(monkeypatch: py
     made, threat = MaskPlan(("sparse:3",), per_axis=3).masks(6, 6), parse_threat("sparse:3")
     assert len(made.cover(threat).by) == 84  # three of nine
     monkeypatch.setattr(mask_sets, "LARGEST", 1 << 12)
-    with pytest.raises(UnsupportedThreat, match="sparse:3 is too many changes at once for masks; two patches are possible"):
+    with pytest.raises(UnsupportedThreat, match="sparse:3 is too many changes at once for masks. Two patches are possible"):
         made.cover(threat)
 
 

@@ -174,7 +174,7 @@ def test_networks_without_parameters_or_without_copies_are_certified(mine: str) 
     assert free.views().gauge.double and not locked.views().gauge.double
     one, two = free.certify(X, Patch(2, 2)), locked.certify(X, Patch(2, 2))
     assert torch.equal(one.prediction, two.prediction) and not bool((two.certified & ~one.certified).any())
-    with pytest.raises(UsageError, match=r"the network cannot be copied \(TypeError: .*\); call its eval\(\) first"):
+    with pytest.raises(UsageError, match=r"the network cannot be copied \(TypeError: .*\). Call its eval\(\) first"):
         around(addresses.open_(f"{mine}:locked", typed=True)).train().views()
 
 
@@ -215,7 +215,7 @@ def published(cache: Path, monkeypatch: pytest.MonkeyPatch, name: str = "squeeze
 
 def test_published_weights_of_torchvision(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        HubError, match=r"are not at '.*squeezenet1_1-b8a52dc0.pth'; add --download, or give them as a file"
+        HubError, match=r"are not at '.*squeezenet1_1-b8a52dc0.pth'. Add --download, or give them as a file"
     ) as caught:
         addresses.open_("torchvision:squeezenet1_1")
     assert caught.value.code == 4
@@ -297,7 +297,7 @@ def test_an_onnx_file(monkeypatch: pytest.MonkeyPatch, shape: list[Any], asked: 
         not made.views().gauge.double and certificate.prediction.tolist() == [1, 0] and str(certificate.arithmetic) == "measured"
     )
     assert bool(certificate.certified.all())
-    with pytest.raises(UsageError, match="is an ONNX network, which has no gradient to attack by; certify it instead"):
+    with pytest.raises(UsageError, match="is an ONNX network, which has no gradient to attack by. Certify it instead"):
         made.surrogates()[0].whole(X.clone().requires_grad_())
 
 
@@ -305,11 +305,11 @@ def test_onnx_files_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None
     Path("net.onnx").write_bytes(b"network")
     Path("torn.onnx").write_bytes(b"net")
     for runtime, file, kind, said in (
-        (None, "net", MachineError, r'onnxruntime is not installed; type: pip install "patchcert\[onnx\]"'),
+        (None, "net", MachineError, r'onnxruntime is not installed. Type: pip install "patchcert\[onnx\]"'),
         (Runtime(["b", 3, 8, 8]), "torn", IntegrityError, "is no network that onnxruntime can read: INVALID_PROTOBUF"),
         (Runtime(["b", 3, 8, 8]), "none", IntegrityError, "'none.onnx' is missing"),
         (Runtime(["b", 3, 8, 8], "tensor(uint8)"), "net", UsageError, r"takes x tensor\(uint8\)"),
-        (Runtime(["b", 10]), "net", UsageError, "it must take one batch of images"),
+        (Runtime(["b", 10]), "net", UsageError, "It must take one batch of images"),
     ):
         monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
         with pytest.raises(kind, match=said) as caught:

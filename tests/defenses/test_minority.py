@@ -205,7 +205,7 @@ def test_smaller_patches_are_certified_too() -> None:
 def test_what_it_cannot_do_is_said() -> None:
     with pytest.raises(UnsupportedThreat, match=r"masks of this model do not cover patch:3x3"):
         made().certify(HALF, Patch(3, 3))
-    with pytest.raises(UsageError, match="no proof 'rows'; allowed: agreement, all"):
+    with pytest.raises(UsageError, match="no proof 'rows'. Allowed: agreement, all"):
         made().certify(HALF, Patch(1, 1), "rows")
     broken = Sums(float("nan"))
     with pytest.raises(IntegrityError, match="NaN"):
@@ -370,7 +370,7 @@ def test_records_of_detection_are_asked_for_as_such(digits: Minority, tmp_path: 
     book = PublishedRecords("0" * 64, "mnist", "test", stated, {0: row})
     assert book.position("patch:2x2") == 0
     assert book.position("patch:2x2", guarantee="detection") == 1
-    with pytest.raises(DataError, match=r"no published records for patch:3x3 that promise detection; there are records for"):
+    with pytest.raises(DataError, match=r"no published records for patch:3x3 that promise detection. There are records for"):
         book.position("patch:3x3", guarantee="detection")
     plan = plan_of(digits, 8)
     evaluate.certify(plan, tmp_path / "run")

@@ -182,9 +182,9 @@ class Returns(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("nan", "the network answers NaN or infinity; its weights or its preprocessing are broken"),
-        ("maps", r"the network returns \(6, 3, 1\) for 6 images; it must return logits \(6, 3\)"),
-        ("two", r"the network returns \(6, 2\) for 6 images; it must return logits \(6, 3\)"),
+        ("nan", "the network answers NaN or infinity. Its weights or its preprocessing are broken"),
+        ("maps", r"the network returns \(6, 3, 1\) for 6 images. It must return logits \(6, 3\)"),
+        ("two", r"the network returns \(6, 2\) for 6 images. It must return logits \(6, 3\)"),
     ],
 )
 def test_logits_that_are_none_are_refused(kind: str, said: str) -> None:

@@ -397,9 +397,9 @@ def test_the_deployed_network_follows_the_weights() -> None:
 
 def test_what_it_cannot_do_is_said_in_one_line() -> None:
     for options, message in (
-        ({"band": 11}, "a column of 11 pixels is larger than the 6x10 image; allowed: up to 10."),
-        ({"band": 7, "ablation": "row"}, "a row of 7 pixels is larger than the 6x10 image; allowed: up to 6."),
-        ({"band": 7, "ablation": "block"}, "a block of 7 pixels is larger than the 6x10 image; allowed: up to 6."),
+        ({"band": 11}, "a column of 11 pixels is larger than the 6x10 image. Allowed: up to 10."),
+        ({"band": 7, "ablation": "row"}, "a row of 7 pixels is larger than the 6x10 image. Allowed: up to 6."),
+        ({"band": 7, "ablation": "block"}, "a block of 7 pixels is larger than the 6x10 image. Allowed: up to 6."),
     ):
         with pytest.raises(UsageError) as caught:
             build(config(**options))

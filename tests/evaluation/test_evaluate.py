@@ -80,7 +80,7 @@ def test_a_stopped_run_resumes_and_a_torn_line_is_dropped(tmp_path: Path) -> Non
             if done == 9:
                 raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match="interrupted at 9 of 40 images; resume with the same command"):
+    with pytest.raises(Interrupted, match="interrupted at 9 of 40 images. Resume with the same command"):
         evaluate.certify(make_plan(), tmp_path / "cut", progress=Stop(), clock=no_time)
     with (tmp_path / "cut" / run_folder.RECORDS).open("a") as stream:
         stream.write('{"index": 9, "lab')  # what a crash leaves
@@ -146,7 +146,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
                 records.rename(saved)
                 records.symlink_to("/dev/full")
 
-    with pytest.raises(MachineError, match="No space left on device; free some space .* 9 images are kept"):
+    with pytest.raises(MachineError, match="No space left on device. Free some space .* 9 images are kept"):
         evaluate.certify(make_plan(), tmp_path / "run", progress=Fill(), clock=no_time)
     records.unlink()
     saved.rename(records)

@@ -70,7 +70,7 @@ def test_a_batch_is_small_where_images_take_many_passes(per_axis: int, side: int
 
 def test_what_can_be_put_around_a_classifier() -> None:
     assert "patchcleanser" in subjects.around() and not {"ibp", "bagcert", "smoothing"} & set(subjects.around())
-    with pytest.raises(UsageError, match=r"ibp cannot be put around a classifier; allowed: .*patchcleanser"):
+    with pytest.raises(UsageError, match=r"ibp cannot be put around a classifier. Allowed: .*patchcleanser"):
         subjects.check_around("ibp")
 
 
@@ -121,7 +121,7 @@ def test_a_module_without_a_size_is_given_pictures_as_they_are(tmp_path: Path) -
     assert candidate.meant("", tmp_path / "own" / "c0" / "a.png") == ResizeCrop((20, 24))
     Image.new("RGB", (24, 21)).save(tmp_path / "own" / "c1" / "b.png")
     with pytest.raises(
-        DataError, match=r"'.*a.png' is 20x24, '.*b.png' is 21x24.* say --data imagefolder:.*own@SIDE, or state it"
+        DataError, match=r"'.*a.png' is 20x24, '.*b.png' is 21x24.* Use --data imagefolder:.*own@SIDE, or state it"
     ):
         candidate.fitted(f"imagefolder:{tmp_path}/own")
     assert candidate.fitted(f"imagefolder:{tmp_path}/own@16") == f"imagefolder:{tmp_path}/own@16"

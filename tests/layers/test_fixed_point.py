@@ -265,7 +265,7 @@ def test_a_network_with_impossible_weights_is_refused() -> None:
     made = scorer(PLANS["small"])
     with torch.no_grad():
         made.stages[1].convolution.weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(IntegrityError, match="train the network again"):
+    with pytest.raises(IntegrityError, match="Train the network again"):
         freeze(made)
 
 
@@ -403,7 +403,7 @@ for change in (
 @pytest.mark.parametrize("name", ["ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"])
 def test_fast_math_by_environment_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "BF16")
-    with pytest.raises(MachineError, match=f"{name}=BF16 lets .* less than float32; start again without it"), exact_arithmetic():
+    with pytest.raises(MachineError, match=f"{name}=BF16 lets .* less than float32. Start again without it"), exact_arithmetic():
         pass
     for value in ("STRICT", "strict", ""):
         monkeypatch.setenv(name, value)

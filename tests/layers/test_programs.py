@@ -151,7 +151,7 @@ def test_trials_are_real() -> None:
 def test_backends_that_are_not_there_are_named() -> None:
     double, _ = scorer(PLANS["small"]).freeze(torch.float64)
     program, steps = program_of(double), fixed_point.to_steps(pictures(PLANS["small"].shape, 2, 2))
-    with pytest.raises(MachineError, match="this network has no float32 form; allowed: float64"):
+    with pytest.raises(MachineError, match="this network has no float32 form. Allowed: float64"):
         program.run(steps, "float32")
     assert Program.of(nn.Sequential(nn.ReLU())) is None
     runner = Runner(fixed_point.Deployed(scorer(PLANS["small"])))
@@ -208,7 +208,7 @@ def test_limits_of_weights(largest: int, beside: float) -> None:
 def test_impossible_bits_of_weights_are_refused(bits: int) -> None:
     base = {"input_shape": (3, 8, 8), "classes": 3, "mean": [0.5] * 3, "std": [0.5] * 3, "widths": [4]}
     plan = {"kernels": [3], "dilations": [1], "mixes": [0]}
-    with pytest.raises((UsageError, IntegrityError), match="bits are not for this network; allowed: 4 to 16, or 0"):
+    with pytest.raises((UsageError, IntegrityError), match="bits are not for this network. Allowed: 4 to 16, or 0"):
         models.build("region", {**base, **plan, "weight_bits": bits})
     made: Any = models.build("region", {**base, **plan, "weight_bits": 7})
     assert made.largest == LARGEST

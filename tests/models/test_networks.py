@@ -172,7 +172,7 @@ def test_a_stride_is_named_and_checked_and_costs_less() -> None:
     x = arena.draw_images(defense.input_shape, 2, 0)
     assert torch.equal(defense.deployed()(fixed_point.to_steps(x)), defense.scores(x))
     assert shapes == [(23, 20), (11, 9), (5, 4), (2, 1)]
-    with pytest.raises(UsageError, match=r"a stride of 0 leaves no cells; allowed: 1 or more\."):
+    with pytest.raises(UsageError, match=r"a stride of 0 leaves no cells. Allowed: 1 or more\."):
         build("pyramid", 0)
 
 

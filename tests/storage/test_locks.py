@@ -34,7 +34,7 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         for fresh in (False, True):
-            with pytest.raises(MachineError, match="is being written by another process; wait until it ends") as caught:
+            with pytest.raises(MachineError, match="is being written by another process. Wait until it ends") as caught:
                 opened(folder, fresh)
             assert caught.value.code == 7
         assert not (folder / run_folder.RECORDS).exists()

@@ -176,7 +176,7 @@ def test_ctrl_c_keeps_whole_epochs_and_says_how_to_go_on(tmp_path: Path) -> None
         def note(self, text: str) -> None:
             pass
 
-    with pytest.raises(Interrupted, match="after 1 of 3 epochs; resume with the same command") as caught:
+    with pytest.raises(Interrupted, match="after 1 of 3 epochs. Resume with the same command") as caught:
         loop.train(TINY, images(), tmp_path / "run", progress=Stop())
     assert caught.value.code == 130
     assert loop.train(TINY, images(), tmp_path / "run").epochs_run == 2

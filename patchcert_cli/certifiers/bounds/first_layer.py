@@ -122,7 +122,7 @@ class Split:
         """Weight of a convolutional first layer with respect to pixels in [0, 1]: [N, C/groups, kh, kw]."""
         assert isinstance(self.first, nn.Conv2d)
         if self.first.groups != 1:
-            raise UnsupportedThreat("a grouped convolution as first layer has no all-location bound;", hint="use groups=1.")
+            raise UnsupportedThreat("a grouped convolution as first layer has no all-location bound.", hint="Use groups=1.")
         return self._scaled(self.first.weight)
 
 
@@ -156,8 +156,8 @@ def sparse_box(split: Split, x: Tensor, threat: Sparse, *, epsilon: float = 1.0,
     """
     if split.first is None:
         raise UnsupportedThreat(
-            f"no certificate against {threat}: the network must begin with a linear or convolutional layer;",
-            hint="put pooling behind it.",
+            f"no certificate against {threat}: the network must begin with a linear or convolutional layer.",
+            hint="Put pooling behind it.",
         )
     clean = split.clean(x)
     if isinstance(split.first, nn.Linear):

@@ -50,7 +50,7 @@ def resolve(threat: Threat, height: int, width: int, channels: int) -> Patch | S
     if isinstance(threat, Patch | Sparse):
         threat.check(height, width, channels)
         return threat
-    raise UnsupportedThreat(f"interval bounds have no certificate against {threat};", hint="allowed: patch, sparse.")
+    raise UnsupportedThreat(f"interval bounds have no certificate against {threat}.", hint="Allowed: patch, sparse.")
 
 
 def lower_margins(

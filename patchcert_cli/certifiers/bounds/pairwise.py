@@ -80,7 +80,7 @@ def require_dense(network: nn.Module, channels: int) -> Split:
     """Cut ``network``, for which there must be lines."""
     split = Split.of(network, channels)
     if not split.is_dense:
-        raise UsageError("linear bounds in training need a fully connected network of two or more layers;", hint="use linear=0.")
+        raise UsageError("linear bounds in training need a fully connected network of two or more layers.", hint="Use linear=0.")
     return split
 
 

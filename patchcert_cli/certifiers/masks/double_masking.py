@@ -70,8 +70,8 @@ class Table:
         for classes in (told.label, told.rival):
             if bool(((classes < 0) | (classes >= MOST_CLASSES)).any()):
                 raise UsageError(
-                    f"a classifier that answers class {int(classes.max())} or below 0;",
-                    hint=f"classes are 0 to {MOST_CLASSES - 1}.",
+                    f"a classifier that answers class {int(classes.max())} or below 0.",
+                    hint=f"Classes are 0 to {MOST_CLASSES - 1}.",
                 )
         logit_margin = torch.nan_to_num(told.logit_margin, nan=0.0, posinf=0.0, neginf=0.0)
         for mine, new in ((self.label, told.label), (self.rival, told.rival), (self.logit_margin, logit_margin)):

@@ -345,9 +345,7 @@ class ExactViews:
         with integers.only("float64"):
             right = self.each(x, image, first, second)
         if not torch.equal(found, right):
-            raise IntegrityError(
-                "the network's whole numbers differ from those of float64;", hint="this build of torch does not compute exactly."
-            )
+            raise IntegrityError("the network's whole numbers differ from those of float64.", hint="Install another torch.")
 
     def logits(self, steps: Tensor, hidden: Tensor) -> Tensor:
         """float64 [n, K] of whole numbers [n, C, H, W] behind bool [n, H, W], from the whole network."""

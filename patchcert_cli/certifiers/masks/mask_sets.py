@@ -110,8 +110,8 @@ class MaskPlan:
         least = self._with(height, width, per_axis=2)
         if least.passes > self.passes:
             raise UsageError(
-                f"{self.passes} passes are too few for masks against {', '.join(self.covers)};",
-                hint=f"allow {least.passes} or more.",
+                f"{self.passes} passes are too few for masks against {', '.join(self.covers)}.",
+                hint=f"Allow {least.passes} or more.",
             )
         best, longest = least, max(height, width)
         for per_axis in range(3, longest + 1):
@@ -136,14 +136,14 @@ class MaskPlan:
             boxes = [(top, left, rows, columns) for (top, rows), (left, columns) in product(*axes)]
             if (height, width) in ((rows, columns) for _, _, rows, columns in boxes):
                 raise UsageError(
-                    f"masks against {text} hide all of a {height}x{width} image;",
-                    hint="cover a smaller patch, or use more masks along each axis.",
+                    f"masks against {text} hide all of a {height}x{width} image.",
+                    hint="Cover a smaller patch, or use more masks along each axis.",
                 )
             together = min(budget, len(boxes))
             if len(found) + math.comb(len(boxes), together) > MOST:
                 raise UsageError(
-                    f"more than {MOST} masks are needed against {', '.join(self.covers)};",
-                    hint="use fewer per axis, for example 3.",
+                    f"more than {MOST} masks are needed against {', '.join(self.covers)}.",
+                    hint="Use fewer per axis, for example 3.",
                 )
             found |= dict.fromkeys(combinations(boxes, together))
         return MaskSet(height, width, tuple(found))
@@ -218,13 +218,13 @@ class MaskSet:
             if not bool(found.by.any(dim=1).all()):
                 break
             if len(found.by) * len(one.by) * len(self) > LARGEST:
-                raise UnsupportedThreat(f"{threat} is too many changes at once for masks;", hint="two patches are possible.")
+                raise UnsupportedThreat(f"{threat} is too many changes at once for masks.", hint="Two patches are possible.")
             first, second = torch.cartesian_prod(torch.arange(len(found.by)), torch.arange(len(one.by))).T
             found = _smallest(Cover(found.by[first] & one.by[second], found.location[first]))
         if not bool(found.by.any(dim=1).all()):
             raise UnsupportedThreat(
-                f"the {len(self)} masks of this model do not cover {threat};",
-                hint=f"choose masks that do: masks.covers in its config.json, for example ['{threat}'].",
+                f"the {len(self)} masks of this model do not cover {threat}.",
+                hint=f"Choose masks that do: masks.covers in its config.json, for example ['{threat}'].",
             )
         return found
 

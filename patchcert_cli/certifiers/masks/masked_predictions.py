@@ -225,12 +225,12 @@ class Views:
             logits = self._behind(kind, network, x, first, second)
         if tuple(logits.shape) != (len(x), self.classes):
             raise IntegrityError(
-                f"the network returns {tuple(logits.shape)} for {len(x)} images;",
-                hint=f"it must return logits ({len(x)}, {self.classes}).",
+                f"the network returns {tuple(logits.shape)} for {len(x)} images.",
+                hint=f"It must return logits ({len(x)}, {self.classes}).",
             )
         told = logits.double().cpu()
         if not bool(told.isfinite().all()):
-            raise IntegrityError("the network answers NaN or infinity;", hint="its weights or its preprocessing are broken.")
+            raise IntegrityError("the network answers NaN or infinity.", hint="Its weights or its preprocessing are broken.")
         return told, watch.scale(logits)
 
     def _behind(self, kind: str, network: nn.Module, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -325,8 +325,8 @@ class Views:
                 off = self._off(kind, x, first, second, size, best, scale)
                 if ROOM * off > TOLERANCE[kind]:
                     raise IntegrityError(
-                        f"in {kind} logits are off by {off:.1e} of their scale, and {TOLERANCE[kind] / ROOM:.1e} is allowed for;",
-                        hint="a network so sensitive to rounding cannot be certified.",
+                        f"in {kind} logits are off by {off:.1e} of their scale, and {TOLERANCE[kind] / ROOM:.1e} is allowed for.",
+                        hint="A network so sensitive to rounding cannot be certified.",
                     )
 
     def _off(self, kind: str, x: Tensor, first: Tensor, second: Tensor, size: int, best: Tensor, scale: Tensor) -> float:
@@ -354,8 +354,8 @@ class Views:
             torch.set_num_threads(threads)
         if failed:
             raise IntegrityError(
-                f"the logits of an image depend on {', '.join(failed)};",
-                hint="something in the network is random or remembers: it has no answer to certify.",
+                f"the logits of an image depend on {', '.join(failed)}.",
+                hint="Something in the network is random or remembers: it has no answer to certify.",
             )
 
 

@@ -80,7 +80,7 @@ class IntervalDefense(Defense):
             logits: Tensor = exact(x.double())
         if logits.ndim != 2:
             raise UnsupportedThreat(
-                f"logits of shape {tuple(logits.shape)} are not [B, K];", hint="end the network with Flatten."
+                f"logits of shape {tuple(logits.shape)} are not [B, K].", hint="End the network with Flatten."
             )
         best = logits.amax(dim=1, keepdim=True)
         return (logits == best).int().argmax(dim=1)
@@ -121,12 +121,12 @@ class IntervalDefense(Defense):
             found, best = single(x).double(), exact(x.double())
             allowed = rounding.forward_error(Split.of(exact, x.shape[1]), x, torch.float32)
         if not bool(found.isfinite().all() & best.isfinite().all()):
-            raise IntegrityError("the network answers NaN or infinity;", hint="its weights or its preprocessing are broken.")
+            raise IntegrityError("the network answers NaN or infinity.", hint="Its weights or its preprocessing are broken.")
         off = float((found - best).abs().max())  # of one logit; a difference of two may be off by twice as much
         if not off <= allowed:
             raise MachineError(
-                f"in float32 logits are off by {off:.1e}, and rounding explains {allowed:.1e};",
-                hint="a setting makes this machine compute in less than float32: undo it, or use another --device.",
+                f"in float32 logits are off by {off:.1e}, and rounding explains {allowed:.1e}.",
+                hint="A setting makes this machine compute in less than float32: undo it, or use another --device.",
             )
 
     def _certificate(self, prediction: Tensor, proof: rounding.Proof, threat: Threat, method: str) -> Certificate:

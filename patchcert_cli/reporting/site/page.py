@@ -57,9 +57,9 @@ def write(cards: Iterable[Card], folder: Path, *, force: bool = False) -> Path:
     path = folder / INDEX
     files.check_folder(folder, "--out")
     if path.exists() and not path.is_file():
-        raise UsageError(f"'{path}' is no regular file;", hint="choose another --out.")
+        raise UsageError(f"'{path}' is no regular file.", hint="Choose another --out.")
     if path.exists() and not force and not _ours(path):
-        raise UsageError(f"'{path}' was not written by this command;", hint="choose another --out, or replace it with --force.")
+        raise UsageError(f"'{path}' was not written by this command.", hint="Choose another --out, or replace it with --force.")
     files.write_named(path, render(cards).encode())
     return path
 

@@ -78,8 +78,8 @@ def _pictures(text: str) -> tuple[str, str]:
 
     path, _, words = text.partition("=")
     if not path or not words.strip():
-        hint = "use FILE=PICTURES, such as result.json='100 photographs of birds, example.org/birds'."
-        raise UsageError(f"--sample '{text}' does not say what the pictures are;", hint=hint)
+        hint = "Use FILE=PICTURES, such as result.json='100 photographs of birds, example.org/birds'."
+        raise UsageError(f"--sample '{text}' does not say what the pictures are.", hint=hint)
     return path, words.strip()
 
 
@@ -94,12 +94,12 @@ def _published(text: str, source: str) -> Published:
         clean, certified = (float(share) for share in shares.split("/"))
     except ValueError as problem:
         raise UsageError(
-            f"--published '{text}' cannot be read;", hint="use THREAT=CLEAN/CERTIFIED, such as patch:5x5=0.92/0.60."
+            f"--published '{text}' cannot be read.", hint="Use THREAT=CLEAN/CERTIFIED, such as patch:5x5=0.92/0.60."
         ) from problem
     if not 0 <= certified <= clean <= 1:
-        raise UsageError(f"--published '{text}':", hint="give fractions with 0 <= CERTIFIED <= CLEAN <= 1.")
+        raise UsageError(f"--published '{text}'.", hint="Give fractions with 0 <= CERTIFIED <= CLEAN <= 1.")
     if not source:
-        raise UsageError("--published needs a source;", hint="say with --source where the numbers stand.")
+        raise UsageError("--published needs a source.", hint="Name where the numbers are published with --source.")
     return Published(str(parse_threat(threat)), clean, certified, source)
 
 

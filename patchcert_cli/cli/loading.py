@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Claims = Callable[[str, tuple[int, int, int]], Sequence[Claim]]
 
-SAY_DATA = "say on which pictures: --data imagefolder:./val, or a data set such as cifar10."
+SAY_DATA = "Name the images: --data imagefolder:./val, or a data set such as cifar10."
 CLASSIFIER = "Plain classifiers, and other masks"
 DefenseOption = Annotated[
     str | None,
@@ -88,16 +88,16 @@ def wish_of(
 ) -> Wish:
     """What the options say is to be made of a model, refused if they contradict each other."""
     if masks is not None and passes is not None:
-        raise UsageError("--masks and --passes both say how many masks there are;", hint="give one of them.")
+        raise UsageError("--masks and --passes both say how many masks there are.", hint="Give one of them.")
     for flag, value in (("--masks", masks), ("--passes", passes)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} {value} must be 1 or more.")
     if threshold is not None and not 0 <= threshold < 1:
-        raise UsageError(f"--threshold {threshold:g} is no confidence;", hint="allowed: from 0 (any contradiction) to below 1.")
+        raise UsageError(f"--threshold {threshold:g} is no confidence.", hint="Allowed: from 0 (any contradiction) to below 1.")
     if labels not in (None, "float32", "bfloat16"):
-        raise UsageError(f"invalid --labels '{labels}':", hint="use float32 or bfloat16.")
+        raise UsageError(f"invalid --labels '{labels}'.", hint="Use float32 or bfloat16.")
     if weights == "none" and not dry_run:
-        raise UsageError("--weights none means random weights, whose answers mean nothing;", hint="it goes with --dry-run.")
+        raise UsageError("--weights none means random weights, whose answers mean nothing.", hint="Add --dry-run.")
 
     from patchcert_cli.evaluation.subjects import Wish
 
@@ -192,7 +192,7 @@ def _open(
     _foresee(model, claims, dataset, data_dir)
     candidate = found(model, dataset, wish, place)
     if dataset is None and datasets.own(candidate.dataset):
-        raise UsageError(f"{candidate.name} was trained on {candidate.dataset};", hint=SAY_DATA)
+        raise UsageError(f"{candidate.name} was trained on {candidate.dataset}.", hint=SAY_DATA)
     chosen = candidate.fitted(dataset or candidate.dataset)
     shape = candidate.shape(chosen)
     meant = tuple(claims(candidate.threat, shape))
@@ -222,7 +222,7 @@ def _foresee(model: str | None, claims: Claims, dataset: str | None, data_dir: P
     card = bundled.card(model) if model in bundled.names() else None
     if addresses.is_address(model):
         if dataset is None:
-            raise UsageError(f"{model} comes without images;", hint=SAY_DATA)
+            raise UsageError(f"{model} comes without images.", hint=SAY_DATA)
         claims("", data.info(dataset).shape)
     elif card is None or not card.classifier:
         return
