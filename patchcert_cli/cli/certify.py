@@ -231,7 +231,7 @@ def _certify_picture(
 ) -> None:
     from patchcert_cli import device as devices
     from patchcert_cli.evaluation import single_image
-    from patchcert_cli.reporting import plots, text
+    from patchcert_cli.reporting import margin_maps, text
 
     place = devices.resolve(device)
     candidate = loading.found(model, dataset, request, place)
@@ -245,7 +245,7 @@ def _certify_picture(
         found = single_image.certify(evaluated, image, meant, **more)
     values = found.values
     if map_to is not None and found.margins is not None:
-        plots.single_map(values, found.pixels, found.margins, map_to, unit=evaluated.defense.unit)
+        margin_maps.single_map(values, found.pixels, found.margins, map_to, unit=evaluated.defense.unit)
         values |= {"map": str(map_to)}
         found.notes.append(f"drew {map_to}")
     show.say("\n".join(found.notes))
