@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patchcert_cli import cards, defenses
 from patchcert_cli.defenses import Defense
-from patchcert_cli.errors import IntegrityError
+from patchcert_cli.errors import IntegrityError, first_line
 from patchcert_cli.layers.fixed_point import Grid
 from patchcert_cli.storage import files
 from patchcert_cli.storage.files import CONFIG, INDEX, WEIGHTS, parse_json, refuse_pickle, shard, write_atomically, write_json
@@ -46,7 +46,7 @@ def unpack(path: Path, content: bytes | None = None) -> tuple[dict[str, Tensor],
         end = 8 + int.from_bytes(content[:8], "little")
         note = json.loads(json.loads(content[8:end]).get("__metadata__", {}).get("patchcert", "{}"))
     except (SafetensorError, OSError, ValueError, RecursionError) as problem:
-        raise IntegrityError(f"'{path}' is not an intact safetensors file: {str(problem).splitlines()[0]}.") from problem
+        raise IntegrityError(f"'{path}' is not an intact safetensors file: {first_line(problem)}.") from problem
     return tensors, note
 
 

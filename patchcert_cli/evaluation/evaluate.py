@@ -19,11 +19,12 @@ from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.errors import Interrupted, MachineError, UsageError
 from patchcert_cli.evaluation import results, run_folder
 from patchcert_cli.evaluation.pace import Clock, Pace, spoken
-from patchcert_cli.evaluation.run_folder import RESULT, Record, Run
+from patchcert_cli.evaluation.run_folder import Record, Run
 from patchcert_cli.evaluation.task import EvaluationTask
 from patchcert_cli.layers import passes
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage import files
+from patchcert_cli.storage.files import RESULT
 
 BROKEN = "broken.safetensors"  # adversarial images of certified ones
 EVERY = 5.0  # seconds between two looks at what a batch has come to

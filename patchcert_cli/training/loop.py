@@ -28,7 +28,6 @@ from patchcert_cli.training.average import Average
 from patchcert_cli.training.muon import Muon
 from patchcert_cli.training.recipe import Recipe
 
-STATE, METRICS = "state.safetensors", "metrics.jsonl"
 FITTED = 500  # training images that a defense is finished with
 REPORTS = 10  # points of a run at which some validation images are certified; the last epoch certifies all
 
@@ -130,7 +129,7 @@ def train(
     kept, held = images.limit(recipe.limit or None, recipe.seed).hold_out(recipe.validation, recipe.seed)
 
     def begin(defense: Defense) -> None:
-        if not (folder / STATE).exists():
+        if not (folder / files.STATE).exists():
             defense.fit_before(_some(defense, kept))
             if prepare is not None:
                 prepare(defense)
@@ -179,7 +178,7 @@ def train(
 
 
 def _note(folder: Path, lines: list[dict[str, Any]]) -> None:
-    files.write_atomically(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    files.write_atomically(folder / files.METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def _seen(tally: Tally) -> dict[str, Any]:
@@ -321,14 +320,14 @@ def monitor(defense: Defense, images: Images, recipe: Recipe, batch: int = 500) 
 
 def _save(folder: Path, recipe: Recipe, state: _State, epoch: int) -> None:
     note = {"recipe": recipe.to_dict(), "epoch": epoch, "averaged": state.average.steps if state.average else 0}
-    files.write_atomically(folder / STATE, checkpoint.pack(state.tensors(), note))
+    files.write_atomically(folder / files.STATE, checkpoint.pack(state.tensors(), note))
 
 
 def _restore(folder: Path, state: _State) -> int:
     """Load the state of the last whole epoch, if there is one; returns how many epochs it has."""
-    if not (folder / STATE).exists():
+    if not (folder / files.STATE).exists():
         return 0
-    tensors, note = checkpoint.unpack(folder / STATE)
+    tensors, note = checkpoint.unpack(folder / files.STATE)
     for prefix, part in state.parts().items():
         part.load_state_dict(_under(tensors, f"{prefix}."), strict=True)
     if state.average:
@@ -349,7 +348,7 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _kept_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
     """Metrics of the epochs that the restored state has; later lines belong to an epoch that was not saved."""
-    path = folder / METRICS
+    path = folder / files.METRICS
     if not path.exists():
         return []
     try:

@@ -23,9 +23,10 @@ from patchcert_cli.defenses import Claim
 from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError, UnsupportedThreat, UsageError
-from patchcert_cli.evaluation import evaluate, reproduce, results, run_folder, single_image
+from patchcert_cli.evaluation import evaluate, reproduce, results, single_image
 from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
 from patchcert_cli.reporting import text
+from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch, Sparse, Threat
 from patchcert_cli.training.recipe import Recipe
 from tests.soundness.arena import Arena, check, draw_images
@@ -279,7 +280,7 @@ def digits() -> Minority:
 
 def test_results_and_reports_say_detection(digits: Minority, tmp_path: Path) -> None:
     found = evaluate.certify(task_of(digits), tmp_path / "one")
-    records = results.read_records(tmp_path / "one" / run_folder.RECORDS)
+    records = results.read_records(tmp_path / "one" / files.RECORDS)
     alarms = sum(record["prediction"] == ALERT for record in records)
     assert found["guarantee"] == "detection" and found["counts"]["alarms"] == alarms > 0
     assert not any(record["certified"] for record in records if record["prediction"] == ALERT)
@@ -295,7 +296,7 @@ def test_results_and_reports_say_detection(digits: Minority, tmp_path: Path) -> 
     shown = dict(text.attack_rows(attacked))
     assert shown["judged for"] == "detection" and "or with an alarm" in shown["right under attack"]
     before = attacked["flipped"]
-    records = results.read_records(tmp_path / "three" / run_folder.RECORDS)
+    records = results.read_records(tmp_path / "three" / files.RECORDS)
     assert before == sum(r["attacked"] not in (r["prediction"], ALERT) for r in records)
 
 
@@ -374,7 +375,7 @@ def test_records_of_detection_are_asked_for_as_such(digits: Minority, tmp_path: 
         book.position("patch:3x3", guarantee="detection")
     task = task_of(digits, 8)
     evaluate.certify(task, tmp_path / "run")
-    records = results.read_records(tmp_path / "run" / run_folder.RECORDS)
+    records = results.read_records(tmp_path / "run" / files.RECORDS)
     rows = {r["index"]: PublishedRecord(r["label"], r["prediction"], (r["certified"],), (r["margin"],)) for r in records}
     kept = tmp_path / "records.jsonl.gz"
     kept.write_bytes(PublishedRecords("0" * 64, "mnist", "test", stated[1:], rows).pack())

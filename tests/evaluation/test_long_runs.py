@@ -20,10 +20,11 @@ from patchcert_cli.data.images import Images
 from patchcert_cli.defenses import Claim
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import Interrupted, UsageError
-from patchcert_cli.evaluation import estimate, evaluate, reproduce, results, run_folder, single_image
+from patchcert_cli.evaluation import estimate, evaluate, reproduce, results, single_image
 from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
 from patchcert_cli.layers import passes
 from patchcert_cli.progress import Silent
+from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch
 
 SHAPE, MASKS = (3, 12, 12), 9
@@ -73,7 +74,7 @@ class Seen(Silent):
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    path = folder / run_folder.RECORDS
+    path = folder / files.RECORDS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -162,7 +163,7 @@ def test_an_attack_stops_in_time_and_says_what_it_left(tmp_path: Path, monkeypat
     part = evaluate.attack(world.task, Slow(), {}, tmp_path / "part", max_seconds=spent / 2, **many)
     assert 0 < part["images"] < 30 and part["left"] == 30 - part["images"]
     assert world.now <= spent / 2 + 12 * 0.01 * 8  # the pass that was running
-    assert not (tmp_path / "part" / run_folder.RESULT).exists() and not part["full_split"]
+    assert not (tmp_path / "part" / files.RESULT).exists() and not part["full_split"]
     rest = evaluate.attack(world.task, Slow(), {}, tmp_path / "part", **many)
     assert rest["resumed"] == part["images"] and rest["images"] == 30
     assert by_index(tmp_path / "part") == by_index(tmp_path / "whole")
