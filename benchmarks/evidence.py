@@ -23,8 +23,8 @@ from patchcert_cli.catalog import resolve
 from patchcert_cli.certifiers.cells import additive
 from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
+from patchcert_cli.defenses import Claim, TrainingStep
 from patchcert_cli.defenses.bagcert import BagCert
-from patchcert_cli.defenses.base import Claim, TrainingStep
 from patchcert_cli.defenses.smoothing import Smoothing
 from patchcert_cli.layers import fixed_point, integers, precision
 from patchcert_cli.storage import files
@@ -48,7 +48,7 @@ def seconds(work: Callable[[], object], repeats: int = 3) -> float:
 def overhead(defense: BagCert, x: Tensor) -> None:
     sizes = [Claim(Patch(side, side)) for side in range(1, 11)]
     forward = seconds(lambda: defense.scores(x))
-    one, ten = seconds(lambda: defense.certify_each(x, sizes[4:5])), seconds(lambda: defense.certify_each(x, sizes))
+    one, ten = seconds(lambda: defense.certify_claims(x, sizes[4:5])), seconds(lambda: defense.certify_claims(x, sizes))
     print(f"bagcert, {len(x)} images: forward pass {forward:.3f} s = {len(x) / forward:.0f} images/s")
     print(
         f"  certify 5x5 at all 784 locations: +{100 * (one / forward - 1):.1f} %; sizes 1..10: +{100 * (ten / forward - 1):.1f} %"
@@ -130,7 +130,7 @@ def smoothing(defense: Smoothing, recipe: dict[str, Any], x: Tensor) -> None:
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 1.0
     frames.training_loss(x, torch.zeros(len(x), dtype=torch.int64), TrainingStep(PATCH, frames.how, 0.0, 1, torch.Generator()))
-    frames.finish(x[:8])
+    frames.calibrate(x[:8])
     whole = seconds(lambda: frames.certify(x, PATCH), 1)
     print(f"  given whole frames, as published: {len(x) / whole:.1f} images/s")
     if importlib.util.find_spec("art") is None:

@@ -15,8 +15,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from patchcert_cli import cards, defenses
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses import Defense
 from patchcert_cli.errors import IntegrityError, first_line
+from patchcert_cli.layers.fixed_point import Quantizer
 from patchcert_cli.storage import files
 from patchcert_cli.storage.files import CONFIG, INDEX, WEIGHTS, parse_json, refuse_pickle, shard, write_atomically, write_json
 

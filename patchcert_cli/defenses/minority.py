@@ -28,7 +28,7 @@ from patchcert_cli.certifiers.masks.exact_predictions import Predictor
 from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage
 from patchcert_cli.certifiers.masks.masked_detection import MaskedOutputs
 from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE
-from patchcert_cli.defenses.base import Claim, Options
+from patchcert_cli.defenses._base import Claim, Options
 from patchcert_cli.defenses.patchcleanser import MaskedOptions, PatchCleanser
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.schema import Count, Fraction
@@ -67,9 +67,9 @@ class Minority(PatchCleanser):
     grid: tuple[float, ...] = ()
 
     @classmethod
-    def entries(cls, threat: Threat, options: Options) -> dict[str, Any]:
+    def deploy_config(cls, threat: Threat, options: Options) -> dict[str, Any]:
         assert isinstance(options, MinorityOptions)
-        return {**super().entries(threat, options), "threshold": options.threshold}
+        return {**super().deploy_config(threat, options), "threshold": options.threshold}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Minority:
@@ -142,7 +142,7 @@ class Minority(PatchCleanser):
         return masked_detection.answer(self._reports(x, self.views())).to(x.device)
 
     @torch.no_grad()
-    def certify_each(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
+    def certify_claims(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
         """All claims from one look at every view."""
         self.check_input(x)
         for claim in claims:
@@ -175,7 +175,7 @@ class Minority(PatchCleanser):
             plain=reports.whole.to(device) if self.grid else None,
         )
 
-    def cost(self) -> tuple[int, int]:
+    def passes_per_image(self) -> tuple[int, int]:
         return (len(self.set) + 1,) * 2
 
     def _by_mask(self, x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from patchcert_cli.certifiers.masks.exact_predictions import ExactMaskedPredicto
 from patchcert_cli.certifiers.masks.logit_scale import CalibrationCache
 from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage, MaskSpec
 from patchcert_cli.certifiers.masks.masked_predictions import PRECISIONS, MaskedPredictor
-from patchcert_cli.defenses.base import Augment, Claim, Defense, Options, Surrogate, TrainingStep
+from patchcert_cli.defenses._base import Augment, Claim, Defense, Options, Surrogate, TrainingStep
 from patchcert_cli.errors import UsageError
 from patchcert_cli.layers import fixed_point, precision
 from patchcert_cli.layers.levels import Levels
@@ -82,7 +82,8 @@ class MaskedOptions(Options):
     def augment(self, progress: float, epochs: int) -> Augment:
         return Augment(flip=self.flip, shift=self.shift)
 
-    def keep(self) -> float:
+    @property
+    def ema_decay(self) -> float:
         return self.average
 
 
@@ -115,9 +116,9 @@ class PatchCleanser(Defense):
     source = "Xiang, Mahloujifar & Mittal, PatchCleanser, USENIX Security 2022"
     methods = double_masking.METHODS
     options = MaskedOptions
-    numerics: Mapping[str, str] = {"labels in doubt": "float64, one image at a time"}
+    precision: Mapping[str, str] = {"labels in doubt": "float64, one image at a time"}
     default_network = "masked"
-    monitored = 50
+    validation_size = 50
     unit = "of the logit scale"
 
     masks: Tensor
@@ -152,14 +153,14 @@ class PatchCleanser(Defense):
         self.deployed = fixed_point.FrozenNetworkCache(network) if getattr(network, "freezable", False) else None
         self._exact: ExactMaskedPredictor | None = None
         if self.deployed is not None:
-            self.numerics = {"labels": "exact"}
+            self.precision = {"labels": "exact"}
         self.register_buffer("masks", self.set.hidden, persistent=False)
         self.register_buffer("fill", torch.tensor(list(fill), dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
         if len(self.fill) != input_shape[0]:
             raise UsageError(f"a colour of {len(self.fill)} channels does not fit images of {input_shape[0]}.")
 
     @classmethod
-    def entries(cls, threat: Threat, options: Options) -> dict[str, Any]:
+    def deploy_config(cls, threat: Threat, options: Options) -> dict[str, Any]:
         assert isinstance(options, MaskedOptions)
         return {"masks": MaskSpec((str(threat),), per_axis=options.per_axis).to_dict(), "labels": options.labels}
 
@@ -204,7 +205,7 @@ class PatchCleanser(Defense):
         return torch.cat([torch.zeros(0, dtype=torch.int64), *found]).to(x.device)
 
     @torch.no_grad()
-    def certify_each(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
+    def certify_claims(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
         """All claims from the same passes: what one of them asked is known to the next."""
         self.check_input(x)
         for claim in claims:
@@ -263,12 +264,12 @@ class PatchCleanser(Defense):
             self._exact = ExactMaskedPredictor(frozen, masks, self.fill)
         return self._exact
 
-    def cost(self) -> tuple[int, int]:
+    def passes_per_image(self) -> tuple[int, int]:
         return len(self.set), self.set.passes
 
-    def remark(self, threat: Threat) -> str:
+    def note(self, threat: Threat) -> str:
         """What it costs."""
-        least, most = self.cost()
+        least, most = self.passes_per_image()
         passes = f"{least}" if least == most else f"{least} to {most}"
         return f"masks: {self.set.sizes} pixels; {passes} passes of the network an image, with the proof"
 
@@ -309,14 +310,14 @@ class PatchCleanser(Defense):
         seen = self.views()
         return fingerprint.answers(seen) if isinstance(seen, MaskedPredictor) else None
 
-    def begin(self, x: Tensor) -> None:
+    def fit_before(self, x: Tensor) -> None:
         """Let a network that can begin with the whitening of the training images do so."""
         whiten = getattr(self.network, "whiten", None)
         if whiten is not None:
             whiten(x)
 
     @torch.no_grad()
-    def finish(self, x: Tensor) -> None:
+    def calibrate(self, x: Tensor) -> None:
         """Choose the steps of a network that is to be frozen, from training images behind two random masks and behind none."""
         if self.deployed is None:
             return

@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from patchcert_cli import models, schema
 from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
-from patchcert_cli.defenses.base import Augment, Options, TrainingStep
-from patchcert_cli.defenses.evidence import EvidenceDefense
+from patchcert_cli.defenses._base import Augment, Options, TrainingStep
+from patchcert_cli.defenses._cells import VotingDefense
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.layers import fixed_point, programs
 from patchcert_cli.layers.programs import Runner
@@ -36,7 +36,7 @@ from patchcert_cli.threats import Patch
 
 PIECE = 1 << 22  # activations of one layer that are computed at a time, at most
 ROUNDING = 1e-9  # far more than the rounding error of a softmax in float64
-OBSERVED = 4  # ablations of each image that :meth:`Smoothing.finish` looks at
+OBSERVED = 4  # ablations of each image that :meth:`Smoothing.calibrate` looks at
 
 
 ABLATIONS, VOTES, VIEWS = ("column", "row", "block"), ("top-one", "threshold"), ("crop", "full")
@@ -78,7 +78,7 @@ class SmoothingOptions(Options):
         return Augment(flip=self.flip, shift=self.shift)
 
 
-class Smoothing(EvidenceDefense):
+class Smoothing(VotingDefense):
     """Ablations of the image vote by what a network says about each.
 
     Attributes:
@@ -128,7 +128,7 @@ class Smoothing(EvidenceDefense):
         with torch.no_grad():  # logits around 0, so that cells differ in what they vote for
             network.head.weight.mul_(20)
             network.head.bias.sub_(network(made._drawn(x, torch.Generator().manual_seed(0))).mean(dim=0))
-        made.finish(x)
+        made.calibrate(x)
         return made
 
     @property
@@ -201,7 +201,7 @@ class Smoothing(EvidenceDefense):
         return Axis.whole(length, side)
 
     @torch.no_grad()
-    def finish(self, x: Tensor) -> None:
+    def calibrate(self, x: Tensor) -> None:
         """Choose the steps of the deployed network's activations from a few ablations of some training images."""
         self.eval()
         generator = torch.Generator().manual_seed(0)

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from patchcert_cli import checkpoint
-from patchcert_cli.attacks.base import Attack
-from patchcert_cli.attacks.target import Start
+from patchcert_cli.attacks import Attack, Start
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.errors import Interrupted, MachineError, UsageError
 from patchcert_cli.evaluation import results, run_folder
@@ -53,10 +52,17 @@ def certify(
 
     def batch(part: Images) -> list[Record]:
         x = to_float(part.read()).to(defense.device)
-        return list(results.certify_records(part, defense.certify_each(x, task.claims), task.model.plain(x)))
+        return list(results.certify_records(part, defense.certify_claims(x, task.claims), task.model.plain(x)))
 
     with _opened(task, "certify", {}, folder, fresh) as run:
-        work = _Work(task, run, Pace(task.batch_size, defense.cost()), progress or Silent(), clock, most=defense.cost())
+        work = _Work(
+            task,
+            run,
+            Pace(task.batch_size, defense.passes_per_image()),
+            progress or Silent(),
+            clock,
+            most=defense.passes_per_image(),
+        )
         return work.finish(batch, lambda seconds, resumed: results.certify_result(task, run, seconds, resumed))
 
 

@@ -29,7 +29,7 @@ from patchcert_cli.classifiers.addresses import Classifier
 from patchcert_cli.data import class_folders, class_names, datasets, image_files
 from patchcert_cli.data.class_names import Names
 from patchcert_cli.data.resize_crop import ResizeCrop
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.evaluation.task import EvaluatedModel

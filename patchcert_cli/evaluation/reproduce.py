@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from patchcert_cli.arithmetic import weakest
-from patchcert_cli.attacks.base import Attack
+from patchcert_cli.attacks import Attack
 from patchcert_cli.cards.published import PublishedRecord, PublishedRecords
-from patchcert_cli.defenses.base import Claim
+from patchcert_cli.defenses import Claim
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError
 from patchcert_cli.evaluation import evaluate, results
 from patchcert_cli.evaluation.run_folder import Record

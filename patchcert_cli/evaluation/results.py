@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from patchcert_cli.arithmetic import former, weakest
-from patchcert_cli.attacks.base import AttackResult
+from patchcert_cli.attacks import AttackResult
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee, Tally
 from patchcert_cli.data.images import Images
 from patchcert_cli.errors import ClaimError

@@ -15,7 +15,7 @@ from patchcert_cli.errors import IntegrityError, first_line
 
 def names() -> list[str]:
     """All network names."""
-    return registry.module_names(__path__, but=())
+    return registry.module_names(__path__)
 
 
 def build(name: str, options: Mapping[str, Any]) -> nn.Sequential:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from patchcert_cli import checkpoint, defenses
 from patchcert_cli.certificate import Tally
 from patchcert_cli.data.images import Images, to_float
-from patchcert_cli.defenses.base import Defense, TrainingStep
+from patchcert_cli.defenses import Defense, TrainingStep
 from patchcert_cli.errors import IntegrityError, Interrupted, MachineError, UsageError
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage import files, locks
@@ -47,11 +47,11 @@ class _State:
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
             defense = defenses.build(recipe.config())
-            aid = (defense.prepare(recipe.training) or nn.Module()).to(device)
+            aid = (defense.init_weights(recipe.training) or nn.Module()).to(device)
             defense = _laid_out(defense.to(device), recipe)
         if begin is not None:
             begin(defense)
-        average = Average(defense) if recipe.training.keep() > 0 else None
+        average = Average(defense) if recipe.training.ema_decay > 0 else None
         return cls(defense, aid, average, _optimizer([*defense.parameters(), *aid.parameters()], recipe))
 
     @property
@@ -130,7 +130,7 @@ def train(
 
     def begin(defense: Defense) -> None:
         if not (folder / files.STATE).exists():
-            defense.begin(_some(defense, kept))
+            defense.fit_before(_some(defense, kept))
             if prepare is not None:
                 prepare(defense)
 
@@ -154,7 +154,7 @@ def train(
             _save(folder, recipe, state, epoch + 1)  # certifying may take longer than the epoch did
             said = f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f} ({seconds:.0f} s)"
             if looked_at and not last:
-                tally = monitor(made, held.limit(made.monitored, recipe.seed), recipe)
+                tally = monitor(made, held.limit(made.validation_size, recipe.seed), recipe)
                 row |= _seen(tally)
                 _note(folder, lines)
                 clean, certified = tally.clean_accuracy, tally.certified_accuracy
@@ -227,7 +227,7 @@ def _optimizer(weights: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optim
 
 
 def _rate(recipe: Recipe, progress: float) -> float:
-    return recipe.learning_rate * recipe.training.rate(progress, recipe.epochs)
+    return recipe.learning_rate * recipe.training.lr_multiplier(progress, recipe.epochs)
 
 
 @torch.no_grad()
@@ -239,7 +239,7 @@ def _finish(recipe: Recipe, defense: Defense, images: Images, *, rounded: bool) 
         for weight in defense.parameters():
             if weight.ndim > 1:
                 weight.copy_(weight.to(getattr(torch, recipe.stored)))
-    defense.finish(_some(defense, images))
+    defense.calibrate(_some(defense, images))
 
 
 def _some(defense: Defense, images: Images) -> Tensor:
@@ -266,14 +266,14 @@ def _epoch(recipe: Recipe, epoch: int, state: _State, images: Images, progress: 
         if reduced:
             x = x.contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
-            group["lr"] = group.get("share", 1.0) * recipe.learning_rate * options.rate(at, recipe.epochs)
+            group["lr"] = group.get("share", 1.0) * recipe.learning_rate * options.lr_multiplier(at, recipe.epochs)
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(defense.device.type, torch.bfloat16, enabled=reduced):
             loss = defense.training_loss(x, label, TrainingStep(threat, options, at, recipe.epochs, generator, state.aid))
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if average:
-            average.follow(defense, options.keep())
+            average.follow(defense, options.ema_decay)
         total += float(loss.detach())
         said = f"epoch {epoch + 1} of {recipe.epochs}: loss {total / (number + 1):.4f}"
         progress.update(epoch * steps + number + 1, recipe.epochs * steps, said)

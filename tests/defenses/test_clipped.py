@@ -15,7 +15,7 @@ from patchcert_cli import checkpoint, data
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers.cells import additive
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
-from patchcert_cli.defenses.base import TrainingStep
+from patchcert_cli.defenses import TrainingStep
 from patchcert_cli.defenses.clipped import STEPS, Clipped, ClippedOptions, thresholds
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.threats import Patch, Patches, Sparse
@@ -48,7 +48,7 @@ def build(given: dict[str, Any] | None = None, seed: int = 7, lean: float = 1.0)
         defense.scorer.head.weight *= 0.5 / defense.scorer(x).std()
         scores = defense.scorer(x)
         defense.scorer.head.bias += lean * torch.randn(4) - scores.mean(dim=(0, 2, 3))
-        defense.finish(x)
+        defense.calibrate(x)
     return defense
 
 

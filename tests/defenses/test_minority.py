@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli import cards, data
-from patchcert_cli.attacks.base import Attack
+from patchcert_cli.attacks import Attack, Target
 from patchcert_cli.attacks.patch_pgd import PatchPGD
-from patchcert_cli.attacks.target import Target
 from patchcert_cli.cards import Card, Measured
 from patchcert_cli.cards.published import ClaimKey, PublishedRecord, PublishedRecords
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee
 from patchcert_cli.certifiers.masks import masked_detection
 from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage, MaskSet, MaskSpec
 from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE
-from patchcert_cli.defenses.base import Claim
+from patchcert_cli.defenses import Claim
 from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError, UnsupportedThreat, UsageError
@@ -69,7 +68,7 @@ def test_a_contradiction_raises_an_alarm_and_agreement_is_certified() -> None:
     assert certificate.prediction.tolist() == [0, ALERT, ALERT, 1] == defense.predict(x).tolist()
     assert certificate.certified.tolist() == [True, False, False, True]
     assert certificate.guarantee is Guarantee.DETECTION is defense.guarantee
-    assert [defense.called(one) for one in certificate.prediction.tolist()] == ["left", "alarm", "alarm", "right"]
+    assert [defense.class_name(one) for one in certificate.prediction.tolist()] == ["left", "alarm", "alarm", "right"]
     attacked = x[:1].clone()
     attacked[..., :2, :2], attacked[..., 2:, 2:] = 0, 0.1  # half of the left half
     assert defense.predict(attacked).tolist() == [ALERT]
@@ -305,7 +304,7 @@ def test_a_broken_certificate_of_detection_is_never_silent(
     digits: Minority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The answer turns to another class without an alarm, although it is certified."""
-    certify = Minority.certify_each
+    certify = Minority.certify_claims
 
     def gullible(self: Minority, x: Tensor) -> Tensor:
         return torch.where(x[:, 0, 0, 0] > 0.9, 3, 7)
@@ -323,7 +322,7 @@ def test_a_broken_certificate_of_detection_is_never_silent(
             return found
 
     monkeypatch.setattr(Minority, "predict", gullible)
-    monkeypatch.setattr(Minority, "certify_each", sure)
+    monkeypatch.setattr(Minority, "certify_claims", sure)
     found = evaluate.attack(task_of(digits, 4), Corner(), {}, tmp_path / "run")
     assert len(found["broken"]) == 4
     with pytest.raises(ClaimError, match="4 certified images were flipped"):
@@ -341,7 +340,7 @@ def test_a_picture_is_told_with_its_alarm(digits: Minority, tmp_path: Path) -> N
     model = task_of(digits).model
     digits_say = int(digits.predict(torch.full((1, 1, 28, 28), 128 / 255)))
     found = single_image.certify(model, path, [Claim(Patch(2, 2))]).values
-    assert found["class"] == digits.called(digits_say) and found["claims"][0]["guarantee"] == "detection"
+    assert found["class"] == digits.class_name(digits_say) and found["claims"][0]["guarantee"] == "detection"
     sure = {**found, "claims": [{**found["claims"][0], "certified": True}]}
     told = dict(text.single_rows(sure))["patch:2x2, agreement"]
     for answer, wanted in ({"class": "3", "prediction": 3}, "3 (class 3)"), ({"class": "alarm", "prediction": -1}, "alarm"):

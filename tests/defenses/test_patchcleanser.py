@@ -15,7 +15,7 @@ from patchcert_cli import checkpoint, models
 from patchcert_cli.certifiers.masks import masked_predictions
 from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE
-from patchcert_cli.defenses.base import Claim, TrainingStep
+from patchcert_cli.defenses import Claim, TrainingStep
 from patchcert_cli.defenses.minority import Minority
 from patchcert_cli.defenses.patchcleanser import MaskedOptions, PatchCleanser
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
@@ -297,7 +297,7 @@ def test_rows_certify_no_less_than_pairs_and_more_where_masks_overlap() -> None:
     counts = {"rows": 0, "pairs": 0}
     for seed in range(12):
         made, x = defense(seed=seed), images(count=20, seed=seed)
-        rows, pairs = made.certify_each(x, [Claim(Patch(1, 1), "rows"), Claim(Patch(1, 1), "pairs")])
+        rows, pairs = made.certify_claims(x, [Claim(Patch(1, 1), "rows"), Claim(Patch(1, 1), "pairs")])
         assert bool((pairs.certified <= rows.certified).all())
         counts["rows"] += int(rows.certified.sum())
         counts["pairs"] += int(pairs.certified.sum())
@@ -311,7 +311,7 @@ def test_threats_that_the_masks_do_not_cover_are_refused() -> None:
             made.certify(x, threat)
     with pytest.raises(UsageError, match="does not fit"):
         made.certify(x, Patch(5, 5))
-    assert "masks: 9 of 2x2" in made.remark(Patch(2, 2)) and "45" in made.remark(Patch(2, 2))
+    assert "masks: 9 of 2x2" in made.note(Patch(2, 2)) and "45" in made.note(Patch(2, 2))
     with pytest.raises(UsageError, match="a colour of 2 channels does not fit images of 1"):
         PatchCleanser(network((1, 4, 4), 0), input_shape=(1, 4, 4), classes=CLASSES, masks=made.plan, fill=(0.1, 0.2))
 
@@ -362,7 +362,7 @@ def test_a_folder_rebuilds_the_defense_with_its_masks(tmp_path: Path) -> None:
         assert torch.equal(again.certify(x, Patch(2, 2)).margin, made.certify(x, Patch(2, 2)).margin)
     with pytest.raises(IntegrityError, match="exclude each other"):
         PatchCleanser.from_config({**CONFIG, "masks": {"covers": ["patch:2x2"], "stride": 2, "per_axis": 2}})
-    entries = PatchCleanser.entries(Patch(2, 2), MaskedOptions(per_axis=4))
+    entries = PatchCleanser.deploy_config(Patch(2, 2), MaskedOptions(per_axis=4))
     assert entries == {"masks": {"covers": ["patch:2x2"], "per_axis": 4}, "labels": "float32"}
 
 
@@ -450,7 +450,7 @@ def test_a_greedy_sweep_leaves_no_trace_in_the_statistics() -> None:
 
 def test_options_are_kept_and_checked() -> None:
     options = MaskedOptions(average=0.9, flip=True, shift=3)
-    assert options.keep() == 0.9 and MaskedOptions(average=0.0).keep() == 0.0
+    assert options.ema_decay == 0.9 and MaskedOptions(average=0.0).ema_decay == 0.0
     assert (options.augment(0, 1).flip, options.augment(0, 1).shift) == (True, 3)
     assert replace(options, greedy_share=1.0).greedy_share == 1.0
 

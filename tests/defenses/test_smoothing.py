@@ -17,8 +17,7 @@ from patchcert_cli import checkpoint, data, models
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers.cells import additive
 from patchcert_cli.certifiers.cells.additive import Votes
-from patchcert_cli.defenses import smoothing
-from patchcert_cli.defenses.base import TrainingStep
+from patchcert_cli.defenses import TrainingStep, smoothing
 from patchcert_cli.defenses.smoothing import ABLATIONS, ROUNDING, VIEWS, VOTES, Smoothing, SmoothingOptions
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.layers import fixed_point, precision
@@ -64,7 +63,7 @@ def build(given: dict[str, Any] | None = None, seed: int = 0) -> Smoothing:
         x = images(24, defense.input_shape, 99)
         cell = torch.arange(24) % defense.cells
         roughen(defense.network, defense.views(x, torch.arange(24), cell))
-        defense.finish(x)
+        defense.calibrate(x)
     return defense
 
 
@@ -370,7 +369,7 @@ def test_storage_changes_nothing(tmp_path: Path, stored: str) -> None:
     with torch.no_grad():
         for weight in defense.parameters():  # as training does at its end
             weight.copy_(weight.to(getattr(torch, stored)) if weight.ndim > 1 else weight)
-    defense.finish(images(8, seed=98))
+    defense.calibrate(images(8, seed=98))
     checkpoint.save_defense(tmp_path, defense, given)
     again, read = checkpoint.load_defense(tmp_path)
     assert read == given and isinstance(again, Smoothing) and again.how == defense.how

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from patchcert_cli import attacks, checkpoint, data, defenses
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.defenses.base import Claim
+from patchcert_cli.defenses import Claim
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError, Interrupted, MachineError, UsageError
 from patchcert_cli.evaluation import estimate, evaluate, results
 from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
@@ -109,7 +109,7 @@ def test_other_settings_and_foreign_folders_are_refused(tmp_path: Path) -> None:
 def test_out_of_memory_halves_the_batch_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = evaluate.certify(make_task(), tmp_path / "reference")
     task, sizes = make_task(), []
-    real = task.model.defense.certify_each
+    real = task.model.defense.certify_claims
 
     def short_of_memory(limit: int) -> Any:
         def certify(x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
@@ -120,18 +120,18 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(tmp_path: Path, monk
 
         return certify
 
-    monkeypatch.setattr(task.model.defense, "certify_each", short_of_memory(5))
+    monkeypatch.setattr(task.model.defense, "certify_claims", short_of_memory(5))
     assert evaluate.certify(task, tmp_path / "small", clock=no_time)["counts"] == reference["counts"]
     assert sizes[:4] == [1, 8, 4, 4] and max(sizes[2:]) == 4
     assert verdicts(read(tmp_path / "small")) == verdicts(read(tmp_path / "reference"))
-    monkeypatch.setattr(task.model.defense, "certify_each", short_of_memory(0))
+    monkeypatch.setattr(task.model.defense, "certify_claims", short_of_memory(0))
     with pytest.raises(MachineError, match="batch of one image"):
         evaluate.certify(task, tmp_path / "none")
 
     def broken(x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(task.model.defense, "certify_each", broken)
+    monkeypatch.setattr(task.model.defense, "certify_claims", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         evaluate.certify(task, tmp_path / "bug")
 
@@ -160,12 +160,12 @@ def test_an_attack_is_held_against_the_certificates(tmp_path: Path, monkeypatch:
     results.check_claim(found)
     assert found["attacked_accuracy"] >= found["certified_accuracy"]
     assert found["queries"] > 0 and found["broken"] == []
-    real = task.model.defense.certify_each
+    real = task.model.defense.certify_claims
 
     def everything(x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
         return [replace(one, certified=torch.ones_like(one.certified)) for one in real(x, claims)]
 
-    monkeypatch.setattr(task.model.defense, "certify_each", everything)
+    monkeypatch.setattr(task.model.defense, "certify_claims", everything)
     found = evaluate.attack(replace(task, claims=(Claim(Patch(14, 14)),)), attacker, {"steps": 2}, tmp_path / "broken")
     assert found["broken"]
     with pytest.raises(ClaimError, match="certified images were flipped") as caught:

@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from patchcert_cli import attacks
-from patchcert_cli.attacks.base import Attack
-from patchcert_cli.attacks.target import Target
+from patchcert_cli.attacks import Attack, Target
 from patchcert_cli.certifiers.masks import masked_predictions
 from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.data.images import Images
-from patchcert_cli.defenses.base import Claim
+from patchcert_cli.defenses import Claim
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import Interrupted, UsageError
 from patchcert_cli.evaluation import estimate, evaluate, reproduce, results, single_image
@@ -197,7 +196,7 @@ def test_no_image_takes_more_queries_than_foretold(
     attacker: Any = attacks.for_threat(threat, **{"steps": 2, "carried": 4, "rounds": 1, **options})
     x = world.task.images.pixels.float() / 255
     certificate = world.defense.certify(x, threat)
-    start = attacks.base.Start(certificate.worst, certificate.rival) if hinted else None
+    start = attacks.Start(certificate.worst, certificate.rival) if hinted else None
     effort = attacker.most(world.defense, threat, hinted=hinted)
     found = attacker(world.defense, x, threat, start=start)
     assert int(found.queries.max()) <= effort.queries + effort.answers

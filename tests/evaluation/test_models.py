@@ -16,7 +16,7 @@ from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.classifiers import addresses
 from patchcert_cli.data.images import Images
 from patchcert_cli.data.resize_crop import ResizeCrop
-from patchcert_cli.defenses.base import Claim
+from patchcert_cli.defenses import Claim
 from patchcert_cli.errors import DataError, UsageError
 from patchcert_cli.evaluation import estimate, models, task
 from patchcert_cli.evaluation.models import DefenseRequest, WrappedClassifier

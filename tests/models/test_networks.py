@@ -13,8 +13,8 @@ from torch import Tensor
 
 from patchcert_cli import defenses, models
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
+from patchcert_cli.defenses import TrainingStep
 from patchcert_cli.defenses.bagcert import BagCert, BagCertOptions
-from patchcert_cli.defenses.base import TrainingStep
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.layers import fixed_point, precision
 from patchcert_cli.threats import Patch, Sparse
@@ -48,7 +48,7 @@ def build(name: str, stride: int = 1, aggregate: str = "sum") -> BagCert:
         x = arena.draw_images(shape, 32, 5)
         scores = defense.scorer(x)
         defense.scorer.head.bias += 2 * torch.randn(4) * scores.std(dim=(0, 2, 3)) - scores.mean(dim=(0, 2, 3))
-        defense.finish(x)
+        defense.calibrate(x)
     return defense
 
 

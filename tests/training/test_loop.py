@@ -14,7 +14,7 @@ import torch
 
 from patchcert_cli import cards, checkpoint, data, defenses
 from patchcert_cli.certificate import Tally
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.ibp.defense import IntervalOptions
 from patchcert_cli.defenses.patchcleanser import MaskedOptions
 from patchcert_cli.errors import DataError, IntegrityError, Interrupted, UsageError
@@ -91,7 +91,7 @@ def test_a_run_stopped_in_its_last_validation_only_validates_again(tmp_path: Pat
         return honest(defense, held, recipe, batch)
 
     monkeypatch.setattr(loop, "monitor", stop)
-    monkeypatch.setattr(loop.Defense, "monitored", 50)
+    monkeypatch.setattr(loop.Defense, "validation_size", 50)
     with pytest.raises(Interrupted, match="after 3 of 3 epochs"):
         loop.train(TINY, images(), tmp_path / "cut")
     monkeypatch.setattr(loop, "monitor", honest)
@@ -325,7 +325,7 @@ def test_the_attacker_grows_and_the_learning_rate_falls() -> None:
     strengths = [options.epsilon(progress / 4) for progress in range(241)]
     assert strengths == sorted(strengths)
     assert strengths[0] == 0 and strengths[4 * 16] == 1 == strengths[-1]
-    rates = [options.rate(progress / 4, 60) for progress in range(241)]
+    rates = [options.lr_multiplier(progress / 4, 60) for progress in range(241)]
     first, last = rates[:160], rates[160:]
     assert first == sorted(first, reverse=True) and last == sorted(last, reverse=True)
     assert (rates[0], rates[160]) == (1.0, 0.5) and rates[-1] == pytest.approx(0, abs=1e-12)

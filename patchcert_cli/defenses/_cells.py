@@ -1,7 +1,7 @@
 """What defenses share whose cells each see a known part of the image.
 
-:class:`CellDefense` knows which cells a threat reaches, and checks it. :class:`EvidenceDefense` adds up what cells say, so one
-exact proof serves BagCert, clipped BagNet and derandomized smoothing: :mod:`patchcert_cli.certifiers.cells.additive`.
+:class:`LocalFeatureDefense` knows which cells a threat reaches, and checks it. :class:`VotingDefense` adds up what cells say, so
+one exact proof serves BagCert, clipped BagNet and derandomized smoothing: :mod:`patchcert_cli.certifiers.cells.additive`.
 :class:`RegionDefense` has the cells of a region scorer, which BagCert, clipped BagNet and PatchGuard read in different ways.
 
 Shapes: B images, C channels, H x W pixels, K classes, N x M cells, P x Q locations.
@@ -21,40 +21,40 @@ from patchcert_cli import models
 from patchcert_cli.certificate import Arithmetic, Certificate
 from patchcert_cli.certifiers.cells import additive
 from patchcert_cli.certifiers.cells.additive import Proof, Votes
-from patchcert_cli.certifiers.geometry import Axis, CellCoverage
-from patchcert_cli.defenses.base import Claim, Defense, Surrogate
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage, Cover
+from patchcert_cli.defenses._base import Claim, Defense, Surrogate
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.layers import fixed_point, programs
 from patchcert_cli.layers.programs import Runner
 from patchcert_cli.models.region import RegionScorer
 from patchcert_cli.threats import Patch, Patches, PatchPercent, Sparse, Threat
 
-Said = TypeVar("Said")
+CellOutputs = TypeVar("CellOutputs")
 
 
-class CellDefense(Defense, Generic[Said]):
+class LocalFeatureDefense(Defense, Generic[CellOutputs]):
     """A classifier that answers by what its cells say, kept in a form that its proof reads."""
 
-    numerics: Mapping[str, str] = {"votes": "exact"}
+    precision: Mapping[str, str] = {"votes": "exact"}
 
     @abstractmethod
     def scores(self, x: Tensor) -> Tensor:
         """What the network makes of images [B, C, H, W] in [0, 1], [B, K, N, M]; the same in any batch and on any device."""
 
     @abstractmethod
-    def count(self, scores: Tensor) -> Said:
+    def count(self, scores: Tensor) -> CellOutputs:
         """What scores [B, K, N, M] mean, cell by cell."""
 
     @abstractmethod
-    def answer(self, said: Said) -> Tensor:
+    def answer(self, said: CellOutputs) -> Tensor:
         """The deployed answer, int64 [B]."""
 
     @abstractmethod
-    def prove(self, said: Said, cover: CellCoverage, claim: Claim) -> Proof:
+    def prove(self, said: CellOutputs, cover: Cover, claim: Claim) -> Proof:
         """The proof that a claim names, about that answer; ``cover`` is of the claim's threat."""
 
     @abstractmethod
-    def margins(self, said: Said, cover: CellCoverage) -> Tensor:
+    def margins(self, said: CellOutputs, cover: Cover) -> Tensor:
         """The best proof's margin at every location, float64 [B, P, Q]."""
 
     @abstractmethod
@@ -72,7 +72,7 @@ class CellDefense(Defense, Generic[Said]):
         return self.answer(self.count(self.scores(x)))
 
     @torch.no_grad()
-    def certify_each(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
+    def certify_claims(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
         """All claims from one evaluation of the cells."""
         self.check_input(x)
         for claim in claims:
@@ -141,7 +141,7 @@ class CellDefense(Defense, Generic[Said]):
                 )
 
 
-class EvidenceDefense(CellDefense[Votes]):
+class VotingDefense(LocalFeatureDefense[Votes]):
     """Cells vote, and the class with the largest sum is the answer, the lowest class index among equals."""
 
     methods: ClassVar[tuple[str, ...]] = additive.METHODS
@@ -165,7 +165,7 @@ class EvidenceDefense(CellDefense[Votes]):
     def title(self, method: str) -> str:
         return "additive" if method == "exact" else f"condition {method}"
 
-    def remark(self, threat: Threat) -> str:
+    def note(self, threat: Threat) -> str:
         """Says so where a patch reaches so many cells that no image whatever can be certified."""
         cover = self.cover_of(threat)
         size = torch.outer(cover.rows.matrix().sum(dim=1), cover.columns.matrix().sum(dim=1))
@@ -178,7 +178,7 @@ class EvidenceDefense(CellDefense[Votes]):
 PIECE = 1 << 25  # activations of one layer that are computed at a time, at most
 
 
-class RegionDefense(CellDefense[Said]):
+class RegionDefense(LocalFeatureDefense[CellOutputs]):
     """A classifier whose cells are those of a region scorer, deployed without rounding error
     (:mod:`patchcert_cli.layers.fixed_point`)."""
 
@@ -224,7 +224,7 @@ class RegionDefense(CellDefense[Said]):
         )
 
     @torch.no_grad()
-    def finish(self, x: Tensor) -> None:
+    def calibrate(self, x: Tensor) -> None:
         """Choose the steps of the deployed network's activations from some training images."""
         self.eval()
         with fixed_point.observing(self.scorer):
