@@ -21,7 +21,7 @@ from patchcert_cli import models
 from patchcert_cli.certificate import Arithmetic, Certificate
 from patchcert_cli.certifiers.cells import additive
 from patchcert_cli.certifiers.cells.additive import Proof, Votes
-from patchcert_cli.certifiers.geometry import Axis, CellCoverage, Cover
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 from patchcert_cli.defenses._base import Claim, Defense, Surrogate
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.layers import fixed_point, programs
@@ -50,11 +50,11 @@ class LocalFeatureDefense(Defense, Generic[CellOutputs]):
         """The deployed answer, int64 [B]."""
 
     @abstractmethod
-    def prove(self, said: CellOutputs, cover: Cover, claim: Claim) -> Proof:
+    def prove(self, said: CellOutputs, cover: CellCoverage, claim: Claim) -> Proof:
         """The proof that a claim names, about that answer; ``cover`` is of the claim's threat."""
 
     @abstractmethod
-    def margins(self, said: CellOutputs, cover: Cover) -> Tensor:
+    def margins(self, said: CellOutputs, cover: CellCoverage) -> Tensor:
         """The best proof's margin at every location, float64 [B, P, Q]."""
 
     @abstractmethod
