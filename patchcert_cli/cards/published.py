@@ -23,10 +23,9 @@ from patchcert_cli.cards.results import CertifyResult, read_records
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError
 from patchcert_cli.schema import Count
 from patchcert_cli.schema import read as read_as
-from patchcert_cli.storage.files import PUBLISHED_RECORDS
+from patchcert_cli.storage.files import PUBLISHED_RECORDS, RECORDS
 from patchcert_cli.threats import Guarantee, Threat
 
-RUN_RECORDS = "records.jsonl"  # what certify leaves beside its result.json
 MAX_BYTES = 1 << 29  # after decompression: guards against decompression bombs
 
 
@@ -164,7 +163,7 @@ def _record(line: Mapping[str, Any], claims: int) -> PublishedRecord:
 
 
 def _of_run(where: Path, result: CertifyResult) -> PublishedRecords:
-    path = where.parent / RUN_RECORDS
+    path = where.parent / RECORDS
     try:
         lines = read_records(path)
     except FileNotFoundError as problem:

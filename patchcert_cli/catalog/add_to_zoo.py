@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -97,10 +96,8 @@ def _copy(run: Path, target: Path, card: Card, text: str, records: Mapping[str, 
         for file in card.files:
             if file in records:
                 files.write_atomically(target / file, records[file])
-                continue
-            partial = target / f"{file}.partial"  # weights are not read into memory
-            shutil.copyfile(run / file, partial)
-            os.replace(partial, target / file)
+            else:
+                files.copy_atomically(run / file, target / file)
         for path in target.iterdir():  # records or shards of the model that was here before
             if path.name not in (*card.files, files.CARD) and path.suffix in (".gz", ".safetensors", ".json"):
                 path.unlink()

@@ -17,7 +17,6 @@ from patchcert_cli.errors import ClaimError, PatchcertError
 from patchcert_cli.storage import files
 from patchcert_cli.threats import as_options
 
-RESULT = "result.json"
 MAX_SAMPLE_FILES = 999  # of one card
 
 Results = Mapping[str, Mapping[str, Any]]  # results of certify, by the path of their result.json
@@ -102,7 +101,7 @@ def _common(result: CertifyResult, claim: ClaimResult) -> dict[str, Any]:
 
 def _masks(run: Path) -> str:
     """The masks of a run in words; empty if it has none."""
-    masks = files.read_json(run / "manifest.json").get("setting", {}).get("masks", {})
+    masks = files.read_json(run / files.MANIFEST).get("setting", {}).get("masks", {})
     return f"{masks['per_axis']} per axis" if masks.get("per_axis") else ""
 
 
@@ -138,7 +137,7 @@ def results_about(model: ResolvedModel, places: list[Path]) -> dict[str, Mapping
     assert model.card is not None
     fitting: dict[str, tuple[float, str, Mapping[str, Any]]] = {}
     partial: list[str] = []
-    for path in sorted({path.resolve() for place in places if place.is_dir() for path in place.glob(f"*/{RESULT}")}):
+    for path in sorted({path.resolve() for place in places if place.is_dir() for path in place.glob(f"*/{files.RESULT}")}):
         try:
             result = current_result(files.read_json(path))
         except PatchcertError:

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from patchcert_cli import checkpoint, models
 from patchcert_cli.catalog import resolve
-from patchcert_cli.classifiers import own_code
+from patchcert_cli.classifiers import user_code
 from patchcert_cli.data import class_names
 from patchcert_cli.data.class_names import Names
 from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.errors import HubError, IntegrityError, MachineError, PatchcertError, UsageError
 from patchcert_cli.hub import client
-from patchcert_cli.layers.preprocessing import Prepared
+from patchcert_cli.layers.preprocessing import WithPreprocessing
 from patchcert_cli.models import timm
 from patchcert_cli.storage import checksum_cache, files
 
@@ -78,7 +78,7 @@ class Classifier:
     @property
     def in_front(self) -> str:
         """What is put in front of it, in words."""
-        return self.network.in_front if isinstance(self.network, Prepared) else "pixels in [0, 1], as they are"
+        return self.network.description if isinstance(self.network, WithPreprocessing) else "pixels in [0, 1], as they are"
 
 
 def is_address(text: str) -> bool:
@@ -107,18 +107,18 @@ def open_(
         DataError: ``classes`` is no list of names.
         MachineError: timm is not installed.
     """
-    from patchcert_cli.classifiers import doors
+    from patchcert_cli.classifiers import loaders
 
     if address.startswith(TIMM):
         found = _timm(address, weights)
     elif address.startswith(HUB):
         found = _repository(address, weights)
     elif address.startswith(TORCHVISION):
-        found = doors.torchvision(address, weights, download=download)
+        found = loaders.torchvision(address, weights, download=download)
     elif address.startswith(ONNX) and typed:
-        found = doors.onnx(address, Path(address.removeprefix(ONNX)), weights)
+        found = loaders.onnx(address, Path(address.removeprefix(ONNX)), weights)
     elif (match := OWN.fullmatch(address)) is not None and typed:
-        found = doors.own(address, match["module"], match["function"], weights)
+        found = loaders.user(address, match["module"], match["function"], weights)
     else:
         raise UsageError(f"'{address}' is no address of a classifier.", hint=f"Use {FORMS}.")
     if classes is not None:
@@ -142,7 +142,7 @@ def outputs(classifier: Classifier, shape: Sequence[int], device: str = "cpu") -
     except (torch.OutOfMemoryError, MemoryError) as problem:
         raise MachineError(f"out of memory {said}.", hint="Use a machine with more memory.") from problem
     except Exception as problem:  # anybody's code can raise anything
-        raise IntegrityError(f"{name} fails {said}: {own_code.line(problem)}.", hint=own_code.SHOW) from problem
+        raise IntegrityError(f"{name} fails {said}: {user_code.line(problem)}.", hint=user_code.SHOW) from problem
     if not isinstance(logits, Tensor):
         raise IntegrityError(
             f"{name} returns {type(logits).__name__} {said}.", hint="It must return one tensor of logits [B, K]."
@@ -209,7 +209,7 @@ def begin_with(network: nn.Module, options: Mapping[str, Any]) -> None:
         IntegrityError: they do not fit, or are other weights than they were.
         HubError: they are not on this disk, and the Hub is out of reach or refuses.
     """
-    assert isinstance(network, Prepared)
+    assert isinstance(network, WithPreprocessing)
     where, source = str(options["weights"]), timm.facts(str(options["architecture"]))
     match = None if Path(where).is_file() else resolve.ADDRESS.fullmatch(where)
     if match is None:
@@ -285,7 +285,7 @@ def _of_repository(address: str) -> tuple[str, str, timm.Facts]:
         facts = {**(inner if isinstance(inner, Mapping) else said), **more}
         return repo, revision, replace(timm.described(architecture, facts, said.get("model_args")), repo=repo)
     except (AttributeError, KeyError, TypeError, ValueError) as problem:
-        said_ = f"{files.CONFIG} of {repo} does not describe a network of timm: {own_code.line(problem)}."
+        said_ = f"{files.CONFIG} of {repo} does not describe a network of timm: {user_code.line(problem)}."
         raise IntegrityError(said_) from problem
 
 
@@ -312,14 +312,14 @@ def _published(address: str, source: timm.Facts, commit: str, folder: Path, pin:
     return replace(made, setting=made.setting | {"commit": commit})
 
 
-def _current(source: timm.Facts, network: Prepared, tensors: dict[str, Tensor], misfit: str) -> dict[str, Tensor]:
+def _current(source: timm.Facts, network: WithPreprocessing, tensors: dict[str, Tensor], misfit: str) -> dict[str, Tensor]:
     """Published weights under the names that the network's code has for them; it knows how to read older ones."""
     if tensors.keys() == network.model.state_dict().keys():
         return tensors
     try:
         return timm.converted(source, tensors)
     except (RuntimeError, KeyError, ValueError, TypeError) as problem:
-        raise IntegrityError(f"{misfit}: {own_code.line(problem)}.") from problem
+        raise IntegrityError(f"{misfit}: {user_code.line(problem)}.") from problem
 
 
 def _given(address: str, source: timm.Facts, weights: str) -> Classifier:
@@ -339,16 +339,16 @@ def _given(address: str, source: timm.Facts, weights: str) -> Classifier:
     return _described(address, source, network, files.sha256_of(content), "file", f"{address}: weights in '{path}'", ())
 
 
-def _built(source: timm.Facts, count: int) -> Prepared:
+def _built(source: timm.Facts, count: int) -> WithPreprocessing:
     options = {**source.options(), "input_shape": (source.channels, *source.size), "classes": count}
     with torch.random.fork_rng():  # its random weights are not kept
         network = models.build("timm", options)
-    assert isinstance(network, Prepared)
+    assert isinstance(network, WithPreprocessing)
     return network
 
 
 def _described(
-    address: str, source: timm.Facts, network: Prepared, sha256: str, kind: str, note: str, names: Names
+    address: str, source: timm.Facts, network: WithPreprocessing, sha256: str, kind: str, note: str, names: Names
 ) -> Classifier:
     options = source.options()
     return Classifier(

@@ -16,8 +16,8 @@ from patchcert_cli.cli.loading import (
     PassesOption,
     ThresholdOption,
     WeightsOption,
-    open_glance,
-    open_plan,
+    open_sample,
+    open_task,
     wish_of,
 )
 from patchcert_cli.cli.options import (
@@ -47,8 +47,8 @@ from patchcert_cli.threats import Threat, parse_patches, patches_of_area
 
 if TYPE_CHECKING:
     from patchcert_cli.cli.loading import Claims
-    from patchcert_cli.defenses.base import Claim
-    from patchcert_cli.evaluation.subjects import Wish
+    from patchcert_cli.defenses import Claim
+    from patchcert_cli.evaluation.models import DefenseRequest
 
 EXAMPLES = (
     "Examples:  patchcert certify --patch 5   |   patchcert certify --patch 1..10 --plot curve.png"
@@ -165,7 +165,7 @@ def certify(
     claims = _claims(_methods(condition, bounds), patch, patch_area, threat, k, unit)
     wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
     compare = plot_thresholds is not None
-    wish = wish_of(**wanted, labels=labels, dry_run=dry_run, download=download, threshold=threshold, compare=compare)
+    request = wish_of(**wanted, labels=labels, dry_run=dry_run, download=download, threshold=threshold, compare=compare)
     _check_pictures(image, {"--plot": plot, "--plot-thresholds": plot_thresholds}, map_)
     if image is None and resize:
         raise UsageError("--resize goes with --image.", hint="The pictures of a folder are always made to fit.")
@@ -175,23 +175,23 @@ def certify(
         _check_alone(
             *(flag for flag, value in folder.items() if value is not None), *(flag for flag, on in switches.items() if on)
         )
-        _certify_picture(model, claims, wish, dataset, device, image, resize, map_, json)
+        _certify_picture(model, claims, request, dataset, device, image, resize, map_, json)
         return
 
-    from patchcert_cli.evaluation import evaluate, outlook
+    from patchcert_cli.evaluation import estimate, evaluate
     from patchcert_cli.reporting import plots, text
 
     given: Any = {"dataset": dataset, "data_dir": data_dir, "limit": limit, "batch_size": batch_size, "device": device}
     if dry_run:
-        plan, full = open_glance(model, claims, wish, seed=seed, **given)
+        task, full = open_sample(model, claims, request, seed=seed, **given)
         with show.progress() as progress:
-            value = outlook.evaluation(plan, out or plan.folder("certify", {}), None, full, progress=progress)
+            value = estimate.evaluation(task, out or task.folder("certify", {}), None, full, progress=progress)
         show.result(text.plain_rows(value), value, json)
         return
-    plan = open_plan(model, claims, wish, seed=seed, download=download, **given)
+    task = open_task(model, claims, request, seed=seed, download=download, **given)
     with show.progress() as progress:
-        found = evaluate.certify(plan, out, fresh=fresh, progress=progress)
-    show.say("\n".join(filter(None, dict.fromkeys(plan.subject.defense.remark(claim.threat) for claim in plan.claims))))
+        found = evaluate.certify(task, out, fresh=fresh, progress=progress)
+    show.say("\n".join(filter(None, dict.fromkeys(task.model.defense.note(claim.threat) for claim in task.claims))))
     found |= {} if patch_area is None else {"patch_area": patch_area}
     if plot is not None:
         plots.plot(text.claim_list(found), plot, title=text.plot_title(found), area=patch_area)
@@ -209,7 +209,7 @@ def _claims(
     given = _threats(patch, area, threat, k, unit)
 
     def claims(own: str, shape: tuple[int, int, int]) -> list[Claim]:
-        from patchcert_cli.defenses.base import Claim
+        from patchcert_cli.defenses import Claim
 
         shapes = [] if area is None else patches_of_area(area, *shape[1:])
         threats = [*given, *shapes] or [own_threat(own, threat=threat, unit=unit)]
@@ -221,7 +221,7 @@ def _claims(
 def _certify_picture(
     model: str | None,
     claims: Claims,
-    wish: Wish,
+    request: DefenseRequest,
     dataset: str | None,
     device: str,
     image: Path,
@@ -231,21 +231,21 @@ def _certify_picture(
 ) -> None:
     from patchcert_cli import device as devices
     from patchcert_cli.evaluation import single_image
-    from patchcert_cli.reporting import plots, text
+    from patchcert_cli.reporting import margin_maps, text
 
     place = devices.resolve(device)
-    candidate = loading.found(model, dataset, wish, place)
+    candidate = loading.found(model, dataset, request, place)
     resize_crop = candidate.meant(dataset or "", image)
     shape = (candidate.channels, *resize_crop.size)
     meant = claims(candidate.threat, shape)
-    subject = candidate.subject(shape, [claim.threat for claim in meant], place)
-    show.say("\n".join(subject.notes))
+    evaluated = candidate.evaluated(shape, [claim.threat for claim in meant], place)
+    show.say("\n".join(evaluated.notes))
     with show.progress() as progress:
         more: Any = {"resize_crop": resize_crop, "resize": resize, "mapped": map_to is not None, "progress": progress}
-        found = single_image.certify(subject, image, meant, **more)
+        found = single_image.certify(evaluated, image, meant, **more)
     values = found.values
     if map_to is not None and found.margins is not None:
-        plots.single_map(values, found.pixels, found.margins, map_to, unit=subject.defense.unit)
+        margin_maps.single_map(values, found.pixels, found.margins, map_to, unit=evaluated.defense.unit)
         values |= {"map": str(map_to)}
         found.notes.append(f"drew {map_to}")
     show.say("\n".join(found.notes))

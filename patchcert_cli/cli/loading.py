@@ -15,10 +15,10 @@ from patchcert_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from patchcert_cli.data.images import Images
-    from patchcert_cli.defenses.base import Claim
-    from patchcert_cli.evaluation.outlook import Full
-    from patchcert_cli.evaluation.plan import Plan, Subject
-    from patchcert_cli.evaluation.subjects import Candidate, Wish
+    from patchcert_cli.defenses import Claim
+    from patchcert_cli.evaluation.estimate import FullRun
+    from patchcert_cli.evaluation.models import DefenseRequest, ModelSource
+    from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
 
     Claims = Callable[[str, tuple[int, int, int]], Sequence[Claim]]
 
@@ -85,7 +85,7 @@ def wish_of(
     download: bool = False,
     threshold: float | None = None,
     compare: bool = False,
-) -> Wish:
+) -> DefenseRequest:
     """What the options say is to be made of a model, refused if they contradict each other."""
     if masks is not None and passes is not None:
         raise UsageError("--masks and --passes both say how many masks there are.", hint="Give one of them.")
@@ -99,15 +99,15 @@ def wish_of(
     if weights == "none" and not dry_run:
         raise UsageError("--weights none means random weights, whose answers mean nothing.", hint="Add --dry-run.")
 
-    from patchcert_cli.evaluation.subjects import Wish
+    from patchcert_cli.evaluation.models import DefenseRequest
 
-    return Wish(defense, masks, passes, weights, classes, labels, download, threshold, compare)
+    return DefenseRequest(defense, masks, passes, weights, classes, labels, download, threshold, compare)
 
 
-def open_plan(
+def open_task(
     model: str | None,
     claims: Claims,
-    wish: Wish | None = None,
+    request: DefenseRequest | None = None,
     *,
     dataset: str | None,
     data_dir: Path | None,
@@ -116,26 +116,26 @@ def open_plan(
     batch_size: int | None,
     device: str,
     seed: int,
-) -> Plan:
+) -> EvaluationTask:
     """Load model and test images for an evaluation, and say on stderr where both came from.
 
     ``claims`` makes what is to be certified from the model's own threat model and the shape of its images.
     """
     from patchcert_cli import data
 
-    opened = _open(model, claims, wish, dataset, data_dir, device)
+    opened = _open(model, claims, request, dataset, data_dir, device)
     with show.progress() as progress:
         fetch = f"{typed_command()} --download"
         whole = data.load(opened.dataset, "test", data_dir=data_dir, download=download, fetch=fetch, progress=progress)
     total = data.whole_split(whole)
     _tell(whole, len(whole), total)
-    return opened.plan(whole.limit(limit, seed), total, batch_size, seed)
+    return opened.task(whole.limit(limit, seed), total, batch_size, seed)
 
 
-def open_glance(
+def open_sample(
     model: str | None,
     claims: Claims,
-    wish: Wish | None,
+    request: DefenseRequest | None,
     *,
     dataset: str | None,
     data_dir: Path | None,
@@ -143,17 +143,17 @@ def open_glance(
     batch_size: int | None,
     device: str,
     seed: int,
-) -> tuple[Plan, Full]:
-    """As :func:`open_plan`, but for a dry run: pictures that are not packed yet are not packed, and a few stand for all."""
+) -> tuple[EvaluationTask, FullRun]:
+    """As :func:`open_task`, but for a dry run: pictures that are not packed yet are not packed, and a few stand for all."""
     from patchcert_cli import data
-    from patchcert_cli.evaluation import outlook
+    from patchcert_cli.evaluation import estimate
 
-    opened = _open(model, claims, wish, dataset, data_dir, device)
+    opened = _open(model, claims, request, dataset, data_dir, device)
     fetch = typed_command().replace(" --dry-run", "") + " --download"
-    some = data.glance(opened.dataset, "test", outlook.MOST, seed, data_dir=data_dir, fetch=fetch)
+    some = data.glance(opened.dataset, "test", estimate.MOST, seed, data_dir=data_dir, fetch=fetch)
     _tell(some.images, some.there, some.total)
-    full = outlook.Full(min(limit or some.there, some.there), some.disk)
-    return opened.plan(some.images.limit(limit, seed), some.total, batch_size, seed), full
+    full = estimate.FullRun(min(limit or some.there, some.there), some.disk)
+    return opened.task(some.images.limit(limit, seed), some.total, batch_size, seed), full
 
 
 @dataclass(frozen=True)
@@ -165,23 +165,23 @@ class _Opened:
     """
 
     dataset: str
-    subject: Subject
+    model: EvaluatedModel
     claims: tuple[Claim, ...]
     outputs: list[int] | None
 
-    def plan(self, images: Images, total: int, batch_size: int | None, seed: int) -> Plan:
+    def task(self, images: Images, total: int, batch_size: int | None, seed: int) -> EvaluationTask:
         """The evaluation on these images."""
-        from patchcert_cli.evaluation import plan as plans
+        from patchcert_cli.evaluation import task as tasks
 
         named = images if self.outputs is None else images.relabelled(self.outputs)
-        size = plans.batch_size(self.subject.defense) if batch_size is None else batch_size
-        plan = plans.Plan(self.subject, named, self.claims, total, seed, size, typed_command())
-        plan.check()
-        return plan
+        size = tasks.batch_size(self.model.defense) if batch_size is None else batch_size
+        task = tasks.EvaluationTask(self.model, named, self.claims, total, seed, size, typed_command())
+        task.check()
+        return task
 
 
 def _open(
-    model: str | None, claims: Claims, wish: Wish | None, dataset: str | None, data_dir: Path | None, device: str
+    model: str | None, claims: Claims, request: DefenseRequest | None, dataset: str | None, data_dir: Path | None, device: str
 ) -> _Opened:
     """Find model and data set and hold them against each other before an image is read or packed."""
     from patchcert_cli import data
@@ -190,25 +190,25 @@ def _open(
 
     place = devices.resolve(device)
     _foresee(model, claims, dataset, data_dir)
-    candidate = found(model, dataset, wish, place)
+    candidate = found(model, dataset, request, place)
     if dataset is None and datasets.own(candidate.dataset):
         raise UsageError(f"{candidate.name} was trained on {candidate.dataset}.", hint=SAY_DATA)
     chosen = candidate.fitted(dataset or candidate.dataset)
     shape = candidate.shape(chosen)
     meant = tuple(claims(candidate.threat, shape))
-    subject = candidate.subject(shape, [claim.threat for claim in meant], place)
-    show.say("\n".join(subject.notes))
+    evaluated = candidate.evaluated(shape, [claim.threat for claim in meant], place)
+    show.say("\n".join(evaluated.notes))
     facts = data.info(chosen)
     if facts.shape != shape:
         if facts.resize_crop is not None:  # before anything is packed
             raise DataError(f"{chosen} images are {facts.shape}, but {candidate.name} takes {shape}.")
-        return _Opened(chosen, subject, meant, None)  # the plan says so, if there are such images
+        return _Opened(chosen, evaluated, meant, None)  # the task says so, if there are such images
     names = data.classes_of(chosen, "test", data_dir=data_dir)
-    outputs = candidate.matched(names, chosen, subject)
+    outputs = candidate.matched(names, chosen, evaluated)
     if outputs is not None:
         pairs = [f"{name} is output {at}" for name, at in zip(names, outputs, strict=True)]
         show.say(f"{len(names)} classes matched by name: {', '.join(pairs[:3])}{', ...' if len(pairs) > 3 else ''}")
-    return _Opened(chosen, subject, meant, outputs)
+    return _Opened(chosen, evaluated, meant, outputs)
 
 
 def _foresee(model: str | None, claims: Claims, dataset: str | None, data_dir: Path | None) -> None:
@@ -231,14 +231,14 @@ def _foresee(model: str | None, claims: Claims, dataset: str | None, data_dir: P
         data.classes_of(chosen, "test", data_dir=data_dir)
 
 
-def found(model: str | None, dataset: str | None, wish: Wish | None, device: str) -> Candidate:
+def found(model: str | None, dataset: str | None, request: DefenseRequest | None, device: str) -> ModelSource:
     """The model that is named, and a line on stderr about where it came from; a wrong data set is told first."""
     from patchcert_cli import data
-    from patchcert_cli.evaluation import subjects
+    from patchcert_cli.evaluation import models
 
     if dataset is not None:
         data.info(dataset)
-    candidate = subjects.find(model, dataset, wish or subjects.Wish(), device)
+    candidate = models.find(model, dataset, request or models.DefenseRequest(), device)
     show.say(candidate.note)
     return candidate
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from patchcert_cli.arithmetic import former, weakest
-from patchcert_cli.attacks.base import AttackResult
+from patchcert_cli.attacks import AttackResult
 from patchcert_cli.cards.results import FORMAT, VERDICT
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee, Tally
 from patchcert_cli.data.images import Images
 from patchcert_cli.errors import ClaimError
-from patchcert_cli.evaluation.plan import Plan
-from patchcert_cli.evaluation.run_folder import RECORDS, Record, Run
+from patchcert_cli.evaluation.run_folder import Record, Run
+from patchcert_cli.evaluation.task import EvaluationTask
+from patchcert_cli.storage import files
 from patchcert_cli.version import __version__
 
 
@@ -79,81 +80,81 @@ class RunningCounts:
         return text if self.certified is None else f"{text}, certified {self.certified / self.images:.2%}"
 
 
-def ordered(plan: Plan, run: Run) -> list[Record]:
+def ordered(task: EvaluationTask, run: Run) -> list[Record]:
     """All records in the order of the images; one each, as far as the run has come."""
-    found = [run.records[index] for index in plan.images.index.tolist() if index in run.records]
+    found = [run.records[index] for index in task.images.index.tolist() if index in run.records]
     assert len(run.records) == len(found), "records and images differ"
     return found
 
 
-def certify_result(plan: Plan, run: Run, seconds: float, resumed: int) -> dict[str, Any]:
+def certify_result(task: EvaluationTask, run: Run, seconds: float, resumed: int) -> dict[str, Any]:
     """What ``result.json`` of a certify run holds."""
-    records = ordered(plan, run)
-    return summary(plan, run, records, seconds, resumed) | {"claims": claim_rows(plan, records)}
+    records = ordered(task, run)
+    return summary(task, run, records, seconds, resumed) | {"claims": claim_rows(task, records)}
 
 
-def summary(plan: Plan, run: Run, records: Sequence[Record], seconds: float, resumed: int) -> dict[str, Any]:
+def summary(task: EvaluationTask, run: Run, records: Sequence[Record], seconds: float, resumed: int) -> dict[str, Any]:
     """The fields that all evaluations have; ``counts`` has only the clean ones."""
     clean = sum(r["prediction"] == r["label"] for r in records)
     return {
         "format": FORMAT,
-        "model": plan.subject.name,
-        "model_sha256": plan.subject.sha256,
-        "model_source": plan.subject.source,
-        "defense": plan.subject.kind,
-        "dataset": plan.images.name,
-        "split": plan.images.split,
-        "data_source": plan.images.source,
+        "model": task.model.name,
+        "model_sha256": task.model.sha256,
+        "model_source": task.model.source,
+        "defense": task.model.kind,
+        "dataset": task.images.name,
+        "split": task.images.split,
+        "data_source": task.images.source,
         "images": len(records),
-        "full_split": len(records) == plan.total,
+        "full_split": len(records) == task.total,
         "clean_accuracy": clean / max(len(records), 1),
         "counts": {"clean": clean},
-        **_plain(plan, records),
+        **_plain(task, records),
         "seconds": seconds,
         "resumed": resumed,
         **({"passes": sum(r["passes"] for r in records)} if records and "passes" in records[0] else {}),
         "images_per_second": (len(records) - resumed) / seconds if seconds > 0 else 0.0,
-        "device": str(plan.subject.defense.device),
-        "records": str(run.folder / RECORDS),
-        "command": plan.command,
+        "device": str(task.model.defense.device),
+        "records": str(run.folder / files.RECORDS),
+        "command": task.command,
         "patchcert": __version__,
         "date": datetime.date.today().isoformat(),
     }
 
 
-def _plain(plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
+def _plain(task: EvaluationTask, records: Sequence[Record]) -> dict[str, Any]:
     """What a plain classifier gets right without the defense, and the defense around it; nothing for other models."""
-    if not plan.subject.in_front or not all("plain" in r for r in records):
+    if not task.model.in_front or not all("plain" in r for r in records):
         return {}
     right = sum(r["plain"] == r["label"] for r in records)
-    return {"in_front": plan.subject.in_front, "plain_accuracy": right / max(len(records), 1), "plain_right": right}
+    return {"in_front": task.model.in_front, "plain_accuracy": right / max(len(records), 1), "plain_right": right}
 
 
-def claim_rows(plan: Plan, records: Sequence[Record]) -> list[dict[str, Any]]:
+def claim_rows(task: EvaluationTask, records: Sequence[Record]) -> list[dict[str, Any]]:
     """Each claim over all images."""
-    return [_row(plan, records, at) for at in range(len(plan.claims))]
+    return [_row(task, records, at) for at in range(len(task.claims))]
 
 
-def _row(plan: Plan, records: Sequence[Record], at: int) -> dict[str, Any]:
+def _row(task: EvaluationTask, records: Sequence[Record], at: int) -> dict[str, Any]:
     verdicts = [record["claims"][at] for record in records]
     tally = certified_tally(records, verdicts)
     return {
-        "threat": str(plan.claims[at].threat),
+        "threat": str(task.claims[at].threat),
         "method": verdicts[0]["method"],
-        "guarantee": str(plan.subject.defense.guarantee),
-        "arithmetic": str(weakest(one.get("arithmetic") or former(plan.subject.kind) for one in verdicts)),
+        "guarantee": str(task.model.defense.guarantee),
+        "arithmetic": str(weakest(one.get("arithmetic") or former(task.model.kind) for one in verdicts)),
         "clean_accuracy": tally.clean_accuracy,
         "certified_accuracy": tally.certified_accuracy,
         "certified_interval": list(tally.certified_interval),
-        "counts": {"clean": tally.clean, "certified": tally.certified, **_alarms(plan, records)},
-        **_compared(plan, records, verdicts),
+        "counts": {"clean": tally.clean, "certified": tally.certified, **_alarms(task, records)},
+        **_compared(task, records, verdicts),
     }
 
 
-def _compared(plan: Plan, records: Sequence[Record], verdicts: Sequence[Record]) -> dict[str, Any]:
+def _compared(task: EvaluationTask, records: Sequence[Record], verdicts: Sequence[Record]) -> dict[str, Any]:
     """What other thresholds would give: how many alarms on unattacked images, right answers, and certified ones."""
     rows = []
-    for threshold in plan.subject.setting.get("compared", ()):
+    for threshold in task.model.setting.get("compared", ()):
         right = [r["whole"] == r["label"] for r in records]
         silent = [threshold > v["thresholds"][0] for v in verdicts]
         held = [threshold < v["thresholds"][1] for v in verdicts]
@@ -163,9 +164,9 @@ def _compared(plan: Plan, records: Sequence[Record], verdicts: Sequence[Record])
     return {"thresholds": rows} if rows else {}
 
 
-def _alarms(plan: Plan, records: Sequence[Record]) -> dict[str, int]:
+def _alarms(task: EvaluationTask, records: Sequence[Record]) -> dict[str, int]:
     """How many images raise an alarm without an attack, for a defense of detection."""
-    detects = plan.subject.defense.guarantee is Guarantee.DETECTION
+    detects = task.model.defense.guarantee is Guarantee.DETECTION
     return {"alarms": sum(r["prediction"] == ALERT for r in records)} if detects else {}
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from patchcert_cli.data import class_names, image_files
 from patchcert_cli.data.images import to_float
 from patchcert_cli.data.resize_crop import ResizeCrop
-from patchcert_cli.defenses.base import Claim, Defense
+from patchcert_cli.defenses import Claim, Defense
 from patchcert_cli.errors import UsageError
-from patchcert_cli.evaluation.plan import Subject
+from patchcert_cli.evaluation.task import EvaluatedModel
 from patchcert_cli.layers import passes
 from patchcert_cli.models import timm
 from patchcert_cli.progress import Progress, Silent
@@ -38,7 +38,7 @@ class Single(NamedTuple):
 
 
 def certify(
-    subject: Subject,
+    model: EvaluatedModel,
     path: Path,
     claims: Sequence[Claim],
     *,
@@ -50,7 +50,7 @@ def certify(
     """Certify one picture file.
 
     Args:
-        subject: the model.
+        model: the model.
         path: the picture; see :func:`patchcert_cli.data.image_files.read`.
         claims: what is to be certified.
         resize_crop: how a picture becomes an image of the model's size; by default the whole middle of it.
@@ -58,7 +58,7 @@ def certify(
         mapped: whether the margins of every location of the first claim's patch are wanted as well.
         progress: is told the passes of the network.
     """
-    defense = subject.defense
+    defense = model.defense
     channels, height, width = defense.input_shape
     size = height, width
     pixels, notes = image_files.read(path, resize_crop or ResizeCrop(size, size), channels, resize=resize)
@@ -66,7 +66,7 @@ def certify(
     if mapped and len({str(claim.threat) for claim in claims}) > 1:
         raise UsageError("--map draws one patch.", hint="Give one --patch, for example --patch 5.")
     with _counted(defense, progress or Silent()):
-        certificates = defense.certify_each(x, claims)
+        certificates = defense.certify_claims(x, claims)
     answer = int(certificates[0].prediction[0])
     rows = [
         {
@@ -84,30 +84,30 @@ def certify(
     found: dict[str, Any] = {
         "image": str(path),
         "image_sha256": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(),
-        "model": subject.name,
-        "model_sha256": subject.sha256,
-        "model_source": subject.source,
-        "defense": subject.kind,
+        "model": model.name,
+        "model_sha256": model.sha256,
+        "model_source": model.source,
+        "defense": model.kind,
         "prediction": answer,
         "class": _called(defense, answer),
         "claims": rows,
     }
-    plain = subject.plain(x)
+    plain = model.plain(x)
     if plain is not None:
-        found |= {"in_front": subject.in_front, "plain": int(plain[0]), "plain_label": defense.called(int(plain[0]))}
+        found |= {"in_front": model.in_front, "plain": int(plain[0]), "plain_label": defense.class_name(int(plain[0]))}
     margins = None
     if mapped:
         with _counted(defense, progress or Silent(), whole=True):
             margins = defense.margin_map(x, claims[0].threat)[0].cpu()
         found |= {"locations": margins.numel(), "weak_locations": int((margins <= 0).sum())}
-    notes += [text for text in dict.fromkeys(defense.remark(claim.threat) for claim in claims) if text]
+    notes += [text for text in dict.fromkeys(defense.note(claim.threat) for claim in claims) if text]
     return Single(found, notes, pixels, margins)
 
 
 @contextmanager
 def _counted(defense: Defense, progress: Progress, *, whole: bool = False) -> Iterator[None]:
     """Show the passes of the network, of the most there can be, or of all pairs of masks if the ``whole`` table is made."""
-    cost, made = defense.cost(), 0
+    cost, made = defense.passes_per_image(), 0
     total = None if cost is None else cost[1]
     what = "passes for the map" if whole else "passes at most"
 
@@ -123,5 +123,5 @@ def _counted(defense: Defense, progress: Progress, *, whole: bool = False) -> It
 
 def _called(defense: Defense, answer: int) -> str:
     """What an answer is called; of a WordNet id its words, where they are known."""
-    name = defense.called(answer)
+    name = defense.class_name(answer)
     return timm.word(name) if class_names.WNID.fullmatch(name) else name

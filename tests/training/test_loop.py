@@ -14,14 +14,14 @@ import torch
 
 from patchcert_cli import cards, checkpoint, data, defenses
 from patchcert_cli.certificate import Tally
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.ibp.defense import IntervalOptions
 from patchcert_cli.defenses.patchcleanser import MaskedOptions
 from patchcert_cli.errors import DataError, IntegrityError, Interrupted, UsageError
 from patchcert_cli.progress import Silent
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch, Sparse, parse_threat
-from patchcert_cli.training import loop, session
+from patchcert_cli.training import loop, run
 from patchcert_cli.training.recipe import Recipe, for_threat
 
 TINY = Recipe(
@@ -77,7 +77,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Pa
         again = loop.train(TINY, images(), cut)
         assert again.epochs_run == 3 - (step - 1) // 4
         assert digest(cut) == digest(tmp_path / "whole")
-        rows = [json.loads(line) for line in (cut / loop.METRICS).read_text().splitlines()]
+        rows = [json.loads(line) for line in (cut / files.METRICS).read_text().splitlines()]
         assert [row["epoch"] for row in rows] == [1, 2, 3]
         assert again.validation == whole.validation
 
@@ -91,14 +91,14 @@ def test_a_run_stopped_in_its_last_validation_only_validates_again(tmp_path: Pat
         return honest(defense, held, recipe, batch)
 
     monkeypatch.setattr(loop, "monitor", stop)
-    monkeypatch.setattr(loop.Defense, "monitored", 50)
+    monkeypatch.setattr(loop.Defense, "validation_size", 50)
     with pytest.raises(Interrupted, match="after 3 of 3 epochs"):
         loop.train(TINY, images(), tmp_path / "cut")
     monkeypatch.setattr(loop, "monitor", honest)
     again = loop.train(TINY, images(), tmp_path / "cut")
     assert again.epochs_run == 0 and again.validation == whole.validation
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
-    last = [json.loads((tmp_path / run / loop.METRICS).read_text().splitlines()[-1]) for run in ("cut", "whole")]
+    last = [json.loads((tmp_path / run / files.METRICS).read_text().splitlines()[-1]) for run in ("cut", "whole")]
     assert all(last[0][name] == last[1][name] for name in ("epoch", "loss", "validation_images", "clean", "certified"))
 
 
@@ -139,7 +139,7 @@ def test_what_trains_along_is_resumed_to_the_bit_and_not_deployed(tmp_path: Path
         loop.train(recipe, some, tmp_path / "cut", progress=Stop())
     assert loop.train(recipe, some, tmp_path / "cut").epochs_run == 1
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
-    states = [checkpoint.unpack(tmp_path / name / loop.STATE)[0] for name in ("cut", "whole")]
+    states = [checkpoint.unpack(tmp_path / name / files.STATE)[0] for name in ("cut", "whole")]
     aids = [name for name in states[0] if name.startswith("aid.")]
     assert len(aids) == 22 and states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -226,7 +226,7 @@ def test_a_stopped_run_with_averaged_weights_ends_with_those_of_an_uninterrupted
     assert again.epochs_run == 1 and again.validation == whole.validation
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
     assert loop.train(recipe, images(360), tmp_path / "cut").epochs_run == 0
-    tensors, note = checkpoint.unpack(tmp_path / "cut" / loop.STATE)
+    tensors, note = checkpoint.unpack(tmp_path / "cut" / files.STATE)
     assert note["averaged"] == 14
     saved, config = checkpoint.load_defense(tmp_path / "cut")
     assert config["masks"] == {"covers": ["patch:5x5"], "per_axis": 3} and config["labels"] == "bfloat16"
@@ -325,7 +325,7 @@ def test_the_attacker_grows_and_the_learning_rate_falls() -> None:
     strengths = [options.epsilon(progress / 4) for progress in range(241)]
     assert strengths == sorted(strengths)
     assert strengths[0] == 0 and strengths[4 * 16] == 1 == strengths[-1]
-    rates = [options.rate(progress / 4, 60) for progress in range(241)]
+    rates = [options.lr_multiplier(progress / 4, 60) for progress in range(241)]
     first, last = rates[:160], rates[160:]
     assert first == sorted(first, reverse=True) and last == sorted(last, reverse=True)
     assert (rates[0], rates[160]) == (1.0, 0.5) and rates[-1] == pytest.approx(0, abs=1e-12)
@@ -338,26 +338,26 @@ def test_the_attacker_grows_and_the_learning_rate_falls() -> None:
 def test_a_session_leaves_a_folder_with_a_valid_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     some = images()
     monkeypatch.setattr(data, "load", lambda *args, **options: some)
-    found = session.run(replace(TINY, epochs=1), tmp_path / "small")
+    found = run.train(replace(TINY, epochs=1), tmp_path / "small")
     card = cards.Card.read(tmp_path / "small")
     assert card.verify(tmp_path / "small") == found["model_sha256"]
     assert (card.threat, card.network, card.status) == ("patch:5x5", "MLP 784-12-10", "trained")
-    assert session.recipe_of(str(tmp_path / "small")) == replace(TINY, epochs=1).validate()
+    assert run.recipe_of(str(tmp_path / "small")) == replace(TINY, epochs=1).validate()
     assert parse_threat(str(found["threat"])).budget == 1
 
 
 def test_missing_training_data_names_the_one_command_that_fetches_it(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Fetch it with: patchcert train --patch 5 --download") as caught:
-        session.run(TINY, tmp_path / "run", data_dir=tmp_path, fetch="patchcert train --patch 5 --download")
+        run.train(TINY, tmp_path / "run", data_dir=tmp_path, fetch="patchcert train --patch 5 --download")
     assert caught.value.code == 6
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_can_begin_with_the_weights_of_another(tmp_path: Path) -> None:
     first = loop.train(TINY, images(), tmp_path / "first")
-    further = session.started(replace(TINY, start=str(tmp_path / "first"), learning_rate=1e-9, epochs=1, options={}).fitted())
+    further = run.started(replace(TINY, start=str(tmp_path / "first"), learning_rate=1e-9, epochs=1, options={}).fitted())
     assert further.start_sha256 == cards.weights_sha256({files.WEIGHTS: cards.File.of(tmp_path / "first" / files.WEIGHTS)})
-    made = loop.train(further, images(), tmp_path / "next", prepare=session.check(further))
+    made = loop.train(further, images(), tmp_path / "next", prepare=run.check(further))
     for name, value in made.defense.state_dict().items():
         torch.testing.assert_close(value, first.defense.state_dict()[name], atol=1e-6, rtol=0)
     assert "--start" in further.command
@@ -367,9 +367,9 @@ def test_weights_to_begin_with_must_be_the_recipes_and_fit(tmp_path: Path) -> No
     loop.train(TINY, images(), tmp_path / "first")
     there = replace(TINY, start=str(tmp_path / "first"))
     with pytest.raises(IntegrityError, match="starts from 000000000000"):
-        session.started(replace(there, start_sha256="0" * 64))
+        run.started(replace(there, start_sha256="0" * 64))
     with pytest.raises(IntegrityError, match="instead of"):
-        session.check(session.started(replace(there, network_options={"hidden": [13]})))
+        run.check(run.started(replace(there, network_options={"hidden": [13]})))
 
 
 def test_a_network_of_whole_numbers_may_begin_with_weights_that_have_no_grids(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from patchcert_cli.data.images import Images
-from patchcert_cli.defenses.base import Claim, Defense
+from patchcert_cli.defenses import Claim, Defense
 from patchcert_cli.errors import DataError, UsageError
 from patchcert_cli.threats import Threat
 from patchcert_cli.version import __version__
@@ -24,12 +24,12 @@ PASSES = 1 << 14  # of a network that is asked for each mask: what is between tw
 
 def batch_size(defense: Defense) -> int:
     """Images at a time unless told otherwise: fewer where each takes many passes, so that stopping a run loses little."""
-    cost = defense.cost()
+    cost = defense.passes_per_image()
     return BATCH_SIZE if cost is None else max(FEWEST, min(BATCH_SIZE, PASSES // cost[1]))
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """The model under evaluation: a loaded defense and what identifies it.
 
     Attributes:
@@ -55,17 +55,17 @@ class Subject:
         return self.defense.plain(x) if self.in_front else None
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """Answers of a plain classifier that tell whether it is still the same; None if it is none."""
+        """MaskedPredictions of a plain classifier that tell whether it is still the same; None if it is none."""
         found = getattr(self.defense, "fingerprint", None)
         return cast("dict[str, Any] | None", found()) if self.in_front and found is not None else None
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationTask:
     """One evaluation.
 
     Attributes:
-        subject: the model.
+        model: the model.
         images: what it is evaluated on.
         claims: what is to be certified, or the one threat to attack under.
         total: images of the whole split.
@@ -74,7 +74,7 @@ class Plan:
         command: what the user typed, for the manifest.
     """
 
-    subject: Subject
+    model: EvaluatedModel
     images: Images
     claims: tuple[Claim, ...]
     total: int
@@ -97,31 +97,31 @@ class Plan:
 
     def check(self) -> None:
         """Raise unless images, model and threat fit together."""
-        shape = self.subject.defense.input_shape
+        shape = self.model.defense.input_shape
         if tuple(self.images.pixels.shape[1:]) != shape:
             raise DataError(
-                f"{self.images.name} images are {tuple(self.images.pixels.shape[1:])}, but {self.subject.name} takes {shape}."
+                f"{self.images.name} images are {tuple(self.images.pixels.shape[1:])}, but {self.model.name} takes {shape}."
             )
         if self.batch_size < 1:
             raise UsageError(f"--batch-size {self.batch_size} must be 1 or more.")
         for claim in self.claims:
             claim.threat.check(shape[1], shape[2], shape[0])
-            self.subject.defense.check_method(claim.method)
+            self.model.defense.check_method(claim.method)
 
     def identity(self, kind: str, extra: dict[str, Any]) -> dict[str, Any]:
         """Everything that decides the records; two runs that differ here never share a folder."""
         return {
             "kind": kind,
-            "model": self.subject.name,
-            "model_sha256": self.subject.sha256,
-            "defense": self.subject.kind,
-            "numerics": dict(self.subject.defense.numerics),
+            "model": self.model.name,
+            "model_sha256": self.model.sha256,
+            "defense": self.model.kind,
+            "numerics": dict(self.model.defense.precision),
             "dataset": self.images.name,
             "split": self.images.split,
             "data_sha256": self.images.digest(),
             "images": len(self.images),
             "subset_seed": self.seed if len(self.images) < self.total else None,
-            **({"setting": json.loads(json.dumps(self.subject.setting))} if self.subject.setting else {}),  # as it reads back
+            **({"setting": json.loads(json.dumps(self.model.setting))} if self.model.setting else {}),  # as it reads back
             **self._said,
             "patchcert": __version__,
             **extra,
@@ -132,5 +132,5 @@ class Plan:
         digest = hashlib.sha256(json.dumps(self.identity(kind, extra), sort_keys=True).encode()).hexdigest()[:8]
         threat = str(self.threat).replace(":", "-").replace("%", "pct")
         threat += f"-and-{len(self.claims) - 1}-more" if len(self.claims) > 1 else ""
-        name = re.sub(r"[^\w.@-]+", "-", Path(self.subject.name).name)
+        name = re.sub(r"[^\w.@-]+", "-", Path(self.model.name).name)
         return Path("runs") / f"{kind}-{name}-{threat}-{digest}"
