@@ -137,7 +137,7 @@ class MaskSpec:
             if (height, width) in ((rows, columns) for _, _, rows, columns in boxes):
                 raise UsageError(
                     f"masks against {text} hide all of a {height}x{width} image.",
-                    hint="MaskCoverage a smaller patch, or use more masks along each axis.",
+                    hint="Cover a smaller patch, or use more masks along each axis.",
                 )
             together = min(budget, len(boxes))
             if len(found) + math.comb(len(boxes), together) > MOST:
