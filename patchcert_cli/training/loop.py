@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from patchcert_cli import checkpoint, defenses
 from patchcert_cli.certificate import Tally
 from patchcert_cli.data.images import Images, to_float
-from patchcert_cli.defenses.base import Defense, TrainingStep
+from patchcert_cli.defenses import Defense, TrainingStep
 from patchcert_cli.errors import IntegrityError, Interrupted, MachineError, UsageError
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage import files, locks
@@ -28,7 +28,6 @@ from patchcert_cli.training.average import Average
 from patchcert_cli.training.muon import Muon
 from patchcert_cli.training.recipe import Recipe
 
-STATE, METRICS = "state.safetensors", "metrics.jsonl"
 FITTED = 500  # training images that a defense is finished with
 REPORTS = 10  # points of a run at which some validation images are certified; the last epoch certifies all
 
@@ -57,7 +56,7 @@ class Beginning:
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
             defense = defenses.build(recipe.config())
-            return cls(defense, defense.prepare(recipe.options) or nn.Module())
+            return cls(defense, defense.init_weights(recipe.options) or nn.Module())
 
 
 @dataclass
@@ -75,10 +74,10 @@ class _State:
         auxiliary = beginning.auxiliary.to(device)
         defense = _laid_out(beginning.defense.to(device), recipe)
         if images is not None:
-            defense.begin(_some(defense, images))
+            defense.fit_before(_some(defense, images))
             if beginning.load is not None:
                 beginning.load(defense)
-        average = Average(defense) if recipe.options.keep() > 0 else None
+        average = Average(defense) if recipe.options.ema_decay > 0 else None
         return cls(defense, auxiliary, average, _optimizer([*defense.parameters(), *auxiliary.parameters()], recipe))
 
     @property
@@ -96,7 +95,7 @@ class _State:
         return tensors
 
     def parts(self) -> dict[str, nn.Module]:
-        """What has weights, by the prefix of their names in :data:`STATE`."""
+        """What has weights, by the prefix of their names in the state file."""
         parts = {"model": self.defense, "aid": self.auxiliary}
         return parts | ({"average": self.average.defense} if self.average else {})
 
@@ -163,7 +162,7 @@ def train(
     _claim(folder, config)
     recipe_files.write(recipe, folder)
     kept, held = images.limit(recipe.limit or None, recipe.seed).hold_out(recipe.validation, recipe.seed)
-    new = not (folder / STATE).exists()
+    new = not (folder / files.STATE).exists()
     state = _State.of(recipe, beginning or Beginning.of(recipe), device, kept if new else None)
     start = _restore(folder, state)
     if 0 < start < recipe.epochs:
@@ -218,7 +217,7 @@ def _run_epoch(
     _save(folder, recipe, state, epoch + 1)  # certifying may take longer than the epoch did
     line = f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f} ({seconds:.0f} s)"
     if due and not last:
-        tally = monitor(state.deployed, held.limit(state.deployed.monitored, recipe.seed), recipe)
+        tally = monitor(state.deployed, held.limit(state.deployed.validation_size, recipe.seed), recipe)
         rows[-1] |= _validation_row(tally)
         _write_metrics(folder, rows)
         clean, certified = tally.clean_accuracy, tally.certified_accuracy
@@ -227,7 +226,7 @@ def _run_epoch(
 
 
 def _write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:
-    files.write_atomically(folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    files.write_atomically(folder / files.METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def _validation_row(tally: Tally) -> dict[str, Any]:
@@ -276,7 +275,7 @@ def _optimizer(weights: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optim
 
 
 def _rate(recipe: Recipe, progress: float) -> float:
-    return recipe.learning_rate * recipe.options.rate(progress, recipe.epochs)
+    return recipe.learning_rate * recipe.options.lr_multiplier(progress, recipe.epochs)
 
 
 @torch.no_grad()
@@ -288,7 +287,7 @@ def _finish(recipe: Recipe, defense: Defense, images: Images, *, rounded: bool) 
         for weight in defense.parameters():
             if weight.ndim > 1:
                 weight.copy_(weight.to(getattr(torch, recipe.stored)))
-    defense.finish(_some(defense, images))
+    defense.calibrate(_some(defense, images))
 
 
 def _some(defense: Defense, images: Images) -> Tensor:
@@ -315,14 +314,14 @@ def _epoch(recipe: Recipe, epoch: int, state: _State, images: Images, progress: 
         if reduced:
             x = x.contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
-            group["lr"] = group.get("share", 1.0) * recipe.learning_rate * options.rate(at, recipe.epochs)
+            group["lr"] = group.get("share", 1.0) * recipe.learning_rate * options.lr_multiplier(at, recipe.epochs)
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(defense.device.type, torch.bfloat16, enabled=reduced):
             loss = defense.training_loss(x, label, TrainingStep(threat, options, at, recipe.epochs, generator, state.auxiliary))
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if average:
-            average.follow(defense, options.keep())
+            average.follow(defense, options.ema_decay)
         total += float(loss.detach())
         line = f"epoch {epoch + 1} of {recipe.epochs}: loss {total / (number + 1):.4f}"
         progress.update(epoch * steps + number + 1, recipe.epochs * steps, line)
@@ -369,14 +368,14 @@ def monitor(defense: Defense, images: Images, recipe: Recipe, batch: int = 500) 
 
 def _save(folder: Path, recipe: Recipe, state: _State, epoch: int) -> None:
     note = {"recipe": recipe.to_dict(), "epoch": epoch, "averaged": state.average.steps if state.average else 0}
-    files.write_atomically(folder / STATE, checkpoint.pack(state.tensors(), note))
+    files.write_atomically(folder / files.STATE, checkpoint.pack(state.tensors(), note))
 
 
 def _restore(folder: Path, state: _State) -> int:
     """Load the state of the last whole epoch, if there is one; returns how many epochs it has."""
-    if not (folder / STATE).exists():
+    if not (folder / files.STATE).exists():
         return 0
-    tensors, note = checkpoint.unpack(folder / STATE)
+    tensors, note = checkpoint.unpack(folder / files.STATE)
     for prefix, part in state.parts().items():
         part.load_state_dict(_under(tensors, f"{prefix}."), strict=True)
     if state.average:
@@ -397,7 +396,7 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _kept_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
     """Metrics of the epochs that the restored state has; later lines belong to an epoch that was not saved."""
-    path = folder / METRICS
+    path = folder / files.METRICS
     if not path.exists():
         return []
     try:

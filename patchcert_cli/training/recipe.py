@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from patchcert_cli import data, defenses, models, schema
 from patchcert_cli.data import Dataset
-from patchcert_cli.defenses.base import Options
+from patchcert_cli.defenses import Options
 from patchcert_cli.errors import PatchcertError, UsageError
 from patchcert_cli.schema import Count, Must, NonNegative, Parsed, Positive, Rule, Seed
 from patchcert_cli.threats import Patch, Patches, Sparse, Threat, as_options, parse_threat
@@ -132,7 +132,7 @@ class Recipe:
             "classes": list(self.images.classes),
             "network": {"name": self.network, "options": {**statistics, **self.network_options}},  # a network may have its own
             "options": plain["options"],
-            **defenses.by_name(self.defense).entries(self.threat, self.options),
+            **defenses.by_name(self.defense).deploy_config(self.threat, self.options),
             "recipe": plain,
         }
 

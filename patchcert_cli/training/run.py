@@ -12,7 +12,7 @@ from patchcert_cli import cards, checkpoint, data, models
 from patchcert_cli import device as devices
 from patchcert_cli.catalog import resolve
 from patchcert_cli.classifiers import addresses
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses import Defense
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage import files, locks
@@ -98,7 +98,7 @@ def _described(recipe: Recipe, folder: Path, made: loop.Trained, place: str, pro
             },
             command=recipe.command,
             source=made.defense.source,
-            guarantee=str(made.defense.guarantee),
+            guarantee=made.defense.guarantee,
         )
         files.write_atomically(folder / files.CARD, card.render().encode())
     else:

@@ -10,6 +10,7 @@ import pytest
 from patchcert_cli import data, defenses, models, schema
 from patchcert_cli.catalog import bundled
 from patchcert_cli.errors import UnknownName, UsageError
+from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch, Sparse
 from patchcert_cli.training import loop, recipe_files
 from patchcert_cli.training.overrides import Overrides, pairs, resolved
@@ -43,7 +44,7 @@ def test_the_file_in_a_run_folder_is_the_same_recipe_and_takes_the_same_first_st
         folder = tmp_path / str(number)
         with pytest.raises(loop.Interrupted):
             loop.train(recipe, images, folder, progress=StopAfterAnEpoch())
-        states.append((folder / loop.STATE).read_bytes())
+        states.append((folder / files.STATE).read_bytes())
     assert states[0] == states[1]
 
 

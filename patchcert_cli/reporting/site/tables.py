@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from patchcert_cli.cards import Card, Published
 from patchcert_cli.reporting.site.leaderboards import Entry, Leaderboard, describe, own
-from patchcert_cli.reporting.site.markup import Html, block, code, fragment, join, percent, scrolling, size, tag
+from patchcert_cli.reporting.site.markup import Html, block, code, fragment, join, percent, scrolling, tag
+from patchcert_cli.storage.files import file_size
 from patchcert_cli.threats import Guarantee
 
 PAPERS = "Published numbers belong to the weights of the paper, not to these:"
@@ -120,9 +121,7 @@ def leaderboard(board: Leaderboard, *, first: bool) -> Html:
         tag("tbody", *rows),
         class_="board",
     )
-    name = join(
-        [code(str(board.threat)), tag("span", board.guarantee, class_="badge", title=Guarantee(board.guarantee).phrase)], " "
-    )
+    name = join([code(str(board.threat)), tag("span", board.guarantee, class_="badge", title=board.guarantee.phrase)], " ")
     return tag(
         "section",
         tag("h3", name),
@@ -139,7 +138,7 @@ def leaderboard(board: Leaderboard, *, first: bool) -> Html:
 def _row(entry: Entry, sources: Sources) -> Html:
     card, result = entry.card, entry.result
     said = card.arithmetic(result)
-    bytes_ = cell(size(card.size), value=card.size, class_="number") if card.size else cell(NOTHING, class_="number")
+    bytes_ = cell(file_size(card.size), value=card.size, class_="number") if card.size else cell(NOTHING, class_="number")
     rank = NOTHING if entry.rank is None else str(entry.rank)
     return tag(
         "tr",
@@ -186,7 +185,7 @@ def _waiting(id_: str, name: str, intro: str, cards: Sequence[Card]) -> Html:
             model(card),
             cell(title(card.dataset), value=card.dataset),
             cell(code(own(card)), value=own(card)),
-            *published(card.report() if card.guarantee == "recovery" else None, sources),
+            *published(card.report() if card.guarantee is Guarantee.RECOVERY else None, sources),
             cell(card.defense, value=card.defense),
             cell(card.network, value=card.network, class_="network"),
             data_words=words(card, own(card)),
