@@ -22,7 +22,7 @@ from patchcert_cli import data, defenses
 from patchcert_cli.catalog import resolve
 from patchcert_cli.certifiers.cells import additive
 from patchcert_cli.certifiers.cells.additive import Votes
-from patchcert_cli.certifiers.geometry import Axis, Cover
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 from patchcert_cli.defenses import Claim, TrainingStep
 from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.smoothing import Smoothing
@@ -104,12 +104,12 @@ def proof() -> None:
     generator = torch.Generator().manual_seed(0)
     small = Votes(torch.rand(8192, 10, 26, 26, generator=generator) < 0.2)
     axis = Axis.sliding(32, 5, kernel=7)
-    quick = seconds(lambda: additive.prove(small, Cover(axis, axis)))
+    quick = seconds(lambda: additive.prove(small, CellCoverage(axis, axis)))
     cells = len(small.scores) * 10 * 784 / quick
     print(f"proof on stored votes, 26x26 cells, 10 classes, 5x5: {len(small.scores) / quick:.0f} images/s")
     wide = Votes(torch.rand(1, 1000, 218, 218, generator=generator) < 0.01)
     axis = Axis.sliding(224, 32, kernel=7)
-    slow = seconds(lambda: additive.prove(wide, Cover(axis, axis)), repeats=1)
+    slow = seconds(lambda: additive.prove(wide, CellCoverage(axis, axis)), repeats=1)
     many = 1000 * axis_count(224, 32) ** 2 / slow
     print(f"  locations times classes a second: {cells:.2e}; on a 218x218 map with 1,000 classes, 32x32: {many:.2e}")
     print(f"  ratio {many / cells:.2f} (above 1 means that the large map is cheaper per location)")

@@ -21,7 +21,7 @@ from patchcert_cli import models
 from patchcert_cli.certificate import Arithmetic, Certificate
 from patchcert_cli.certifiers.cells import additive
 from patchcert_cli.certifiers.cells.additive import Proof, Votes
-from patchcert_cli.certifiers.geometry import Axis, Cover
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 from patchcert_cli.defenses._base import Claim, Defense, Surrogate
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.layers import fixed_point, programs
@@ -50,15 +50,15 @@ class LocalFeatureDefense(Defense, Generic[CellOutputs]):
         """The deployed answer, int64 [B]."""
 
     @abstractmethod
-    def prove(self, said: CellOutputs, cover: Cover, claim: Claim) -> Proof:
+    def prove(self, said: CellOutputs, cover: CellCoverage, claim: Claim) -> Proof:
         """The proof that a claim names, about that answer; ``cover`` is of the claim's threat."""
 
     @abstractmethod
-    def margins(self, said: CellOutputs, cover: Cover) -> Tensor:
+    def margins(self, said: CellOutputs, cover: CellCoverage) -> Tensor:
         """The best proof's margin at every location, float64 [B, P, Q]."""
 
     @abstractmethod
-    def cover(self, patch: Patch) -> Cover:
+    def cover(self, patch: Patch) -> CellCoverage:
         """Which cells see a pixel of the patch, for each of its locations."""
 
     def title(self, method: str) -> str:
@@ -102,7 +102,7 @@ class LocalFeatureDefense(Defense, Generic[CellOutputs]):
             raise UsageError(f"a map needs one patch, not {patch}.", hint="Use --patch, for example --patch 5.")
         return self.margins(self.count(self.scores(x)), self.cover_of(patch))
 
-    def cover_of(self, threat: Threat) -> Cover:
+    def cover_of(self, threat: Threat) -> CellCoverage:
         """The cover of any threat model that this family can certify: one patch, several of one shape, or k pixels.
 
         A sparse attacker has k patches of one pixel; single values are covered by their pixels.
@@ -153,13 +153,13 @@ class VotingDefense(LocalFeatureDefense[Votes]):
     def answer(self, said: Votes) -> Tensor:
         return said.answer()
 
-    def prove(self, said: Votes, cover: Cover, claim: Claim) -> Proof:
+    def prove(self, said: Votes, cover: CellCoverage, claim: Claim) -> Proof:
         method = claim.method or self.methods[0]
         if method == "3.1" and cover.budget > 1:
             raise UnsupportedThreat(f"condition 3.1 is not for {claim.threat}.", hint="It is for one patch or one pixel.")
         return additive.prove(said, cover, method)
 
-    def margins(self, said: Votes, cover: Cover) -> Tensor:
+    def margins(self, said: Votes, cover: CellCoverage) -> Tensor:
         return additive.margin_map(said, cover)
 
     def title(self, method: str) -> str:
@@ -187,7 +187,7 @@ class RegionDefense(LocalFeatureDefense[CellOutputs]):
     def __init__(self, scorer: RegionScorer, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
         super().__init__(input_shape=input_shape, classes=classes)
         self.scorer = scorer
-        self.deployed = fixed_point.Deployed(scorer)
+        self.deployed = fixed_point.FrozenNetworkCache(scorer)
         self.run = Runner(self.deployed)
 
     @staticmethod
@@ -216,9 +216,9 @@ class RegionDefense(LocalFeatureDefense[CellOutputs]):
         size = programs.at_once(self.activations, x.device, PIECE)
         return torch.cat([self.run(fixed_point.to_steps(part)) for part in torch.split(x, size)])
 
-    def cover(self, patch: Patch) -> Cover:
+    def cover(self, patch: Patch) -> CellCoverage:
         height, width = self.input_shape[1:]
-        return Cover(
+        return CellCoverage(
             Axis.sliding(height, patch.height, kernel=self.receptive_field, stride=self.scorer.stride),
             Axis.sliding(width, patch.width, kernel=self.receptive_field, stride=self.scorer.stride),
         )

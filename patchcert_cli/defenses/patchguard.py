@@ -23,7 +23,7 @@ from patchcert_cli import models
 from patchcert_cli.certifiers.cells import robust_masking
 from patchcert_cli.certifiers.cells.additive import Proof
 from patchcert_cli.certifiers.cells.robust_masking import FINEST, MOST, Masking
-from patchcert_cli.certifiers.geometry import Axis, Cover
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 from patchcert_cli.defenses._base import Augment, Claim, Options, Surrogate, TrainingStep
 from patchcert_cli.defenses._cells import RegionDefense
 from patchcert_cli.errors import PatchcertError, UnsupportedThreat, UsageError
@@ -95,7 +95,7 @@ class PatchGuard(RegionDefense[Tensor]):
         if window == cells:
             raise UsageError(
                 f"masks for {', '.join(map(str, covers))} hide all of the {cells[0]}x{cells[1]} cells.",
-                hint="Cover a smaller patch, or use a smaller receptive field.",
+                hint="CellCoverage a smaller patch, or use a smaller receptive field.",
             )
         self.masking = Masking(window, Fraction(round(share * FINEST), FINEST))
 
@@ -152,13 +152,13 @@ class PatchGuard(RegionDefense[Tensor]):
     def answer(self, said: Tensor) -> Tensor:
         return robust_masking.answer(said, self.masking)
 
-    def prove(self, said: Tensor, cover: Cover, claim: Claim) -> Proof:
+    def prove(self, said: Tensor, cover: CellCoverage, claim: Claim) -> Proof:
         return robust_masking.prove(said, self.masking, cover)
 
-    def margins(self, said: Tensor, cover: Cover) -> Tensor:
+    def margins(self, said: Tensor, cover: CellCoverage) -> Tensor:
         return robust_masking.margin_map(said, self.masking, cover)
 
-    def cover_of(self, threat: Threat) -> Cover:
+    def cover_of(self, threat: Threat) -> CellCoverage:
         """The cover of one patch or one pixel."""
         cover = super().cover_of(threat)
         if cover.budget > 1:

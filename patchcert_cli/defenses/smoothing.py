@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from patchcert_cli import models, schema
 from patchcert_cli.certifiers.cells.additive import Votes
-from patchcert_cli.certifiers.geometry import Axis, Cover
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 from patchcert_cli.defenses._base import Augment, Options, TrainingStep
 from patchcert_cli.defenses._cells import VotingDefense
 from patchcert_cli.errors import IntegrityError, UsageError
@@ -100,7 +100,7 @@ class Smoothing(VotingDefense):
         self.network, self.how = network, how
         self.register_buffer("rows", kept(input_shape[1], how, along=("row", "block")), persistent=False)
         self.register_buffer("columns", kept(input_shape[2], how, along=("column", "block")), persistent=False)
-        self.deployed = fixed_point.Deployed(network)
+        self.deployed = fixed_point.FrozenNetworkCache(network)
         self.run = Runner(self.deployed)
 
     @classmethod
@@ -191,9 +191,9 @@ class Smoothing(VotingDefense):
         away = scores.double().softmax(dim=1) - self.how.threshold
         return Votes(away >= 0, unknown=away.abs() <= ROUNDING)
 
-    def cover(self, patch: Patch) -> Cover:
+    def cover(self, patch: Patch) -> CellCoverage:
         height, width = self.input_shape[1:]
-        return Cover(self._axis(height, patch.height, "row"), self._axis(width, patch.width, "column"))
+        return CellCoverage(self._axis(height, patch.height, "row"), self._axis(width, patch.width, "column"))
 
     def _axis(self, length: int, side: int, along: str) -> Axis:
         if self.how.ablation in (along, "block"):

@@ -55,7 +55,7 @@ class EvaluatedModel:
         return self.defense.plain(x) if self.in_front else None
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """Answers of a plain classifier that tell whether it is still the same; None if it is none."""
+        """MaskedPredictions of a plain classifier that tell whether it is still the same; None if it is none."""
         found = getattr(self.defense, "fingerprint", None)
         return cast("dict[str, Any] | None", found()) if self.in_front and found is not None else None
 

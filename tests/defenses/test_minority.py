@@ -17,7 +17,7 @@ from patchcert_cli.cards import Card, Measured
 from patchcert_cli.cards.published import ClaimKey, PublishedRecord, PublishedRecords
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee
 from patchcert_cli.certifiers.masks import masked_detection
-from patchcert_cli.certifiers.masks.mask_sets import Cover, MaskPlan, MaskSet
+from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage, MaskSet, MaskSpec
 from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE
 from patchcert_cli.defenses import Claim
 from patchcert_cli.defenses.minority import GRID, Minority
@@ -48,7 +48,7 @@ class Sums(nn.Module):
 
 
 def made(network: nn.Module | None = None, *, covers: str = "patch:2x2", threshold: float = 0.0, **plan: int) -> Minority:
-    masks = MaskPlan((covers,), **(plan or {"stride": 1}))
+    masks = MaskSpec((covers,), **(plan or {"stride": 1}))
     defense = Minority(network or Sums(), input_shape=SHAPE, classes=("left", "right", "dark"), masks=masks, fill=(0.0,)).eval()
     defense.threshold = threshold
     return defense
@@ -112,7 +112,7 @@ def test_confidence_at_the_threshold_raises_an_alarm_and_certifies_nothing() -> 
             flat = torch.stack([whole.to(x) * 2, torch.ones_like(whole).to(x)], dim=1) * self.weight
             return torch.where(whole[:, None], flat, flat[:, 1:].flip(0).expand(-1, 2) * self.weight)
 
-    defense = Minority(Even(), input_shape=SHAPE, classes=("a", "b"), masks=MaskPlan(("patch:2x2",)), fill=(0.0,)).eval()
+    defense = Minority(Even(), input_shape=SHAPE, classes=("a", "b"), masks=MaskSpec(("patch:2x2",)), fill=(0.0,)).eval()
     for threshold, answer in ((0.5, 0), (0.0, 0)):
         defense.threshold = threshold
         certificate = defense.certify(HALF, Patch(2, 2))
@@ -427,21 +427,21 @@ def card_values() -> dict[str, Any]:
     }
 
 
-def last_border_mask_dropped(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
+def last_border_mask_dropped(masks: MaskSet, cover: MaskCoverage) -> tuple[MaskSet, MaskCoverage]:
     """Nothing hides the last corner, and the proof does not ask about it."""
     by = cover.by[:, :-1]
-    return MaskSet(4, 4, masks.boxes[:-1]), Cover(by[by.any(dim=1)], cover.location[by.any(dim=1)])
+    return MaskSet(4, 4, masks.boxes[:-1]), MaskCoverage(by[by.any(dim=1)], cover.location[by.any(dim=1)])
 
 
-def one_column_short(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
+def one_column_short(masks: MaskSet, cover: MaskCoverage) -> tuple[MaskSet, MaskCoverage]:
     return MaskSet(4, 4, tuple(((top, left, rows, columns - 1),) for ((top, left, rows, columns),) in masks.boxes)), cover
 
 
-def any_mask_will_do(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
-    return masks, Cover(torch.ones(1, len(masks), dtype=torch.bool), cover.location[:1])
+def any_mask_will_do(masks: MaskSet, cover: MaskCoverage) -> tuple[MaskSet, MaskCoverage]:
+    return masks, MaskCoverage(torch.ones(1, len(masks), dtype=torch.bool), cover.location[:1])
 
 
-def nothing_wrong(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
+def nothing_wrong(masks: MaskSet, cover: MaskCoverage) -> tuple[MaskSet, MaskCoverage]:
     return masks, cover
 
 
@@ -495,9 +495,9 @@ def test_a_threshold_that_a_confidence_equals_raises_the_alarm_and_certifies_not
     label = torch.tensor([[1]])
     logit_margin = torch.ones(1, 1, dtype=torch.float64)
     for whole, expected in ((0, [0.5, -1.0]), (1, [-1.0, 0.5])):
-        reports = masked_detection.Reports(torch.tensor([whole]), label, label, logit_margin, logit_margin, half)
+        reports = masked_detection.MaskedOutputs(torch.tensor([whole]), label, label, logit_margin, logit_margin, half)
         assert masked_detection.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [expected]
-    reports = masked_detection.Reports(torch.tensor([1]), label, label, logit_margin * 0, logit_margin, half)
+    reports = masked_detection.MaskedOutputs(torch.tensor([1]), label, label, logit_margin * 0, logit_margin, half)
     assert masked_detection.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [[-1.0, -1.0]]
 
 

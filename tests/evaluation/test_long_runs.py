@@ -15,7 +15,7 @@ from torch import nn
 from patchcert_cli import attacks
 from patchcert_cli.attacks import Attack, Target
 from patchcert_cli.certifiers.masks import masked_predictions
-from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
+from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.data.images import Images
 from patchcert_cli.defenses import Claim
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
@@ -34,12 +34,12 @@ class World:
     """A defense whose passes take ``each`` seconds of a clock that nothing else moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, each: float, images: int = 30) -> None:
-        self.now, self.each, self.asked, honest = 0.0, each, 0, masked_predictions.behind
+        self.now, self.each, self.asked, honest = 0.0, each, 0, masked_predictions.logits_under_mask
         with torch.random.fork_rng():
             torch.manual_seed(3)
             network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(36, 3))
             pixels = torch.randint(0, 256, (images, *SHAPE), dtype=torch.uint8)
-        task = MaskPlan(("patch:2x2",), per_axis=3)
+        task = MaskSpec(("patch:2x2",), per_axis=3)
         self.defense = PatchCleanser(network.eval(), input_shape=SHAPE, classes=("a", "b", "c"), masks=task, fill=(0.5,) * 3)
         self.defense.test_once()
 
@@ -48,7 +48,7 @@ class World:
             self.now += self.each * len(x)
             return honest(network, x, *rest)
 
-        monkeypatch.setattr(masked_predictions, "behind", slow)
+        monkeypatch.setattr(masked_predictions, "logits_under_mask", slow)
         labels = torch.zeros(images, dtype=torch.int64)
         data = Images(pixels, labels, torch.arange(images), "imagenet", "test", "x")
         self.task = EvaluationTask(

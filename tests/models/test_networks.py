@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from patchcert_cli import defenses, models
-from patchcert_cli.certifiers.geometry import Axis, Cover
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 from patchcert_cli.defenses import TrainingStep
 from patchcert_cli.defenses.bagcert import BagCert, BagCertOptions
 from patchcert_cli.errors import IntegrityError, UsageError
@@ -89,13 +89,13 @@ def test_a_patch_reaches_exactly_the_cells_that_are_claimed(name: str, stride: i
 def test_a_proof_that_forgets_the_stride_is_noticed_when_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     defense = build("dilated", 2)
 
-    def forgetful(patch: Patch) -> Cover:
+    def forgetful(patch: Patch) -> CellCoverage:
         axes = []
         for length, side in zip(defense.input_shape[1:], (patch.height, patch.width), strict=True):
             cells = defense.scorer.cells(length)
             dense = Axis.sliding(length, side, kernel=defense.receptive_field).touched
             axes.append(Axis(cells, tuple(tuple(cell for cell in touched if cell < cells) for touched in dense)))
-        return Cover(*axes)
+        return CellCoverage(*axes)
 
     monkeypatch.setattr(defense, "cover", forgetful)
     with pytest.raises(IntegrityError, match="but the proof counts"):

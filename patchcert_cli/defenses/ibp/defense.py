@@ -146,7 +146,7 @@ class IntervalDefense(Defense):
     def note(self, threat: Threat) -> str:
         if not isinstance(threat, Patch | PatchPercent):
             return ""
-        layer = partition.joins(self.network, self.input_shape)
+        layer = partition.first_global_layer(self.network, self.input_shape)
         if layer is None:
             return ""
         return (
