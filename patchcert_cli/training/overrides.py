@@ -167,7 +167,7 @@ def _hold_out_fewer(values: dict[str, Any], given: dict[str, Any]) -> None:
     limit = given.get("limit", 0 if "validation" in values else values.get("limit", 0))
     if datasets.own(dataset):
         given["dataset"] = data.info(dataset).name
-        held = min(held, max(1, data.count(dataset) // HELD_OUT))
+        held = min(held, max(1, len(data.open_dataset(dataset).image_files("train")) // HELD_OUT))
     if limit and type(limit) is int:
         held = min(held, max(1, limit // HELD_OUT))
     given.setdefault("validation", held)
