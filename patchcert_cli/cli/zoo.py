@@ -175,7 +175,9 @@ def _row(card: Card, where: str) -> list[str]:
 def _size(count: int) -> str:
     if not count:
         return NONE
-    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{max(count / 1e3, 0.1):.1f} kB"
+    from patchcert_cli.reporting.numbers import byte_size
+
+    return byte_size(count)
 
 
 def _print_table(rows: list[list[str]]) -> None:

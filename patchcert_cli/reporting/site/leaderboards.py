@@ -9,6 +9,8 @@ from fractions import Fraction
 from patchcert_cli.cards import Card, Measured, Published
 from patchcert_cli.threats import KINDS, UNITS, Guarantee, Patch, Patches, PatchPercent, Sparse, Threat, parse_threat
 
+TITLES = {"cifar10": "CIFAR-10", "mnist": "MNIST"}
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -38,6 +40,11 @@ class Leaderboard:
     guarantee: str
     entries: tuple[Entry, ...]
     own: bool
+
+    @property
+    def promise(self) -> str:
+        """What the guarantee says of a certified image."""
+        return Guarantee(self.guarantee).phrase
 
 
 Key = tuple[str, str, Threat, str]  # data set, split, threat, guarantee
@@ -108,6 +115,11 @@ def describe(threat: Threat) -> str:
         return f"{threat.number} at once, each {describe(threat.each)}"
     things = "single channel values" if isinstance(threat, Sparse) and threat.unit == "value" else "pixels"
     return f"any {threat.budget} {things}"
+
+
+def title(dataset: str) -> str:
+    """A data set's name in headings."""
+    return TITLES.get(dataset, dataset)
 
 
 def own(card: Card) -> str:
