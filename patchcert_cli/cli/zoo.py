@@ -12,6 +12,7 @@ import typer
 from patchcert_cli.cli import sharing, verify
 from patchcert_cli.cli import show as said
 from patchcert_cli.cli.options import AsJson, print_json
+from patchcert_cli.storage.files import file_size
 from patchcert_cli.threats import Guarantee
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def list_(
         typer.echo("no model fits", err=True)
     else:
         for guarantee in Guarantee:  # never in one table
-            rows = [_row(card, where) for card, where in found if card.guarantee == guarantee]
+            rows = [_row(card, where) for card, where in found if card.guarantee is guarantee]
             if rows:
                 if guarantee is not Guarantee.RECOVERY:
                     typer.echo(f"Certified {guarantee}: {guarantee.phrase}.")
@@ -104,7 +105,7 @@ def pull(
     typer.echo(found.note, err=True)
     typer.echo(str(found.folder))
     count = len(found.card.files)
-    typer.echo(f"{count} files · {_size(found.card.size)} · sha256 ok ({found.sha256[:12]}…) · licence {found.card.license}")
+    typer.echo(f"{count} files · {file_size(found.card.size)} · sha256 ok ({found.sha256[:12]}…) · licence {found.card.license}")
 
 
 @app.command("remove", epilog="Examples:\n\n patchcert zoo remove mnist-ibp-p5\n\n patchcert zoo remove org/model")
@@ -122,7 +123,7 @@ def remove(
     if as_json:
         print_json({"name": name, "repo": repo, "freed": freed})
         return
-    said = f"{repo}: freed {_size(freed)}" if freed else f"{repo} is not in the Hub's cache: nothing to remove"
+    said = f"{repo}: freed {file_size(freed)}" if freed else f"{repo} is not in the Hub's cache: nothing to remove"
     typer.echo(said + ("; the bundled copy stays" if card and card.files else ""))
 
 
@@ -152,8 +153,8 @@ def _summary(card: Card, where: str) -> dict[str, Any]:
         "status": card.status,
         "defense": card.defense,
         "dataset": card.dataset,
-        "threat": card.threat,
-        "guarantee": card.guarantee,
+        "threat": str(card.threat),
+        "guarantee": str(card.guarantee),
         "clean": measured.clean / measured.images if measured else None,
         "certified": measured.certified / measured.images if measured else None,
         "images": measured.images if measured else None,
@@ -169,15 +170,16 @@ def _row(card: Card, where: str) -> list[str]:
     facts = _summary(card, where)
     shares = [NONE if facts[key] is None else f"{facts[key]:.2%}" for key in ("clean", "certified", "published")]
     name = card.name if card.status != "unreliable" else f"{card.name} (unreliable)"
-    return [name, card.defense, card.threat, *shares, facts["arithmetic"] or NONE, _size(card.size), card.license, where]
-
-
-def _size(count: int) -> str:
-    if not count:
-        return NONE
-    from patchcert_cli.reporting.numbers import byte_size
-
-    return byte_size(count)
+    return [
+        name,
+        card.defense,
+        str(card.threat),
+        *shares,
+        facts["arithmetic"] or NONE,
+        file_size(card.size) if card.size else NONE,
+        card.license,
+        where,
+    ]
 
 
 def _print_table(rows: list[list[str]]) -> None:

@@ -1,4 +1,4 @@
-"""How accuracies, intervals and sizes are written, in tables, on the web page and in the README."""
+"""How accuracies and intervals are written, in tables, on the web page and in the README."""
 
 from __future__ import annotations
 
@@ -17,8 +17,3 @@ def interval(ends: tuple[float, float] | list[float]) -> str:
     """Two fractions in percent: ``60.89 to 62.80``."""
     low, high = ends
     return f"{percent(low)} to {percent(high)}"
-
-
-def byte_size(count: int) -> str:
-    """Bytes in units of 1,000: ``744.8 kB``, ``2.2 MB``."""
-    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{max(count / 1e3, 0.1):.1f} kB"

@@ -28,7 +28,7 @@ def model(tmp_path: Path) -> str:
         defense = defenses.build(recipe.config())
         with torch.no_grad():
             defense.scorer.head.bias.copy_(torch.tensor([-0.5, -0.5, 0.6, 0.0, -0.5, -0.5, -0.5, -0.5, -0.5, -0.5]))
-        defense.finish(torch.rand(8, 3, 32, 32))
+        defense.calibrate(torch.rand(8, 3, 32, 32))
         checkpoint.save_defense(tmp_path / "runs" / "m", defense, recipe.config())
     return "runs/m"
 
@@ -50,7 +50,7 @@ def test_every_size_comes_from_one_run(patchcert, model: str) -> None:  # type: 
     assert "the first 1000 of 10000" in done.err and found["full_split"] is False
     assert Path("curve.png").stat().st_size > 1000
     single = patchcert("certify", model, "--patch", "5", "--limit", "40", "--json", "-")
-    assert json.loads(single.out)["counts"]["certified"] == counts[4]
+    assert json.loads(single.out)["claims"][0]["counts"]["certified"] == counts[4]
     table = patchcert("certify", model, "--patch", "1..10", "--limit", "40").out
     assert "patch:10x10" in table and "95 % interval" in table
 
@@ -71,7 +71,7 @@ def test_conditions_side_by_side(patchcert, model: str) -> None:  # type: ignore
 
 def test_a_patch_too_large_is_a_note_and_not_a_crash(patchcert, model: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
     done = patchcert("certify", model, "--patch", "30", "--limit", "10", "--json", "-")
-    assert done.code == 0 and json.loads(done.out)["counts"]["certified"] == 0
+    assert done.code == 0 and json.loads(done.out)["claims"][0]["counts"]["certified"] == 0
     assert "no image can be certified" in done.err
 
 

@@ -37,7 +37,7 @@ class Chart:
 
     dataset: str
     split: str
-    guarantee: str
+    guarantee: Guarantee
     axis: str
     lines: tuple[Line, ...]
     doubtful: tuple[str, ...]
@@ -90,7 +90,7 @@ def looks(cards: Iterable[Card]) -> dict[str, Look]:
 
 def charts(boards: Iterable[Leaderboard]) -> list[Chart]:
     """Every chart with two points or more."""
-    groups: dict[tuple[str, str, str, str], dict[str, list[tuple[int, Entry]]]] = {}
+    groups: dict[tuple[str, str, Guarantee, str], dict[str, list[tuple[int, Entry]]]] = {}
     cards: dict[str, Card] = {}
     for board in boards:
         cards |= {entry.card.name: entry.card for entry in board.entries}
@@ -110,8 +110,7 @@ def charts(boards: Iterable[Leaderboard]) -> list[Chart]:
 
 
 def _order(chart: Chart) -> tuple[str, int, str, int]:
-    guarantee = list(Guarantee).index(Guarantee(chart.guarantee))
-    return chart.dataset, list(AXES).index(chart.axis), chart.split, guarantee
+    return chart.dataset, list(AXES).index(chart.axis), chart.split, list(Guarantee).index(chart.guarantee)
 
 
 def _point(strength: int, result: Measured) -> plots.Point:

@@ -28,7 +28,7 @@ from patchcert_cli.reporting import figure_style, numbers
 from patchcert_cli.reporting.site.charts import Chart, charts
 from patchcert_cli.reporting.site.leaderboards import describe, difficulty, leaderboards, own, paper_for, title
 from patchcert_cli.storage import files
-from patchcert_cli.threats import Guarantee, as_options, parse_threat
+from patchcert_cli.threats import Guarantee, as_options
 from patchcert_cli.version import __version__
 
 INDEX = "index.html"
@@ -165,7 +165,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "percent": numbers.percent,
         "interval": numbers.interval,
-        "byte_size": numbers.byte_size,
+        "file_size": files.file_size,
         "title": title,
         "describe": describe,
         "own": own,
@@ -174,12 +174,11 @@ def _environment() -> jinja2.Environment:
         "quote": quote,
         "prose": prose,
         "letters": letters,
-        "threat": lambda one: str(parse_threat(one.threat)),
-        "as_options": lambda card: as_options(parse_threat(card.threat)),
+        "as_options": as_options,
         "recipe": recipe,
         "results": results_of,
         "sources": sources,
-        "paper": lambda card: card.report() if card.guarantee == "recovery" else None,
+        "paper": lambda card: card.report() if card.guarantee is Guarantee.RECOVERY else None,
         "paper_for": lambda result, card: paper_for(card, result),
         "draw": lambda chart: Markup(_showable(Chart.draw(chart))),
     }
@@ -231,5 +230,5 @@ def recipe(card: Card) -> str:
 
 def results_of(card: Card, guarantee: Guarantee) -> list[Measured]:
     """The measurements of one guarantee, by data set and threat, the best proof first."""
-    results = [one for one in card.results if one.guarantee == guarantee]
-    return sorted(results, key=lambda one: (one.dataset, difficulty(parse_threat(one.threat)), one.split, -one.certified))
+    results = [one for one in card.results if one.guarantee is guarantee]
+    return sorted(results, key=lambda one: (one.dataset, difficulty(one.threat), one.split, -one.certified))
