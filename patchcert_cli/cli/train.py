@@ -55,6 +55,31 @@ def _recipe_option(*flags: str, text: str) -> Any:
 
 
 LimitOption = Annotated[int | None, _recipe_option("--limit", text="Only this many training images, the held-out ones included.")]
+DatasetOption = Annotated[
+    str | None,
+    _recipe_option("--data", "--dataset", text="Data set, or imagefolder:PATH; mnist unless the recipe says otherwise."),
+]
+StartModelOption = Annotated[
+    str | None,
+    _recipe_option("--model", text="Begin with published weights: timm:NAME, or hf-hub:ORG/REPO@COMMIT; see --weights."),
+]
+WeightsOption = Annotated[
+    str | None, _recipe_option("--weights", text="Safetensors for --model to begin with, or none for random ones.")
+]
+NetworkOption = Annotated[
+    str | None, _recipe_option("--network", text="Network; the defense's own unless the recipe says otherwise.")
+]
+NetworkOptionsOption = Annotated[
+    list[str] | None,
+    _recipe_option("--network-option", text="NAME=VALUE for the network, for example hidden=512,256; repeatable."),
+]
+StoredOption = Annotated[
+    str | None, _recipe_option("--stored", text="What finished weights are rounded to: float32, float16 or bfloat16.")
+]
+OptionsOption = Annotated[
+    list[str] | None,
+    _recipe_option("--option", text="NAME=VALUE of the defense's own training; repeatable. --dry-run lists them."),
+]
 
 
 def train(
@@ -63,38 +88,20 @@ def train(
     k: KOption = None,
     unit: UnitOption = None,
     recipe: RecipeOption = None,
-    dataset: Annotated[
-        str | None,
-        _recipe_option("--data", "--dataset", text="Data set, or imagefolder:PATH; mnist unless the recipe says otherwise."),
-    ] = None,
+    dataset: DatasetOption = None,
     defense: Annotated[str | None, _recipe_option("--defense", text="Defense to train.")] = None,
-    model: Annotated[
-        str | None,
-        _recipe_option("--model", text="Begin with published weights: timm:NAME, or hf-hub:ORG/REPO@COMMIT; see --weights."),
-    ] = None,
-    weights: Annotated[
-        str | None, _recipe_option("--weights", text="Safetensors for --model to begin with, or none for random ones.")
-    ] = None,
-    network: Annotated[
-        str | None, _recipe_option("--network", text="Network; the defense's own unless the recipe says otherwise.")
-    ] = None,
-    network_option: Annotated[
-        list[str] | None,
-        _recipe_option("--network-option", text="NAME=VALUE for the network, for example hidden=512,256; repeatable."),
-    ] = None,
+    model: StartModelOption = None,
+    weights: WeightsOption = None,
+    network: NetworkOption = None,
+    network_option: NetworkOptionsOption = None,
     epochs: Annotated[int | None, _recipe_option("--epochs", text="Passes over the training images.")] = None,
     batch_size: Annotated[int | None, _recipe_option("--batch-size", text="Images per step.")] = None,
     learning_rate: Annotated[float | None, _recipe_option("--learning-rate", text="The highest learning rate.")] = None,
     optimizer: Annotated[str | None, _recipe_option("--optimizer", text="adam, adamw, muon or sgd.")] = None,
     weight_decay: Annotated[float | None, _recipe_option("--weight-decay", text="Weight decay.")] = None,
     precision: Annotated[str | None, _recipe_option("--precision", text="float32, or bfloat16 for autocast in training.")] = None,
-    stored: Annotated[
-        str | None, _recipe_option("--stored", text="What finished weights are rounded to: float32, float16 or bfloat16.")
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        _recipe_option("--option", text="NAME=VALUE of the defense's own training; repeatable. --dry-run lists them."),
-    ] = None,
+    stored: StoredOption = None,
+    option: OptionsOption = None,
     validation: Annotated[int | None, _recipe_option("--validation", text="Training images held out.")] = None,
     limit: LimitOption = None,
     seed: Annotated[int | None, _recipe_option("--seed", text="Seed of everything random.")] = None,

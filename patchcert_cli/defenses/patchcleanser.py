@@ -31,6 +31,7 @@ from patchcert_cli.certifiers.masks.exact_predictions import ExactMaskedPredicto
 from patchcert_cli.certifiers.masks.logit_scale import CalibrationCache
 from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage, MaskSpec
 from patchcert_cli.certifiers.masks.masked_predictions import PRECISIONS, MaskedPredictor
+from patchcert_cli.defenses import _recipes
 from patchcert_cli.defenses._base import Augment, Claim, Defense, Options, Surrogate, TrainingStep
 from patchcert_cli.errors import UsageError
 from patchcert_cli.layers import fixed_point, precision
@@ -167,20 +168,7 @@ class PatchCleanser(Defense):
 
     @classmethod
     def default_recipe(cls, threat: Threat, dataset: str) -> dict[str, Any]:
-        digits = dataset == "mnist"  # a mirrored digit is not a digit, and digits need a smaller network
-        small = {"stem": 16, "widths": [32, 64, 128], "takes_mask": True} if digits else {}
-        return {
-            "dataset": "cifar10",
-            "network_options": {"bits": 8, **small},
-            "epochs": 20,
-            "learning_rate": 0.25,
-            "optimizer": "sgd",
-            "weight_decay": 5e-4,
-            "precision": "bfloat16",
-            "stored": "float16",
-            "validation": 500,  # certifying them costs the most here
-            "options": {"flip": not digits, "shift": 1 if digits else 2},
-        }
+        return _recipes.masked(dataset)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> PatchCleanser:

@@ -9,10 +9,11 @@ from patchcert_cli import data
 from patchcert_cli.errors import DataError
 from patchcert_cli.training import loop
 from patchcert_cli.training.recipe import Recipe
+from patchcert_cli.training.state import Beginning
 
 
 def training(
-    recipe: Recipe, *, data_dir: Path | None = None, device: str = "cpu", beginning: loop.Beginning | None = None
+    recipe: Recipe, *, data_dir: Path | None = None, device: str = "cpu", beginning: Beginning | None = None
 ) -> dict[str, Any]:
     """What training would take besides certifying held-out images, if the training images are there: steps, hours, disk."""
     try:

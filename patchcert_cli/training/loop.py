@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from patchcert_cli import checkpoint, defenses
+from patchcert_cli import checkpoint
 from patchcert_cli.certificate import Tally
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.defenses import Defense, TrainingStep
@@ -24,80 +23,10 @@ from patchcert_cli.errors import IntegrityError, Interrupted, MachineError, Usag
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage import files, locks
 from patchcert_cli.training import augment, recipe_files
-from patchcert_cli.training.average import Average
-from patchcert_cli.training.muon import Muon
 from patchcert_cli.training.recipe import Recipe
+from patchcert_cli.training.state import Beginning, State, restore, save, some_images
 
-FITTED = 500  # training images that a defense is finished with
 REPORTS = 10  # points of a run at which some validation images are certified; the last epoch certifies all
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """What a run starts with, on the CPU.
-
-    Attributes:
-        defense: with fresh weights.
-        auxiliary: what trains along without being deployed; has no weights if nothing does.
-        load: puts the weights to begin with into the defense; None if it begins with the fresh ones.
-    """
-
-    defense: Defense
-    auxiliary: nn.Module
-    load: Callable[[Defense], None] | None = None
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> Beginning:
-        """What the seed of ``recipe`` gives.
-
-        Raises:
-            IntegrityError: no network can be built from its options.
-        """
-        with torch.random.fork_rng():
-            torch.manual_seed(recipe.seed)
-            defense = defenses.build(recipe.config())
-            return cls(defense, defense.init_weights(recipe.options) or nn.Module())
-
-
-@dataclass
-class _State:
-    """What steps change: a defense, what trains along with it, the average of its weights if there is one, the optimizer."""
-
-    defense: Defense
-    auxiliary: nn.Module
-    average: Average | None
-    optimizer: torch.optim.Optimizer
-
-    @classmethod
-    def of(cls, recipe: Recipe, beginning: Beginning, device: str, images: Images | None = None) -> _State:
-        """The state before the first step; ``images`` are those that the defense is fitted to, if the run is a new one."""
-        auxiliary = beginning.auxiliary.to(device)
-        defense = _laid_out(beginning.defense.to(device), recipe)
-        if images is not None:
-            defense.fit_before(_some(defense, images))
-            if beginning.load is not None:
-                beginning.load(defense)
-        average = Average(defense) if recipe.options.ema_decay > 0 else None
-        return cls(defense, auxiliary, average, _optimizer([*defense.parameters(), *auxiliary.parameters()], recipe))
-
-    @property
-    def deployed(self) -> Defense:
-        """What is validated and saved."""
-        return self.average.defense if self.average else self.defense
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it, as it is kept."""
-        tensors: dict[str, Tensor] = {}
-        for prefix, part in self.parts().items():
-            tensors |= {f"{prefix}.{name}": value for name, value in part.state_dict().items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-        return tensors
-
-    def parts(self) -> dict[str, nn.Module]:
-        """What has weights, by the prefix of their names in the state file."""
-        parts = {"model": self.defense, "aid": self.auxiliary}
-        return parts | ({"average": self.average.defense} if self.average else {})
 
 
 @dataclass(frozen=True)
@@ -163,8 +92,8 @@ def train(
     recipe_files.write(recipe, folder)
     kept, held = images.limit(recipe.limit or None, recipe.seed).hold_out(recipe.validation, recipe.seed)
     new = not (folder / files.STATE).exists()
-    state = _State.of(recipe, beginning or Beginning.of(recipe), device, kept if new else None)
-    start = _restore(folder, state)
+    state = State.of(recipe, beginning or Beginning.of(recipe), device, kept if new else None)
+    start = restore(folder, state)
     if 0 < start < recipe.epochs:
         progress.note(f"resuming {folder}: {start} of {recipe.epochs} epochs done")
     rows = _kept_metrics(folder, start)
@@ -194,7 +123,7 @@ def train(
 def _run_epoch(
     recipe: Recipe,
     epoch: int,
-    state: _State,
+    state: State,
     images: tuple[Images, Images],
     folder: Path,
     rows: list[dict[str, Any]],
@@ -214,7 +143,7 @@ def _run_epoch(
     if due:
         _finish(recipe, state.deployed, kept, rounded=last)
     _write_metrics(folder, rows)
-    _save(folder, recipe, state, epoch + 1)  # certifying may take longer than the epoch did
+    save(folder, recipe, state, epoch + 1)  # certifying may take longer than the epoch did
     line = f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f} ({seconds:.0f} s)"
     if due and not last:
         tally = monitor(state.deployed, held.limit(state.deployed.validation_size, recipe.seed), recipe)
@@ -258,22 +187,6 @@ def _claim(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _laid_out(defense: Defense, recipe: Recipe) -> Defense:
-    """Channels last where it is trained with bfloat16 convolutions, which are faster so."""
-    return defense.to(memory_format=torch.channels_last) if recipe.precision == "bfloat16" else defense
-
-
-def _optimizer(weights: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    rate, decay = recipe.learning_rate, recipe.weight_decay
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(weights, lr=rate, momentum=0.9, nesterov=True, weight_decay=decay)
-    if recipe.optimizer == "muon":
-        return Muon(weights, rate, decay)
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=decay)
-    return torch.optim.Adam(weights, lr=rate, weight_decay=decay)
-
-
 def _rate(recipe: Recipe, progress: float) -> float:
     return recipe.learning_rate * recipe.options.lr_multiplier(progress, recipe.epochs)
 
@@ -287,18 +200,10 @@ def _finish(recipe: Recipe, defense: Defense, images: Images, *, rounded: bool) 
         for weight in defense.parameters():
             if weight.ndim > 1:
                 weight.copy_(weight.to(getattr(torch, recipe.stored)))
-    defense.calibrate(_some(defense, images))
+    defense.calibrate(some_images(defense, images))
 
 
-def _some(defense: Defense, images: Images) -> Tensor:
-    """A few training images, where the defense is."""
-    count = min(FITTED, len(images))
-    ordered = bool((images.labels.diff() >= 0).all())  # by class, as folders are: then the first ones do not stand for all
-    some = torch.arange(count) * (len(images) // count if ordered else 1)
-    return to_float(images.read(some).to(defense.device))
-
-
-def _epoch(recipe: Recipe, epoch: int, state: _State, images: Images, progress: Progress) -> float:
+def _epoch(recipe: Recipe, epoch: int, state: State, images: Images, progress: Progress) -> float:
     """One pass over the training images; returns the mean loss."""
     defense, optimizer, average = state.defense, state.optimizer, state.average
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
@@ -343,7 +248,7 @@ def trial(recipe: Recipe, images: Images, *, device: str = "cpu", beginning: Beg
 
     The first step of all, which sets things up, is not timed.
     """
-    state = _State.of(recipe, beginning or Beginning.of(recipe), device)
+    state = State.of(recipe, beginning or Beginning.of(recipe), device)
     batch, spent = images.take(torch.arange(min(recipe.batch_size, len(images)))), []
     for epoch in (0, 0, recipe.epochs - 1):
         began = time.perf_counter()
@@ -364,34 +269,6 @@ def monitor(defense: Defense, images: Images, recipe: Recipe, batch: int = 500) 
         prediction.append(certificate.prediction.cpu())
         certified.append(certificate.certified.cpu())
     return Tally.of(images.labels, torch.cat(prediction), torch.cat(certified))
-
-
-def _save(folder: Path, recipe: Recipe, state: _State, epoch: int) -> None:
-    note = {"recipe": recipe.to_dict(), "epoch": epoch, "averaged": state.average.steps if state.average else 0}
-    files.write_atomically(folder / files.STATE, checkpoint.pack(state.tensors(), note))
-
-
-def _restore(folder: Path, state: _State) -> int:
-    """Load the state of the last whole epoch, if there is one; returns how many epochs it has."""
-    if not (folder / files.STATE).exists():
-        return 0
-    tensors, note = checkpoint.unpack(folder / files.STATE)
-    for prefix, part in state.parts().items():
-        part.load_state_dict(_under(tensors, f"{prefix}."), strict=True)
-    if state.average:
-        state.average.steps = int(note["averaged"])
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            moments.setdefault(int(index), {})[key] = value
-    groups = state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    return int(note["epoch"])
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _kept_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:

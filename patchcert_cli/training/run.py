@@ -19,10 +19,11 @@ from patchcert_cli.storage import files, locks
 from patchcert_cli.training import loop
 from patchcert_cli.training.overrides import hash_of_start
 from patchcert_cli.training.recipe import Recipe
+from patchcert_cli.training.state import Beginning
 from patchcert_cli.version import __version__
 
 
-def begin(recipe: Recipe) -> loop.Beginning:
+def begin(recipe: Recipe) -> Beginning:
     """The fresh defense that a run starts with, and what loads the weights that the recipe names into it.
 
     Raises:
@@ -30,7 +31,7 @@ def begin(recipe: Recipe) -> loop.Beginning:
         IntegrityError: the weights to begin with are not those of the recipe, or those of another network.
     """
     try:
-        beginning = loop.Beginning.of(recipe)
+        beginning = Beginning.of(recipe)
     except IntegrityError as problem:  # of a file it would be; here it is what the user typed
         raise UsageError(problem.message, hint=problem.hint or "See --network-option.") from problem
     initial = None
