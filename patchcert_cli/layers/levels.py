@@ -68,7 +68,7 @@ class Level(nn.Module):
         return first * self.step - self.padding, count * self.step + self.kernel - 1
 
     def forward(self, q: Tensor) -> Tensor:
-        """What a part says of which all that it sees is given."""
+        """The outputs of a part whose whole receptive field is given."""
         found = self.whole(q)
         if self.pool:
             found = torch.maximum(found[:, :, 0::2], found[:, :, 1::2])
@@ -100,7 +100,7 @@ class Levels(nn.Module):
         levels: one after the other.
         head: exact, in float64, of the largest values over all positions.
         channels: of what the first level is given; hidden pixels may be one of them.
-        takes_mask: whether the last of the image's channels says what is hidden, 255 for hidden.
+        takes_mask: whether the last of the image's channels marks occluded pixels with 255.
         mirrored: whether logits are those of the image and of the mirrored image together.
     """
 
@@ -114,24 +114,24 @@ class Levels(nn.Module):
         """The levels."""
         return cast(list[Level], list(self.levels))
 
-    def pixels(self, steps: Tensor, hidden: Tensor | None = None) -> Tensor:
+    def pixels(self, steps: Tensor, occluded: Tensor | None = None) -> Tensor:
         """What the first level is given: uint8 [n, C, H, W], channels last, spare channels 0.
 
         Args:
             steps: whole numbers 0 to 255 of any type, [n, C', H, W], hidden pixels already filled.
-            hidden: bool [n, H, W].
+            occluded: bool [n, H, W].
         """
         n, own, height, width = steps.shape
         made = torch.zeros(n, height, width, self.channels, dtype=torch.uint8, device=steps.device)
         made[..., :own] = steps.to(torch.uint8).permute(0, 2, 3, 1)
-        if self.takes_mask and hidden is not None:
-            made[..., own] = hidden.to(torch.uint8) * 255
+        if self.takes_mask and occluded is not None:
+            made[..., own] = occluded.to(torch.uint8) * 255
         return made.permute(0, 3, 1, 2)
 
-    def forward(self, steps: Tensor, hidden: Tensor | None = None) -> Tensor:
-        features = self.features(self.pixels(steps, hidden))
+    def forward(self, steps: Tensor, occluded: Tensor | None = None) -> Tensor:
+        features = self.features(self.pixels(steps, occluded))
         if self.mirrored:
-            features = features + self.features(self.pixels(steps.flip(3), None if hidden is None else hidden.flip(2)))
+            features = features + self.features(self.pixels(steps.flip(3), None if occluded is None else occluded.flip(2)))
         return self.logits(features)
 
     def features(self, q: Tensor, since: int = 0) -> Tensor:
@@ -167,21 +167,21 @@ def gelu_table(step: int, out: int, zero: int) -> Tensor:
 
 
 def offset(step: int) -> int:
-    """The whole number of pre-activations that stands for 0."""
+    """The whole number that represents a pre-activation of 0."""
     return int(LOWEST * 2.0**-step)
 
 
 def whole(weight: Tensor, bias: Tensor, *, scale: int, zero: Tensor, step: int) -> tuple[Whole, int]:
-    """The convolution of whole numbers nearest to a real one, behind which pre-activations are in steps of 2^step or coarser.
+    """The convolution of whole numbers nearest to a real one, after which pre-activations are in steps of 2^step or coarser.
 
     Args:
         weight: float64 [O, C, k, k], of real inputs ``(q - zero) * 2^scale``.
         bias: float64 [O].
         scale: see ``weight``.
         zero: int64 [C].
-        step: what is wished for.
+        step: the wanted step.
 
-    Returns: the layer, and the step that it has: coarser than wished only where its weights are too large for that.
+    Returns: the layer, and the step that it has: coarser than wanted only where its weights are too large for that.
     """
     fine = _fine(weight)
     step = max(step, int(fine.max()) + scale)

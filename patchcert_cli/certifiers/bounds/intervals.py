@@ -54,7 +54,7 @@ def resolve(threat: Threat, height: int, width: int, channels: int) -> Patch | S
 
 
 def lower_margins(
-    network: nn.Module, x: Tensor, target: Tensor, threat: Threat, *, epsilon: float = 1.0, visits: int = 0
+    network: nn.Module, x: Tensor, target: Tensor, threat: Threat, *, epsilon: float = 1.0, topk_limit: int = 0
 ) -> Margins:
     """Interval lower bounds of ``f_target - f_class`` over every location of ``threat``.
 
@@ -64,14 +64,14 @@ def lower_margins(
         target: int64 [B], the class to defend.
         threat: a patch or sparse threat model.
         epsilon: below 1, touched entries move only this fraction of their way to 0 or 1 (for training ramps).
-        visits: for training against a sparse threat: the most pixels or values per neuron that are looked at; 0 is all.
+        topk_limit: for training against a sparse threat: the most pixels or values per neuron that are looked at; 0 is all.
 
     Gradients flow for sparse threats; for patches take them with :func:`margins_at` at the location found here.
     """
     split = Split.of(network, x.shape[1])
     resolved = resolve(threat, x.shape[2], x.shape[3], x.shape[1])
     with torch.set_grad_enabled(torch.is_grad_enabled() and isinstance(resolved, Sparse)):
-        return minimum(margin_iterator(split, x, resolved, epsilon, visits=visits), target)
+        return minimum(margin_iterator(split, x, resolved, epsilon, topk_limit=topk_limit), target)
 
 
 def minimum(stream: MarginIterator, target: Tensor) -> Margins:
@@ -134,14 +134,14 @@ def margins_table(network: nn.Module, x: Tensor, target: Tensor, patch: Patch, c
 def _contrasted(
     network: nn.Module, x: Tensor, target: Tensor, patch: Patch, chosen: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor, Box]:
-    """The last layer merged with ``e_target - e_class``, and the box in front of it at ``chosen`` locations [B, R].
+    """The last layer merged with ``e_target - e_class``, and the box before it at ``chosen`` locations [B, R].
 
     Returns: its weights for lower and for upper ends [B, K, N], its bias [B, K], and the box [B, R, N].
     """
     split = Split.of(network, x.shape[1])
     final = split.tail[-1] if split.tail else None
     if not isinstance(final, nn.Linear):
-        raise UnsupportedThreat("training on patches needs a network that ends in a linear layer behind another layer.")
+        raise UnsupportedThreat("training on patches needs a network that ends in a linear layer after another layer.")
     locations = patch.count(x.shape[2], x.shape[3])
     image = torch.arange(len(x), device=x.device)[:, None].expand_as(chosen)
     pairs, back = (image * locations + chosen).unique(return_inverse=True)  # type: ignore[no-untyped-call]  # distinct (image, location)
@@ -152,7 +152,7 @@ def _contrasted(
 
 
 def _at_pairs(split: Split, x: Tensor, patch: Patch, owner: Tensor, location: Tensor, epsilon: float) -> Box:
-    """Bounds in front of the last layer for U pairs (image ``owner``, ``location``), [U, N] each, with gradient."""
+    """Bounds before the last layer for U pairs (image ``owner``, ``location``), [U, N] each, with gradient."""
     if not split.is_dense:
         windows = Windows(split.layers[:-1], x, patch, epsilon, clip=False)
         order = windows.patch_windows.order(location)

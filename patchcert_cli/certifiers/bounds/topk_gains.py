@@ -6,7 +6,7 @@ Changing pixel p of image b to anything in [0, 1] raises neuron n by at most ``g
 ``sum_c max(w, 0) - w x``, and lowers it by at most ``loss = sum_c |w| - gain``. Neither exceeds the reach ``sum_c |w|``.
 
 **Claim.** Visit the pixels of a neuron in the order of falling reach and keep the k largest gains seen. Once the smallest kept
-gain is at least the reach of the next pixel, no pixel behind it can enter, so the kept ones are the k largest of all. All images
+gain is at least the reach of the next pixel, no later pixel can enter, so the kept ones are the k largest of all. All images
 and neurons are visited together, one pixel rank at a time, and a neuron leaves when every image is settled. Keeping k sorted
 values takes k maxima and minima a visit.
 """
@@ -22,17 +22,17 @@ from torch import Tensor
 SETTLE_EVERY = 8  # visits between two checks of which neurons are settled
 
 
-def largest_gains(weight: Tensor, x: Tensor, k: int, *, visits: int = 0) -> tuple[Tensor, Tensor]:
+def largest_gains(weight: Tensor, x: Tensor, k: int, *, topk_limit: int = 0) -> tuple[Tensor, Tensor]:
     """Sums of the k largest gains and of the k largest losses, [B, N] each, with gradient in ``weight`` only.
 
     Args:
         weight: [N, C, P], with respect to pixels in [0, 1].
         x: [B, C, P] in [0, 1].
         k: how many pixels may change; more than P means all.
-        visits: look at no more pixels per neuron than this, those of the largest reach; 0 is all. For training: a bound that has
-            not looked at all of them is none.
+        topk_limit: look at no more pixels per neuron than this, those of the largest reach; 0 is all. For training: a bound that
+            has not looked at all of them is none.
     """
-    up, down = _LargestGains.apply(weight, x, min(k, weight.shape[2]), visits)
+    up, down = _LargestGains.apply(weight, x, min(k, weight.shape[2]), topk_limit)
     return up, down
 
 
@@ -48,7 +48,7 @@ class _Visit:
 
 
 class _Order:
-    """Pixels of each neuron by falling reach, found in pieces so that settled neurons cost no sorting."""
+    """Pixels of each neuron by falling largest change, found in pieces so that settled neurons cost no sorting."""
 
     def __init__(self, weight: Tensor, k: int) -> None:
         self.weight, self.pixels = weight, weight.shape[2]
@@ -57,7 +57,7 @@ class _Order:
         self.sorted, self.order = self.patch_windows.topk(self.count, dim=1)
 
     def extend(self) -> None:
-        """Sort the rest behind the first piece: called only if a neuron needs more than that."""
+        """Sort the rest after the first piece: called only if a neuron needs more than that."""
         if self.count < self.pixels:
             left = self.patch_windows.scatter(1, self.order, -1.0)  # equal reaches must not be taken twice, nor missed
             reach, order = left.topk(self.pixels - self.count, dim=1)
@@ -111,7 +111,7 @@ class _Largest:
 
 class _LargestGains(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, x: Tensor, k: int, visits: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, weight: Tensor, x: Tensor, k: int, topk_limit: int) -> tuple[Tensor, Tensor]:
         order, columns = _Order(weight, k), x.permute(1, 2, 0).contiguous()
         neurons, images = weight.shape[0], x.shape[0]
         sums = weight.new_zeros(2, neurons, images)
@@ -133,7 +133,7 @@ class _LargestGains(torch.autograd.Function):
             ranks.append(open_)
             best[0].insert(visit.gain)
             best[1].insert(visit.loss)
-            last = rank + 1 in (order.pixels, visits)
+            last = rank + 1 in (order.pixels, topk_limit)
             if last or (rank + 1 >= k and (rank + 1) % SETTLE_EVERY == 0):
                 names = every if open_ is None else open_
                 if last:

@@ -7,23 +7,25 @@ owns the cells A(L) that see a pixel of L, and no other.
 Shapes: B images, K classes, N x M cells, P x Q locations. Cell i gives class c the whole number ``s_ic`` in [0, w_i], with a
 whole weight ``w_i >= 0`` that is 1 for votes. ``S_c = sum_i s_ic``; the answer y is the class of the largest S, the lowest index
 among equals. Sums stay below 2^24, so float32 holds them exactly.
-A score that is no number makes margins that are none, and these certify nothing.
+A score that is NaN makes margins that are NaN, and these certify nothing.
 
-**Theorem.** Let an attacker replace the scores of the cells in A(L), for one location L of his choice, by any numbers in
-[0, w_i]. For a rival j let
+**Theorem.** Let an attacker replace the scores of the cells in A(L), for one location L of the attacker's choice, by any numbers
+in [0, w_i]. For a rival j let
 
     m_j(L) = S_y - S_j - sum_{i in A(L)} (w_i + s_iy - s_ij) + [y < j].
 
-He cannot change the answer iff m_j(L) > 0 for every L and every j != y.
+The attacker cannot change the answer iff m_j(L) > 0 for every L and every j != y.
 Proof: the scores outside A(L) stay. Of all replacements, ``s_iy = 0, s_ij = w_i`` for all i in A(L) minimizes S'_y - S'_j, which
 becomes m_j(L) - [y < j]. The answer stays y against j iff S'_y - S'_j > 0, or = 0 and y < j: iff m_j(L) > 0, for whole numbers.
-If the cells can be set independently he can reach that minimum, so the condition is also necessary; the same if each cell votes
-for exactly one class, since the minimizing cell votes for j alone. (The published conditions below drop the tie's credit.)
+If the cells can be set independently, the attacker can reach that minimum, so the condition is also necessary; the same if each
+cell votes for exactly one class, since the minimizing cell votes for j alone. (The published conditions below drop the tie's
+credit.)
 
 **Budgets.** For an attacker with k locations, the loss is at most the sum of the k largest losses of single locations, since each
 cell's loss is non-negative; this is sufficient, not necessary.
 
-**Unknown scores.** Where rounding could have decided a score, it is the attacker's wherever he is: s_iy counts as 0, s_ij as w_i.
+**Unknown scores.** Where rounding could have decided a score, it is the attacker's at every location: s_iy counts as 0, s_ij as
+w_i.
 
 **Published conditions** (Metzen & Yatsura, section 3), for comparison:
 3.1, any monotone aggregation g per class: ``g_y(worst) > g_j(worst)`` for all L and j, where the worst case has 0 for y and w for
@@ -40,7 +42,7 @@ import torch
 from torch import Tensor
 
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
-from patchcert_cli.layers.precision import exact_arithmetic
+from patchcert_cli.layers.precision import exact_arithmetic, first_largest
 
 METHODS = ("exact", "3.1", "3.2", "3.3")
 LARGEST_SUM = 2**24
@@ -78,11 +80,6 @@ class Votes:
         return Votes(_of(self.scores, label), None if self.unknown is None else _of(self.unknown, label), self.weight)
 
 
-def first_largest(sums: Tensor) -> Tensor:
-    """The class of the largest of sums [B, K], the lowest index among equals: int64 [B]."""
-    return (sums == sums.amax(dim=1, keepdim=True)).int().argmax(dim=1)
-
-
 @dataclass(frozen=True)
 class Proof:
     """The smallest margin over rivals and locations.
@@ -100,13 +97,13 @@ class Proof:
     rival: Tensor
 
 
-def box_sums(scores: Tensor, rows: Axis, columns: Axis) -> Tensor:
+def location_sums(scores: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """Sums of float32 scores [..., N, M] over every location's cells: [..., P, Q], exact for whole numbers below 2^24."""
     return _turned_sums(scores, rows, columns).transpose(-1, -2)
 
 
 def _turned_sums(scores: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """:func:`box_sums` as contiguous [..., Q, P]."""
+    """:func:`location_sums` as contiguous [..., Q, P]."""
     if max(rows.cells, columns.cells) > DENSE and rows.sweep and columns.sweep:
         return _swept(scores, rows, columns).transpose(-1, -2).contiguous()
     return _along(_along(scores, columns).transpose(-1, -2).contiguous(), rows)
@@ -132,7 +129,7 @@ def _swept(scores: Tensor, rows: Axis, columns: Axis) -> Tensor:
 
 
 def _windows(row: Tensor, width: int, apart: int) -> Tensor:
-    """Sums of ``width`` entries that lie ``apart`` along the last axis, from every entry that has so many behind it.
+    """Sums of ``width`` entries that lie ``apart`` along the last axis, from every entry that has as many after it.
 
     Windows of 2, 4, 8, ... entries are made of two of half the width.
     """
@@ -166,7 +163,7 @@ def prove(votes: Votes, cover: CellCoverage, method: str = "exact") -> Proof:
     keep = (cover.rows.distinct(), cover.columns.distinct())
     if cover.budget > 1:  # several locations may be alike
         keep = (tuple(range(len(cover.rows.touched))), tuple(range(len(cover.columns.touched))))
-    rows, columns = cover.rows.pick(keep[0]), cover.columns.pick(keep[1])
+    rows, columns = cover.rows.select(keep[0]), cover.columns.select(keep[1])
     size = max(1, CHUNK // max(1, votes.scores[:1].numel()))
     parts = [_prove(part, CellCoverage(rows, columns, cover.budget), method) for part in _chunks(votes, size)]
     answer, margin, worst, rival = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -205,10 +202,10 @@ def _prove(votes: Votes, cover: CellCoverage, method: str) -> tuple[Tensor, Tens
     margins, places = [], []
     for first in range(0, classes, block):
         most = ends[1] if ends else _ends(votes, slice(first, first + block))[1]  # [B, K', N, M]
-        lead = total - most.sum(dim=(2, 3))  # [B, K'], S_y - S_j
+        difference = total - most.sum(dim=(2, 3))  # [B, K'], S_y - S_j
         if method == "3.3":
             largest, where = size.flatten().max(dim=0)
-            taken, worst = 2 * budget * largest, where.expand_as(lead)
+            taken, worst = 2 * budget * largest, where.expand_as(difference)
         else:  # sum_{i in A(L)} (w_i + s_iy - s_ij)
             loss = base - _turned_sums(most, rows, columns).flatten(2)
             if budget == 1:
@@ -216,7 +213,7 @@ def _prove(votes: Votes, cover: CellCoverage, method: str) -> tuple[Tensor, Tens
             else:
                 several = loss.topk(min(budget, loss.shape[2]), dim=2)
                 taken, worst = several.values.sum(dim=2), several.indices[:, :, 0]
-        margins.append(lead - taken)
+        margins.append(difference - taken)
         places.append(worst)
     margin, worst = torch.cat(margins, dim=1), torch.cat(places, dim=1)
     if method == "exact":
@@ -230,7 +227,7 @@ def _sizes(votes: Votes, rows: Axis, columns: Axis) -> Tensor:
     weight = torch.ones(scores.shape[2:], device=scores.device) if votes.weight is None else votes.weight.float()
     if float(weight.sum()) >= LARGEST_SUM:
         raise ValueError("weights too large for exact sums in float32")
-    return box_sums(weight, rows, columns)
+    return location_sums(weight, rows, columns)
 
 
 def _of(values: Tensor, answer: Tensor) -> Tensor:
@@ -247,10 +244,10 @@ def margin_map(votes: Votes, cover: CellCoverage) -> Tensor:
         answer = part.answer()
         least, most = _ends(part)
         own = _of(least, answer)
-        lead = own.sum(dim=(2, 3)) - most.sum(dim=(2, 3))  # [B, K]
-        lead = lead + (answer[:, None] < torch.arange(lead.shape[1], device=lead.device))
-        margin = lead[:, :, None, None] - (size + box_sums(own, rows, columns) - box_sums(most, rows, columns))
-        rivals = torch.arange(lead.shape[1], device=lead.device) != answer[:, None]
+        difference = own.sum(dim=(2, 3)) - most.sum(dim=(2, 3))  # [B, K]
+        difference = difference + (answer[:, None] < torch.arange(difference.shape[1], device=difference.device))
+        margin = difference[:, :, None, None] - (size + location_sums(own, rows, columns) - location_sums(most, rows, columns))
+        rivals = torch.arange(difference.shape[1], device=difference.device) != answer[:, None]
         maps.append(margin.masked_fill(~rivals[:, :, None, None], float("inf")).amin(dim=1))
     return torch.cat(maps).double()
 

@@ -1,7 +1,7 @@
 """Robust masking: every class loses its heaviest window of evidence before classes are compared.
 
 PatchGuard (Xiang et al., PatchGuard: A Provably Robust Defense against Adversarial Patches via Small Receptive Fields and
-Masking, USENIX Security 2021). Few cells see a patch, so whatever they say without bound in favour of a class lies in one window,
+Masking, USENIX Security 2021). Few cells see a patch, so whatever they claim without bound for a class lies in one window,
 and the window that is taken away from the class holds at least as much.
 
 Shapes: B images, K classes, N x M cells, P x Q locations of the attacker, R x S masks: the windows of h x w cells wholly inside
@@ -12,16 +12,16 @@ X, S_c that of all cells, and H_c the largest ``U_c(m)`` of a mask m. With a sha
 
 and the answer y is the class of the largest r, the lowest index among equals. The published default is T = 0.
 
-**Theorem.** An attacker at a location L of his choice replaces the evidence of the cells A = A(L) by any whole numbers >= 0. Let
+**Theorem.** An attacker at a freely chosen location L replaces the evidence of the cells A = A(L) by any whole numbers >= 0. Let
 
     low(L)    = U_y(outside A) - max_m U_y(m without A)
     high_j(L) = min over masks m that hold all of A of U_j(outside m),  infinite where no mask does.
 
-For T = 0 he cannot change the answer iff ``low(L) - high_j(L) + [y < j] > 0`` for every L and every j != y.
+For T = 0 the attacker cannot change the answer iff ``low(L) - high_j(L) + [y < j] > 0`` for every L and every j != y.
 Proof: for T = 0, r_c is the minimum over masks m of U'_c(outside m), since S_c = 0 where H_c = 0, and it never falls when
-evidence grows. So r_y is smallest with zeros in A, where it is low(L). A mask that holds A leaves nothing of his, so
+evidence grows. So r_y is smallest with zeros in A, where it is low(L). A mask that holds A leaves nothing of the attacker's, so
 r_j <= high_j(L), and with every cell of A large enough this is attained, since all other masks leave one of them. Classes have
-evidence of their own, so he can have both at once. The answer stays y against j iff r_y > r_j, or r_y = r_j and y < j; all
+evidence of their own, so both can be had at once. The answer stays y against j iff r_y > r_j, or r_y = r_j and y < j; all
 numbers are whole.
 
 **T > 0.** Write R for ``U_y(outside A)``. The condition above is sufficient with
@@ -29,12 +29,13 @@ numbers are whole.
     low(L)    = R - max_m U_y(m without A)  if that maximum exceeds T R, else R - the same maximum over masks that meet A
     high_j(L) = the whole part of 1 / (1 - T) times the above.
 
-Proof: let him give y the sum a >= 0 inside A. A mask m has U'_y(m) <= U_y(m without A) + a, so if the heaviest is taken away,
+Proof: let the attacker give y the sum a >= 0 inside A. A mask m has U'_y(m) <= U_y(m without A) + a, so if the heaviest is taken
+    away,
 r_y >= R - max_m U_y(m without A). Let this maximum be at most T R. A heaviest mask that does not meet A has at most T R <= T S'_y
 and is not taken away, so if one is, it meets A. If none is, r_y = R + a >= R. For the rival, let m hold A. If the heaviest mask
 is taken away, r_j <= U_j(outside m) as before. Else U'_j(m) <= H'_j <= T S'_j, and S'_j = U'_j(m) + U_j(outside m), so that
 r_j = S'_j <= U_j(outside m) / (1 - T).
-(Taking nothing away in the second case of low is not sound: what he adds where A meets a heavy mask makes it exceed T, and the
+(Taking nothing away in the second case of low is not sound: what is added where A meets a heavy mask makes it exceed T, and the
 mask goes. Linyi Li found this in the published code, which was then corrected.)
 
 Where A is itself a mask, as for the patch that the masks are made for, these are the published conditions; smaller patches gain
@@ -49,12 +50,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from patchcert_cli.certifiers.cells.additive import Proof, first_largest
+from patchcert_cli.certifiers.cells.additive import Proof
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
-from patchcert_cli.layers.precision import exact_arithmetic
+from patchcert_cli.layers.boxes import integral_image
+from patchcert_cli.layers.precision import exact_arithmetic, first_largest
 
 MOST = 2**26  # the largest evidence of a cell
 FINEST = 1000  # the largest denominator of a share
@@ -80,7 +81,7 @@ class Masking:
 
 def masked_sums(evidence: Tensor, masking: Masking) -> Tensor:
     """r, int64 [B, K], of evidence int64 [B, K, N, M]."""
-    heaviest = _window_sums(_table(evidence), masking.window).flatten(2).amax(dim=2)
+    heaviest = _window_sums(evidence, masking.window).flatten(2).amax(dim=2)
     total = evidence.sum(dim=(2, 3))
     share = masking.share
     return total - torch.where(heaviest * share.denominator > total * share.numerator, heaviest, 0)
@@ -100,7 +101,9 @@ def prove(evidence: Tensor, masking: Masking, cover: CellCoverage) -> Proof:
         cover: which cells each location touches, neighbours; budget 1.
     """
     keep = (cover.rows.distinct(), cover.columns.distinct())  # margins never grow with A
-    chart, rival = _charts(evidence, masking, CellCoverage(cover.rows.pick(keep[0]), cover.columns.pick(keep[1]), cover.budget))
+    chart, rival = _charts(
+        evidence, masking, CellCoverage(cover.rows.select(keep[0]), cover.columns.select(keep[1]), cover.budget)
+    )
     margin, worst = chart.flatten(1).min(dim=1)
     rival = rival.flatten(1).gather(1, worst[:, None])[:, 0]
     of_row, of_column = (torch.tensor(kept, device=worst.device) for kept in keep)  # numbers of the kept locations -> of all
@@ -129,20 +132,16 @@ def _charts(evidence: Tensor, masking: Masking, cover: CellCoverage) -> tuple[Te
         label = answer(part, masking)
         own = part[torch.arange(len(part), device=part.device), label]  # [b, N, M]
         low = torch.cat(list(_lows(own, masking, cover)), dim=1)  # [b, P, Q]
-        lead, rival = _highs(part, label, masking, cover)
-        charts.append(low - lead)
+        difference, rival = _highs(part, label, masking, cover)
+        charts.append(low - difference)
         rivals.append(rival)
     return torch.cat(charts), torch.cat(rivals)
 
 
-def _table(values: Tensor) -> Tensor:
-    """Integral image: the sums of all entries above and left, int64 [..., N, M] -> [..., N + 1, M + 1]."""
-    return F.pad(values, (1, 0, 1, 0)).cumsum(dim=-2).cumsum(dim=-1)
-
-
-def _window_sums(table: Tensor, window: tuple[int, int]) -> Tensor:
-    """The sum of each window, [..., N + 1, M + 1] -> [..., R, S]."""
+def _window_sums(values: Tensor, window: tuple[int, int]) -> Tensor:
+    """The sum of each window, [..., N, M] -> [..., R, S]."""
     height, width = window
+    table = integral_image(values)
     bands = table[..., height:, :] - table[..., :-height, :]
     return bands[..., width:] - bands[..., :-width]
 
@@ -153,7 +152,7 @@ def _lows(own: Tensor, masking: Masking, cover: CellCoverage) -> Iterator[Tensor
     Sums over what a location shares with a mask are products with 0/1 matrices, one along rows and one along columns.
     """
     own, share = own.double(), masking.share
-    sums = _window_sums(_table(own), masking.window)[:, None, :, None, :]  # [b, 1, R, 1, S]
+    sums = _window_sums(own, masking.window)[:, None, :, None, :]  # [b, 1, R, 1, S]
     rows, columns = cover.rows.matrix().to(own), cover.columns.matrix().to(own)  # [P, N], [Q, M]
     tall, wide = _masks(cover.rows, masking.window[0]).to(own), _masks(cover.columns, masking.window[1]).to(own)  # [R, N], [S, M]
     across = (columns[:, None] * wide).flatten(0, 1).t()  # [M, Q * S]
@@ -174,7 +173,7 @@ def _lows(own: Tensor, masking: Masking, cover: CellCoverage) -> Iterator[Tensor
 
 def _highs(evidence: Tensor, label: Tensor, masking: Masking, cover: CellCoverage) -> tuple[Tensor, Tensor]:
     """The largest ``high_j - [y < j]`` over rivals, float64 [b, P, Q] with inf, and a rival that attains it, int64."""
-    held = _window_sums(_table(evidence), masking.window)  # [b, K, R, S]
+    held = _window_sums(evidence, masking.window)  # [b, K, R, S]
     heaviest = held.amax(dim=(2, 3), keepdim=True)
     for dim, axis, side in ((2, cover.rows, masking.window[0]), (3, cover.columns, masking.window[1])):
         lines = [held.narrow(dim, first, count).amax(dim=dim) if count else None for first, count in _holding(axis, side)]
@@ -186,9 +185,9 @@ def _highs(evidence: Tensor, label: Tensor, masking: Masking, cover: CellCoverag
     if share > 0:
         high = high * share.denominator // (share.denominator - share.numerator)
     classes = torch.arange(evidence.shape[1], device=evidence.device)
-    lead = (high - (label[:, None] < classes).long()[:, :, None, None]).double().masked_fill(held < 0, float("inf"))
+    difference = (high - (label[:, None] < classes).long()[:, :, None, None]).double().masked_fill(held < 0, float("inf"))
     own = (classes == label[:, None])[:, :, None, None]
-    largest, rival = lead.masked_fill(own, -float("inf")).max(dim=1)
+    largest, rival = difference.masked_fill(own, -float("inf")).max(dim=1)
     return largest, rival
 
 
