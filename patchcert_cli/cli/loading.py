@@ -1,218 +1,123 @@
-"""From what a command names to what it computes: the model, the images, and what is claimed of them."""
+"""From what a command names to what it computes: the model, the images, and the claims."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from patchcert_cli.cli import show
-from patchcert_cli.cli.options import typed_command
+from patchcert_cli.cli.options import DataOptions, RunOptions
 from patchcert_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from patchcert_cli.data.images import Images
     from patchcert_cli.defenses.base import Claim
-    from patchcert_cli.evaluation.outlook import Full
-    from patchcert_cli.evaluation.plan import Plan, Subject
-    from patchcert_cli.evaluation.subjects import Candidate, Wish
+    from patchcert_cli.evaluation.estimate import FullRun
+    from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
+    from patchcert_cli.evaluation.models import DefenseRequest, ModelSource
 
     Claims = Callable[[str, tuple[int, int, int]], Sequence[Claim]]
 
-SAY_DATA = "Name the images: --data imagefolder:./val, or a data set such as cifar10."
-CLASSIFIER = "Plain classifiers, and other masks"
-DefenseOption = Annotated[
-    str | None,
-    typer.Option("--defense", help="Put this defense around the classifier, such as patchcleanser.", rich_help_panel=CLASSIFIER),
-]
-MasksOption = Annotated[
-    int | None,
-    typer.Option("--masks", metavar="K", help="Masks along each axis, at most. Default: 6.", rich_help_panel=CLASSIFIER),
-]
-PassesOption = Annotated[
-    int | None,
-    typer.Option("--passes", help="As many masks as let all pairs be evaluated in so many passes.", rich_help_panel=CLASSIFIER),
-]
-WeightsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--weights",
-        metavar="FILE|none",
-        help="Safetensors instead of the published weights; none: random ones, to measure the cost with --dry-run.",
-        rich_help_panel=CLASSIFIER,
-    ),
-]
-ClassesOption = Annotated[
-    str | None,
-    typer.Option(
-        "--classes",
-        metavar="FILE|imagenet",
-        help="What the model's outputs are called: a text file, one line per output.",
-        rich_help_panel=CLASSIFIER,
-    ),
-]
-ThresholdOption = Annotated[
-    float | None,
-    typer.Option(
-        "--threshold",
-        help="Certified detection: a mask that contradicts the whole image raises an alarm from this confidence on. Default: 0.",
-        rich_help_panel=CLASSIFIER,
-    ),
-]
-LabelsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--labels",
-        metavar="float32|bfloat16",
-        help="What labels behind masks are computed in; bfloat16 is faster with few classes; those in doubt are computed again.",
-        rich_help_panel=CLASSIFIER,
-    ),
-]
+NAME_DATA = "Name the images: --data imagefolder:./val, or a data set such as cifar10."
 
 
-def wish_of(
-    *,
-    defense: str | None,
-    masks: int | None,
-    passes: int | None,
-    weights: str | None,
-    classes: str | None,
-    labels: str | None,
-    dry_run: bool,
-    download: bool = False,
-    threshold: float | None = None,
-    compare: bool = False,
-) -> Wish:
-    """What the options say is to be made of a model, refused if they contradict each other."""
-    if masks is not None and passes is not None:
-        raise UsageError("--masks and --passes both say how many masks there are.", hint="Give one of them.")
-    for flag, value in (("--masks", masks), ("--passes", passes)):
-        if value is not None and value < 1:
-            raise UsageError(f"{flag} {value} must be 1 or more.")
-    if threshold is not None and not 0 <= threshold < 1:
-        raise UsageError(f"--threshold {threshold:g} is no confidence.", hint="Allowed: from 0 (any contradiction) to below 1.")
-    if labels not in (None, "float32", "bfloat16"):
-        raise UsageError(f"invalid --labels '{labels}'.", hint="Use float32 or bfloat16.")
-    if weights == "none" and not dry_run:
-        raise UsageError("--weights none means random weights, whose answers mean nothing.", hint="Add --dry-run.")
+def open_task(
+    model: str | None, claims: Claims, data: DataOptions, run: RunOptions, command: str, request: DefenseRequest | None = None
+) -> EvaluationTask:
+    """Load model and test images for an evaluation, and report on stderr where both came from.
 
-    from patchcert_cli.evaluation.subjects import Wish
-
-    return Wish(defense, masks, passes, weights, classes, labels, download, threshold, compare)
-
-
-def open_plan(
-    model: str | None,
-    claims: Claims,
-    wish: Wish | None = None,
-    *,
-    dataset: str | None,
-    data_dir: Path | None,
-    download: bool,
-    limit: int | None,
-    batch_size: int | None,
-    device: str,
-    seed: int,
-) -> Plan:
-    """Load model and test images for an evaluation, and say on stderr where both came from.
-
-    ``claims`` makes what is to be certified from the model's own threat model and the shape of its images.
+    ``claims`` makes what is to be certified from the model's own threat model and the shape [C, H, W] of its images.
     """
-    from patchcert_cli import data
+    from patchcert_cli import data as datasets
 
-    opened = _open(model, claims, wish, dataset, data_dir, device)
+    opened = _open(model, claims, request, data, run.device)
     with show.progress() as progress:
-        fetch = f"{typed_command()} --download"
-        whole = data.load(opened.dataset, "test", data_dir=data_dir, download=download, fetch=fetch, progress=progress)
-    total = data.whole_split(whole)
-    _tell(whole, len(whole), total)
-    return opened.plan(whole.limit(limit, seed), total, batch_size, seed)
+        whole = datasets.load(
+            opened.dataset,
+            "test",
+            data_dir=data.data_dir,
+            download=data.download,
+            fetch=f"{command} --download",
+            progress=progress,
+        )
+    total = datasets.whole_split(whole)
+    _report(whole, len(whole), total)
+    return opened.task(whole.limit(data.limit, run.seed), total, run, command)
 
 
-def open_glance(
-    model: str | None,
-    claims: Claims,
-    wish: Wish | None,
-    *,
-    dataset: str | None,
-    data_dir: Path | None,
-    limit: int | None,
-    batch_size: int | None,
-    device: str,
-    seed: int,
-) -> tuple[Plan, Full]:
-    """As :func:`open_plan`, but for a dry run: pictures that are not packed yet are not packed, and a few stand for all."""
-    from patchcert_cli import data
-    from patchcert_cli.evaluation import outlook
+def open_sample(
+    model: str | None, claims: Claims, data: DataOptions, run: RunOptions, command: str, request: DefenseRequest | None = None
+) -> tuple[EvaluationTask, FullRun]:
+    """As :func:`open_task`, but for a dry run: images that are not packed yet are not packed, and a few stand for all."""
+    from patchcert_cli import data as datasets
+    from patchcert_cli.evaluation import estimate
 
-    opened = _open(model, claims, wish, dataset, data_dir, device)
-    fetch = typed_command().replace(" --dry-run", "") + " --download"
-    some = data.glance(opened.dataset, "test", outlook.MOST, seed, data_dir=data_dir, fetch=fetch)
-    _tell(some.images, some.there, some.total)
-    full = outlook.Full(min(limit or some.there, some.there), some.disk)
-    return opened.plan(some.images.limit(limit, seed), some.total, batch_size, seed), full
+    opened = _open(model, claims, request, data, run.device)
+    fetch = command.replace(" --dry-run", "") + " --download"
+    some = datasets.glance(opened.dataset, "test", estimate.MOST, run.seed, data_dir=data.data_dir, fetch=fetch)
+    _report(some.images, some.there, some.total)
+    full = estimate.FullRun(min(data.limit or some.there, some.there), some.disk)
+    return opened.task(some.images.limit(data.limit, run.seed), some.total, run, command), full
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """A model, what is claimed of it, and a data set whose classes are known to be the model's.
+    """A model, the claims, and a data set whose classes are known to be the model's.
 
     Attributes:
         outputs: for each class of the data set the model's output of that name; None if the labels count outputs already.
     """
 
     dataset: str
-    subject: Subject
+    model: EvaluatedModel
     claims: tuple[Claim, ...]
     outputs: list[int] | None
 
-    def plan(self, images: Images, total: int, batch_size: int | None, seed: int) -> Plan:
+    def task(self, images: Images, total: int, run: RunOptions, command: str) -> EvaluationTask:
         """The evaluation on these images."""
-        from patchcert_cli.evaluation import plan as plans
+        from patchcert_cli.evaluation import task as tasks
 
         named = images if self.outputs is None else images.relabelled(self.outputs)
-        size = plans.batch_size(self.subject.defense) if batch_size is None else batch_size
-        plan = plans.Plan(self.subject, named, self.claims, total, seed, size, typed_command())
-        plan.check()
-        return plan
+        size = tasks.batch_size(self.model.defense) if run.batch_size is None else run.batch_size
+        task = tasks.EvaluationTask(self.model, named, self.claims, total, run.seed, size, command)
+        task.check()
+        return task
 
 
-def _open(
-    model: str | None, claims: Claims, wish: Wish | None, dataset: str | None, data_dir: Path | None, device: str
-) -> _Opened:
-    """Find model and data set and hold them against each other before an image is read or packed."""
+def _open(model: str | None, claims: Claims, request: DefenseRequest | None, given: DataOptions, device: str) -> _Opened:
+    """Find model and data set, and check that they fit together before an image is read or packed."""
     from patchcert_cli import data
     from patchcert_cli import device as devices
     from patchcert_cli.data import datasets
 
+    dataset, data_dir = given.dataset, given.data_dir
     place = devices.resolve(device)
-    _foresee(model, claims, dataset, data_dir)
-    candidate = found(model, dataset, wish, place)
+    _check_early(model, claims, dataset, data_dir)
+    candidate = find(model, dataset, request, place)
     if dataset is None and datasets.own(candidate.dataset):
-        raise UsageError(f"{candidate.name} was trained on {candidate.dataset}.", hint=SAY_DATA)
+        raise UsageError(f"{candidate.name} was trained on {candidate.dataset}.", hint=NAME_DATA)
     chosen = candidate.fitted(dataset or candidate.dataset)
     shape = candidate.shape(chosen)
     meant = tuple(claims(candidate.threat, shape))
-    subject = candidate.subject(shape, [claim.threat for claim in meant], place)
-    show.say("\n".join(subject.notes))
+    evaluated = candidate.evaluated(shape, [claim.threat for claim in meant], place)
+    show.say("\n".join(evaluated.notes))
     facts = data.info(chosen)
     if facts.shape != shape:
         if facts.resize_crop is not None:  # before anything is packed
             raise DataError(f"{chosen} images are {facts.shape}, but {candidate.name} takes {shape}.")
-        return _Opened(chosen, subject, meant, None)  # the plan says so, if there are such images
+        return _Opened(chosen, evaluated, meant, None)  # the task refuses it, if there are such images
     names = data.classes_of(chosen, "test", data_dir=data_dir)
-    outputs = candidate.matched(names, chosen, subject)
+    outputs = candidate.matched(names, chosen, evaluated)
     if outputs is not None:
         pairs = [f"{name} is output {at}" for name, at in zip(names, outputs, strict=True)]
         show.say(f"{len(names)} classes matched by name: {', '.join(pairs[:3])}{', ...' if len(pairs) > 3 else ''}")
-    return _Opened(chosen, subject, meant, outputs)
+    return _Opened(chosen, evaluated, meant, outputs)
 
 
-def _foresee(model: str | None, claims: Claims, dataset: str | None, data_dir: Path | None) -> None:
-    """Refuse what would make fetching somebody's weights be in vain: no threat, no images."""
+def _check_early(model: str | None, claims: Claims, dataset: str | None, data_dir: Path | None) -> None:
+    """Check threat and images before weights are downloaded."""
     from patchcert_cli import data
     from patchcert_cli.catalog import bundled
     from patchcert_cli.classifiers import addresses
@@ -222,7 +127,7 @@ def _foresee(model: str | None, claims: Claims, dataset: str | None, data_dir: P
     card = bundled.card(model) if model in bundled.names() else None
     if addresses.is_address(model):
         if dataset is None:
-            raise UsageError(f"{model} comes without images.", hint=SAY_DATA)
+            raise UsageError(f"{model} comes without images.", hint=NAME_DATA)
         claims("", data.info(dataset).shape)
     elif card is None or not card.classifier:
         return
@@ -231,20 +136,20 @@ def _foresee(model: str | None, claims: Claims, dataset: str | None, data_dir: P
         data.classes_of(chosen, "test", data_dir=data_dir)
 
 
-def found(model: str | None, dataset: str | None, wish: Wish | None, device: str) -> Candidate:
-    """The model that is named, and a line on stderr about where it came from; a wrong data set is told first."""
+def find(model: str | None, dataset: str | None, request: DefenseRequest | None, device: str) -> ModelSource:
+    """The model that is named, and a line on stderr about where it came from; an unknown data set fails first."""
     from patchcert_cli import data
-    from patchcert_cli.evaluation import subjects
+    from patchcert_cli.evaluation import models
 
     if dataset is not None:
         data.info(dataset)
-    candidate = subjects.find(model, dataset, wish or subjects.Wish(), device)
+    candidate = models.find(model, dataset, request or models.DefenseRequest(), device)
     show.say(candidate.note)
     return candidate
 
 
-def _tell(images: Images, there: int, total: int) -> None:
-    """Say where the images come from."""
+def _report(images: Images, there: int, total: int) -> None:
+    """Report where the images come from."""
     from patchcert_cli import data
 
     where = "bundled with patchcert" if images.source == "bundled" else f"from '{images.source}'"
