@@ -23,7 +23,7 @@ from patchcert_cli.certifiers.bounds.first_layer import location_masks
 from patchcert_cli.certifiers.bounds.rules import propagate
 from patchcert_cli.defenses.base import TrainingStep
 from patchcert_cli.defenses.ibp.options import IntervalOptions
-from patchcert_cli.evaluation.plan import BATCH_SIZE
+from patchcert_cli.evaluation.task import BATCH_SIZE
 from patchcert_cli.layers.supported_layers import layers_of
 from patchcert_cli.threats import Patch
 

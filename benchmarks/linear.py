@@ -20,7 +20,7 @@ from patchcert_cli import data
 from patchcert_cli.catalog import resolve
 from patchcert_cli.certifiers.bounds import intervals, rounding
 from patchcert_cli.certifiers.bounds.linear import linear, refine
-from patchcert_cli.evaluation.plan import BATCH_SIZE
+from patchcert_cli.evaluation.task import BATCH_SIZE
 from patchcert_cli.layers import precision
 from patchcert_cli.threats import Threat, parse_threat
 

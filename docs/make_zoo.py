@@ -12,6 +12,7 @@ from pathlib import Path
 
 from patchcert_cli.cards import Card
 from patchcert_cli.catalog import bundled
+from patchcert_cli.threats import Guarantee
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- zoo -->", "<!-- /zoo -->"
@@ -34,7 +35,7 @@ def percent(count: float, total: float = 1) -> str:
 
 def tables() -> str:
     """The table of recovery, and below it that of detection if there is a model for it: two promises, never in one table."""
-    detection = f"\n\nCertified detection (the answer stays right, or an alarm is raised):\n\n{table('detection')}"
+    detection = f"\n\nCertified detection ({Guarantee.DETECTION.phrase}):\n\n{table('detection')}"
     return table() + (detection if rows("detection") else "")
 
 

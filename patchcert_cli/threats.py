@@ -1,4 +1,5 @@
-"""Threat models: what an attacker may change, as a finite list of boxes ("locations") and a budget.
+"""Threat models: what an attacker may change, as a finite list of boxes ("locations") and a budget;
+and what is guaranteed against them.
 
 One patch: the locations are all its placements wholly inside the image, the budget is 1; several patches have a larger budget. A
 sparse attack: the locations are single pixels, the budget is k. ``parse_threat(str(threat)) == threat`` for every threat.
@@ -9,6 +10,7 @@ torch is imported where it is needed, so that parsing a threat costs nothing.
 
 from __future__ import annotations
 
+import enum
 import math
 import re
 from collections.abc import Callable
@@ -21,6 +23,32 @@ from patchcert_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+ALERT = -1  # in place of a class: the answer of a defense that raises an alarm
+
+
+class Guarantee(enum.StrEnum):
+    """What a certificate promises; the two are never mixed in one table."""
+
+    RECOVERY = "recovery"
+    DETECTION = "detection"
+
+    @property
+    def phrase(self) -> str:
+        """What holds for a certified image, in words."""
+        return PHRASES[self]
+
+    def kept(self, before: Tensor, after: Tensor) -> Tensor:
+        """Whether answers int64 [B] after a change are as good as those before it: bool [B]."""
+        same = before == after
+        return same | (after == ALERT) if self is Guarantee.DETECTION else same
+
+
+PHRASES = {
+    Guarantee.RECOVERY: "the answer stays right",
+    Guarantee.DETECTION: "the answer stays right, or an alarm is raised",
+}
 
 
 @runtime_checkable
@@ -55,7 +83,7 @@ class Threat(Protocol):
 class Patch:
     """One rectangle of ``height`` x ``width`` pixels, anywhere inside the image, any content in [0, 1].
 
-    Smaller rectangles are sub-cases: whatever they can do, this patch can do too.
+    It includes every smaller rectangle: what that can change, this patch can change too.
     """
 
     height: int
@@ -216,8 +244,8 @@ class Patches:
 def _within(touched: Tensor, patch: Patch, number: int) -> Tensor:
     """Whether ``number`` patches can hide all touched pixels: bool [B, H, W] -> bool [B].
 
-    Some patch hides the first touched pixel in reading order. Nothing above it is touched, so that patch may as well start in its
-    row, or as low as it fits; what is left after each of its places is for the others.
+    Some patch hides the first touched pixel in reading order. Nothing above that pixel is touched, so this patch may start in its
+    row, or as low as it fits. For each of its possible columns, the other patches must hide what is left.
     """
     import torch
 
@@ -298,7 +326,7 @@ def _range(text: str) -> range | None:
 def patches_of_area(area: int, height: int, width: int) -> list[Patch]:
     """The largest patches of at most ``area`` pixels, one of every height, that fit an ``height`` x ``width`` image.
 
-    A shape that fits inside another one of them is left out: what it can do, the other can do too.
+    A shape that fits inside another one of them is left out: what it can change, the other can change too.
     """
     if area < 1:
         raise UsageError(f"--patch-area {area} must be 1 or more.")
@@ -338,3 +366,12 @@ def parse_threat(text: str) -> Threat:
             hint="Use patch:HxW, patch:P%, patches:N:HxW, sparse:K or sparse:K:value, for example patch:5x5.",
         )
     return KINDS[kind](rest)
+
+
+def as_options(threat: Threat) -> str:
+    """``threat`` as options of a command: ``--patch 5``, ``--patch 3x7``, ``--patch 2%``, ``--threat sparse --k 10``."""
+    if isinstance(threat, Sparse):
+        return f"--threat sparse --k {threat.k}" + (" --unit value" if threat.unit == "value" else "")
+    if isinstance(threat, Patch) and threat.height == threat.width:
+        return f"--patch {threat.height}"
+    return f"--patch {str(threat).removeprefix('patch:')}" if threat.kind == "patch" else f"--threat {threat}"

@@ -10,8 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patchcert_cli.cli.options import threat_from
 from patchcert_cli.errors import UsageError
-from patchcert_cli.threats import Patch, Patches, PatchPercent, Sparse, Threat, parse_patch, parse_sparse, parse_threat
+from patchcert_cli.threats import (
+    Patch,
+    Patches,
+    PatchPercent,
+    Sparse,
+    Threat,
+    as_options,
+    parse_patch,
+    parse_sparse,
+    parse_threat,
+)
 
 PATCHES = st.builds(Patch, st.integers(1, 99_999), st.integers(1, 99_999))
 PERCENTS = st.builds(lambda millionths: PatchPercent(Fraction(millionths, 10**6)), st.integers(1, 100 * 10**6))
@@ -222,3 +233,23 @@ def test_threats_that_just_fit_are_accepted() -> None:
 def test_patch_atoms_refuse_images_that_are_too_small() -> None:
     with pytest.raises(UsageError, match="does not fit a 3x3 image"):
         Patch(4, 4).locations(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("patch:5x5", "--patch 5"),
+        ("patch:3x7", "--patch 3x7"),
+        ("patch:2.5%", "--patch 2.5%"),
+        ("sparse:10", "--threat sparse --k 10"),
+        ("sparse:4:value", "--threat sparse --k 4 --unit value"),
+        ("patches:2:5x5", "--threat patches:2:5x5"),
+    ],
+)
+def test_options_name_the_same_threat(text: str, options: str) -> None:
+    words = options.split()
+    typed: dict[str, str] = dict(zip(words[::2], words[1::2], strict=True))
+    meant = parse_threat(text)
+    assert as_options(meant) == options
+    k = int(typed["--k"]) if "--k" in typed else None
+    assert threat_from(threat=typed.get("--threat"), patch=typed.get("--patch"), k=k, unit=typed.get("--unit")) == meant

@@ -14,6 +14,7 @@ from patchcert_cli.cards.published import PublishedRecords, check_card, check_co
 from patchcert_cli.catalog.resolve import ResolvedModel
 from patchcert_cli.errors import ClaimError, IntegrityError, PatchcertError
 from patchcert_cli.storage import files
+from patchcert_cli.threats import as_options, parse_threat
 
 RESULT = "result.json"
 MEASURED = (
@@ -145,9 +146,7 @@ def results_about(found: ResolvedModel, places: list[Path]) -> dict[str, Mapping
 
 
 def _how(card: Card, where: str) -> str:
-    kind, _, rest = card.threat.partition(":")
-    option = f"--patch {rest}" if kind == "patch" else f"--threat {card.threat}"
-    return f"Make one: patchcert certify {where} {option}"
+    return f"Make one: patchcert certify {where} {as_options(parse_threat(card.threat))}"
 
 
 def _entries(result: Mapping[str, Any], where: str, found: ResolvedModel) -> list[dict[str, Any]]:

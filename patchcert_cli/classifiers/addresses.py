@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from patchcert_cli import checkpoint, models
 from patchcert_cli.catalog import resolve
-from patchcert_cli.classifiers import own_code
+from patchcert_cli.classifiers import user_code
 from patchcert_cli.data import class_names
 from patchcert_cli.data.class_names import Names
 from patchcert_cli.data.resize_crop import ResizeCrop
@@ -107,18 +107,18 @@ def open_(
         DataError: ``classes`` is no list of names.
         MachineError: timm is not installed.
     """
-    from patchcert_cli.classifiers import doors
+    from patchcert_cli.classifiers import loaders
 
     if address.startswith(TIMM):
         found = _timm(address, weights)
     elif address.startswith(HUB):
         found = _repository(address, weights)
     elif address.startswith(TORCHVISION):
-        found = doors.torchvision(address, weights, download=download)
+        found = loaders.torchvision(address, weights, download=download)
     elif address.startswith(ONNX) and typed:
-        found = doors.onnx(address, Path(address.removeprefix(ONNX)), weights)
+        found = loaders.onnx(address, Path(address.removeprefix(ONNX)), weights)
     elif (match := OWN.fullmatch(address)) is not None and typed:
-        found = doors.own(address, match["module"], match["function"], weights)
+        found = loaders.user(address, match["module"], match["function"], weights)
     else:
         raise UsageError(f"'{address}' is no address of a classifier.", hint=f"Use {FORMS}.")
     if classes is not None:
@@ -142,7 +142,7 @@ def outputs(classifier: Classifier, shape: Sequence[int], device: str = "cpu") -
     except (torch.OutOfMemoryError, MemoryError) as problem:
         raise MachineError(f"out of memory {said}.", hint="Use a machine with more memory.") from problem
     except Exception as problem:  # anybody's code can raise anything
-        raise IntegrityError(f"{name} fails {said}: {own_code.line(problem)}.", hint=own_code.SHOW) from problem
+        raise IntegrityError(f"{name} fails {said}: {user_code.line(problem)}.", hint=user_code.SHOW) from problem
     if not isinstance(logits, Tensor):
         raise IntegrityError(
             f"{name} returns {type(logits).__name__} {said}.", hint="It must return one tensor of logits [B, K]."
@@ -285,7 +285,7 @@ def _of_repository(address: str) -> tuple[str, str, timm.Facts]:
         facts = {**(inner if isinstance(inner, Mapping) else said), **more}
         return repo, revision, replace(timm.described(architecture, facts, said.get("model_args")), repo=repo)
     except (AttributeError, KeyError, TypeError, ValueError) as problem:
-        said_ = f"{files.CONFIG} of {repo} does not describe a network of timm: {own_code.line(problem)}."
+        said_ = f"{files.CONFIG} of {repo} does not describe a network of timm: {user_code.line(problem)}."
         raise IntegrityError(said_) from problem
 
 
@@ -319,7 +319,7 @@ def _current(source: timm.Facts, network: Prepared, tensors: dict[str, Tensor], 
     try:
         return timm.converted(source, tensors)
     except (RuntimeError, KeyError, ValueError, TypeError) as problem:
-        raise IntegrityError(f"{misfit}: {own_code.line(problem)}.") from problem
+        raise IntegrityError(f"{misfit}: {user_code.line(problem)}.") from problem
 
 
 def _given(address: str, source: timm.Facts, weights: str) -> Classifier:

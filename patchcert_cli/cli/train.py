@@ -143,17 +143,17 @@ def train(
 
     from patchcert_cli import device as devices
     from patchcert_cli.reporting import text
-    from patchcert_cli.training import estimate, session
+    from patchcert_cli.training import estimate, run
 
     folder = out or Path("runs") / made.name
     if dry_run:
-        session.check(made)
+        run.check(made)
         cost = estimate.training(made, data_dir=data_dir, device=devices.resolve(device))
         value = {**made.to_dict(), **cost, "out": str(folder)}
         show.result(text.plain_rows(value), value, json)
         return
     with show.progress() as progress:
-        found = session.run(
+        found = run.train(
             made,
             folder,
             data_dir=data_dir,
@@ -178,10 +178,10 @@ def _recipe(
 ) -> Recipe:
     """The recipe that the options name, whole and validated; ``given`` are its own fields, ``pairs`` what is in its tables."""
     from patchcert_cli.training import recipe as recipes
-    from patchcert_cli.training import session
+    from patchcert_cli.training import run
 
     if name is not None:
-        basis = session.recipe_of(name)
+        basis = run.recipe_of(name)
         given |= {} if threat is None else {"threat": str(threat)}
     elif threat is not None:
         basis = recipes.for_threat(threat, given.get("defense", "ibp"), given.get("dataset"))
@@ -193,7 +193,7 @@ def _recipe(
     tables = {"network_options": basis.network_options, "options": basis.options}
     given |= {table: values | pairs[table] for table, values in tables.items()}
     given |= {"start_sha256": ""} if "start" in given else {}
-    return session.started(replace(basis, **given).validate().fitted())
+    return run.started(replace(basis, **given).validate().fitted())
 
 
 def _begun(basis: Recipe, given: dict[str, Any], model: str | None, weights: str | None, *, fetch: bool) -> Recipe:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from patchcert_cli.cli import show
-from patchcert_cli.cli.loading import open_plan
+from patchcert_cli.cli.loading import open_task
 from patchcert_cli.cli.options import (
     DATA,
     RUN,
@@ -84,7 +84,7 @@ def verify(
     else:
         check_results(found.card, found.folder)
         published = PublishedRecords.read(found.folder / files.PUBLISHED_RECORDS)
-    plan = open_plan(
+    task = open_task(
         name,
         lambda own, _: [Claim(chosen or own_threat(own, threat=threat, unit=unit))],
         dataset=None,
@@ -95,11 +95,11 @@ def verify(
         device=device,
         seed=seed,
     )
-    attacker = attacks.for_threat(plan.threat, seed=seed) if attack else None
+    attacker = attacks.for_threat(task.threat, seed=seed) if attack else None
     settings = {"name": type(attacker).__name__, "seed": seed}
     with show.progress() as progress:
         outcome = reproduce.reproduce(
-            plan, published, attacker, settings, out, limit=attack_limit, fresh=fresh, progress=progress
+            task, published, attacker, settings, out, limit=attack_limit, fresh=fresh, progress=progress
         )
     show.result(text.verify_rows(outcome), outcome, json)
     reproduce.check(outcome)

@@ -12,6 +12,7 @@ import typer
 from patchcert_cli.cli import sharing, verify
 from patchcert_cli.cli import show as said
 from patchcert_cli.cli.options import AsJson, print_json
+from patchcert_cli.threats import Guarantee
 
 if TYPE_CHECKING:
     from patchcert_cli.cards import Card
@@ -30,7 +31,6 @@ FIRST = (
     "where",
     "licence",
 )  # in little room
-GUARANTEES = {"recovery": "", "detection": "Certified detection: the answer stays right, or an alarm is raised."}
 NONE = "-"
 
 
@@ -53,10 +53,11 @@ def list_(
     elif not found:
         typer.echo("no model fits", err=True)
     else:
-        for guarantee, words in GUARANTEES.items():  # never in one table
+        for guarantee in Guarantee:  # never in one table
             rows = [_row(card, where) for card, where in found if card.guarantee == guarantee]
             if rows:
-                typer.echo(words, nl=bool(words))
+                if guarantee is not Guarantee.RECOVERY:
+                    typer.echo(f"Certified {guarantee}: {guarantee.phrase}.")
                 _print_table(rows)
 
 

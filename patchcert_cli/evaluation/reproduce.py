@@ -21,8 +21,8 @@ from patchcert_cli.cards.published import PublishedRecord, PublishedRecords
 from patchcert_cli.defenses.base import Claim
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError
 from patchcert_cli.evaluation import evaluate, results
-from patchcert_cli.evaluation.plan import Plan
 from patchcert_cli.evaluation.run_folder import RECORDS, RESULT, Record
+from patchcert_cli.evaluation.task import EvaluationTask
 from patchcert_cli.progress import Progress
 from patchcert_cli.storage import files
 
@@ -30,7 +30,7 @@ CONFIDENCE = 0.95
 
 
 def reproduce(
-    plan: Plan,
+    task: EvaluationTask,
     published: PublishedRecords,
     attacker: Attack | None,
     settings: Mapping[str, Any],
@@ -40,7 +40,7 @@ def reproduce(
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Certify the images of ``plan`` under its threat, compare with the published records, attack what is certified.
+    """Certify the images of ``task`` under its threat, compare with the published records, attack what is certified.
 
     ``limit`` is the most certified images to attack; ``attacker`` None attacks none. Returns what ``verdict.json`` holds.
 
@@ -48,34 +48,34 @@ def reproduce(
         IntegrityError: the published records are about other weights.
         DataError: they do not speak of this threat, this data set or these images: nothing was claimed.
     """
-    at = published.position(str(plan.threat), guarantee=str(plan.subject.defense.guarantee))
+    at = published.position(str(task.threat), guarantee=str(task.model.defense.guarantee))
     method = published.claims[at].method
-    known = method in plan.subject.defense.methods  # else it is what the defense calls its best
-    plan = replace(plan, claims=(Claim(plan.threat, method if known else None),))
-    folder = folder or plan.folder("verify", {"published": str(published.claims[at])})
-    if published.model_sha256 != plan.subject.sha256:
+    known = method in task.model.defense.methods  # else it is what the defense calls its best
+    task = replace(task, claims=(Claim(task.threat, method if known else None),))
+    folder = folder or task.folder("verify", {"published": str(published.claims[at])})
+    if published.model_sha256 != task.model.sha256:
         raise IntegrityError(
             f"the published records are about other weights (sha256 {published.model_sha256[:12]}…,"
-            f" not {plan.subject.sha256[:12]}…)."
+            f" not {task.model.sha256[:12]}…)."
         )
-    if (published.dataset, published.split) != (plan.images.name, plan.images.split):
+    if (published.dataset, published.split) != (task.images.name, task.images.split):
         raise DataError(
-            f"the published records are about {published.dataset} {published.split}, not {plan.images.name} {plan.images.split}."
+            f"the published records are about {published.dataset} {published.split}, not {task.images.name} {task.images.split}."
         )
-    missing = [index for index in plan.images.index.tolist() if index not in published.rows]
+    missing = [index for index in task.images.index.tolist() if index not in published.rows]
     if missing:
         raise DataError(f"the published records lack {len(missing)} of the images (indices {shown(missing)}).")
-    certified = evaluate.certify(plan, folder / "certify", fresh=fresh, progress=progress)
+    certified = evaluate.certify(task, folder / "certify", fresh=fresh, progress=progress)
     records = results.read_records(folder / "certify" / RECORDS)
     different = [row for row in (difference(published.rows[r["index"]], at, r) for r in records) if row]
     held = [r["index"] for r in records if r["certified"] and r["prediction"] == r["label"]]
     said = published.claims[at].arithmetic
     outcome: dict[str, Any] = {
-        "model": plan.subject.name,
-        "model_sha256": plan.subject.sha256,
+        "model": task.model.name,
+        "model_sha256": task.model.sha256,
         "claim": str(published.claims[at]),
-        "dataset": plan.images.name,
-        "split": plan.images.split,
+        "dataset": task.images.name,
+        "split": task.images.split,
         "images": len(records),
         "of": len(published.rows),
         "agree": len(records) - len(different),
@@ -90,8 +90,8 @@ def reproduce(
         "seconds": certified["seconds"],
     }
     if attacker is not None and held:
-        chosen = among(plan.images.index.tolist(), held, limit)
-        part = replace(plan, images=plan.images.take(chosen), batch_size=min(plan.batch_size, 64))
+        chosen = among(task.images.index.tolist(), held, limit)
+        part = replace(task, images=task.images.take(chosen), batch_size=min(task.batch_size, 64))
         found = evaluate.attack(part, attacker, dict(settings), folder / "attack", fresh=fresh, progress=progress)
         outcome |= {"attacked": found["images"], "broken": found["broken"], "attack": dict(settings)}
         outcome["seconds"] += found["seconds"]

@@ -15,7 +15,7 @@ from patchcert_cli.data.images import to_float
 from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.defenses.base import Claim, Defense
 from patchcert_cli.errors import UsageError
-from patchcert_cli.evaluation.plan import Subject
+from patchcert_cli.evaluation.task import EvaluatedModel
 from patchcert_cli.layers import passes
 from patchcert_cli.models import timm
 from patchcert_cli.progress import Progress, Silent
@@ -38,7 +38,7 @@ class Single(NamedTuple):
 
 
 def certify(
-    subject: Subject,
+    model: EvaluatedModel,
     path: Path,
     claims: Sequence[Claim],
     *,
@@ -50,7 +50,7 @@ def certify(
     """Certify one picture file.
 
     Args:
-        subject: the model.
+        model: the model.
         path: the picture; see :func:`patchcert_cli.data.image_files.read`.
         claims: what is to be certified.
         resize_crop: how a picture becomes an image of the model's size; by default the whole middle of it.
@@ -58,7 +58,7 @@ def certify(
         mapped: whether the margins of every location of the first claim's patch are wanted as well.
         progress: is told the passes of the network.
     """
-    defense = subject.defense
+    defense = model.defense
     channels, height, width = defense.input_shape
     size = height, width
     pixels, notes = image_files.read(path, resize_crop or ResizeCrop(size, size), channels, resize=resize)
@@ -84,17 +84,17 @@ def certify(
     found: dict[str, Any] = {
         "image": str(path),
         "image_sha256": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(),
-        "model": subject.name,
-        "model_sha256": subject.sha256,
-        "model_source": subject.source,
-        "defense": subject.kind,
+        "model": model.name,
+        "model_sha256": model.sha256,
+        "model_source": model.source,
+        "defense": model.kind,
         "prediction": answer,
         "class": _called(defense, answer),
         "claims": rows,
     }
-    plain = subject.plain(x)
+    plain = model.plain(x)
     if plain is not None:
-        found |= {"in_front": subject.in_front, "plain": int(plain[0]), "plain_label": defense.called(int(plain[0]))}
+        found |= {"in_front": model.in_front, "plain": int(plain[0]), "plain_label": defense.called(int(plain[0]))}
     margins = None
     if mapped:
         with _counted(defense, progress or Silent(), whole=True):

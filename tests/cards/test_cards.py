@@ -97,7 +97,7 @@ def test_the_prose_tells_measured_beside_published(card: Card) -> None:
     row = f"| `patch:2x2`, recovery (interval) | mnist test | bounded | {measured} | 92.00% | 60.40% |"
     assert row in text
     assert "| `patch:3x3` | mnist |  | not measured | not measured |  | 90.00% | 30.00% |" in text
-    assert f"patchcert certify {card.name} --patch 2x2" in text
+    assert f"patchcert certify {card.name} --patch 2" in text
     assert "Not proven:" in text
 
 

@@ -10,7 +10,7 @@ from patchcert_cli.certifiers.masks import masked_predictions
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import UsageError
-from patchcert_cli.evaluation import subjects
+from patchcert_cli.evaluation import models
 from patchcert_cli.threats import Patch
 
 SHAPE = (3, 12, 12)
@@ -96,4 +96,4 @@ def test_bfloat16_is_not_offered_where_it_gains_nothing(monkeypatch: pytest.Monk
     many.labels = "bfloat16"
     assert many.views().quick == ("float32",)  # type: ignore[union-attr]
     with pytest.raises(UsageError, match="with 1000 classes --labels bfloat16 gains nothing"):
-        subjects.put_around(many.network, "patchcleanser", SHAPE, many.classes, many.plan, None, "bfloat16")
+        models.put_around(many.network, "patchcleanser", SHAPE, many.classes, many.plan, None, "bfloat16")

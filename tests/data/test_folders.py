@@ -23,11 +23,11 @@ from patchcert_cli.data import class_folders, folders, image_files
 from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.defenses.base import Claim
 from patchcert_cli.errors import DataError, Interrupted, MachineError, UsageError
-from patchcert_cli.evaluation import evaluate, outlook
-from patchcert_cli.evaluation.plan import Plan, Subject
+from patchcert_cli.evaluation import estimate, evaluate
+from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
 from patchcert_cli.storage import hub_cache
 from patchcert_cli.threats import Patch
-from patchcert_cli.training import loop, session
+from patchcert_cli.training import loop, run
 from patchcert_cli.training.recipe import Recipe
 
 SIZE = 16
@@ -443,7 +443,7 @@ def test_training_and_certifying_are_those_of_images_in_memory(
     fill(tmp_path / "imagenet" / "train", each=13)
     fill(tmp_path / "imagenet" / "val")
     monkeypatch.setattr(loop, "FITTED", 10)
-    found = session.run(RECIPE, tmp_path / "run", data_dir=tmp_path, device="cpu")
+    found = run.train(RECIPE, tmp_path / "run", data_dir=tmp_path, device="cpu")
     plain = loop.train(RECIPE, in_memory(imagenet(tmp_path, "train")), tmp_path / "plain")
     defense, config = load_defense(tmp_path / "run")
     assert found["validation"]["counts"] == {"clean": plain.validation.clean, "certified": plain.validation.certified}
@@ -452,10 +452,10 @@ def test_training_and_certifying_are_those_of_images_in_memory(
     assert config["classes"] == ["0", "1", "2"]
     results = []
     for images in (imagenet(tmp_path), in_memory(imagenet(tmp_path))):
-        subject = Subject(defense, "m", "bagcert", "0" * 64, "folder")
-        plan = Plan(subject, images.limit(11, 0), (Claim(Patch(2, 2)),), 15, batch_size=4)
-        results.append(evaluate.certify(plan, tmp_path / f"certified-{len(results)}"))
-        outlook.evaluation(plan, tmp_path / "out")
+        model = EvaluatedModel(defense, "m", "bagcert", "0" * 64, "folder")
+        task = EvaluationTask(model, images.limit(11, 0), (Claim(Patch(2, 2)),), 15, batch_size=4)
+        results.append(evaluate.certify(task, tmp_path / f"certified-{len(results)}"))
+        estimate.evaluation(task, tmp_path / "out")
     records = [(tmp_path / f"certified-{number}" / "records.jsonl").read_text() for number in (0, 1)]
     assert records[0] == records[1] and len(records[0].splitlines()) == 11 == results[0]["images"]
     manifest = json.loads((tmp_path / "certified-0" / "manifest.json").read_text())

@@ -19,7 +19,7 @@ from patchcert_cli.defenses.ibp import losses
 from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.errors import UsageError
 from patchcert_cli.threats import Patch, Sparse
-from patchcert_cli.training import session
+from patchcert_cli.training import run
 from patchcert_cli.training.recipe import Recipe
 
 PATCH, LOCATIONS, CLASSES = Patch(2, 2), 25, 4
@@ -227,9 +227,9 @@ def test_networks_without_lines_are_refused_before_training() -> None:
         recipe = Recipe("patch:3x3", network=network, network_options={"norm": norm}, options={"linear": 0.5})
         if network == "cnn":
             with pytest.raises(UsageError, match="use linear=0"):
-                session.check(recipe)
+                run.check(recipe)
         else:
-            session.check(recipe)
+            run.check(recipe)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -25,7 +25,7 @@ from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.evaluation import evaluate, reproduce, results, run_folder, single_image
-from patchcert_cli.evaluation.plan import Plan, Subject
+from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
 from patchcert_cli.reporting import text
 from patchcert_cli.threats import Patch, Sparse, Threat
 from patchcert_cli.training.recipe import Recipe
@@ -263,11 +263,11 @@ def test_a_silent_change_is_a_success() -> None:
     assert not bool(found.success.any()) and found.clean_prediction.tolist() == [0, ALERT]
 
 
-def plan_of(defense: Minority, count: int = 30, **changes: Any) -> Plan:
+def task_of(defense: Minority, count: int = 30, **changes: Any) -> EvaluationTask:
     whole = data.load("mnist", "test")
-    subject = Subject(defense, "alarm", "minority", "0" * 64, "folder")
-    plan = Plan(subject, whole.limit(count, 0), (Claim(Patch(2, 2)),), len(whole), batch_size=16, command="test")
-    return replace(plan, **changes)
+    model = EvaluatedModel(defense, "alarm", "minority", "0" * 64, "folder")
+    task = EvaluationTask(model, whole.limit(count, 0), (Claim(Patch(2, 2)),), len(whole), batch_size=16, command="test")
+    return replace(task, **changes)
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def digits() -> Minority:
 
 
 def test_results_and_reports_say_detection(digits: Minority, tmp_path: Path) -> None:
-    found = evaluate.certify(plan_of(digits), tmp_path / "one")
+    found = evaluate.certify(task_of(digits), tmp_path / "one")
     records = results.read_records(tmp_path / "one" / run_folder.RECORDS)
     alarms = sum(record["prediction"] == ALERT for record in records)
     assert found["guarantee"] == "detection" and found["counts"]["alarms"] == alarms > 0
@@ -288,10 +288,10 @@ def test_results_and_reports_say_detection(digits: Minority, tmp_path: Path) -> 
     assert rows["guarantee"].startswith("detection (answered right or with an alarm)")
     assert f"({alarms}/30) of the unattacked images" in rows["alarms"]
     assert "guarantee: detection, rounding measured, not proven" in text.plot_title(found)
-    several = evaluate.certify(plan_of(digits, claims=(Claim(Patch(1, 1)), Claim(Patch(2, 2), "all"))), tmp_path / "two")
+    several = evaluate.certify(task_of(digits, claims=(Claim(Patch(1, 1)), Claim(Patch(2, 2), "all"))), tmp_path / "two")
     assert {claim["guarantee"] for claim in several["claims"]} == {"detection"}
     assert dict(text.certify_rows(several))["guarantee"].startswith("detection")
-    attacked = evaluate.attack(plan_of(digits, 6), PatchPGD(steps=1, restarts=0), {}, tmp_path / "three")
+    attacked = evaluate.attack(task_of(digits, 6), PatchPGD(steps=1, restarts=0), {}, tmp_path / "three")
     assert attacked["guarantee"] == "detection" and attacked["broken"] == []
     shown = dict(text.attack_rows(attacked))
     assert shown["judged for"] == "detection" and "or with an alarm" in shown["right under attack"]
@@ -323,12 +323,12 @@ def test_a_broken_certificate_of_detection_is_never_silent(
 
     monkeypatch.setattr(Minority, "predict", gullible)
     monkeypatch.setattr(Minority, "certify_each", sure)
-    found = evaluate.attack(plan_of(digits, 4), Corner(), {}, tmp_path / "run")
+    found = evaluate.attack(task_of(digits, 4), Corner(), {}, tmp_path / "run")
     assert len(found["broken"]) == 4
     with pytest.raises(ClaimError, match="4 certified images were flipped"):
         results.check_claim(found)
     monkeypatch.setattr(Minority, "predict", lambda self, x: torch.where(x[:, 0, 0, 0] > 0.9, ALERT, 7))
-    found = evaluate.attack(plan_of(digits, 4), Corner(), {}, tmp_path / "again")
+    found = evaluate.attack(task_of(digits, 4), Corner(), {}, tmp_path / "again")
     assert found["broken"] == [] and found["flipped"] == 0
 
 
@@ -337,16 +337,16 @@ def test_a_picture_is_told_with_its_alarm(digits: Minority, tmp_path: Path) -> N
 
     path = tmp_path / "grey.png"
     Image.new("L", (28, 28), 128).save(path)
-    subject = plan_of(digits).subject
+    model = task_of(digits).model
     digits_say = int(digits.predict(torch.full((1, 1, 28, 28), 128 / 255)))
-    found = single_image.certify(subject, path, [Claim(Patch(2, 2))]).values
+    found = single_image.certify(model, path, [Claim(Patch(2, 2))]).values
     assert found["class"] == digits.called(digits_say) and found["claims"][0]["guarantee"] == "detection"
     sure = {**found, "claims": [{**found["claims"][0], "certified": True}]}
     told = dict(text.single_rows(sure))["patch:2x2, agreement"]
     for answer, wanted in ({"class": "3", "prediction": 3}, "3 (class 3)"), ({"class": "alarm", "prediction": -1}, "alarm"):
         assert dict(text.single_rows(found | answer))["prediction"] == wanted
     assert "certified: no such change alters the prediction without an alarm" in told
-    always = replace(subject, defense=made_to_alarm(digits))
+    always = replace(model, defense=made_to_alarm(digits))
     assert single_image.certify(always, path, [Claim(Patch(2, 2))]).values["class"] == "alarm"
 
 
@@ -373,18 +373,18 @@ def test_records_of_detection_are_asked_for_as_such(digits: Minority, tmp_path: 
     assert book.position("patch:2x2", guarantee="detection") == 1
     with pytest.raises(DataError, match=r"no published records for patch:3x3 that promise detection. There are records for"):
         book.position("patch:3x3", guarantee="detection")
-    plan = plan_of(digits, 8)
-    evaluate.certify(plan, tmp_path / "run")
+    task = task_of(digits, 8)
+    evaluate.certify(task, tmp_path / "run")
     records = results.read_records(tmp_path / "run" / run_folder.RECORDS)
     rows = {r["index"]: PublishedRecord(r["label"], r["prediction"], (r["certified"],), (r["margin"],)) for r in records}
     kept = tmp_path / "records.jsonl.gz"
     kept.write_bytes(PublishedRecords("0" * 64, "mnist", "test", stated[1:], rows).pack())
     read = PublishedRecords.read(kept)
     assert read.rows == rows and any(row.prediction == ALERT for row in rows.values())
-    outcome = reproduce.reproduce(plan, read, PatchPGD(steps=1, restarts=0), {}, tmp_path / "verify")
+    outcome = reproduce.reproduce(task, read, PatchPGD(steps=1, restarts=0), {}, tmp_path / "verify")
     assert outcome["holds"] and "detection" in outcome["claim"]
     with pytest.raises(DataError, match="no published records for patch:2x2 that promise detection"):
-        reproduce.reproduce(plan, replace(read, claims=stated[:1]), None, {}, tmp_path / "other")
+        reproduce.reproduce(task, replace(read, claims=stated[:1]), None, {}, tmp_path / "other")
 
 
 def test_a_card_of_detection_never_counts_as_recovery() -> None:
@@ -503,9 +503,9 @@ def test_a_threshold_that_a_confidence_equals_raises_the_alarm_and_certifies_not
 
 def test_a_result_compares_thresholds_and_agrees_with_itself_at_its_own(digits: Minority, tmp_path: Path) -> None:
     digits.threshold, digits.grid = 0.2, (0.0, 0.15, 0.2, 0.3)
-    plan = plan_of(digits)
-    plan = replace(plan, subject=replace(plan.subject, setting={"compared": list(digits.grid)}))
-    found = evaluate.certify(plan, tmp_path / "one")
+    task = task_of(digits)
+    task = replace(task, model=replace(task.model, setting={"compared": list(digits.grid)}))
+    found = evaluate.certify(task, tmp_path / "one")
     rows = text.compared(found)
     assert [row["threshold"] for row in rows] == list(digits.grid)
     own = rows[2]
@@ -516,4 +516,4 @@ def test_a_result_compares_thresholds_and_agrees_with_itself_at_its_own(digits: 
     )
     assert [row["alarms"] for row in rows] == sorted((row["alarms"] for row in rows), reverse=True)
     assert dict(text.certify_rows(found))["threshold 0.2"].startswith("alarms ")
-    assert evaluate.certify(plan, tmp_path / "one")["thresholds"] == found["thresholds"]
+    assert evaluate.certify(task, tmp_path / "one")["thresholds"] == found["thresholds"]

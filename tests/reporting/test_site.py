@@ -217,7 +217,7 @@ def test_a_card_section_tells_all_that_the_card_says(tree: ET.Element) -> None:
     assert one.trained is not None
     for part in (
         *(one.defense, one.network, one.source, one.license, one.split, one.command, one.hub.repo, one.hub.revision),
-        *("seed 3", "patchcert certify bounds --patch 3x3", "hidden: [255]", "learning_rate: 1.0e-05", "See votes-a."),
+        *("seed 3", "patchcert certify bounds --patch 3", "hidden: [255]", "learning_rate: 1.0e-05", "See votes-a."),
         *("2026-01-31, 12.5 s on cpu with 1 threads", "torch 2.6.0, patchcert 0.1.0", "clean 94.22 % (4711/5000)"),
         *("certified 62.26 % (3113/5000)", "patch:7x7: clean 88.00 %, certified 12.34 %; another paper", "811316", "a" * 64),
         *("Measured with patchcert 0.1.0: patchcert certify NAME", "2026-02-01"),
@@ -226,7 +226,7 @@ def test_a_card_section_tells_all_that_the_card_says(tree: ET.Element) -> None:
     address = "https://huggingface.co/patchcert/bounds/tree/0123456789abcdef0123456789abcdef01234567"
     assert [link.get("href") for link in tree.iter("a") if "bounds/tree" in link.get("href", "")] == [address]
     other = text(next(each for each in having(tree, "details", "card") if each.get("id") == "model/pixels-4"))
-    assert "not published yet (patchcert/pixels-4)" in other and "patchcert certify pixels-4 --threat sparse:4" in other
+    assert "not published yet (patchcert/pixels-4)" in other and "patchcert certify pixels-4 --threat sparse --k 4" in other
     doubtful = text(next(each for each in having(tree, "details", "card") if each.get("id") == "model/doubtful"))
     assert doubtful.startswith("doubtful unreliable") and "an attack flipped a certified image" in doubtful
 

@@ -18,11 +18,11 @@ from patchcert_cli.data.images import Images
 from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.defenses.base import Claim
 from patchcert_cli.errors import DataError, UsageError
-from patchcert_cli.evaluation import outlook, plan, subjects
-from patchcert_cli.evaluation.plan import Plan
-from patchcert_cli.evaluation.subjects import Plain, Wish
+from patchcert_cli.evaluation import estimate, models, task
+from patchcert_cli.evaluation.models import DefenseRequest, WrappedClassifier
+from patchcert_cli.evaluation.task import EvaluationTask
 from patchcert_cli.threats import Patch, Sparse, parse_threat
-from patchcert_cli.training import estimate
+from patchcert_cli.training import estimate as training_estimate
 from patchcert_cli.training.recipe import Recipe
 
 
@@ -38,15 +38,15 @@ from patchcert_cli.training.recipe import Recipe
     ],
 )
 def test_only_threats_that_hide_no_others_need_masks(threats: list[str], kept: list[str]) -> None:
-    assert [str(one) for one in subjects.largest([parse_threat(text) for text in threats], (3, 20, 20))] == kept
+    assert [str(one) for one in models.largest([parse_threat(text) for text in threats], (3, 20, 20))] == kept
 
 
 @pytest.mark.parametrize("threats", [[Patch(1, 4), Patch(4, 1), Patch(2, 2)], [Patch(3, 3)], [Sparse(1)]])
-@pytest.mark.parametrize("wish", [Wish(), Wish(masks=2), Wish(passes=200)])
-def test_the_masks_cover_every_threat_that_was_asked_for(threats: list[Any], wish: Wish) -> None:
-    masks = wish.plan(threats, (3, 9, 8)).masks(9, 8)
+@pytest.mark.parametrize("asked", [DefenseRequest(), DefenseRequest(masks=2), DefenseRequest(passes=200)])
+def test_the_masks_cover_every_threat_that_was_asked_for(threats: list[Any], asked: DefenseRequest) -> None:
+    masks = asked.plan(threats, (3, 9, 8)).masks(9, 8)
     assert all(bool(masks.cover(one).by.any(dim=1).all()) for one in threats)
-    assert wish.passes is None or masks.passes <= wish.passes
+    assert asked.passes is None or masks.passes <= asked.passes
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_the_masks_cover_every_threat_that_was_asked_for(threats: list[Any], wis
 )
 def test_masks_have_the_mean_colour_or_grey(mean: tuple[float, ...] | None, channels: int, wanted: list[float]) -> None:
     network, masks = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16 * channels, 2)), MaskPlan(("patch:2x2",))
-    defense: Any = subjects.put_around(network, "patchcleanser", (channels, 4, 4), ("a", "b"), masks, mean, "bfloat16")
+    defense: Any = models.put_around(network, "patchcleanser", (channels, 4, 4), ("a", "b"), masks, mean, "bfloat16")
     assert defense.fill.flatten().tolist() == pytest.approx(wanted) and defense.labels == "bfloat16"
     assert not defense.training and defense.predict(torch.rand(2, channels, 4, 4)).shape == (2,)
 
@@ -64,30 +64,30 @@ def test_masks_have_the_mean_colour_or_grey(mean: tuple[float, ...] | None, chan
 def test_a_batch_is_small_where_images_take_many_passes(per_axis: int, side: int, size: int) -> None:
     masks = MaskPlan(("patch:2x2",), per_axis=per_axis)
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(side * side, 2))
-    assert plan.batch_size(subjects.put_around(network, "patchcleanser", (1, side, side), ("a", "b"), masks, None)) == size
-    assert plan.batch_size(defenses.by_name("ibp").tiny()) == plan.BATCH_SIZE
+    assert task.batch_size(models.put_around(network, "patchcleanser", (1, side, side), ("a", "b"), masks, None)) == size
+    assert task.batch_size(defenses.by_name("ibp").tiny()) == task.BATCH_SIZE
 
 
 def test_what_can_be_put_around_a_classifier() -> None:
-    assert "patchcleanser" in subjects.around() and not {"ibp", "bagcert", "smoothing"} & set(subjects.around())
+    assert "patchcleanser" in models.around() and not {"ibp", "bagcert", "smoothing"} & set(models.around())
     with pytest.raises(UsageError, match=r"ibp cannot be put around a classifier. Allowed: .*patchcleanser"):
-        subjects.check_around("ibp")
+        models.check_around("ibp")
 
 
-def opened(folder: Path) -> subjects.Plain:
+def opened(folder: Path) -> models.WrappedClassifier:
     name = module(folder, f"mine_{folder.name}")
-    return Plain(addresses.open_(f"{name}:named", typed=True), Wish("patchcleanser", masks=2))
+    return WrappedClassifier(addresses.open_(f"{name}:named", typed=True), DefenseRequest("patchcleanser", masks=2))
 
 
 def test_a_network_owns_its_resize_and_masks_lie_on_what_comes_in(tmp_path: Path) -> None:
     candidate = opened(tmp_path)
     assert (candidate.resize_crop(), candidate.fitted("cifar10")) == (ResizeCrop((16, 16)), "cifar10")
     assert candidate.shape("cifar10") == (3, 32, 32)
-    subject = candidate.subject((3, 32, 40), [Patch(3, 3)], "cpu")
-    defense: Any = subject.defense
+    model = candidate.evaluated((3, 32, 40), [Patch(3, 3)], "cpu")
+    defense: Any = model.defense
     assert defense.input_shape == (3, 32, 40) and defense.masks.shape == (4, 32, 40)
     assert defense.network.size == (16, 16) and defense.classes == ("cat", "dog", "red fox")
-    assert subject.setting["input_shape"] == [3, 32, 40] and subject.setting["fill"] == [0.5] * 3
+    assert model.setting["input_shape"] == [3, 32, 40] and model.setting["fill"] == [0.5] * 3
 
 
 def test_pictures_that_fit_a_model_of_the_zoo_are_not_touched(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_pictures_that_fit_a_model_of_the_zoo_are_not_touched(tmp_path: Path) ->
     for number, (pixels, label) in enumerate(zip(images.read(), images.labels.tolist(), strict=True)):
         (tmp_path / "val" / images.classes[label]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "val" / images.classes[label] / f"{number}.png")
-    candidate = subjects.find("cifar-bagcert-rf7", None, Wish(), "cpu")
+    candidate = models.find("cifar-bagcert-rf7", None, DefenseRequest(), "cpu")
     name = candidate.fitted(f"imagefolder:{tmp_path}/val")
     found = data.load(name, "test")
     order = images.labels.argsort(stable=True)
@@ -110,7 +110,7 @@ def test_pictures_that_fit_a_model_of_the_zoo_are_not_touched(tmp_path: Path) ->
 
 def test_a_module_without_a_size_is_given_pictures_as_they_are(tmp_path: Path) -> None:
     name = module(tmp_path, f"mine_{tmp_path.name}")
-    candidate = Plain(addresses.open_(f"{name}:raw", typed=True), Wish("patchcleanser", masks=2))
+    candidate = WrappedClassifier(addresses.open_(f"{name}:raw", typed=True), DefenseRequest("patchcleanser", masks=2))
     pixels = torch.randint(0, 256, (2, 3, 20, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for number, one in enumerate(pixels):
         (tmp_path / "own" / f"c{number}").mkdir(parents=True)
@@ -129,10 +129,10 @@ def test_a_module_without_a_size_is_given_pictures_as_they_are(tmp_path: Path) -
 
 def test_a_dry_run_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that ticks once for each pass, the estimate is the number of passes."""
-    subject = opened(tmp_path).subject((3, 16, 16), [Patch(2, 2)], "cpu")
+    model = opened(tmp_path).evaluated((3, 16, 16), [Patch(2, 2)], "cpu")
     pixels = torch.randint(0, 256, (30, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = Images(pixels, torch.zeros(30, dtype=torch.int64), torch.arange(30), "imagenet", "test", "x")
-    meant = Plan(subject, images, (Claim(Patch(2, 2)),), 30)
+    meant = EvaluationTask(model, images, (Claim(Patch(2, 2)),), 30)
     asked, honest = [0], masked_predictions.behind
 
     def counted(network: Any, x: torch.Tensor, *rest: Any) -> Any:
@@ -140,7 +140,7 @@ def test_a_dry_run_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return honest(network, x, *rest)
 
     monkeypatch.setattr(masked_predictions, "behind", counted)
-    value = outlook.evaluation(meant, Path("x"), None, outlook.Full(1000, 5_000_000), clock=lambda: float(asked[0]))
+    value = estimate.evaluation(meant, Path("x"), None, estimate.FullRun(1000, 5_000_000), clock=lambda: float(asked[0]))
     assert value["masks"] == "4 of 9x9 pixels"
     assert 4 <= value["passes_per_image"] <= 10 and value["passes"] == pytest.approx(1000 * value["passes_per_image"], rel=0.02)
     assert value["estimated_seconds"] == pytest.approx(value["passes"], rel=0.3)
@@ -149,7 +149,7 @@ def test_a_dry_run_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_dry_run_of_a_slow_network_measures_passes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = opened(tmp_path).subject((3, 16, 16), [Patch(2, 2)], "cpu")
+    model = opened(tmp_path).evaluated((3, 16, 16), [Patch(2, 2)], "cpu")
     pixels = torch.randint(0, 256, (30, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = Images(pixels, torch.zeros(30, dtype=torch.int64), torch.arange(30), "imagenet", "test", "x")
     asked, honest = [0.0], masked_predictions.behind
@@ -159,8 +159,8 @@ def test_a_dry_run_of_a_slow_network_measures_passes_alone(tmp_path: Path, monke
         return honest(network, x, *rest)
 
     monkeypatch.setattr(masked_predictions, "behind", slow)
-    meant = Plan(subject, images, (Claim(Patch(2, 2)),), 30)
-    value = outlook.evaluation(meant, Path("x"), None, outlook.Full(1000, 5_000_000), clock=lambda: asked[0])
+    meant = EvaluationTask(model, images, (Claim(Patch(2, 2)),), 30)
+    value = estimate.evaluation(meant, Path("x"), None, estimate.FullRun(1000, 5_000_000), clock=lambda: asked[0])
     assert asked[0] <= 100 + 3 * 10  # nobody waits for a whole image
     assert value["passes_per_image_at_most"] == 10 and value["passes_at_most"] == 10_000
     assert "passes_per_image" not in value and "of an image that was not finished in" in value["measured_on"]
@@ -171,11 +171,11 @@ def test_what_training_takes_is_measured_where_there_are_images(tmp_path: Path) 
     pictures(tmp_path / "own", 10)
     recipe = Recipe("patch:5x5", f"imagefolder:{tmp_path}/own@28", "ibp", network_options={"hidden": [8]}, batch_size=7)
     recipe = Recipe.from_dict(recipe.validate().to_dict() | {"validation": 2, "epochs": 3})
-    value = estimate.training(recipe)
+    value = training_estimate.training(recipe)
     weights = (3 * 28 * 28 + 1) * 8 * 4 + 9 * 3 * 4
     assert value["steps"] == 3 * (28 // 7) and value["estimated_seconds"] >= 0
     packed = 30 * 3 * 28 * 28
     assert packed + 3 * weights < value["disk_bytes"] < packed + 5 * weights  # the model, and with Adam's moments the state
     assert not (tmp_path / ".patchcert").exists()
-    missing = estimate.training(Recipe("patch:5x5").validate(), data_dir=tmp_path)
+    missing = training_estimate.training(Recipe("patch:5x5").validate(), data_dir=tmp_path)
     assert list(missing) == ["not_measured"] and "no mnist train data" in missing["not_measured"]

@@ -23,7 +23,7 @@ from patchcert_cli.certifiers.masks.mask_sets import MaskSet
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.evaluation import results
 from patchcert_cli.evaluation.pace import Clock, Pace
-from patchcert_cli.evaluation.plan import Plan
+from patchcert_cli.evaluation.task import EvaluationTask
 from patchcert_cli.layers import passes
 from patchcert_cli.progress import Progress, Silent
 
@@ -35,7 +35,7 @@ HOPE = 4  # times the patience that the most queries of an image may take for an
 
 
 @dataclass(frozen=True)
-class Full:
+class FullRun:
     """The run that is meant.
 
     Attributes:
@@ -48,35 +48,35 @@ class Full:
 
 
 def evaluation(
-    plan: Plan,
+    task: EvaluationTask,
     folder: Path,
     attacker: Attack | None = None,
-    full: Full | None = None,
+    full: FullRun | None = None,
     *,
     join: bool = True,
     progress: Progress | None = None,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Any]:
-    """What certifying, or attacking, all images would take, where ``plan`` holds them all or some of them.
+    """What certifying, or attacking, all images would take, where ``task`` holds them all or some of them.
 
     With ``join``, attacked images are certified first. Where not even one image is finished in :data:`PATIENCE` seconds, or an
     attack is hopelessly slow, the estimate is of the most that an image can take.
     """
-    plan.check()
-    full, defense = full or Full(len(plan.images)), plan.subject.defense
+    task.check()
+    full, defense = full or FullRun(len(task.images)), task.model.defense
     masks = getattr(defense, "set", None)
     said: dict[str, Any] = {
-        "model": plan.subject.name,
-        "threat": ", ".join(dict.fromkeys(str(claim.threat) for claim in plan.claims)),
-        "atoms": plan.threat.count(*defense.input_shape[1:]),
-        "dataset": plan.images.name,
+        "model": task.model.name,
+        "threat": ", ".join(dict.fromkeys(str(claim.threat) for claim in task.claims)),
+        "atoms": task.threat.count(*defense.input_shape[1:]),
+        "dataset": task.images.name,
         "images": full.images,
         **({"masks": f"{masks.sizes} pixels"} if isinstance(masks, MaskSet) else {}),
-        "batch_size": plan.batch_size,
+        "batch_size": task.batch_size,
     }
-    order = torch.randperm(len(plan.images), generator=torch.Generator().manual_seed(plan.seed))  # class folders come sorted
-    trial = _Trial(plan.images, order, progress or Silent(), clock)
-    cost = _certifying(plan, full, trial) if attacker is None else _attacking(plan, full, trial, attacker, join)
+    order = torch.randperm(len(task.images), generator=torch.Generator().manual_seed(task.seed))  # class folders come sorted
+    trial = _Trial(task.images, order, progress or Silent(), clock)
+    cost = _certifying(task, full, trial) if attacker is None else _attacking(task, full, trial, attacker, join)
     return said | cost | {"device": str(defense.device), "hardware": _hardware(defense.device), "out": str(folder)}
 
 
@@ -192,15 +192,15 @@ def _error(values: list[int]) -> float:
     return math.sqrt(sum((one - mean) ** 2 for one in values) / (n - 1) / n) if n > 1 else math.inf
 
 
-def _certifying(plan: Plan, full: Full, trial: _Trial) -> dict[str, Any]:
-    defense, cost = plan.subject.defense, plan.subject.defense.cost()
+def _certifying(task: EvaluationTask, full: FullRun, trial: _Trial) -> dict[str, Any]:
+    defense, cost = task.model.defense, task.model.defense.cost()
 
     def batch(part: Images) -> tuple[list[int], int]:
-        certificates = defense.certify_each(to_float(part.read()).to(defense.device), plan.claims)
+        certificates = defense.certify_each(to_float(part.read()).to(defense.device), task.claims)
         counted = certificates[0].passes
         return [] if counted is None else counted.tolist(), _bytes(part, certificates)
 
-    trial.run(Pace(plan.batch_size, cost), batch)
+    trial.run(Pace(task.batch_size, cost), batch)
     if not trial.batches:
         seconds, made = trial.stopped
         if cost is None or not made:
@@ -234,25 +234,25 @@ def _bound(passes: int, pace: float, once: float, images: int) -> dict[str, Any]
     }
 
 
-def _attacking(plan: Plan, full: Full, trial: _Trial, attacker: Attack, join: bool) -> dict[str, Any]:
+def _attacking(task: EvaluationTask, full: FullRun, trial: _Trial, attacker: Attack, join: bool) -> dict[str, Any]:
     """What attacking takes: the most from one query, and from whole images where that is not hopeless."""
-    defense = plan.subject.defense
-    query = _one_query(plan, trial.clock)
-    effort = attacker.most(defense, plan.threat, hinted=join)
+    defense = task.model.defense
+    query = _one_query(task, trial.clock)
+    effort = attacker.most(defense, task.threat, hinted=join)
     found: dict[str, Any] = {"seconds_per_query": _digits(query)}
     if effort is not None:
         found |= {"queries_per_image_at_most": effort.queries, "answers_per_image_at_most": effort.answers}
 
     def batch(part: Images) -> tuple[list[int], int]:
         x = to_float(part.read()).to(defense.device)
-        certificate = defense.certify(x, plan.threat) if join else None
+        certificate = defense.certify(x, task.threat) if join else None
         start = None if certificate is None else Start(certificate.worst, certificate.rival)
-        attacker(defense, x, plan.threat, index=part.index, start=start)
+        attacker(defense, x, task.threat, index=part.index, start=start)
         return [], 0 if certificate is None else _bytes(part, [certificate])
 
     hopeless = effort is not None and effort.queries * query > HOPE * PATIENCE
     if not hopeless:
-        trial.run(Pace(plan.batch_size, unit=attacker.together(defense)), batch)
+        trial.run(Pace(task.batch_size, unit=attacker.together(defense)), batch)
     if trial.batches:
         found |= {"seconds_per_image": _digits(trial.pace), **_total(trial.once + trial.pace * full.images)}
         size = round(trial.bytes_each * full.images)
@@ -264,10 +264,10 @@ def _attacking(plan: Plan, full: Full, trial: _Trial, attacker: Attack, join: bo
     return found | {"disk_bytes": full.disk, "measured_on": f"one query; {besides} come on top"}
 
 
-def _one_query(plan: Plan, clock: Clock) -> float:
+def _one_query(task: EvaluationTask, clock: Clock) -> float:
     """Seconds of one query: half of logits and their gradient on one image, the second time it is asked if that costs little."""
-    defense, spent = plan.subject.defense, math.inf
-    x = to_float(plan.images.take(torch.arange(1)).read()).to(defense.device)
+    defense, spent = task.model.defense, math.inf
+    x = to_float(task.images.take(torch.arange(1)).read()).to(defense.device)
     for _ in range(2):
         began = clock()
         with torch.enable_grad():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from patchcert_cli import checkpoint
-from patchcert_cli.classifiers import convert, doubled, own_code
+from patchcert_cli.classifiers import convert, normalization, user_code
 from patchcert_cli.classifiers.addresses import RANDOM, RANDOM_SOURCE, TORCHVISION, Classifier
 from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.errors import UsageError
@@ -19,16 +19,16 @@ from patchcert_cli.layers.preprocessing import Prepared
 from patchcert_cli.storage import files
 
 
-def own(address: str, module: str, function: str, weights: str | None) -> Classifier:
+def user(address: str, module: str, function: str, weights: str | None) -> Classifier:
     """What a function of the user's own returns, with the preprocessing that it states itself.
 
     Raises:
-        UnknownName, UsageError: see :func:`patchcert_cli.classifiers.own_code.call` and
-        :func:`patchcert_cli.classifiers.own_code.stated`. IntegrityError: the weights do not fit.
+        UnknownName, UsageError: see :func:`patchcert_cli.classifiers.user_code.call` and
+        :func:`patchcert_cli.classifiers.user_code.stated`. IntegrityError: the weights do not fit.
     """
-    returned = own_code.call(module, function)
-    said = own_code.stated(address, returned)
-    made, taken = own_code.unwrapped(returned)
+    returned = user_code.call(module, function)
+    said = user_code.stated(address, returned)
+    made, taken = user_code.unwrapped(returned)
     given = weights not in (None, RANDOM)
     if given:
         tensors, _ = checkpoint.unpack(Path(str(weights)))
@@ -36,8 +36,8 @@ def own(address: str, module: str, function: str, weights: str | None) -> Classi
         tensors = checkpoint.renamed(expected, tensors)
         checkpoint.check_fit(expected, tensors, f"'{weights}' does not fit {address}")
         made.load_state_dict(tensors, strict=True)
-    if said == own_code.NOTHING:
-        said = own_code.stated(address, made)
+    if said == user_code.NOTHING:
+        said = user_code.stated(address, made)
     channels = None if said.mean is None else len(said.mean)
     note = f"{address}: your own code" + (f" inside {', '.join(taken)}, which was taken off" if taken else "")
     note += f", weights in '{weights}'" if given else ", no weights given: the network is as the function returns it"
@@ -54,7 +54,7 @@ def own(address: str, module: str, function: str, weights: str | None) -> Classi
         note=note,
         setting={
             "preprocessing": {"size": said.size, "mean": said.mean, "std": said.std},
-            "code_sha256": own_code.digest(module),
+            "code_sha256": user_code.digest(module),
         },
         resize_crop=None if said.size is None else ResizeCrop(said.size),
     )
@@ -66,20 +66,20 @@ def _state(address: str, network: nn.Module) -> dict[str, torch.Tensor]:
         state = network.state_dict()
         return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     except Exception as problem:  # anybody's code can raise anything
-        raise UsageError(f"the state of {address} cannot be read: {own_code.line(problem)}.", hint=own_code.SHOW) from problem
+        raise UsageError(f"the state of {address} cannot be read: {user_code.line(problem)}.", hint=user_code.SHOW) from problem
 
 
 def onnx(address: str, path: Path, weights: str | None) -> Classifier:
     """The network in an ONNX file, given pixels in [0, 1] in the size that it states.
 
     Raises:
-        UsageError, IntegrityError, MachineError: see :class:`patchcert_cli.classifiers.sessions.Session`.
+        UsageError, IntegrityError, MachineError: see :class:`patchcert_cli.classifiers.onnx_network.OnnxNetwork`.
     """
-    from patchcert_cli.classifiers import sessions
+    from patchcert_cli.classifiers import onnx_network
 
     if weights is not None:
         raise UsageError(f"{address} has its own weights.", hint="Leave --weights out.")
-    made = sessions.Session(path)
+    made = onnx_network.OnnxNetwork(path)
     network = Prepared(made, size=made.size, channels=made.channels, summary=address)
     note = f"{address}: sha256 {made.sha256[:12]}…, no float64: labels in doubt certify nothing"
     return Classifier(
@@ -90,7 +90,10 @@ def onnx(address: str, path: Path, weights: str | None) -> Classifier:
         sha256=made.sha256,
         source="file",
         note=note,
-        setting={"preprocessing": {"size": made.size, "mean": None, "std": None}, "onnxruntime": sessions.library().__version__},
+        setting={
+            "preprocessing": {"size": made.size, "mean": None, "std": None},
+            "onnxruntime": onnx_network.library().__version__,
+        },
         resize_crop=None if made.size is None else ResizeCrop(made.size),
     )
 
@@ -103,32 +106,32 @@ def torchvision(address: str, weights: str | None, *, download: bool) -> Classif
         HubError: the weights are not in torch's cache, and may not or cannot be downloaded.
         IntegrityError: they are damaged, or do not fit.
     """
-    from patchcert_cli.classifiers import published  # torchvision takes a second to import
+    from patchcert_cli.classifiers import torchvision_weights  # torchvision takes a second to import
 
     name, _, tag = address.removeprefix(TORCHVISION).partition("@")
-    member = published.find(name, tag)
+    member = torchvision_weights.find(name, tag)
     if weights == RANDOM:
-        network, source = published.built(name, None, {}), RANDOM_SOURCE
+        network, source = torchvision_weights.built(name, None, {}), RANDOM_SOURCE
         sha256, note = checkpoint.digest(network.state_dict()), f"{address}: random weights, whose answers mean nothing"
     elif weights is not None:
         path = Path(weights)
         content = files.read(path)
         tensors, _ = checkpoint.unpack(path, content)
         sha256, source, note = files.sha256_of(content), "file", f"{address}: weights in '{path}'"
-        network = published.built(name, member if tag else None, tensors, str(path))
+        network = torchvision_weights.built(name, member if tag else None, tensors, str(path))
     else:
-        path, content = published.fetched(member, download=download)
+        path, content = torchvision_weights.fetched(member, download=download)
         tensors, sha256, source = convert.load(path, content), files.sha256_of(content), "torchvision"
-        network = published.built(name, member, tensors, str(path))
+        network = torchvision_weights.built(name, member, tensors, str(path))
         pin = "" if tag else f"; pin it with {address}@{member.name}"
         note = f"{address}: {member.name}, sha256 as torchvision publishes it{pin}"
-    facts = published.transform(member)
+    facts = torchvision_weights.transform(member)
     size = (facts.side, facts.side)
     inside: dict[str, Any] = {"size": size, "mean": facts.mean, "std": facts.std, "interpolation": facts.interpolation}
     return Classifier(
         network=Prepared(network, **inside, channels=len(facts.mean), summary=address),
         name=address,
-        names=published.names(member) if source != "file" or tag else (),
+        names=torchvision_weights.names(member) if source != "file" or tag else (),
         mean=facts.mean,
         sha256=sha256,
         source=source,
@@ -150,7 +153,7 @@ def settled(classifier: Classifier, shape: Sequence[int], device: str = "cpu") -
     mean, std = stated["mean"], stated["std"]
     size = (len(mean), *(network.size or shape[1:]))
     x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)).to(device)
-    if not doubled.twice(classifier.name, network.model, mean, std, x):
+    if not normalization.twice(classifier.name, network.model, mean, std, x):
         return classifier, []
     network.centre = None
     inside = {"preprocessing": {**stated, "mean": None, "std": None, "normalized_by_itself": True}}

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from patchcert_cli import checkpoint
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
-from patchcert_cli.classifiers import addresses, doors, doubled, own_code
+from patchcert_cli.classifiers import addresses, loaders, normalization, user_code
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import HubError, IntegrityError, MachineError, UnknownName, UsageError
-from patchcert_cli.evaluation.subjects import put_around
+from patchcert_cli.evaluation.models import put_around
 from patchcert_cli.layers.preprocessing import Prepared
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch
@@ -95,7 +95,7 @@ def around(found: addresses.Classifier) -> PatchCleanser:
 
 @pytest.mark.parametrize("how", ["front", "itself", "layer"])
 def test_images_are_normalized_once(mine: str, how: str) -> None:
-    found, notes = doors.settled(addresses.open_(f"{mine}:{how}", typed=True), (3, 8, 8))
+    found, notes = loaders.settled(addresses.open_(f"{mine}:{how}", typed=True), (3, 8, 8))
     normalized = (X - torch.tensor([0.4, 0.5, 0.6])[:, None, None]) / torch.tensor([0.2, 0.3, 0.2])[:, None, None]
     assert isinstance(found.network, Prepared)
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_images_are_normalized_once(mine: str, how: str) -> None:
 
 def test_statistics_that_are_used_otherwise_are_refused(mine: str) -> None:
     with pytest.raises(UsageError, match="states mean and std, and uses them itself, but not to normalize what it is given"):
-        doors.settled(addresses.open_(f"{mine}:wrong", typed=True), (3, 8, 8))
+        loaders.settled(addresses.open_(f"{mine}:wrong", typed=True), (3, 8, 8))
 
 
 def test_no_weights_given_is_said(mine: str) -> None:
@@ -125,16 +125,16 @@ def test_all_own_modules_are_in_the_digest(tmp_path: Path) -> None:
     )
     (tmp_path / "own_helper.py").write_text("from torch import nn\ndef net(): return nn.Flatten()\n")
     (tmp_path / "own_late.py").write_text("")
-    own_code.call("own_main", "build")
-    read = own_code.digest("own_main")
+    user_code.call("own_main", "build")
+    read = user_code.digest("own_main")
     assert read == {name: files.sha256(tmp_path / f"{name}.py") for name in ("own_helper", "own_late", "own_main")}
     (tmp_path / "own_helper.py").write_text("changed = True\n")
-    assert own_code.digest("own_main") == read, "what runs is what was loaded"
+    assert user_code.digest("own_main") == read, "what runs is what was loaded"
     for name in read:
         del sys.modules[name]
     (tmp_path / "own_helper.py").write_text("from torch import nn\ndef net(): return nn.Sequential(nn.Flatten())\n")
-    own_code.call("own_main", "build")
-    assert own_code.digest("own_main")["own_helper"] != read["own_helper"]
+    user_code.call("own_main", "build")
+    assert user_code.digest("own_main")["own_helper"] != read["own_helper"]
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
@@ -154,7 +154,7 @@ def test_wrappers_are_taken_off(mine: str) -> None:
     assert "inside DataParallel, which was taken off" in found.note
     compiled = type("OptimizedModule", (nn.Module,), {})()  # what torch.compile returns is called so
     compiled._orig_mod = nn.Linear(2, 2)
-    assert own_code.unwrapped(compiled) == (compiled._orig_mod, ["torch.compile"])
+    assert user_code.unwrapped(compiled) == (compiled._orig_mod, ["torch.compile"])
 
 
 @pytest.mark.parametrize(
@@ -327,4 +327,4 @@ class Rolling(nn.Module):
 def test_a_random_network_is_not_taken_for_one_that_normalizes_otherwise() -> None:
     made = Rolling()
     made.mean = [0.5] * 3
-    assert not doubled.twice("mine:rand", made, [0.5] * 3, [0.25] * 3, torch.rand(2, 3, 8, 8))
+    assert not normalization.twice("mine:rand", made, [0.5] * 3, [0.25] * 3, torch.rand(2, 3, 8, 8))

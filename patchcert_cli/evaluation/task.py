@@ -29,7 +29,7 @@ def batch_size(defense: Defense) -> int:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """The model under evaluation: a loaded defense and what identifies it.
 
     Attributes:
@@ -61,11 +61,11 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationTask:
     """One evaluation.
 
     Attributes:
-        subject: the model.
+        model: the model.
         images: what it is evaluated on.
         claims: what is to be certified, or the one threat to attack under.
         total: images of the whole split.
@@ -74,7 +74,7 @@ class Plan:
         command: what the user typed, for the manifest.
     """
 
-    subject: Subject
+    model: EvaluatedModel
     images: Images
     claims: tuple[Claim, ...]
     total: int
@@ -97,31 +97,31 @@ class Plan:
 
     def check(self) -> None:
         """Raise unless images, model and threat fit together."""
-        shape = self.subject.defense.input_shape
+        shape = self.model.defense.input_shape
         if tuple(self.images.pixels.shape[1:]) != shape:
             raise DataError(
-                f"{self.images.name} images are {tuple(self.images.pixels.shape[1:])}, but {self.subject.name} takes {shape}."
+                f"{self.images.name} images are {tuple(self.images.pixels.shape[1:])}, but {self.model.name} takes {shape}."
             )
         if self.batch_size < 1:
             raise UsageError(f"--batch-size {self.batch_size} must be 1 or more.")
         for claim in self.claims:
             claim.threat.check(shape[1], shape[2], shape[0])
-            self.subject.defense.check_method(claim.method)
+            self.model.defense.check_method(claim.method)
 
     def identity(self, kind: str, extra: dict[str, Any]) -> dict[str, Any]:
         """Everything that decides the records; two runs that differ here never share a folder."""
         return {
             "kind": kind,
-            "model": self.subject.name,
-            "model_sha256": self.subject.sha256,
-            "defense": self.subject.kind,
-            "numerics": dict(self.subject.defense.numerics),
+            "model": self.model.name,
+            "model_sha256": self.model.sha256,
+            "defense": self.model.kind,
+            "numerics": dict(self.model.defense.numerics),
             "dataset": self.images.name,
             "split": self.images.split,
             "data_sha256": self.images.digest(),
             "images": len(self.images),
             "subset_seed": self.seed if len(self.images) < self.total else None,
-            **({"setting": json.loads(json.dumps(self.subject.setting))} if self.subject.setting else {}),  # as it reads back
+            **({"setting": json.loads(json.dumps(self.model.setting))} if self.model.setting else {}),  # as it reads back
             **self._said,
             "patchcert": __version__,
             **extra,
@@ -132,5 +132,5 @@ class Plan:
         digest = hashlib.sha256(json.dumps(self.identity(kind, extra), sort_keys=True).encode()).hexdigest()[:8]
         threat = str(self.threat).replace(":", "-").replace("%", "pct")
         threat += f"-and-{len(self.claims) - 1}-more" if len(self.claims) > 1 else ""
-        name = re.sub(r"[^\w.@-]+", "-", Path(self.subject.name).name)
+        name = re.sub(r"[^\w.@-]+", "-", Path(self.model.name).name)
         return Path("runs") / f"{kind}-{name}-{threat}-{digest}"

@@ -40,7 +40,7 @@ class NoGradient(UsageError, RuntimeError):
     """Somebody climbs a gradient that there is none of; as torch's own such error it is a RuntimeError."""
 
 
-class Session(nn.Module):
+class OnnxNetwork(nn.Module):
     """A network in an ONNX file: float32 [B, C, H, W] -> [B, K].
 
     A function of own code may return it with ``mean``, ``std`` and ``classes`` set as attributes, where something is to be done
@@ -117,5 +117,5 @@ class Session(nn.Module):
         found = torch.from_numpy(session.run([self._output], {self._input: given})[0])
         return found[: len(x)]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnnxNetwork:
         return self  # it has no state

@@ -74,7 +74,7 @@ def check(recipe: Recipe) -> Callable[[Defense], None]:
     return prepare
 
 
-def run(
+def train(
     recipe: Recipe,
     folder: Path,
     *,

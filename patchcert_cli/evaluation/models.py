@@ -1,8 +1,8 @@
 """The model under evaluation, from whatever names it: a certified model of the zoo or of a folder, or a plain classifier around
 which a defense is put.
 
-Opening goes in two steps. A :class:`Candidate` knows what it is and what it wants to be evaluated on. With images and threats
-chosen it becomes a :class:`patchcert_cli.evaluation.plan.Subject`: the masks of a defense depend on both.
+Opening goes in two steps. A :class:`ModelSource` knows what it is and what it wants to be evaluated on. With images and threats
+chosen it becomes a :class:`patchcert_cli.evaluation.task.EvaluatedModel`: the masks of a defense depend on both.
 
 Shapes: C channels, H x W pixels, K classes.
 """
@@ -24,7 +24,7 @@ from patchcert_cli.catalog import bundled
 from patchcert_cli.catalog.resolve import ResolvedModel, resolve
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
 from patchcert_cli.certifiers.masks.masked_predictions import MANY
-from patchcert_cli.classifiers import addresses, doors
+from patchcert_cli.classifiers import addresses, loaders
 from patchcert_cli.classifiers.addresses import Classifier
 from patchcert_cli.data import class_folders, class_names, datasets, image_files
 from patchcert_cli.data.class_names import Names
@@ -32,14 +32,14 @@ from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.defenses.base import Defense
 from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.errors import IntegrityError, UsageError
-from patchcert_cli.evaluation.plan import Subject
+from patchcert_cli.evaluation.task import EvaluatedModel
 from patchcert_cli.threats import Patch, PatchPercent, Threat
 
 GREY = 0.5  # the colour of masks, where nobody knows a better one
 
 
 @dataclass(frozen=True)
-class Wish:
+class DefenseRequest:
     """What is to be made of a model, as far as the user says.
 
     Attributes:
@@ -75,7 +75,7 @@ class Wish:
         return MaskPlan(covers, per_axis=self.masks or 0, passes=self.passes or 0)
 
 
-class Candidate(ABC):
+class ModelSource(ABC):
     """A model that was found, before anybody knows on which images and against what.
 
     Attributes:
@@ -125,32 +125,32 @@ class Candidate(ABC):
         """C, H and W of the images that it is to be given, if they are of this data set."""
 
     @abstractmethod
-    def subject(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> Subject:
+    def evaluated(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> EvaluatedModel:
         """The model with its defense, for images of this shape."""
 
-    def matched(self, classes: Sequence[str], data: str, subject: Subject) -> list[int] | None:
+    def matched(self, classes: Sequence[str], data: str, evaluated: EvaluatedModel) -> list[int] | None:
         """For each class of a data set the model's output of that name; None if the labels already count its outputs.
 
         Raises:
             DataError: the names do not fit; says what to type.
         """
-        count = len(subject.defense.classes)
+        count = len(evaluated.defense.classes)
         return class_names.match(classes, self.names, data=data, model=self.name, count=count)
 
 
-class Certified(Candidate):
+class ZooModel(ModelSource):
     """A model with a defense of its own, from the zoo, a folder or the Hub."""
 
-    def __init__(self, found: ResolvedModel, name: str, wish: Wish, device: str) -> None:
-        if wish.weights is not None:
+    def __init__(self, found: ResolvedModel, name: str, request: DefenseRequest, device: str) -> None:
+        if request.weights is not None:
             raise UsageError(f"'{name}' has its own weights.", hint="Leave --weights out; it is for plain classifiers.")
         self.defense, self.config = checkpoint.load_defense(
             found.folder, device=device, expected_sha256=found.sha256, expected_config=found.config_sha256
         )
-        self.found, self.wish, self.name, self.note = found, wish, name, found.note
+        self.found, self.request, self.name, self.note = found, request, name, found.note
         self.threat, self.dataset = str(self.config["threat"]), str(self.config["dataset"])
         own = tuple(tuple(map(str, one)) for one in self.config.get("names", ())) or tuple((one,) for one in self.defense.classes)
-        self.names = own if wish.classes is None else class_names.read(Path(wish.classes))
+        self.names = own if request.classes is None else class_names.read(Path(request.classes))
 
     @property
     def channels(self) -> int:
@@ -164,12 +164,12 @@ class Certified(Candidate):
     def shape(self, dataset: str) -> tuple[int, int, int]:
         return self.defense.input_shape
 
-    def subject(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> Subject:
+    def evaluated(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> EvaluatedModel:
         kind = str(self.config["defense"])
         defense: Any = self.defense
-        asked, wish = self.wish.defense or kind, self.wish
-        if asked != kind or wish.masked or wish.labels:
-            if self.wish.defense is None and kind not in around():
+        asked, request = self.request.defense or kind, self.request
+        if asked != kind or request.masked or request.labels:
+            if self.request.defense is None and kind not in around():
                 hint = f"Choose a defense that has them: --defense {' or '.join(around())}."
                 raise UsageError(f"{self.name} is a model of {kind}, which has no masks to choose.", hint=hint)
             check_around(asked)
@@ -177,28 +177,28 @@ class Certified(Candidate):
             mean: Sequence[float] | None = self.config.get("network", {}).get("options", {}).get("mean")
             if kind in around():
                 inner, mean = defense.network, defense.fill.flatten().tolist()
-            plan = defense.plan if asked == kind and not wish.masked else wish.plan(threats, shape)
-            numbers = wish.labels or str(getattr(defense, "labels", ""))
+            plan = defense.plan if asked == kind and not request.masked else request.plan(threats, shape)
+            numbers = request.labels or str(getattr(defense, "labels", ""))
             defense = put_around(inner, asked, shape, defense.classes, plan, mean, numbers).to(torch.device(device))
-        alarming(defense, asked, wish, getattr(self.defense, "threshold", None))
+        alarming(defense, asked, request, getattr(self.defense, "threshold", None))
         setting = _masks_of(defense)
         if asked != kind:
             setting["classifier"] = f"the class scores of {kind}"
-        return Subject(defense, self.name, asked, self.found.sha256, self.found.source, setting)
+        return EvaluatedModel(defense, self.name, asked, self.found.sha256, self.found.source, setting)
 
-    def matched(self, classes: Sequence[str], data: str, subject: Subject) -> list[int] | None:
+    def matched(self, classes: Sequence[str], data: str, evaluated: EvaluatedModel) -> list[int] | None:
         """No names are compared if it is the data set that the model was trained on, whose labels it knows."""
-        if self.wish.classes is None and not datasets.own(data) and datasets.same(self.dataset, data):
+        if self.request.classes is None and not datasets.own(data) and datasets.same(self.dataset, data):
             return None
-        return super().matched(classes, data, subject)
+        return super().matched(classes, data, evaluated)
 
 
-class Plain(Candidate):
+class WrappedClassifier(ModelSource):
     """A plain classifier, around which the user wants a defense."""
 
-    def __init__(self, classifier: Classifier, wish: Wish, card: cards.Card | None = None) -> None:
-        assert wish.defense is not None
-        self.classifier, self.wish, self.kind = classifier, wish, wish.defense
+    def __init__(self, classifier: Classifier, request: DefenseRequest, card: cards.Card | None = None) -> None:
+        assert request.defense is not None
+        self.classifier, self.request, self.kind = classifier, request, request.defense
         self.note, self.names = classifier.note, classifier.names
         self.name = card.name if card else classifier.name
         self.threat, self.dataset = (card.threat, card.dataset) if card else ("", "")
@@ -213,14 +213,14 @@ class Plain(Candidate):
     def shape(self, dataset: str) -> tuple[int, int, int]:
         return datasets.info(dataset).shape
 
-    def subject(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> Subject:
-        plan = self.wish.plan(threats, shape)
+    def evaluated(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> EvaluatedModel:
+        plan = self.request.plan(threats, shape)
         plan.masks(*shape[1:])  # what cannot be masked is told before the network is asked
-        about, notes = doors.settled(self.classifier, shape, device)
-        count, numbers = addresses.outputs(about, shape, device), self.wish.labels or ""
+        about, notes = loaders.settled(self.classifier, shape, device)
+        count, numbers = addresses.outputs(about, shape, device), self.request.labels or ""
         classes = class_names.words(self.names) if len(self.names) == count else tuple(map(str, range(count)))
         defense = put_around(about.network, self.kind, shape, classes, plan, about.mean, numbers).to(torch.device(device))
-        alarming(defense, self.kind, self.wish)
+        alarming(defense, self.kind, self.request)
         try:
             defense.test_once()
         except IntegrityError as problem:
@@ -231,14 +231,14 @@ class Plain(Candidate):
         setting = {"classifier": about.name, "input_shape": list(shape), **about.setting, **_masks_of(defense)}
         in_front = about.in_front
         said = (f"in front of {about.name}: {in_front}", *notes)
-        return Subject(defense, self.name, self.kind, about.sha256, about.source, setting, in_front, said)
+        return EvaluatedModel(defense, self.name, self.kind, about.sha256, about.source, setting, in_front, said)
 
-    def matched(self, classes: Sequence[str], data: str, subject: Subject) -> list[int] | None:
+    def matched(self, classes: Sequence[str], data: str, evaluated: EvaluatedModel) -> list[int] | None:
         """Outputs with random weights have no meaning that a name could fit."""
-        return None if self.classifier.random else super().matched(classes, data, subject)
+        return None if self.classifier.random else super().matched(classes, data, evaluated)
 
 
-def find(model: str | None, dataset: str | None, wish: Wish, device: str) -> Candidate:
+def find(model: str | None, dataset: str | None, request: DefenseRequest, device: str) -> ModelSource:
     """The model of this name, folder or address; without any, the documented default for a data set.
 
     Raises:
@@ -247,17 +247,18 @@ def find(model: str | None, dataset: str | None, wish: Wish, device: str) -> Can
     """
     name = model or bundled.default_model(dataset or bundled.DEFAULT_DATASET)
     if addresses.is_address(name):
-        if wish.defense is None:
+        if request.defense is None:
             raise UsageError(f"{name} is a plain classifier.", hint=f"Choose a defense: --defense {' or '.join(around())}.")
-        check_around(wish.defense)
-        opened = addresses.open_(name, weights=wish.weights, classes=wish.classes, typed=True, download=wish.download)
-        return Plain(opened, wish)
+        check_around(request.defense)
+        opened = addresses.open_(name, weights=request.weights, classes=request.classes, typed=True, download=request.download)
+        return WrappedClassifier(opened, request)
     card = bundled.card(name) if name in bundled.names() else None
     if card is not None and card.classifier:
-        masks = wish.masks if wish.masked else card.recipe.get("masks", {}).get("per_axis")
-        wish = replace(wish, defense=wish.defense or card.defense, masks=masks)
-        return Plain(addresses.open_(card.classifier, weights=wish.weights, classes=wish.classes), wish, card)
-    made = Certified(resolve(name), name, wish, device)
+        masks = request.masks if request.masked else card.recipe.get("masks", {}).get("per_axis")
+        request = replace(request, defense=request.defense or card.defense, masks=masks)
+        classifier = addresses.open_(card.classifier, weights=request.weights, classes=request.classes)
+        return WrappedClassifier(classifier, request, card)
+    made = ZooModel(resolve(name), name, request, device)
     if model is None:
         made.note = f"no model given: {name}, the default for {dataset or bundled.DEFAULT_DATASET}. {made.note}"
     return made
@@ -302,18 +303,18 @@ def put_around(
     return made.eval()
 
 
-def alarming(defense: Defense, kind: str, wish: Wish, own: float | None = None) -> None:
+def alarming(defense: Defense, kind: str, request: DefenseRequest, own: float | None = None) -> None:
     """Set from which confidence on a defense raises alarms: what is wished, else ``own``, which it had with other masks.
 
     Raises:
         UsageError: it raises none.
     """
     if isinstance(defense, Minority):
-        chosen = own if wish.threshold is None else wish.threshold
+        chosen = own if request.threshold is None else request.threshold
         defense.threshold = defense.threshold if chosen is None else chosen
-        defense.grid = tuple(sorted({*GRID, defense.threshold})) if wish.compare else ()
-    elif wish.threshold is not None or wish.compare:
-        flag = "--plot-thresholds" if wish.threshold is None else "--threshold"
+        defense.grid = tuple(sorted({*GRID, defense.threshold})) if request.compare else ()
+    elif request.threshold is not None or request.compare:
+        flag = "--plot-thresholds" if request.threshold is None else "--threshold"
         raise UsageError(f"{kind} raises no alarms, so {flag} means nothing.", hint="Use --defense minority, or leave it out.")
 
 
