@@ -26,8 +26,8 @@ from patchcert_cli.errors import UsageError
 if TYPE_CHECKING:
     from patchcert_cli.attacks.base import Attack
     from patchcert_cli.cli.loading import Claims
-    from patchcert_cli.evaluation.task import EvaluationTask
     from patchcert_cli.evaluation.models import DefenseRequest
+    from patchcert_cli.evaluation.task import EvaluationTask
 
 EXAMPLES = (
     "Examples:  patchcert attack mnist-ibp-p5 --patch 5 --limit 500   |   patchcert attack runs/x --threat sparse --k 4"
@@ -165,11 +165,11 @@ def attack(
         return work(model, claims, request, data, run, command, search, saved, join)
 
     if dry_run:
-        from patchcert_cli.cli.certify import _estimates
-
-        several.run(models, one, _estimates, output.json, rows=text.plain_rows)
+        several.run(models, one, several.estimates, output.json, one_table=several.in_two_columns(text.plain_rows))
     else:
-        several.run(models, one, _table, output.json, rows=text.attack_rows, check=results.check_claim)
+        several.run(
+            models, one, _table, output.json, one_table=several.in_two_columns(text.attack_rows), check=results.check_claim
+        )
 
 
 def print_attacks(json_to: str | None) -> None:

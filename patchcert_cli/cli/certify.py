@@ -126,7 +126,12 @@ class ImageOptions:
             raise UsageError("--resize goes with --image.", hint="The images of a folder are always resized and cropped.")
         if self.image is not None:
             of_many: dict[str, Any] = {"--limit": data.limit, "--batch-size": run.batch_size, "--out": run.out}
-            of_many |= {"--dry-run": dry_run, "--fresh": run.fresh, "--plot": self.plot, "--plot-thresholds": self.plot_thresholds}
+            of_many |= {
+                "--dry-run": dry_run,
+                "--fresh": run.fresh,
+                "--plot": self.plot,
+                "--plot-thresholds": self.plot_thresholds,
+            }
             given = [flag for flag, value in of_many.items() if value not in (None, False)]
             if given:
                 hint = "It is about one image: leave one of them out."
@@ -171,10 +176,10 @@ def certify(
         return _certify(model, claims, request, data, run, command, image, threat.patch_area)
 
     if dry_run:
-        several.run(models, one, _estimates, output.json, rows=text.plain_rows)
+        several.run(models, one, several.estimates, output.json, one_table=several.in_two_columns(text.plain_rows))
     else:
         rows = text.certify_rows if image.image is None else text.single_rows
-        several.run(models, one, _table, output.json, rows=rows)
+        several.run(models, one, _table, output.json, one_table=several.in_two_columns(rows))
 
 
 def _claims(threat: ThreatsOptions, proof: ProofOptions) -> Claims:
@@ -285,12 +290,3 @@ def _table(results: Sequence[several.Value]) -> None:
         for result, claim in claims
     ]
     several.by_guarantee(rows, [claim["guarantee"] for _, claim in claims], COLUMNS)
-
-
-def _estimates(values: Sequence[several.Value]) -> None:
-    """What each run would take, one below the other: their entries differ."""
-    from patchcert_cli.reporting import text
-
-    for value in values:
-        show.result(text.plain_rows(value), value, None)
-        typer.echo()

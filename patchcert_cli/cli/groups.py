@@ -47,7 +47,7 @@ def grouped(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def command(old: Mapping[str, str] | None = None) -> type[TyperCommand]:
-    """The class of a command that also reads ``--json`` without a value, which is ``--json -``, and ``old`` spellings of options."""
+    """The class of a command that also reads ``--json`` without a value, as ``--json -``, and ``old`` spellings of options."""
     spelled = dict(old or {})
 
     class Command(TyperCommand):
@@ -60,7 +60,7 @@ def command(old: Mapping[str, str] | None = None) -> type[TyperCommand]:
 def _current(words: list[str], old: Mapping[str, str]) -> list[str]:
     """What was typed, in the spelling of today."""
     current: list[str] = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         name, equals, value = word.partition("=")
         current += f"{old.get(name, name)}{equals}{value}".split(" ") if name in old else [word]
         if word == "--json" and following != "-" and (not following or following.startswith("-")):

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from patchcert_cli.data.images import Images
     from patchcert_cli.defenses.base import Claim
     from patchcert_cli.evaluation.estimate import FullRun
-    from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
     from patchcert_cli.evaluation.models import DefenseRequest, ModelSource
+    from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
 
     Claims = Callable[[str, tuple[int, int, int]], Sequence[Claim]]
 

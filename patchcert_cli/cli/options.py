@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from patchcert_cli.cli import show
-from patchcert_cli.cli.threat_options import own_threat, threat_from, threats_from
+from patchcert_cli.cli.threat_options import own_threat, threats_from
+from patchcert_cli.cli.threat_options import threat_from as threat_from
 from patchcert_cli.errors import UsageError
 from patchcert_cli.schema import LARGEST_SEED
 from patchcert_cli.storage import files
@@ -52,7 +53,7 @@ MODEL_HELP = (
     "Zoo model, run folder, or a plain classifier: timm:NAME, torchvision:NAME, hf-hub:ORG/REPO@COMMIT, "
     "onnx:FILE, PACKAGE.MODULE:FUNCTION. Several give one table. Default: the documented default model of the data set."
 )
-ModelsArgument = Annotated[list[str] | None, typer.Argument(metavar="[NAME|PATH|ADDRESS]...", help=MODEL_HELP)]
+ModelsArgument = Annotated[list[str] | None, typer.Argument(metavar="NAME|PATH|ADDRESS", help=MODEL_HELP)]
 PatchOption = Annotated[
     str | None,
     typer.Option(
@@ -70,9 +71,7 @@ PatchesOption = Annotated[
 ]
 AreaOption = Annotated[
     int | None,
-    typer.Option(
-        "--patch-area", metavar="N", help="Every aspect ratio of a patch of at most N pixels.", rich_help_panel=THREAT
-    ),
+    typer.Option("--patch-area", metavar="N", help="Every aspect ratio of a patch of at most N pixels.", rich_help_panel=THREAT),
 ]
 ThreatOption = Annotated[
     str | None,
@@ -150,7 +149,8 @@ OutOption = Annotated[
 ]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming the run folder.", rich_help_panel=RUN)]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Report what would be done and how long it would take; write nothing.", rich_help_panel=RUN)
+    bool,
+    typer.Option("--dry-run", help="Report what would be done and how long it takes; write nothing.", rich_help_panel=RUN),
 ]
 JsonOption = Annotated[
     str | None,
@@ -168,6 +168,9 @@ QuietOption = Annotated[
         "--quiet", "-q", callback=show.set_quiet, help="No progress and no remarks; errors are printed.", rich_help_panel=OUTPUT
     ),
 ]
+
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Use what is on this disk; ask no network.")]
+DatasetFilter = Annotated[str | None, typer.Option("--data", "--dataset", metavar="NAME", help="Only models for this data set.")]
 
 
 @dataclass(frozen=True)

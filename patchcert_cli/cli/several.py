@@ -24,7 +24,9 @@ def alone(models: Sequence[str], given: Mapping[str, object]) -> None:
     """
     flags = [flag for flag, value in given.items() if value not in (None, False)]
     if len(models) > 1 and flags:
-        raise UsageError(f"{flags[0]} is for one model, and {len(models)} are given.", hint=f"Name one model, or leave {flags[0]} out.")
+        raise UsageError(
+            f"{flags[0]} is for one model, and {len(models)} are given.", hint=f"Name one model, or leave {flags[0]} out."
+        )
 
 
 def run(
@@ -33,14 +35,14 @@ def run(
     table: Callable[[list[Value]], None],
     json_to: str | None,
     *,
-    rows: Callable[[Value], Sequence[tuple[str, str]]],
+    one_table: Callable[[Value], None],
     check: Callable[[Value], None] | None = None,
 ) -> None:
     """Run a command for its models and print what it found.
 
     ``one(model, command)`` computes a result; ``command`` is what would have been typed for that model alone.
-    One model, or the default (None), prints ``rows``; several print ``table`` and give a list as JSON. ``check`` raises what a
-    result, which is printed all the same, is to end in.
+    One model, or the default (None), prints ``one_table``; several print ``table`` and give a list as JSON. ``check`` raises the
+    error that a result, which is printed all the same, ends in.
 
     Raises:
         PatchcertError: of one model alone.
@@ -49,7 +51,7 @@ def run(
     names = list(dict.fromkeys(models or []))
     if len(names) < 2:
         value = one(names[0] if names else None, typed_command())
-        show.result(rows(value), value, json_to)
+        show.printed(lambda: one_table(value), value, json_to)
         if check is not None:
             check(value)
         return
@@ -74,6 +76,20 @@ def run(
     show.printed(lambda: table(complete) if complete else None, values, json_to)
     if codes:
         raise typer.Exit(codes[-1] if codes[-1] == Interrupted.code else codes[0])
+
+
+def in_two_columns(rows: Callable[[Value], Sequence[tuple[str, str]]]) -> Callable[[Value], None]:
+    """How to print the ``rows`` of one result."""
+    return lambda value: show.pairs(rows(value))
+
+
+def estimates(values: Sequence[Value]) -> None:
+    """Print what each dry run found, one below the other: their entries differ."""
+    from patchcert_cli.reporting import text
+
+    for value in values:
+        show.pairs(text.plain_rows(value))
+        typer.echo()
 
 
 def by_guarantee(rows: Sequence[Mapping[str, str]], guarantees: Sequence[str], first: Sequence[str]) -> None:

@@ -107,14 +107,15 @@ def say(text: str) -> None:
 
 def error(problem: PatchcertError, about: str = "") -> None:
     """An error on stderr, on one line, and its hint on another; ``about`` names what it concerns."""
-    typer.echo(f"error[{problem.code}]: {f'{about}: ' if about else ''}{problem.message}", err=True)
+    prefix = f"{about}: " if about and about not in problem.message else ""
+    typer.echo(f"error[{problem.code}]: {prefix}{problem.message}", err=True)
     if problem.hint:
         typer.echo(f"hint: {problem.hint}", err=True)
 
 
 def result(rows: Rows, value: Any, json_to: str | None) -> None:
     """Print a result as two columns on stdout, or as JSON there, and write JSON to a file if asked."""
-    printed(lambda: _print_rows(rows), value, json_to)
+    printed(lambda: pairs(rows), value, json_to)
 
 
 def printed(table: Callable[[], None], value: Any, json_to: str | None) -> None:
@@ -157,7 +158,8 @@ def table(rows: Sequence[Mapping[str, str]], first: Sequence[str] = ()) -> None:
         say(f"not shown: {', '.join(name for name in columns if name not in shown)}; widen the terminal, or see --json")
 
 
-def _print_rows(rows: Rows) -> None:
+def pairs(rows: Rows) -> None:
+    """Print names and texts in two columns."""
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
