@@ -24,7 +24,7 @@ from patchcert_cli.cli.options import (
 from patchcert_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from patchcert_cli.attacks.base import Attack
+    from patchcert_cli.attacks import Attack
     from patchcert_cli.cli.loading import Claims
     from patchcert_cli.evaluation.models import DefenseRequest
     from patchcert_cli.evaluation.task import EvaluationTask
@@ -153,7 +153,7 @@ def attack(
     join.check()
     _check_options(search, saved)
 
-    from patchcert_cli.defenses.base import Claim
+    from patchcert_cli.defenses import Claim
     from patchcert_cli.evaluation import results
     from patchcert_cli.reporting import text
 

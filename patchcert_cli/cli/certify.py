@@ -26,7 +26,7 @@ from patchcert_cli.threats import patches_of_area
 
 if TYPE_CHECKING:
     from patchcert_cli.cli.loading import Claims
-    from patchcert_cli.defenses.base import Claim
+    from patchcert_cli.defenses import Claim
     from patchcert_cli.evaluation.models import DefenseRequest
 
 EXAMPLES = (
@@ -187,7 +187,7 @@ def _claims(threat: ThreatsOptions, proof: ProofOptions) -> Claims:
     given, methods = threat.several(), proof.methods()
 
     def claims(own: str, shape: tuple[int, int, int]) -> list[Claim]:
-        from patchcert_cli.defenses.base import Claim
+        from patchcert_cli.defenses import Claim
 
         shapes = [] if threat.patch_area is None else patches_of_area(threat.patch_area, *shape[1:])
         threats = [*given, *shapes] or [threat.own(own)]
@@ -213,7 +213,7 @@ def _certify(
     task = loading.open_task(model, claims, data, run, command, request)
     with show.progress() as progress:
         found = evaluate.certify(task, run.out, fresh=run.fresh, progress=progress)
-    show.say("\n".join(filter(None, dict.fromkeys(task.model.defense.remark(claim.threat) for claim in task.claims))))
+    show.say("\n".join(filter(None, dict.fromkeys(task.model.defense.note(claim.threat) for claim in task.claims))))
     found |= {} if area is None else {"patch_area": area}
     if image.plot is not None:
         plots.plot(text.claim_list(found), image.plot, title=text.plot_title(found), area=area)
@@ -241,7 +241,7 @@ def _certify_image(
     """Certify one image, and draw its map if asked."""
     from patchcert_cli import device as devices
     from patchcert_cli.evaluation import single_image
-    from patchcert_cli.reporting import plots
+    from patchcert_cli.reporting import margin_maps
 
     assert image.image is not None
     place = devices.resolve(device)
@@ -263,7 +263,7 @@ def _certify_image(
         )
     values = found.values
     if image.map_ is not None and found.margins is not None:
-        plots.single_map(values, found.pixels, found.margins, image.map_, unit=evaluated.defense.unit)
+        margin_maps.single_map(values, found.pixels, found.margins, image.map_, unit=evaluated.defense.unit)
         values |= {"map": str(image.map_)}
         found.notes.append(f"drew {image.map_}")
     show.say("\n".join(found.notes))

@@ -72,7 +72,7 @@ def verify(
 
         attacks.check_name(verification.attack)
 
-    from patchcert_cli.defenses.base import Claim
+    from patchcert_cli.defenses import Claim
     from patchcert_cli.evaluation import reproduce
     from patchcert_cli.reporting import text
 

@@ -12,6 +12,7 @@ from patchcert_cli.cli import several, sharing, verify
 from patchcert_cli.cli import show as terminal
 from patchcert_cli.cli.groups import command, grouped
 from patchcert_cli.cli.options import DatasetFilter, OfflineOption, OutputOptions
+from patchcert_cli.storage.files import file_size
 
 if TYPE_CHECKING:
     from patchcert_cli.cards import Card
@@ -123,7 +124,7 @@ def remove(
     card = None if address else bundled.card(name)
     repo = card.hub.repo if card else address["repo"] if address else name
     freed = client.remove(repo)
-    text = f"{repo}: freed {_size(freed)}" if freed else f"{repo} is not in the Hub's cache: nothing to remove"
+    text = f"{repo}: freed {file_size(freed)}" if freed else f"{repo} is not in the Hub's cache: nothing to remove"
     text += "; the bundled copy stays" if card and card.files else ""
     terminal.printed(lambda: typer.echo(text), {"name": name, "repo": repo, "freed": freed}, output.json)
 
@@ -139,7 +140,7 @@ def _pulled(value: several.Value) -> dict[str, str]:
     return {
         "model": str(value["name"]),
         "files": str(len(files)),
-        "size": _size(sum(file["size"] for file in files.values())),
+        "size": file_size(sum(file["size"] for file in files.values())),
         "sha256": f"{value['sha256'][:12]}…",
         "folder": str(value["folder"]),
     }
@@ -192,13 +193,7 @@ def _row(card: Card, where: str) -> dict[str, str]:
         "certified": certified,
         "published": published,
         "arithmetic": facts["arithmetic"] or NONE,
-        "size": _size(card.size),
+        "size": file_size(card.size) if card.size else NONE,
         "licence": card.license,
         "where": where,
     }
-
-
-def _size(count: int) -> str:
-    if not count:
-        return NONE
-    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{max(count / 1e3, 0.1):.1f} kB"

@@ -125,12 +125,12 @@ def test_reach_bounds_every_change(name: str) -> None:
     split, x = Split.of(net, shape[0]), images(shape, 6).double()
     for threat in (Sparse(2), Sparse(3, "value")):
         low, high = sparse_box(split, x, threat)
-        reach = first_layer.sparse_reach(split, shape, threat)
+        reach = first_layer.sparse_max_change(split, shape, threat)
         assert bool((torch.maximum(high - split.clean(x), split.clean(x) - low) <= reach + 1e-11).all())
     for patch in (Patch(1, 1), Patch(2, 2), Patch(*shape[1:])) if isinstance(split.first, nn.Linear) else ():
         changed = x.clone()
         changed[:, :, : patch.height, : patch.width] = 1 - changed[:, :, : patch.height, : patch.width]
-        reach = first_layer.patch_reach(split, shape, patch)
+        reach = first_layer.patch_max_change(split, shape, patch)
         assert bool(((split.clean(changed) - split.clean(x)).abs() <= reach + 1e-11).all())
 
 
@@ -146,7 +146,7 @@ def test_split_cuts_behind_the_first_weighted_layer() -> None:
 
 def network_layers(split: Split) -> list[nn.Module]:
     assert split.first is not None
-    return [*split.before, split.first, *split.rest]
+    return [*split.before, split.first, *split.tail]
 
 
 def test_grouped_first_convolutions_are_refused() -> None:

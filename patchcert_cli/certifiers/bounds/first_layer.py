@@ -40,13 +40,13 @@ class Split:
     Attributes:
         before: per-channel affine layers and flattening in front of it.
         first: the first affine layer; None if something else comes first.
-        rest: all layers behind ``first`` (or behind ``before`` if there is none).
+        tail: all layers after ``first`` (or behind ``before`` if there is none).
         scale: float64 [C], the product of the scales in ``before``: weights times this are rounded once, whatever is in it.
     """
 
     before: list[nn.Module]
     first: nn.Linear | nn.Conv2d | None
-    rest: list[nn.Module]
+    tail: list[nn.Module]
     scale: Tensor
 
     @classmethod
@@ -71,13 +71,13 @@ class Split:
     @property
     def layers(self) -> list[nn.Module]:
         """The whole network."""
-        return [*self.before, *([self.first] if self.first else []), *self.rest]
+        return [*self.before, *([self.first] if self.first else []), *self.tail]
 
     @property
     def is_dense(self) -> bool:
         """Fully connected: two or more linear layers with nothing but ReLU between them."""
-        inner = bool(self.rest) and isinstance(self.rest[-1], nn.Linear)
-        return inner and isinstance(self.first, nn.Linear) and all(isinstance(a, nn.Linear | nn.ReLU) for a in self.rest)
+        inner = bool(self.tail) and isinstance(self.tail[-1], nn.Linear)
+        return inner and isinstance(self.first, nn.Linear) and all(isinstance(a, nn.Linear | nn.ReLU) for a in self.tail)
 
     def clean(self, x: Tensor) -> Tensor:
         """Pre-activation of the first affine layer, [B, N] or [B, N, H', W'].
@@ -194,12 +194,12 @@ def _convolution_gains(split: Split, x: Tensor, threat: Sparse, clean: Tensor) -
     return torch.stack(up, dim=1).reshape(shape), torch.stack(down, dim=1).reshape(shape)
 
 
-def patch_reach(split: Split, shape: tuple[int, int, int], patch: Patch) -> Tensor:
+def patch_max_change(split: Split, shape: tuple[int, int, int], patch: Patch) -> Tensor:
     """Largest possible |change| of each output of a linear first layer under a patch at any location: [N]."""
     return window_sums(split.dense_weight(shape).abs(), patch).amax(dim=1)
 
 
-def sparse_reach(split: Split, shape: tuple[int, int, int], threat: Sparse) -> Tensor:
+def sparse_max_change(split: Split, shape: tuple[int, int, int], threat: Sparse) -> Tensor:
     """Largest possible |change| of each first-layer output when ``threat.k`` entries change: [N] or [N, 1, 1]."""
     if isinstance(split.first, nn.Linear):
         reach = split.dense_weight(shape).abs()

@@ -52,20 +52,20 @@ class _Order:
 
     def __init__(self, weight: Tensor, k: int) -> None:
         self.weight, self.pixels = weight, weight.shape[2]
-        self.reach = weight.abs().sum(dim=1)  # [N, P]
+        self.patch_windows = weight.abs().sum(dim=1)  # [N, P]
         self.count = min(self.pixels, 6 * k + 32)
-        self.sorted, self.order = self.reach.topk(self.count, dim=1)
+        self.sorted, self.order = self.patch_windows.topk(self.count, dim=1)
 
     def extend(self) -> None:
         """Sort the rest behind the first piece: called only if a neuron needs more than that."""
         if self.count < self.pixels:
-            left = self.reach.scatter(1, self.order, -1.0)  # equal reaches must not be taken twice, nor missed
+            left = self.patch_windows.scatter(1, self.order, -1.0)  # equal reaches must not be taken twice, nor missed
             reach, order = left.topk(self.pixels - self.count, dim=1)
             self.sorted, self.order = torch.cat([self.sorted, reach], dim=1), torch.cat([self.order, order], dim=1)
             self.count = self.pixels
 
     def next_reach(self, rank: int, neurons: Tensor | None) -> Tensor:
-        """Reach of the pixel at ``rank``: [U]."""
+        """PatchWindows of the pixel at ``rank``: [U]."""
         if rank >= self.count:
             self.extend()
         column = self.sorted[:, rank]

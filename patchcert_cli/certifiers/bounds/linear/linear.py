@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from patchcert_cli.certifiers.bounds.first_layer import Split, sparse_box, under_patch, window_sums
 from patchcert_cli.certifiers.bounds.intervals import Margins, resolve
 from patchcert_cli.certifiers.bounds.linear.relaxations import BENT, Form, Magnitudes, Slope, adaptive, backward, zero
-from patchcert_cli.certifiers.bounds.margin_chunks import Contrast, open_stream
+from patchcert_cli.certifiers.bounds.margin_chunks import ClassDifference, margin_iterator
 from patchcert_cli.certifiers.bounds.rules import Box, box, propagate
 from patchcert_cli.layers import passes
 from patchcert_cli.threats import Patch, Sparse, Threat
@@ -193,7 +193,7 @@ class Engine:
         self.classes = network(x[:1]).shape[1]
         widths = [shape.numel() for shape in self.magnitudes.shapes]
         self.bytes = 8 * sum(widths)  # of all values of one image
-        self.first = len(self.layers) - len(self.split.rest)  # the layer whose input ``source.boxes`` gives
+        self.first = len(self.layers) - len(self.split.tail)  # the layer whose input ``source.boxes`` gives
 
     @property
     def loss(self) -> float:
@@ -247,11 +247,11 @@ class Engine:
     @torch.no_grad()
     def intervals(self, chosen: Tensor) -> Tensor:
         """Interval bounds at every location for some images, int64 [B'] -> [B', A, K]; infinite in the target's column."""
-        stream = open_stream(self.split, self.x[chosen], self.threat, 1.0)
+        stream = margin_iterator(self.split, self.x[chosen], self.threat, 1.0)
         target = self.target[chosen]
         table = self.x.new_empty(len(chosen), self.source.locations, self.classes)
         for group in stream.groups(target):
-            table[group] = torch.cat(list(stream.chunks(group, Contrast(stream.split, target[group])))).permute(2, 0, 1)
+            table[group] = torch.cat(list(stream.chunks(group, ClassDifference(stream.split, target[group])))).permute(2, 0, 1)
         return table.scatter_(2, target[:, None, None].expand(-1, table.shape[1], 1), float("inf"))
 
 
