@@ -263,7 +263,7 @@ def _attacker(task: EvaluationTask, search: SearchOptions, saved: SavedOptions, 
 
 def _table(results: Sequence[several.Value]) -> None:
     """One row for each model."""
-    from patchcert_cli.reporting import text
+    from patchcert_cli.reporting.numbers import share
 
     rows = []
     for result in results:
@@ -274,9 +274,9 @@ def _table(results: Sequence[several.Value]) -> None:
             {
                 "model": str(result["model"]),
                 "threat": result["threat"],
-                "clean": text.share(result["clean_accuracy"], counts["clean"], images),
-                "right under attack": text.share(result["attacked_accuracy"], survived, images),
-                "certified": text.share(result["certified_accuracy"], counts["certified"], images) if certified else "-",
+                "clean": share(counts["clean"], images),
+                "right under attack": share(survived, images),
+                "certified": share(counts["certified"], images) if certified else "-",
                 "flipped": f"{len(result['broken'])} certified images" if certified else f"{result['flipped']} images",
                 "time": f"{result['seconds']:.1f} s",
             }

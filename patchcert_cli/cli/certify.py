@@ -273,6 +273,7 @@ def _certify_image(
 def _table(results: Sequence[several.Value]) -> None:
     """One row for each model and claim."""
     from patchcert_cli.reporting import text
+    from patchcert_cli.reporting.numbers import interval, share
 
     claims = [(result, claim) for result in results for claim in text.claim_list(result)]
     methods = len({claim["method"] for _, claim in claims}) > 1
@@ -281,9 +282,9 @@ def _table(results: Sequence[several.Value]) -> None:
             "model": str(result["model"]),
             "threat": claim["threat"],
             **({"proof": claim["method"]} if methods else {}),
-            "clean": text.share(claim["clean"] / claim["images"], claim["clean"], claim["images"]),
-            "certified": text.share(claim["certified"] / claim["images"], claim["certified"], claim["images"]),
-            "95 % interval": " to ".join(f"{100 * end:.2f}" for end in claim["certified_interval"]),
+            "clean": share(claim["clean"], claim["images"]),
+            "certified": share(claim["certified"], claim["images"]),
+            "95 % interval": interval(claim["certified_interval"]),
             "arithmetic": claim["arithmetic"],
             "time": f"{result['seconds']:.1f} s",
         }
