@@ -269,14 +269,14 @@ def _table(results: Sequence[several.Value]) -> None:
     for result in results:
         images, counts = result["images"], result["counts"]
         survived = round(result["attacked_accuracy"] * images)
-        certified = "certified_accuracy" in result
+        certified = [claim["counts"]["certified"] for claim in result["claims"]]
         rows.append(
             {
                 "model": str(result["model"]),
                 "threat": result["threat"],
                 "clean": share(counts["clean"], images),
                 "right under attack": share(survived, images),
-                "certified": share(counts["certified"], images) if certified else "-",
+                "certified": share(certified[0], images) if certified else "-",
                 "flipped": f"{len(result['broken'])} certified images" if certified else f"{result['flipped']} images",
                 "time": f"{result['seconds']:.1f} s",
             }

@@ -124,7 +124,7 @@ def _described(recipe: Recipe, folder: Path, made: loop.Trained, place: str, pro
             },
             command=recipe.command,
             source=made.defense.source,
-            guarantee=str(made.defense.guarantee),
+            guarantee=made.defense.guarantee,
         )
         files.write_atomically(folder / files.CARD, card.render().encode())
     else:

@@ -78,7 +78,7 @@ def test_an_own_model_on_own_pictures(patchcert) -> None:  # type: ignore[no-unt
     again = patchcert("certify", "mine:build", *DEFENSE, *VAL, *CLASSES)
     assert "is complete" in again.err and again.out == done.out
     found = json.loads(patchcert("certify", "mine:build", *DEFENSE, *VAL, *CLASSES, "--json", "-").out)
-    assert found["counts"]["certified"] > 0 and found["split"] == "folder" and found["model_source"] == "code"
+    assert found["claims"][0]["counts"]["certified"] > 0 and found["split"] == "folder" and found["model_source"] == "code"
     rows = records(found)
     assert [row["picture"] for row in rows[:5]] == ["cat/0.png", "cat/1.png", "cat/2.png", "cat/3.png", "dog/0.png"]
     assert [row["label"] for row in rows] == [0] * 4 + [1] * 4 + [2] * 4 == [row["prediction"] for row in rows]
@@ -108,7 +108,7 @@ def test_masks_and_weights_make_another_run(patchcert) -> None:  # type: ignore[
         places.append(json.loads(done.out)["records"])
     assert len(set(places)) == 5
     two = json.loads(patchcert(*said[:4], "--threat", "patches:2:2", "--masks", "2", *VAL, *CLASSES, "--json", "-").out)
-    assert two["threat"] == "patches:2:2x2" and two["images"] == 12
+    assert two["claims"][0]["threat"] == "patches:2:2x2" and two["images"] == 12
     many = json.loads(patchcert(*said[:4], "--patch", "1..4", *VAL, *CLASSES, "--json", "-").out)
     counts = [claim["counts"]["certified"] for claim in many["claims"]]
     assert len(counts) == 4 and counts == sorted(counts, reverse=True)
@@ -142,7 +142,7 @@ def test_one_picture_and_an_attack(patchcert) -> None:  # type: ignore[no-untype
         one = json.loads(patchcert("certify", "mine:named", *DEFENSE, "--image", path, "--resize", "--json", "-").out)
         assert one["prediction"] == row["prediction"]
         assert {key: one["claims"][0][key] for key in ("certified", "margin", "worst")} == {
-            key: row[key] for key in ("certified", "margin", "worst")
+            key: row["claims"][0][key] for key in ("certified", "margin", "worst")
         }
     attacked = patchcert("attack", "mine:named", *DEFENSE, *VAL, "--limit", "3", "--steps", "1", "--json", "-")
     assert attacked.code == 0, attacked.err
@@ -495,7 +495,7 @@ def test_a_threshold_of_certified_detection_and_the_picture_of_all(patchcert) ->
     assert done.code == 0, done.err
     found = json.loads(done.out)
     assert Path("t.png").is_file() and "drew t.png" in done.err
-    rows = {row["threshold"]: row for row in found["thresholds"]}
+    rows = {row["threshold"]: row for row in found["claims"][0]["thresholds"]}
     assert {0.0, 0.5, 0.999} <= set(rows)
     manifest = json.loads((Path(found["records"]).parent / "manifest.json").read_text())
     assert manifest["setting"]["threshold"] == 0.5 and manifest["setting"]["compared"] == sorted(rows)
@@ -503,7 +503,7 @@ def test_a_threshold_of_certified_detection_and_the_picture_of_all(patchcert) ->
     for threshold in (0.0, 0.5, 0.9):
         one = json.loads(patchcert(*said, "--threshold", str(threshold), "--json", "-").out)
         counts = {key: rows[threshold][key] for key in ("clean", "alarms", "certified")}
-        assert one["counts"] == counts and "thresholds" not in one
+        assert one["claims"][0]["counts"] == counts and "thresholds" not in one["claims"][0]
         places.add(one["records"])
     assert len(places) == 4
 

@@ -48,7 +48,7 @@ def test_every_size_comes_from_one_run(patchcert, model: str) -> None:  # type: 
     assert "the first 1000 of 10000" in done.err and found["full_split"] is False
     assert Path("curve.png").stat().st_size > 1000
     single = patchcert("certify", model, "--patch", "5", "--limit", "40", "--json", "-")
-    assert json.loads(single.out)["counts"]["certified"] == counts[4]
+    assert json.loads(single.out)["claims"][0]["counts"]["certified"] == counts[4]
     table = patchcert("certify", model, "--patch", "1..10", "--limit", "40").out
     assert "patch:10x10" in table and "95 % interval" in table
 
@@ -69,7 +69,7 @@ def test_conditions_side_by_side(patchcert, model: str) -> None:  # type: ignore
 
 def test_a_patch_too_large_is_a_note_and_not_a_crash(patchcert, model: str) -> None:  # type: ignore[no-untyped-def]
     done = patchcert("certify", model, "--patch", "30", "--limit", "10", "--json", "-")
-    assert done.code == 0 and json.loads(done.out)["counts"]["certified"] == 0
+    assert done.code == 0 and json.loads(done.out)["claims"][0]["counts"]["certified"] == 0
     assert "no image can be certified" in done.err
 
 

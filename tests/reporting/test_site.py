@@ -146,7 +146,7 @@ def test_recovery_and_detection_never_share_a_table_or_a_chart(tree: ET.Element)
 
 
 def test_a_published_number_stands_beside_one_guarantee_or_none() -> None:
-    paper = (Published("patch:3x3", 0.9, 0.8, PAPER),)
+    paper = (Published(parse_threat("patch:3x3"), 0.9, 0.8, PAPER),)
     both = card("both", [result(3, 500), result(3, 600, guarantee="detection")], published=paper)
     assert [entry.paper for board in leaderboards([both]) for entry in board.entries] == [None, None]
     other = card("other", [result(3, 500), result(3, 600, dataset="cifar10")], published=paper)
@@ -167,7 +167,10 @@ def test_the_threats_that_a_model_was_trained_against_are_shown_first() -> None:
         ("mnist", "sparse:4"),
         ("mnist", "sparse:10"),
     ]
-    away = [sweep("a", 900, 100, (1, 2), threat="patch:9"), sweep("b", 900, 100, (2, 5), threat="patch:9")]
+    away = [
+        sweep("a", 900, 100, (1, 2), threat=parse_threat("patch:9")),
+        sweep("b", 900, 100, (2, 5), threat=parse_threat("patch:9")),
+    ]
     assert first(leaderboards(away)) == [("mnist", "patch:2x2")]
 
 
@@ -267,7 +270,7 @@ def hostile() -> Card:
         hub=Hub('evil/"><script>', "javascript:alert(4)"),
         trained=replace(found.trained, device=HOSTILE, torch=HOSTILE),
         files={HOSTILE: found.files["config.json"]},
-        published=(Published("patch:2%", 0.9, 0.8, HOSTILE),),
+        published=(Published(parse_threat("patch:2%"), 0.9, 0.8, HOSTILE),),
     )
 
 
@@ -289,7 +292,7 @@ def test_nothing_on_a_card_can_become_markup() -> None:
 def hostile_free() -> Card:
     """The same card with harmless text."""
     plain = card("hostile", [result("patch:2%", 7, images=10, clean=8, dataset="a"), result(3, 5), result(4, 4)])
-    paper = (Published("patch:2%", 0.9, 0.8, PAPER),)
+    paper = (Published(parse_threat("patch:2%"), 0.9, 0.8, PAPER),)
     hub = Hub("a/b", "c" * 40)
     return replace(plain, dataset="a", status="unreliable", reason="a", notes="`a`", published=paper, hub=hub)
 

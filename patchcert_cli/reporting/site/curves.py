@@ -53,7 +53,7 @@ class Chart:
 
     dataset: str
     split: str
-    guarantee: str
+    guarantee: Guarantee
     axis: str
     lines: tuple[Line, ...]
     doubtful: tuple[str, ...]
@@ -78,7 +78,7 @@ def strength(threat: Threat) -> tuple[str, int] | None:
 
 def charts(boards: Iterable[Leaderboard]) -> list[Chart]:
     """Every chart with two points or more. A model keeps its look within a data set."""
-    found: dict[tuple[str, str, str, str], dict[str, list[tuple[int, Entry]]]] = {}
+    found: dict[tuple[str, str, Guarantee, str], dict[str, list[tuple[int, Entry]]]] = {}
     for board in boards:
         place = strength(board.threat)
         if place is not None:
@@ -98,7 +98,7 @@ def charts(boards: Iterable[Leaderboard]) -> list[Chart]:
             chart.dataset,
             list(AXES).index(chart.axis),
             chart.split,
-            list(Guarantee).index(Guarantee(chart.guarantee)),
+            list(Guarantee).index(chart.guarantee),
         ),
     )
 

@@ -13,7 +13,7 @@ from patchcert_cli.reporting.site.markup import Html, block, code, facts, fragme
 from patchcert_cli.reporting.site.tables import PAPERS, Sources, head, measured, published, title
 from patchcert_cli.reporting.site.tables import words as searched
 from patchcert_cli.storage.files import file_size
-from patchcert_cli.threats import Guarantee, as_options, parse_threat
+from patchcert_cli.threats import Guarantee, as_options
 
 HUB = "https://huggingface.co/"
 
@@ -68,7 +68,7 @@ def hub_link(card: Card) -> Html:
 
 def certify_command(card: Card) -> str:
     """What measures the model under the threat that it was trained against."""
-    return f"patchcert certify {card.name} {as_options(parse_threat(card.threat))}"
+    return f"patchcert certify {card.name} {as_options(card.threat)}"
 
 
 def _facts(card: Card) -> Html:
@@ -92,9 +92,9 @@ def _facts(card: Card) -> Html:
 def _measurements(card: Card) -> Iterator[Html]:
     """A table for each guarantee: they promise different things."""
     for guarantee in Guarantee:
-        results = [one for one in card.results if one.guarantee == guarantee]
+        results = [one for one in card.results if one.guarantee is guarantee]
         if results:
-            results.sort(key=lambda one: (one.dataset, difficulty(parse_threat(one.threat)), one.split, -one.certified))
+            results.sort(key=lambda one: (one.dataset, difficulty(one.threat), one.split, -one.certified))
             yield _measured(card, guarantee, results)
 
 
@@ -107,7 +107,7 @@ def _samples(card: Card) -> Iterator[Html]:
             "tr",
             tag("th", prose(one.pictures), scope="row"),
             tag("td", str(one.images)),
-            tag("td", code(one.threat), f", {one.guarantee} ({one.method}{', ' + one.masks if one.masks else ''})"),
+            tag("td", code(str(one.threat)), f", {one.guarantee} ({one.method}{', ' + one.masks if one.masks else ''})"),
             *(tag("td", f"{percent(count, one.images)} % ({count}/{one.images})") for count in (one.clean, one.certified)),
             tag("td", " to ".join(f"{100 * end:.2f}" for end in one.certified_interval) + " %"),
             tag("td", one.arithmetic),
@@ -127,7 +127,7 @@ def _measured(card: Card, guarantee: Guarantee, results: list[Measured]) -> Html
     rows = [
         tag(
             "tr",
-            tag("th", code(str(parse_threat(one.threat))), scope="row"),
+            tag("th", code(str(one.threat)), scope="row"),
             tag("td", f"{title(one.dataset)}, {one.split}"),
             tag("td", one.method),
             tag("td", str(card.arithmetic(one)), title=card.arithmetic(one).meaning),
@@ -166,7 +166,7 @@ def _published(card: Card) -> Html:
     items = [
         tag(
             "li",
-            code(str(parse_threat(one.threat))),
+            code(str(one.threat)),
             ": clean ",
             tag("span", f"{100 * one.clean:.2f} %", class_="published"),
             ", certified ",

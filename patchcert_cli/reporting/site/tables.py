@@ -121,9 +121,7 @@ def leaderboard(board: Leaderboard, *, first: bool) -> Html:
         tag("tbody", *rows),
         class_="board",
     )
-    name = join(
-        [code(str(board.threat)), tag("span", board.guarantee, class_="badge", title=Guarantee(board.guarantee).phrase)], " "
-    )
+    name = join([code(str(board.threat)), tag("span", board.guarantee, class_="badge", title=board.guarantee.phrase)], " ")
     return tag(
         "section",
         tag("h3", name),
@@ -187,7 +185,7 @@ def _waiting(id_: str, name: str, intro: str, cards: Sequence[Card]) -> Html:
             model(card),
             cell(title(card.dataset), value=card.dataset),
             cell(code(own(card)), value=own(card)),
-            *published(card.report() if card.guarantee == "recovery" else None, sources),
+            *published(card.report() if card.guarantee is Guarantee.RECOVERY else None, sources),
             cell(card.defense, value=card.defense),
             cell(card.network, value=card.network, class_="network"),
             data_words=words(card, own(card)),
