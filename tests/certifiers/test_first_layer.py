@@ -168,12 +168,12 @@ def test_few_visits_look_at_the_largest_weights_only() -> None:
     exact_up, exact_down = largest_gains(weight, x, 3)
     kept = weight.abs()[:, 0].argsort(dim=1, descending=True)[:, :10]
     few = torch.zeros_like(weight).scatter(2, kept[:, None], weight.gather(2, kept[:, None]))
-    up, down = largest_gains(weight, x, 3, visits=10)
+    up, down = largest_gains(weight, x, 3, topk_limit=10)
     expected_up, expected_down = largest_gains(few, x, 3)
     assert torch.allclose(up, expected_up)
     assert torch.allclose(down, expected_down)
     assert bool((up <= exact_up + 1e-6).all()) and bool((down <= exact_down + 1e-6).all())
-    assert all(torch.equal(a, b) for a, b in zip(largest_gains(weight, x, 3, visits=40), (exact_up, exact_down), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(largest_gains(weight, x, 3, topk_limit=40), (exact_up, exact_down), strict=True))
     weight.requires_grad_()
-    (gradient,) = torch.autograd.grad(sum(part.sum() for part in largest_gains(weight, x, 3, visits=10)), weight)
+    (gradient,) = torch.autograd.grad(sum(part.sum() for part in largest_gains(weight, x, 3, topk_limit=10)), weight)
     assert int((gradient != 0).sum(dim=2).max()) <= 10

@@ -465,7 +465,7 @@ def test_masks_that_leave_something_out_are_caught(change: Any, monkeypatch: pyt
             defense = Minority.tiny()
             defense.network[-1].weight.mul_(3)  # type: ignore[operator, index, union-attr]
         defense.set, cover = change(defense.set, defense.set.cover(Patch(2, 2)))
-        defense.masks = defense.set.hidden
+        defense.masks = defense.set.occluded
         monkeypatch.setattr(MaskSet, "cover", lambda self, threat, cover=cover: cover)
         score = check([Arena("tiny", defense, draw_images(SHAPE, 16, seed))], [Patch(2, 2)])
         violations, certified = violations + len(score.violations), certified + score.certified

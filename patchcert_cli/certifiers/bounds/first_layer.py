@@ -26,6 +26,7 @@ from torch.nn.grad import conv2d_input
 from patchcert_cli.certifiers.bounds.rules import channel_affine
 from patchcert_cli.certifiers.bounds.topk_gains import largest_gains
 from patchcert_cli.errors import UnsupportedThreat
+from patchcert_cli.layers.boxes import box_mask
 from patchcert_cli.layers.preprocessing import Normalize
 from patchcert_cli.layers.supported_layers import CHANNEL_AFFINE, IDENTITY, layers_of
 from patchcert_cli.threats import Patch, Sparse
@@ -141,17 +142,13 @@ def window_sums(values: Tensor, patch: Patch) -> Tensor:
 def location_masks(patch: Patch, x: Tensor) -> Tensor:
     """1 under the patch, 0 elsewhere, for every location: [A, H, W] in the type of ``x``."""
     height, width = x.shape[2:]
-    top, left = (part[:, None] for part in patch.locations(height, width)[:, :2].to(x.device).unbind(dim=1))
-    row, column = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
-    rows = (row >= top) & (row < top + patch.height)
-    columns = (column >= left) & (column < left + patch.width)
-    return (rows[:, :, None] & columns[:, None, :]).to(x.dtype)
+    return box_mask(patch.locations(height, width).to(x.device), height, width).to(x.dtype)
 
 
-def sparse_box(split: Split, x: Tensor, threat: Sparse, *, epsilon: float = 1.0, visits: int = 0) -> tuple[Tensor, Tensor]:
+def sparse_box(split: Split, x: Tensor, threat: Sparse, *, epsilon: float = 1.0, topk_limit: int = 0) -> tuple[Tensor, Tensor]:
     """Lower and upper pre-activation of the first layer when ``threat.k`` pixels or values change (claim above).
 
-    With ``epsilon`` < 1 each changed entry moves at most that fraction of its way to 0 or 1. ``visits`` is for training: see
+    With ``epsilon`` < 1 each changed entry moves at most that fraction of its way to 0 or 1. ``topk_limit`` is for training: see
     :func:`topk_gains.largest_gains`. Shapes [B, N] or [B, N, H', W'].
     """
     if split.first is None:
@@ -166,7 +163,7 @@ def sparse_box(split: Split, x: Tensor, threat: Sparse, *, epsilon: float = 1.0,
         pixels = x.flatten(2)
         if threat.unit == "value":
             weight, pixels = weight.flatten(1)[:, None], pixels.flatten(1)[:, None]
-        up, down = largest_gains(weight, pixels, threat.k, visits=visits)
+        up, down = largest_gains(weight, pixels, threat.k, topk_limit=topk_limit)
     else:
         up, down = _convolution_gains(split, x, threat, clean)
     return clean - epsilon * down, clean + epsilon * up

@@ -54,7 +54,7 @@ def resolve(threat: Threat, height: int, width: int, channels: int) -> Patch | S
 
 
 def lower_margins(
-    network: nn.Module, x: Tensor, target: Tensor, threat: Threat, *, epsilon: float = 1.0, visits: int = 0
+    network: nn.Module, x: Tensor, target: Tensor, threat: Threat, *, epsilon: float = 1.0, topk_limit: int = 0
 ) -> Margins:
     """Interval lower bounds of ``f_target - f_class`` over every location of ``threat``.
 
@@ -64,14 +64,14 @@ def lower_margins(
         target: int64 [B], the class to defend.
         threat: a patch or sparse threat model.
         epsilon: below 1, touched entries move only this fraction of their way to 0 or 1 (for training ramps).
-        visits: for training against a sparse threat: the most pixels or values per neuron that are looked at; 0 is all.
+        topk_limit: for training against a sparse threat: the most pixels or values per neuron that are looked at; 0 is all.
 
     Gradients flow for sparse threats; for patches take them with :func:`margins_at` at the location found here.
     """
     split = Split.of(network, x.shape[1])
     resolved = resolve(threat, x.shape[2], x.shape[3], x.shape[1])
     with torch.set_grad_enabled(torch.is_grad_enabled() and isinstance(resolved, Sparse)):
-        return minimum(margin_iterator(split, x, resolved, epsilon, visits=visits), target)
+        return minimum(margin_iterator(split, x, resolved, epsilon, topk_limit=topk_limit), target)
 
 
 def minimum(stream: MarginIterator, target: Tensor) -> Margins:

@@ -25,11 +25,11 @@ FEW = 8  # images below which windows of one size are faster than the least wind
 
 
 def margin_iterator(
-    split: Split, x: Tensor, threat: Patch | Sparse, epsilon: float, *, watch: bool = False, visits: int = 0
+    split: Split, x: Tensor, threat: Patch | Sparse, epsilon: float, *, watch: bool = False, topk_limit: int = 0
 ) -> MarginIterator:
     """The stream that fits network and threat; with ``watch`` it may find out about rounding errors on its way."""
     if isinstance(threat, Sparse):
-        return SparseMargins(split, x, threat, epsilon, visits)
+        return SparseMargins(split, x, threat, epsilon, topk_limit)
     if split.is_dense:
         return DenseMargins(split, x, threat, epsilon)
     if isinstance(split.first, nn.Linear) and not split.tail:  # a linear model: its only layer is merged with the contrast
@@ -124,9 +124,9 @@ class SparseMargins:
 
     errors: Errors | None = None
 
-    def __init__(self, split: Split, x: Tensor, threat: Sparse, epsilon: float, visits: int = 0) -> None:
+    def __init__(self, split: Split, x: Tensor, threat: Sparse, epsilon: float, topk_limit: int = 0) -> None:
         self.split, self.x = split, x
-        self.box = sparse_box(split, x, threat, epsilon=epsilon, visits=visits)
+        self.box = sparse_box(split, x, threat, epsilon=epsilon, topk_limit=topk_limit)
         self.lower, self.upper = propagate(split.tail[:-1], self.box)
 
     def groups(self, target: Tensor) -> list[Tensor]:

@@ -32,6 +32,7 @@ from patchcert_cli.certifiers.bounds.linear.relaxations import BENT, Form, Magni
 from patchcert_cli.certifiers.bounds.margin_chunks import ClassDifference, margin_iterator
 from patchcert_cli.certifiers.bounds.rules import Box, box, propagate
 from patchcert_cli.layers import passes
+from patchcert_cli.layers.boxes import box_mask
 from patchcert_cli.threats import Patch, Sparse, Threat
 
 SLOPES: tuple[Slope, ...] = (zero, adaptive)  # each gives a bound; the better one counts
@@ -131,12 +132,8 @@ class PatchSource:
     def _masks(self, location: Tensor) -> Tensor:
         """1 under the patch, 0 elsewhere: [U] -> [U, 1, H, W]."""
         height, width = self.x.shape[2:]
-        across = width - self.patch.width + 1
-        top, left = (location // across)[:, None], (location % across)[:, None]
-        row, column = torch.arange(height, device=location.device), torch.arange(width, device=location.device)
-        rows = (row >= top) & (row < top + self.patch.height)
-        columns = (column >= left) & (column < left + self.patch.width)
-        return (rows[:, None, :, None] & columns[:, None, None, :]).to(self.x.dtype)
+        boxes = self.patch.locations(height, width).to(location.device)[location]
+        return box_mask(boxes, height, width)[:, None].to(self.x.dtype)
 
     def _windows(self, image: Tensor, location: Tensor) -> Box:
         """Only the entries under the patch move a linear first layer; pairs that share a location share one product."""
