@@ -225,11 +225,11 @@ def _estimate(
 ) -> several.Value:
     from patchcert_cli.evaluation import estimate
 
-    task, full = loading.open_sample(model, claims, data, run, command, request)
+    task, total = loading.open_sample(model, claims, data, run, command, request)
     attacker, settings = _attacker(task, search, saved, run.seed)
     folder = run.out or task.folder("attack", {"attack": settings, "joined": join.join})
     with show.progress() as progress:
-        return estimate.evaluation(task, folder, attacker, full, join=join.join, progress=progress)
+        return estimate.evaluation(task, folder, attacker, total, join=join.join, progress=progress)
 
 
 def _check_options(search: SearchOptions, saved: SavedOptions) -> None:

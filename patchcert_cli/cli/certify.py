@@ -230,9 +230,9 @@ def _estimate(
     """What certifying would take, measured on a few images."""
     from patchcert_cli.evaluation import estimate
 
-    task, full = loading.open_sample(model, claims, data, run, command, request)
+    task, total = loading.open_sample(model, claims, data, run, command, request)
     with show.progress() as progress:
-        return estimate.evaluation(task, run.out or task.folder("certify", {}), None, full, progress=progress)
+        return estimate.evaluation(task, run.out or task.folder("certify", {}), None, total, progress=progress)
 
 
 def _certify_image(

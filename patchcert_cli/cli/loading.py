@@ -12,9 +12,9 @@ from patchcert_cli.cli.options import DataOptions, RunOptions
 from patchcert_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
+    from patchcert_cli.data.datasets import Dataset
     from patchcert_cli.data.images import Images
     from patchcert_cli.defenses import Claim
-    from patchcert_cli.evaluation.estimate import FullRun
     from patchcert_cli.evaluation.models import DefenseRequest, ModelSource
     from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
 
@@ -33,33 +33,27 @@ def open_task(
     from patchcert_cli import data as datasets
 
     opened = _open(model, claims, request, data, run.device)
-    with show.progress() as progress:
-        whole = datasets.load(
-            opened.dataset,
-            "test",
-            data_dir=data.data_dir,
-            download=data.download,
-            fetch=f"{command} --download",
-            progress=progress,
-        )
-    total = datasets.whole_split(whole)
-    _report(whole, len(whole), total)
-    return opened.task(whole.limit(data.limit, run.seed), total, run, command)
+    images = opened.dataset.load("test", download=data.download, fetch=f"{command} --download")
+    total = datasets.whole_split(images)
+    _report(opened.dataset, images, total)
+    return opened.task(images.limit(data.limit, run.seed), total, run, command)
 
 
 def open_sample(
     model: str | None, claims: Claims, data: DataOptions, run: RunOptions, command: str, request: DefenseRequest | None = None
-) -> tuple[EvaluationTask, FullRun]:
-    """As :func:`open_task`, but for a dry run: images that are not packed yet are not packed, and a few stand for all."""
+) -> tuple[EvaluationTask, int]:
+    """As :func:`open_task`, but for a dry run: of images in files only a few are opened. Returns how many the run has."""
     from patchcert_cli import data as datasets
     from patchcert_cli.evaluation import estimate
 
     opened = _open(model, claims, request, data, run.device)
     fetch = command.replace(" --dry-run", "") + " --download"
-    some = datasets.glance(opened.dataset, "test", estimate.MOST, run.seed, data_dir=data.data_dir, fetch=fetch)
-    _report(some.images, some.there, some.total)
-    full = estimate.FullRun(min(data.limit or some.there, some.there), some.disk)
-    return opened.task(some.images.limit(data.limit, run.seed), some.total, run, command), full
+    images = opened.dataset.load("test", fetch=fetch)
+    total = datasets.whole_split(images)
+    _report(opened.dataset, images, total)
+    chosen = images.limit(data.limit, run.seed)
+    sample = chosen if chosen.reader is None else chosen.limit(estimate.MOST, run.seed)
+    return opened.task(sample, total, run, command), len(chosen)
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class _Opened:
         outputs: for each class of the data set the model's output of that name; None if the labels count outputs already.
     """
 
-    dataset: str
+    dataset: Dataset
     model: EvaluatedModel
     claims: tuple[Claim, ...]
     outputs: list[int] | None
@@ -80,6 +74,9 @@ class _Opened:
         from patchcert_cli.evaluation import task as tasks
 
         named = images if self.outputs is None else images.relabelled(self.outputs)
+        with show.progress() as progress:
+            named = named.checked(progress)
+        show.say("\n".join(named.remarks))
         size = tasks.batch_size(self.model.defense) if run.batch_size is None else run.batch_size
         task = tasks.EvaluationTask(self.model, named, self.claims, total, run.seed, size, command)
         task.check()
@@ -87,7 +84,7 @@ class _Opened:
 
 
 def _open(model: str | None, claims: Claims, request: DefenseRequest | None, given: DataOptions, device: str) -> _Opened:
-    """Find model and data set, and check that they fit together before an image is read or packed."""
+    """Find model and data set, and check that they fit together before an image is read."""
     from patchcert_cli import data
     from patchcert_cli import device as devices
     from patchcert_cli.data import datasets
@@ -103,17 +100,17 @@ def _open(model: str | None, claims: Claims, request: DefenseRequest | None, giv
     meant = tuple(claims(candidate.threat, shape))
     evaluated = candidate.evaluated(shape, [claim.threat for claim in meant], place)
     show.say("\n".join(evaluated.notes))
-    facts = data.info(chosen)
-    if facts.shape != shape:
-        if facts.resize_crop is not None:  # before anything is packed
-            raise DataError(f"{chosen} images are {facts.shape}, but {candidate.name} takes {shape}.")
-        return _Opened(chosen, evaluated, meant, None)  # the task refuses it, if there are such images
-    names = data.classes_of(chosen, "test", data_dir=data_dir)
+    opened = data.open_dataset(chosen, data_dir=data_dir)
+    if opened.shape != shape:
+        if opened.in_folders:  # before an image is opened
+            raise DataError(f"{chosen} images are {opened.shape}, but {candidate.name} takes {shape}.")
+        return _Opened(opened, evaluated, meant, None)  # the task refuses it, if there are such images
+    names = opened.class_names("test")
     outputs = candidate.matched(names, chosen, evaluated)
     if outputs is not None:
         pairs = [f"{name} is output {at}" for name, at in zip(names, outputs, strict=True)]
         show.say(f"{len(names)} classes matched by name: {', '.join(pairs[:3])}{', ...' if len(pairs) > 3 else ''}")
-    return _Opened(chosen, evaluated, meant, outputs)
+    return _Opened(opened, evaluated, meant, outputs)
 
 
 def _check_early(model: str | None, claims: Claims, dataset: str | None, data_dir: Path | None) -> None:
@@ -132,8 +129,9 @@ def _check_early(model: str | None, claims: Claims, dataset: str | None, data_di
     elif card is None or not card.classifier:
         return
     chosen = dataset or (card.dataset if card else "")
-    if data.info(chosen).resize_crop is not None:
-        data.classes_of(chosen, "test", data_dir=data_dir)
+    known = data.open_dataset(chosen, data_dir=data_dir)
+    if known.in_folders:
+        known.folder("test")
 
 
 def find(model: str | None, dataset: str | None, request: DefenseRequest | None, device: str) -> ModelSource:
@@ -148,16 +146,10 @@ def find(model: str | None, dataset: str | None, request: DefenseRequest | None,
     return candidate
 
 
-def _report(images: Images, there: int, total: int) -> None:
+def _report(dataset: Dataset, images: Images, total: int) -> None:
     """Report where the images come from."""
-    from patchcert_cli import data
-
     where = "bundled with patchcert" if images.source == "bundled" else f"from '{images.source}'"
-    if there < total:
-        where += f": the first {there} of {total}; --data-dir or --download for all of them"
-    facts = data.info(images.name)
-    what = f"{there} pictures in {len(images.classes)} class folders" if facts.path else f"{images.name} test images"
+    if len(images) < total:
+        where += f": the first {len(images)} of {total}; --data-dir or --download for all of them"
+    what = f"{len(images)} images in {len(images.classes)} class folders" if dataset.custom else f"{images.name} test images"
     show.say(f"{what} {where}")
-    some = f"of {len(images)} of them that were looked at: " if images.mapped is None and facts.resize_crop else ""
-    for remark in images.remarks:
-        show.say(some + remark)
