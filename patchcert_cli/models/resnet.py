@@ -38,13 +38,17 @@ def strided(size: tuple[int, int], stride: int) -> tuple[int, int]:
 
 
 class Block(nn.Module):
-    """``relu(norm(conv(relu(norm(conv(v))))) + shortcut(v))``; the shortcut is a projection where the shape changes."""
+    """``relu(norm(conv(relu(norm(conv(v))))) + shortcut(v))``; the shortcut is a projection where the shape changes.
 
-    def __init__(self, before: int, width: int, size: tuple[int, int], stride: int, bits: int) -> None:
+    ``inner`` is the width between the two convolutions, by default that of the result.
+    """
+
+    def __init__(self, before: int, width: int, size: tuple[int, int], stride: int, bits: int, inner: int = 0) -> None:
         super().__init__()
-        self.first = convolution(before, width, size, stride)
-        self.first_norm, self.first_grid = nn.BatchNorm2d(width), Grid(bits)
-        self.second = convolution(width, width, strided(size, stride))
+        inner = inner or width
+        self.first = convolution(before, inner, size, stride)
+        self.first_norm, self.first_grid = nn.BatchNorm2d(inner), Grid(bits)
+        self.second = convolution(inner, width, strided(size, stride))
         self.second_norm, self.grid = nn.BatchNorm2d(width), Grid(bits)
         straight = before == width and stride == 1
         self.projection = None if straight else nn.Conv2d(before, width, 1, stride, bias=False)
@@ -131,7 +135,7 @@ class ResNet(nn.Module):
         weight, bias = exact.fold(self.stem, self.norm)
         stem, fewest = exact.affine(weight / 255, bias, self.stem, exact.PIXELS, precision)
         wire = self.grid.wire
-        layers: list[nn.Module] = [_Stem(stem, wire)]
+        layers: list[nn.Module] = [ExactStem(stem, wire)]
         for block in cast(list[Block], list(self.blocks)):
             layer, bits = block.freeze(wire, precision)
             layers.append(layer)
@@ -142,7 +146,7 @@ class ResNet(nn.Module):
         return nn.Sequential(*layers, _Head(head)), fewest
 
 
-class _Stem(nn.Module):
+class ExactStem(nn.Module):
     """Exact convolution, ReLU, onto a grid."""
 
     def __init__(self, layer: exact.Affine, wire: Wire) -> None:
