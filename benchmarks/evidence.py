@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli import data, defenses
-from patchcert_cli.catalog import find
+from patchcert_cli.catalog import resolve
 from patchcert_cli.certifiers.cells import additive
 from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.certifiers.geometry import Axis, Cover
 from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.base import Claim, TrainingStep
 from patchcert_cli.defenses.smoothing import Smoothing
-from patchcert_cli.layers import exact, integers, precision
+from patchcert_cli.layers import fixed_point, integers, precision
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch
 from patchcert_cli.training.recipe import Recipe
@@ -86,7 +86,7 @@ def _only(backend: str, defense: BagCert | Smoothing, x: Tensor) -> Tensor:
 
 def layer_by_layer(defense: BagCert | Smoothing, x: Tensor) -> Tensor:
     """Scores by the definition of the frozen network, float32 values on their grids, in pieces that no cache holds."""
-    network, steps = defense.deployed(), exact.to_steps(x)
+    network, steps = defense.deployed(), fixed_point.to_steps(x)
     if isinstance(defense, Smoothing):
         pieces = defense._pieces(x, max(1, (1 << 22) // defense.network.most))
         given = (defense.views(steps, image, cell, full=255.0) for image, cell in pieces)
@@ -177,7 +177,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {options.threads} threads")
     x = data.to_float(data.load("cifar10", "test").pixels[: options.images])
-    bagcert, bands = cast(BagCert, find.load(options.bagcert)), cast(Smoothing, find.load(options.smoothing))
+    bagcert, bands = cast(BagCert, resolve.load(options.bagcert)), cast(Smoothing, resolve.load(options.smoothing))
     few = x[: max(options.images // 4, 1)]
     backends(options.bagcert, bagcert, x)
     backends(options.smoothing, bands, few)
@@ -185,7 +185,7 @@ def main() -> None:
         return
     overhead(bagcert, x)
     proof()
-    found = find.resolve(options.smoothing)
+    found = resolve.resolve(options.smoothing)
     recipe = files.read_json(found.folder / files.CONFIG)["recipe"]
     smoothing(bands, recipe, few)
 

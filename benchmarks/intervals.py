@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli import data
-from patchcert_cli.catalog import find
+from patchcert_cli.catalog import resolve
 from patchcert_cli.certifiers.bounds import intervals
 from patchcert_cli.certifiers.bounds.first_layer import location_masks
 from patchcert_cli.certifiers.bounds.rules import propagate
 from patchcert_cli.defenses.base import TrainingStep
 from patchcert_cli.defenses.ibp.options import IntervalOptions
-from patchcert_cli.evaluation.plan import BATCH_SIZE
-from patchcert_cli.layers.plain import layers_of
+from patchcert_cli.evaluation.task import BATCH_SIZE
+from patchcert_cli.layers.supported_layers import layers_of
 from patchcert_cli.threats import Patch
 
 PATCH = Patch(5, 5)
@@ -35,8 +35,8 @@ def dense_margins(network: nn.Module, x: Tensor, target: Tensor, locations: int 
     layers = layers_of(network)
     final = layers[-1]
     assert isinstance(final, nn.Linear)
-    atoms = PATCH.count(x.shape[2], x.shape[3])
-    moved = location_masks(PATCH, x)[: locations or atoms, None, None]
+    every = PATCH.count(x.shape[2], x.shape[3])
+    moved = location_masks(PATCH, x)[: locations or every, None, None]
     boxed = x - moved * x
     lower, upper = propagate(layers[:-1], (boxed.flatten(0, 1), (boxed + moved).flatten(0, 1)))
     lower, upper = lower.reshape(-1, len(x), lower.shape[1]), upper.reshape(-1, len(x), upper.shape[1])
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    defense = find.load(options.model)
+    defense = resolve.load(options.model)
     images = data.load("mnist", "test")
     print(f"{options.model}, torch {torch.__version__}, {options.threads} threads, float32")
     certificate = seconds(lambda: defense.certify(data.to_float(images.pixels[:BATCH_SIZE]), PATCH))

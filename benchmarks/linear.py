@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli import data
-from patchcert_cli.catalog import find
+from patchcert_cli.catalog import resolve
 from patchcert_cli.certifiers.bounds import intervals, rounding
 from patchcert_cli.certifiers.bounds.linear import linear, refine
-from patchcert_cli.evaluation.plan import BATCH_SIZE
+from patchcert_cli.evaluation.task import BATCH_SIZE
 from patchcert_cli.layers import precision
 from patchcert_cli.threats import Threat, parse_threat
 
@@ -74,7 +74,7 @@ def certification(network: nn.Module, exact: nn.Module, x: Tensor, label: Tensor
         spent["interval"] += middle - began
         spent["linear"] += time.perf_counter() - middle
         for name, found in (("interval", proof), ("linear", better)):
-            right[name] += int(((found.margin > found.slack) & (target == truth)).sum())
+            right[name] += int(((found.margin > found.tolerance) & (target == truth)).sum())
     print(f"certified and right, of {len(x)}: interval {right['interval']}, with linear bounds {right['linear']}")
     print(
         f"  {spent['interval']:.2f} s, and {spent['linear']:.2f} s more: {spent['linear'] / spent['interval']:.2f} times the cost"
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    defense = find.load(options.model)
+    defense = resolve.load(options.model)
     network = defense.network
     assert isinstance(network, nn.Module)
     frozen, exact = precision.frozen(network), precision.double(network)

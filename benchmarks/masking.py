@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from patchcert_cli import data, defenses
-from patchcert_cli.catalog import find
+from patchcert_cli.catalog import resolve
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.certifiers.masks import exact_views
+from patchcert_cli.certifiers.masks import exact_predictions
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.layers import integers
@@ -31,7 +31,7 @@ APART = 2  # pixels between masks that overlap
 
 
 def opened(name: str) -> PatchCleanser:
-    defense = find.load(name)
+    defense = resolve.load(name)
     assert isinstance(defense, PatchCleanser)
     return defense
 
@@ -87,7 +87,7 @@ def loop(defense: PatchCleanser, x: Tensor, *, at_once: bool) -> float:
 
 def in_floats(name: str) -> PatchCleanser:
     """The model's weights in a network that computes in floating point."""
-    config = files.read_json(find.resolve(name).folder / files.CONFIG)
+    config = files.read_json(resolve.resolve(name).folder / files.CONFIG)
     config["network"]["options"]["bits"] = 0
     made = defenses.build(config)
     missing = made.load_state_dict(opened(name).state_dict(), strict=False)
@@ -117,9 +117,9 @@ def speed(name: str, defense: PatchCleanser, x: Tensor, threat: Threat, few: int
     if defense.deployed is not None:
         with integers.only("float32"):
             others["float32 convolutions"] = rate(opened(name), slow, threat, "whole numbers in float32 convolutions")
-        shared, exact_views.WORTH = exact_views.WORTH, 0.0
+        shared, exact_predictions.WORTH = exact_predictions.WORTH, 0.0
         others["every pass on its own"] = rate(opened(name), slow, threat, "every pass on its own")
-        exact_views.WORTH = shared
+        exact_predictions.WORTH = shared
         others["floating point"] = rate(in_floats(name), slow, threat, "floating point, labels in float32")
     one, all_ = loop(in_floats(name), slow[:1], at_once=False), loop(in_floats(name), slow[:1], at_once=True)
     print(f"loop over pairs in float32, one masked image at a time: {one:.3f} images/s; all pairs in one batch: {all_:.3f}")

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from patchcert_cli.certifiers.bounds import intervals, rounding
 from patchcert_cli.certifiers.bounds.first_layer import location_masks
 from patchcert_cli.certifiers.bounds.rules import propagate
-from patchcert_cli.certifiers.bounds.windows.routes import explain
+from patchcert_cli.certifiers.bounds.windows.partition import explain
 from patchcert_cli.certifiers.bounds.windows.windows import Windows
 from patchcert_cli.layers import precision
-from patchcert_cli.layers.plain import layers_of
+from patchcert_cli.layers.supported_layers import layers_of
 from patchcert_cli.models import cnn
 from patchcert_cli.threats import Patch
 

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from patchcert_cli.cards import Card
-from patchcert_cli.catalog.shelf import bundled
+from patchcert_cli.catalog import bundled
+from patchcert_cli.threats import Guarantee
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- zoo -->", "<!-- /zoo -->"
@@ -21,7 +22,7 @@ INK, GRID, MEASURED, CLEAN, PUBLISHED = "#1f2933", "#d9dee3", "#2f6f8f", "#a9c7d
 def rows(guarantee: str = "recovery") -> list[tuple[Card, str]]:
     """Every measured card with the threat it was trained against, and those with published numbers, in the order of names."""
     found = []
-    for card in (card for card in bundled().values() if card.guarantee == guarantee):
+    for card in (card for card in bundled.cards().values() if card.guarantee == guarantee):
         threats = dict.fromkeys(result.threat for result in card.results if result.guarantee == guarantee)
         found += [(card, threat) for threat in threats if threat == card.threat or card.report(threat)]
     return found
@@ -34,7 +35,7 @@ def percent(count: float, total: float = 1) -> str:
 
 def tables() -> str:
     """The table of recovery, and below it that of detection if there is a model for it: two promises, never in one table."""
-    detection = f"\n\nCertified detection (the answer stays right, or an alarm is raised):\n\n{table('detection')}"
+    detection = f"\n\nCertified detection ({Guarantee.DETECTION.phrase}):\n\n{table('detection')}"
     return table() + (detection if rows("detection") else "")
 
 

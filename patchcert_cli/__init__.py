@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from patchcert_cli.catalog.find import load as load
+    from patchcert_cli.catalog.resolve import load as load
     from patchcert_cli.certificate import Certificate as Certificate
-    from patchcert_cli.certificate import Guarantee as Guarantee
     from patchcert_cli.certificate import Tally as Tally
     from patchcert_cli.defenses.base import Defense as Defense
     from patchcert_cli.errors import PatchcertError as PatchcertError
+    from patchcert_cli.threats import Guarantee as Guarantee
     from patchcert_cli.threats import Patch as Patch
     from patchcert_cli.threats import PatchPercent as PatchPercent
     from patchcert_cli.threats import Sparse as Sparse
@@ -25,11 +25,11 @@ from patchcert_cli.version import __version__
 
 _HOMES = {
     "Certificate": "certificate",
-    "Guarantee": "certificate",
+    "Guarantee": "threats",
     "Tally": "certificate",
     "Defense": "defenses.base",
     "PatchcertError": "errors",
-    "load": "catalog.find",
+    "load": "catalog.resolve",
     "Patch": "threats",
     "PatchPercent": "threats",
     "Sparse": "threats",

@@ -5,7 +5,6 @@ Shapes: B images.
 
 from __future__ import annotations
 
-import enum
 import math
 from dataclasses import dataclass
 
@@ -14,21 +13,9 @@ from torch import Tensor
 
 from patchcert_cli.arithmetic import Arithmetic as Arithmetic  # also a word of this module
 from patchcert_cli.arithmetic import weakest
+from patchcert_cli.threats import ALERT as ALERT  # also words of this module
+from patchcert_cli.threats import Guarantee as Guarantee
 from patchcert_cli.threats import Threat
-
-ALERT = -1  # in place of a class: the answer of a defense that raises an alarm
-
-
-class Guarantee(enum.StrEnum):
-    """What a certificate promises; the two are never mixed in one table."""
-
-    RECOVERY = "recovery"  # the answer does not change
-    DETECTION = "detection"  # the answer does not change, or an alarm is raised
-
-    def kept(self, before: Tensor, after: Tensor) -> Tensor:
-        """Whether answers int64 [B] after a change are as good as those before it: bool [B]."""
-        same = before == after
-        return same | (after == ALERT) if self is Guarantee.DETECTION else same
 
 
 @dataclass(frozen=True)
@@ -42,7 +29,7 @@ class Certificate:
             own unit; an image is certified only if it exceeds the rounding error ``slack``.
         slack: float64 [B], bound of the rounding error of ``margin`` and of the deployed prediction; where ``arithmetic`` is
             measured, what is allowed for it.
-        worst: int64 [B, 4], the atom (top, left, height, width) that comes nearest to altering the answer.
+        worst: int64 [B, 4], the location (top, left, height, width) that comes nearest to altering the answer.
         rival: int64 [B], the class that comes nearest.
         threat: the threat model of the claim.
         method: the name of the proof.

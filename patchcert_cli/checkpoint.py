@@ -17,7 +17,7 @@ from torch import Tensor
 from patchcert_cli import cards, defenses
 from patchcert_cli.defenses.base import Defense
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.layers.exact import Grid
+from patchcert_cli.layers.fixed_point import Grid
 from patchcert_cli.storage import files
 from patchcert_cli.storage.files import CONFIG, INDEX, WEIGHTS, parse_json, refuse_pickle, shard, write_atomically, write_json
 
@@ -119,7 +119,7 @@ def load_defense(
     if not names:
         for candidate in sorted(folder.iterdir()) if folder.is_dir() else []:
             refuse_pickle(candidate)
-        raise IntegrityError(f"'{folder}' holds no {WEIGHTS};", hint="give a folder that patchcert train or zoo pull made.")
+        raise IntegrityError(f"'{folder}' holds no {WEIGHTS}.", hint="Give a folder that patchcert train or zoo pull made.")
     config = _configuration(folder / CONFIG, expected_config)
     contents = {name: files.read(folder / name) for name in names}
     _expect(folder / names[0], weights_sha256(contents), expected_sha256)
@@ -156,7 +156,7 @@ def _configuration(path: Path, expected: str | None) -> dict[str, Any]:
     content = files.read(path)
     _expect(path, files.sha256_of(content), expected)
     if len(content) > CONFIG_BYTES:
-        raise IntegrityError(f"'{path}' has {len(content)} bytes;", hint=f"a configuration has at most {CONFIG_BYTES}.")
+        raise IntegrityError(f"'{path}' has {len(content)} bytes.", hint=f"A configuration has at most {CONFIG_BYTES}.")
     config = parse_json(content, path)
     shape, network = config.get("input_shape"), config.get("network")
     problems = []
@@ -197,7 +197,7 @@ def _check_size(config: Mapping[str, Any], held: int, where: str) -> None:
 def weights_for(defense: Defense, folder: Path) -> dict[str, Tensor]:
     """The weights of a folder, for a defense that has such ones, to begin training with.
 
-    The steps of grids (:class:`patchcert_cli.layers.exact.Grid`) are fitted when training ends: they may be missing.
+    The steps of grids (:class:`patchcert_cli.layers.fixed_point.Grid`) are fitted when training ends: they may be missing.
 
     Raises:
         IntegrityError: names, shapes or types are not those of the defense.

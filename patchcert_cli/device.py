@@ -22,12 +22,12 @@ def resolve(text: str) -> str:
         return text
     match = re.fullmatch(r"cuda(?::(\d+))?", text)
     if not match:
-        raise UsageError(f"invalid device '{text}':", hint="use auto, cpu, cuda or cuda:N.")
+        raise UsageError(f"invalid device '{text}'.", hint="Use auto, cpu, cuda or cuda:N.")
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(match[1] or 0) >= present:
         raise MachineError(
-            f"no device '{text}': this machine has {present} CUDA device{'' if present == 1 else 's'};",
-            hint="use --device cpu or auto.",
+            f"no device '{text}': this machine has {present} CUDA device{'' if present == 1 else 's'}.",
+            hint="Use --device cpu or auto.",
         )
     return text
 

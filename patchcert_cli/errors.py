@@ -1,4 +1,4 @@
-"""Every error a user can meet: one line, a documented exit code, and a hint at what to type next."""
+"""Every error that a user can meet: a message and a hint, each a full sentence, and a documented exit code."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ LISTED = 40  # names that an error lists in full
 
 
 class PatchcertError(Exception):
-    """Base of all errors of this package; ``code`` is the exit code of the command line."""
+    """Base of all errors of this package.
+
+    Attributes:
+        code: the exit code of the command line.
+        message: one line: what is wrong, and what was given.
+        hint: one line: what is allowed, or what to type next. It begins with a capital letter or a command; may be empty.
+    """
 
     code = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
+        self.message = message
         self.hint = hint
 
     def __str__(self) -> str:
-        message = super().__str__()
-        return f"{message} {self.hint}" if self.hint else message
+        return f"{self.message} {self.hint}" if self.hint else self.message
 
 
 class UsageError(PatchcertError):
-    """An option or argument that cannot be meant as typed."""
+    """An option or argument that is invalid."""
 
     code = 2
 
@@ -84,8 +90,14 @@ def unknown(kind: str, given: str, known: Iterable[str], *, see: str = "") -> Un
     if not near and len(names) <= LISTED:
         hint = f"Known: {', '.join(names) or 'none'}."
     if see:
-        hint += f" (see: {see})" if hint else f"See: {see}"
+        hint += f" See: {see}" if hint else f"See: {see}"
     return UnknownName(f"no {kind} '{given}'.", hint=hint)
+
+
+def first_line(problem: BaseException) -> str:
+    """The first line of any exception, without its full stop; the exception's type if it says nothing."""
+    lines = str(problem).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(problem).__name__
 
 
 def _folded(name: str) -> str:

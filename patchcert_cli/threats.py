@@ -1,14 +1,16 @@
-"""Threat models: what an attacker may change, as a finite list of boxes ("atoms") and a budget.
+"""Threat models: what an attacker may change, as a finite list of boxes ("locations") and a budget;
+and what is guaranteed against them.
 
-One patch: the atoms are all its placements wholly inside the image, the budget is 1; several patches have a larger budget. A
-sparse attack: the atoms are single pixels, the budget is k. ``parse_threat(str(threat)) == threat`` for every threat.
+One patch: the locations are all its placements wholly inside the image, the budget is 1; several patches have a larger budget. A
+sparse attack: the locations are single pixels, the budget is k. ``parse_threat(str(threat)) == threat`` for every threat.
 
-Shapes: B images, C channels, H x W pixels, A atoms. Atoms are rows ``top, left, height, width`` in pixels.
+Shapes: B images, C channels, H x W pixels, A locations. Locations are rows ``top, left, height, width`` in pixels.
 torch is imported where it is needed, so that parsing a threat costs nothing.
 """
 
 from __future__ import annotations
 
+import enum
 import math
 import re
 from collections.abc import Callable
@@ -23,6 +25,32 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+ALERT = -1  # in place of a class: the answer of a defense that raises an alarm
+
+
+class Guarantee(enum.StrEnum):
+    """What a certificate promises; the two are never mixed in one table."""
+
+    RECOVERY = "recovery"
+    DETECTION = "detection"
+
+    @property
+    def phrase(self) -> str:
+        """What holds for a certified image, in words."""
+        return PHRASES[self]
+
+    def kept(self, before: Tensor, after: Tensor) -> Tensor:
+        """Whether answers int64 [B] after a change are as good as those before it: bool [B]."""
+        same = before == after
+        return same | (after == ALERT) if self is Guarantee.DETECTION else same
+
+
+PHRASES = {
+    Guarantee.RECOVERY: "the answer stays right",
+    Guarantee.DETECTION: "the answer stays right, or an alarm is raised",
+}
+
+
 @runtime_checkable
 class Threat(Protocol):
     """A frozen, hashable description of an attacker; it knows neither model nor device."""
@@ -31,7 +59,7 @@ class Threat(Protocol):
 
     @property
     def budget(self) -> int:
-        """How many atoms the attacker may pick."""
+        """How many locations the attacker may pick."""
         ...
 
     def check(self, height: int, width: int, channels: int = 1) -> None:
@@ -39,11 +67,11 @@ class Threat(Protocol):
         ...
 
     def count(self, height: int, width: int) -> int:
-        """The number of atoms A on an image of this size."""
+        """The number of locations A on an image of this size."""
         ...
 
-    def atoms(self, height: int, width: int) -> Tensor:
-        """All atoms, int64 [A, 4]: top, left, height, width."""
+    def locations(self, height: int, width: int) -> Tensor:
+        """All locations, int64 [A, 4]: top, left, height, width."""
         ...
 
     def contains(self, changed: Tensor) -> Tensor:
@@ -55,7 +83,7 @@ class Threat(Protocol):
 class Patch:
     """One rectangle of ``height`` x ``width`` pixels, anywhere inside the image, any content in [0, 1].
 
-    Smaller rectangles are sub-cases: whatever they can do, this patch can do too.
+    It includes every smaller rectangle: what that can change, this patch can change too.
     """
 
     height: int
@@ -64,7 +92,7 @@ class Patch:
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
-            raise UsageError(f"invalid patch {self.height}x{self.width}:", hint="both sides must be 1 or more.")
+            raise UsageError(f"invalid patch {self.height}x{self.width}.", hint="Both sides must be 1 or more.")
 
     @property
     def budget(self) -> int:
@@ -78,14 +106,14 @@ class Patch:
     def check(self, height: int, width: int, channels: int = 1) -> None:
         if self.height > height or self.width > width:
             raise UsageError(
-                f"patch {self.height}x{self.width} does not fit a {height}x{width} image;",
-                hint=f"the largest patch is {height}x{width}.",
+                f"patch {self.height}x{self.width} does not fit a {height}x{width} image.",
+                hint=f"The largest patch is {height}x{width}.",
             )
 
     def count(self, height: int, width: int) -> int:
         return (height - self.height + 1) * (width - self.width + 1)
 
-    def atoms(self, height: int, width: int) -> Tensor:
+    def locations(self, height: int, width: int) -> Tensor:
         import torch
 
         self.check(height, width)
@@ -129,8 +157,8 @@ class PatchPercent:
     def count(self, height: int, width: int) -> int:
         return self.resolve(height, width).count(height, width)
 
-    def atoms(self, height: int, width: int) -> Tensor:
-        return self.resolve(height, width).atoms(height, width)
+    def locations(self, height: int, width: int) -> Tensor:
+        return self.resolve(height, width).locations(height, width)
 
     def contains(self, changed: Tensor) -> Tensor:
         return self.resolve(int(changed.shape[-2]), int(changed.shape[-1])).contains(changed)
@@ -152,7 +180,7 @@ class Sparse:
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.unit not in UNITS:
-            raise UsageError(f"invalid sparse budget {self.k} {self.unit}:", hint=f"use 1 or more of {' or '.join(UNITS)}.")
+            raise UsageError(f"invalid sparse budget {self.k} {self.unit}.", hint=f"Use 1 or more of {' or '.join(UNITS)}.")
 
     @property
     def budget(self) -> int:
@@ -162,15 +190,15 @@ class Sparse:
         most = height * width * (channels if self.unit == "value" else 1)
         if self.k > most:
             raise UsageError(
-                f"--k {self.k} exceeds the {most} {self.unit}s of a {height}x{width} image;",
-                hint=f"allowed: 1 to {most}.",
+                f"--k {self.k} exceeds the {most} {self.unit}s of a {height}x{width} image.",
+                hint=f"Allowed: 1 to {most}.",
             )
 
     def count(self, height: int, width: int) -> int:
         return height * width
 
-    def atoms(self, height: int, width: int) -> Tensor:
-        return Patch(1, 1).atoms(height, width)
+    def locations(self, height: int, width: int) -> Tensor:
+        return Patch(1, 1).locations(height, width)
 
     def contains(self, changed: Tensor) -> Tensor:
         entries = changed if self.unit == "value" else changed.any(dim=1)
@@ -190,7 +218,7 @@ class Patches:
 
     def __post_init__(self) -> None:
         if self.number < 2:
-            raise UsageError(f"invalid number of patches {self.number}:", hint="use 2 or more; one patch is patch:5x5.")
+            raise UsageError(f"invalid number of patches {self.number}.", hint="Use 2 or more; one patch is patch:5x5.")
 
     @property
     def budget(self) -> int:
@@ -202,8 +230,8 @@ class Patches:
     def count(self, height: int, width: int) -> int:
         return self.each.count(height, width)
 
-    def atoms(self, height: int, width: int) -> Tensor:
-        return self.each.atoms(height, width)
+    def locations(self, height: int, width: int) -> Tensor:
+        return self.each.locations(height, width)
 
     def contains(self, changed: Tensor) -> Tensor:
         patch = self.each.resolve(int(changed.shape[-2]), int(changed.shape[-1]))
@@ -216,8 +244,8 @@ class Patches:
 def _within(touched: Tensor, patch: Patch, number: int) -> Tensor:
     """Whether ``number`` patches can hide all touched pixels: bool [B, H, W] -> bool [B].
 
-    Some patch hides the first touched pixel in reading order. Nothing above it is touched, so that patch may as well start in its
-    row, or as low as it fits; what is left after each of its places is for the others.
+    Some patch hides the first touched pixel in reading order. Nothing above that pixel is touched, so this patch may start in its
+    row, or as low as it fits. For each of its possible columns, the other patches must hide what is left.
     """
     import torch
 
@@ -261,7 +289,7 @@ def parse_patch(text: str) -> Patch | PatchPercent:
     sides = (square[1], square[1]) if square else (rectangle[1], rectangle[2]) if rectangle else None
     if sides and int(sides[0]) > 0 and int(sides[1]) > 0:
         return Patch(int(sides[0]), int(sides[1]))
-    raise UsageError(f"invalid patch '{text}':", hint="use N, HxW or P%, for example 5, 3x7 or 2%.")
+    raise UsageError(f"invalid patch '{text}'.", hint="Use N, HxW or P%, for example 5, 3x7 or 2%.")
 
 
 def parse_patches(text: str) -> list[Patch | PatchPercent]:
@@ -271,14 +299,14 @@ def parse_patches(text: str) -> list[Patch | PatchPercent]:
         return [parse_patch(text)]
     first, last = int(match[1]), int(match[2])
     if not 1 <= first <= last:
-        raise UsageError(f"invalid range of patches '{text}':", hint="use FIRST..LAST, both 1 or more, for example 1..10.")
+        raise UsageError(f"invalid range of patches '{text}'.", hint="Use FIRST..LAST, both 1 or more, for example 1..10.")
     return [Patch(side, side) for side in range(first, last + 1)]
 
 
 def patches_of_area(area: int, height: int, width: int) -> list[Patch]:
     """The largest patches of at most ``area`` pixels, one of every height, that fit an ``height`` x ``width`` image.
 
-    A shape that fits inside another one of them is left out: what it can do, the other can do too.
+    A shape that fits inside another one of them is left out: what it can change, the other can change too.
     """
     if area < 1:
         raise UsageError(f"--patch-area {area} must be 1 or more.")
@@ -290,7 +318,7 @@ def parse_several(text: str) -> Patches:
     """Read ``2:5``, ``2:3x7`` or ``2:2%``: how many patches, and the shape of each."""
     match = re.fullmatch(r"(\d{1,2}):(.*)", text)
     if not match:
-        raise UsageError(f"invalid patches '{text}':", hint="use a number and a shape, for example 2:5 or 2:3x7.")
+        raise UsageError(f"invalid patches '{text}'.", hint="Use a number and a shape, for example 2:5 or 2:3x7.")
     return Patches(int(match[1]), parse_patch(match[2]))
 
 
@@ -298,10 +326,10 @@ def parse_sparse(text: str) -> Sparse:
     """Read ``10``, ``10:pixel`` or ``10:value``."""
     match = re.fullmatch(r"(\d{1,9})(?::([a-z]+))?", text)
     if not match or int(match[1]) < 1:
-        raise UsageError(f"invalid sparse budget '{text}':", hint="use a whole number k of 1 or more, for example 10.")
+        raise UsageError(f"invalid sparse budget '{text}'.", hint="Use a whole number k of 1 or more, for example 10.")
     unit = match[2] or "pixel"
     if unit not in UNITS:
-        raise UsageError(f"invalid unit '{unit}':", hint=f"use one of {', '.join(UNITS)}.")
+        raise UsageError(f"invalid unit '{unit}'.", hint=f"Use one of {', '.join(UNITS)}.")
     return Sparse(int(match[1]), unit)
 
 
@@ -314,7 +342,16 @@ def parse_threat(text: str) -> Threat:
     kind, _, rest = text.strip().partition(":")
     if kind not in KINDS:
         raise UsageError(
-            f"invalid threat '{text}':",
-            hint="use patch:HxW, patch:P%, patches:N:HxW, sparse:K or sparse:K:value, for example patch:5x5.",
+            f"invalid threat '{text}'.",
+            hint="Use patch:HxW, patch:P%, patches:N:HxW, sparse:K or sparse:K:value, for example patch:5x5.",
         )
     return KINDS[kind](rest)
+
+
+def as_options(threat: Threat) -> str:
+    """``threat`` as options of a command: ``--patch 5``, ``--patch 3x7``, ``--patch 2%``, ``--threat sparse --k 10``."""
+    if isinstance(threat, Sparse):
+        return f"--threat sparse --k {threat.k}" + (" --unit value" if threat.unit == "value" else "")
+    if isinstance(threat, Patch) and threat.height == threat.width:
+        return f"--patch {threat.height}"
+    return f"--patch {str(threat).removeprefix('patch:')}" if threat.kind == "patch" else f"--threat {threat}"

@@ -12,7 +12,7 @@ import torch
 
 from patchcert_cli import cards, checkpoint, defenses
 from patchcert_cli.cards import Card, File, Hub, Measured, Published
-from patchcert_cli.cards.ledger import Ledger, Row, Stated
+from patchcert_cli.cards.published import ClaimKey, PublishedRecord, PublishedRecords
 from patchcert_cli.storage import files
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -64,15 +64,15 @@ def measured(**changes: Any) -> Measured:
     return Measured(**{**values, **changes})
 
 
-def book(sha256: str, results: tuple[Measured, ...]) -> Ledger:
+def book(sha256: str, results: tuple[Measured, ...]) -> PublishedRecords:
     """Records with the counts of these measurements: the first images are right, the first of them certified."""
-    claims = tuple(Stated(one.threat, one.method, one.guarantee) for one in results)
+    claims = tuple(ClaimKey(one.threat, one.method, one.guarantee) for one in results)
     clean, nothing = results[0].clean, (0.5,) * len(claims)
     rows = {}
     for i in range(results[0].images):
         certified = tuple(i < one.certified for one in results)
-        rows[i] = Row(i % 3, i % 3 if i < clean else (i + 1) % 3, certified, nothing)
-    return Ledger(sha256, results[0].dataset, results[0].split, claims, rows)
+        rows[i] = PublishedRecord(i % 3, i % 3 if i < clean else (i + 1) % 3, certified, nothing)
+    return PublishedRecords(sha256, results[0].dataset, results[0].split, claims, rows)
 
 
 @cache
@@ -86,11 +86,11 @@ def make_zoo(zoo: Path, name: str = "small-ibp-p2", *, revision: str | None = No
     folder = zoo / name
     results = (measured(), measured(threat="sparse:1", certified=5000, certified_interval=(0.49, 0.51), command="other"))
     card = make_run(folder)
-    (folder / files.LEDGER).write_bytes(packed(cards.weights_sha256(card.files), results))
+    (folder / files.PUBLISHED_RECORDS).write_bytes(packed(cards.weights_sha256(card.files), results))
     card = replace(
         card,
         name=name,
-        files={**card.files, files.LEDGER: File.of(folder / files.LEDGER)},
+        files={**card.files, files.PUBLISHED_RECORDS: File.of(folder / files.PUBLISHED_RECORDS)},
         status="measured",
         hub=Hub(f"patchcert/{name}", revision),
         results=results,

@@ -56,7 +56,7 @@ RULES = [
         Rule(f"certifiers/{mine}/", tuple(f"{PACKAGE}.certifiers.{other}" for other in FAMILIES if other != mine))
         for mine in FAMILIES
     ),
-    Rule("", ("huggingface_hub",), ("hub/client.py", "hub/trouble.py")),
+    Rule("", ("huggingface_hub",), ("hub/client.py", "hub/failures.py")),
     Rule("", ("typer", "rich"), ("cli/",)),
     Rule("", ("click",)),
     Rule("", ("pickle", "dill", "joblib", "cloudpickle")),

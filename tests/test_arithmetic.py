@@ -13,9 +13,9 @@ from model_folders import make_run, measured
 
 from patchcert_cli import cards, defenses
 from patchcert_cli.arithmetic import MEANING, Arithmetic, former, weakest
-from patchcert_cli.cards import Card, ledger
-from patchcert_cli.cards.ledger import Ledger, Row, Stated
-from patchcert_cli.catalog import shelf
+from patchcert_cli.cards import Card
+from patchcert_cli.cards.published import ClaimKey, PublishedRecord, PublishedRecords, check_card
+from patchcert_cli.catalog import bundled
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.errors import ClaimError, IntegrityError
 from patchcert_cli.reporting import text
@@ -92,7 +92,7 @@ def test_results_are_printed_with_the_word_and_its_meaning(said: dict[str, str],
 
 def test_a_card_without_the_word_is_read_and_written_as_it_was(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    made = {**run.files, files.LEDGER: cards.File("0" * 64, 7)}
+    made = {**run.files, files.PUBLISHED_RECORDS: cards.File("0" * 64, 7)}
     old = replace(run, status="measured", files=made, results=(measured(),))
     assert "arithmetic:" not in old.render().split("---\n")[1]
     assert Card.from_text(old.render()) == old and old.arithmetic(old.results[0]) == "bounded"
@@ -107,18 +107,18 @@ def test_a_card_without_the_word_is_read_and_written_as_it_was(tmp_path: Path) -
         replace(masked, results=(measured(arithmetic="good"),)).render()
 
 
-@pytest.mark.parametrize("name", shelf.bundled_names())
+@pytest.mark.parametrize("name", bundled.names())
 def test_every_measured_claim_of_the_zoo_says_it(name: str) -> None:
-    card = shelf.bundled_card(name)
+    card = bundled.card(name)
     whole = card.recipe.get("network_options", {}).get("bits", 0) > 0  # masked networks of whole numbers
     assert [one.arithmetic for one in card.results] == ["exact" if whole else KNOWN[card.defense]] * len(card.results)
 
 
-ROWS = {0: Row(1, 1, (True,), (0.5,))}
+ROWS = {0: PublishedRecord(1, 1, (True,), (0.5,))}
 
 
-def book(arithmetic: str) -> Ledger:
-    return Ledger("a" * 64, "mnist", "test", (Stated("patch:2x2", "rows", "recovery", arithmetic),), ROWS)
+def book(arithmetic: str) -> PublishedRecords:
+    return PublishedRecords("a" * 64, "mnist", "test", (ClaimKey("patch:2x2", "rows", "recovery", arithmetic),), ROWS)
 
 
 def claim(arithmetic: str) -> Any:
@@ -133,17 +133,17 @@ def claim(arithmetic: str) -> Any:
 def test_a_card_says_no_more_than_its_records(records: str, said: str, fine: bool, tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl.gz"
     path.write_bytes(book(records).pack())
-    read = ledger.read(path)
+    read = PublishedRecords.read(path)
     assert read == book(records) and ("arithmetic" in json.dumps([one.to_dict() for one in read.claims])) == bool(records)
     if fine:
-        ledger.against(read, [claim(said)], "there", "patchcleanser")
+        check_card(read, [claim(said)], "there", "patchcleanser")
     else:
         with pytest.raises(ClaimError, match="is said to be exact, but its records are measured"):
-            ledger.against(read, [claim(said)], "there", "patchcleanser")
+            check_card(read, [claim(said)], "there", "patchcleanser")
 
 
 def test_an_unknown_word_in_records_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl.gz"
     path.write_bytes(book("good").pack())
     with pytest.raises(IntegrityError, match="an arithmetic that is none of exact, bounded, measured"):
-        ledger.read(path)
+        PublishedRecords.read(path)

@@ -142,7 +142,7 @@ def test_the_bytes_that_are_hashed_are_the_bytes_that_are_parsed(folder: Path, m
     [
         ("[" * 100_000, "nested too deeply"),
         ('{"a":' * 100_000, "nested too deeply"),
-        (json.dumps({**CONFIG, "note": "x" * (1 << 20)}), "a configuration has at most"),
+        (json.dumps({**CONFIG, "note": "x" * (1 << 20)}), "A configuration has at most"),
         ("9" * 5000, "not readable JSON"),
     ],
     ids=["lists", "tables", "bytes", "digits"],

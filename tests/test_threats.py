@@ -10,8 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patchcert_cli.cli.options import threat_from
 from patchcert_cli.errors import UsageError
-from patchcert_cli.threats import Patch, Patches, PatchPercent, Sparse, Threat, parse_patch, parse_sparse, parse_threat
+from patchcert_cli.threats import (
+    Patch,
+    Patches,
+    PatchPercent,
+    Sparse,
+    Threat,
+    as_options,
+    parse_patch,
+    parse_sparse,
+    parse_threat,
+)
 
 PATCHES = st.builds(Patch, st.integers(1, 99_999), st.integers(1, 99_999))
 PERCENTS = st.builds(lambda millionths: PatchPercent(Fraction(millionths, 10**6)), st.integers(1, 100 * 10**6))
@@ -110,19 +121,19 @@ def test_atoms_are_all_places_in_order(height: int, width: int) -> None:
     for h, w in product(range(1, height + 1), range(1, width + 1)):
         patch = Patch(h, w)
         expected = [[t, le, h, w] for t in range(height) for le in range(width) if t + h <= height and le + w <= width]
-        atoms = patch.atoms(height, width)
-        assert atoms.tolist() == expected
-        assert atoms.dtype == torch.int64
+        locations = patch.locations(height, width)
+        assert locations.tolist() == expected
+        assert locations.dtype == torch.int64
         assert len(expected) == patch.count(height, width)
-        assert atoms[-1].tolist() == [height - h, width - w, h, w]
+        assert locations[-1].tolist() == [height - h, width - w, h, w]
         assert patch.budget == 1
 
 
 def test_atoms_of_sparse_and_percentages() -> None:
-    assert Sparse(3).atoms(2, 3).tolist() == [[r, c, 1, 1] for r in range(2) for c in range(3)]
+    assert Sparse(3).locations(2, 3).tolist() == [[r, c, 1, 1] for r in range(2) for c in range(3)]
     assert Sparse(3).count(2, 3) == 6
     assert Sparse(3).budget == 3
-    assert PatchPercent(Fraction(20)).atoms(4, 5).tolist() == Patch(2, 2).atoms(4, 5).tolist()
+    assert PatchPercent(Fraction(20)).locations(4, 5).tolist() == Patch(2, 2).locations(4, 5).tolist()
     assert PatchPercent(Fraction(20)).count(4, 5) == 12
     assert PatchPercent(Fraction(20)).budget == 1
 
@@ -180,7 +191,7 @@ def test_several_patches_are_refused_where_one_would_be_and_as_one() -> None:
     with pytest.raises(UsageError, match="does not fit a 3x3 image"):
         parse_threat("patches:2:4").check(3, 3)
     two = parse_threat("patches:2:2x3")
-    assert (two.budget, two.count(4, 4), two.atoms(4, 4).tolist()) == (2, 6, Patch(2, 3).atoms(4, 4).tolist())
+    assert (two.budget, two.count(4, 4), two.locations(4, 4).tolist()) == (2, 6, Patch(2, 3).locations(4, 4).tolist())
 
 
 def test_contains_every_subset_of_k_pixels_and_no_larger_one() -> None:
@@ -221,4 +232,24 @@ def test_threats_that_just_fit_are_accepted() -> None:
 
 def test_patch_atoms_refuse_images_that_are_too_small() -> None:
     with pytest.raises(UsageError, match="does not fit a 3x3 image"):
-        Patch(4, 4).atoms(3, 3)
+        Patch(4, 4).locations(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("patch:5x5", "--patch 5"),
+        ("patch:3x7", "--patch 3x7"),
+        ("patch:2.5%", "--patch 2.5%"),
+        ("sparse:10", "--threat sparse --k 10"),
+        ("sparse:4:value", "--threat sparse --k 4 --unit value"),
+        ("patches:2:5x5", "--threat patches:2:5x5"),
+    ],
+)
+def test_options_name_the_same_threat(text: str, options: str) -> None:
+    words = options.split()
+    typed: dict[str, str] = dict(zip(words[::2], words[1::2], strict=True))
+    meant = parse_threat(text)
+    assert as_options(meant) == options
+    k = int(typed["--k"]) if "--k" in typed else None
+    assert threat_from(threat=typed.get("--threat"), patch=typed.get("--patch"), k=k, unit=typed.get("--unit")) == meant

@@ -38,11 +38,11 @@ def for_threat(threat: Threat, *, seed: int = 0, **options: Any) -> Attack:
             strange = sorted(set(options) - known)
             if strange:
                 raise UsageError(
-                    f"the attack under {threat} has no option {', '.join(strange)};", hint=f"it has {', '.join(sorted(known))}."
+                    f"the attack under {threat} has no option {', '.join(strange)}.", hint=f"It has {', '.join(sorted(known))}."
                 )
             return attack(seed=seed, **options)
     kinds = sorted({kind for name in names() for kind in by_name(name).kinds})
-    raise UnsupportedThreat(f"there is no attack under {threat};", hint=f"allowed: {', '.join(kinds)}.")
+    raise UnsupportedThreat(f"there is no attack under {threat}.", hint=f"Allowed: {', '.join(kinds)}.")
 
 
 def pasted(
@@ -56,7 +56,7 @@ def pasted(
         DataError: there are no pictures, or one that cannot be read.
     """
     if not isinstance(threat, Patch | PatchPercent):
-        raise UnsupportedThreat(f"pictures cannot be pasted under {threat};", hint="say how large they are: --patch 50.")
+        raise UnsupportedThreat(f"pictures cannot be pasted under {threat}.", hint="Give their size: --patch 50.")
     pictures = saved.read(folder, shape[0])
     made = saved.SavedPatches(seed=seed, pictures=pictures, **options)
     made.check(threat.resolve(*shape[1:]), shape[0])

@@ -129,7 +129,7 @@ class Attack(ABC):
             PatchcertError: the attack returned a change that the threat forbids, which is a bug of the attack.
         """
         if threat.kind not in self.kinds:
-            raise UsageError(f"{type(self).__name__} cannot attack under {threat};", hint=f"allowed: {', '.join(self.kinds)}.")
+            raise UsageError(f"{type(self).__name__} cannot attack under {threat}.", hint=f"Allowed: {', '.join(self.kinds)}.")
         x = x.detach().to(defense.device, torch.float32)
         defense.check_input(x)
         threat.check(int(x.shape[2]), int(x.shape[3]), int(x.shape[1]))
@@ -193,4 +193,4 @@ def require(name: str, value: float, least: float, most: float = float("inf")) -
     """Raise :class:`UsageError` unless a hyper-parameter lies in [least, most]."""
     if not least <= value <= most:
         allowed = f"{least} or more" if most == float("inf") else f"{least} to {most}"
-        raise UsageError(f"{name} {value} is out of range;", hint=f"allowed: {allowed}.")
+        raise UsageError(f"{name} {value} is out of range.", hint=f"Allowed: {allowed}.")

@@ -7,7 +7,7 @@ clamp and what lies outside stays the clean image.
 Where cells of small receptive fields vote, what a patch writes persuades the cells that see nothing else, wherever it lies. So a
 content that was found at one location is carried to others, and climbs on where it does most.
 
-Shapes: n images at work, C channels, H x W pixels, A atoms (locations), S kept locations, T rival classes.
+Shapes: n images at work, C channels, H x W pixels, A locations, S kept locations, T rival classes.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class PatchPGD(Attack):
         return max(BLOCK * CONTENTS, self.locations)
 
     def most(self, defense: Defense, threat: Threat, *, hinted: bool) -> Effort:
-        atoms, surrogates = threat.atoms(*defense.input_shape[1:]), len(defense.surrogates())
-        screen = self._screens(len(atoms), defense.activations)
+        locations, surrogates = threat.locations(*defense.input_shape[1:]), len(defense.surrogates())
+        screen = self._screens(len(locations), defense.activations)
         parts = [Effort(0, 2)]  # the clean answer and the last one
         if hinted or not screen:
             sizes = [2 + self.restarts] + [2] * (2 * surrogates - 1)
@@ -91,14 +91,14 @@ class PatchPGD(Attack):
         if screen or not hinted:
             parts.append(Effort(1 + 2 * min(self.rivals, len(defense.classes) - 1), 0))
         if screen:
-            blocks = -(-len(atoms) // BLOCK)
-            parts.append(Effort(len(atoms) * CONTENTS + blocks, blocks))
+            blocks = -(-len(locations) // BLOCK)
+            parts.append(Effort(len(locations) * CONTENTS + blocks, blocks))
             climbs = CONTENTS + self.restarts if self.steps else 0
-            parts += [self._climbing(min(self.locations, len(atoms)), 0)] * climbs
+            parts += [self._climbing(min(self.locations, len(locations)), 0)] * climbs
         else:
             parts.append(Effort(1, 0))
             for number in range(self.rounds):
-                parts.append(Effort(1 + len(_grid(atoms, self.carried, number)) + 8, 1))
+                parts.append(Effort(1 + len(_grid(locations, self.carried, number)) + 8, 1))
                 parts += [self._climbing((self.locations + 1) // 2, 0)] if self.steps else []
         return Effort(sum(part.queries for part in parts), sum(part.answers for part in parts))
 
@@ -107,25 +107,25 @@ class PatchPGD(Attack):
         looks = 1 + self.steps // JUDGED if which else 1  # with the first surrogate, besides those that come with a slope
         return Effort(1 + (which > 0) + starts * (2 * self.steps + looks), looks if which else self.steps + 1)
 
-    def _screens(self, atoms: int, activations: int) -> bool:
+    def _screens(self, locations: int, activations: int) -> bool:
         """Whether every location is looked at."""
-        return atoms * CONTENTS * activations <= CHEAP if self.screen is None else self.screen
+        return locations * CONTENTS * activations <= CHEAP if self.screen is None else self.screen
 
     def run(self, target: Target, x: Tensor, threat: Threat, index: Tensor) -> Tensor:
         """Work through the images in groups whose candidates make one chunk."""
-        atoms = threat.atoms(int(x.shape[2]), int(x.shape[3])).to(x.device)
-        screen = self._screens(len(atoms), target.activations)
+        locations = threat.locations(int(x.shape[2]), int(x.shape[3])).to(x.device)
+        screen = self._screens(len(locations), target.activations)
         for owner in target.groups(self.candidates):
             if target.start is not None:
                 self._begin(target, x, owner, index, target.start.location[owner], target.start.rival[owner])
             elif not screen:
-                self._begin(target, x, owner, index, *self._promising(target, x, owner, atoms))
+                self._begin(target, x, owner, index, *self._promising(target, x, owner, locations))
             if screen:
-                self._search(target, x, owner, index, atoms)
+                self._search(target, x, owner, index, locations)
             else:
                 owner = self._hopeful(target, x, owner)
                 for number in range(self.rounds):
-                    self._carry(target, x, owner, atoms, number)
+                    self._carry(target, x, owner, locations, number)
         return target.best
 
     def _begin(self, target: Target, x: Tensor, owner: Tensor, index: Tensor, location: Tensor, rival: Tensor) -> None:
@@ -152,33 +152,33 @@ class PatchPGD(Attack):
         before = target.gap(target.logits(x[owner], owner), owner) if len(owner) else target.margin[owner]
         return owner[target.margin[owner] >= (1 - self.hope) * before]
 
-    def _promising(self, target: Target, x: Tensor, owner: Tensor, atoms: Tensor) -> tuple[Tensor, Tensor]:
+    def _promising(self, target: Target, x: Tensor, owner: Tensor, locations: Tensor) -> tuple[Tensor, Tensor]:
         """The location and the rival of highest first-order margin, int64 [n, 4] and [n]."""
-        rival, estimate, _ = self._linearize(target, x[owner], owner, atoms)
+        rival, estimate, _ = self._linearize(target, x[owner], owner, locations)
         value, best = estimate.max(dim=1)  # [n, A]
         at = value.argmax(dim=1, keepdim=True)  # [n, 1]
-        return atoms[at[:, 0]], rival.gather(1, best.gather(1, at))[:, 0]
+        return locations[at[:, 0]], rival.gather(1, best.gather(1, at))[:, 0]
 
-    def _search(self, target: Target, x: Tensor, owner: Tensor, index: Tensor, atoms: Tensor) -> None:
+    def _search(self, target: Target, x: Tensor, owner: Tensor, index: Tensor, locations: Tensor) -> None:
         """Screen all locations, and climb in the worst."""
         owner = owner[~target.done[owner]]
         if not len(owner):
             return
-        boxes, corners = self._screen(target, x, owner, atoms)
+        boxes, corners = self._screen(target, x, owner, locations)
         noise = [self._noise(index[owner], restart, corners) for restart in range(self.restarts)]
         for content in (torch.zeros_like(corners), torch.ones_like(corners), corners, *noise) if self.steps else ():
             live = ~target.done[owner]
             if bool(live.any()):
                 self._climb(target, x, owner[live], boxes[live], content[live])
 
-    def _screen(self, target: Target, x: Tensor, owner: Tensor, atoms: Tensor) -> tuple[Tensor, Tensor]:
+    def _screen(self, target: Target, x: Tensor, owner: Tensor, locations: Tensor) -> tuple[Tensor, Tensor]:
         """Offer every location's contents, most promising location first; int64 [n] -> the worst locations and their corners.
 
         Returns:
             int64 [n, S, 4] and float32 [n, S, C, H, W], of which the part inside the location is meant.
         """
         clean = x[owner]
-        _, estimate, corner = self._linearize(target, clean, owner, atoms)  # [n, T, A], [n, T, C, H, W]
+        _, estimate, corner = self._linearize(target, clean, owner, locations)  # [n, T, A], [n, T, C, H, W]
         value, rival = estimate.max(dim=1)  # [n, A]
         order = value.sort(dim=1, descending=True, stable=True).indices
         score = torch.full_like(value, -torch.inf)
@@ -187,7 +187,7 @@ class PatchPGD(Attack):
             place = block[live]  # [n', L]
             best = corner[live[:, None], rival[live[:, None], place]]  # [n', L, C, H, W]
             content = torch.stack([torch.zeros_like(best), torch.ones_like(best), best], dim=2).flatten(1, 2)
-            boxes = atoms[place].repeat_interleave(CONTENTS, dim=1)  # [n', L * CONTENTS, 4]
+            boxes = locations[place].repeat_interleave(CONTENTS, dim=1)  # [n', L * CONTENTS, 4]
             margin = self._look(target, clean[live], owner[live], boxes, content)
             score[live[:, None], place] = margin.reshape(*place.shape, CONTENTS).amax(dim=2).to(score)
             live = live[~target.done[owner[live]]]
@@ -195,9 +195,9 @@ class PatchPGD(Attack):
                 break
         kept = score.sort(dim=1, descending=True, stable=True).indices[:, : self.locations]  # [n, S]
         images = torch.arange(len(owner), device=x.device)[:, None]
-        return atoms[kept], corner[images, rival[images, kept]]
+        return locations[kept], corner[images, rival[images, kept]]
 
-    def _linearize(self, target: Target, clean: Tensor, owner: Tensor, atoms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _linearize(self, target: Target, clean: Tensor, owner: Tensor, locations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rivals [n, T], first-order margin of each at each location [n, T, A], and the corner that attains it [n, T, C, H, W].
 
         An entry that may move to 0 or 1 adds at most ``max(g (1 - x), -g x)``; a location adds the sum over its entries.
@@ -208,19 +208,19 @@ class PatchPGD(Attack):
         logits, slope = target.slopes(rows.flatten(0, 1), owners, rival.flatten())
         now, slope = target.gap(logits, owners, rival.flatten()).reshape(rival.shape), slope.reshape(rows.shape)
         gain = torch.maximum(slope * (1 - rows), -slope * rows).sum(dim=2)  # [n, T, H, W]
-        return rival, now[:, :, None] + _box_sums(gain, atoms), (slope > 0).to(clean)
+        return rival, now[:, :, None] + _box_sums(gain, locations), (slope > 0).to(clean)
 
     def _noise(self, index: Tensor, restart: int, like: Tensor) -> Tensor:
         """Random contents of the shape [n, ...]."""
         return self.draw(index, restart, like[0].numel()).reshape(like.shape)
 
-    def _carry(self, target: Target, x: Tensor, owner: Tensor, atoms: Tensor, number: int) -> None:
+    def _carry(self, target: Target, x: Tensor, owner: Tensor, locations: Tensor, number: int) -> None:
         """Try each image's best content elsewhere, and climb on where it does most."""
         owner = owner[~target.done[owner]]
         if not len(owner):
             return
         clean, box = x[owner], target.box[owner]
-        boxes = torch.cat([_grid(atoms, self.carried, number).expand(len(owner), -1, -1), _around(atoms, box)], dim=1)
+        boxes = torch.cat([_grid(locations, self.carried, number).expand(len(owner), -1, -1), _around(locations, box)], dim=1)
         content = _moved(target.best[owner], box, boxes)
         margin = self._look(target, clean, owner, boxes, content)
         live = ~target.done[owner]
@@ -288,25 +288,25 @@ def _inside(boxes: Tensor, x: Tensor) -> Tensor:
     return (rows[..., :, None] & columns[..., None, :])[:, :, None]
 
 
-def _box_sums(values: Tensor, atoms: Tensor) -> Tensor:
+def _box_sums(values: Tensor, locations: Tensor) -> Tensor:
     """Sum over each box, [n, T, H, W] and int64 [A, 4] -> float64 [n, T, A]."""
     total = F.pad(values.double(), (1, 0, 1, 0)).cumsum(dim=2).cumsum(dim=3)  # [n, T, H + 1, W + 1]
-    top, left, height, width = atoms.unbind(dim=1)
+    top, left, height, width = locations.unbind(dim=1)
     bottom, right = top + height, left + width
     return total[..., bottom, right] - total[..., top, right] - total[..., bottom, left] + total[..., top, left]
 
 
-def _grid(atoms: Tensor, count: int, phase: int) -> Tensor:
+def _grid(locations: Tensor, count: int, phase: int) -> Tensor:
     """About ``count`` locations, evenly spread, or all; each phase gives others."""
-    apart = max(1, round((len(atoms) / count) ** 0.5))
-    return atoms[((atoms[:, :2] - phase) % apart == 0).all(dim=1)]
+    apart = max(1, round((len(locations) / count) ** 0.5))
+    return locations[((locations[:, :2] - phase) % apart == 0).all(dim=1)]
 
 
-def _around(atoms: Tensor, box: Tensor) -> Tensor:
+def _around(locations: Tensor, box: Tensor) -> Tensor:
     """The locations one pixel from a box on both axes or one, int64 [n, 4] -> [n, 8, 4], at the border some of them twice."""
     steps = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2)).to(box)
     moved = box[:, None, :2] + steps[steps.abs().sum(dim=1) > 0]
-    most = atoms[:, :2].amax(dim=0)
+    most = locations[:, :2].amax(dim=0)
     return torch.cat([moved.clamp(min=torch.zeros_like(most), max=most), box[:, None, 2:].expand(-1, moved.shape[1], -1)], dim=2)
 
 

@@ -47,12 +47,12 @@ def read(folder: Path, channels: int) -> tuple[Picture, ...]:
         DataError: there is no such folder, no picture in it, or one that cannot be read.
     """
     if not folder.is_dir():
-        raise DataError(f"there is no folder '{folder}';", hint="give a folder of pictures to paste: --saved ./patches")
+        raise DataError(f"there is no folder '{folder}'.", hint="Give a folder of pictures to paste: --saved ./patches")
     paths = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in image_files.EXTENSIONS and not path.name.startswith(".")
     )
     if not paths:
-        raise DataError(f"'{folder}' has no pictures;", hint="put the patches into it, one a file, such as patch.png.")
+        raise DataError(f"'{folder}' has no pictures.", hint="Put the patches into it, one a file, such as patch.png.")
     return tuple(Picture(path.name, _pixels(path, channels), files.sha256(path)) for path in paths)
 
 
@@ -108,13 +108,13 @@ class SavedPatches(Attack):
     def check(self, most: Patch, channels: int) -> None:
         """Raise :class:`UsageError` unless there are pictures and each of them fits inside the patch ``most``."""
         if not self.pictures:
-            raise UsageError("there are no pictures to paste;", hint="say where they are: --saved FOLDER.")
+            raise UsageError("there are no pictures to paste.", hint="Name their folder: --saved FOLDER.")
         for picture in self.pictures:
             depth, height, width = picture.pixels.shape
             if height > most.height or width > most.width:
                 raise UsageError(
-                    f"{picture.name} is {height}x{width}, larger than {most};",
-                    hint=f"allow for it: --patch {height}x{width}.",
+                    f"{picture.name} is {height}x{width}, larger than {most}.",
+                    hint=f"Allow for its size: --patch {height}x{width}.",
                 )
             if depth != channels:
                 raise UsageError(f"{picture.name} has {depth} channels, the images have {channels}.")

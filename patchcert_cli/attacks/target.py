@@ -31,7 +31,7 @@ class Start:
     """Where an attack may begin, for example where a certificate found the least room.
 
     Attributes:
-        location: int64 [B, 4], one of the threat's atoms for each image: top, left, height, width.
+        location: int64 [B, 4], one of the threat's locations for each image: top, left, height, width.
         rival: int64 [B], the class to aim at.
     """
 
@@ -44,11 +44,11 @@ class Start:
         if shapes != ((len(x), 4), (len(x),)):
             raise UsageError(f"a start of shapes {shapes[0]} and {shapes[1]} does not fit {len(x)} images.")
         location, rival = self.location.to(x.device, torch.int64), self.rival.to(x.device, torch.int64)
-        atoms = threat.atoms(int(x.shape[2]), int(x.shape[3])).to(x.device)
-        if not bool((location[:, None] == atoms).all(dim=2).any(dim=1).all()):
+        locations = threat.locations(int(x.shape[2]), int(x.shape[3])).to(x.device)
+        if not bool((location[:, None] == locations).all(dim=2).any(dim=1).all()):
             raise UsageError(f"a start at a location that {threat} does not have.")
         if not bool(((rival >= 0) & (rival < classes)).all()):
-            raise UsageError("a start with a rival that is no class;", hint=f"allowed: 0 to {classes - 1}.")
+            raise UsageError("a start with a rival that is no class.", hint=f"Allowed: 0 to {classes - 1}.")
         return Start(location, rival)
 
 

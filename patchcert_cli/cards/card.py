@@ -200,7 +200,7 @@ class Card:
     def verify(self, folder: Path) -> str:
         """Check the sha256 of every file of the card in ``folder``; returns that of the weights."""
         if not self.files:
-            raise IntegrityError(f"{self.name}: no weights are published yet;", hint=f"try: {self.command}")
+            raise IntegrityError(f"{self.name}: no weights are published yet.", hint=f"Try: {self.command}")
         for name, expected in self.files.items():
             path = folder / name
             if not path.is_file():

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from patchcert_cli.threats import parse_threat
+from patchcert_cli.threats import as_options, parse_threat
 
 if TYPE_CHECKING:
     from patchcert_cli.cards.card import Card
@@ -178,8 +178,7 @@ def _use(card: Card) -> list[str]:
         return [f"The weights are public, `{card.classifier}`: nothing is trained. Measure them:", _code("bash", card.command)]
     if not card.files:
         return ["There are no weights yet. Train them:", _code("bash", card.command)]
-    kind, _, rest = card.threat.partition(":")
-    option = f"--patch {rest}" if kind == "patch" else f"--threat {card.threat}"
+    option = as_options(parse_threat(card.threat))
     option += " --data imagefolder:./val" if card.public else ""
     name = card.name if card.hub.repo == f"patchcert/{card.name}" else f"{card.hub.repo}@{card.hub.revision or 'COMMIT'}"
     python = [

@@ -15,7 +15,7 @@ from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.errors import PatchcertError
 from patchcert_cli.schema import Count, Must, NonNegative, Positive, Rule
 from patchcert_cli.storage import checksum_cache
-from patchcert_cli.storage.files import CONFIG, LEDGER, SAMPLE, WEIGHTS, weight_files
+from patchcert_cli.storage.files import CONFIG, PUBLISHED_RECORDS, SAMPLE, WEIGHTS, weight_files
 from patchcert_cli.threats import parse_threat
 
 STATUSES = ("measured", "trained", "recipe only", "public weights", "unreliable")
@@ -200,9 +200,9 @@ def weights_sha256(files: Mapping[str, File]) -> str:
 
 def _plain_files(files: dict[str, File]) -> Iterable[str]:
     for name in files:
-        records = name == LEDGER or re.fullmatch(SAMPLE, name)
+        records = name == PUBLISHED_RECORDS or re.fullmatch(SAMPLE, name)
         if not records and not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.(safetensors|json)", name):
-            yield f"files: '{name}' is not {LEDGER} or a plain name that ends in .safetensors or .json"
+            yield f"files: '{name}' is not {PUBLISHED_RECORDS} or a plain name that ends in .safetensors or .json"
 
 
 def _status_fits(
@@ -218,7 +218,8 @@ def _status_fits(
         present |= {"files": files} if status == "recipe only" else {}
         yield from (f"{name} must be empty while status is {status}" for name, value in present.items() if value)
     if status not in UNTRAINED:
-        needed = {WEIGHTS: bool(weight_files(files)), CONFIG: CONFIG in files, LEDGER: LEDGER in files or not results}
+        needed = {WEIGHTS: bool(weight_files(files)), CONFIG: CONFIG in files}
+        needed[PUBLISHED_RECORDS] = PUBLISHED_RECORDS in files or not results
         yield from (f"files has no {name}" for name, there in needed.items() if not there)
         yield from (
             f"{name} is missing" for name, value in {"trained": trained, "validation": validation}.items() if value is None

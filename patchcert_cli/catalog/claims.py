@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from patchcert_cli.arithmetic import former
-from patchcert_cli.cards import Card, File, Sample, ledger, weights_sha256
-from patchcert_cli.catalog.find import Resolved
+from patchcert_cli.cards import Card, File, Sample, weights_sha256
+from patchcert_cli.cards.published import PublishedRecords, check_card, check_counts
+from patchcert_cli.catalog.resolve import ResolvedModel
 from patchcert_cli.errors import ClaimError, IntegrityError, PatchcertError
 from patchcert_cli.storage import files
+from patchcert_cli.threats import as_options, parse_threat
 
 RESULT = "result.json"
 MEASURED = (
@@ -23,7 +25,7 @@ MEASURED = (
 Results = Mapping[str, Mapping[str, Any]]  # results of certify, by the path of their result.json
 
 
-def measured(found: Resolved, results: Results) -> tuple[Card, bytes | None]:
+def card_with_results(found: ResolvedModel, results: Results) -> tuple[Card, bytes | None]:
     """The card of ``found`` with these results as its measurements, and the records behind them as one file.
 
     Raises:
@@ -32,18 +34,18 @@ def measured(found: Resolved, results: Results) -> tuple[Card, bytes | None]:
     """
     assert found.card is not None
     entries = [entry for where, result in results.items() for entry in _entries(result, where, found)]
-    book = ledger.of_runs(results)
+    published = PublishedRecords.from_runs(results)
     status = found.card.status if found.card.public else "measured" if entries else "trained"
-    kept = {name: file for name, file in found.card.files.items() if name != files.LEDGER}
+    kept = {name: file for name, file in found.card.files.items() if name != files.PUBLISHED_RECORDS}
     card = replace(found.card, status=status, results=(), files=kept).to_dict()
-    if book is None:
+    if published is None:
         return Card.from_dict(card, where=found.name), None
-    packed = book.pack()
-    card["files"][files.LEDGER] = {"sha256": files.sha256_of(packed), "size": len(packed)}
+    packed = published.pack()
+    card["files"][files.PUBLISHED_RECORDS] = {"sha256": files.sha256_of(packed), "size": len(packed)}
     return Card.from_dict({**card, "results": entries}, where=found.name), packed
 
 
-def sampled(found: Resolved, results: Results, pictures: Mapping[str, str]) -> tuple[Card, dict[str, bytes]]:
+def card_with_samples(found: ResolvedModel, results: Results, pictures: Mapping[str, str]) -> tuple[Card, dict[str, bytes]]:
     """The card of ``found`` with these results, on pictures that are no test split, and their records by name of file.
 
     ``pictures`` says for each result what the pictures are and where they come from. A measurement of the same claim on pictures
@@ -61,11 +63,11 @@ def sampled(found: Resolved, results: Results, pictures: Mapping[str, str]) -> t
         for claim in claims:
             _check_about(claim, where, found)
             _check_counts(claim, where)
-        book = ledger.of_runs({where: result})
-        assert book is not None
+        published = PublishedRecords.from_runs({where: result})
+        assert published is not None
         number = next(n for n in range(1, 1000) if f"sample-{n}.jsonl.gz" not in card.files)
         name = f"sample-{number}.jsonl.gz"
-        packed[name] = book.pack()
+        packed[name] = published.pack()
         masks = _masks(Path(where).parent)
         fresh = tuple(_sample(claim, pictures[where], masks, name) for claim in claims)
         keys = [(one.pictures, one.threat, one.method, one.guarantee) for one in fresh]
@@ -95,27 +97,27 @@ def _masks(run: Path) -> str:
 def check_samples(card: Card, folder: Path) -> None:
     """Raise :class:`ClaimError` unless the records in ``folder`` bear out the samples of ``card``."""
     for one in card.samples:
-        book = ledger.read(folder / one.records)
-        if book.model_sha256 != weights_sha256(card.files):
-            raise ClaimError(f"'{folder / one.records}' is about other weights (sha256 {book.model_sha256[:12]}…).")
-        at = book.position(one.threat, one.method, one.guarantee)
-        ledger.check_counts(book, at, one.images, one.clean, one.certified, str(folder / one.records))
+        published = PublishedRecords.read(folder / one.records)
+        if published.model_sha256 != weights_sha256(card.files):
+            raise ClaimError(f"'{folder / one.records}' is about other weights (sha256 {published.model_sha256[:12]}…).")
+        at = published.position(one.threat, one.method, one.guarantee)
+        check_counts(published, at, one.images, one.clean, one.certified, str(folder / one.records))
 
 
-def check(card: Card, folder: Path) -> None:
+def check_results(card: Card, folder: Path) -> None:
     """Raise :class:`ClaimError` unless the records in ``folder`` bear out every measurement of ``card``."""
     where = str(folder)
     if not card.results:
         raise ClaimError(f"{card.name} has no measurement on the full test split.", hint=_how(card, where))
-    if files.LEDGER not in card.files or not (folder / files.LEDGER).is_file():
-        raise ClaimError(f"'{folder / files.LEDGER}' is missing: the measurements of {card.name} have no records.")
-    book = ledger.read(folder / files.LEDGER)
-    if book.model_sha256 != weights_sha256(card.files):
-        raise ClaimError(f"the records of {card.name} are about other weights (sha256 {book.model_sha256[:12]}…).")
-    ledger.against(book, card.results, where, card.defense)
+    if files.PUBLISHED_RECORDS not in card.files or not (folder / files.PUBLISHED_RECORDS).is_file():
+        raise ClaimError(f"'{folder / files.PUBLISHED_RECORDS}' is missing: the measurements of {card.name} have no records.")
+    published = PublishedRecords.read(folder / files.PUBLISHED_RECORDS)
+    if published.model_sha256 != weights_sha256(card.files):
+        raise ClaimError(f"the records of {card.name} are about other weights (sha256 {published.model_sha256[:12]}…).")
+    check_card(published, card.results, where, card.defense)
 
 
-def results_about(found: Resolved, places: list[Path]) -> dict[str, Mapping[str, Any]]:
+def results_about(found: ResolvedModel, places: list[Path]) -> dict[str, Mapping[str, Any]]:
     """The newest results in ``places`` about these weights and the full test split, one for each set of claims.
 
     Raises:
@@ -144,18 +146,16 @@ def results_about(found: Resolved, places: list[Path]) -> dict[str, Mapping[str,
 
 
 def _how(card: Card, where: str) -> str:
-    kind, _, rest = card.threat.partition(":")
-    option = f"--patch {rest}" if kind == "patch" else f"--threat {card.threat}"
-    return f"Make one: patchcert certify {where} {option}"
+    return f"Make one: patchcert certify {where} {as_options(parse_threat(card.threat))}"
 
 
-def _entries(result: Mapping[str, Any], where: str, found: Resolved) -> list[dict[str, Any]]:
+def _entries(result: Mapping[str, Any], where: str, found: ResolvedModel) -> list[dict[str, Any]]:
     """A certify result as the card tells it, one entry for each claim, after holding it against the weights."""
     common = {key: value for key, value in result.items() if key != "claims"}
     return [_entry({**common, **claim}, where, found) for claim in result.get("claims", [{}])]
 
 
-def _check_about(result: Mapping[str, Any], where: str, found: Resolved) -> None:
+def _check_about(result: Mapping[str, Any], where: str, found: ResolvedModel) -> None:
     assert found.card is not None
     if "attack" in result or "certified" not in (result.get("counts") or {}):
         raise IntegrityError(f"'{where}' is not a result of patchcert certify.")
@@ -174,7 +174,7 @@ def _check_counts(result: Mapping[str, Any], where: str) -> None:
             raise ClaimError(f"'{where}': {key}_accuracy is not its count over its images.")
 
 
-def _entry(result: Mapping[str, Any], where: str, found: Resolved) -> dict[str, Any]:
+def _entry(result: Mapping[str, Any], where: str, found: ResolvedModel) -> dict[str, Any]:
     assert found.card is not None
     _check_about(result, where, found)
     if result.get("split") != "test" or result.get("full_split") is not True:

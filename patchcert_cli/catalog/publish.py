@@ -15,9 +15,9 @@ from typing import Any
 
 from patchcert_cli import cards
 from patchcert_cli.cards import Card, Hub
-from patchcert_cli.catalog.claims import check, measured, results_about
-from patchcert_cli.catalog.find import Resolved
-from patchcert_cli.catalog.shelve import write_card
+from patchcert_cli.catalog.add_to_zoo import write_card
+from patchcert_cli.catalog.claims import Results, card_with_results, check_results, results_about
+from patchcert_cli.catalog.resolve import ResolvedModel
 from patchcert_cli.errors import ClaimError, IntegrityError, UsageError
 from patchcert_cli.hub import client
 from patchcert_cli.storage import files
@@ -57,7 +57,7 @@ class Release:
         return {"repo": self.repo, "model": self.card.name, "files": rows, "claims": claims, "evidence": list(self.evidence)}
 
 
-def prepare(found: Resolved, repo: str | None, results: Mapping[str, Mapping[str, Any]], places: Sequence[Path] = ()) -> Release:
+def prepare(found: ResolvedModel, repo: str | None, results: Results, places: Sequence[Path] = ()) -> Release:
     """What a push of this model would send; asks no network.
 
     A zoo folder brings its measurements along. For a training run they are ``results``, by the path of their ``result.json``, or
@@ -73,18 +73,18 @@ def prepare(found: Resolved, repo: str | None, results: Mapping[str, Mapping[str
         raise IntegrityError(f"'{found.folder}' has no model card ({files.CARD}).", hint="Train it again with the same command.")
     repo = repo or card.hub.repo
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo):
-        raise UsageError(f"--to '{repo}' is no repository;", hint="use organization/name.")
+        raise UsageError(f"--to '{repo}' is no repository.", hint="Use organization/name.")
     if card.status == "unreliable":
         raise ClaimError(f"{card.name} is marked unreliable: {card.reason}.")
     contents: dict[str, bytes | Path] = {}
     if card.results and not results:
-        check(card, found.folder)
-        evidence = [f"{found.folder / files.LEDGER}"]
+        check_results(card, found.folder)
+        evidence = [f"{found.folder / files.PUBLISHED_RECORDS}"]
     else:
         results = results or results_about(found, list(places))
-        card, packed = measured(found, results)
+        card, packed = card_with_results(found, results)
         assert packed is not None
-        contents[files.LEDGER] = packed
+        contents[files.PUBLISHED_RECORDS] = packed
         evidence = list(results)
     card = replace(card, hub=Hub(repo))
     for name in card.files:
@@ -112,9 +112,9 @@ def publish(release: Release, *, create_pr: bool = False, private: bool = False)
     message = f"{release.card.name}: weights, card and records of every test image"
     done = client.push(release.repo, release.contents, message, create_pr=create_pr, private=private)
     if done.request is None:
-        packed = release.contents.get(files.LEDGER)
+        packed = release.contents.get(files.PUBLISHED_RECORDS)
         if isinstance(packed, bytes):
-            files.write_atomically(release.source / files.LEDGER, packed)
+            files.write_atomically(release.source / files.PUBLISHED_RECORDS, packed)
         write_card(release.source, replace(release.card, hub=Hub(release.repo, done.commit)))
     return done
 

@@ -100,7 +100,7 @@ class Axis:
 class Cover:
     """The cells that each location touches: those in a touched row and a touched column.
 
-    Locations are numbered row by row, as :meth:`patchcert_cli.threats.Threat.atoms` lists them; the attacker has
+    Locations are numbered row by row, as :meth:`patchcert_cli.threats.Threat.locations` lists them; the attacker has
     ``budget`` of them.
     """
 

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli import checkpoint, models
-from patchcert_cli.catalog import find
-from patchcert_cli.classifiers import own_code
+from patchcert_cli.catalog import resolve
+from patchcert_cli.classifiers import user_code
 from patchcert_cli.data import class_names
 from patchcert_cli.data.class_names import Names
 from patchcert_cli.data.resize_crop import ResizeCrop
@@ -107,20 +107,20 @@ def open_(
         DataError: ``classes`` is no list of names.
         MachineError: timm is not installed.
     """
-    from patchcert_cli.classifiers import doors
+    from patchcert_cli.classifiers import loaders
 
     if address.startswith(TIMM):
         found = _timm(address, weights)
     elif address.startswith(HUB):
         found = _repository(address, weights)
     elif address.startswith(TORCHVISION):
-        found = doors.torchvision(address, weights, download=download)
+        found = loaders.torchvision(address, weights, download=download)
     elif address.startswith(ONNX) and typed:
-        found = doors.onnx(address, Path(address.removeprefix(ONNX)), weights)
+        found = loaders.onnx(address, Path(address.removeprefix(ONNX)), weights)
     elif (match := OWN.fullmatch(address)) is not None and typed:
-        found = doors.own(address, match["module"], match["function"], weights)
+        found = loaders.user(address, match["module"], match["function"], weights)
     else:
-        raise UsageError(f"'{address}' is no address of a classifier;", hint=f"use {FORMS}.")
+        raise UsageError(f"'{address}' is no address of a classifier.", hint=f"Use {FORMS}.")
     if classes is not None:
         found = replace(found, names=timm.imagenet_labels() if classes == "imagenet" else class_names.read(Path(classes)))
     return replace(found, network=found.network.eval())
@@ -140,21 +140,19 @@ def outputs(classifier: Classifier, shape: Sequence[int], device: str = "cpu") -
     except PatchcertError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as problem:
-        raise MachineError(f"out of memory {said};", hint="use a machine with more memory.") from problem
+        raise MachineError(f"out of memory {said}.", hint="Use a machine with more memory.") from problem
     except Exception as problem:  # anybody's code can raise anything
-        raise IntegrityError(
-            f"{name} fails {said}: {own_code.line(problem)}.", hint="PATCHCERT_DEBUG=1 shows where."
-        ) from problem
+        raise IntegrityError(f"{name} fails {said}: {user_code.line(problem)}.", hint=user_code.SHOW) from problem
     if not isinstance(logits, Tensor):
         raise IntegrityError(
-            f"{name} returns {type(logits).__name__} {said};", hint="it must return one tensor of logits [B, K]."
+            f"{name} returns {type(logits).__name__} {said}.", hint="It must return one tensor of logits [B, K]."
         )
     if logits.ndim != 2 or len(logits) != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
         raise IntegrityError(
-            f"{name} returns {logits.dtype} of shape {tuple(logits.shape)} {said};", hint="it must return logits [B, K], K >= 2."
+            f"{name} returns {logits.dtype} of shape {tuple(logits.shape)} {said}.", hint="It must return logits [B, K], K >= 2."
         )
     if not bool(logits.isfinite().all()):
-        raise IntegrityError(f"{name} answers NaN or infinity {said};", hint="its weights or its preprocessing are broken.")
+        raise IntegrityError(f"{name} answers NaN or infinity {said}.", hint="Its weights or its preprocessing are broken.")
     return int(logits.shape[1])
 
 
@@ -180,8 +178,8 @@ def beginning(address: str, weights: str | None, *, fetch: bool = True) -> Begin
     """
     if not address.startswith((TIMM, HUB)):
         raise UsageError(
-            f"'{address}' cannot be trained: what is trained is rebuilt from a configuration, which can name no code;",
-            hint="train it yourself, then certify it with --weights, or use timm:NAME.",
+            f"'{address}' cannot be trained: what is trained is rebuilt from a configuration, which can name no code.",
+            hint="Train it yourself, then certify it with --weights, or use timm:NAME.",
         )
     if address.startswith(HUB):
         repo, revision, source = _of_repository(address)
@@ -191,13 +189,13 @@ def beginning(address: str, weights: str | None, *, fetch: bool = True) -> Begin
         repo = source.repo
     options = source.options()
     if "arguments" in options:
-        raise UsageError(f"'{address}' has arguments of its own, which no recipe spells out;", hint="use timm:NAME.")
+        raise UsageError(f"'{address}' has arguments of its own, which no recipe spells out.", hint="Use timm:NAME.")
     if weights == RANDOM:
         return Beginning(options, source)
     if weights is not None:
         return Beginning(options | {"weights": weights, "weights_sha256": _digest_of(Path(weights))}, source)
     if not repo:
-        raise UsageError(f"no weights are published for {address};", hint="say --weights FILE.safetensors, or --weights none.")
+        raise UsageError(f"no weights are published for {address}.", hint="Use --weights FILE.safetensors, or --weights none.")
     if not fetch:
         return Beginning(options | {"weights": repo + (f"@{revision}" if revision else "")}, source)
     commit, folder = _fetch(repo, revision or None, [files.WEIGHTS], "Or begin with random weights: --weights none")
@@ -213,7 +211,7 @@ def begin_with(network: nn.Module, options: Mapping[str, Any]) -> None:
     """
     assert isinstance(network, Prepared)
     where, source = str(options["weights"]), timm.facts(str(options["architecture"]))
-    match = None if Path(where).is_file() else find.ADDRESS.fullmatch(where)
+    match = None if Path(where).is_file() else resolve.ADDRESS.fullmatch(where)
     if match is None:
         path = Path(where)
     else:
@@ -249,11 +247,11 @@ def _timm(address: str, weights: str | None) -> Classifier:
     name, _, revision = address.removeprefix(TIMM).partition("@")
     source = timm.facts(name)
     if source.outputs < 2:
-        raise UsageError(f"{address} gives no classes: it has {source.outputs} outputs;", hint="name weights of a classifier.")
+        raise UsageError(f"{address} gives no classes: it has {source.outputs} outputs.", hint="Name weights of a classifier.")
     if weights is not None:
         return _given(address, source, weights)
     if not source.repo:
-        raise UsageError(f"timm has no published weights for {name};", hint="give some: --weights FILE.safetensors")
+        raise UsageError(f"timm has no published weights for {name}.", hint="Give some: --weights FILE.safetensors")
     commit, folder = _fetch(source.repo, revision or None, [files.WEIGHTS])
     pin = "" if revision == commit else f"; pin it with {TIMM}{name}@{commit}"
     return _published(address, source, commit, folder, pin)
@@ -270,14 +268,14 @@ def _repository(address: str, weights: str | None) -> Classifier:
 
 def _of_repository(address: str) -> tuple[str, str, timm.Facts]:
     """Name and revision of a repository on the Hub, and what its configuration says, which is to be in timm's format."""
-    match = find.ADDRESS.fullmatch(address.removeprefix(HUB))
+    match = resolve.ADDRESS.fullmatch(address.removeprefix(HUB))
     if match is None or not match["revision"]:
-        raise UsageError(f"'{address}' names no revision;", hint="what is computed with is pinned: hf-hub:ORG/REPO@COMMIT.")
+        raise UsageError(f"'{address}' names no revision.", hint="Pin one: hf-hub:ORG/REPO@COMMIT")
     repo, revision = match["repo"], match["revision"]
     _, folder = _fetch(repo, revision, [files.CONFIG])
     said = files.read_json(folder / files.CONFIG)
     if "defense" in said:
-        raise UsageError(f"{repo} is a model of patchcert;", hint=f"say: {repo}@{revision}")
+        raise UsageError(f"{repo} is a model of patchcert.", hint=f"Use {repo}@{revision}.")
     architecture, inner = said.get("architecture"), said.get("pretrained_cfg")
     if not isinstance(architecture, str):
         raise IntegrityError(f"{files.CONFIG} of {repo} names no architecture of timm.", hint=f"Use {FORMS}.")
@@ -287,7 +285,7 @@ def _of_repository(address: str) -> tuple[str, str, timm.Facts]:
         facts = {**(inner if isinstance(inner, Mapping) else said), **more}
         return repo, revision, replace(timm.described(architecture, facts, said.get("model_args")), repo=repo)
     except (AttributeError, KeyError, TypeError, ValueError) as problem:
-        said_ = f"{files.CONFIG} of {repo} does not describe a network of timm: {own_code.line(problem)}."
+        said_ = f"{files.CONFIG} of {repo} does not describe a network of timm: {user_code.line(problem)}."
         raise IntegrityError(said_) from problem
 
 
@@ -295,8 +293,9 @@ def _fetch(repo: str, revision: str | None, names: list[str], otherwise: str = A
     try:
         return client.fetch_unlisted(repo, revision, names, hint=otherwise)
     except HubError as problem:
-        said = str(problem)
-        raise HubError(said if otherwise in said else f"{said} {otherwise}") from problem
+        if problem.hint == otherwise:
+            raise
+        raise HubError(problem.message, hint=f"{problem.hint} {otherwise}".lstrip()) from problem
 
 
 def _published(address: str, source: timm.Facts, commit: str, folder: Path, pin: str) -> Classifier:
@@ -320,7 +319,7 @@ def _current(source: timm.Facts, network: Prepared, tensors: dict[str, Tensor], 
     try:
         return timm.converted(source, tensors)
     except (RuntimeError, KeyError, ValueError, TypeError) as problem:
-        raise IntegrityError(f"{misfit}: {own_code.line(problem)}.") from problem
+        raise IntegrityError(f"{misfit}: {user_code.line(problem)}.") from problem
 
 
 def _given(address: str, source: timm.Facts, weights: str) -> Classifier:

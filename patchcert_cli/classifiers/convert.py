@@ -56,7 +56,7 @@ def read(path: Path, key: str | None = None) -> Found:
         where, held, key = f"{where}.{inner}" if where else inner, held[inner], None
     if not isinstance(held, Mapping) or not any(isinstance(value, Tensor) for value in held.values()):
         raise UsageError(
-            f"'{path}' holds no state dict, but {_kind(content)};", hint="save model.state_dict(), then convert that."
+            f"'{path}' holds no state dict, but {_kind(content)}.", hint="Save model.state_dict(), then convert that."
         )
     if where:
         notes.append(f"taken from its entry {where}")
@@ -79,7 +79,7 @@ def load(path: Path, content: bytes | None = None) -> Any:
     """
     content = files.read(path) if content is None else content
     if content[8:9] == b"{" and int.from_bytes(content[:8], "little") < len(content):
-        raise UsageError(f"'{path}' is a safetensors file already;", hint=f"give it as it is: --weights {path}.")
+        raise UsageError(f"'{path}' is a safetensors file already.", hint=f"Give it as it is: --weights {path}.")
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as problem:  # damaged files raise anything
@@ -88,8 +88,8 @@ def load(path: Path, content: bytes | None = None) -> Any:
         if "GLOBAL" in said or "weights_only" in said.lower() or "TorchScript" in said:
             what = f"objects of a program ({code})" if code else "objects of a program"
             raise IntegrityError(
-                f"'{path}' holds {what}, not only tensors: nothing of it was run;",
-                hint="save model.state_dict() where that program is at home, then convert that.",
+                f"'{path}' holds {what}, not only tensors: nothing of it was run.",
+                hint="Save model.state_dict() where that program is at home, then convert that.",
             ) from problem
         raise IntegrityError(f"'{path}' is no intact file of torch.save ({type(problem).__name__}).") from problem
 
@@ -111,7 +111,7 @@ def check(to: Path, *, force: bool = False) -> None:
     if to.suffix != ".safetensors":
         raise UsageError(f"--to '{to}' must end in .safetensors.")
     if to.exists() and not (force and to.is_file()):
-        raise DataError(f"'{to}' exists;", hint="use another --to, or --force to replace it.")
+        raise DataError(f"'{to}' exists.", hint="Use another --to, or --force to replace it.")
 
 
 def _inner(path: Path, held: Any, key: str | None) -> str | None:
@@ -121,10 +121,10 @@ def _inner(path: Path, held: Any, key: str | None) -> str | None:
     inside = [str(name) for name, value in held.items() if isinstance(value, Mapping) and name in (*WRAPPERS, *AVERAGES)]
     if key is not None:
         if not isinstance(held.get(key), Mapping):
-            raise UsageError(f"'{path}' has no entry '{key}' with weights;", hint=f"it has {', '.join(map(str, held))[:200]}.")
+            raise UsageError(f"'{path}' has no entry '{key}' with weights.", hint=f"It has {', '.join(map(str, held))[:200]}.")
         return key
     if len(inside) > 1:
-        raise UsageError(f"'{path}' holds weights as {' and as '.join(inside)};", hint=f"say which: --key {inside[0]}")
+        raise UsageError(f"'{path}' holds weights as {' and as '.join(inside)}.", hint=f"Choose one: --key {inside[0]}")
     return inside[0] if inside else None
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from patchcert_cli.cli import show
-from patchcert_cli.cli.opening import (
+from patchcert_cli.cli.loading import (
     ClassesOption,
     DefenseOption,
     LabelsOption,
@@ -16,8 +16,8 @@ from patchcert_cli.cli.opening import (
     PassesOption,
     ThresholdOption,
     WeightsOption,
-    open_glance,
-    open_plan,
+    open_sample,
+    open_task,
     wish_of,
 )
 from patchcert_cli.cli.options import (
@@ -45,7 +45,7 @@ from patchcert_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from patchcert_cli.attacks.base import Attack
-    from patchcert_cli.evaluation.plan import Plan
+    from patchcert_cli.evaluation.task import EvaluationTask
 
 EXAMPLES = (
     "Examples:  patchcert attack mnist-ibp-p5 --patch 5 --limit 500   |   patchcert attack runs/x --threat sparse --k 4"
@@ -138,7 +138,7 @@ def attack(
     """
     chosen = threat_from(threat=threat, patch=patch, k=k, unit=unit)
     wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
-    wish = wish_of(**wanted, labels=labels, dry_run=dry_run, download=download, threshold=threshold)
+    request = wish_of(**wanted, labels=labels, dry_run=dry_run, download=download, threshold=threshold)
     if max_seconds is not None and not max_seconds > 0:
         raise UsageError(f"--max-seconds {max_seconds:g} must be more than 0.")
 
@@ -147,7 +147,7 @@ def attack(
     _check_options(saved, searching, pasting)
 
     from patchcert_cli.defenses.base import Claim
-    from patchcert_cli.evaluation import evaluate, outlook, results
+    from patchcert_cli.evaluation import estimate, evaluate, results
     from patchcert_cli.reporting import text
 
     def claims(own: str, shape: tuple[int, int, int]) -> list[Claim]:
@@ -155,18 +155,18 @@ def attack(
 
     given: Any = {"dataset": dataset, "data_dir": data_dir, "limit": limit, "batch_size": batch_size, "device": device}
     if dry_run:
-        plan, full = open_glance(model, claims, wish, seed=seed, **given)
-        attacker, settings = _attacker(plan, saved, pasting if saved else searching, seed)
-        folder = out or plan.folder("attack", {"attack": settings, "joined": join})
+        task, full = open_sample(model, claims, request, seed=seed, **given)
+        attacker, settings = _attacker(task, saved, pasting if saved else searching, seed)
+        folder = out or task.folder("attack", {"attack": settings, "joined": join})
         with show.progress() as progress:
-            value = outlook.evaluation(plan, folder, attacker, full, join=join, progress=progress)
+            value = estimate.evaluation(task, folder, attacker, full, join=join, progress=progress)
         show.result(text.plain_rows(value), value, json)
         return
-    plan = open_plan(model, claims, wish, seed=seed, download=download, **given)
-    attacker, settings = _attacker(plan, saved, pasting if saved else searching, seed)
+    task = open_task(model, claims, request, seed=seed, download=download, **given)
+    attacker, settings = _attacker(task, saved, pasting if saved else searching, seed)
     with show.progress() as progress:
         more: Any = {"join": join, "fresh": fresh, "progress": progress, "max_seconds": max_seconds}
-        found = evaluate.attack(plan, attacker, settings, out, **more)
+        found = evaluate.attack(task, attacker, settings, out, **more)
     show.result(text.attack_rows(found), found, json)
     results.check_claim(found)
 
@@ -176,19 +176,19 @@ def _check_options(saved: Path | None, searching: dict[str, Any], pasting: dict[
     strange = [name for name, value in (searching if saved else pasting).items() if value is not None]
     if strange and saved:
         raise UsageError(
-            f"--{strange[0]} is for an attack that searches, and --saved only pastes;", hint="leave one of them out."
+            f"--{strange[0]} is for an attack that searches, and --saved only pastes.", hint="Leave one of them out."
         )
     if strange:
-        raise UsageError(f"--{strange[0]} is about pictures to paste;", hint="say which: --saved FOLDER.")
+        raise UsageError(f"--{strange[0]} is about pictures to paste.", hint="Add --saved FOLDER.")
 
 
-def _attacker(plan: Plan, saved: Path | None, asked: dict[str, Any], seed: int) -> tuple[Attack, dict[str, Any]]:
+def _attacker(task: EvaluationTask, saved: Path | None, asked: dict[str, Any], seed: int) -> tuple[Attack, dict[str, Any]]:
     """The attack that the options name, and what a manifest says of it."""
     from patchcert_cli import attacks
 
     settings = {name: value for name, value in asked.items() if value is not None}
     if saved is None:
-        made = attacks.for_threat(plan.threat, seed=seed, **settings)
+        made = attacks.for_threat(task.threat, seed=seed, **settings)
         return made, settings | {"name": type(made).__name__, "seed": seed}
-    pasted, pictures = attacks.pasted(saved, plan.threat, plan.subject.defense.input_shape, seed=seed, **settings)
+    pasted, pictures = attacks.pasted(saved, task.threat, task.model.defense.input_shape, seed=seed, **settings)
     return pasted, settings | {"name": type(pasted).__name__, "seed": seed, "pictures": pictures}

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import opening, show
-from patchcert_cli.cli.opening import (
+from patchcert_cli.cli import loading, show
+from patchcert_cli.cli.loading import (
     ClassesOption,
     DefenseOption,
     LabelsOption,
@@ -16,8 +16,8 @@ from patchcert_cli.cli.opening import (
     PassesOption,
     ThresholdOption,
     WeightsOption,
-    open_glance,
-    open_plan,
+    open_sample,
+    open_task,
     wish_of,
 )
 from patchcert_cli.cli.options import (
@@ -46,9 +46,9 @@ from patchcert_cli.errors import UsageError
 from patchcert_cli.threats import Threat, parse_patches, patches_of_area
 
 if TYPE_CHECKING:
-    from patchcert_cli.cli.opening import Claims
+    from patchcert_cli.cli.loading import Claims
     from patchcert_cli.defenses.base import Claim
-    from patchcert_cli.evaluation.subjects import Wish
+    from patchcert_cli.evaluation.models import DefenseRequest
 
 EXAMPLES = (
     "Examples:  patchcert certify --patch 5   |   patchcert certify --patch 1..10 --plot curve.png"
@@ -165,33 +165,33 @@ def certify(
     claims = _claims(_methods(condition, bounds), patch, patch_area, threat, k, unit)
     wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
     compare = plot_thresholds is not None
-    wish = wish_of(**wanted, labels=labels, dry_run=dry_run, download=download, threshold=threshold, compare=compare)
+    request = wish_of(**wanted, labels=labels, dry_run=dry_run, download=download, threshold=threshold, compare=compare)
     _check_pictures(image, {"--plot": plot, "--plot-thresholds": plot_thresholds}, map_)
     if image is None and resize:
-        raise UsageError("--resize goes with --image;", hint="the pictures of a folder are always made to fit.")
+        raise UsageError("--resize goes with --image.", hint="The pictures of a folder are always made to fit.")
     if image is not None:
         folder = {"--limit": limit, "--batch-size": batch_size, "--out": out}
         switches = {"--dry-run": dry_run, "--fresh": fresh}
         _check_alone(
             *(flag for flag, value in folder.items() if value is not None), *(flag for flag, on in switches.items() if on)
         )
-        _certify_picture(model, claims, wish, dataset, device, image, resize, map_, json)
+        _certify_picture(model, claims, request, dataset, device, image, resize, map_, json)
         return
 
-    from patchcert_cli.evaluation import evaluate, outlook
+    from patchcert_cli.evaluation import estimate, evaluate
     from patchcert_cli.reporting import plots, text
 
     given: Any = {"dataset": dataset, "data_dir": data_dir, "limit": limit, "batch_size": batch_size, "device": device}
     if dry_run:
-        plan, full = open_glance(model, claims, wish, seed=seed, **given)
+        task, full = open_sample(model, claims, request, seed=seed, **given)
         with show.progress() as progress:
-            value = outlook.evaluation(plan, out or plan.folder("certify", {}), None, full, progress=progress)
+            value = estimate.evaluation(task, out or task.folder("certify", {}), None, full, progress=progress)
         show.result(text.plain_rows(value), value, json)
         return
-    plan = open_plan(model, claims, wish, seed=seed, download=download, **given)
+    task = open_task(model, claims, request, seed=seed, download=download, **given)
     with show.progress() as progress:
-        found = evaluate.certify(plan, out, fresh=fresh, progress=progress)
-    show.say("\n".join(filter(None, dict.fromkeys(plan.subject.defense.remark(claim.threat) for claim in plan.claims))))
+        found = evaluate.certify(task, out, fresh=fresh, progress=progress)
+    show.say("\n".join(filter(None, dict.fromkeys(task.model.defense.remark(claim.threat) for claim in task.claims))))
     found |= {} if patch_area is None else {"patch_area": patch_area}
     if plot is not None:
         plots.plot(text.claim_list(found), plot, title=text.plot_title(found), area=patch_area)
@@ -221,7 +221,7 @@ def _claims(
 def _certify_picture(
     model: str | None,
     claims: Claims,
-    wish: Wish,
+    request: DefenseRequest,
     dataset: str | None,
     device: str,
     image: Path,
@@ -230,22 +230,22 @@ def _certify_picture(
     json: str | None,
 ) -> None:
     from patchcert_cli import device as devices
-    from patchcert_cli.evaluation import single
+    from patchcert_cli.evaluation import single_image
     from patchcert_cli.reporting import plots, text
 
     place = devices.resolve(device)
-    candidate = opening.found(model, dataset, wish, place)
+    candidate = loading.found(model, dataset, request, place)
     resize_crop = candidate.meant(dataset or "", image)
     shape = (candidate.channels, *resize_crop.size)
     meant = claims(candidate.threat, shape)
-    subject = candidate.subject(shape, [claim.threat for claim in meant], place)
-    show.say("\n".join(subject.notes))
+    evaluated = candidate.evaluated(shape, [claim.threat for claim in meant], place)
+    show.say("\n".join(evaluated.notes))
     with show.progress() as progress:
         more: Any = {"resize_crop": resize_crop, "resize": resize, "mapped": map_to is not None, "progress": progress}
-        found = single.certify(subject, image, meant, **more)
+        found = single_image.certify(evaluated, image, meant, **more)
     values = found.values
     if map_to is not None and found.margins is not None:
-        plots.single_map(values, found.pixels, found.margins, map_to, unit=subject.defense.unit)
+        plots.single_map(values, found.pixels, found.margins, map_to, unit=evaluated.defense.unit)
         values |= {"map": str(map_to)}
         found.notes.append(f"drew {map_to}")
     show.say("\n".join(found.notes))
@@ -256,14 +256,14 @@ def _methods(condition: str | None, bounds: str | None) -> list[str | None]:
     """The proofs that --condition or --bounds names; None is the defense's best."""
     if bounds is not None:
         if condition is not None:
-            raise UsageError("--condition is for votes and --bounds for networks;", hint="give one of them.")
+            raise UsageError("--condition is for votes and --bounds for networks.", hint="Give one of them.")
         if bounds not in (*BOUNDS, "all"):
-            raise UsageError(f"no bounds '{bounds}';", hint=f"use one of {', '.join(BOUNDS)}, or all.")
+            raise UsageError(f"no bounds '{bounds}'.", hint=f"Use one of {', '.join(BOUNDS)}, or all.")
         return ["interval", "linear"] if bounds == "all" else [bounds]
     if condition is None:
         return [None]
     if condition not in (*CONDITIONS, "all"):
-        raise UsageError(f"no condition '{condition}';", hint=f"use one of {', '.join(CONDITIONS)}, or all.")
+        raise UsageError(f"no condition '{condition}'.", hint=f"Use one of {', '.join(CONDITIONS)}, or all.")
     return list(CONDITIONS) if condition == "all" else [condition]
 
 
@@ -271,7 +271,7 @@ def _threats(patch: str | None, area: int | None, threat: str | None, k: int | N
     """What --patch, --threat and --k name; empty if --patch-area or the model's own threat is meant."""
     if area is not None:
         if patch is not None or k is not None or threat not in (None, "patch"):
-            raise UsageError("--patch-area describes every shape itself;", hint="leave --patch, --threat and --k out.")
+            raise UsageError("--patch-area describes every shape itself.", hint="Leave --patch, --threat and --k out.")
         if area < 1:
             raise UsageError(f"--patch-area {area} must be 1 or more.")
         return []
@@ -285,7 +285,7 @@ def _threats(patch: str | None, area: int | None, threat: str | None, k: int | N
 def _check_alone(*given: str) -> None:
     """Refuse options of a whole data set that were given with one picture."""
     if given:
-        raise UsageError(f"{given[0]} does not go with --image;", hint="it is about one picture: leave one of them out.")
+        raise UsageError(f"{given[0]} does not go with --image.", hint="It is about one picture: leave one of them out.")
 
 
 def _check_pictures(image: Path | None, drawings: dict[str, Path | None], map_: Path | None) -> None:
@@ -293,7 +293,7 @@ def _check_pictures(image: Path | None, drawings: dict[str, Path | None], map_: 
     from patchcert_cli.reporting import plots
 
     if map_ is not None and image is None:
-        raise UsageError("--map draws one picture;", hint="say which: --image FILE.")
+        raise UsageError("--map draws one picture.", hint="Add --image FILE.")
     if image is not None:
         _check_alone(*(flag for flag, path in drawings.items() if path is not None))
     for path in filter(None, (*drawings.values(), map_)):

@@ -1,4 +1,4 @@
-"""The command line: parse, call one library function, print. Every error is one line and a documented exit code."""
+"""The command line: parse, call one library function, print. An error is a line, a hint, and a documented exit code."""
 
 from __future__ import annotations
 
@@ -63,11 +63,13 @@ def run() -> None:
         except OSError as problem:
             if problem.errno != errno.ENAMETOOLONG:  # of what is read, wherever it is looked for
                 raise
-            _fail(UsageError(f"the name of a file is too long: '{str(problem.filename)[:60]}...';", hint="check what was typed."))
+            _fail(UsageError(f"the name of a file is too long: '{str(problem.filename)[:60]}...'.", hint="Check what was typed."))
 
 
 def _fail(problem: PatchcertError) -> NoReturn:
-    typer.echo(f"error[{problem.code}]: {problem}", err=True)
+    typer.echo(f"error[{problem.code}]: {problem.message}", err=True)
+    if problem.hint:
+        typer.echo(f"hint: {problem.hint}", err=True)
     sys.exit(problem.code)
 
 

@@ -144,20 +144,20 @@ def threat_from(*, threat: str | None, patch: str | None, k: int | None, unit: s
     """The threat model that the options name, or None if the model's own is meant."""
     if threat is not None and ":" in threat:
         if patch is not None or k is not None or unit is not None:
-            raise UsageError(f"--threat {threat} is complete;", hint="leave --patch, --k and --unit out.")
+            raise UsageError(f"--threat {threat} is complete.", hint="Leave --patch, --k and --unit out.")
         return parse_threat(threat)
     if threat is not None and threat not in KINDS:
         raise UnsupportedThreat(f"no threat '{threat}'.", hint=f"Use one of: {', '.join(KINDS)}.")
     if threat == "patches":
-        raise UsageError("--threat patches does not say how many, or how large;", hint="say --threat patches:2:5x5.")
+        raise UsageError("--threat patches does not say how many, or how large.", hint="Use --threat patches:2:5x5.")
     if unit is not None and unit not in UNITS:
-        raise UsageError(f"invalid unit '{unit}':", hint=f"use one of {', '.join(UNITS)}.")
+        raise UsageError(f"invalid unit '{unit}'.", hint=f"Use one of {', '.join(UNITS)}.")
     if patch is not None and (threat == "sparse" or k is not None):
-        raise UsageError("--patch and --k describe different attackers;", hint="give one of them.")
+        raise UsageError("--patch and --k describe different attackers.", hint="Give one of them.")
     if k is not None and threat == "patch":
-        raise UsageError("--k does not go with --threat patch;", hint="use --threat sparse, or --patch.")
+        raise UsageError("--k does not go with --threat patch.", hint="Use --threat sparse, or --patch.")
     if unit is not None and (patch is not None or threat == "patch"):
-        raise UsageError("--unit goes with --k only;", hint="a patch always changes whole pixels.")
+        raise UsageError("--unit goes with --k only.", hint="A patch always changes whole pixels.")
     if patch is not None:
         return parse_patch(patch)
     if k is None:
@@ -170,12 +170,10 @@ def threat_from(*, threat: str | None, patch: str | None, k: int | None, unit: s
 def own_threat(own: str, *, threat: str | None, unit: str | None) -> Threat:
     """The threat model that a model was trained for, if it is of the kind asked for."""
     if not own:
-        raise UsageError("a plain classifier is made for no threat;", hint="say which one is meant: --patch 32, or --patch 2%.")
+        raise UsageError("a plain classifier is made for no threat.", hint="Choose one: --patch 32, or --patch 2%.")
     meant = parse_threat(own)
     if (threat is not None and meant.kind != threat) or (unit is not None and not isinstance(meant, Sparse)):
-        raise UsageError(
-            f"this model's own threat is {meant};", hint="say which one is meant: --patch 5, or --threat sparse --k 10."
-        )
+        raise UsageError(f"this model's own threat is {meant}.", hint="Choose one: --patch 5, or --threat sparse --k 10.")
     return Sparse(meant.k, unit) if unit is not None and isinstance(meant, Sparse) else meant
 
 

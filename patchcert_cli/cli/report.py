@@ -29,11 +29,11 @@ def zoo(
 
     It is made from the model cards alone. The page stands for itself: it loads nothing, and opens without a server.
     """
-    from patchcert_cli.catalog import shelf
+    from patchcert_cli.catalog import bundled
     from patchcert_cli.errors import UsageError
     from patchcert_cli.reporting import site
 
-    found = shelf.bundled(dataset=dataset)
+    found = bundled.cards(dataset=dataset)
     if not found:
-        raise UsageError("there is no model to report on;", hint="see: patchcert zoo list")
+        raise UsageError("there is no model to report on.", hint="See: patchcert zoo list")
     typer.echo(site.write(found.values(), out, force=force))

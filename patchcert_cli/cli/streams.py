@@ -91,4 +91,4 @@ def require_stdout() -> None:
         MachineError: stdout is closed.
     """
     if sys.stdout is None:
-        raise MachineError("stdout is closed, and results go there;", hint="to do without them add >/dev/null.")
+        raise MachineError("stdout is closed, and results go there.", hint="Add >/dev/null if you do not need them.")

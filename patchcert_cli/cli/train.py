@@ -143,17 +143,17 @@ def train(
 
     from patchcert_cli import device as devices
     from patchcert_cli.reporting import text
-    from patchcert_cli.training import estimate, session
+    from patchcert_cli.training import estimate, run
 
     folder = out or Path("runs") / made.name
     if dry_run:
-        session.check(made)
+        run.check(made)
         cost = estimate.training(made, data_dir=data_dir, device=devices.resolve(device))
         value = {**made.to_dict(), **cost, "out": str(folder)}
         show.result(text.plain_rows(value), value, json)
         return
     with show.progress() as progress:
-        found = session.run(
+        found = run.train(
             made,
             folder,
             data_dir=data_dir,
@@ -178,22 +178,22 @@ def _recipe(
 ) -> Recipe:
     """The recipe that the options name, whole and validated; ``given`` are its own fields, ``pairs`` what is in its tables."""
     from patchcert_cli.training import recipe as recipes
-    from patchcert_cli.training import session
+    from patchcert_cli.training import run
 
     if name is not None:
-        basis = session.recipe_of(name)
+        basis = run.recipe_of(name)
         given |= {} if threat is None else {"threat": str(threat)}
     elif threat is not None:
         basis = recipes.for_threat(threat, given.get("defense", "ibp"), given.get("dataset"))
     else:
-        raise UsageError("no threat model given;", hint="use --patch 5, or --threat sparse --k 10, or --recipe NAME.")
+        raise UsageError("no threat model given.", hint="Use --patch 5, or --threat sparse --k 10, or --recipe NAME.")
     basis = _begun(basis, given, model, weights, fetch=fetch)
     if given.get("limit") and "validation" not in given:
         given["validation"] = min(basis.validation, max(1, given["limit"] // 10))
     tables = {"network_options": basis.network_options, "options": basis.options}
     given |= {table: values | pairs[table] for table, values in tables.items()}
     given |= {"start_sha256": ""} if "start" in given else {}
-    return session.started(replace(basis, **given).validate().fitted())
+    return run.started(replace(basis, **given).validate().fitted())
 
 
 def _begun(basis: Recipe, given: dict[str, Any], model: str | None, weights: str | None, *, fetch: bool) -> Recipe:
@@ -207,10 +207,10 @@ def _begun(basis: Recipe, given: dict[str, Any], model: str | None, weights: str
 
     dataset = str(given.get("dataset", basis.dataset))
     if model is None and weights is not None:
-        raise UsageError("--weights goes with --model;", hint="say which network they are of: --model timm:NAME.")
+        raise UsageError("--weights goes with --model.", hint="Name their network: --model timm:NAME.")
     if model is not None:
         if "network" in given:
-            raise UsageError("--model and --network both name a network;", hint="give one of them.")
+            raise UsageError("--model and --network both name a network.", hint="Give one of them.")
         found = addresses.beginning(model, weights, fetch=fetch)
         dataset = datasets.fitted(dataset, found.source.resize_crop)
         basis = replace(basis, network="timm", network_options=found.options, **FINE_TUNING)
@@ -229,6 +229,6 @@ def _pairs(texts: list[str] | None, flag: str) -> dict[str, Any]:
     for text in texts or []:
         name, equals, value = text.partition("=")
         if not equals or not name or not value:
-            raise UsageError(f"{flag} '{text}' cannot be read;", hint=f"use NAME=VALUE, for example {flag} epochs=3.")
+            raise UsageError(f"{flag} '{text}' cannot be read.", hint=f"Use NAME=VALUE, for example {flag} epochs=3.")
         pairs[name.replace("-", "_")] = read(value)
     return pairs

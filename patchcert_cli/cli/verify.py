@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from patchcert_cli.cli import show
-from patchcert_cli.cli.opening import open_plan
+from patchcert_cli.cli.loading import open_task
 from patchcert_cli.cli.options import (
     DATA,
     RUN,
@@ -67,24 +67,24 @@ def verify(
     chosen = threat_from(threat=threat, patch=patch, k=k, unit=unit)
 
     from patchcert_cli import attacks
-    from patchcert_cli.cards import ledger
-    from patchcert_cli.catalog import find
-    from patchcert_cli.catalog.claims import check
+    from patchcert_cli.cards.published import PublishedRecords
+    from patchcert_cli.catalog import resolve
+    from patchcert_cli.catalog.claims import check_results
     from patchcert_cli.defenses.base import Claim
     from patchcert_cli.errors import DataError
-    from patchcert_cli.evaluation import verify
+    from patchcert_cli.evaluation import reproduce
     from patchcert_cli.reporting import text
     from patchcert_cli.storage import files
 
-    found = find.resolve(name)
+    found = resolve.resolve(name)
     if records is not None:
-        book = ledger.read(records)
-    elif found.card is None or files.LEDGER not in found.card.files:
-        raise DataError(f"{name} publishes no records to compare with;", hint="name a file of them: --records FILE.")
+        published = PublishedRecords.read(records)
+    elif found.card is None or files.PUBLISHED_RECORDS not in found.card.files:
+        raise DataError(f"{name} publishes no records to compare with.", hint="Name a file of them: --records FILE.")
     else:
-        check(found.card, found.folder)
-        book = ledger.read(found.folder / files.LEDGER)
-    plan = open_plan(
+        check_results(found.card, found.folder)
+        published = PublishedRecords.read(found.folder / files.PUBLISHED_RECORDS)
+    task = open_task(
         name,
         lambda own, _: [Claim(chosen or own_threat(own, threat=threat, unit=unit))],
         dataset=None,
@@ -95,9 +95,11 @@ def verify(
         device=device,
         seed=seed,
     )
-    attacker = attacks.for_threat(plan.threat, seed=seed) if attack else None
+    attacker = attacks.for_threat(task.threat, seed=seed) if attack else None
     settings = {"name": type(attacker).__name__, "seed": seed}
     with show.progress() as progress:
-        outcome = verify.verify(plan, book, attacker, settings, out, limit=attack_limit, fresh=fresh, progress=progress)
+        outcome = reproduce.reproduce(
+            task, published, attacker, settings, out, limit=attack_limit, fresh=fresh, progress=progress
+        )
     show.result(text.verify_rows(outcome), outcome, json)
-    verify.check(outcome)
+    reproduce.check(outcome)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import shelve, verify
+from patchcert_cli.cli import sharing, verify
 from patchcert_cli.cli import show as said
 from patchcert_cli.cli.options import AsJson, print_json
+from patchcert_cli.threats import Guarantee
 
 if TYPE_CHECKING:
     from patchcert_cli.cards import Card
@@ -30,7 +31,6 @@ FIRST = (
     "where",
     "licence",
 )  # in little room
-GUARANTEES = {"recovery": "", "detection": "Certified detection: the answer stays right, or an alarm is raised."}
 NONE = "-"
 
 
@@ -44,19 +44,20 @@ def list_(
 
     Accuracies are measured under the threat that the model was trained against; published is the paper's certified accuracy.
     """
-    from patchcert_cli.catalog import shelf
+    from patchcert_cli.catalog import bundled
 
-    zoo = shelf.bundled_folder()
-    found = [(card, _where(card, zoo)) for card in shelf.bundled(dataset=dataset, threat=threat).values()]
+    zoo = bundled.folder()
+    found = [(card, _where(card, zoo)) for card in bundled.cards(dataset=dataset, threat=threat).values()]
     if as_json:
         print_json([_summary(card, where) for card, where in found])
     elif not found:
         typer.echo("no model fits", err=True)
     else:
-        for guarantee, words in GUARANTEES.items():  # never in one table
+        for guarantee in Guarantee:  # never in one table
             rows = [_row(card, where) for card, where in found if card.guarantee == guarantee]
             if rows:
-                typer.echo(words, nl=bool(words))
+                if guarantee is not Guarantee.RECOVERY:
+                    typer.echo(f"Certified {guarantee}: {guarantee.phrase}.")
                 _print_table(rows)
 
 
@@ -64,9 +65,9 @@ def list_(
 def show(name: Annotated[str, typer.Argument(help="A model of the zoo.", metavar="NAME")], as_json: AsJson = False) -> None:
     """Show a model's card: facts, measured beside published accuracy, command, recipe, provenance, what is proven."""
     from patchcert_cli import cards
-    from patchcert_cli.catalog import shelf
+    from patchcert_cli.catalog import bundled
 
-    card = shelf.bundled_card(name)
+    card = bundled.card(name)
     if as_json:
         print_json(card.to_dict())
     elif sys.stdout.isatty():
@@ -93,12 +94,12 @@ def pull(
     as_json: AsJson = False,
 ) -> None:
     """Fetch a model from the Hub at its pinned commit, or use the cached or bundled copy, and check the sha256 of every file."""
-    from patchcert_cli.catalog import find
+    from patchcert_cli.catalog import resolve
 
-    found = find.pull(name, offline=offline, force=force, revision=revision)
+    found = resolve.pull(name, offline=offline, force=force, revision=revision)
     assert found.card is not None
     if as_json:
-        print_json(find.facts(found))
+        print_json(resolve.facts(found))
         return
     typer.echo(found.note, err=True)
     typer.echo(str(found.folder))
@@ -111,11 +112,11 @@ def remove(
     name: Annotated[str, typer.Argument(help="A model of the zoo, or org/model.", metavar="NAME")], as_json: AsJson = False
 ) -> None:
     """Take a model, all its revisions, out of the Hub's cache. Copies that are bundled with patchcert stay."""
-    from patchcert_cli.catalog import find, shelf
+    from patchcert_cli.catalog import bundled, resolve
     from patchcert_cli.hub import client
 
-    address = find.ADDRESS.fullmatch(name)
-    card = None if address else shelf.bundled_card(name)
+    address = resolve.ADDRESS.fullmatch(name)
+    card = None if address else bundled.card(name)
     repo = card.hub.repo if card else address["repo"] if address else name
     freed = client.remove(repo)
     if as_json:
@@ -126,8 +127,8 @@ def remove(
 
 
 app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
-app.command("add", epilog=shelve.ADD)(shelve.add)
-app.command("push", epilog=shelve.PUSH)(shelve.push)
+app.command("add", epilog=sharing.ADD)(sharing.add)
+app.command("push", epilog=sharing.PUSH)(sharing.push)
 
 
 def _where(card: Card, zoo: Path) -> str:

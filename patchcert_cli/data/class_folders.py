@@ -91,8 +91,8 @@ def scan(folder: Path) -> ClassFolders:
     for name, pictures in zip(classes, found, strict=True):
         if not pictures:
             raise DataError(
-                f"'{folder / name}' has no pictures ({', '.join(image_files.EXTENSIONS)}){skipped_text(skipped)};",
-                hint="every class folder needs some: add, or remove it.",
+                f"'{folder / name}' has no pictures ({', '.join(image_files.EXTENSIONS)}){skipped_text(skipped)}.",
+                hint="Every class folder needs some: add, or remove it.",
             )
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(pictures) for pictures in found]))
     return ClassFolders(folder, classes, [one for pictures in found for one in pictures], labels, skipped)
@@ -111,8 +111,8 @@ def common_size(listing: ClassFolders) -> Size:
             if size != first:
                 one, other = (f"'{listing.path(at)}' is {written(of)}" for at, of in ((0, first), (number, size)))
                 raise DataError(
-                    f"the pictures are of many sizes ({one}, {other}), and nothing says which size the model takes;",
-                    hint=f"say --data imagefolder:{listing.folder}@SIDE, or state it: the attribute size of your module.",
+                    f"the pictures are of many sizes ({one}, {other}), and nothing says which size the model takes.",
+                    hint=f"Use --data imagefolder:{listing.folder}@SIDE, or state it in the attribute size of your module.",
                 )
     return first
 
@@ -128,7 +128,7 @@ def _classes(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
         return tuple(sorted(set(annotated.values()))), annotated
     if not names:
         raise DataError(
-            f"'{folder}' has no class folders;", hint="put the pictures of each class into a sub-folder of their own."
+            f"'{folder}' has no class folders.", hint="Put the pictures of each class into a sub-folder of their own."
         )
     return tuple(names), None
 
@@ -183,7 +183,7 @@ def _annotated(folder: Path) -> dict[str, str]:
         lines = (folder / NOTES).read_text(encoding="utf-8").splitlines()
     pairs = [line.split("\t")[:2] for line in lines if line.strip()]
     if not pairs or any(len(pair) < 2 for pair in pairs):
-        raise DataError(f"'{folder / NOTES}' does not say the class of each picture;", hint="each line is PICTURE, a tab, CLASS.")
+        raise DataError(f"'{folder / NOTES}' does not say the class of each picture.", hint="Each line is PICTURE, a tab, CLASS.")
     return {name: label for name, label in pairs}  # noqa: C416  # mypy does not know that a pair has two
 
 
@@ -193,7 +193,7 @@ def _by_class(annotated: dict[str, str], pictures: Iterable[str], classes: Seque
     for one in pictures:
         name = one.split("\0", 1)[0].rpartition("/")[2]
         if name not in annotated:
-            raise DataError(f"{NOTES} does not say the class of '{name}';", hint="remove the picture, or add its line.")
+            raise DataError(f"{NOTES} does not say the class of '{name}'.", hint="Remove the picture, or add its line.")
         found[annotated[name]].append(one)
     return list(found.values())
 

@@ -31,13 +31,13 @@ def read(path: Path) -> Names:
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         raise DataError(
-            f"--classes '{path}' cannot be read ({type(problem).__name__});",
-            hint="give a text file with one line per output of the model.",
+            f"--classes '{path}' cannot be read ({type(problem).__name__}).",
+            hint="Give a text file with one line per output of the model.",
         ) from problem
     names = tuple(tuple(filter(None, map(str.strip, line.split("\t")))) for line in lines)
     if not names or not all(names):
         at = "it is empty" if not names else f"line {names.index(()) + 1} is empty"
-        raise DataError(f"--classes '{path}': {at};", hint="give one line per output of the model.")
+        raise DataError(f"--classes '{path}': {at}.", hint="Give one line per output of the model.")
     first: dict[str, int] = {}
     for number, one in enumerate(names, 1):
         if (before := first.setdefault(folded(one[0]), number)) != number:
@@ -62,11 +62,11 @@ def match(classes: Sequence[str], outputs: Names, *, data: str, model: str, coun
     remedy += f", or --weights with a {len(classes)}-way head." if len(classes) != count else "."
     if not outputs:
         raise DataError(
-            f"{len(classes)} classes in {data}, and nothing says what the {count} outputs of {model} are called;",
-            hint=f"classes are never matched by position. {remedy}",
+            f"{len(classes)} classes in {data}, and nothing says what the {count} outputs of {model} are called.",
+            hint=f"Classes are never matched by position. {remedy}",
         )
     if len(outputs) != count:
-        raise DataError(f"{len(outputs)} class names, but {model} has {count} outputs;", hint="give one line per output.")
+        raise DataError(f"{len(outputs)} class names, but {model} has {count} outputs.", hint="Give one line per output.")
     exact, loose = _index(outputs, str), _index(outputs, folded)
     found = [sorted(exact.get(name) or loose.get(folded(name)) or ()) for name in classes]
     strange = [name for name, at in zip(classes, found, strict=True) if not at]
@@ -80,13 +80,13 @@ def match(classes: Sequence[str], outputs: Names, *, data: str, model: str, coun
     if several:
         which = " and ".join(outputs[at][0] for at in found[classes.index(several[0])])
         raise DataError(
-            f"class '{several[0]}' of {data} names more than one output of {model}: {which};", hint="rename its folder to one."
+            f"class '{several[0]}' of {data} names more than one output of {model}: {which}.", hint="Rename its folder to one."
         )
     chosen = [at for (at,) in found]
     twice = [name for at, name in zip(chosen, classes, strict=True) if chosen.count(at) > 1]
     if twice:
         raise DataError(
-            f"classes {' and '.join(twice[:2])} of {data} are the same output of {model};", hint="join their folders into one."
+            f"classes {' and '.join(twice[:2])} of {data} are the same output of {model}.", hint="Join their folders into one."
         )
     return chosen
 

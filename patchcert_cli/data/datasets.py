@@ -115,7 +115,7 @@ def info(name: str) -> Dataset:
     if said is None or said == known.resize_crop:
         return known
     if known.resize_crop is None:
-        raise UsageError(f"{base} images are {known.shape[1]}x{known.shape[2]} as they are;", hint=f"say --data {base}.")
+        raise UsageError(f"{base} images are {known.shape[1]}x{known.shape[2]} as they are.", hint=f"Use --data {base}.")
     return replace(known, name=f"{base}@{said}", shape=(3, *said.size), resize_crop=said)
 
 
@@ -147,5 +147,5 @@ def _read(name: str) -> tuple[str, ResizeCrop | None]:
     """``NAME@FRAMING`` in parts."""
     match = re.fullmatch(r"(?P<base>.+?)(?:@(?P<resize_crop>\d[\dx]*(?:/[\dx]*)?(?:,[a-z\d-]+)*))?", name.strip())
     if match is None or match["base"] == OWN:
-        raise UsageError(f"--data '{name}' names no data set;", hint=f"say, for example, cifar10 or {OWN}./val")
+        raise UsageError(f"--data '{name}' names no data set.", hint=f"Use, for example, cifar10 or {OWN}./val.")
     return match["base"], None if match["resize_crop"] is None else ResizeCrop.parse(match["resize_crop"])

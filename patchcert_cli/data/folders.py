@@ -86,7 +86,7 @@ def load(folder: Path, resize_crop: ResizeCrop, *, stores: Sequence[Path], progr
             _pack(listing, wanted, resize_crop, place, progress or Silent())
             found = _opened(place, listing, wanted, resize_crop)
     if found is None:
-        raise MachineError(f"'{place}' vanished while it was made;", hint="run the same command again.")
+        raise MachineError(f"'{place}' vanished while it was made.", hint="Run the same command again.")
     return found
 
 
@@ -131,7 +131,8 @@ def _writable(stores: Sequence[Path]) -> Path:
             if os.access(store, os.W_OK):
                 return store
     raise MachineError(
-        f"cannot write to {' or '.join(map(repr, map(str, stores)))};", hint="the packed pictures must lie somewhere."
+        f"cannot write to {' or '.join(map(repr, map(str, stores)))}.",
+        hint="Set --data-dir or HF_HOME to a folder that can be written.",
     )
 
 
@@ -191,11 +192,11 @@ def _pack(listing: ClassFolders, wanted: dict[str, Any], resize_crop: ResizeCrop
         os.replace(partial, place)  # last: until then the next call finishes this
     except OSError as problem:
         raise MachineError(
-            f"cannot write '{partial}': {problem.strerror or problem};",
-            hint=f"run the same command again: {done} pictures are kept.",
+            f"cannot write '{partial}': {problem.strerror or problem}.",
+            hint=f"Run the same command again: {done} pictures are kept.",
         ) from problem
     except KeyboardInterrupt as problem:
-        raise Interrupted(f"interrupted at {done} of {total} pictures;", hint="resume with the same command.") from problem
+        raise Interrupted(f"interrupted at {done} of {total} pictures.", hint="Resume with the same command.") from problem
     journal.unlink(missing_ok=True)
 
 
@@ -215,13 +216,13 @@ def _refuse(
         paths = [listing.path(number) for number in range(at, min(at + BLOCK, total))]
         bad += [one for one in pool.map(_tried, paths, [resize_crop] * len(paths)) if isinstance(one, DataError)]
         progress.update(min(at + BLOCK, total), total, f"looking for damaged pictures, {len(bad)} so far")
-    said = [str(one.args[0]) for one in bad]
+    said = [one.message for one in bad]
     if len(bad) == 1:
         raise DataError(said[0], hint=f"{REMEDY} it, {AGAIN}") from bad[0]
     for one in said:
-        progress.note(one.removesuffix(";"))
+        progress.note(one)
     named = " ".join(said[:SHOWN]) + (f" And {len(bad) - SHOWN} more." if len(bad) > SHOWN else "")
-    raise DataError(f"{len(bad)} of {total} pictures cannot be used: {named}", hint=f"{REMEDY} them, {AGAIN}") from bad[0]
+    raise DataError(f"{len(bad)} of {total} pictures cannot be used. {named}", hint=f"{REMEDY} them, {AGAIN}") from bad[0]
 
 
 def _described(listing: ClassFolders) -> dict[str, Any]:
@@ -257,8 +258,8 @@ def _check_room(place: Path, need: int, what: str) -> None:
     free = shutil.disk_usage(place.parent).free
     if need > free:
         raise MachineError(
-            f"{what} needs {need / 1e9:.1f} GB in '{place.parent}', where {free / 1e9:.1f} GB are free;",
-            hint="free some space, or make that folder a link to a larger disk.",
+            f"{what} needs {need / 1e9:.1f} GB in '{place.parent}', where {free / 1e9:.1f} GB are free.",
+            hint="Free some space, or make that folder a link to a larger disk.",
         )
 
 
@@ -272,7 +273,7 @@ def _alone(place: Path) -> Iterator[None]:
     with lock:
         if not _locked(lock.fileno()):
             raise MachineError(
-                f"another process is packing '{place}';", hint="wait until it is done, then run the same command again."
+                f"another process is packing '{place}'.", hint="Wait until it is done, then run the same command again."
             )
         yield
 

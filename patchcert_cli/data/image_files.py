@@ -152,7 +152,7 @@ def read(path: Path, resize_crop: ResizeCrop, channels: int = 3, *, resize: bool
     size = size_of(path)
     if not resize and size != resize_crop.size:
         raise DataError(
-            f"'{path}' is {written(size)} (height x width), but the model takes {written(resize_crop.size)};",
+            f"'{path}' is {written(size)} (height x width), but the model takes {written(resize_crop.size)}.",
             hint="--resize makes it fit as the pictures of a folder; the patch is then counted in the pixels of the result.",
         )
     with without_warnings():
@@ -206,7 +206,7 @@ def _opened(path: Path) -> tuple[Any, bool, bool, bool]:
             orientation = _orientation(opened)
             opened.load()
             if opened.mode.startswith(("I", "F")):
-                raise DataError(f"'{path}' has more than 8 bits per channel;", hint="save it as 8-bit PNG or JPEG.")
+                raise DataError(f"'{path}' has more than 8 bits per channel.", hint="Save it as 8-bit PNG or JPEG.")
             grey = opened.mode in ("1", "L", "LA", "La")
             alpha = opened.convert("RGBA") if opened.has_transparency_data else None
             picture: Any = (alpha or opened).convert("RGB")

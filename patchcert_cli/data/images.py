@@ -120,7 +120,7 @@ class Images:
         if count is None or count >= len(self):
             return self
         if count < 1:
-            raise UsageError(f"--limit {count} leaves no image;", hint=f"allowed: 1 to {len(self)}.")
+            raise UsageError(f"--limit {count} leaves no image.", hint=f"Allowed: 1 to {len(self)}.")
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
         return self.take(chosen.sort().values)
 
@@ -277,7 +277,7 @@ def _called(facts: Dataset, split: str, root: Path) -> tuple[str, str]:
 def _in_folders(facts: Dataset, root: Path, split: str, download: bool, progress: Progress | None) -> Images:
     """A data set of pictures in class folders, mapped."""
     if download and facts.path is not None:
-        raise UsageError(f"{facts.name} is a folder of yours;", hint="leave --download out.")
+        raise UsageError(f"{facts.name} is a folder of yours.", hint="Leave --download out.")
     if download:
         hint = _obtain(facts, root / facts.label)
         raise UsageError(f"{facts.label} cannot be downloaded by --download.", hint=hint)

@@ -67,8 +67,8 @@ class ResizeCrop:
         made = None if match is None else cls._read(match["size"], match["scale"], match["marks"].split(",")[1:])
         if made is None:
             raise UsageError(
-                f"'@{text}' cannot be meant:",
-                hint=f"give NAME@SIDE or NAME@SIDE/SHORT, 1 to {LARGEST}, SHORT at least SIDE (or SIDE/SHORT,pad).",
+                f"'@{text}' cannot be meant.",
+                hint=f"Give NAME@SIDE or NAME@SIDE/SHORT, 1 to {LARGEST}, SHORT at least SIDE (or SIDE/SHORT,pad).",
             )
         return made
 

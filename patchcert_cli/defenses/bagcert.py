@@ -2,7 +2,7 @@
 
 A network with a small receptive field scores every class at every cell; a positive score is one vote, and the class with the most
 votes is the answer. A patch reaches the few cells that see it. The deployed network computes without rounding error
-(:mod:`patchcert_cli.layers.exact`), so no vote is ever in doubt, and the proof is exact
+(:mod:`patchcert_cli.layers.fixed_point`), so no vote is ever in doubt, and the proof is exact
 (:mod:`patchcert_cli.certifiers.cells.additive`).
 
 Shapes: B images, C channels, H x W pixels, K classes, N x M cells.

@@ -196,13 +196,13 @@ class Defense(nn.Module, ABC):
         """One claim; see :meth:`certify_each`. A threat model may be given as its text, such as ``patch:5x5``."""
         meant = parse_threat(threat) if isinstance(threat, str) else threat
         if not isinstance(meant, Threat):
-            raise UsageError(f"{type(meant).__name__} is no threat model;", hint="give Patch(5, 5), or its text: 'patch:5x5'.")
+            raise UsageError(f"{type(meant).__name__} is no threat model.", hint="Give Patch(5, 5), or its text: 'patch:5x5'.")
         return self.certify_each(x, [Claim(meant, method)])[0]
 
     def check_method(self, method: str | None) -> None:
         """Raise :class:`UsageError` unless the defense has a proof of this name."""
         if method is not None and method not in self.methods:
-            raise UsageError(f"this defense has no proof '{method}';", hint=f"allowed: {', '.join(self.methods)}.")
+            raise UsageError(f"this defense has no proof '{method}'.", hint=f"Allowed: {', '.join(self.methods)}.")
 
     def remark(self, threat: Threat) -> str:
         """What a user should know about this threat model besides the numbers, in one line; may be empty."""
@@ -218,7 +218,7 @@ class Defense(nn.Module, ABC):
         Raises:
             UsageError: the defense has no margins by location, or the threat is not a patch.
         """
-        raise UsageError("this defense has no margins by location;", hint="--map is for models with votes or masks.")
+        raise UsageError("this defense has no margins by location.", hint="--map is for models with votes or masks.")
 
     def self_test(self) -> None:
         """Check what the proof assumes of the network, when a model is loaded.
@@ -262,13 +262,13 @@ class Defense(nn.Module, ABC):
     def check_input(self, x: Tensor) -> None:
         """Raise :class:`DataError` unless ``x`` is [B, C, H, W] of this model's size with pixels in [0, 1]."""
         if not isinstance(x, Tensor):
-            said = f"images are {type(x).__module__.partition('.')[0]}.{type(x).__name__}, not a tensor;"
-            raise DataError(said, hint="give torch.as_tensor(images), float [B, C, H, W] in [0, 1].")
+            said = f"images are {type(x).__module__.partition('.')[0]}.{type(x).__name__}, not a tensor."
+            raise DataError(said, hint="Give torch.as_tensor(images), float [B, C, H, W] in [0, 1].")
         if x.ndim == 3 and tuple(x.shape) == self.input_shape:
-            raise DataError(f"one image of shape {tuple(x.shape)} is no batch;", hint="give x[None], which is a batch of one.")
+            raise DataError(f"one image of shape {tuple(x.shape)} is no batch.", hint="Give x[None], which is a batch of one.")
         if x.dtype not in (torch.float32, torch.float64):
-            raise DataError(f"images of type {x.dtype};", hint="give float32 in [0, 1]: divide 8-bit images by 255.")
+            raise DataError(f"images of type {x.dtype}.", hint="Give float32 in [0, 1]: divide 8-bit images by 255.")
         if x.ndim != 4 or tuple(x.shape[1:]) != self.input_shape:
-            raise DataError(f"images of shape {tuple(x.shape[1:])} do not fit this model;", hint=f"it takes {self.input_shape}.")
+            raise DataError(f"images of shape {tuple(x.shape[1:])} do not fit this model.", hint=f"It takes {self.input_shape}.")
         if len(x) and not bool(((x >= 0) & (x <= 1)).all()):  # also refuses NaN
-            raise DataError("pixels outside [0, 1];", hint="divide 8-bit images by 255; normalization lives inside the model.")
+            raise DataError("pixels outside [0, 1].", hint="Divide 8-bit images by 255; normalization lives inside the model.")

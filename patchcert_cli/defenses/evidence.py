@@ -24,7 +24,7 @@ from patchcert_cli.certifiers.cells.additive import Proof, Votes
 from patchcert_cli.certifiers.geometry import Axis, Cover
 from patchcert_cli.defenses.base import Claim, Defense, Surrogate
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
-from patchcert_cli.layers import exact, programs
+from patchcert_cli.layers import fixed_point, programs
 from patchcert_cli.layers.programs import Runner
 from patchcert_cli.models.region import RegionScorer
 from patchcert_cli.threats import Patch, Patches, PatchPercent, Sparse, Threat
@@ -88,7 +88,7 @@ class CellDefense(Defense, Generic[Said]):
             certified=proof.margin > 0,
             margin=proof.margin,
             slack=torch.zeros_like(proof.margin),  # whole numbers; what rounding may decide is the attacker's
-            worst=claim.threat.atoms(height, width).to(proof.worst.device)[proof.worst],
+            worst=claim.threat.locations(height, width).to(proof.worst.device)[proof.worst],
             rival=proof.rival,
             threat=claim.threat,
             method=self.title(claim.method or self.methods[0]),
@@ -99,7 +99,7 @@ class CellDefense(Defense, Generic[Said]):
     def margin_map(self, x: Tensor, patch: Threat) -> Tensor:
         self.check_input(x)
         if not isinstance(patch, Patch | PatchPercent):
-            raise UsageError(f"a map needs one patch, not {patch};", hint="use --patch, for example --patch 5.")
+            raise UsageError(f"a map needs one patch, not {patch}.", hint="Use --patch, for example --patch 5.")
         return self.margins(self.count(self.scores(x)), self.cover_of(patch))
 
     def cover_of(self, threat: Threat) -> Cover:
@@ -115,7 +115,7 @@ class CellDefense(Defense, Generic[Said]):
             return self.cover(threat.resolve(height, width))
         if isinstance(threat, Sparse) and threat.unit == "pixel":
             return replace(self.cover(Patch(1, 1)), budget=threat.k)
-        raise UnsupportedThreat(f"votes have no certificate against {threat};", hint="allowed: patches, and sparse pixels.")
+        raise UnsupportedThreat(f"votes have no certificate against {threat}.", hint="Allowed: patches, and sparse pixels.")
 
     @torch.no_grad()
     def self_test(self) -> None:
@@ -156,7 +156,7 @@ class EvidenceDefense(CellDefense[Votes]):
     def prove(self, said: Votes, cover: Cover, claim: Claim) -> Proof:
         method = claim.method or self.methods[0]
         if method == "3.1" and cover.budget > 1:
-            raise UnsupportedThreat(f"condition 3.1 is not for {claim.threat};", hint="it is for one patch or one pixel.")
+            raise UnsupportedThreat(f"condition 3.1 is not for {claim.threat}.", hint="It is for one patch or one pixel.")
         return additive.prove(said, cover, method)
 
     def margins(self, said: Votes, cover: Cover) -> Tensor:
@@ -180,14 +180,14 @@ PIECE = 1 << 25  # activations of one layer that are computed at a time, at most
 
 class RegionDefense(CellDefense[Said]):
     """A classifier whose cells are those of a region scorer, deployed without rounding error
-    (:mod:`patchcert_cli.layers.exact`)."""
+    (:mod:`patchcert_cli.layers.fixed_point`)."""
 
     default_network = "region"
 
     def __init__(self, scorer: RegionScorer, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
         super().__init__(input_shape=input_shape, classes=classes)
         self.scorer = scorer
-        self.deployed = exact.Deployed(scorer)
+        self.deployed = fixed_point.Deployed(scorer)
         self.run = Runner(self.deployed)
 
     @staticmethod
@@ -198,7 +198,7 @@ class RegionDefense(CellDefense[Said]):
         scorer: Any = models.build(network["name"], options)
         if not isinstance(scorer, RegionScorer):
             raise IntegrityError(
-                f"{config.get('defense', 'bagcert')} needs a region scorer, not '{network['name']}';", hint="use network region."
+                f"{config.get('defense', 'bagcert')} needs a region scorer, not '{network['name']}'.", hint="Use network region."
             )
         return scorer
 
@@ -214,7 +214,7 @@ class RegionDefense(CellDefense[Said]):
     def scores(self, x: Tensor) -> Tensor:
         """The scores of all cells as the deployed network computes them, [B, K, N, M]."""
         size = programs.at_once(self.activations, x.device, PIECE)
-        return torch.cat([self.run(exact.to_steps(part)) for part in torch.split(x, size)])
+        return torch.cat([self.run(fixed_point.to_steps(part)) for part in torch.split(x, size)])
 
     def cover(self, patch: Patch) -> Cover:
         height, width = self.input_shape[1:]
@@ -227,7 +227,7 @@ class RegionDefense(CellDefense[Said]):
     def finish(self, x: Tensor) -> None:
         """Choose the steps of the deployed network's activations from some training images."""
         self.eval()
-        with exact.observing(self.scorer):
+        with fixed_point.observing(self.scorer):
             for part in torch.split(x, 250):
                 self.scorer(part)
 

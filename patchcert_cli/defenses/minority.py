@@ -4,8 +4,9 @@ The image is shown whole and behind each mask alone. If a mask hides the patch, 
 contradicts the whole image with enough confidence, an alarm is raised. One round of masks, against two for a corrected answer
 (:mod:`patchcert_cli.defenses.patchcleanser`, whose network, masks and training these are): it promises less, and so it costs
 less and mostly certifies more.
-Answer and proof: :mod:`patchcert_cli.certifiers.masks.agreement`. Its certificates say ``measured``: that rounding alters neither
-a label nor an alarm is measured, not proven (:mod:`patchcert_cli.certifiers.masks.views`).
+Answer and proof: :mod:`patchcert_cli.certifiers.masks.masked_detection`. Its certificates say ``measured``: that rounding alters
+    neither
+a label nor an alarm is measured, not proven (:mod:`patchcert_cli.certifiers.masks.masked_predictions`).
 
 Shapes: B images, C channels, H x W pixels, K classes, M masks, V = M + 1 views, n passes.
 """
@@ -22,11 +23,11 @@ from torch import Tensor
 
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.certificate import Certificate, Guarantee
-from patchcert_cli.certifiers.masks import agreement
-from patchcert_cli.certifiers.masks.agreement import Reports
-from patchcert_cli.certifiers.masks.exact_views import ExactViews
+from patchcert_cli.certifiers.masks import masked_detection
+from patchcert_cli.certifiers.masks.exact_predictions import ExactViews
 from patchcert_cli.certifiers.masks.mask_sets import Cover
-from patchcert_cli.certifiers.masks.views import SLACK, Views
+from patchcert_cli.certifiers.masks.masked_detection import Reports
+from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE, Views
 from patchcert_cli.defenses.base import Claim, Options
 from patchcert_cli.defenses.patchcleanser import MaskedOptions, PatchCleanser
 from patchcert_cli.errors import IntegrityError
@@ -59,7 +60,7 @@ class Minority(PatchCleanser):
     """
 
     source = "McCoyd et al., Minority Reports Defense: Defending Against Adversarial Patches, 2020"
-    methods = agreement.METHODS
+    methods = masked_detection.METHODS
     guarantee = Guarantee.DETECTION
     options = MinorityOptions
     threshold: float = 0.0
@@ -95,42 +96,48 @@ class Minority(PatchCleanser):
         size = max(1, VALUES // (count * math.prod(self.input_shape)))
         parts = [self._seen(views, part, count) for part in torch.split(x, size)]
         columns = [torch.cat(column).reshape(len(x), count, *column[0].shape[1:]) for column in zip(*parts, strict=True)]
-        label, rival, lead, excess, confidence = columns
-        return Reports(label[:, 0], label[:, 1:], rival[:, 1:], lead[:, 1:], excess[:, 1:], confidence[:, 1:])
+        label, rival, logit_margin, confidence_margin, confidence = columns
+        return Reports(label[:, 0], label[:, 1:], rival[:, 1:], logit_margin[:, 1:], confidence_margin[:, 1:], confidence[:, 1:])
 
     def _seen(self, views: Views | ExactViews, x: Tensor, count: int) -> tuple[Tensor, ...]:
-        """What :meth:`_read` makes of every view of some images, [n]; what nobody can tell has a lead of 0."""
+        """What :meth:`_read` makes of every view of some images, [n]; what nobody can tell has a logit margin of 0."""
         image, view = torch.arange(len(x) * count) // count, torch.arange(len(x) * count) % count
         seen = views.look(x, image, view, view, self._clear)
-        label, rival, lead, excess = self._read(seen.logits, seen.scale)
-        sure, off = _sure(seen.logits), SLACK["float64"] * seen.scale
+        label, rival, logit_margin, confidence_margin = self._read(seen.logits, seen.scale)
+        sure, off = _sure(seen.logits), TOLERANCE["float64"] * seen.scale
         confidence = torch.stack([(sure - off).exp(), (sure + off).exp()], dim=1)
-        return label, rival, torch.where(seen.known, lead, 0), excess, confidence
+        return label, rival, torch.where(seen.known, logit_margin, 0), confidence_margin, confidence
 
     def _clear(self, logits: Tensor, scale: Tensor) -> Tensor:
         """How far label and alarm of each pass are from another decision, [n], with any of the thresholds."""
-        _, _, lead, excess = self._read(logits, scale)
-        found, sure = torch.minimum(lead, excess.abs()), _sure(logits)
+        _, _, logit_margin, confidence_margin = self._read(logits, scale)
+        found, sure = torch.minimum(logit_margin, confidence_margin.abs()), _sure(logits)
         for threshold in self.grid:
             if threshold > 0:
                 found = torch.minimum(found, (sure - math.log(threshold)).abs() / scale)
         return found
 
     def _read(self, logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Label, next label, lead and excess of confidence of float64 logits [n, K], scale [n]; see :class:`agreement.Reports`.
+        """Label, next label, logit margin and confidence margin of float64 logits [n, K], scale [n]; see
+        :class:`masked_detection.Reports`.
 
-        If logits are off by e, so is a lead by at most 2 e, and so is the logarithm of a confidence.
+        If logits are off by e, so is a logit margin by at most 2 e, and so is the logarithm of a confidence.
         """
         ranked = logits.sort(dim=1, descending=True, stable=True)  # of equals the lowest class first
         floor = math.log(self.threshold) if self.threshold > 0 else -math.inf
-        excess = _sure(logits) - floor
-        return ranked.indices[:, 0], ranked.indices[:, 1], (ranked.values[:, 0] - ranked.values[:, 1]) / scale, excess / scale
+        confidence_margin = _sure(logits) - floor
+        return (
+            ranked.indices[:, 0],
+            ranked.indices[:, 1],
+            (ranked.values[:, 0] - ranked.values[:, 1]) / scale,
+            confidence_margin / scale,
+        )
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """The label of the whole image, or :data:`patchcert_cli.certificate.ALERT`."""
         self.check_input(x)
-        return agreement.answer(self._reports(x, self.views())).to(x.device)
+        return masked_detection.answer(self._reports(x, self.views())).to(x.device)
 
     @torch.no_grad()
     def certify_each(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
@@ -144,25 +151,25 @@ class Minority(PatchCleanser):
 
     def _proven(self, reports: Reports, views: Views | ExactViews, claim: Claim, cover: Cover) -> Certificate:
         method = claim.method or self.methods[0]
-        by, atom = cover.by, cover.atom
+        by, location = cover.by, cover.location
         if method == "all":
             by = torch.eye(len(self.set), dtype=torch.bool)
-            atom = cover.atom[cover.by.int().argmax(dim=0)]
-        proof, device = agreement.prove(reports, by), self.masks.device
+            location = cover.location[cover.by.int().argmax(dim=0)]
+        proof, device = masked_detection.prove(reports, by), self.masks.device
         exact = self.threshold == 0  # of a confidence the logarithm is rounded
-        slack = torch.full_like(proof.margin, views.slack if exact else SLACK["float64"])
+        tolerance = torch.full_like(proof.margin, views.tolerance if exact else TOLERANCE["float64"])
         return Certificate(
-            prediction=agreement.answer(reports).to(device),
-            certified=(proof.margin > slack).to(device),
+            prediction=masked_detection.answer(reports).to(device),
+            certified=(proof.margin > tolerance).to(device),
             margin=proof.margin.to(device),
-            slack=slack.to(device),
-            worst=claim.threat.atoms(*self.input_shape[1:])[atom[proof.weakest]].to(device),
+            slack=tolerance.to(device),
+            worst=claim.threat.locations(*self.input_shape[1:])[location[proof.weakest]].to(device),
             rival=proof.rival.to(device),
             threat=claim.threat,
             method=method,
             guarantee=self.guarantee,
             arithmetic=views.arithmetic if exact else Arithmetic.MEASURED,
-            thresholds=agreement.thresholds(reports, by, SLACK["float64"]).to(device) if self.grid else None,
+            thresholds=masked_detection.thresholds(reports, by, TOLERANCE["float64"]).to(device) if self.grid else None,
             plain=reports.whole.to(device) if self.grid else None,
         )
 
@@ -171,7 +178,7 @@ class Minority(PatchCleanser):
 
     def _by_mask(self, x: Tensor) -> Tensor:
         """By how much each mask agrees with the answer, float64 [B, M]."""
-        return agreement.holds(self._reports(x, self.views()))
+        return masked_detection.holds(self._reports(x, self.views()))
 
 
 def _sure(logits: Tensor) -> Tensor:

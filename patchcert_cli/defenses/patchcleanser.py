@@ -2,15 +2,14 @@
 
 Masks that hide every location of the patch are laid over the image one at a time, then two at a time; the answer is made of the
 labels that the classifier gives then. Masks: :mod:`patchcert_cli.certifiers.masks`; answer and proof:
-:mod:`patchcert_cli.certifiers.masks.double_masking`. Training behind two random masks, or behind the two worst of some (greedy
-cutout: Saha et al., Revisiting Image Classifier Training for Improved Certified Robust Defense against Adversarial Patches, TMLR
-2023).
+:mod:`patchcert_cli.certifiers.masks.double_masking`. Training uses two random masks, or the two worst of some (greedy cutout:
+Saha et al., Revisiting Image Classifier Training for Improved Certified Robust Defense against Adversarial Patches, TMLR 2023).
 
 A label that rounding might decide is computed again, in float64 and each image alone
-(:mod:`patchcert_cli.certifiers.masks.views`). That the other labels do not depend on rounding is measured, not proven: the
-certificates say ``measured``.
+(:mod:`patchcert_cli.certifiers.masks.masked_predictions`). That the other labels do not depend on rounding is measured, not
+proven: the certificates say ``measured``.
 
-Shapes: B images, C channels, H x W pixels, K classes, M masks, n passes, A atoms.
+Shapes: B images, C channels, H x W pixels, K classes, M masks, n passes, A locations.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from torch import Tensor, nn
 
 from patchcert_cli import models
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.certifiers.masks import double_masking, likeness, views
+from patchcert_cli.certifiers.masks import double_masking, fingerprint, masked_predictions
 from patchcert_cli.certifiers.masks.double_masking import Table
-from patchcert_cli.certifiers.masks.exact_views import ExactViews
+from patchcert_cli.certifiers.masks.exact_predictions import ExactViews
+from patchcert_cli.certifiers.masks.logit_scale import Memory
 from patchcert_cli.certifiers.masks.mask_sets import Cover, MaskPlan
-from patchcert_cli.certifiers.masks.scales import Memory
-from patchcert_cli.certifiers.masks.views import PRECISIONS, Views
+from patchcert_cli.certifiers.masks.masked_predictions import PRECISIONS, Views
 from patchcert_cli.defenses.base import Augment, Claim, Defense, Options, Surrogate, TrainingStep
 from patchcert_cli.errors import UsageError
-from patchcert_cli.layers import exact, precision
+from patchcert_cli.layers import fixed_point, precision
 from patchcert_cli.layers.levels import Levels
 from patchcert_cli.schema import Count, Fraction, Must, Positive
 from patchcert_cli.threats import Patch, PatchPercent, Threat
@@ -150,7 +149,7 @@ class PatchCleanser(Defense):
         super().__init__(input_shape=input_shape, classes=classes)
         self.network, self.plan, self.labels = network, masks, labels
         self.set, self._memory = masks.masks(*input_shape[1:]), Memory()
-        self.deployed = exact.Deployed(network) if getattr(network, "freezable", False) else None
+        self.deployed = fixed_point.Deployed(network) if getattr(network, "freezable", False) else None
         self._exact: ExactViews | None = None
         if self.deployed is not None:
             self.numerics = {"labels": "exact"}
@@ -185,7 +184,7 @@ class PatchCleanser(Defense):
 
     def behind(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Logits [B, K] of images [B, C, H, W] in which hidden pixels, bool [B, H, W], have the colour of the masks."""
-        return views.behind(self.network, x, hidden, self.fill)
+        return masked_predictions.behind(self.network, x, hidden, self.fill)
 
     def surrogates(self) -> tuple[Surrogate, ...]:
         """Class probabilities behind a few of the masks, and the logits of the whole image."""
@@ -225,17 +224,17 @@ class PatchCleanser(Defense):
         self, table: Table, answer: Tensor, seen: Tensor, views: Views | ExactViews, claim: Claim, cover: Cover
     ) -> Certificate:
         method = claim.method or self.methods[0]
-        by, atom = cover.by, cover.atom
+        by, location = cover.by, cover.location
         if method == "pairs":  # every mask is to have a whole row
             by = torch.eye(len(self.set), dtype=torch.bool)
-            atom = cover.atom[cover.by.int().argmax(dim=0)]
-        proof, device = double_masking.prove(table, answer, by, views.slack, seen), self.masks.device
+            location = cover.location[cover.by.int().argmax(dim=0)]
+        proof, device = double_masking.prove(table, answer, by, views.tolerance, seen), self.masks.device
         return Certificate(
             prediction=answer.to(device),
             certified=proof.certified.to(device),
             margin=proof.margin.to(device),
-            slack=torch.full_like(proof.margin, views.slack, device=device),
-            worst=claim.threat.atoms(*self.input_shape[1:])[atom[proof.weakest]].to(device),
+            slack=torch.full_like(proof.margin, views.tolerance, device=device),
+            worst=claim.threat.locations(*self.input_shape[1:])[location[proof.weakest]].to(device),
             rival=proof.rival.to(device),
             threat=claim.threat,
             method=method,
@@ -279,7 +278,7 @@ class PatchCleanser(Defense):
         self.check_input(x)
         height, width = self.input_shape[1:]
         if not isinstance(patch, Patch | PatchPercent):
-            raise UsageError(f"a map needs one patch, not {patch};", hint="use --patch, for example --patch 5.")
+            raise UsageError(f"a map needs one patch, not {patch}.", hint="Use --patch, for example --patch 5.")
         self.set.cover(patch)
         hides, sides = self.set.hides(patch), patch.resolve(height, width)
         best = torch.stack([torch.where(hides, one, -torch.inf).amax(dim=1) for one in self._by_mask(x)])  # [B, A]
@@ -298,16 +297,17 @@ class PatchCleanser(Defense):
         """What the network alone says of images [B, C, H, W], without masks and without a defense: int64 [B]."""
         self.check_input(x)
         with precision.exact_arithmetic():
-            parts = torch.split(x, max(1, min(views.PASSES, views.PIXELS // math.prod(self.input_shape))))
+            together = min(masked_predictions.PASSES, masked_predictions.PIXELS // math.prod(self.input_shape))
+            parts = torch.split(x, max(1, together))
             return (
                 torch.cat([self.forward(part).argmax(dim=1) for part in parts]) if len(x) else x.new_zeros(0, dtype=torch.int64)
             )
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """What tells whether the network is the same (:mod:`patchcert_cli.certifiers.masks.likeness`); None where its weights
+        """What tells whether the network is the same (:mod:`patchcert_cli.certifiers.masks.fingerprint`); None where its weights
         do."""
         seen = self.views()
-        return likeness.answers(seen) if isinstance(seen, Views) else None
+        return fingerprint.answers(seen) if isinstance(seen, Views) else None
 
     def begin(self, x: Tensor) -> None:
         """Let a network that can begin with the whitening of the training images do so."""
@@ -322,7 +322,7 @@ class PatchCleanser(Defense):
             return
         self.eval()
         generator = torch.Generator().manual_seed(0)
-        with exact.observing(self.network):
+        with fixed_point.observing(self.network):
             for part in torch.split(x, 250):
                 hidden = self.masks[torch.randint(len(self.masks), (2, len(part)), generator=generator).to(self.masks.device)]
                 self.behind(part, hidden[0] | hidden[1])

@@ -94,8 +94,8 @@ class PatchGuard(RegionDefense[Tensor]):
         cells = known[0].rows.cells, known[0].columns.cells
         if window == cells:
             raise UsageError(
-                f"masks for {', '.join(map(str, covers))} hide all of the {cells[0]}x{cells[1]} cells;",
-                hint="cover a smaller patch, or use a smaller receptive field.",
+                f"masks for {', '.join(map(str, covers))} hide all of the {cells[0]}x{cells[1]} cells.",
+                hint="Cover a smaller patch, or use a smaller receptive field.",
             )
         self.masking = Masking(window, Fraction(round(share * FINEST), FINEST))
 
@@ -162,7 +162,7 @@ class PatchGuard(RegionDefense[Tensor]):
         """The cover of one patch or one pixel."""
         cover = super().cover_of(threat)
         if cover.budget > 1:
-            raise UnsupportedThreat(f"robust masking has no certificate against {threat};", hint="allowed: one patch or pixel.")
+            raise UnsupportedThreat(f"robust masking has no certificate against {threat}.", hint="Allowed: one patch or pixel.")
         return cover
 
     def remark(self, threat: Threat) -> str:
@@ -175,7 +175,7 @@ class PatchGuard(RegionDefense[Tensor]):
 
     def margin_map(self, x: Tensor, patch: Threat) -> Tensor:
         if remark := self.remark(patch):
-            raise UsageError(f"{remark};", hint="draw a smaller patch.")
+            raise UsageError(f"{remark}.", hint="Draw a smaller patch.")
         return super().margin_map(x, patch)
 
     def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:

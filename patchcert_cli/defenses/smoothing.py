@@ -5,7 +5,7 @@ wraps around the image's borders. Each ablation is a cell that votes, and the cl
 reaches the few cells whose kept pixels it meets.
 
 A kept value x is given as (x, 1 - x) in two channels and an absent one as (0, 0), which differs from black, (0, 1). The deployed
-network computes without rounding error (:mod:`patchcert_cli.layers.exact`), and the proof is exact
+network computes without rounding error (:mod:`patchcert_cli.layers.fixed_point`), and the proof is exact
 (:mod:`patchcert_cli.certifiers.cells.additive`); a vote that a rounded softmax may have decided counts as the attacker's.
 
 Shapes: B images, C channels, H x W pixels, K classes, N x M cells, V views (ablated images), h x w pixels of a view.
@@ -28,7 +28,7 @@ from patchcert_cli.certifiers.geometry import Axis, Cover
 from patchcert_cli.defenses.base import Augment, Options, TrainingStep
 from patchcert_cli.defenses.evidence import EvidenceDefense
 from patchcert_cli.errors import IntegrityError, UsageError
-from patchcert_cli.layers import exact, programs
+from patchcert_cli.layers import fixed_point, programs
 from patchcert_cli.layers.programs import Runner
 from patchcert_cli.models.resnet import ResNet
 from patchcert_cli.schema import Count, Must, Positive
@@ -100,7 +100,7 @@ class Smoothing(EvidenceDefense):
         self.network, self.how = network, how
         self.register_buffer("rows", kept(input_shape[1], how, along=("row", "block")), persistent=False)
         self.register_buffer("columns", kept(input_shape[2], how, along=("column", "block")), persistent=False)
-        self.deployed = exact.Deployed(network)
+        self.deployed = fixed_point.Deployed(network)
         self.run = Runner(self.deployed)
 
     @classmethod
@@ -114,7 +114,7 @@ class Smoothing(EvidenceDefense):
         network: Any = models.build(config["network"]["name"], options)
         if not isinstance(network, ResNet):
             raise IntegrityError(
-                f"smoothing needs a residual network, not '{config['network']['name']}';", hint="use network resnet."
+                f"smoothing needs a residual network, not '{config['network']['name']}'.", hint="Use network resnet."
             )
         return cls(network, how, input_shape=shape, classes=classes)
 
@@ -178,7 +178,7 @@ class Smoothing(EvidenceDefense):
 
     def scores(self, x: Tensor) -> Tensor:
         """The logits of all cells as the deployed network computes them, float64 [B, K, N, M], without rounding error."""
-        steps, size = exact.to_steps(x), programs.at_once(self.network.most, x.device, PIECE)
+        steps, size = fixed_point.to_steps(x), programs.at_once(self.network.most, x.device, PIECE)
         parts = [self.run(self.views(steps, *piece, full=255.0)) for piece in self._pieces(x, size)]
         shape = (len(x), len(self.rows), len(self.columns), len(self.classes))
         return torch.cat(parts).reshape(shape).permute(0, 3, 1, 2).contiguous()
@@ -205,7 +205,7 @@ class Smoothing(EvidenceDefense):
         """Choose the steps of the deployed network's activations from a few ablations of some training images."""
         self.eval()
         generator = torch.Generator().manual_seed(0)
-        with exact.observing(self.network):
+        with fixed_point.observing(self.network):
             for part in torch.split(x, 250):
                 for _ in range(OBSERVED):
                     self.network(self._drawn(part, generator))
@@ -240,7 +240,7 @@ def view_shape(shape: tuple[int, ...], how: SmoothingOptions) -> tuple[int, int,
     least = {"column": width, "row": height, "block": min(height, width)}[how.ablation]
     if how.band > least:
         raise UsageError(
-            f"a {how.ablation} of {how.band} pixels is larger than the {height}x{width} image;", hint=f"allowed: up to {least}."
+            f"a {how.ablation} of {how.band} pixels is larger than the {height}x{width} image.", hint=f"Allowed: up to {least}."
         )
     if how.view == "full":
         return 2 * channels, height, width

@@ -1,6 +1,6 @@
 """The certify and attack loops: one record per image, appended as it is made, resumable, with a manifest of what was run.
 
-What a run folder holds: :mod:`patchcert_cli.evaluation.runs`.
+What a run folder holds: :mod:`patchcert_cli.evaluation.run_folder`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from patchcert_cli.attacks.base import Attack
 from patchcert_cli.attacks.target import Start
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.errors import Interrupted, MachineError, UsageError
-from patchcert_cli.evaluation import results, runs
+from patchcert_cli.evaluation import results, run_folder
 from patchcert_cli.evaluation.pace import Clock, Pace, spoken
-from patchcert_cli.evaluation.plan import Plan
-from patchcert_cli.evaluation.runs import RESULT, Record, Run
+from patchcert_cli.evaluation.run_folder import RESULT, Record, Run
+from patchcert_cli.evaluation.task import EvaluationTask
 from patchcert_cli.layers import passes
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage import files
@@ -31,14 +31,14 @@ EVERY = 5.0  # seconds between two looks at what a batch has come to
 
 
 def certify(
-    plan: Plan,
+    task: EvaluationTask,
     folder: Path | None = None,
     *,
     fresh: bool = False,
     progress: Progress | None = None,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Any]:
-    """Certify every image of a plan; returns what ``result.json`` holds.
+    """Certify every image of a task; returns what ``result.json`` holds.
 
     Batches are as large as fits into some seconds (:mod:`patchcert_cli.evaluation.pace`), by ``clock``.
 
@@ -47,20 +47,20 @@ def certify(
         Interrupted: stopped by Ctrl-C; the same call goes on where it stopped.
         MachineError: out of memory at a batch of one image, or the disk is full, or another process is at work in the folder.
     """
-    plan.check()
-    folder, defense = folder or plan.folder("certify", {}), plan.subject.defense
+    task.check()
+    folder, defense = folder or task.folder("certify", {}), task.model.defense
 
     def batch(part: Images) -> list[Record]:
         x = to_float(part.read()).to(defense.device)
-        return list(results.certify_records(part, defense.certify_each(x, plan.claims), plan.subject.plain(x)))
+        return list(results.certify_records(part, defense.certify_each(x, task.claims), task.model.plain(x)))
 
-    with _opened(plan, "certify", {}, folder, fresh) as run:
-        work = _Work(plan, run, Pace(plan.batch_size, defense.cost()), progress or Silent(), clock, most=defense.cost())
-        return work.finish(batch, lambda seconds, resumed: results.certify_result(plan, run, seconds, resumed))
+    with _opened(task, "certify", {}, folder, fresh) as run:
+        work = _Work(task, run, Pace(task.batch_size, defense.cost()), progress or Silent(), clock, most=defense.cost())
+        return work.finish(batch, lambda seconds, resumed: results.certify_result(task, run, seconds, resumed))
 
 
 def attack(
-    plan: Plan,
+    task: EvaluationTask,
     attacker: Attack,
     settings: dict[str, Any],
     folder: Path | None = None,
@@ -71,7 +71,7 @@ def attack(
     clock: Clock = time.perf_counter,
     max_seconds: float | None = None,
 ) -> dict[str, Any]:
-    """Attack every image of a plan; with ``join`` certify the same images and hold the attack against the certificates.
+    """Attack every image of a task; with ``join`` certify the same images and hold the attack against the certificates.
 
     ``settings`` names the attack's options in the manifest. The attack sees the defense and, with ``join``, the location and the
     rival of the smallest certified margin as a place to begin.
@@ -82,16 +82,16 @@ def attack(
     Raises:
         UsageError: no image was finished within ``max_seconds``; and as :func:`certify`.
     """
-    plan.check()
+    task.check()
     extra = {"attack": settings, "joined": join}
-    folder, defense = folder or plan.folder("attack", extra), plan.subject.defense
+    folder, defense = folder or task.folder("attack", extra), task.model.defense
 
     def batch(part: Images) -> list[Record]:
         x = to_float(part.read()).to(defense.device)
-        certificate = defense.certify(x, plan.threat) if join else None
+        certificate = defense.certify(x, task.threat) if join else None
         start = None if certificate is None else Start(certificate.worst, certificate.rival)
-        outcome = attacker(defense, x, plan.threat, index=part.index, start=start)
-        plain = plan.subject.plain(x)
+        outcome = attacker(defense, x, task.threat, index=part.index, start=start)
+        plain = task.model.plain(x)
         if certificate:
             records: Iterable[Record] = results.certify_records(part, [certificate], plain)
         else:
@@ -123,23 +123,25 @@ def attack(
         return merged
 
     def result(seconds: float, resumed: int) -> dict[str, Any]:
-        found = _attacked(plan, run, settings, join, seconds, resumed)
-        return found | ({"pasted": results.judged_in_all(results.ordered(plan, run))} if attacker.judges_each else {})
+        found = _attacked(task, run, settings, join, seconds, resumed)
+        return found | ({"pasted": results.judged_in_all(results.ordered(task, run))} if attacker.judges_each else {})
 
-    with _opened(plan, "attack", extra, folder, fresh) as run:
-        pace = Pace(plan.batch_size, unit=attacker.together(defense))
-        return _Work(plan, run, pace, progress or Silent(), clock, max_seconds=max_seconds).finish(batch, result)
+    with _opened(task, "attack", extra, folder, fresh) as run:
+        pace = Pace(task.batch_size, unit=attacker.together(defense))
+        return _Work(task, run, pace, progress or Silent(), clock, max_seconds=max_seconds).finish(batch, result)
 
 
-def _attacked(plan: Plan, run: Run, settings: Mapping[str, Any], join: bool, seconds: float, resumed: int) -> dict[str, Any]:
+def _attacked(
+    task: EvaluationTask, run: Run, settings: Mapping[str, Any], join: bool, seconds: float, resumed: int
+) -> dict[str, Any]:
     """What ``result.json`` of an attack holds."""
-    records = results.ordered(plan, run)
+    records = results.ordered(task, run)
     survived = sum(r["prediction"] == r["label"] and not r["flipped"] for r in records)
-    many = (plan, run, records, seconds, resumed)
+    many = (task, run, records, seconds, resumed)
     return {
-        **(results.certify_result(plan, run, seconds, resumed) if join else results.summary(*many)),
+        **(results.certify_result(task, run, seconds, resumed) if join else results.summary(*many)),
         "method": "attack",
-        "guarantee": str(plan.subject.defense.guarantee),
+        "guarantee": str(task.model.defense.guarantee),
         "attacked_accuracy": survived / len(records),
         "flipped": sum(r["flipped"] for r in records),
         "queries": sum(r["queries"] for r in records),
@@ -148,10 +150,13 @@ def _attacked(plan: Plan, run: Run, settings: Mapping[str, Any], join: bool, sec
     }
 
 
-def _opened(plan: Plan, kind: str, extra: dict[str, Any], folder: Path, fresh: bool) -> contextlib.AbstractContextManager[Run]:
-    device = str(plan.subject.defense.device)
-    answers = plan.subject.fingerprint()
-    return runs.opened(folder, plan.identity(kind, extra), device=device, command=plan.command, fresh=fresh, answers=answers)
+def _opened(
+    task: EvaluationTask, kind: str, extra: dict[str, Any], folder: Path, fresh: bool
+) -> contextlib.AbstractContextManager[Run]:
+    device = str(task.model.defense.device)
+    answers = task.model.fingerprint()
+    identity = task.identity(kind, extra)
+    return run_folder.opened(folder, identity, device=device, command=task.command, fresh=fresh, answers=answers)
 
 
 class _TimeIsUp(Exception):
@@ -163,7 +168,7 @@ class _Work:
 
     def __init__(
         self,
-        plan: Plan,
+        task: EvaluationTask,
         run: Run,
         pace: Pace,
         progress: Progress,
@@ -172,7 +177,7 @@ class _Work:
         most: tuple[int, int] | None = None,
         max_seconds: float | None = None,
     ) -> None:
-        self._plan, self._run, self._pace, self._progress, self._clock = plan, run, pace, progress, clock
+        self._task, self._run, self._pace, self._progress, self._clock = task, run, pace, progress, clock
         self._most = None if most is None else most[1]  # passes of an image
         self._max, self._began, self._spoke = max_seconds, clock(), clock()
         self._resumed, self._standing = len(run.records), results.Standing(run.records.values())
@@ -181,29 +186,29 @@ class _Work:
 
     def finish(self, batch: Callable[[Images], list[Record]], result: Callable[[float, int], dict[str, Any]]) -> dict[str, Any]:
         """Make the records that are missing, then the result."""
-        run, plan = self._run, self._plan
-        if self._resumed == len(plan.images) and (run.folder / RESULT).exists():
+        run, task = self._run, self._task
+        if self._resumed == len(task.images) and (run.folder / RESULT).exists():
             self._progress.note(f"{run.folder} is complete; --fresh runs it again")
             return files.read_json(run.folder / RESULT)
         if self._resumed:
-            left = len(plan.images) - self._resumed
+            left = len(task.images) - self._resumed
             self._progress.note(f"resuming {run.folder}: {self._resumed} images done, {left} left")
         try:
             self._make(batch)
         except KeyboardInterrupt as problem:
             raise Interrupted(
-                f"interrupted at {len(run.records)} of {len(plan.images)} images;", hint="resume with the same command."
+                f"interrupted at {len(run.records)} of {len(task.images)} images.", hint="Resume with the same command."
             ) from problem
-        left = len(plan.images) - len(run.records)
+        left = len(task.images) - len(run.records)
         assert not left or self._max is not None, "records are missing"
         if left and not run.records:
             together = self._pace.size
             few = "" if together == 1 else f", or fewer images at a time than {together}: --batch-size 1"
             raise UsageError(
-                f"no image was finished in {self._max:g} s;",
-                hint=f"give more --max-seconds{few}; --dry-run says what an image takes.",
+                f"no image was finished in {self._max:g} s.",
+                hint=f"Give more --max-seconds{few}; --dry-run says what an image takes.",
             )
-        run.check_answers(plan.subject.fingerprint())
+        run.check_answers(task.model.fingerprint())
         final = result(self._clock() - self._began, self._resumed)
         if left:
             return final | {"left": left}
@@ -211,12 +216,12 @@ class _Work:
         return final
 
     def _make(self, batch: Callable[[Images], list[Record]]) -> None:
-        plan, run, at = self._plan, self._run, 0
-        known = [index in run.records for index in plan.images.index.tolist()]
+        task, run, at = self._task, self._run, 0
+        known = [index in run.records for index in task.images.index.tolist()]
         open_ = (~torch.tensor(known, dtype=torch.bool)).nonzero()[:, 0]
         self._tell()
         while at < len(open_) and not self._over():
-            part = plan.images.take(open_[at : at + self._pace.size])
+            part = task.images.take(open_[at : at + self._pace.size])
             self._batch, self._passes, began = len(part), 0, self._clock()
             try:
                 with passes.heard(self._heard):
@@ -237,7 +242,7 @@ class _Work:
 
     def _tell(self, more: str = "") -> None:
         self._spoke = self._clock()
-        self._progress.update(len(self._run.records), len(self._plan.images), f"{self._standing}{more}")
+        self._progress.update(len(self._run.records), len(self._task.images), f"{self._standing}{more}")
 
     def _heard(self, count: int) -> None:
         """Passes were made: show them now and then, and stop where the time is up."""
@@ -255,7 +260,7 @@ class _Work:
         if (
             self._most is not None and len(self._run.records) == self._resumed and self._cold is not None
         ):  # no image's time is known
-            most, (since, before) = self._most * (len(self._plan.images) - self._resumed) - self._all_passes, self._cold
+            most, (since, before) = self._most * (len(self._task.images) - self._resumed) - self._all_passes, self._cold
             if self._all_passes > before:
                 text += f", at most {spoken(max(most, 0) * (now - since) / (self._all_passes - before))} left"
         self._tell(text)
@@ -267,7 +272,7 @@ class _Work:
             raise problem
         size = self._batch
         if size == 1:
-            raise MachineError("out of memory at a batch of one image;", hint="use a machine with more memory.") from problem
+            raise MachineError("out of memory at a batch of one image.", hint="Use a machine with more memory.") from problem
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._progress.note(f"out of memory at batch {size}; retrying with {size // 2} (results do not depend on it)")

@@ -1,6 +1,6 @@
 """From certificates to records, and from records to a result: plain values, one row for each claim.
 
-A record has the fields of :data:`VERDICT` itself if the plan has one claim, else a list of them under ``claims``; so has the
+A record has the fields of :data:`VERDICT` itself if the task has one claim, else a list of them under ``claims``; so has the
 result with the fields of a row.
 """
 
@@ -20,8 +20,8 @@ from patchcert_cli.attacks.base import AttackResult
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee, Tally
 from patchcert_cli.data.images import Images
 from patchcert_cli.errors import ClaimError
-from patchcert_cli.evaluation.plan import Plan
-from patchcert_cli.evaluation.runs import RECORDS, Record, Run
+from patchcert_cli.evaluation.run_folder import RECORDS, Record, Run
+from patchcert_cli.evaluation.task import EvaluationTask
 from patchcert_cli.version import __version__
 
 VERDICT = ("certified", "margin", "worst", "rival", "method", "arithmetic")
@@ -91,81 +91,81 @@ def read_records(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def ordered(plan: Plan, run: Run) -> list[Record]:
+def ordered(task: EvaluationTask, run: Run) -> list[Record]:
     """All records in the order of the images; one each, as far as the run has come."""
-    found = [run.records[index] for index in plan.images.index.tolist() if index in run.records]
+    found = [run.records[index] for index in task.images.index.tolist() if index in run.records]
     assert len(run.records) == len(found), "records and images differ"
     return found
 
 
-def certify_result(plan: Plan, run: Run, seconds: float, resumed: int) -> dict[str, Any]:
+def certify_result(task: EvaluationTask, run: Run, seconds: float, resumed: int) -> dict[str, Any]:
     """What ``result.json`` of a certify run holds."""
-    records = ordered(plan, run)
-    if len(plan.claims) == 1:
-        return summary(plan, run, records, seconds, resumed) | _row(plan, records, 0)
-    common = summary(plan, run, records, seconds, resumed)
+    records = ordered(task, run)
+    if len(task.claims) == 1:
+        return summary(task, run, records, seconds, resumed) | _row(task, records, 0)
+    common = summary(task, run, records, seconds, resumed)
     del common["threat"]
-    return common | {"claims": [_row(plan, records, at) for at in range(len(plan.claims))]}
+    return common | {"claims": [_row(task, records, at) for at in range(len(task.claims))]}
 
 
-def summary(plan: Plan, run: Run, records: Sequence[Record], seconds: float, resumed: int) -> dict[str, Any]:
+def summary(task: EvaluationTask, run: Run, records: Sequence[Record], seconds: float, resumed: int) -> dict[str, Any]:
     """What every evaluation says of itself; ``counts`` has only the clean ones."""
     clean = sum(r["prediction"] == r["label"] for r in records)
     return {
-        "model": plan.subject.name,
-        "model_sha256": plan.subject.sha256,
-        "model_source": plan.subject.source,
-        "defense": plan.subject.kind,
-        "dataset": plan.images.name,
-        "split": plan.images.split,
-        "data_source": plan.images.source,
+        "model": task.model.name,
+        "model_sha256": task.model.sha256,
+        "model_source": task.model.source,
+        "defense": task.model.kind,
+        "dataset": task.images.name,
+        "split": task.images.split,
+        "data_source": task.images.source,
         "images": len(records),
-        "full_split": len(records) == plan.total,
-        "threat": str(plan.threat),
+        "full_split": len(records) == task.total,
+        "threat": str(task.threat),
         "clean_accuracy": clean / max(len(records), 1),
         "counts": {"clean": clean},
-        **_plain(plan, records),
+        **_plain(task, records),
         "seconds": seconds,
         "resumed": resumed,
         **({"passes": sum(r["passes"] for r in records)} if records and "passes" in records[0] else {}),
         "images_per_second": (len(records) - resumed) / seconds if seconds > 0 else 0.0,
-        "device": str(plan.subject.defense.device),
+        "device": str(task.model.defense.device),
         "records": str(run.folder / RECORDS),
-        "command": plan.command,
+        "command": task.command,
         "patchcert": __version__,
         "date": datetime.date.today().isoformat(),
     }
 
 
-def _plain(plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
+def _plain(task: EvaluationTask, records: Sequence[Record]) -> dict[str, Any]:
     """What a plain classifier gets right without the defense, and what is put in front of it; nothing for other models."""
-    if not plan.subject.in_front or not all("plain" in r for r in records):
+    if not task.model.in_front or not all("plain" in r for r in records):
         return {}
     right = sum(r["plain"] == r["label"] for r in records)
-    return {"in_front": plan.subject.in_front, "plain_accuracy": right / max(len(records), 1), "plain_right": right}
+    return {"in_front": task.model.in_front, "plain_accuracy": right / max(len(records), 1), "plain_right": right}
 
 
-def _row(plan: Plan, records: Sequence[Record], at: int) -> dict[str, Any]:
+def _row(task: EvaluationTask, records: Sequence[Record], at: int) -> dict[str, Any]:
     """One claim over all images."""
     verdicts = [r["claims"][at] if "claims" in r else r for r in records]
     tally = certified_tally(records, verdicts)
     return {
-        "threat": str(plan.claims[at].threat),
+        "threat": str(task.claims[at].threat),
         "method": verdicts[0]["method"],
-        "guarantee": str(plan.subject.defense.guarantee),
-        "arithmetic": str(weakest(one.get("arithmetic") or former(plan.subject.kind) for one in verdicts)),
+        "guarantee": str(task.model.defense.guarantee),
+        "arithmetic": str(weakest(one.get("arithmetic") or former(task.model.kind) for one in verdicts)),
         "clean_accuracy": tally.clean_accuracy,
         "certified_accuracy": tally.certified_accuracy,
         "certified_interval": list(tally.certified_interval),
-        "counts": {"clean": tally.clean, "certified": tally.certified, **_alarms(plan, records)},
-        **_compared(plan, records, verdicts),
+        "counts": {"clean": tally.clean, "certified": tally.certified, **_alarms(task, records)},
+        **_compared(task, records, verdicts),
     }
 
 
-def _compared(plan: Plan, records: Sequence[Record], verdicts: Sequence[Record]) -> dict[str, Any]:
+def _compared(task: EvaluationTask, records: Sequence[Record], verdicts: Sequence[Record]) -> dict[str, Any]:
     """What other thresholds would give: how many alarms on unattacked images, right answers, and certified ones."""
     rows = []
-    for threshold in plan.subject.setting.get("compared", ()):
+    for threshold in task.model.setting.get("compared", ()):
         right = [r["whole"] == r["label"] for r in records]
         silent = [threshold > v["thresholds"][0] for v in verdicts]
         held = [threshold < v["thresholds"][1] for v in verdicts]
@@ -175,9 +175,9 @@ def _compared(plan: Plan, records: Sequence[Record], verdicts: Sequence[Record])
     return {"thresholds": rows} if rows else {}
 
 
-def _alarms(plan: Plan, records: Sequence[Record]) -> dict[str, int]:
+def _alarms(task: EvaluationTask, records: Sequence[Record]) -> dict[str, int]:
     """How many images raise an alarm unattacked, if the defense can."""
-    detects = plan.subject.defense.guarantee is Guarantee.DETECTION
+    detects = task.model.defense.guarantee is Guarantee.DETECTION
     return {"alarms": sum(r["prediction"] == ALERT for r in records)} if detects else {}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from patchcert_cli.cards import File
 from patchcert_cli.errors import HubError, IntegrityError
-from patchcert_cli.hub.trouble import reason, told
+from patchcert_cli.hub.failures import reason, translate_errors
 from patchcert_cli.storage import checksum_cache, hub_cache
 from patchcert_cli.storage.files import CARD
 from patchcert_cli.storage.hub_cache import repository, snapshot
@@ -68,7 +68,7 @@ def fetch(repo: str, commit: str, expected: Mapping[str, File], *, offline: bool
     if found:
         return found
     _allowed(repo, offline)
-    with told(repo), _alone(repo):
+    with translate_errors(repo), _alone(repo):
         found = None if force else cached(repo, commit, expected)  # another process may just have fetched it
         if found:
             return found
@@ -114,7 +114,7 @@ def fetch_unlisted(
     if commit and (whole or offline or _forbidden()) and all(_checked(repo, commit, name) for name in names):
         return commit, snapshot(repo, commit)
     _allowed(repo, offline)
-    with told(repo), _alone(repo):
+    with translate_errors(repo), _alone(repo):
         if not whole:
             commit = _commit(repo, revision or "main")
             _remember(_note("refs", repo, revision or "main"), commit)
@@ -153,7 +153,7 @@ def push(repo: str, files: Mapping[str, bytes | Path], message: str, *, create_p
     from huggingface_hub import CommitOperationAdd
 
     _allowed(repo, offline=False)
-    with told(repo):
+    with translate_errors(repo):
         api = _api()
         api.create_repo(repo, exist_ok=True, private=private or None)
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
@@ -183,7 +183,7 @@ def remove(repo: str) -> int:
     folder = repository(repo)
     if not folder.is_dir():
         return 0
-    with told(repo), _alone(repo):
+    with translate_errors(repo), _alone(repo):
         blobs = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
         freed = sum(path.stat().st_size for path in blobs)
         for path in blobs:

@@ -7,8 +7,9 @@ whole bias B and returns ``min(max(round((sum W q + B) / 2^k), 0), 255)`` with t
 ones without their sign, then each of these computations returns that value, whatever the order of its sums: float32 and float64
 with or without fused multiply-add; 32-bit integers; 16-bit integers that add two products with saturation and are then added in
 32 bits (vpmaddubsw and vpmaddwd of processors without VNNI).
-Proof. Every partial sum of products is a whole number of magnitude at most 2^24 (:mod:`patchcert_cli.layers.exact`), so float32,
-float64 and int32 hold it exactly. Two products have a sum between -2 * 255 * 64 = -32,640 and 32,640, within the 16 bits from
+Proof. Every partial sum of products is a whole number of magnitude at most 2^24 (:mod:`patchcert_cli.layers.fixed_point`), so
+float32, float64 and int32 hold it exactly. Two products have a sum between -2 * 255 * 64 = -32,640 and 32,640, within the 16 bits
+from
 -32,768 to 32,767, so nothing saturates. Dividing by 2^k is exact, so the one rounding is of an exact number, and IEEE 754 defines
 it. QED.
 
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.errors import IntegrityError, MachineError
-from patchcert_cli.layers.exact import power
+from patchcert_cli.layers.fixed_point import power
 from patchcert_cli.layers.precision import exact_arithmetic
 
 LARGEST = 64  # of a weight: two products with 255 fit 16 bits
@@ -70,7 +71,7 @@ class Whole(nn.Module):
         whole = bool((weight == weight.round()).all()) and bool((bias == bias.round()).all())
         within = bool((bias.abs() + 255 * reach <= ROOM).all()) and float(weight.abs().max()) <= LARGEST
         if not (whole and within and bool(((down >= 0) & (down < 100)).all())):
-            raise IntegrityError("weights that whole numbers cannot compute with exactly;", hint="train the network again.")
+            raise IntegrityError("weights that whole numbers cannot compute with exactly.", hint="Train the network again.")
         self.register_buffer("weight", weight.to(torch.int8))
         self.register_buffer("bias", bias.double())
         self.register_buffer("down", down.long())
@@ -107,7 +108,7 @@ def only(backend: str) -> Iterator[None]:
 def _required(layer: Whole, shape: tuple[int, ...]) -> Run:
     run = prepared(layer, _forced[-1], shape)
     if run is None:
-        raise MachineError(f"this machine has no {_forced[-1]} convolutions;", hint="float32 serves everywhere.")
+        raise MachineError(f"this machine has no {_forced[-1]} convolutions.", hint="Float32 works everywhere.")
     return run
 
 

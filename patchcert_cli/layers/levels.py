@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.layers import exact, integers, precision
+from patchcert_cli.layers import fixed_point, integers, precision
 from patchcert_cli.layers.integers import LARGEST, ROOM, Whole
 
 LOWEST = 4.0  # pre-activations below -4 count as -4, where GELU is 0 within a tenth of a step
@@ -104,7 +104,7 @@ class Levels(nn.Module):
         mirrored: whether logits are those of the image and of the mirrored image together.
     """
 
-    def __init__(self, levels: Sequence[Level], head: exact.Affine, *, takes_mask: bool, mirrored: bool) -> None:
+    def __init__(self, levels: Sequence[Level], head: fixed_point.Affine, *, takes_mask: bool, mirrored: bool) -> None:
         super().__init__()
         self.levels, self.head = nn.ModuleList(levels), head
         self.channels, self.takes_mask, self.mirrored = levels[0].whole.weight.shape[1], takes_mask, mirrored
@@ -161,7 +161,7 @@ def gelu_table(step: int, out: int, zero: int) -> Tensor:
         inside = 0 < abs(x) < HIGHEST
         ideal = (0.5 * x * (1 + math.erf(x / math.sqrt(2))) if inside else max(x, 0.0)) * 2.0**-out + zero
         if inside and abs(ideal % 1 - 0.5) < 1e-9:
-            raise IntegrityError("an activation is too close to a half to be rounded alike everywhere;", hint="train it again.")
+            raise IntegrityError("an activation is too close to a half to be rounded alike everywhere.", hint="Train it again.")
         made.append(min(max(round(ideal), 0), 255))
     return torch.tensor(made)
 
@@ -189,7 +189,7 @@ def whole(weight: Tensor, bias: Tensor, *, scale: int, zero: Tensor, step: int) 
         down = step - scale - fine
         made = _rounded(weight, fine)
         moved = (made.sum(dim=(2, 3)) * zero.double()).sum(dim=1)
-        shift = torch.round((bias * 2.0**-step + offset(step)) * exact.power(down)) - moved
+        shift = torch.round((bias * 2.0**-step + offset(step)) * fixed_point.power(down)) - moved
         tight = shift.abs() + 255 * integers.reached(made) > ROOM
         if not bool(tight.any()):
             return Whole(made, shift, down.long()), step
@@ -207,34 +207,34 @@ def stepped(weight: Tensor, gain: Tensor) -> Tensor:
     """
     real = (weight.detach() * gain).double()
     fine = _fine(real)
-    made = _rounded(real, fine) * exact.power(fine)[:, None, None, None]
+    made = _rounded(real, fine) * fixed_point.power(fine)[:, None, None, None]
     return weight + ((made / gain).to(weight) - weight).detach()
 
 
 def _fine(weight: Tensor) -> Tensor:
     """Steps 2^fine [O] on which whole weights are nearest to these."""
-    return _closer(weight, exact.binary_order(weight.flatten(1).abs().amax(dim=1).clamp(min=2.0**-60) / LARGEST))
+    return _closer(weight, fixed_point.binary_order(weight.flatten(1).abs().amax(dim=1).clamp(min=2.0**-60) / LARGEST))
 
 
 def _rounded(weight: Tensor, fine: Tensor) -> Tensor:
     """Whole weights in steps of 2^fine [O], at most LARGEST."""
-    return torch.round(weight * exact.power(-fine)[:, None, None, None]).clamp(-LARGEST, LARGEST)
+    return torch.round(weight * fixed_point.power(-fine)[:, None, None, None]).clamp(-LARGEST, LARGEST)
 
 
 def _closer(weight: Tensor, fine: Tensor) -> Tensor:
     """Half the steps for the channels where they are nearer to the weights though the largest ones are cut."""
-    units, errors = weight * exact.power(-fine)[:, None, None, None], []
+    units, errors = weight * fixed_point.power(-fine)[:, None, None, None], []
     for at in (fine, fine - 1):
-        off = _rounded(weight, at) * exact.power(at - fine)[:, None, None, None] - units
+        off = _rounded(weight, at) * fixed_point.power(at - fine)[:, None, None, None] - units
         errors.append((off.square() * 2.0**30).round().long().flatten(1).sum(dim=1))  # whole numbers, added alike everywhere
     return torch.where(errors[1] < errors[0], fine - 1, fine)
 
 
-def head(weight: Tensor, bias: Tensor, *, scale: int, zero: int, copies: int) -> exact.Affine:
+def head(weight: Tensor, bias: Tensor, *, scale: int, zero: int, copies: int) -> fixed_point.Affine:
     """The exact linear layer [K, C] of features ``(q - zero) * 2^scale``, the mean of ``copies`` whose sum it is given."""
     like = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
-    real, shifted = weight * 2.0**scale / copies, bias - exact.total(weight * 2.0**scale * zero)
-    layer, _ = exact.affine(real[:, :, None, None], shifted, like, exact.Wire(0, 255.0 * copies), torch.float64)
+    real, shifted = weight * 2.0**scale / copies, bias - fixed_point.total(weight * 2.0**scale * zero)
+    layer, _ = fixed_point.affine(real[:, :, None, None], shifted, like, fixed_point.Wire(0, 255.0 * copies), torch.float64)
     return layer
 
 

@@ -1,8 +1,8 @@
 """Operations of frozen networks in whole numbers: in floating point, or in integers, with planes of 7-bit weights.
 
-The values on every connection of a frozen network (:mod:`patchcert_cli.layers.exact`) are whole numbers times a power of two. An
-:class:`Operation` keeps the whole numbers alone and moves the powers of two into the weights, so that an activation is put on its
-grid by rounding and a limit. It is computed in floating point, or with 8-bit activations and planes of 7-bit weights.
+The values on every connection of a frozen network (:mod:`patchcert_cli.layers.fixed_point`) are whole numbers times a power of
+two. An :class:`Operation` keeps the whole numbers alone and moves the powers of two into the weights, so that an activation is
+put on its grid by rounding and a limit. It is computed in floating point, or with 8-bit activations and planes of 7-bit weights.
 
 **Theorem.** Let q_i be whole numbers from 0 to 255, W_i = sum_p 128^p D_pi whole weights in planes D_p of magnitude at most 64,
 and B a whole number. Write R(W) for the larger of the sum of the positive W_i and that of the negative ones without their sign.
@@ -38,8 +38,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.layers import exact, integers
-from patchcert_cli.layers.exact import Affine, Wire
+from patchcert_cli.layers import fixed_point, integers
+from patchcert_cli.layers.fixed_point import Affine, Wire
 from patchcert_cli.layers.integers import LARGEST, ROOM
 
 BASE = 128  # of planes
@@ -56,7 +56,7 @@ def lowest(values: Tensor) -> Tensor:
     """The exponent of the lowest bit of each number, float64; that of 0 is infinite."""
     mantissa, exponent = torch.frexp(values.double())
     whole = (mantissa * 2.0**53).long()
-    return torch.where(values == 0, torch.inf, exact.binary_order((whole & -whole).clamp(min=1)) + exponent - 53)
+    return torch.where(values == 0, torch.inf, fixed_point.binary_order((whole & -whole).clamp(min=1)) + exponent - 53)
 
 
 def digits(weight: Tensor) -> list[Tensor]:
@@ -138,7 +138,7 @@ class Operation:
             size = given.abs()[given != 0]
             normal = not len(size) or (float(size.min()) >= 2.0**-FAR and float(size.max()) <= 2.0**FAR)
             if not (normal and torch.equal(made.double(), given)):
-                raise IntegrityError("weights too far apart in size to compute with exactly;", hint="train the network again.")
+                raise IntegrityError("weights too far apart in size to compute with exactly.", hint="Train the network again.")
         laid = [weight.contiguous(memory_format=torch.channels_last) for weight in weights]
 
         def work(maps: Maps) -> Tensor:
@@ -170,7 +170,7 @@ class Operation:
         unit = self._units()
         if float(unit.abs().max()) > FAR:
             return None
-        fine = exact.power(-unit)[:, None, None, None]
+        fine = fixed_point.power(-unit)[:, None, None, None]
         planes = [digits(term.weight * fine) for term in self.terms]
         base = self.bias.abs() * fine.flatten() + BYTE * self.ratio * fine.flatten()
         added: list[Tensor] = []
@@ -202,7 +202,7 @@ class Operation:
         planes = self.fits()
         if planes is None:
             return None
-        scale = exact.power(self._units())
+        scale = fixed_point.power(self._units())
         pairs = [(term, power, plane) for term, each in zip(self.terms, planes, strict=True) for power, plane in enumerate(each)]
         parts = []
         for number, (term, power, plane) in enumerate(pairs):

@@ -32,8 +32,8 @@ def exact_arithmetic() -> Iterator[None]:
     for name in FAST_MATH:
         if os.environ.get(name, STRICT).upper() not in (STRICT, ""):
             raise MachineError(
-                f"{name}={os.environ[name]} lets convolutions and products compute in less than float32;",
-                hint=f"start again without it: env -u {name} patchcert ...",
+                f"{name}={os.environ[name]} lets convolutions and products compute in less than float32.",
+                hint=f"Start again without it: env -u {name} patchcert ...",
             )
     switches = _precision_switches()
     before = [getattr(owner, name) for owner, name, _ in switches]
@@ -93,6 +93,6 @@ def frozen(network: nn.Module) -> nn.Module:
     except Exception as problem:  # anybody's code can raise anything when it is copied
         said = (str(problem).splitlines() or [""])[0]
         raise UsageError(
-            f"the network cannot be copied ({type(problem).__name__}: {said});",
-            hint="call its eval() first.",
+            f"the network cannot be copied ({type(problem).__name__}: {said}).",
+            hint="Call its eval() first.",
         ) from problem

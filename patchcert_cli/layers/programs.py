@@ -1,6 +1,6 @@
 """Frozen networks on the CPU, by the fastest way that gives the bits of the network itself: fewer passes, or integers.
 
-A frozen network (:mod:`patchcert_cli.layers.exact`) says in :meth:`Planned.plan` what it does in whole numbers: operations
+A frozen network (:mod:`patchcert_cli.layers.fixed_point`) says in :meth:`Planned.plan` what it does in whole numbers: operations
 (:class:`patchcert_cli.layers.planes.Operation`) on numbered maps. A :class:`Program` computes them in float32, in float64, or
 with 8-bit activations and planes of 7-bit weights; each of these is exact, by the theorems there. A :class:`Runner` tests and
 times them for the network at hand on this machine, and takes the fastest of those that are equal to float64.
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli.errors import IntegrityError, MachineError
-from patchcert_cli.layers import exact, integers, passes, precision
-from patchcert_cli.layers.exact import Affine, Deployed, Wire
+from patchcert_cli.layers import fixed_point, integers, passes, precision
+from patchcert_cli.layers.fixed_point import Affine, Deployed, Wire
 from patchcert_cli.layers.integers import Trial
 from patchcert_cli.layers.planes import BYTE, Maps, Operation, Work, as_bytes, in_integers
 
@@ -60,7 +60,7 @@ class Program:
 
     def __init__(self, kind: torch.dtype) -> None:
         self.kind = kind
-        self.wires: list[Wire] = [exact.PIXELS]
+        self.wires: list[Wire] = [fixed_point.PIXELS]
         self.operations: list[Operation] = []
         self.before: list[nn.Module] = []
         self.after: Callable[[Tensor], Tensor] = lambda v: v
@@ -94,7 +94,7 @@ class Program:
         """One more operation (:class:`Operation`); returns the number of its map."""
         given = [(at, self.wires[at], layer) for at, layer in terms]
         self.operations.append(Operation(given, onto, None if beside is None else (beside, self.wires[beside]), gated))
-        self.wires.append(exact.PIXELS if onto is None else onto)
+        self.wires.append(fixed_point.PIXELS if onto is None else onto)
         return self.last
 
     def backends(self) -> tuple[str, ...]:
@@ -116,7 +116,7 @@ class Program:
         for module in self.before:
             steps = module(steps)
         if backend not in self.backends():
-            raise MachineError(f"this network has no {backend} form;", hint=f"allowed: {', '.join(self.backends())}.")
+            raise MachineError(f"this network has no {backend} form.", hint=f"Allowed: {', '.join(self.backends())}.")
         if backend == "int8":
             return self.after(self._through(steps.to(torch.uint8), self._in_bytes(tuple(steps.shape[1:]), tested)))
         kind = torch.float32 if backend == "float32" else torch.float64
@@ -143,7 +143,7 @@ class Program:
             around = [_around(operation, work) for operation, work in zip(self.operations, floats, strict=True)]
             self._bytes[key] = [one or other for one, other in zip(found, around, strict=True)] if any(found) else []
         if not self._bytes[key]:
-            raise MachineError("this machine has no int8 convolutions for this network;", hint="float32 serves everywhere.")
+            raise MachineError("this machine has no int8 convolutions for this network.", hint="Float32 works everywhere.")
         return self._bytes[key]
 
     def _shapes(self, shape: tuple[int, ...]) -> list[torch.Size]:
@@ -206,7 +206,7 @@ class Runner:
         network = self.deployed()
         program = self.program(network) if steps.device.type == "cpu" else None
         if program is None:
-            kind = exact.execution_type(network, steps.device)
+            kind = fixed_point.execution_type(network, steps.device)
             with precision.exact_arithmetic():
                 return cast(Tensor, network(steps.to(kind).contiguous(memory_format=torch.channels_last)))
         forced = integers.forced()

@@ -91,10 +91,10 @@ def build(
         norm: whether there are batch norms behind the convolutions; without, these have biases.
     """
     if not 0 <= variant < len(VARIANTS):
-        raise UsageError(f"variant {variant} is no EfficientNet-Lite;", hint=f"allowed: 0 to {len(VARIANTS) - 1}.")
+        raise UsageError(f"variant {variant} is no EfficientNet-Lite.", hint=f"Allowed: 0 to {len(VARIANTS) - 1}.")
     sides = tuple(size) * (2 if len(size) == 1 else 1) or tuple(input_shape[1:])
     if len(sides) != 2 or min(sides) < 1:
-        raise UsageError(f"size {list(size)} is no size of an image;", hint="give one number, or height and width.")
+        raise UsageError(f"size {list(size)} is no size of an image.", hint="Give one number, or height and width.")
     layers: list[nn.Module] = [*convolved(len(mean), STEM, 3, 2, norm=norm), nn.ReLU6()]
     before = STEM
     for number, (blocks, width, kernel, stride, widen) in enumerate(STAGES):

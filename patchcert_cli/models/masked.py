@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.layers import exact, levels
-from patchcert_cli.layers.exact import Grid
+from patchcert_cli.layers import fixed_point, levels
+from patchcert_cli.layers.fixed_point import Grid
 from patchcert_cli.layers.levels import Level
 from patchcert_cli.layers.preprocessing import Normalize
 
@@ -150,15 +150,15 @@ class MaskedNetwork(nn.Module):
     def freeze(self, precision: torch.dtype) -> tuple[nn.Module, int]:
         """The deployed network (:mod:`patchcert_cli.layers.levels`); the bits of its weights do not depend on ``precision``."""
         if not self.freezable or self.grid is None:
-            raise IntegrityError("this network has no grid to compute exactly on;", hint="its network options say bits: 0.")
-        weight, bias = exact.fold(self.stem, None)
+            raise IntegrityError("this network has no grid to compute exactly on.", hint="Its network options say bits: 0.")
+        weight, bias = fixed_point.fold(self.stem, None)
         scale, shift = self.normalize.scale.double().cpu() / 255, self.normalize.shift.double().cpu()
         around = (-shift / scale).round().clamp(0, 255)  # a normalized 0
         if self.takes_mask:  # 255 where hidden stands for 1
             scale, shift, around = (
                 F.pad(one, (0, 1), value=value) for one, value in ((scale, 1 / 255), (shift, 0.0), (around, 0.0))
             )
-        weight, bias = exact.absorb(weight, bias, scale, shift)
+        weight, bias = fixed_point.absorb(weight, bias, scale, shift)
         out = int(self.grid.exponent)
         zero = levels.dip(out)
         weight, around = levels.padded(weight), F.pad(around, (0, -len(around) % 4))
@@ -218,7 +218,7 @@ class MaskedNetwork(nn.Module):
 
 def _folded(convolution: nn.Conv2d, norm: Norm) -> tuple[Tensor, Tensor]:
     """Weight and bias, float64 on the CPU, of a convolution and the norm behind it."""
-    weight, _ = exact.fold(convolution, None)
+    weight, _ = fixed_point.fold(convolution, None)
     mean, variance = (cast(Tensor, one).detach().double().cpu() for one in (norm.running_mean, norm.running_var))
     scale = 1 / torch.sqrt(variance + norm.eps)  # these operations are rounded alike on every machine
     return weight * scale[:, None, None, None], norm.quick.detach().double().cpu() * QUICK - mean * scale

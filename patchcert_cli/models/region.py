@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.errors import UsageError
-from patchcert_cli.layers import exact
-from patchcert_cli.layers.exact import Grid, Wire
+from patchcert_cli.layers import fixed_point
+from patchcert_cli.layers.fixed_point import Grid, Wire
 from patchcert_cli.layers.preprocessing import Normalize
 from patchcert_cli.layers.programs import Program
 
@@ -105,19 +105,19 @@ class RegionScorer(nn.Module):
         super().__init__()
         if weight_bits and not LEAST_BITS <= weight_bits <= MOST_BITS:
             raise UsageError(
-                f"weights of {weight_bits} bits are not for this network;", hint=f"allowed: {LEAST_BITS} to {MOST_BITS}, or 0."
+                f"weights of {weight_bits} bits are not for this network.", hint=f"Allowed: {LEAST_BITS} to {MOST_BITS}, or 0."
             )
         self.largest = 1 << (weight_bits - 1) if weight_bits else 0
         if stride < 1:
-            raise UsageError(f"a stride of {stride} leaves no cells;", hint="allowed: 1 or more.")
+            raise UsageError(f"a stride of {stride} leaves no cells.", hint="Allowed: 1 or more.")
         self.normalize = normalize
         self.register_buffer("places", coordinates(shape[1], shape[2]) if places else None, persistent=False)
         self.dilations = [dilation for _, _, dilation, _ in plan]
         self.receptive_field = 1 + sum((kernel - 1) * dilation for _, kernel, dilation, _ in plan)
         if self.receptive_field > min(shape[1:]):
             raise UsageError(
-                f"a receptive field of {self.receptive_field} is larger than the {shape[1]}x{shape[2]} image;",
-                hint=f"allowed: up to {min(shape[1:])}.",
+                f"a receptive field of {self.receptive_field} is larger than the {shape[1]}x{shape[2]} image.",
+                hint=f"Allowed: up to {min(shape[1:])}.",
             )
         self.stride = stride
         widths = [shape[0] + (2 if places else 0), *(width for width, *_ in plan)]
@@ -212,25 +212,25 @@ class RegionScorer(nn.Module):
             stage.whitening.copy_(torch.eye(len(stage.whitening)))
 
     def freeze(self, precision: torch.dtype) -> tuple[nn.Module, int]:
-        """The deployed network of whole steps (:mod:`patchcert_cli.layers.exact`), and the fewest bits of a channel's largest
-        weight."""
+        """The deployed network of whole steps (:mod:`patchcert_cli.layers.fixed_point`), and the fewest bits of a channel's
+        largest weight."""
         layers: list[nn.Module] = []
-        fewest, wire = 53, exact.PIXELS
+        fewest, wire = 53, fixed_point.PIXELS
         scale, shift = self.normalize.scale.double().cpu() / 255, self.normalize.shift.double().cpu()
         if self.places is not None:
             layers.append(Placed(self.places))
             scale, shift = torch.cat([scale, scale.new_full((2,), 1 / 127.5)]), torch.cat([shift, shift.new_full((2,), -1.0)])
         for at, stage in enumerate(cast(list[Stage], list(self.stages))):
-            weight, bias = exact.fold(stage.convolution, stage.norm)
+            weight, bias = fixed_point.fold(stage.convolution, stage.norm)
             if stage.whitening is not None:
                 weight = (weight.flatten(1) @ stage.whitening.double().cpu()).reshape(weight.shape)
-            weight, bias = exact.absorb(weight, bias, scale, shift) if at == 0 else (weight, bias)
-            layer, bits = exact.affine(weight, bias, stage.convolution, wire, precision, largest=self.largest)
+            weight, bias = fixed_point.absorb(weight, bias, scale, shift) if at == 0 else (weight, bias)
+            layer, bits = fixed_point.affine(weight, bias, stage.convolution, wire, precision, largest=self.largest)
             fewest, wire = min(fewest, bits), stage.grid.wire
             layers.append(_Step(layer, wire, residual=False))
             for mix in cast(list[Mix], list(stage.mixes)):
-                layer, bits = exact.affine(
-                    *exact.fold(mix.convolution, mix.norm),
+                layer, bits = fixed_point.affine(
+                    *fixed_point.fold(mix.convolution, mix.norm),
                     mix.convolution,
                     wire,
                     precision,
@@ -239,7 +239,7 @@ class RegionScorer(nn.Module):
                 )
                 fewest, wire = min(fewest, bits), mix.grid.wire
                 layers.append(_Step(layer, wire, residual=True))
-        layer, bits = exact.affine(*exact.fold(self.head, None), self.head, wire, precision, largest=self.largest)
+        layer, bits = fixed_point.affine(*fixed_point.fold(self.head, None), self.head, wire, precision, largest=self.largest)
         return nn.Sequential(*layers, layer), min(fewest, bits)
 
 
@@ -270,7 +270,7 @@ class Placed(nn.Module):
 class _Step(nn.Module):
     """Exact convolution, ReLU, with ``residual`` plus what came in, onto a grid."""
 
-    def __init__(self, layer: exact.Affine, wire: Wire, *, residual: bool) -> None:
+    def __init__(self, layer: fixed_point.Affine, wire: Wire, *, residual: bool) -> None:
         super().__init__()
         self.layer, self.wire, self.residual = layer, wire, residual
 
@@ -281,7 +281,7 @@ class _Step(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         out = self.layer(v).relu_()
-        return exact.onto(out.add_(v) if self.residual else out, self.wire)
+        return fixed_point.onto(out.add_(v) if self.residual else out, self.wire)
 
 
 def build(

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.layers import exact, precision
-from patchcert_cli.layers.exact import Grid, Wire
+from patchcert_cli.layers import fixed_point, precision
+from patchcert_cli.layers.fixed_point import Grid, Wire
 from patchcert_cli.layers.programs import Program
 
 
@@ -67,27 +67,27 @@ class Block(nn.Module):
         The second convolution and the shortcut are one sum over the channels of both, to which the theorem applies as a whole;
         the step of what the shortcut carries is moved into its weights, and out again afterwards.
         """
-        first, bits = exact.affine(*exact.fold(self.first, self.first_norm), self.first, wire, precision)
+        first, bits = fixed_point.affine(*fixed_point.fold(self.first, self.first_norm), self.first, wire, precision)
         inner = self.first_grid.wire
-        weight, bias = exact.fold(self.second, self.second_norm)
+        weight, bias = fixed_point.fold(self.second, self.second_norm)
         straight = torch.eye(len(weight), dtype=torch.float64)[:, :, None, None]
         aside, offset = straight, torch.zeros_like(bias)
         if self.projection is not None:
-            aside, offset = exact.fold(self.projection, self.projection_norm)
+            aside, offset = fixed_point.fold(self.projection, self.projection_norm)
         scale = 2.0 ** (wire.exponent - inner.exponent)
         up, left = cast(tuple[int, int], self.second.padding)  # the middle of the kernel, where the shortcut is
         both = torch.cat([weight, F.pad(aside * scale, (left, left, up, up))], dim=1)
         common = Wire(inner.exponent, max(inner.most, wire.most / scale))
-        joint, fewest = exact.affine(both, bias + offset, self.second, common, precision)
+        joint, fewest = fixed_point.affine(both, bias + offset, self.second, common, precision)
         width = weight.shape[1]
-        second = exact.Affine(joint.weight[:, :width].contiguous(), joint.bias, self.second)
+        second = fixed_point.Affine(joint.weight[:, :width].contiguous(), joint.bias, self.second)
         beside = joint.weight[:, width:, up : up + 1, left : left + 1] / scale
         if self.projection is not None:
-            shortcut = exact.Affine(beside.contiguous(), torch.zeros_like(joint.bias), self.projection)
+            shortcut = fixed_point.Affine(beside.contiguous(), torch.zeros_like(joint.bias), self.projection)
             return _Block(first, second, shortcut, inner, self.grid.wire), min(bits, fewest)
         if not torch.equal(beside, straight.to(beside)):  # the shortcut's steps are too fine for what is added to them
             if precision == torch.float64:
-                raise IntegrityError("weights too far apart in size to compute with exactly;", hint="train the network again.")
+                raise IntegrityError("weights too far apart in size to compute with exactly.", hint="Train the network again.")
             fewest = 0
         return _Block(first, second, None, inner, self.grid.wire), min(bits, fewest)
 
@@ -126,30 +126,30 @@ class ResNet(nn.Module):
         return cast(Tensor, self.head(v.mean(dim=(2, 3), keepdim=True)).flatten(1))
 
     def freeze(self, precision: torch.dtype) -> tuple[nn.Module, int]:
-        """The deployed network of whole steps 0 to 255 (:mod:`patchcert_cli.layers.exact`), and the fewest bits of a largest
-        weight.
+        """The deployed network of whole steps 0 to 255 (:mod:`patchcert_cli.layers.fixed_point`), and the fewest bits of a
+        largest weight.
 
         The mean over positions is a sum, which is exact, and 1/n is part of the head's weights. The head, which adds up the most
         and costs the least, is always computed in float64.
         """
-        weight, bias = exact.fold(self.stem, self.norm)
-        stem, fewest = exact.affine(weight / 255, bias, self.stem, exact.PIXELS, precision)
+        weight, bias = fixed_point.fold(self.stem, self.norm)
+        stem, fewest = fixed_point.affine(weight / 255, bias, self.stem, fixed_point.PIXELS, precision)
         wire = self.grid.wire
         layers: list[nn.Module] = [ExactStem(stem, wire)]
         for block in cast(list[Block], list(self.blocks)):
             layer, bits = block.freeze(wire, precision)
             layers.append(layer)
             fewest, wire = min(fewest, bits), block.grid.wire
-        weight, bias = exact.fold(self.head, None)
+        weight, bias = fixed_point.fold(self.head, None)
         total = Wire(wire.exponent, wire.most * self.positions)
-        head, _ = exact.affine(weight / self.positions, bias, self.head, total, torch.float64)
+        head, _ = fixed_point.affine(weight / self.positions, bias, self.head, total, torch.float64)
         return nn.Sequential(*layers, _Head(head)), fewest
 
 
 class ExactStem(nn.Module):
     """Exact convolution, ReLU, onto a grid."""
 
-    def __init__(self, layer: exact.Affine, wire: Wire) -> None:
+    def __init__(self, layer: fixed_point.Affine, wire: Wire) -> None:
         super().__init__()
         self.layer, self.wire = layer, wire
 
@@ -158,13 +158,15 @@ class ExactStem(nn.Module):
         program.add((program.last, self.layer), onto=self.wire)
 
     def forward(self, v: Tensor) -> Tensor:
-        return exact.onto(self.layer(v).relu_(), self.wire)
+        return fixed_point.onto(self.layer(v).relu_(), self.wire)
 
 
 class _Block(nn.Module):
     """An exact :class:`Block`."""
 
-    def __init__(self, first: exact.Affine, second: exact.Affine, shortcut: exact.Affine | None, inner: Wire, wire: Wire) -> None:
+    def __init__(
+        self, first: fixed_point.Affine, second: fixed_point.Affine, shortcut: fixed_point.Affine | None, inner: Wire, wire: Wire
+    ) -> None:
         super().__init__()
         self.first, self.second, self.shortcut = first, second, shortcut
         self.inner, self.wire = inner, wire
@@ -179,14 +181,14 @@ class _Block(nn.Module):
             program.add((inner, self.second), (at, self.shortcut), onto=self.wire)
 
     def forward(self, v: Tensor) -> Tensor:
-        out: Tensor = self.second(exact.onto(self.first(v).relu_(), self.inner))
-        return exact.onto(out.add_(v if self.shortcut is None else self.shortcut(v)).relu_(), self.wire)
+        out: Tensor = self.second(fixed_point.onto(self.first(v).relu_(), self.inner))
+        return fixed_point.onto(out.add_(v if self.shortcut is None else self.shortcut(v)).relu_(), self.wire)
 
 
 class _Head(nn.Module):
     """Exact sum over positions and linear layer, float64 [B, K]."""
 
-    def __init__(self, layer: exact.Affine) -> None:
+    def __init__(self, layer: fixed_point.Affine) -> None:
         super().__init__()
         self.layer = layer
 

@@ -77,9 +77,9 @@ def library() -> Any:
         with quiet():
             return importlib.import_module("timm")
     except ModuleNotFoundError as problem:
-        raise MachineError("timm is not installed;", hint=f"type: {INSTALL}") from problem
+        raise MachineError("timm is not installed.", hint=f"Type: {INSTALL}") from problem
     except (ImportError, OSError, RuntimeError) as problem:  # mixed builds of torch and torchvision raise RuntimeError
-        raise MachineError(f"timm cannot be imported: {_line(problem)}.", hint="see: patchcert doctor") from problem
+        raise MachineError(f"timm cannot be imported: {_line(problem)}.", hint="See: patchcert doctor") from problem
 
 
 def facts(name: str) -> Facts:
@@ -207,7 +207,7 @@ def build(
     check(architecture)
     sides = tuple(size) * (2 if len(size) == 1 else 1) or tuple(input_shape[1:])
     if len(sides) != 2 or min(sides) < 1:
-        raise UsageError(f"size {list(size)} is no size of an image;", hint="give one number, or height and width.")
+        raise UsageError(f"size {list(size)} is no size of an image.", hint="Give one number, or height and width.")
     channels, more = len(mean), _plain(arguments or {})
     said = timm.models.get_pretrained_cfg(architecture)
     made_for = None if said is None else tuple(said.input_size[1:])

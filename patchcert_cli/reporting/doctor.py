@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patchcert_cli import data
-from patchcert_cli.catalog import shelf
+from patchcert_cli.catalog import bundled
 from patchcert_cli.errors import IntegrityError, MachineError, PatchcertError
 from patchcert_cli.hub import client
 from patchcert_cli.storage import files, hub_cache
@@ -62,7 +62,11 @@ def _torch() -> Iterator[Finding]:
     try:
         import torch
     except (ImportError, OSError) as problem:
-        yield Finding("torch", "cannot be imported", MachineError(f"torch cannot be imported: {_first(problem)}.", hint=REPAIR))
+        yield Finding(
+            "torch",
+            "cannot be imported",
+            MachineError(f"torch cannot be imported: {_first(problem)}.", hint=f"Repair it: {REPAIR}"),
+        )
         return
     yield Finding("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
     if torch.cuda.is_available():
@@ -77,7 +81,7 @@ def _torch() -> Iterator[Finding]:
         import torchvision  # type: ignore[import-untyped]
     except (ImportError, OSError, RuntimeError) as problem:  # mixed builds raise RuntimeError: no operator torchvision::nms
         said = f"torch {torch.__version__} and torchvision {_version('torchvision') or '(none)'} do not fit together"
-        yield Finding("torchvision", said, MachineError(f"{said}: {_first(problem)}.", hint=f"Repair: {REPAIR}"))
+        yield Finding("torchvision", said, MachineError(f"{said}: {_first(problem)}.", hint=f"Repair it: {REPAIR}"))
         return
     yield Finding("torchvision", str(torchvision.__version__))
 
@@ -101,17 +105,15 @@ def _disk() -> Iterator[Finding]:
     try:
         files.check_folder(cache, "the cache")
     except PatchcertError as problem:
-        yield Finding(
-            "writable", "no", MachineError(f"{problem.args[0].rstrip('.;')}.", hint="Put the cache elsewhere with HF_HOME.")
-        )
+        yield Finding("writable", "no", MachineError(problem.message, hint="Put the cache elsewhere with HF_HOME."))
 
 
 def _zoo() -> Iterator[Finding]:
-    zoo = shelf.bundled_folder()
+    zoo = bundled.folder()
     good, recipes, wrong = 0, 0, []
-    for name in shelf.bundled_names(zoo):
+    for name in bundled.names(zoo):
         try:
-            card = shelf.bundled_card(name, zoo)
+            card = bundled.card(name, zoo)
             if card.files:
                 card.verify(zoo / name)
                 good += 1

@@ -67,7 +67,7 @@ def check_path(path: Path) -> None:
         MachineError: nothing can be written there.
     """
     if path.suffix.lower() not in ENDINGS:
-        raise UsageError(f"a picture cannot be written to '{path}':", hint=f"its name must end in {', '.join(ENDINGS)}.")
+        raise UsageError(f"a picture cannot be written to '{path}'.", hint=f"The name must end in {', '.join(ENDINGS)}.")
     files.check_file(path, "the picture")
 
 

@@ -56,7 +56,7 @@ def curve(rows: Rows, path: Path, *, title: str) -> None:
         names.add((unit, threat))
         points.append(_Point.of(row, position))
     if len(names) > 1:
-        raise UsageError("one curve cannot show different kinds of threats;", hint="give one kind, such as square patches.")
+        raise UsageError("one curve cannot show different kinds of threats.", hint="Give one kind, such as square patches.")
     ((unit, threat),) = names
     positions = sorted({point.x for point in points})
     heading = Heading.of(title, f"{threat}, anywhere in the image · {_images(rows)} · with exact 95 % intervals", 6.8)
@@ -78,7 +78,7 @@ def shapes(rows: Rows, path: Path, *, title: str, area: int | None = None) -> No
     patches = [parse_threat(row["threat"]) for row in _checked(rows)]
     sides = [(patch.height, patch.width) for patch in patches if isinstance(patch, Patch)]
     if len(sides) < len(patches):
-        raise UsageError("only patches of HxW pixels have an aspect ratio;", hint="give threats such as patch:2x12.")
+        raise UsageError("only patches of HxW pixels have an aspect ratio.", hint="Give threats such as patch:2x12.")
     order = sorted(set(sides), key=lambda side: (side[0] / side[1], side))
     points = [_Point.of(row, order.index(side)) for row, side in zip(rows, sides, strict=True)]
     wide = min(6.8 + 0.4 * max(0, len(order) - 11), 14)
@@ -109,7 +109,7 @@ def thresholds(rows: Rows, path: Path, *, title: str) -> None:
     order = sorted(_checked(rows), key=lambda row: float(row["threshold"]))
     threats, x = {str(row["threat"]) for row in order}, [float(row["threshold"]) for row in order]
     if len(threats) > 1:
-        raise UsageError("one picture of thresholds cannot show different threats;", hint="give one.")
+        raise UsageError("one picture of thresholds cannot show different threats.", hint="Give one.")
     heading = Heading.of(title, f"{threats.pop()}, anywhere in the image · {_images(order)} · with exact 95 % intervals", 6.8)
     lines = {"alarms, unattacked": ("alarms", HUES[1]), "right, no alarm": ("clean", INK), "certified": ("certified", HUES[0])}
     with figure_style.figure(path, 6.8, 3.7 + heading.height) as figure:
@@ -224,7 +224,7 @@ def _size(text: str) -> tuple[str, str, float]:
     if isinstance(threat, Sparse):
         return f"changed {threat.unit}s, at most", f"any {threat.unit}s", threat.k
     if not isinstance(threat, Patch) or threat.height != threat.width:
-        raise UsageError(f"{threat} has no side to draw a curve over;", hint="draw a chart over shapes.")
+        raise UsageError(f"{threat} has no side to draw a curve over.", hint="Draw a chart over shapes.")
     return "patch side, pixels", "one square patch", threat.height
 
 

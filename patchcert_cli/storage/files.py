@@ -20,7 +20,7 @@ from typing import Any
 from patchcert_cli.errors import DataError, IntegrityError, MachineError, UsageError
 
 CARD, CONFIG, WEIGHTS = "README.md", "config.json", "model.safetensors"
-INDEX, LEDGER = "model.safetensors.index.json", "records.jsonl.gz"  # of weights in several files; published records
+INDEX, PUBLISHED_RECORDS = "model.safetensors.index.json", "records.jsonl.gz"  # of weights in several files; published records
 PARTIAL = ".partial"  # what a file is called until it is whole
 LONGEST = 255  # bytes of a name, on every file system in use
 ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -110,15 +110,15 @@ def check_file(path: Path, option: str) -> None:
     facts = _status(path)
     if _takes_a_stream(facts):
         if _is_stdout(facts):
-            raise UsageError(f"{option} '{path}' is stdout, which gets the table;", hint="name a file.")
+            raise UsageError(f"{option} '{path}' is stdout, which gets the table.", hint="Name a file.")
         if not os.access(path, os.W_OK):
             raise MachineError(f"{option} '{path}' is not writable.", hint="Name another file.")
         return
     if facts is not None and not stat.S_ISREG(facts.st_mode):
         what = "a folder" if stat.S_ISDIR(facts.st_mode) else "no regular file"
-        raise UsageError(f"{option} '{path}' is {what};", hint="name a file.")
+        raise UsageError(f"{option} '{path}' is {what}.", hint="Name a file.")
     if facts is not None and _is_stdout(facts):
-        raise UsageError(f"{option} '{path}' is what stdout goes to;", hint="name another file.")
+        raise UsageError(f"{option} '{path}' is what stdout goes to.", hint="Name another file.")
     _check_place(path, option, PARTIAL)
 
 
@@ -131,7 +131,7 @@ def check_folder(path: Path, option: str) -> None:
     """
     facts = _status(path)
     if facts is not None and not stat.S_ISDIR(facts.st_mode):
-        raise UsageError(f"{option} '{path}' is a file;", hint="name a folder.")
+        raise UsageError(f"{option} '{path}' is a file.", hint="Name a folder.")
     _check_place(path, option)
 
 
@@ -144,10 +144,10 @@ def _check_place(path: Path, option: str, suffix: str = "") -> None:
     """Refuse a place for a file or folder that does not exist yet, by the nearest folder that does."""
     most, real = LONGEST - len(suffix), Path(os.path.realpath(path))
     if any(len(os.fsencode(part)) > most for part in real.parts):
-        raise UsageError(f"{option} '{_brief(path)}' has too long a name;", hint=f"use at most {most} bytes.")
+        raise UsageError(f"{option} '{_brief(path)}' has too long a name.", hint=f"Use at most {most} bytes.")
     place = nearest(real)
     if not place.is_dir() and place != real:
-        raise UsageError(f"{option} '{path}': '{place}' is a file;", hint="name a folder that can hold it.")
+        raise UsageError(f"{option} '{path}': '{place}' is a file.", hint="Name a folder that can hold it.")
     place = place if place.is_dir() else place.parent
     try:
         with tempfile.TemporaryFile(dir=place):
@@ -205,7 +205,7 @@ def read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as problem:
-        raise IntegrityError(f"'{path}' is missing;", hint="check the path.") from problem
+        raise IntegrityError(f"'{path}' is missing.", hint="Check the path.") from problem
     except OSError as problem:
         raise IntegrityError(f"'{path}' is not readable: {problem.strerror or problem}.") from problem
 

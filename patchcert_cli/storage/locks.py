@@ -32,7 +32,7 @@ def held(folder: Path, ours: str = LOCK) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise MachineError(
-            f"cannot make '{folder}': {problem.strerror or problem};", hint="use another --out, or make room."
+            f"cannot make '{folder}': {problem.strerror or problem}.", hint="Use another --out, or make room."
         ) from problem
     lock = FileLock(folder / LOCK)
     if os.access(folder, os.W_OK | os.X_OK):
@@ -40,7 +40,7 @@ def held(folder: Path, ours: str = LOCK) -> Iterator[None]:
             lock.acquire(blocking=False)
         except Timeout as problem:
             raise MachineError(
-                f"'{folder}' is being written by another process;", hint="wait until it ends, or use another --out."
+                f"'{folder}' is being written by another process.", hint="Wait until it ends, or use another --out."
             ) from problem
         except (OSError, NotImplementedError):
             pass

@@ -164,11 +164,11 @@ def train(
         tally = _validated(lines[-1]) if lines and "clean" in lines[-1] else monitor(made, held, recipe)
     except torch.OutOfMemoryError as problem:
         raise MachineError(
-            "out of memory while training;", hint=f"try --batch-size {max(recipe.batch_size // 2, 1)}."
+            "out of memory while training.", hint=f"Try --batch-size {max(recipe.batch_size // 2, 1)}."
         ) from problem
     except KeyboardInterrupt as problem:
         raise Interrupted(
-            f"interrupted after {len(lines)} of {recipe.epochs} epochs;", hint="resume with the same command."
+            f"interrupted after {len(lines)} of {recipe.epochs} epochs.", hint="Resume with the same command."
         ) from problem
     if lines:
         lines[-1] |= _seen(tally)
@@ -197,7 +197,7 @@ def _claim(folder: Path, config: dict[str, Any]) -> None:
     path = folder / files.CONFIG
     if not path.exists():
         if not locks.empty(folder):
-            raise UsageError(f"'{folder}' is not empty and holds no training run;", hint="use another --out.")
+            raise UsageError(f"'{folder}' is not empty and holds no training run.", hint="Use another --out.")
         files.write_json(path, config)
         return
     before, now = files.read_json(path).get("recipe", {}), config["recipe"]
@@ -206,8 +206,8 @@ def _claim(folder: Path, config: dict[str, Any]) -> None:
     changed = [f"{key} {before.get(key)!r}, not {value!r}" for key, value in now.items() if before.get(key) != value]
     if changed:
         raise UsageError(
-            f"'{folder}' was made with other settings ({'; '.join(changed)});",
-            hint="use another --out, or --fresh to start over.",
+            f"'{folder}' was made with other settings ({'; '.join(changed)}).",
+            hint="Use another --out, or --fresh to start over.",
         )
 
 
@@ -355,4 +355,4 @@ def _kept_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in files.read(path).decode().splitlines()[:epochs]]
     except ValueError as problem:
-        raise IntegrityError(f"'{path}' is damaged: {problem};", hint="use --fresh to start over.") from problem
+        raise IntegrityError(f"'{path}' is damaged: {problem}.", hint="Use --fresh to start over.") from problem

@@ -10,7 +10,7 @@ from typing import Any
 from patchcert_cli import data, defenses, models, schema
 from patchcert_cli.defenses.base import Options
 from patchcert_cli.errors import PatchcertError, UsageError
-from patchcert_cli.threats import Patch, Patches, Sparse, Threat, parse_threat
+from patchcert_cli.threats import Patch, Patches, Sparse, Threat, as_options, parse_threat
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
 PRECISIONS = ("float32", "bfloat16")
@@ -128,7 +128,7 @@ class Recipe:
         known = {item.name for item in fields(cls)}
         strange = sorted(set(values) - known)
         if strange:
-            raise UsageError(f"unknown recipe entries: {', '.join(strange)};", hint=f"allowed: {', '.join(sorted(known))}.")
+            raise UsageError(f"unknown recipe entries: {', '.join(strange)}.", hint=f"Allowed: {', '.join(sorted(known))}.")
         return cls(**values)
 
     def config(self) -> dict[str, Any]:
@@ -164,14 +164,7 @@ class Recipe:
     def command(self) -> str:
         """The ``patchcert train`` command that makes this very recipe: what differs from the defaults is spelled out."""
         threat = self.threat_model
-        if isinstance(threat, Patches):
-            words = [f"--threat {threat}"]
-        elif isinstance(threat, Sparse):
-            words = [f"--threat sparse --k {threat.k}"] + (["--unit value"] if threat.unit == "value" else [])
-        else:
-            shape = str(threat).removeprefix("patch:")
-            square = isinstance(threat, Patch) and threat.height == threat.width
-            words = [f"--threat patch --patch {shape.split('x')[0] if square else shape}"]
+        words = (["--threat patch"] if threat.kind == "patch" else []) + [as_options(threat)]
         given, default = self.validate().to_dict(), for_threat(threat, self.defense, self.dataset).validate().to_dict()
         default["dataset"] = for_threat(threat, self.defense).dataset
         own = models.defaults(given["network"])  # a command that did not say them would get the recipe's
@@ -208,7 +201,7 @@ def _options(kind: type[Options], values: Mapping[str, Any], defense: str) -> Op
         return schema.read(kind, given)  # a list of one is typed as one value
     except schema.Invalid as problem:
         known = ", ".join(item.name for item in fields(kind)) or "none"
-        raise UsageError(f"training options of {defense}: {problem};", hint=f"known: {known}.") from problem
+        raise UsageError(f"training options of {defense}: {problem}.", hint=f"Known: {known}.") from problem
 
 
 def _plain(options: Options) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def test_borders(cnn: Build, threat: Threat, x: Tensor, index: Tensor | None, er
 
 @pytest.mark.parametrize("threat", [Patch(2, 2), Sparse(2)])
 def test_bad_options_are_refused(threat: Threat) -> None:
-    with pytest.raises(UsageError, match="rivals 0 is out of range; allowed: 1 or more"):
+    with pytest.raises(UsageError, match="rivals 0 is out of range. Allowed: 1 or more"):
         attacks.for_threat(threat, rivals=0)
 
 

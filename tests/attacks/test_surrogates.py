@@ -89,8 +89,8 @@ BOXES = [(0, 0, 3, 4), (10, 7, 3, 4), (5, 4, 3, 4), (0, 7, 3, 4), (1, 2, 3, 4)]
 def test_near_and_rest_make_the_whole(more: dict[str, Any], size: tuple[int, int]) -> None:
     """Also where the window is cut at the border, and where it is the whole image."""
     defense, x = scorer(**more), images(2, SHAPE, 3)
-    atoms = Patch(*size).atoms(*SHAPE[1:])
-    boxes = atoms[torch.randperm(len(atoms), generator=torch.Generator().manual_seed(0))[:12]].expand(2, -1, -1)
+    locations = Patch(*size).locations(*SHAPE[1:])
+    boxes = locations[torch.randperm(len(locations), generator=torch.Generator().manual_seed(0))[:12]].expand(2, -1, -1)
     inside = _inside(boxes, x)
     changed = torch.where(inside, images(inside.shape[1], SHAPE, 4), x[:, None]).flatten(0, 1)
     for surrogate in defense.surrogates():
@@ -247,9 +247,9 @@ def test_a_hopeless_start_ends_the_search() -> None:
 
 
 def test_moves_grids_and_neighbours() -> None:
-    atoms = Patch(2, 3).atoms(7, 8)
+    locations = Patch(2, 3).locations(7, 8)
     x = images(2, (1, 7, 8))
-    box, boxes = torch.tensor([[1, 2, 2, 3], [5, 5, 2, 3]]), torch.stack([atoms[[0, 9, 35]], atoms[[35, 1, 20]]])
+    box, boxes = torch.tensor([[1, 2, 2, 3], [5, 5, 2, 3]]), torch.stack([locations[[0, 9, 35]], locations[[35, 1, 20]]])
     moved = _moved(x, box, boxes)
     for n in range(2):
         top, left = box[n, :2].tolist()
@@ -257,11 +257,11 @@ def test_moves_grids_and_neighbours() -> None:
             down, right = boxes[n, s, :2].tolist()
             content = moved[n, s, :, down : down + 2, right : right + 3]
             assert torch.equal(content, x[n, :, top : top + 2, left : left + 3])
-    around = _around(atoms, box)
+    around = _around(locations, box)
     assert around.shape == (2, 8, 4)
-    assert (around[:, :, None] == atoms).all(dim=3).any(dim=2).all()
+    assert (around[:, :, None] == locations).all(dim=3).any(dim=2).all()
     assert ((around[0, :, :2] - box[0, :2]).abs().amax(dim=1) == 1).all()
-    assert torch.equal(_grid(atoms, 100, 0), atoms)
-    several = [_grid(atoms, 9, phase) for phase in range(2)]
+    assert torch.equal(_grid(locations, 100, 0), locations)
+    several = [_grid(locations, 9, phase) for phase in range(2)]
     assert [len(grid) for grid in several] == [9, 9]
     assert not (several[0][:, None] == several[1]).all(dim=2).any()

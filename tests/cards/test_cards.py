@@ -15,11 +15,11 @@ from model_folders import COMMIT, make_run, make_zoo, measured
 
 from patchcert_cli import cards
 from patchcert_cli.cards import Card, Hub, Published, valid_name
-from patchcert_cli.catalog import shelf
+from patchcert_cli.catalog import bundled
 from patchcert_cli.errors import IntegrityError, UnknownName, UsageError
 from patchcert_cli.storage import files
 
-BUNDLED = shelf.bundled_folder()
+BUNDLED = bundled.folder()
 
 
 def front_of(text: str) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def test_every_field_differs_from_its_default_in_some_round_trip(tmp_path: Path)
     detection = replace(
         run,
         status="measured",
-        files={**run.files, files.LEDGER: cards.File("0" * 64, 7)},
+        files={**run.files, files.PUBLISHED_RECORDS: cards.File("0" * 64, 7)},
         results=(measured(guarantee="detection", certified=0, certified_interval=(0, 1e-3)),),
     )
     public = replace(recipe_only, status="public weights", classifier="timm:resnet18.a1_in1k")
@@ -97,7 +97,7 @@ def test_the_prose_tells_measured_beside_published(card: Card) -> None:
     row = f"| `patch:2x2`, recovery (interval) | mnist test | bounded | {measured} | 92.00% | 60.40% |"
     assert row in text
     assert "| `patch:3x3` | mnist |  | not measured | not measured |  | 90.00% | 30.00% |" in text
-    assert f"patchcert certify {card.name} --patch 2x2" in text
+    assert f"patchcert certify {card.name} --patch 2" in text
     assert "Not proven:" in text
 
 
@@ -188,7 +188,7 @@ def test_a_card_of_public_weights_says_so_and_says_how_to_measure_them(tmp_path:
     ):
         assert words in text
     assert "Train" not in text.split("## Use")[1].split("## How")[0] and "seed" not in text.split("## How it was made")[1][:90]
-    with pytest.raises(IntegrityError, match=r"no weights are published yet; try: patchcert certify small"):
+    with pytest.raises(IntegrityError, match=r"no weights are published yet. Try: patchcert certify small"):
         card.verify(tmp_path)
 
 
@@ -258,26 +258,26 @@ def test_every_folder_name_has_a_valid_model_name(folder: str, name: str) -> Non
 def test_the_zoo_is_filtered_by_data_set_and_threat(card: Card, tmp_path: Path) -> None:
     zoo = tmp_path / "zoo"
     for arguments in ({}, {"dataset": "mnist"}, {"threat": "patch"}, {"threat": "patch:2"}):
-        assert shelf.bundled(**arguments, zoo=zoo) == {card.name: card}
+        assert bundled.cards(**arguments, zoo=zoo) == {card.name: card}
     for arguments in ({"dataset": "cifar10"}, {"threat": "sparse"}, {"threat": "patch:3"}):
-        assert shelf.bundled(**arguments, zoo=zoo) == {}
+        assert bundled.cards(**arguments, zoo=zoo) == {}
     with pytest.raises(UnknownName, match="mnist"):
-        shelf.bundled(dataset="mnis", zoo=zoo)
+        bundled.cards(dataset="mnis", zoo=zoo)
     with pytest.raises(UsageError, match="patch or sparse"):
-        shelf.bundled(threat="linf", zoo=zoo)
+        bundled.cards(threat="linf", zoo=zoo)
 
 
 def test_a_card_in_a_folder_of_another_name_is_refused(card: Card, tmp_path: Path) -> None:
     (tmp_path / "zoo" / card.name).rename(tmp_path / "zoo" / "renamed")
-    with pytest.raises(IntegrityError, match="says that it is small-ibp-p2"):
-        shelf.bundled(zoo=tmp_path / "zoo")
+    with pytest.raises(IntegrityError, match="small-ibp-p2"):
+        bundled.cards(zoo=tmp_path / "zoo")
 
 
 def test_defaults() -> None:
-    assert shelf.default_model() == shelf.default_model("cifar10") == "cifar-bagcert-rf7"
-    assert shelf.default_model("mnist") == "mnist-ibp-p5"
+    assert bundled.default_model() == bundled.default_model("cifar10") == "cifar-bagcert-rf7"
+    assert bundled.default_model("mnist") == "mnist-ibp-p5"
     with pytest.raises(UnknownName, match="patchcert zoo list --dataset svhn"):
-        shelf.default_model("svhn")
+        bundled.default_model("svhn")
 
 
 def test_a_measurement_is_found_by_what_its_threat_means(card: Card) -> None:
@@ -291,14 +291,14 @@ def folders() -> list[str]:
 
 
 def test_the_zoo_has_one_sound_card_for_each_folder() -> None:
-    found = shelf.bundled()
+    found = bundled.cards()
     assert len(found) == len(folders())
     assert sorted(found) == folders()
 
 
 @pytest.mark.parametrize("name", folders())
 def test_bundled_models_are_what_their_cards_say(name: str) -> None:
-    card = shelf.bundled_card(name)
+    card = bundled.card(name)
     assert (BUNDLED / name / files.CARD).read_text(encoding="utf-8") == card.render()
     if (BUNDLED / name / files.WEIGHTS).is_file():
         assert card.verify(BUNDLED / name) == card.files[files.WEIGHTS].sha256
@@ -306,14 +306,14 @@ def test_bundled_models_are_what_their_cards_say(name: str) -> None:
 
 def test_the_zoo_folder_is_found_through_the_package_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert BUNDLED.name == "zoo"
-    monkeypatch.setenv(shelf.ENVIRONMENT, str(tmp_path))
-    assert shelf.bundled_folder() == tmp_path
-    assert shelf.bundled() == {}
-    assert shelf.bundled(zoo=tmp_path / "absent") == {}
+    monkeypatch.setenv(bundled.ENVIRONMENT, str(tmp_path))
+    assert bundled.folder() == tmp_path
+    assert bundled.cards() == {}
+    assert bundled.cards(zoo=tmp_path / "absent") == {}
 
 
 def test_cards_import_no_torch() -> None:
-    code = "import sys, patchcert_cli.catalog.shelf as c; c.bundled(); assert not {'torch', 'huggingface_hub'} & set(sys.modules)"
+    code = "import sys, patchcert_cli.catalog.bundled as c; c.cards(); assert not {'torch', 'huggingface_hub'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

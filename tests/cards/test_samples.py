@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from patchcert_cli import cards, checkpoint, defenses
 from patchcert_cli.cards import Card, File, Sample
-from patchcert_cli.catalog import claims, shelf
+from patchcert_cli.catalog import bundled, claims
 from patchcert_cli.cli.main import app
 from patchcert_cli.errors import ClaimError, IntegrityError, UsageError
 from patchcert_cli.reporting import site
@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / files.CARD).write_text(public.render())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setenv(shelf.ENVIRONMENT, str(place / "zoo"))
+        patch.setenv(bundled.ENVIRONMENT, str(place / "zoo"))
         done = CliRunner().invoke(app, ["certify", NAME, "--limit", "20", "--patch", "1..2", "--out", "out"])
         assert done.exit_code == 0, (done.output, done.exception)
     return place
@@ -62,7 +62,7 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(shelf.ENVIRONMENT, str(tmp_path / "zoo"))
+    monkeypatch.setenv(bundled.ENVIRONMENT, str(tmp_path / "zoo"))
     return tmp_path
 
 
@@ -188,7 +188,7 @@ def test_what_is_wrong_with_a_sample_is_told(
 def test_every_bundled_sample_is_borne_out_by_its_records() -> None:
     zoo = Path(__file__).parents[2] / "zoo"
     counted = 0
-    for name, card in shelf.bundled(zoo=zoo).items():
+    for name, card in bundled.cards(zoo=zoo).items():
         claims.check_samples(card, zoo / name)
         counted += len(card.samples)
     assert counted >= 2
@@ -200,5 +200,5 @@ def test_the_table_of_the_zoo_holds_no_sample() -> None:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    with_samples = {name for name, card in shelf.bundled().items() if card.samples}
+    with_samples = {name for name, card in bundled.cards().items() if card.samples}
     assert with_samples and not any(f"`{name}`" in module.tables() or name in module.picture() for name in with_samples)

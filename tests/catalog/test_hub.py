@@ -14,7 +14,7 @@ from model_folders import COMMIT, make_run, make_zoo, write_result
 import patchcert_cli
 from patchcert_cli import checkpoint
 from patchcert_cli.cards import Card, Published
-from patchcert_cli.catalog import find, shelf, shelve
+from patchcert_cli.catalog import add_to_zoo, bundled, resolve
 from patchcert_cli.errors import ClaimError, IntegrityError, PatchcertError, UnknownName, UsageError
 from patchcert_cli.storage import files
 
@@ -47,7 +47,7 @@ def flip(path: Path) -> None:
 
 
 def test_a_name_is_served_by_the_bundled_copy(zoo: Path) -> None:
-    found = find.resolve(NAME, zoo=zoo)
+    found = resolve.resolve(NAME, zoo=zoo)
     assert (found.folder, found.source, found.name) == (zoo / NAME, "bundled", NAME)
     assert found.card == Card.read(zoo / NAME)
     assert found.sha256 == files.sha256(zoo / NAME / files.WEIGHTS)
@@ -56,30 +56,30 @@ def test_a_name_is_served_by_the_bundled_copy(zoo: Path) -> None:
 
 def test_a_folder_or_its_weights_are_served_as_they_are(run: Path) -> None:
     for given in (run, str(run), os.path.relpath(run), run / files.WEIGHTS, str(run / files.WEIGHTS)):
-        found = find.resolve(given)
+        found = resolve.resolve(given)
         assert (found.folder.resolve(), found.source) == (run, "folder")
     (run / files.CARD).unlink()
-    found = find.resolve(run)
+    found = resolve.resolve(run)
     assert (found.card, found.name) == (None, "p2")
     assert "without a card" in found.note
 
 
 def test_a_folder_in_the_working_directory_needs_no_separator(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run.parent)
-    assert find.resolve("p2").source == "folder"
+    assert resolve.resolve("p2").source == "folder"
 
 
 def test_load_rebuilds_the_defense(zoo: Path, run: Path) -> None:
     x = torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     expected = checkpoint.load_defense(run)[0].predict(x)
-    for defense in (find.load(run), find.load(NAME, zoo=zoo), patchcert_cli.load(str(run))):
+    for defense in (resolve.load(run), resolve.load(NAME, zoo=zoo), patchcert_cli.load(str(run))):
         assert torch.equal(defense.predict(x), expected)
         assert not defense.training
 
 
 @pytest.mark.parametrize(("given", "near"), [("small-ibp-p3", NAME), ("small", NAME), ("Small_IBP_p2", NAME), ("", "zoo list")])
 def test_unknown_names_come_with_suggestions(zoo: Path, given: str, near: str) -> None:
-    for action in (find.resolve, find.pull):
+    for action in (resolve.resolve, resolve.pull):
         with pytest.raises(UnknownName, match=near) as caught:
             action(given, zoo=zoo)
         assert "patchcert zoo list" in str(caught.value)
@@ -89,32 +89,32 @@ def test_unknown_names_come_with_suggestions(zoo: Path, given: str, near: str) -
 @pytest.mark.parametrize("given", ["../x", "/nowhere/x", "runs/none"])
 def test_missing_folders_are_unknown(given: str) -> None:
     with pytest.raises(UnknownName, match="no folder"):
-        find.resolve(given)
+        resolve.resolve(given)
 
 
 @pytest.mark.parametrize("name", ["../zoo/small-ibp-p2", "/etc", "Small-ibp-p2", ".."])
 def test_pull_takes_names_and_no_paths(zoo: Path, name: str) -> None:
     with pytest.raises(UnknownName):
-        find.pull(name, zoo=zoo)
+        resolve.pull(name, zoo=zoo)
 
 
 @pytest.mark.parametrize("suffix", files.PICKLES)
 def test_pickles_are_refused_unread(tmp_path: Path, suffix: str) -> None:
     for given in (f"weights{suffix}", str(tmp_path / f"absent{suffix.upper()}")):
         with pytest.raises(IntegrityError, match="not opened") as caught:
-            find.resolve(given)
+            resolve.resolve(given)
         assert caught.value.code == 5
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / f"weights{suffix}").write_bytes(b"\x80\x04")
     with pytest.raises(IntegrityError, match="not opened"):
-        find.resolve(tmp_path / "run")
+        resolve.resolve(tmp_path / "run")
 
 
 def test_other_files_and_empty_folders_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="is a file"):
-        find.resolve(run / files.CONFIG)
+        resolve.resolve(run / files.CONFIG)
     with pytest.raises(IntegrityError, match=r"holds no model\.safetensors"):
-        find.resolve(tmp_path)
+        resolve.resolve(tmp_path)
 
 
 @pytest.mark.parametrize("file", [files.WEIGHTS, files.CONFIG])
@@ -122,10 +122,10 @@ def test_a_file_that_is_not_what_its_card_says_is_refused(zoo: Path, run: Path, 
     flip(zoo / NAME / file)
     flip(run / file)
     for action in (
-        lambda: find.resolve(NAME, zoo=zoo),
-        lambda: find.pull(NAME, zoo=zoo),
-        lambda: find.resolve(run),
-        lambda: find.load(run),
+        lambda: resolve.resolve(NAME, zoo=zoo),
+        lambda: resolve.pull(NAME, zoo=zoo),
+        lambda: resolve.resolve(run),
+        lambda: resolve.load(run),
     ):
         with pytest.raises(IntegrityError, match="sha256") as caught:
             action()
@@ -136,30 +136,30 @@ def test_a_recipe_without_weights_says_how_to_train(tmp_path: Path) -> None:
     card = make_zoo(tmp_path / "zoo")
     bare = replace(card, status="recipe only", files={}, trained=None, validation=None, results=())
     (tmp_path / "zoo" / NAME / files.CARD).write_text(bare.render())
-    for action in (find.resolve, find.pull):
-        with pytest.raises(UnknownName, match=f"no weights are published yet; train it: patchcert train --recipe {NAME}"):
+    for action in (resolve.resolve, resolve.pull):
+        with pytest.raises(UnknownName, match=f"no weights are published yet. Train it: patchcert train --recipe {NAME}"):
             action(NAME, zoo=tmp_path / "zoo")
 
 
 def test_pull_of_an_unpublished_model_says_so(zoo: Path) -> None:
-    found = find.pull(NAME, zoo=zoo)
+    found = resolve.pull(NAME, zoo=zoo)
     assert found.source == "bundled"
     assert "not published on the Hub yet" in found.note
 
 
 def test_pull_needs_a_whole_commit(zoo: Path) -> None:
     with pytest.raises(UsageError, match="full commit"):
-        find.pull(NAME, revision="main", zoo=zoo)
+        resolve.pull(NAME, revision="main", zoo=zoo)
 
 
 def client(zoo: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a process of its own: the Hub client reads its environment once."""
     variables = {**os.environ, "PATCHCERT_ZOO": str(zoo), "HF_HOME": str(zoo.parent / "hf"), **environment}
-    program = f"from patchcert_cli import errors\nfrom patchcert_cli.catalog import find\n{code}"
+    program = f"from patchcert_cli import errors\nfrom patchcert_cli.catalog import resolve\n{code}"
     return subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=60, check=False)
 
 
-SHOW = f"found = find.pull('{NAME}'); print(found.source, found.note)"
+SHOW = f"found = resolve.pull('{NAME}'); print(found.source, found.note)"
 DEAD = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
 
 
@@ -185,15 +185,15 @@ def test_an_unreachable_hub_is_answered_by_the_bundled_copy(
 
 def test_without_a_bundled_copy_an_unreachable_hub_is_an_error(tmp_path: Path) -> None:
     make_zoo(tmp_path / "zoo", revision=COMMIT, weights=False)
-    code = f"try: find.resolve('{NAME}')\nexcept errors.HubError as problem: print(problem.code, problem)"
+    code = f"try: resolve.resolve('{NAME}')\nexcept errors.HubError as problem: print(problem.code, problem)"
     done = client(tmp_path / "zoo", code, **DEAD)
     assert done.stdout.startswith("4 the Hub is out of reach (http://127.0.0.1:9)"), done.stderr
 
 
 def test_add_makes_a_measured_zoo_model(run: Path, tmp_path: Path) -> None:
     report = Published("patch:2x2", 0.92, 0.604, "table 1")
-    card = shelve.add(run, "mnist-small", given(tmp_path, run), published=[report], to=tmp_path / "new")
-    assert shelf.bundled(zoo=tmp_path / "new") == {"mnist-small": card}
+    card = add_to_zoo.add(run, "mnist-small", given(tmp_path, run), published=[report], to=tmp_path / "new")
+    assert bundled.cards(zoo=tmp_path / "new") == {"mnist-small": card}
     assert (card.status, card.hub.repo, card.published) == ("measured", "patchcert/mnist-small", (report,))
     assert (card.results[0].clean, card.results[0].certified) == (9300, 6000)
     assert sorted(path.name for path in (tmp_path / "new" / "mnist-small").iterdir()) == [
@@ -202,19 +202,19 @@ def test_add_makes_a_measured_zoo_model(run: Path, tmp_path: Path) -> None:
         "model.safetensors",
         "records.jsonl.gz",
     ]
-    assert find.resolve("mnist-small", zoo=tmp_path / "new").sha256 == files.sha256(run / files.WEIGHTS)
+    assert resolve.resolve("mnist-small", zoo=tmp_path / "new").sha256 == files.sha256(run / files.WEIGHTS)
 
 
 def test_add_replaces_only_with_force_and_keeps_the_revision_of_the_same_files(run: Path, tmp_path: Path) -> None:
     zoo = tmp_path / "new"
-    card = shelve.add(run, "x", given(tmp_path, run), to=zoo)
+    card = add_to_zoo.add(run, "x", given(tmp_path, run), to=zoo)
     pushed = replace(card, hub=replace(card.hub, revision=COMMIT))
     (zoo / "x" / files.CARD).write_text(pushed.render())
     with pytest.raises(UsageError, match="--force"):
-        shelve.add(run, "x", {}, to=zoo)
-    assert shelve.add(run, "x", given(tmp_path, run), to=zoo, force=True).hub.revision == COMMIT
-    assert shelve.add(run, "x", {}, to=zoo, force=True).hub.revision is None  # without its records it is something else
-    assert shelf.bundled_card("x", zoo).status == "trained"
+        add_to_zoo.add(run, "x", {}, to=zoo)
+    assert add_to_zoo.add(run, "x", given(tmp_path, run), to=zoo, force=True).hub.revision == COMMIT
+    assert add_to_zoo.add(run, "x", {}, to=zoo, force=True).hub.revision is None  # without its records it is something else
+    assert bundled.card("x", zoo).status == "trained"
 
 
 @pytest.mark.parametrize(
@@ -236,16 +236,16 @@ def test_add_refuses_results_that_prove_nothing_about_the_weights(
     run: Path, tmp_path: Path, changes: dict[str, object], kind: type[PatchcertError], problem: str
 ) -> None:
     with pytest.raises(kind, match=problem):
-        shelve.add(run, "x", given(tmp_path, run, **changes), to=tmp_path / "new")
+        add_to_zoo.add(run, "x", given(tmp_path, run, **changes), to=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
 def test_add_refuses_a_damaged_run_and_a_bad_name(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot name a model"):
-        shelve.add(run, "../x", {}, to=tmp_path / "new")
+        add_to_zoo.add(run, "../x", {}, to=tmp_path / "new")
     flip(run / files.WEIGHTS)
     with pytest.raises(IntegrityError, match="sha256"):
-        shelve.add(run, "x", {}, to=tmp_path / "new")
+        add_to_zoo.add(run, "x", {}, to=tmp_path / "new")
     (run / files.CARD).unlink()
     with pytest.raises(IntegrityError, match="no model card"):
-        shelve.add(run, "x", {}, to=tmp_path / "new")
+        add_to_zoo.add(run, "x", {}, to=tmp_path / "new")

@@ -7,19 +7,19 @@ import torch
 
 import patchcert_cli
 from patchcert_cli import Certificate, cards, data
-from patchcert_cli.cards import ledger
-from patchcert_cli.catalog import shelf
+from patchcert_cli.cards.published import PublishedRecords
+from patchcert_cli.catalog import bundled
 from patchcert_cli.certificate import Tally
 from patchcert_cli.storage import files
 
-NAMES = [name for name, card in shelf.bundled().items() if card.results]
+NAMES = [name for name, card in bundled.cards().items() if card.results]
 DEAR = {"smoothing": 4, "patchcleanser": 4}  # images for attacks on defenses that run a network for every band or mask
 SAMPLE = 12  # images whose published verdicts are held against new ones
 DEAR_SAMPLE = {"patchcleanser": 4}
 
 
 def certified_again(name: str, count: int | None) -> tuple[data.Images, Certificate, cards.Measured]:
-    card = shelf.bundled_card(name)
+    card = bundled.card(name)
     result = card.result()
     assert result is not None
     images = data.load(card.dataset, "test").limit(count, 1)
@@ -32,11 +32,11 @@ def certified_again(name: str, count: int | None) -> tuple[data.Images, Certific
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sample_has_the_answers_and_verdicts_of_the_records(name: str) -> None:
     """Image by image: one verdict that differs fails. That all records add up to the card's counts is tested with the cards."""
-    count = DEAR_SAMPLE.get(shelf.bundled_card(name).defense, SAMPLE)
+    count = DEAR_SAMPLE.get(bundled.card(name).defense, SAMPLE)
     images, certificate, result = certified_again(name, count)
-    book = ledger.read(shelf.bundled_folder() / name / files.LEDGER)
-    at = book.position(result.threat, result.method, result.guarantee)
-    rows = [book.rows[index] for index in images.index.tolist()]
+    published = PublishedRecords.read(bundled.folder() / name / files.PUBLISHED_RECORDS)
+    at = published.position(result.threat, result.method, result.guarantee)
+    rows = [published.rows[index] for index in images.index.tolist()]
     assert images.labels.tolist() == [row.label for row in rows]
     assert certificate.prediction.tolist() == [row.prediction for row in rows]
     assert certificate.certified.tolist() == [row.certified[at] for row in rows]
@@ -53,7 +53,7 @@ def test_the_whole_split_gives_the_counts_of_the_card(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_attack_breaks_no_certificate(name: str) -> None:
-    card = shelf.bundled_card(name)
+    card = bundled.card(name)
     threat, defense = patchcert_cli.parse_threat(card.threat), patchcert_cli.load(name)
     images = data.load(card.dataset, "test").limit(DEAR.get(card.defense, 6), 2)
     x = data.to_float(images.pixels)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers.masks import views
+from patchcert_cli.certifiers.masks import masked_predictions
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import UsageError
-from patchcert_cli.evaluation import subjects
+from patchcert_cli.evaluation import models
 from patchcert_cli.threats import Patch
 
 SHAPE = (3, 12, 12)
@@ -61,7 +61,7 @@ def test_quick_passes_are_channels_last_and_passes_in_doubt_are_not() -> None:
     plain = around(Noting())
     plain.test_once()
     views_of = plain.views()
-    plain._memory.amend(views.replace(views_of.gauge, last=False))  # type: ignore[union-attr]
+    plain._memory.amend(masked_predictions.replace(views_of.gauge, last=False))  # type: ignore[union-attr]
     same = plain.certify(x, Patch(2, 2))
     assert torch.equal(found.certified, same.certified) and torch.equal(found.prediction, same.prediction)
     assert 0 < int(found.certified.sum()) < 24 and torch.equal(found.passes, same.passes)  # type: ignore[arg-type]
@@ -88,12 +88,12 @@ def test_other_networks_stay_as_they_are() -> None:
 
 
 def test_bfloat16_is_not_offered_where_it_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "computes_in_bfloat16", lambda device: True)
+    monkeypatch.setattr(masked_predictions, "computes_in_bfloat16", lambda device: True)
     made = around(classes=3)
     made.labels = "bfloat16"
     assert made.views().quick == ("bfloat16", "float32")  # type: ignore[union-attr]
-    many = around(classes=views.MANY)
+    many = around(classes=masked_predictions.MANY)
     many.labels = "bfloat16"
     assert many.views().quick == ("float32",)  # type: ignore[union-attr]
     with pytest.raises(UsageError, match="with 1000 classes --labels bfloat16 gains nothing"):
-        subjects.put_around(many.network, "patchcleanser", SHAPE, many.classes, many.plan, None, "bfloat16")
+        models.put_around(many.network, "patchcleanser", SHAPE, many.classes, many.plan, None, "bfloat16")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from patchcert_cli.certifiers.bounds import first_layer
 from patchcert_cli.certifiers.bounds.first_layer import Split, sparse_box, under_patch, window_sums
-from patchcert_cli.certifiers.bounds.gains import largest_gains
+from patchcert_cli.certifiers.bounds.topk_gains import largest_gains
 from patchcert_cli.errors import UnsupportedThreat
 from patchcert_cli.threats import Patch, Sparse
 
@@ -36,13 +36,13 @@ def sums_by_sorting(weight: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def test_windows_equal_loops(size: tuple[int, int]) -> None:
     values, patch = draw(3, 2, 4, 5), Patch(*size)
     sums = window_sums(values, patch)
-    for a, (top, left, height, width) in enumerate(patch.atoms(4, 5).tolist()):
+    for a, (top, left, height, width) in enumerate(patch.locations(4, 5).tolist()):
         window = values[:, :, top : top + height, left : left + width]
         assert torch.allclose(sums[:, a], window.sum(dim=(1, 2, 3)), atol=1e-12)
     spread = draw(2, 4, 5, 7, seed=1)
     entries = under_patch(spread, patch)  # [A, C*h*w, M]
     assert sums.shape[1] == entries.shape[0] == patch.count(4, 5)
-    for a, (top, left, height, width) in enumerate(patch.atoms(4, 5).tolist()):
+    for a, (top, left, height, width) in enumerate(patch.locations(4, 5).tolist()):
         expected = [spread[c, top + i, left + j] for c, i, j in product(range(2), range(height), range(width))]
         assert torch.equal(entries[a], torch.stack(expected))
 

@@ -18,7 +18,7 @@ from patchcert_cli.certifiers.bounds import intervals
 from patchcert_cli.certifiers.bounds.first_layer import Split
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import UnsupportedThreat
-from patchcert_cli.layers import plain
+from patchcert_cli.layers import supported_layers
 from patchcert_cli.layers.preprocessing import Normalize
 from patchcert_cli.threats import Patch, Sparse
 
@@ -135,7 +135,7 @@ def check(seed: int) -> tuple[int, int]:
     made = IntervalDefense(nn.Sequential(*nested), input_shape=shape, classes=("a", "b", "c")).eval()
     if rng.random() < 0.5:
         made, x = made.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    path, exact = slow.steps(layers, shape), plain.rebuilt(made.network, torch.float64)
+    path, exact = slow.steps(layers, shape), supported_layers.rebuilt(made.network, torch.float64)
     expected = np.stack([slow.logits(path, image) for image in x])
     kept, answers = x.clone(), made.predict(x)
     assert torch.equal(x, kept), "images were altered in place"
@@ -207,7 +207,7 @@ def test_many_random_networks(start: int) -> None:
 
 def test_every_supported_layer_is_drawn() -> None:
     seen = {type(layer) for seed in range(16) for layer in draw(seed)[0]}
-    assert seen >= set(plain.KNOWN), set(plain.KNOWN) - seen
+    assert seen >= set(supported_layers.KNOWN), set(supported_layers.KNOWN) - seen
 
 
 def test_the_largest_of_nothing_certifies_nothing() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers.bounds import intervals, streams
+from patchcert_cli.certifiers.bounds import intervals, margin_chunks
 from patchcert_cli.errors import UnsupportedThreat, UsageError
 from patchcert_cli.layers import precision
 from patchcert_cli.threats import Patch, PatchPercent, Sparse, parse_threat
@@ -78,7 +78,7 @@ def test_every_layout_was_compared() -> None:
 def test_chunks_of_one_location_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = precision.double(network(name)), images(LAYOUTS[name].shape, 5).double()
     whole = margins(net, x, targets(3, 5), Patch(2, 2))
-    monkeypatch.setattr(streams, "CHUNK_BYTES", {"cpu": 1})
+    monkeypatch.setattr(margin_chunks, "CHUNK_BYTES", {"cpu": 1})
     single = margins(net, x, targets(3, 5), Patch(2, 2))
     assert torch.equal(whole.worst, single.worst)
     assert close(single.values, whole.values)

@@ -133,7 +133,7 @@ def test_no_bound_exceeds_a_margin_of_a_sampled_content(name: str) -> None:
     target, patch = targets(exact, x), Patch(2, 3)
     bounds = linear.table(engine(net, x, target, patch), 1)
     generator = torch.Generator().manual_seed(0)
-    for index, (top, left) in enumerate(patch.atoms(*shape[1:])[:, :2].tolist()):
+    for index, (top, left) in enumerate(patch.locations(*shape[1:])[:, :2].tolist()):
         draw = torch.rand(200, *shape, generator=generator, dtype=torch.float64)
         draw[:100] = draw[:100].round()
         for i, y in enumerate(target.tolist()):

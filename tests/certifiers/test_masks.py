@@ -26,9 +26,9 @@ def hidden(made: MaskSet) -> list[Pixels]:
 
 
 def places(threat: Threat, height: int, width: int) -> list[Pixels]:
-    """Everything that the attacker may touch at once, in the order of the first atom."""
-    atoms = [pixels(*atom) for atom in threat.atoms(height, width).tolist()]
-    return [set().union(*some) for some in combinations_with_replacement(atoms, threat.budget)]
+    """Everything that the attacker may touch at once, in the order of the first location."""
+    locations = [pixels(*location) for location in threat.locations(height, width).tolist()]
+    return [set().union(*some) for some in combinations_with_replacement(locations, threat.budget)]
 
 
 def covered(made: MaskSet, threat: Threat) -> bool:
@@ -125,7 +125,7 @@ def test_covers_are_those_of_loops_over_places(plan: MaskPlan, size: tuple[int, 
     for text in THREATS:
         threat = parse_threat(text)
         if not covered(made, threat):
-            with pytest.raises(UnsupportedThreat, match=f"do not cover {threat}; choose masks that do"):
+            with pytest.raises(UnsupportedThreat, match=f"do not cover {threat}. Choose masks that do"):
                 made.cover(threat)
             continue
         sets = {frozenset(i for i, mask in enumerate(found) if place <= mask) for place in places(threat, *size)}
@@ -133,12 +133,12 @@ def test_covers_are_those_of_loops_over_places(plan: MaskPlan, size: tuple[int, 
         cover = made.cover(threat)
         assert {frozenset(row.nonzero()[:, 0].tolist()) for row in cover.by} == least
         assert len(cover.by) == len(least)
-        atoms = [pixels(*atom) for atom in threat.atoms(*size).tolist()]
-        for row, atom in zip(cover.by, cover.atom.tolist(), strict=True):
-            assert all(atoms[atom] <= found[i] for i in row.nonzero()[:, 0].tolist())
+        locations = [pixels(*location) for location in threat.locations(*size).tolist()]
+        for row, location in zip(cover.by, cover.location.tolist(), strict=True):
+            assert all(locations[location] <= found[i] for i in row.nonzero()[:, 0].tolist())
         if threat.budget == 1:
             behind = made.hides(threat)
-            assert behind.tolist() == [[atom <= mask for mask in found] for atom in atoms]
+            assert behind.tolist() == [[location <= mask for mask in found] for location in locations]
 
 
 def test_a_set_that_lost_a_mask_or_a_row_of_pixels_covers_its_threat_no_more() -> None:
@@ -174,7 +174,7 @@ def test_a_budget_of_passes_buys_as_many_masks_as_it_can_pay() -> None:
             found for k in range(axis + 1, 33) if len(found := MaskPlan(("patch:5x5",), per_axis=k).masks(32, 32)) > len(made)
         )
         assert more.passes > passes
-    with pytest.raises(UsageError, match="9 passes are too few for masks against patch:5x5; allow 10 or more"):
+    with pytest.raises(UsageError, match="9 passes are too few for masks against patch:5x5. Allow 10 or more"):
         MaskPlan(("patch:5x5",), passes=9).masks(32, 32)
 
 
@@ -194,7 +194,7 @@ def test_a_table_of_covers_that_would_fill_the_memory_is_refused(monkeypatch: py
     made, threat = MaskPlan(("sparse:3",), per_axis=3).masks(6, 6), parse_threat("sparse:3")
     assert len(made.cover(threat).by) == 84  # three of nine
     monkeypatch.setattr(mask_sets, "LARGEST", 1 << 12)
-    with pytest.raises(UnsupportedThreat, match="sparse:3 is too many changes at once for masks; two patches are possible"):
+    with pytest.raises(UnsupportedThreat, match="sparse:3 is too many changes at once for masks. Two patches are possible"):
         made.cover(threat)
 
 
@@ -219,4 +219,4 @@ def test_equal_sets_of_masks_are_told_once_with_their_first_atom() -> None:
     by = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 1, 1], [1, 0, 0], [0, 1, 1]]).bool()
     found = mask_sets._smallest(Cover(by, torch.tensor([9, 8, 7, 6, 5, 4])))
     assert found.by.tolist() == [[True, False, False], [False, True, True]]
-    assert found.atom.tolist() == [8, 6]
+    assert found.location.tolist() == [8, 6]

@@ -15,9 +15,9 @@ from patchcert_cli.certifiers.bounds.linear.relaxations import Form
 from patchcert_cli.certifiers.cells import additive, robust_masking
 from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.certifiers.geometry import Axis, Cover
-from patchcert_cli.certifiers.masks import agreement, double_masking
-from patchcert_cli.certifiers.masks.agreement import Reports
-from patchcert_cli.certifiers.masks.views import Answers
+from patchcert_cli.certifiers.masks import double_masking, masked_detection
+from patchcert_cli.certifiers.masks.masked_detection import Reports
+from patchcert_cli.certifiers.masks.masked_predictions import Answers
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import UsageError
 from patchcert_cli.layers import precision
@@ -63,16 +63,16 @@ def test_bounds_that_are_no_numbers_are_not_taken_by_linear_proofs(monkeypatch: 
     assert bool((refine.improve(net, x, target, threat, open_).margin > 0).any())
     for value in NO_NUMBERS:
         none = refine.improve(net, x, target, threat, replace(proof, margin=torch.full_like(proof.margin, value)))
-        assert not bool((none.margin > none.slack)[~torch.isposinf(none.margin)].any())
+        assert not bool((none.margin > none.tolerance)[~torch.isposinf(none.margin)].any())
     bounds = linear.Engine.bounds
     monkeypatch.setattr(linear.Engine, "bounds", lambda self, query: bounds(self, query) * NAN)
     none = refine.improve(net, x, target, threat, open_)
-    assert not bool((none.margin > none.slack).any())
+    assert not bool((none.margin > none.tolerance).any())
     monkeypatch.setattr(linear.Engine, "bounds", bounds)
     intervals = linear.Engine.intervals
     monkeypatch.setattr(linear.Engine, "intervals", lambda self, chosen: intervals(self, chosen) * NAN)
     none = refine.improve(net, x, target, threat, open_)
-    assert not bool((none.margin > none.slack).any())
+    assert not bool((none.margin > none.tolerance).any())
     monkeypatch.setattr(linear.Engine, "intervals", intervals)
     unions = linear.Engine._unions
 
@@ -81,7 +81,7 @@ def test_bounds_that_are_no_numbers_are_not_taken_by_linear_proofs(monkeypatch: 
 
     monkeypatch.setattr(linear.Engine, "_unions", spoiled)
     none = refine.improve(net, x, target, threat, open_)
-    assert not bool((none.margin > none.slack).any())
+    assert not bool((none.margin > none.tolerance).any())
 
 
 @pytest.mark.parametrize("layer", [nn.ReLU(), nn.MaxPool2d(2)], ids=["relu", "max-pool"])
@@ -134,10 +134,10 @@ def test_leads_that_are_no_numbers_certify_nothing(value: float) -> None:
     masks, images_ = 4, 3
 
     def ask(image: Tensor, first: Tensor, second: Tensor) -> Answers:
-        lead = torch.ones(len(image), dtype=torch.float64)
-        lead[(image == 0) & ((first == 1) | (second == 1))] = value
-        lead[(image == 1) & (first == 0) & (second == 3)] = value
-        return Answers(torch.zeros_like(image), torch.ones_like(image), lead)
+        logit_margin = torch.ones(len(image), dtype=torch.float64)
+        logit_margin[(image == 0) & ((first == 1) | (second == 1))] = value
+        logit_margin[(image == 1) & (first == 0) & (second == 3)] = value
+        return Answers(torch.zeros_like(image), torch.ones_like(image), logit_margin)
 
     table = double_masking.Table(ask, images_, masks)
     label = double_masking.answer(table, 2)
@@ -148,16 +148,16 @@ def test_leads_that_are_no_numbers_certify_nothing(value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
-@pytest.mark.parametrize("field", ["lead", "excess"])
+@pytest.mark.parametrize("field", ["logit_margin", "confidence_margin"])
 def test_reports_that_are_no_numbers_certify_nothing(field: str, value: float) -> None:
     ones = torch.ones(1, 3, dtype=torch.float64)
     found = Reports(torch.zeros(1).long(), torch.zeros(1, 3).long(), torch.ones(1, 3).long(), ones, ones.clone())
     by = torch.eye(3, dtype=torch.bool)
-    assert bool(agreement.prove(found, by).margin > 0)
+    assert bool(masked_detection.prove(found, by).margin > 0)
     for mask in range(3):
         spoiled = ones.clone()
         spoiled[0, mask] = value
-        assert not bool(agreement.prove(replace(found, **{field: spoiled}), by).margin > 0)
+        assert not bool(masked_detection.prove(replace(found, **{field: spoiled}), by).margin > 0)
 
 
 def test_classes_far_apart_are_told_apart_in_tables_of_labels() -> None:

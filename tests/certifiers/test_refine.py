@@ -40,7 +40,7 @@ def both(net: Any, x: Tensor, threat: Attack, *, sides: tuple[int, ...] = refine
 
 
 def certified(proof: Proof) -> Tensor:
-    return proof.margin > proof.slack
+    return proof.margin > proof.tolerance
 
 
 @cache
@@ -84,7 +84,7 @@ def test_what_is_certified_stays_so_and_what_is_not_keeps_its_proof(name: str) -
 
 @pytest.mark.parametrize("kind", ["mlp", "deep", "strided"])
 def test_the_verdict_is_that_of_bounding_every_pair(kind: str) -> None:
-    """Without tiles: an image is certified iff each pair has an interval bound or a linear bound alone above the slack."""
+    """Without tiles: an image is certified iff each pair has an interval bound or a linear bound alone above the tolerance."""
     seen = {True: 0, False: 0}
     for seed, threat in product(range(8), (Patch(1, 1), Patch(2, 2), Sparse(2))):
         net, x = random_defense(kind, (1, 4, 4), seed).network, draw_images((1, 4, 4), 12, seed)
@@ -96,7 +96,7 @@ def test_the_verdict_is_that_of_bounding_every_pair(kind: str) -> None:
         engine = Engine(exact, x[rows].double(), exact(x[rows].double()).argmax(dim=1), threat)
         alone, plain = linear.table(engine, 1), engine.intervals(torch.arange(len(rows)))
         alone = torch.where(torch.isinf(plain), plain, alone)
-        bound = torch.where(plain > after.slack[rows, None, None], plain, torch.maximum(plain, alone))
+        bound = torch.where(plain > after.tolerance[rows, None, None], plain, torch.maximum(plain, alone))
         margin = bound.flatten(1).amin(dim=1)
         expected = margin > 1e-9
         assert torch.equal(certified(after)[rows], expected), (seed, threat)
@@ -146,7 +146,7 @@ def test_nothing_to_do_and_nothing_usable() -> None:
     exact, x = precision.double(net), images((1, 4, 5), 3)
     target = exact(x.double()).argmax(dim=1)
     proof = rounding.prove(net, exact, x, target, Patch(1, 1))
-    clear = replace(proof, margin=proof.slack + 1)
+    clear = replace(proof, margin=proof.tolerance + 1)
     assert refine.improve(exact, x, target, Patch(1, 1), clear) is clear
     lost = replace(proof, margin=torch.full_like(proof.margin, float("-inf")))
     assert refine.improve(exact, x, target, Patch(1, 1), lost) is lost
@@ -194,7 +194,7 @@ def bounds_a_little_higher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def only_the_first_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs besides the first are taken for granted."""
-    monkeypatch.setattr(refine._Search, "settle", lambda self, sides: self.table.clamp_(min=float(self.slack.max()) * 2))
+    monkeypatch.setattr(refine._Search, "settle", lambda self, sides: self.table.clamp_(min=float(self.tolerance.max()) * 2))
 
 
 def runner_up_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +208,7 @@ def runner_up_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "intervals", table)
 
 
-def negative_slack(monkeypatch: pytest.MonkeyPatch) -> None:
+def negative_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
     original = refine.bound_error
     monkeypatch.setattr(refine, "bound_error", lambda *args: original(*args) - 0.2)
     monkeypatch.setattr(relaxations.Magnitudes, "of", _lossless(relaxations.Magnitudes.of))
@@ -224,7 +224,7 @@ BREAKS: dict[str, Break] = {
     "bounds a little higher": bounds_a_little_higher,
     "only the first pair": only_the_first_pair,
     "runner-up only": runner_up_only,
-    "negative slack": negative_slack,
+    "negative tolerance": negative_tolerance,
 }
 
 
@@ -242,7 +242,7 @@ def test_the_device_does_not_matter(kind: str) -> None:
         here = both(defense.network, x, threat)[1]
         there = both(defense.to("cuda").network, x.to("cuda"), threat)[1]
         assert torch.equal(certified(here), certified(there).cpu())
-        assert bool(((here.margin - there.margin.cpu()).abs() <= here.slack + there.slack.cpu()).all())
+        assert bool(((here.margin - there.margin.cpu()).abs() <= here.tolerance + there.tolerance.cpu()).all())
 
 
 def test_interval_margins_of_the_engine_are_those_of_the_stream() -> None:

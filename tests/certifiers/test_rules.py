@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from patchcert_cli.certifiers.bounds import rules
 from patchcert_cli.errors import UnsupportedThreat
-from patchcert_cli.layers import plain
+from patchcert_cli.layers import supported_layers
 from patchcert_cli.layers.preprocessing import Normalize
 
 from . import reference
@@ -43,7 +43,7 @@ LAYERS: dict[str, nn.Module] = {
 
 
 def layers(name: str) -> list[nn.Module]:
-    return plain.layers_of(LAYERS[name].double().eval())
+    return supported_layers.layers_of(LAYERS[name].double().eval())
 
 
 def random_box(seed: int) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ def test_noise_bounds_size_and_error_of_a_float32_layer(name: str) -> None:
 def layers_in_float32(name: str) -> list[nn.Module]:
     import copy
 
-    return plain.layers_of(copy.deepcopy(LAYERS[name]).float().eval())
+    return supported_layers.layers_of(copy.deepcopy(LAYERS[name]).float().eval())
 
 
 def test_gamma_is_highams_bound_and_refuses_hopeless_sums() -> None:
@@ -137,4 +137,4 @@ def test_unknown_layers_are_refused_by_both_rules() -> None:
 
 def test_nested_sequentials_are_flattened_in_order() -> None:
     inner = [nn.ReLU(), nn.Linear(2, 2), nn.Identity()]
-    assert plain.layers_of(nn.Sequential(inner[0], nn.Sequential(inner[1], nn.Sequential(inner[2])))) == inner
+    assert supported_layers.layers_of(nn.Sequential(inner[0], nn.Sequential(inner[1], nn.Sequential(inner[2])))) == inner

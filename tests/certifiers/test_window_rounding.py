@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from patchcert_cli.certifiers.bounds import intervals, rounding
 from patchcert_cli.certifiers.bounds.first_layer import Split
+from patchcert_cli.certifiers.bounds.margin_chunks import WindowStream, open_stream
 from patchcert_cli.certifiers.bounds.rules import UNIT
-from patchcert_cli.certifiers.bounds.streams import WindowStream, open_stream
 from patchcert_cli.certifiers.bounds.windows.rounding import Errors
 from patchcert_cli.layers import precision
 from patchcert_cli.threats import Patch
@@ -149,7 +149,7 @@ def test_a_margin_within_rounding_is_not_certified_and_a_clear_one_is(exponent: 
     exact, target = precision.double(net), torch.zeros(12, dtype=torch.int64)
     assert bool((rounding_error(net, x, PATCH, torch.float32) > 2.0**-20).all())
     proof = rounding.prove(net, exact, x, target, PATCH)
-    assert (proof.margin > proof.slack).tolist() == [exponent == -20] * 12
+    assert (proof.margin > proof.tolerance).tolist() == [exponent == -20] * 12
 
 
 @pytest.mark.parametrize("name", ["five-layers", "conv-stride", "overlapping-pools", "global-average", "uneven-average"])
@@ -164,10 +164,10 @@ def test_few_locations_in_float64_decide_like_all_of_them(name: str) -> None:
         exact = precision.double(net)
         target = exact(x.double()).argmax(dim=1)
         proof, whole = rounding.prove(net, exact, x, target, PATCH), _whole(exact, x.double(), target)
-        certified = proof.margin > proof.slack
-        assert torch.equal(certified, whole.margin > whole.slack)
-        assert bool(((proof.margin - whole.margin).abs() <= proof.slack + whole.slack).all())
-        assert bool(((proof.margin - whole.margin).abs() <= 1e-12)[certified & (proof.slack < 1e-9)].all())
+        certified = proof.margin > proof.tolerance
+        assert torch.equal(certified, whole.margin > whole.tolerance)
+        assert bool(((proof.margin - whole.margin).abs() <= proof.tolerance + whole.tolerance).all())
+        assert bool(((proof.margin - whole.margin).abs() <= 1e-12)[certified & (proof.tolerance < 1e-9)].all())
         decided += certified.tolist()
     assert 0 < sum(decided) < len(decided)
 
@@ -191,7 +191,7 @@ def test_overflow_in_a_window_is_not_certified() -> None:
     exact = precision.double(net)
     target = exact(x.double()).argmax(dim=1)
     proof = rounding.prove(net, exact, x, target, Patch(1, 1))
-    certified = proof.margin > proof.slack
+    certified = proof.margin > proof.tolerance
     for row, column, value in product(range(3), range(3), (0.0, 1.0)):
         changed = x.clone()
         changed[:, :, row, column] = value

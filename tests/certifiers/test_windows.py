@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers.bounds import intervals, streams
+from patchcert_cli.certifiers.bounds import intervals, margin_chunks
 from patchcert_cli.certifiers.bounds.first_layer import Split, location_masks
 from patchcert_cli.certifiers.bounds.rules import Box, propagate
-from patchcert_cli.certifiers.bounds.windows import products, routes, windows
-from patchcert_cli.certifiers.bounds.windows.reach import Piece, Reach, Slide
+from patchcert_cli.certifiers.bounds.windows import partition, products, windows
+from patchcert_cli.certifiers.bounds.windows.patch_windows import Piece, Reach, Slide
 from patchcert_cli.certifiers.bounds.windows.windows import Windows
 from patchcert_cli.errors import UnsupportedThreat
-from patchcert_cli.layers.plain import layers_of
 from patchcert_cli.layers.preprocessing import Normalize
+from patchcert_cli.layers.supported_layers import layers_of
 from patchcert_cli.threats import Patch
 
 from .networks import LAYOUTS, Layout, images, network
@@ -157,10 +157,10 @@ def test_all_ways_through_the_stream_agree(long: int, few: int, monkeypatch: pyt
     with torch.no_grad():
         expected = intervals.lower_margins(net, x, target, Patch(3, 3))
         monkeypatch.setattr(windows, "LONG", long)
-        monkeypatch.setattr(streams, "FEW", few)
-        monkeypatch.setattr(streams, "CHUNK_BYTES", {"cpu": 10_000})
+        monkeypatch.setattr(margin_chunks, "FEW", few)
+        monkeypatch.setattr(margin_chunks, "CHUNK_BYTES", {"cpu": 10_000})
         for count in (3, 128):
-            monkeypatch.setattr(streams, "IMAGES", count)
+            monkeypatch.setattr(margin_chunks, "IMAGES", count)
             found = intervals.lower_margins(net, x, target, Patch(3, 3))
             assert float((found.values - expected.values).abs().max()) <= 1e-12
             assert torch.equal(found.worst, expected.worst)
@@ -171,9 +171,9 @@ def test_pairs_of_some_images_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     target, patch = torch.tensor([2, 0, 1, 2, 0, 2, 1]), Patch(3, 3)
     owner, location = torch.tensor([6, 0, 6, 1]), torch.tensor([5, 40, 0, 7])
     expected = intervals.margins_table(net, x[owner], target[owner], patch, location[:, None])[:, 0]
-    monkeypatch.setattr(streams, "IMAGES", 2)  # nothing is asked about images 2 to 5
+    monkeypatch.setattr(margin_chunks, "IMAGES", 2)  # nothing is asked about images 2 to 5
     with torch.no_grad():
-        stream = streams.WindowStream(Split.of(net, x.shape[1]), x, patch, 1.0)
+        stream = margin_chunks.WindowStream(Split.of(net, x.shape[1]), x, patch, 1.0)
         found = stream.at_pairs(owner, location, target[owner])
     torch.testing.assert_close(found, expected.detach(), atol=1e-12, rtol=0)
 
@@ -279,10 +279,10 @@ def test_a_pass_may_not_disturb_the_one_before() -> None:
 
 def test_whole_maps_only_where_a_layer_needs_them() -> None:
     for name, layout in EVERY.items():
-        text = routes.explain(network(name), layout.shape, Patch(2, 2))
+        text = partition.explain(network(name), layout.shape, Patch(2, 2))
         assert ("whole maps" in text) == (name in WHOLE_MAPS), (name, text)
-        assert (routes.joins(network(name), layout.shape) is not None) == (name in ODD), name
-    assert "2x2 of 16x12, 4x4 of 16x12, 4x4 of 8x6, 6x6 of 8x6, 4x3 of 4x3, 4x3 of 4x3; then 5 features" in routes.explain(
+        assert (partition.joins(network(name), layout.shape) is not None) == (name in ODD), name
+    assert "2x2 of 16x12, 4x4 of 16x12, 4x4 of 8x6, 6x6 of 8x6, 4x3 of 4x3, 4x3 of 4x3; then 5 features" in partition.explain(
         network("five-layers"), (2, 16, 12), Patch(2, 2)
     )
 
@@ -290,5 +290,5 @@ def test_whole_maps_only_where_a_layer_needs_them() -> None:
 def test_a_layer_without_a_rule_is_named_with_what_to_use_instead() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GELU(), nn.Flatten(), nn.Linear(32, 3))
     with pytest.raises(UnsupportedThreat, match="GELU") as caught:
-        routes.explain(net, (1, 6, 6), Patch(2, 2))
+        partition.explain(net, (1, 6, 6), Patch(2, 2))
     assert "use ReLU" in str(caught.value.hint)

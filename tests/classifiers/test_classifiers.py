@@ -124,7 +124,7 @@ def test_weights_that_cannot_be_had_say_what_to_type(cached: Path) -> None:
     with pytest.raises(HubError, match=rf"{REPO} holds no model.safetensors. Or give the weights as a file: --weights") as caught:
         addresses.open_(f"timm:{TINY}")
     assert caught.value.code == 4
-    with pytest.raises(UsageError, match="timm has no published weights for seresnet18; give some: --weights"):
+    with pytest.raises(UsageError, match="timm has no published weights for seresnet18. Give some: --weights"):
         addresses.open_("timm:seresnet18")
     with pytest.raises(UsageError, match="gives no classes: it has 0 outputs"):
         addresses.open_("timm:vit_small_patch14_dinov2.lvd142m")
@@ -150,14 +150,14 @@ def test_a_repository_in_timms_format(cached: Path) -> None:
     for change, kind, words in (
         ({"architecture": None}, IntegrityError, "names no architecture of timm"),
         ({"architecture": "resnet19"}, UnknownName, "no timm network 'resnet19'"),
-        ({"defense": "ibp"}, UsageError, f"somebody/net is a model of patchcert; say: somebody/net@{COMMIT}"),
+        ({"defense": "ibp"}, UsageError, f"somebody/net is a model of patchcert. Use somebody/net@{COMMIT}"),
         ({"pretrained_cfg": {"input_size": 3}}, IntegrityError, "does not describe a network of timm"),
         ({"model_args": {"checkpoint_path": "w.pth"}}, IntegrityError, "checkpoint_path is no argument of a network"),
     ):
         (cached / files.CONFIG).write_text(json.dumps(said | change))
         with pytest.raises(kind, match=words):
             addresses.open_(address)
-    with pytest.raises(UsageError, match="names no revision; what is computed with is pinned: hf-hub:ORG/REPO@COMMIT"):
+    with pytest.raises(UsageError, match="names no revision. Pin one: hf-hub:ORG/REPO@COMMIT"):
         addresses.open_("hf-hub:somebody/net")
 
 
@@ -196,7 +196,7 @@ def test_code_is_imported_only_where_its_address_was_typed(mine: str, typed: boo
     if typed:
         addresses.open_(f"{mine}:build", typed=True)
     else:
-        with pytest.raises(UsageError, match="is no address of a classifier; use timm:NAME"):
+        with pytest.raises(UsageError, match="is no address of a classifier. Use timm:NAME"):
             addresses.open_(f"{mine}:build")
     assert (mine in sys.modules) is typed
 
@@ -205,12 +205,12 @@ def test_code_is_imported_only_where_its_address_was_typed(mine: str, typed: boo
     ("function", "kind", "said"),
     [
         ("raises", UsageError, "fails: ValueError: no luck. It is called without arguments"),
-        ("number", UsageError, "returns int; it must return a torch.nn.Module"),
+        ("number", UsageError, "returns int. It must return a torch.nn.Module"),
         ("biuld", UnknownName, "Did you mean build"),
         ("sizes", UsageError, r"states size \(1, 2, 3\)"),
         ("half", UsageError, "must state mean and std together"),
         ("broken", IntegrityError, "answers NaN or infinity for images"),
-        ("maps", IntegrityError, r"of shape \(2, 3, 8, 8\) .* it must return logits \[B, K\]"),
+        ("maps", IntegrityError, r"of shape \(2, 3, 8, 8\) .* It must return logits \[B, K\]"),
         ("pairs", IntegrityError, r"returns tuple for images \(2, 3, 8, 8\)"),
         ("fails", IntegrityError, "fails for images .*: RuntimeError: shape"),
     ],
@@ -225,7 +225,7 @@ def test_modules_that_cannot_be_imported(tmp_path: Path) -> None:
     (tmp_path / "mine_syntax.py").write_text("def (:")
     (tmp_path / "mine_needs.py").write_text("import surely_not_installed")
     for address, kind, said in (
-        ("surely_not_there:build", UnknownName, "no module 'surely_not_there'; install it, or go to the folder that holds it"),
+        ("surely_not_there:build", UnknownName, "no module 'surely_not_there'. Install it, or go to the folder that holds it"),
         ("json.surely_not_there:build", UnknownName, "no module 'json.surely_not_there'"),
         ("mine_syntax:build", UsageError, "module 'mine_syntax' cannot be imported: SyntaxError"),
         ("mine_needs:build", UsageError, "cannot be imported: ModuleNotFoundError: No module named 'surely_not_installed'"),

@@ -39,8 +39,8 @@ def test_both_bounds_side_by_side() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["mnist-ibp-p5", "--bounds", "tight"], "use one of interval, linear, best, or all"),
-        (["mnist-ibp-p5", "--bounds", "linear", "--condition", "3.2"], "give one of them"),
+        (["mnist-ibp-p5", "--bounds", "tight"], "Use one of interval, linear, best, or all"),
+        (["mnist-ibp-p5", "--bounds", "linear", "--condition", "3.2"], "Give one of them"),
         (["mnist-bagcert", "--bounds", "linear", "--limit", "5"], "this defense has no proof 'linear'"),
     ],
 )

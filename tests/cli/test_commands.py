@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import check_refused
 
 from patchcert_cli import checkpoint, defenses
 from patchcert_cli.cli import main
@@ -87,29 +88,29 @@ def test_a_dry_run_writes_nothing(patchcert, model: str) -> None:  # type: ignor
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        ("certify M --patch abc", 2, "invalid patch 'abc': use N, HxW or P%"),
+        ("certify M --patch abc", 2, "invalid patch 'abc'."),
         ("certify M --patch 0", 2, "invalid patch '0'"),
-        ("certify M --patch 29", 2, "patch 29x29 does not fit a 28x28 image; the largest patch is 28x28."),
+        ("certify M --patch 29", 2, "patch 29x29 does not fit a 28x28 image."),
         ("certify M --patch 3x29", 2, "patch 3x29 does not fit"),
         ("certify M --threat sparse --k 0", 2, "--k 0 must be 1 or more"),
-        ("certify M --threat sparse --k 785", 2, "--k 785 exceeds the 784 pixels of a 28x28 image; allowed: 1 to 784."),
+        ("certify M --threat sparse --k 785", 2, "--k 785 exceeds the 784 pixels of a 28x28 image."),
         ("certify M --threat sparse", 2, "this model's own threat is patch:5x5"),
-        ("certify M --threat blur", 2, "no threat 'blur'. Use one of: patch, sparse, patches."),
+        ("certify M --threat blur", 2, "Use one of: patch, sparse, patches."),
         (
             "certify M --threat patches --patch 5",
             2,
-            "--threat patches does not say how many, or how large; say",
+            "--threat patches does not say how many, or how large.",
         ),
         ("certify M --patch 5 --k 3", 2, "--patch and --k describe different attackers"),
         ("certify M --patch 5 --unit value", 2, "--unit goes with --k only"),
-        ("certify M --k 3 --unit byte", 2, "invalid unit 'byte': use one of pixel, value."),
+        ("certify M --k 3 --unit byte", 2, "invalid unit 'byte'."),
         ("certify M --patch 5 --limit 0", 2, "--limit 0 leaves no image"),
         ("certify M --patch 5 --batch-size 0", 2, "--batch-size 0 must be 1 or more"),
         ("certify M --patch 5 --device tpu", 2, "invalid device 'tpu'"),
         ("certify M --patch 5 --device cuda:99", 7, "no device 'cuda:99'"),
-        ("certify M --patch 5 --dataset mnits", 3, "no data set 'mnits'. Did you mean mnist?"),
+        ("certify M --patch 5 --dataset mnits", 3, "Did you mean mnist?"),
         ("certify M --patch 5 --dataset cifar10 --data-dir .", 6, "no cifar10 test data"),
-        ("certify mnist-ibp-p6 --patch 5", 3, "no model 'mnist-ibp-p6'. Did you mean mnist-ibp-p"),
+        ("certify mnist-ibp-p6 --patch 5", 3, "Did you mean mnist-ibp-p"),
         ("certify runs/none --patch 5", 3, "no folder 'runs/none'"),
         ("certify model.pth --patch 5", 5, "looks like a pickle, which could run code: it was not opened"),
         ("attack M --k 2 --restarts 3", 2, "has no option restarts"),
@@ -123,9 +124,8 @@ def test_a_dry_run_writes_nothing(patchcert, model: str) -> None:  # type: ignor
 )
 def test_bad_input_is_one_clear_line(patchcert, model: str, words: str, code: int, said: str) -> None:  # type: ignore[no-untyped-def]
     done = patchcert(*words.replace(" M ", f" {model} ").split())
-    lines = [line for line in done.err.splitlines() if line.startswith("error")]
     assert (done.code, done.out) == (code, "")
-    assert len(lines) == 1 and lines[0].startswith(f"error[{code}]: ") and said in lines[0]
+    check_refused(done.err[done.err.index("error[") :], code, said)  # what is noted before it may stay
 
 
 def test_a_run_folder_of_other_settings_is_refused(patchcert, model: str) -> None:  # type: ignore[no-untyped-def]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import check_refused
 
 from patchcert_cli import checkpoint
 from patchcert_cli.classifiers import convert
@@ -41,7 +42,7 @@ def test_weights_are_found_inside_wrappers(tmp_path: Path, saved: Any, notes: tu
     found = convert.read(tmp_path / "w.pth")
     assert (set(notes) <= set(found.notes) and found.tensors.keys() == WEIGHTS.keys()) or "epoch" in str(found.notes)
     convert.write(found, tmp_path / "w.safetensors")
-    with pytest.raises(UsageError, match="is a safetensors file already; give it as it is: --weights"):
+    with pytest.raises(UsageError, match="is a safetensors file already."):
         convert.read(tmp_path / "w.safetensors")
     tensors, _ = checkpoint.unpack(tmp_path / "w.safetensors")
     assert tensors.keys() == WEIGHTS.keys() and all(torch.equal(tensors[name], WEIGHTS[name]) for name in WEIGHTS)
@@ -49,10 +50,10 @@ def test_weights_are_found_inside_wrappers(tmp_path: Path, saved: Any, notes: tu
 
 def test_several_sets_of_weights_are_asked_for_by_name(tmp_path: Path) -> None:
     torch.save({"model": WEIGHTS, "ema": {name: value + 1 for name, value in WEIGHTS.items()}}, tmp_path / "w.pth")
-    with pytest.raises(UsageError, match="holds weights as model and as ema; say which: --key model"):
+    with pytest.raises(UsageError, match="holds weights as model and as ema."):
         convert.read(tmp_path / "w.pth")
     assert float(convert.read(tmp_path / "w.pth", "ema").tensors["fc.bias"][0]) == 2.0
-    with pytest.raises(UsageError, match="has no entry 'emma' with weights; it has model, ema"):
+    with pytest.raises(UsageError, match="has no entry 'emma' with weights. It has model, ema"):
         convert.read(tmp_path / "w.pth", "emma")
 
 
@@ -87,8 +88,9 @@ def test_the_command_says_what_it_did_and_replaces_nothing(patchcert, tmp_path: 
     assert done.code == 0 and done.err.splitlines() == ["taken from its entry state_dict", "prefix module. taken off every name"]
     assert done.out == f"w.safetensors: 2 tensors, 8 numbers, sha256 {files.sha256(tmp_path / 'w.safetensors')}\n"
     again = patchcert("convert", "w.pth", "--to", "w.safetensors")
-    assert again.code == 6 and again.err == "error[6]: 'w.safetensors' exists; use another --to, or --force to replace it.\n"
+    assert again.code == 6
+    check_refused(again.err, 6, "'w.safetensors' exists", "--force")
     assert patchcert("convert", "w.pth", "--to", "w.safetensors", "--force").code == 0
-    assert patchcert("convert", "w.pth", "--to", "w.pt").err == "error[2]: --to 'w.pt' must end in .safetensors.\n"
+    check_refused(patchcert("convert", "w.pth", "--to", "w.pt").err, 2, "--to 'w.pt' must end in .safetensors")
     with pytest.raises(DataError):
         convert.check(tmp_path / "w.safetensors")

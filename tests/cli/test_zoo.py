@@ -11,7 +11,7 @@ from model_folders import make_run, make_zoo, write_result
 from typer.testing import CliRunner, Result
 
 from patchcert_cli import cards
-from patchcert_cli.catalog import shelf
+from patchcert_cli.catalog import bundled
 from patchcert_cli.cli.zoo import app, list_
 from patchcert_cli.errors import ClaimError, IntegrityError, PatchcertError, UnknownName, UsageError
 from patchcert_cli.storage import files
@@ -21,7 +21,7 @@ NAME = "small-ibp-p2"
 
 @pytest.fixture
 def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(shelf.ENVIRONMENT, str(tmp_path / "zoo"))
+    monkeypatch.setenv(bundled.ENVIRONMENT, str(tmp_path / "zoo"))
     make_zoo(tmp_path / "zoo")
     return tmp_path / "zoo"
 
@@ -159,7 +159,7 @@ def test_add_copies_a_run_with_its_results(zoo: Path, run: Path, tmp_path: Path)
         "--json",
     )
     card = cards.Card.from_dict(json.loads(succeed(*command).stdout))
-    assert card == shelf.bundled_card("new")
+    assert card == bundled.card("new")
     assert (card.results[0].certified, card.published[0].threat, card.published[0].source) == (6000, "patch:2x2", "table 1")
     assert (
         "measured, 1 results" in succeed("add", run, "--name", "new", "--result", result, "--to", tmp_path / "elsewhere").stdout

@@ -81,10 +81,10 @@ def test_gtsrb_and_tiny_imagenet_are_read_as_they_come() -> None:
     assert val.classes == train.classes == class_folders.class_names(Path("tiny/val"))
     assert names(val) == [f"images/val_{at}.JPEG" for at in (1, 3, 0, 2)] and val.labels.tolist() == [0, 0, 1, 1]
     put("tiny/val/images/val_9.JPEG")
-    with pytest.raises(DataError, match="val_annotations.txt does not say the class of 'val_9.JPEG'; remove the picture, or add"):
+    with pytest.raises(DataError, match="val_annotations.txt does not say the class of 'val_9.JPEG'. Remove the picture, or add"):
         class_folders.scan(Path("tiny/val"))
     notes.write_text("val_0.JPEG\n")
-    with pytest.raises(DataError, match="each line is PICTURE, a tab, CLASS"):
+    with pytest.raises(DataError, match="Each line is PICTURE, a tab, CLASS"):
         class_folders.scan(Path("tiny/val"))
 
 
@@ -98,7 +98,7 @@ def test_links_are_followed_but_not_in_circles() -> None:
 
 def test_a_class_without_pictures_says_what_is_there_instead() -> None:
     put("d/a/p.png", "d/b/q.heic", "d/b/r.heic")
-    with pytest.raises(DataError, match=r"'d/b' has no pictures \(.jpg, .*\); 2 other files skipped \(2 .heic\); every class"):
+    with pytest.raises(DataError, match=r"'d/b' has no pictures \(.jpg, .*\); 2 other files skipped \(2 .heic\). Every class"):
         class_folders.scan(Path("d"))
 
 
@@ -114,8 +114,8 @@ def test_the_size_of_pictures_that_agree() -> None:
     with pytest.raises(DataError) as caught:
         class_folders.common_size(class_folders.scan(Path("d")))
     assert str(caught.value) == (
-        "the pictures are of many sizes ('d/a/p.png' is 4x5, 'd/b/s.png' is 7x7), and nothing says which size the model takes;"
-        " say --data imagefolder:d@SIDE, or state it: the attribute size of your module."
+        "the pictures are of many sizes ('d/a/p.png' is 4x5, 'd/b/s.png' is 7x7), and nothing says which size the model takes."
+        " Use --data imagefolder:d@SIDE, or state it in the attribute size of your module."
     )
 
 

@@ -37,8 +37,8 @@ def test_an_exact_name_comes_before_one_that_only_looks_alike() -> None:
             r"3 classes in ./val, 2 of them none of the 4 outputs of m \(cat, dog is not among n02012849 = ",
         ),
         (("tench", "cat"), r"Pass --classes names.txt \(one line per output\), or --weights with a 2-way head"),
-        (("crane",), "class 'crane' of ./val names more than one output of m: n02012849 and n03126707; rename its folder"),
-        (("tench", "n01440764"), "classes tench and n01440764 of ./val are the same output of m; join their folders"),
+        (("crane",), "class 'crane' of ./val names more than one output of m: n02012849 and n03126707. Rename its folder"),
+        (("tench", "n01440764"), "classes tench and n01440764 of ./val are the same output of m. Join their folders"),
     ],
 )
 def test_names_that_do_not_fit_are_refused(classes: tuple[str, ...], said: str) -> None:
@@ -48,9 +48,9 @@ def test_names_that_do_not_fit_are_refused(classes: tuple[str, ...], said: str) 
 
 
 def test_position_alone_is_never_enough() -> None:
-    with pytest.raises(DataError, match="nothing says what the 2 outputs of m are called; classes are never matched by position"):
+    with pytest.raises(DataError, match="nothing says what the 2 outputs of m are called. Classes are never matched by position"):
         match("a", "b", outputs=(), count=2)
-    with pytest.raises(DataError, match="4 class names, but m has 5 outputs; give one line per output"):
+    with pytest.raises(DataError, match="4 class names, but m has 5 outputs. Give one line per output"):
         match("tench", count=5)
 
 
@@ -74,5 +74,5 @@ def test_names_are_read_from_lines(tmp_path: Path) -> None:
             class_names.read(path)
     path.write_bytes(b"\xff\xfe\x00")
     for place in (path, tmp_path / "none.txt", tmp_path):
-        with pytest.raises(DataError, match=r"--classes '.*' cannot be read \(.*\); give a text file with one line per output"):
+        with pytest.raises(DataError, match=r"--classes '.*' cannot be read \(.*\). Give a text file with one line per output"):
             class_names.read(place)

@@ -64,14 +64,14 @@ def test_names_of_one_data_set_are_recognized() -> None:
 @pytest.mark.parametrize(
     ("given", "kind", "said"),
     [
-        ("imagefolder:", UsageError, "names no data set; say, for example, cifar10 or imagefolder:./val"),
+        ("imagefolder:", UsageError, "names no data set. Use, for example, cifar10 or imagefolder:./val"),
         ("", UsageError, "names no data set"),
         ("imagefolder:none", DataError, "there is no folder 'none'"),
         ("imagefolder:flat", DataError, "'flat' has no class folders"),
         ("pets", UnknownName, "no data set 'pets'. For the pictures in its class folders say imagefolder:pets"),
         ("cifar", UnknownName, "Did you mean cifar10"),
-        ("mnist@32", UsageError, "mnist images are 28x28 as they are; say --data mnist"),
-        ("imagefolder:pets@0", UsageError, "cannot be meant: give NAME@SIDE or NAME@SIDE/SHORT"),
+        ("mnist@32", UsageError, "mnist images are 28x28 as they are. Use --data mnist"),
+        ("imagefolder:pets@0", UsageError, "cannot be meant. Give NAME@SIDE or NAME@SIDE/SHORT"),
         ("imagefolder:pets@64/32", UsageError, "SHORT at least SIDE"),
         ("imagefolder:pets@9999", UsageError, "1 to 4096"),
     ],
@@ -94,7 +94,7 @@ def test_the_folder_given_is_what_is_used(val: Path) -> None:
         == image_files.decode(val / "dog" / "1.png", ResizeCrop.square(16, 20)).pixels.numpy().tobytes()
     )
     assert data.whole_split(images) == 6
-    with pytest.raises(UsageError, match="is a folder of yours; leave --download out"):
+    with pytest.raises(UsageError, match="is a folder of yours. Leave --download out"):
         data.load(name, "test", download=True)
 
 

@@ -23,11 +23,11 @@ from patchcert_cli.data import class_folders, folders, image_files
 from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.defenses.base import Claim
 from patchcert_cli.errors import DataError, Interrupted, MachineError, UsageError
-from patchcert_cli.evaluation import evaluate, outlook
-from patchcert_cli.evaluation.plan import Plan, Subject
+from patchcert_cli.evaluation import estimate, evaluate
+from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
 from patchcert_cli.storage import hub_cache
 from patchcert_cli.threats import Patch
-from patchcert_cli.training import loop, session
+from patchcert_cli.training import loop, run
 from patchcert_cli.training.recipe import Recipe
 
 SIZE = 16
@@ -182,7 +182,7 @@ def test_an_interrupted_packing_goes_on_where_it_stopped(tmp_path: Path, opened:
     whole = load(fill(tmp_path / "whole" / "d"))
     folder = tmp_path / "cut" / "d"
     shutil.copytree(tmp_path / "whole" / "d", folder)
-    with pytest.raises(Interrupted, match=f"interrupted at {at} of 15 pictures; resume with the same command") as caught:
+    with pytest.raises(Interrupted, match=f"interrupted at {at} of 15 pictures. Resume with the same command") as caught:
         load(folder, progress=Stop(at))
     assert caught.value.code == 130
     assert not list((tmp_path / "cut" / "store").glob("*.u8"))
@@ -233,11 +233,11 @@ def test_folders_that_are_none_of_pictures_are_refused(tmp_path: Path) -> None:
         load(tmp_path / "none")
     (tmp_path / "flat").mkdir()
     noise(20, 20, 0).save(tmp_path / "flat" / "a.png")
-    with pytest.raises(DataError, match="'.*/flat' has no class folders; put the pictures of each class into a sub-folder"):
+    with pytest.raises(DataError, match="'.*/flat' has no class folders. Put the pictures of each class into a sub-folder"):
         load(tmp_path / "flat")
     folder = fill(tmp_path / "d", ("a", "c"))
     (folder / "b" / "deeper").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"'.*/d/b' has no pictures \(\.jpg, .*\); every class folder needs some") as caught:
+    with pytest.raises(DataError, match=r"'.*/d/b' has no pictures \(\.jpg, .*\). Every class folder needs some") as caught:
         load(folder)
     assert caught.value.code == 6
     (folder / "b" / "lost.png").symlink_to(tmp_path / "nowhere.png")
@@ -292,7 +292,7 @@ def test_a_full_disk_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     folder = fill(tmp_path / "d")
     need = 15 * 3 * SIZE * SIZE
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=need - 1))
-    words = r"packing 15 pictures of '.*/d' needs 0\.0 GB in '.*/store', where 0\.0 GB are free; free some space"
+    words = r"packing 15 pictures of '.*/d' needs 0\.0 GB in '.*/store', where 0\.0 GB are free. Free some space"
     with pytest.raises(MachineError, match=words) as caught:
         load(folder)
     assert caught.value.code == 7 and not opened
@@ -306,7 +306,7 @@ def test_one_process_packs_at_a_time(tmp_path: Path) -> None:
     place.unlink()
     with place.with_suffix(".lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(MachineError, match="another process is packing '.*u8'; wait until it is done"):
+        with pytest.raises(MachineError, match="another process is packing '.*u8'. Wait until it is done"):
             load(folder)
     assert load(folder).path == place
 
@@ -443,7 +443,7 @@ def test_training_and_certifying_are_those_of_images_in_memory(
     fill(tmp_path / "imagenet" / "train", each=13)
     fill(tmp_path / "imagenet" / "val")
     monkeypatch.setattr(loop, "FITTED", 10)
-    found = session.run(RECIPE, tmp_path / "run", data_dir=tmp_path, device="cpu")
+    found = run.train(RECIPE, tmp_path / "run", data_dir=tmp_path, device="cpu")
     plain = loop.train(RECIPE, in_memory(imagenet(tmp_path, "train")), tmp_path / "plain")
     defense, config = load_defense(tmp_path / "run")
     assert found["validation"]["counts"] == {"clean": plain.validation.clean, "certified": plain.validation.certified}
@@ -452,10 +452,10 @@ def test_training_and_certifying_are_those_of_images_in_memory(
     assert config["classes"] == ["0", "1", "2"]
     results = []
     for images in (imagenet(tmp_path), in_memory(imagenet(tmp_path))):
-        subject = Subject(defense, "m", "bagcert", "0" * 64, "folder")
-        plan = Plan(subject, images.limit(11, 0), (Claim(Patch(2, 2)),), 15, batch_size=4)
-        results.append(evaluate.certify(plan, tmp_path / f"certified-{len(results)}"))
-        outlook.evaluation(plan, tmp_path / "out")
+        model = EvaluatedModel(defense, "m", "bagcert", "0" * 64, "folder")
+        task = EvaluationTask(model, images.limit(11, 0), (Claim(Patch(2, 2)),), 15, batch_size=4)
+        results.append(evaluate.certify(task, tmp_path / f"certified-{len(results)}"))
+        estimate.evaluation(task, tmp_path / "out")
     records = [(tmp_path / f"certified-{number}" / "records.jsonl").read_text() for number in (0, 1)]
     assert records[0] == records[1] and len(records[0].splitlines()) == 11 == results[0]["images"]
     manifest = json.loads((tmp_path / "certified-0" / "manifest.json").read_text())

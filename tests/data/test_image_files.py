@@ -136,7 +136,7 @@ def test_a_picture_alone_is_what_it_is_in_a_folder(tmp_path: Path, text: str) ->
 def test_what_was_done_to_a_picture_is_said(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(UPRIGHT).save(path)
-    with pytest.raises(DataError, match=r"is 20x30 \(height x width\), but the model takes 16x16; --resize makes it fit as the"):
+    with pytest.raises(DataError, match=r"is 20x30 \(height x width\), but the model takes 16x16. --resize makes it fit as the"):
         image_files.read(path, ResizeCrop.square(16))
     _, notes = image_files.read(path, ResizeCrop.square(16), resize=True)
     assert notes == [

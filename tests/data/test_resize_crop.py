@@ -64,7 +64,7 @@ def test_text_and_framing_are_inverse(text: str) -> None:
     ],
 )
 def test_text_that_means_nothing_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match=r"cannot be meant: give NAME@SIDE or NAME@SIDE/SHORT, 1 to 4096, SHORT at least SIDE"):
+    with pytest.raises(UsageError, match=r"cannot be meant. Give NAME@SIDE or NAME@SIDE/SHORT, 1 to 4096, SHORT at least SIDE"):
         ResizeCrop.parse(text)
 
 

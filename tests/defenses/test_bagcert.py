@@ -19,7 +19,7 @@ from patchcert_cli.defenses import evidence
 from patchcert_cli.defenses.bagcert import BagCert, BagCertOptions, Step
 from patchcert_cli.defenses.base import Claim, TrainingStep
 from patchcert_cli.errors import DataError, IntegrityError, UnsupportedThreat, UsageError
-from patchcert_cli.layers import exact, precision
+from patchcert_cli.layers import fixed_point, precision
 from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
 from patchcert_cli.training import loop
 from patchcert_cli.training.recipe import Recipe
@@ -76,13 +76,13 @@ def test_a_patch_reaches_exactly_the_cells_that_are_claimed(reach: int, patch: P
     """A not-a-number in the patch, through the deployed network, at every location."""
     defense = build(config(reach))
     assert defense.receptive_field == reach
-    cover, atoms = defense.cover(patch), patch.atoms(*SHAPE[1:])
-    steps = exact.to_steps(images(1)).repeat(len(atoms), 1, 1, 1)
-    for image, (top, left, height, width) in zip(steps, atoms.tolist(), strict=True):
+    cover, locations = defense.cover(patch), patch.locations(*SHAPE[1:])
+    steps = fixed_point.to_steps(images(1)).repeat(len(locations), 1, 1, 1)
+    for image, (top, left, height, width) in zip(steps, locations.tolist(), strict=True):
         image[:, top : top + height, left : left + width] = float("nan")
     network = defense.deployed()
     with torch.no_grad(), precision.exact_arithmetic():
-        reached = network(steps.to(exact.execution_type(network, steps.device))).isnan()
+        reached = network(steps.to(fixed_point.execution_type(network, steps.device))).isnan()
     assert torch.equal(reached.any(dim=1), reached.all(dim=1))
     claimed = cover.rows.matrix()[:, None, :, None] * cover.columns.matrix()[None, :, None, :]  # [P, Q, N, M]
     assert reached.shape[2:] == (15 - reach + 1, 14 - reach + 1) == claimed.shape[2:]
@@ -105,7 +105,7 @@ def test_votes_are_the_signs_of_the_deployed_scores() -> None:
     network = defense.deployed()
     votes = defense.votes(x)
     with torch.no_grad(), precision.exact_arithmetic():
-        scores = network(exact.to_steps(x).to(exact.execution_type(network, x.device)))
+        scores = network(fixed_point.to_steps(x).to(fixed_point.execution_type(network, x.device)))
     assert torch.equal(votes.scores, scores > 0)
     assert votes.unknown is None and votes.weight is None
     total = (scores > 0).sum(dim=(2, 3)).tolist()

@@ -42,10 +42,10 @@ def test_a_prediction_for_each_class_and_location(size: tuple[int, int]) -> None
 
 def test_locations_are_those_of_the_patch() -> None:
     prediction = torch.arange(2 * 3 * 8 * 8.0).reshape(2, 3, 8, 8)
-    atoms = PATCH.atoms(8, 8)
+    locations = PATCH.locations(8, 8)
     found = at_locations(prediction, PATCH)
-    assert found.shape == (2, 3, len(atoms))
-    for index, (top, left, _, _) in enumerate(atoms.tolist()):
+    assert found.shape == (2, 3, len(locations))
+    for index, (top, left, _, _) in enumerate(locations.tolist()):
         assert torch.equal(found[:, :, index], prediction[:, :, top, left])
     chosen = torch.tensor([[0, 5], [41, 41]])
     assert torch.equal(guided(prediction, PATCH, chosen)[1, 0], found[1, :, 41])

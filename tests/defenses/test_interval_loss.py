@@ -19,7 +19,7 @@ from patchcert_cli.defenses.ibp import losses
 from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.errors import UsageError
 from patchcert_cli.threats import Patch, Sparse
-from patchcert_cli.training import session
+from patchcert_cli.training import run
 from patchcert_cli.training.recipe import Recipe
 
 PATCH, LOCATIONS, CLASSES = Patch(2, 2), 25, 4
@@ -141,8 +141,8 @@ def test_natural_epochs_see_no_attacker() -> None:
 def test_linear_margins_hold_for_whatever_the_attacker_shows(threat: Patch | Sparse, epsilon: float, norm: bool) -> None:
     network, (x, label) = fold(build("mlp", norm=norm), batch()[0])[0], batch()
     generator = torch.Generator().manual_seed(6)
-    atoms = threat.atoms(6, 6)
-    chosen = torch.randint(len(atoms), (6, CLASSES), generator=generator)
+    locations = threat.locations(6, 6)
+    chosen = torch.randint(len(locations), (6, CLASSES), generator=generator)
     found = pairwise.linear_margins(network, x, label, threat, chosen, epsilon=epsilon)
     assert torch.equal(found.gather(1, label[:, None]), torch.zeros(6, 1))
     closest = float("inf")
@@ -151,7 +151,7 @@ def test_linear_margins_hold_for_whatever_the_attacker_shows(threat: Patch | Spa
             mask = torch.zeros(6, 2, 6, 6)
             for i in range(6):
                 if isinstance(threat, Patch):
-                    top, left, height, width = atoms[chosen[i, kind if kind != "sparse" else 0]].tolist()
+                    top, left, height, width = locations[chosen[i, kind if kind != "sparse" else 0]].tolist()
                     mask[i, :, top : top + height, left : left + width] = epsilon
                 else:
                     cells = 72 if threat.unit == "value" else 36
@@ -227,9 +227,9 @@ def test_networks_without_lines_are_refused_before_training() -> None:
         recipe = Recipe("patch:3x3", network=network, network_options={"norm": norm}, options={"linear": 0.5})
         if network == "cnn":
             with pytest.raises(UsageError, match="use linear=0"):
-                session.check(recipe)
+                run.check(recipe)
         else:
-            session.check(recipe)
+            run.check(recipe)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -14,17 +14,18 @@ from patchcert_cli import cards, data
 from patchcert_cli.attacks.base import Attack
 from patchcert_cli.attacks.patch_pgd import PatchPGD
 from patchcert_cli.attacks.target import Target
-from patchcert_cli.cards import Card, Measured, ledger
+from patchcert_cli.cards import Card, Measured
+from patchcert_cli.cards.published import ClaimKey, PublishedRecord, PublishedRecords
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee
-from patchcert_cli.certifiers.masks import agreement
+from patchcert_cli.certifiers.masks import masked_detection
 from patchcert_cli.certifiers.masks.mask_sets import Cover, MaskPlan, MaskSet
-from patchcert_cli.certifiers.masks.views import SLACK
+from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE
 from patchcert_cli.defenses.base import Claim
 from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError, UnsupportedThreat, UsageError
-from patchcert_cli.evaluation import evaluate, results, runs, single, verify
-from patchcert_cli.evaluation.plan import Plan, Subject
+from patchcert_cli.evaluation import evaluate, reproduce, results, run_folder, single_image
+from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
 from patchcert_cli.reporting import text
 from patchcert_cli.threats import Patch, Sparse, Threat
 from patchcert_cli.training.recipe import Recipe
@@ -116,23 +117,23 @@ def test_confidence_at_the_threshold_raises_an_alarm_and_certifies_nothing() -> 
         defense.threshold = threshold
         certificate = defense.certify(HALF, Patch(2, 2))
         assert certificate.prediction.tolist() == [answer]
-        assert certificate.certified.tolist() == [False], "a lead of zero, and an excess of zero"
+        assert certificate.certified.tolist() == [False], "a logit margin of zero, and a confidence margin of zero"
     assert float(certificate.margin) == 0
 
 
 def test_what_rounding_may_decide_is_not_certified() -> None:
-    """A lead of half the slack, and the same image a little clearer."""
+    """A logit margin of half the slack, and the same image a little clearer."""
 
     class Barely(Sums):
         def forward(self, x: Tensor) -> Tensor:
             one = torch.ones(len(x), dtype=x.dtype, device=x.device)
             return torch.stack([one + self.sharp.to(x) * one, one, x.mean(dim=(1, 2, 3)) / 2], dim=1)
 
-    for lead, certified in ((SLACK["float64"] / 2, False), (SLACK["float64"] * 4, True), (1e-6, True)):
+    for logit_margin, certified in ((TOLERANCE["float64"] / 2, False), (TOLERANCE["float64"] * 4, True), (1e-6, True)):
         network = Barely()
-        network.sharp = nn.Parameter(torch.tensor(lead, dtype=torch.float64))
+        network.sharp = nn.Parameter(torch.tensor(logit_margin, dtype=torch.float64))
         certificate = made(network).certify(HALF, Patch(1, 1))
-        assert certificate.certified.tolist() == [certified], lead
+        assert certificate.certified.tolist() == [certified], logit_margin
         assert torch.equal(certificate.certified, certificate.margin > certificate.slack)
 
 
@@ -176,7 +177,7 @@ def test_the_map_of_margins_has_the_certificate_as_its_smallest_entry() -> None:
 
 
 def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchcert_cli.certifiers.masks.views.computes_in_bfloat16", lambda device: True)
+    monkeypatch.setattr("patchcert_cli.certifiers.masks.masked_predictions.computes_in_bfloat16", lambda device: True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         defense = Minority.tiny()
@@ -205,7 +206,7 @@ def test_smaller_patches_are_certified_too() -> None:
 def test_what_it_cannot_do_is_said() -> None:
     with pytest.raises(UnsupportedThreat, match=r"masks of this model do not cover patch:3x3"):
         made().certify(HALF, Patch(3, 3))
-    with pytest.raises(UsageError, match="no proof 'rows'; allowed: agreement, all"):
+    with pytest.raises(UsageError, match="no proof 'rows'. Allowed: agreement, all"):
         made().certify(HALF, Patch(1, 1), "rows")
     broken = Sums(float("nan"))
     with pytest.raises(IntegrityError, match="NaN"):
@@ -262,11 +263,11 @@ def test_a_silent_change_is_a_success() -> None:
     assert not bool(found.success.any()) and found.clean_prediction.tolist() == [0, ALERT]
 
 
-def plan_of(defense: Minority, count: int = 30, **changes: Any) -> Plan:
+def task_of(defense: Minority, count: int = 30, **changes: Any) -> EvaluationTask:
     whole = data.load("mnist", "test")
-    subject = Subject(defense, "alarm", "minority", "0" * 64, "folder")
-    plan = Plan(subject, whole.limit(count, 0), (Claim(Patch(2, 2)),), len(whole), batch_size=16, command="test")
-    return replace(plan, **changes)
+    model = EvaluatedModel(defense, "alarm", "minority", "0" * 64, "folder")
+    task = EvaluationTask(model, whole.limit(count, 0), (Claim(Patch(2, 2)),), len(whole), batch_size=16, command="test")
+    return replace(task, **changes)
 
 
 @pytest.fixture
@@ -278,8 +279,8 @@ def digits() -> Minority:
 
 
 def test_results_and_reports_say_detection(digits: Minority, tmp_path: Path) -> None:
-    found = evaluate.certify(plan_of(digits), tmp_path / "one")
-    records = results.read_records(tmp_path / "one" / runs.RECORDS)
+    found = evaluate.certify(task_of(digits), tmp_path / "one")
+    records = results.read_records(tmp_path / "one" / run_folder.RECORDS)
     alarms = sum(record["prediction"] == ALERT for record in records)
     assert found["guarantee"] == "detection" and found["counts"]["alarms"] == alarms > 0
     assert not any(record["certified"] for record in records if record["prediction"] == ALERT)
@@ -287,15 +288,15 @@ def test_results_and_reports_say_detection(digits: Minority, tmp_path: Path) -> 
     assert rows["guarantee"].startswith("detection (answered right or with an alarm)")
     assert f"({alarms}/30) of the unattacked images" in rows["alarms"]
     assert "guarantee: detection, rounding measured, not proven" in text.plot_title(found)
-    several = evaluate.certify(plan_of(digits, claims=(Claim(Patch(1, 1)), Claim(Patch(2, 2), "all"))), tmp_path / "two")
+    several = evaluate.certify(task_of(digits, claims=(Claim(Patch(1, 1)), Claim(Patch(2, 2), "all"))), tmp_path / "two")
     assert {claim["guarantee"] for claim in several["claims"]} == {"detection"}
     assert dict(text.certify_rows(several))["guarantee"].startswith("detection")
-    attacked = evaluate.attack(plan_of(digits, 6), PatchPGD(steps=1, restarts=0), {}, tmp_path / "three")
+    attacked = evaluate.attack(task_of(digits, 6), PatchPGD(steps=1, restarts=0), {}, tmp_path / "three")
     assert attacked["guarantee"] == "detection" and attacked["broken"] == []
     shown = dict(text.attack_rows(attacked))
     assert shown["judged for"] == "detection" and "or with an alarm" in shown["right under attack"]
     before = attacked["flipped"]
-    records = results.read_records(tmp_path / "three" / runs.RECORDS)
+    records = results.read_records(tmp_path / "three" / run_folder.RECORDS)
     assert before == sum(r["attacked"] not in (r["prediction"], ALERT) for r in records)
 
 
@@ -322,12 +323,12 @@ def test_a_broken_certificate_of_detection_is_never_silent(
 
     monkeypatch.setattr(Minority, "predict", gullible)
     monkeypatch.setattr(Minority, "certify_each", sure)
-    found = evaluate.attack(plan_of(digits, 4), Corner(), {}, tmp_path / "run")
+    found = evaluate.attack(task_of(digits, 4), Corner(), {}, tmp_path / "run")
     assert len(found["broken"]) == 4
     with pytest.raises(ClaimError, match="4 certified images were flipped"):
         results.check_claim(found)
     monkeypatch.setattr(Minority, "predict", lambda self, x: torch.where(x[:, 0, 0, 0] > 0.9, ALERT, 7))
-    found = evaluate.attack(plan_of(digits, 4), Corner(), {}, tmp_path / "again")
+    found = evaluate.attack(task_of(digits, 4), Corner(), {}, tmp_path / "again")
     assert found["broken"] == [] and found["flipped"] == 0
 
 
@@ -336,17 +337,17 @@ def test_a_picture_is_told_with_its_alarm(digits: Minority, tmp_path: Path) -> N
 
     path = tmp_path / "grey.png"
     Image.new("L", (28, 28), 128).save(path)
-    subject = plan_of(digits).subject
+    model = task_of(digits).model
     digits_say = int(digits.predict(torch.full((1, 1, 28, 28), 128 / 255)))
-    found = single.certify(subject, path, [Claim(Patch(2, 2))]).values
+    found = single_image.certify(model, path, [Claim(Patch(2, 2))]).values
     assert found["class"] == digits.called(digits_say) and found["claims"][0]["guarantee"] == "detection"
     sure = {**found, "claims": [{**found["claims"][0], "certified": True}]}
     told = dict(text.single_rows(sure))["patch:2x2, agreement"]
     for answer, wanted in ({"class": "3", "prediction": 3}, "3 (class 3)"), ({"class": "alarm", "prediction": -1}, "alarm"):
         assert dict(text.single_rows(found | answer))["prediction"] == wanted
     assert "certified: no such change alters the prediction without an alarm" in told
-    always = replace(subject, defense=made_to_alarm(digits))
-    assert single.certify(always, path, [Claim(Patch(2, 2))]).values["class"] == "alarm"
+    always = replace(model, defense=made_to_alarm(digits))
+    assert single_image.certify(always, path, [Claim(Patch(2, 2))]).values["class"] == "alarm"
 
 
 def made_to_alarm(defense: Minority) -> Minority:
@@ -365,25 +366,25 @@ def made_to_alarm(defense: Minority) -> Minority:
 
 
 def test_records_of_detection_are_asked_for_as_such(digits: Minority, tmp_path: Path) -> None:
-    stated = (ledger.Stated("patch:2x2", "rows"), ledger.Stated("patch:2x2", "agreement", "detection"))
-    row = ledger.Row(1, 1, (True, True), (1.0, 1.0))
-    book = ledger.Ledger("0" * 64, "mnist", "test", stated, {0: row})
+    stated = (ClaimKey("patch:2x2", "rows"), ClaimKey("patch:2x2", "agreement", "detection"))
+    row = PublishedRecord(1, 1, (True, True), (1.0, 1.0))
+    book = PublishedRecords("0" * 64, "mnist", "test", stated, {0: row})
     assert book.position("patch:2x2") == 0
     assert book.position("patch:2x2", guarantee="detection") == 1
-    with pytest.raises(DataError, match=r"no published records for patch:3x3 that promise detection; there are records for"):
+    with pytest.raises(DataError, match=r"no published records for patch:3x3 that promise detection. There are records for"):
         book.position("patch:3x3", guarantee="detection")
-    plan = plan_of(digits, 8)
-    evaluate.certify(plan, tmp_path / "run")
-    records = results.read_records(tmp_path / "run" / runs.RECORDS)
-    rows = {r["index"]: ledger.Row(r["label"], r["prediction"], (r["certified"],), (r["margin"],)) for r in records}
+    task = task_of(digits, 8)
+    evaluate.certify(task, tmp_path / "run")
+    records = results.read_records(tmp_path / "run" / run_folder.RECORDS)
+    rows = {r["index"]: PublishedRecord(r["label"], r["prediction"], (r["certified"],), (r["margin"],)) for r in records}
     kept = tmp_path / "records.jsonl.gz"
-    kept.write_bytes(ledger.Ledger("0" * 64, "mnist", "test", stated[1:], rows).pack())
-    read = ledger.read(kept)
+    kept.write_bytes(PublishedRecords("0" * 64, "mnist", "test", stated[1:], rows).pack())
+    read = PublishedRecords.read(kept)
     assert read.rows == rows and any(row.prediction == ALERT for row in rows.values())
-    outcome = verify.verify(plan, read, PatchPGD(steps=1, restarts=0), {}, tmp_path / "verify")
+    outcome = reproduce.reproduce(task, read, PatchPGD(steps=1, restarts=0), {}, tmp_path / "verify")
     assert outcome["holds"] and "detection" in outcome["claim"]
     with pytest.raises(DataError, match="no published records for patch:2x2 that promise detection"):
-        verify.verify(plan, replace(read, claims=stated[:1]), None, {}, tmp_path / "other")
+        reproduce.reproduce(task, replace(read, claims=stated[:1]), None, {}, tmp_path / "other")
 
 
 def test_a_card_of_detection_never_counts_as_recovery() -> None:
@@ -429,7 +430,7 @@ def card_values() -> dict[str, Any]:
 def last_border_mask_dropped(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
     """Nothing hides the last corner, and the proof does not ask about it."""
     by = cover.by[:, :-1]
-    return MaskSet(4, 4, masks.boxes[:-1]), Cover(by[by.any(dim=1)], cover.atom[by.any(dim=1)])
+    return MaskSet(4, 4, masks.boxes[:-1]), Cover(by[by.any(dim=1)], cover.location[by.any(dim=1)])
 
 
 def one_column_short(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
@@ -437,7 +438,7 @@ def one_column_short(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
 
 
 def any_mask_will_do(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
-    return masks, Cover(torch.ones(1, len(masks), dtype=torch.bool), cover.atom[:1])
+    return masks, Cover(torch.ones(1, len(masks), dtype=torch.bool), cover.location[:1])
 
 
 def nothing_wrong(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
@@ -492,19 +493,19 @@ def test_a_threshold_that_a_confidence_equals_raises_the_alarm_and_certifies_not
     """Two equal logits: a confidence of one half behind each mask."""
     half = torch.tensor([[[0.5, 0.5]]], dtype=torch.float64)
     label = torch.tensor([[1]])
-    lead = torch.ones(1, 1, dtype=torch.float64)
+    logit_margin = torch.ones(1, 1, dtype=torch.float64)
     for whole, expected in ((0, [0.5, -1.0]), (1, [-1.0, 0.5])):
-        reports = agreement.Reports(torch.tensor([whole]), label, label, lead, lead, half)
-        assert agreement.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [expected]
-    reports = agreement.Reports(torch.tensor([1]), label, label, lead * 0, lead, half)
-    assert agreement.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [[-1.0, -1.0]]
+        reports = masked_detection.Reports(torch.tensor([whole]), label, label, logit_margin, logit_margin, half)
+        assert masked_detection.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [expected]
+    reports = masked_detection.Reports(torch.tensor([1]), label, label, logit_margin * 0, logit_margin, half)
+    assert masked_detection.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [[-1.0, -1.0]]
 
 
 def test_a_result_compares_thresholds_and_agrees_with_itself_at_its_own(digits: Minority, tmp_path: Path) -> None:
     digits.threshold, digits.grid = 0.2, (0.0, 0.15, 0.2, 0.3)
-    plan = plan_of(digits)
-    plan = replace(plan, subject=replace(plan.subject, setting={"compared": list(digits.grid)}))
-    found = evaluate.certify(plan, tmp_path / "one")
+    task = task_of(digits)
+    task = replace(task, model=replace(task.model, setting={"compared": list(digits.grid)}))
+    found = evaluate.certify(task, tmp_path / "one")
     rows = text.compared(found)
     assert [row["threshold"] for row in rows] == list(digits.grid)
     own = rows[2]
@@ -515,4 +516,4 @@ def test_a_result_compares_thresholds_and_agrees_with_itself_at_its_own(digits: 
     )
     assert [row["alarms"] for row in rows] == sorted((row["alarms"] for row in rows), reverse=True)
     assert dict(text.certify_rows(found))["threshold 0.2"].startswith("alarms ")
-    assert evaluate.certify(plan, tmp_path / "one")["thresholds"] == found["thresholds"]
+    assert evaluate.certify(task, tmp_path / "one")["thresholds"] == found["thresholds"]

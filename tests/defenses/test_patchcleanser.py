@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli import checkpoint, models
-from patchcert_cli.certifiers.masks import views
+from patchcert_cli.certifiers.masks import masked_predictions
 from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
-from patchcert_cli.certifiers.masks.views import SLACK
+from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE
 from patchcert_cli.defenses.base import Claim, TrainingStep
 from patchcert_cli.defenses.minority import Minority
 from patchcert_cli.defenses.patchcleanser import MaskedOptions, PatchCleanser
@@ -182,9 +182,9 @@ class Returns(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("nan", "the network answers NaN or infinity; its weights or its preprocessing are broken"),
-        ("maps", r"the network returns \(6, 3, 1\) for 6 images; it must return logits \(6, 3\)"),
-        ("two", r"the network returns \(6, 2\) for 6 images; it must return logits \(6, 3\)"),
+        ("nan", "the network answers NaN or infinity. Its weights or its preprocessing are broken"),
+        ("maps", r"the network returns \(6, 3, 1\) for 6 images. It must return logits \(6, 3\)"),
+        ("two", r"the network returns \(6, 2\) for 6 images. It must return logits \(6, 3\)"),
     ],
 )
 def test_logits_that_are_none_are_refused(kind: str, said: str) -> None:
@@ -270,12 +270,12 @@ def test_ties_and_labels_that_nobody_can_tell_are_never_certified() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_bfloat16_gives_the_answers_and_certificates_of_float32(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "computes_in_bfloat16", lambda device: True)
+    monkeypatch.setattr(masked_predictions, "computes_in_bfloat16", lambda device: True)
     exact, quick, x = defense(seed=seed), defense(seed=seed, labels="bfloat16"), images(count=40, seed=seed)
     quick.self_test()
     a, b = exact.certify(x, Patch(2, 2)), quick.certify(x, Patch(2, 2))
     assert torch.equal(a.prediction, b.prediction) and torch.equal(a.certified, b.certified)
-    assert torch.allclose(a.margin, b.margin, atol=2 * SLACK["bfloat16"])
+    assert torch.allclose(a.margin, b.margin, atol=2 * TOLERANCE["bfloat16"])
 
 
 def test_results_do_not_depend_on_how_passes_and_images_are_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +283,7 @@ def test_results_do_not_depend_on_how_passes_and_images_are_grouped(monkeypatch:
     whole = made.certify(x, Patch(2, 2))
     assert whole.passes is not None and len(made.set) == 9
     assert bool((whole.passes >= 9).all()) and bool((whole.passes <= 45).all()) and len(whole.passes.unique()) > 1
-    monkeypatch.setattr(views, "PASSES", 7)
+    monkeypatch.setattr(masked_predictions, "PASSES", 7)
     monkeypatch.setattr("patchcert_cli.defenses.patchcleanser.CELLS", 200)
     parts = made.certify(x, Patch(2, 2))
     assert parts.passes is not None and torch.equal(parts.passes, whole.passes)
@@ -322,10 +322,10 @@ def test_the_map_is_positive_everywhere_iff_the_image_is_certified(threat: Threa
     for seed in range(6):
         made, x = defense(seed=seed), images(count=10, seed=seed)
         found, certificate = made.margin_map(x, threat), made.certify(x, threat)
-        rows = 5 - int(threat.atoms(4, 4)[0, 2])
-        assert found.shape == (10, rows, 5 - int(threat.atoms(4, 4)[0, 3])) and found.dtype == torch.float64
+        rows = 5 - int(threat.locations(4, 4)[0, 2])
+        assert found.shape == (10, rows, 5 - int(threat.locations(4, 4)[0, 3])) and found.dtype == torch.float64
         least = found.flatten(1).amin(dim=1)
-        assert torch.equal(least > SLACK["float64"], certificate.certified)
+        assert torch.equal(least > TOLERANCE["float64"], certificate.certified)
         assert bool((least[certificate.certified] >= certificate.margin[certificate.certified] - 1e-6).all())
         seen |= set(certificate.certified.tolist())
     assert seen == {True, False}

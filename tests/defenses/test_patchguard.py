@@ -91,7 +91,7 @@ def test_the_answer_is_that_of_the_rule(share: float) -> None:
 )
 def test_masks_hold_what_the_patch_reaches(reach: int, covers: str, stride: int, window: tuple[int, int]) -> None:
     if (reach, covers) == (9, "5x2"):
-        with pytest.raises(UsageError, match=r"masks for patch:5x2 hide all of the 7x6 cells; cover a smaller patch"):
+        with pytest.raises(UsageError, match=r"masks for patch:5x2 hide all of the 7x6 cells. Cover a smaller patch"):
             build(config(reach, f"patch:{covers}", stride))
         return
     defense = build(config(reach, f"patch:{covers}", stride))
@@ -118,9 +118,9 @@ def test_what_masks_do_not_hold_is_not_certified() -> None:
     larger = defense.certify(x, Patch(3, 4))
     assert int(larger.certified.sum()) == 0 and bool(larger.margin.isneginf().all())
     assert defense.remark(Patch(3, 4)) == "patch:3x4 reaches 7x8 cells, but a mask holds 7x7: no image can be certified"
-    with pytest.raises(UsageError, match=r"no image can be certified; draw a smaller patch"):
+    with pytest.raises(UsageError, match=r"no image can be certified. Draw a smaller patch"):
         defense.margin_map(x, Patch(3, 4))
-    with pytest.raises(UnsupportedThreat, match=r"robust masking has no certificate against sparse:2; allowed: one patch"):
+    with pytest.raises(UnsupportedThreat, match=r"robust masking has no certificate against sparse:2. Allowed: one patch"):
         defense.certify(x, Sparse(2))
     with pytest.raises(UnsupportedThreat, match="sparse:1:value"):
         defense.certify(x, Sparse(1, "value"))

@@ -121,8 +121,8 @@ class TestEveryDefense:
             assert torch.equal(certificate.prediction, defense.predict(x))
             assert torch.equal(certificate.certified, certificate.margin > certificate.slack)
             assert certificate.threat == threat and certificate.guarantee is defense.guarantee
-            atoms = {tuple(atom) for atom in threat.atoms(4, 4).tolist()}
-            assert {tuple(worst) for worst in certificate.worst.tolist()} <= atoms
+            locations = {tuple(location) for location in threat.locations(4, 4).tolist()}
+            assert {tuple(worst) for worst in certificate.worst.tolist()} <= locations
             assert bool((certificate.rival != certificate.prediction).all())
             if isinstance(threat, Patch) and threat.height == threat.width == 4:
                 assert not bool(certificate.certified.all()) or count == 0

@@ -21,8 +21,8 @@ from patchcert_cli.defenses import smoothing
 from patchcert_cli.defenses.base import TrainingStep
 from patchcert_cli.defenses.smoothing import ABLATIONS, ROUNDING, VIEWS, VOTES, Smoothing, SmoothingOptions
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
-from patchcert_cli.layers import exact, precision
-from patchcert_cli.layers.exact import Wire
+from patchcert_cli.layers import fixed_point, precision
+from patchcert_cli.layers.fixed_point import Wire
 from patchcert_cli.models.resnet import ResNet, convolution
 from patchcert_cli.threats import Patch, Sparse
 from patchcert_cli.training import loop
@@ -137,11 +137,11 @@ def test_a_patch_reaches_exactly_the_cells_that_are_claimed(ablation: str, view:
     """A not-a-number in the patch, through the deployed network, at every location; and the pixels that cells keep."""
     defense = build(config(ablation=ablation, view=view, stride=stride))
     rows, columns = axes(SHAPE, defense.how)
-    atoms, cover = patch.atoms(*SHAPE[1:]).tolist(), defense.cover(patch)
+    locations, cover = patch.locations(*SHAPE[1:]).tolist(), defense.cover(patch)
     claimed = (cover.rows.matrix()[:, None, :, None] * cover.columns.matrix()[None, :, None, :]).flatten(0, 1).bool()
-    assert claimed.shape == (len(atoms), len(rows), len(columns))
-    x = images(1).repeat(len(atoms), 1, 1, 1)
-    for at, (top, left, height, width) in enumerate(atoms):
+    assert claimed.shape == (len(locations), len(rows), len(columns))
+    x = images(1).repeat(len(locations), 1, 1, 1)
+    for at, (top, left, height, width) in enumerate(locations):
         x[at, :, top : top + height, left : left + width] = float("nan")
         inside = set(product(range(top, top + height), range(left, left + width)))
         for (n, r), (m, c) in product(enumerate(rows), enumerate(columns)):
@@ -252,7 +252,7 @@ def reference(votes: Votes, defense: Smoothing, patch: Patch) -> Tensor:
     for b, image in enumerate(votes.scores.int().tolist()):
         sums = [sum(map(sum, plane)) for plane in image]
         answer, found = sums.index(max(sums)), []
-        for top, left, height, width in patch.atoms(*defense.input_shape[1:]).tolist():
+        for top, left, height, width in patch.locations(*defense.input_shape[1:]).tolist():
             inside = set(product(range(top, top + height), range(left, left + width)))
             worst = [0] * len(sums)
             for (n, r), (m, c) in product(enumerate(rows), enumerate(columns)):
@@ -398,9 +398,9 @@ def test_the_deployed_network_follows_the_weights() -> None:
 
 def test_what_it_cannot_do_is_said_in_one_line() -> None:
     for options, message in (
-        ({"band": 11}, "a column of 11 pixels is larger than the 6x10 image; allowed: up to 10."),
-        ({"band": 7, "ablation": "row"}, "a row of 7 pixels is larger than the 6x10 image; allowed: up to 6."),
-        ({"band": 7, "ablation": "block"}, "a block of 7 pixels is larger than the 6x10 image; allowed: up to 6."),
+        ({"band": 11}, "a column of 11 pixels is larger than the 6x10 image. Allowed: up to 10."),
+        ({"band": 7, "ablation": "row"}, "a row of 7 pixels is larger than the 6x10 image. Allowed: up to 6."),
+        ({"band": 7, "ablation": "block"}, "a block of 7 pixels is larger than the 6x10 image. Allowed: up to 6."),
     ):
         with pytest.raises(UsageError) as caught:
             build(config(**options))
@@ -440,7 +440,7 @@ def resnet(name: str, seed: int = 0) -> ResNet:
         made: Any = models.build("resnet", {**plan, "input_shape": shape, "classes": 5, "mean": (0.1,), "std": (0.2,)})
         assert isinstance(made, ResNet)
         roughen(made, steps(name, 12, 1) / 255)
-        with exact.observing(made), torch.no_grad():
+        with fixed_point.observing(made), torch.no_grad():
             made(steps(name, 40, 2) / 255)
     return made
 
@@ -485,7 +485,7 @@ def unit(values: Tensor) -> float:
 
 
 def obeys(parts: list[tuple[Tensor, Wire]], bias: Tensor, bits: int) -> bool:
-    """The theorem of :mod:`patchcert_cli.layers.exact`, channel by channel, for a sum over several wires."""
+    """The theorem of :mod:`patchcert_cli.layers.fixed_point`, channel by channel, for a sum over several wires."""
     for channel in range(len(bias)):
         step = min([unit(weight[channel]) + wire.exponent for weight, wire in parts] + [unit(bias[channel])])
         total = sum(float(weight[channel].double().abs().sum()) * wire.most for weight, wire in parts)
@@ -504,7 +504,7 @@ def test_no_sum_is_ever_rounded(name: str, factor: float, precision: torch.dtype
             assert isinstance(norm, nn.BatchNorm2d)
             norm.weight.mul_(factor)
             norm.bias.mul_(factor)
-        with exact.observing(network):
+        with fixed_point.observing(network):
             network(v / 255)
         frozen: Any
         frozen, fewest = network.freeze(precision)
@@ -513,9 +513,9 @@ def test_no_sum_is_ever_rounded(name: str, factor: float, precision: torch.dtype
             return
         found, trained = frozen(v.to(precision)), network(v / 255)
         assert torch.equal(copy.deepcopy(frozen).double()(v.double()), found)
-        assert fewest < exact.ENOUGH - 1 or float((found - trained).square().mean().sqrt()) < 0.3 * float(trained.std())
-    bits, wire = exact.BITS[precision], network.grid.wire
-    assert obeys([(frozen[0].layer.weight, exact.PIXELS)], frozen[0].layer.bias, bits)
+        assert fewest < fixed_point.ENOUGH - 1 or float((found - trained).square().mean().sqrt()) < 0.3 * float(trained.std())
+    bits, wire = fixed_point.BITS[precision], network.grid.wire
+    assert obeys([(frozen[0].layer.weight, fixed_point.PIXELS)], frozen[0].layer.bias, bits)
     for block in list(frozen)[1:-1]:
         assert obeys([(block.first.weight, wire)], block.first.bias, bits)
         aside = torch.eye(len(block.second.bias)) if block.shortcut is None else block.shortcut.weight
@@ -533,11 +533,11 @@ def test_where_a_shortcut_is_too_fine_for_float32_it_is_float64() -> None:
     with torch.no_grad():
         norm.weight.mul_(1e6)
         assert network.freeze(torch.float32)[1] == 0
-        assert next(exact.freeze(network).buffers()).dtype == torch.float64
-        assert bool(exact.freeze(network)(v.double()).isfinite().all())
+        assert next(fixed_point.freeze(network).buffers()).dtype == torch.float64
+        assert bool(fixed_point.freeze(network)(v.double()).isfinite().all())
         norm.weight.mul_(1e9)
     with pytest.raises(IntegrityError, match="too far apart in size"):
-        exact.freeze(network)
+        fixed_point.freeze(network)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])

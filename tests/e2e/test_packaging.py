@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from patchcert_cli.catalog import shelf
+from patchcert_cli.catalog import bundled
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,12 +23,12 @@ def test_a_wheel_holds_code_zoo_samples_and_types(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {"patchcert_cli/py.typed", "patchcert_cli/samples/mnist-test-images.idx.gz", "patchcert_cli/zoo/__init__.py"}
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "patchcert_cli").rglob("*.py")}
-    zoo = {f"patchcert_cli/zoo/{name}/{file}" for name in shelf.bundled_names() for file in shelf.bundled_card(name).files}
+    zoo = {f"patchcert_cli/zoo/{name}/{file}" for name in bundled.names() for file in bundled.card(name).files}
     assert wanted | code | zoo <= names
     assert not any(name.startswith(("zoo/", "tests/")) for name in names)
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    program = "import patchcert_cli.catalog.shelf as c; print(*c.bundled_names()); print(c.bundled_folder())"
+    program = "import patchcert_cli.catalog.bundled as c; print(*c.names()); print(c.folder())"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "site", capture_output=True, text=True, check=True)
     listed, folder = done.stdout.splitlines()
-    assert listed.split() == shelf.bundled_names()
+    assert listed.split() == bundled.names()
     assert Path(folder).resolve().is_relative_to((tmp_path / "site").resolve())

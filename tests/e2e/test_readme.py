@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from patchcert_cli import data
-from patchcert_cli.catalog import shelf
+from patchcert_cli.catalog import bundled
 from patchcert_cli.cli import main
 from patchcert_cli.training.recipe import Recipe
 
@@ -53,7 +53,7 @@ def test_every_command_of_the_readme_runs(
     Image.fromarray(picture[:5, :5]).save("patches/corner.png")
     ours = tmp_path / "runs" / "p5"  # what the train command of the README would have left
     ours.mkdir(parents=True)
-    for path in (shelf.bundled_folder() / "mnist-ibp-p5").iterdir():
+    for path in (bundled.folder() / "mnist-ibp-p5").iterdir():
         (ours / path.name).write_bytes(path.read_bytes())
     for command in commands:
         assert command.startswith("patchcert "), command
@@ -78,12 +78,12 @@ def test_both_set_up_commands_are_one_line_each_and_ci_runs_the_second() -> None
 def test_table_and_picture_are_what_the_cards_say() -> None:
     done = subprocess.run([sys.executable, ROOT / "docs" / "make_zoo.py", "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in shelf.bundled_names():
+    for name in bundled.names():
         assert f"`{name}`" in README
 
 
 def test_every_bundled_model_is_measured_on_the_whole_split_and_reproducible() -> None:
-    found = shelf.bundled()
+    found = bundled.cards()
     assert len(found) == len([path for path in (ROOT / "zoo").iterdir() if path.is_dir() and path.name[0] not in "._"])
     assert {"mnist-ibp-p2", "mnist-ibp-p5", "mnist-ibp-k4", "mnist-ibp-k10"} <= set(found)
     starts = {card.recipe.get("start") for card in found.values() if card.status == "measured"}
@@ -109,4 +109,4 @@ def test_every_bundled_model_is_measured_on_the_whole_split_and_reproducible() -
 
 def test_a_compact_model_says_so_on_its_card() -> None:
     for name in COMPACT:
-        assert "compact" in shelf.bundled_card(name).notes
+        assert "compact" in bundled.card(name).notes

@@ -21,12 +21,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from patchcert_cli import attacks, cards, data
-from patchcert_cli.catalog import shelf
+from patchcert_cli.catalog import bundled
 from patchcert_cli.certificate import ALERT
 from patchcert_cli.defenses.minority import Minority
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
-from patchcert_cli.evaluation import subjects
-from patchcert_cli.evaluation.subjects import Wish
+from patchcert_cli.evaluation import models
+from patchcert_cli.evaluation.models import DefenseRequest
 from patchcert_cli.threats import Patch, parse_threat
 
 NAME = "imagenet-patchcleanser-efficientnet-lite0"
@@ -86,7 +86,7 @@ class Labels:
 def check_path(candidate: Any, defense: PatchCleanser, name: str, threat: Patch, patches: Path, count: int) -> dict[str, int]:
     """Hold everything against naive code on ``count`` pictures of a folder; returns counts."""
     images = data.load(name, "test")
-    outputs = candidate.matched(data.classes_of(name, "test"), name, type("Subject", (), {"defense": defense}))
+    outputs = candidate.matched(data.classes_of(name, "test"), name, type("EvaluatedModel", (), {"defense": defense}))
     images = images if outputs is None else images.relabelled(outputs)
     plain = torch.cat([defense.plain(data.to_float(part)) for part in images.read().split(10)])
     some = images.limit(count, 0)
@@ -135,17 +135,17 @@ def test_the_whole_path_on_made_up_pictures(tmp_path: Path) -> None:
     (tmp_path / "patches").mkdir()
     for name, colour in COLOURS.items():
         Image.new("RGB", (5, 5), colour).save(tmp_path / "patches" / f"{name}.png")
-    wish = Wish(masks=3)
+    request = DefenseRequest(masks=3)
     defense = PatchCleanser(
         Channels().eval(),
         input_shape=(3, 24, 24),
         classes=tuple(COLOURS),
-        masks=wish.plan([Patch(5, 5)], (3, 24, 24)),
+        masks=request.plan([Patch(5, 5)], (3, 24, 24)),
         fill=(0.5,) * 3,
     ).eval()
 
     class Named:
-        def matched(self, classes: Any, name: str, subject: Any) -> list[int]:
+        def matched(self, classes: Any, name: str, model: Any) -> list[int]:
             return [list(COLOURS).index(one) for one in classes]
 
     found = check_path(Named(), defense, f"imagefolder:{tmp_path / 'val'}@24", Patch(5, 5), tmp_path / "patches", 12)
@@ -156,14 +156,14 @@ def test_the_whole_path_on_made_up_pictures(tmp_path: Path) -> None:
 @pytest.mark.pictures
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not (PICTURES / "imagenette-50").is_dir(), reason=f"no pictures in '{PICTURES}'")
-@pytest.mark.skipif(not cards.weights_of(shelf.bundled_folder() / NAME), reason="no weights")
+@pytest.mark.skipif(not cards.weights_of(bundled.folder() / NAME), reason="no weights")
 def test_the_whole_path_on_photographs(tmp_path: Path) -> None:
     folder = tmp_path / "imagenette-50"  # what is packed lies beside it
     folder.symlink_to((PICTURES / "imagenette-50").resolve())
     threat = parse_threat("patch:50")
     assert isinstance(threat, Patch)
-    candidate = subjects.find(NAME, None, Wish(masks=3), "cpu")
-    made: Any = candidate.subject((3, 224, 224), [threat], "cpu").defense
+    candidate = models.find(NAME, None, DefenseRequest(masks=3), "cpu")
+    made: Any = candidate.evaluated((3, 224, 224), [threat], "cpu").defense
     assert len(made.masks) == 9  # and 45 pairs
     found = check_path(candidate, made, candidate.fitted(f"imagefolder:{folder}"), threat, PICTURES / "patches", 3)
     assert found["plain"] == 37 and found["pasted"] == 10

@@ -16,23 +16,23 @@ from patchcert_cli import attacks, checkpoint, data, defenses
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.defenses.base import Claim
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError, Interrupted, MachineError, UsageError
-from patchcert_cli.evaluation import evaluate, outlook, results, runs
-from patchcert_cli.evaluation.plan import Plan, Subject
+from patchcert_cli.evaluation import estimate, evaluate, results, run_folder
+from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
 from patchcert_cli.progress import Silent
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch
 from patchcert_cli.training.recipe import Recipe
 
 
-def make_plan(count: int = 40, **changes: Any) -> Plan:
+def make_task(count: int = 40, **changes: Any) -> EvaluationTask:
     recipe = Recipe("patch:5x5", network_options={"hidden": [12]})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         defense = defenses.build(recipe.config())
     whole = data.load("mnist", "test")
-    subject = Subject(defense, "random", "ibp", "0" * 64, "folder")
-    plan = Plan(subject, whole.limit(count, 0), (Claim(Patch(2, 2)),), len(whole), batch_size=16, command="test")
-    return replace(plan, **changes)
+    model = EvaluatedModel(defense, "random", "ibp", "0" * 64, "folder")
+    task = EvaluationTask(model, whole.limit(count, 0), (Claim(Patch(2, 2)),), len(whole), batch_size=16, command="test")
+    return replace(task, **changes)
 
 
 def no_time() -> float:
@@ -41,7 +41,7 @@ def no_time() -> float:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / runs.RECORDS).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / run_folder.RECORDS).read_text().splitlines()]
 
 
 def verdicts(records: list[dict[str, Any]]) -> dict[int, tuple[int, bool]]:
@@ -49,15 +49,15 @@ def verdicts(records: list[dict[str, Any]]) -> dict[int, tuple[int, bool]]:
 
 
 def test_a_run_folder_holds_result_records_and_manifest(tmp_path: Path) -> None:
-    plan = make_plan()
-    found = evaluate.certify(plan, tmp_path / "run")
+    task = make_task()
+    found = evaluate.certify(task, tmp_path / "run")
     keys = "model defense dataset split images threat clean_accuracy certified_accuracy certified_interval seconds"
     assert set(f"{keys} images_per_second device records".split()) <= set(found)
-    assert files.read_json(tmp_path / "run" / runs.RESULT) == found
-    manifest = files.read_json(tmp_path / "run" / runs.MANIFEST)
+    assert files.read_json(tmp_path / "run" / run_folder.RESULT) == found
+    manifest = files.read_json(tmp_path / "run" / run_folder.MANIFEST)
     assert {"model_sha256", "threat", "versions", "device", "numerics"} <= set(manifest)
     records = read(tmp_path / "run")
-    assert sorted(r["index"] for r in records) == plan.images.index.tolist()
+    assert sorted(r["index"] for r in records) == task.images.index.tolist()
     assert {"index", "label", "prediction", "certified", "margin", "worst"} <= set(records[0])
     right = [r["prediction"] == r["label"] for r in records]
     assert found["clean_accuracy"] == sum(right) / 40
@@ -68,48 +68,48 @@ def test_a_run_folder_holds_result_records_and_manifest(tmp_path: Path) -> None:
 def test_batch_size_does_not_change_a_record(tmp_path: Path) -> None:
     runs = [tmp_path / str(size) for size in (1, 7, 40)]
     for folder in runs:
-        evaluate.certify(make_plan(batch_size=int(folder.name)), folder)
+        evaluate.certify(make_task(batch_size=int(folder.name)), folder)
     assert verdicts(read(runs[0])) == verdicts(read(runs[1])) == verdicts(read(runs[2]))
 
 
 def test_a_stopped_run_resumes_and_a_torn_line_is_dropped(tmp_path: Path) -> None:
-    whole = evaluate.certify(make_plan(), tmp_path / "whole")
+    whole = evaluate.certify(make_task(), tmp_path / "whole")
 
     class Stop(Silent):
         def update(self, done: int, total: int, text: str) -> None:
             if done == 9:
                 raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match="interrupted at 9 of 40 images; resume with the same command"):
-        evaluate.certify(make_plan(), tmp_path / "cut", progress=Stop(), clock=no_time)
-    with (tmp_path / "cut" / runs.RECORDS).open("a") as stream:
+    with pytest.raises(Interrupted, match="interrupted at 9 of 40 images. Resume with the same command"):
+        evaluate.certify(make_task(), tmp_path / "cut", progress=Stop(), clock=no_time)
+    with (tmp_path / "cut" / run_folder.RECORDS).open("a") as stream:
         stream.write('{"index": 9, "lab')  # what a crash leaves
-    found = evaluate.certify(make_plan(), tmp_path / "cut")
+    found = evaluate.certify(make_task(), tmp_path / "cut")
     assert found["resumed"] == 9
     assert verdicts(read(tmp_path / "cut")) == verdicts(read(tmp_path / "whole"))
     assert found["counts"] == whole["counts"]
-    assert evaluate.certify(make_plan(), tmp_path / "cut") == found  # complete: nothing is computed again
+    assert evaluate.certify(make_task(), tmp_path / "cut") == found  # complete: nothing is computed again
 
 
 def test_other_settings_and_foreign_folders_are_refused(tmp_path: Path) -> None:
-    evaluate.certify(make_plan(), tmp_path / "run")
+    evaluate.certify(make_task(), tmp_path / "run")
     with pytest.raises(UsageError, match="made with other settings .*patch:2x2.*patch:3x3.*--fresh"):
-        evaluate.certify(make_plan(claims=(Claim(Patch(3, 3)),)), tmp_path / "run")
-    assert evaluate.certify(make_plan(claims=(Claim(Patch(3, 3)),)), tmp_path / "run", fresh=True)["threat"] == "patch:3x3"
+        evaluate.certify(make_task(claims=(Claim(Patch(3, 3)),)), tmp_path / "run")
+    assert evaluate.certify(make_task(claims=(Claim(Patch(3, 3)),)), tmp_path / "run", fresh=True)["threat"] == "patch:3x3"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match="not empty"):
-        evaluate.certify(make_plan(), tmp_path / "mine", fresh=True)
+        evaluate.certify(make_task(), tmp_path / "mine", fresh=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()
-    (tmp_path / "run" / runs.RECORDS).write_text("{]\n")
+    (tmp_path / "run" / run_folder.RECORDS).write_text("{]\n")
     with pytest.raises(IntegrityError, match="damaged"):
-        evaluate.certify(make_plan(claims=(Claim(Patch(3, 3)),)), tmp_path / "run")
+        evaluate.certify(make_task(claims=(Claim(Patch(3, 3)),)), tmp_path / "run")
 
 
 def test_out_of_memory_halves_the_batch_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = evaluate.certify(make_plan(), tmp_path / "reference")
-    plan, sizes = make_plan(), []
-    real = plan.subject.defense.certify_each
+    reference = evaluate.certify(make_task(), tmp_path / "reference")
+    task, sizes = make_task(), []
+    real = task.model.defense.certify_each
 
     def short_of_memory(limit: int) -> Any:
         def certify(x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
@@ -120,24 +120,24 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(tmp_path: Path, monk
 
         return certify
 
-    monkeypatch.setattr(plan.subject.defense, "certify_each", short_of_memory(5))
-    assert evaluate.certify(plan, tmp_path / "small", clock=no_time)["counts"] == reference["counts"]
+    monkeypatch.setattr(task.model.defense, "certify_each", short_of_memory(5))
+    assert evaluate.certify(task, tmp_path / "small", clock=no_time)["counts"] == reference["counts"]
     assert sizes[:4] == [1, 8, 4, 4] and max(sizes[2:]) == 4
     assert verdicts(read(tmp_path / "small")) == verdicts(read(tmp_path / "reference"))
-    monkeypatch.setattr(plan.subject.defense, "certify_each", short_of_memory(0))
+    monkeypatch.setattr(task.model.defense, "certify_each", short_of_memory(0))
     with pytest.raises(MachineError, match="batch of one image"):
-        evaluate.certify(plan, tmp_path / "none")
+        evaluate.certify(task, tmp_path / "none")
 
     def broken(x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(plan.subject.defense, "certify_each", broken)
+    monkeypatch.setattr(task.model.defense, "certify_each", broken)
     with pytest.raises(RuntimeError, match="a bug"):
-        evaluate.certify(plan, tmp_path / "bug")
+        evaluate.certify(task, tmp_path / "bug")
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
-    records = tmp_path / "run" / runs.RECORDS
+    records = tmp_path / "run" / run_folder.RECORDS
     saved = tmp_path / "saved"
 
     class Fill(Silent):
@@ -146,27 +146,27 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
                 records.rename(saved)
                 records.symlink_to("/dev/full")
 
-    with pytest.raises(MachineError, match="No space left on device; free some space .* 9 images are kept"):
-        evaluate.certify(make_plan(), tmp_path / "run", progress=Fill(), clock=no_time)
+    with pytest.raises(MachineError, match="No space left on device. Free some space .* 9 images are kept"):
+        evaluate.certify(make_task(), tmp_path / "run", progress=Fill(), clock=no_time)
     records.unlink()
     saved.rename(records)
-    assert evaluate.certify(make_plan(), tmp_path / "run")["resumed"] == 9
+    assert evaluate.certify(make_task(), tmp_path / "run")["resumed"] == 9
 
 
 def test_an_attack_is_held_against_the_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = make_plan(count=12)
-    attacker = attacks.for_threat(plan.threat, seed=0, steps=2, restarts=0, locations=2)
-    found = evaluate.attack(plan, attacker, {"steps": 2}, tmp_path / "sound")
+    task = make_task(count=12)
+    attacker = attacks.for_threat(task.threat, seed=0, steps=2, restarts=0, locations=2)
+    found = evaluate.attack(task, attacker, {"steps": 2}, tmp_path / "sound")
     results.check_claim(found)
     assert found["attacked_accuracy"] >= found["certified_accuracy"]
     assert found["queries"] > 0 and found["broken"] == []
-    real = plan.subject.defense.certify_each
+    real = task.model.defense.certify_each
 
     def everything(x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
         return [replace(one, certified=torch.ones_like(one.certified)) for one in real(x, claims)]
 
-    monkeypatch.setattr(plan.subject.defense, "certify_each", everything)
-    found = evaluate.attack(replace(plan, claims=(Claim(Patch(14, 14)),)), attacker, {"steps": 2}, tmp_path / "broken")
+    monkeypatch.setattr(task.model.defense, "certify_each", everything)
+    found = evaluate.attack(replace(task, claims=(Claim(Patch(14, 14)),)), attacker, {"steps": 2}, tmp_path / "broken")
     assert found["broken"]
     with pytest.raises(ClaimError, match="certified images were flipped") as caught:
         results.check_claim(found)
@@ -177,12 +177,12 @@ def test_an_attack_is_held_against_the_certificates(tmp_path: Path, monkeypatch:
 
 
 def test_images_that_do_not_fit_are_refused() -> None:
-    plan = make_plan()
+    task = make_task()
     with pytest.raises(UsageError, match="does not fit a 28x28 image"):
-        outlook.evaluation(replace(plan, claims=(Claim(Patch(29, 3)),)), Path("x"))
+        estimate.evaluation(replace(task, claims=(Claim(Patch(29, 3)),)), Path("x"))
     with pytest.raises(UsageError, match="--batch-size 0"):
-        replace(plan, batch_size=0).check()
-    wrong = replace(plan.images, pixels=torch.zeros(40, 3, 32, 32, dtype=torch.uint8))
+        replace(task, batch_size=0).check()
+    wrong = replace(task.images, pixels=torch.zeros(40, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(DataError, match="takes"):
-        replace(plan, images=wrong).check()
-    assert outlook.evaluation(plan, Path("x"))["atoms"] == 27 * 27
+        replace(task, images=wrong).check()
+    assert estimate.evaluation(task, Path("x"))["atoms"] == 27 * 27

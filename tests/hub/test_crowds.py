@@ -20,7 +20,7 @@ from .loopback import LoopbackHub
 
 NAME = "small-ibp-p2"
 REPO = f"patchcert/{NAME}"
-PULL = f"from patchcert_cli.catalog import find; print(find.pull('{NAME}').folder)"
+PULL = f"from patchcert_cli.catalog import resolve; print(resolve.pull('{NAME}').folder)"
 
 
 def publish(hub: LoopbackHub, zoo: Path) -> Card:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from model_folders import make_zoo
+from refusals import check_refused
 
 from patchcert_cli.cards import Card, Hub
 from patchcert_cli.storage import files
@@ -81,10 +82,7 @@ def served(done: subprocess.CompletedProcess[str], zoo: Path) -> Path:
 def refused(done: subprocess.CompletedProcess[str], code: int, *said: str) -> None:
     """One clear line, the right exit code, nothing on stdout."""
     assert (done.returncode, done.stdout) == (code, ""), (done.returncode, done.stdout, done.stderr)
-    assert done.stderr.startswith(f"error[{code}]: ")
-    assert done.stderr.count("\n") == 1, done.stderr
-    for text in said:
-        assert text in done.stderr
+    check_refused(done.stderr, code, *said)
 
 
 def nothing_unverified(zoo: Path) -> None:
@@ -277,5 +275,5 @@ def test_private_models_need_the_token_of_the_environment(zoo: Path, hub: Loopba
 def test_names_are_no_paths(hub: LoopbackHub, zoo: Path, name: str) -> None:
     done = pull(hub, zoo, name)
     assert done.returncode in (2, 3), done.stderr
-    assert done.stderr.count("\n") == 1
+    check_refused(done.stderr, done.returncode)
     assert hub.requests == []

@@ -13,8 +13,9 @@ import pytest
 import yaml
 from model_folders import make_run, make_zoo, write_result
 
-from patchcert_cli.cards import Card, ledger
-from patchcert_cli.catalog import shelf
+from patchcert_cli.cards import Card
+from patchcert_cli.cards.published import PublishedRecords
+from patchcert_cli.catalog import bundled
 from patchcert_cli.storage import files
 
 from .faults import Fault, refused_endpoint
@@ -71,7 +72,7 @@ def test_what_is_pushed_can_be_pulled_by_its_commit(hub: LoopbackHub, run: Path)
     assert (folder / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
     card = Card.read(folder)
     assert (card.status, card.results[0].certified, card.hub.repo, card.hub.revision) == ("measured", 6000, TO, None)
-    assert ledger.read(folder / files.LEDGER).counts(0) == (9300, 6000)
+    assert PublishedRecords.read(folder / files.PUBLISHED_RECORDS).counts(0) == (9300, 6000)
     entries = yaml.safe_load(hub.files(TO)[".eval_results/patchcert.yaml"])
     assert sorted(entry["value"] for entry in entries) == [0.6, 0.93]
 
@@ -146,7 +147,7 @@ def test_a_zoo_model_whose_records_say_otherwise_is_refused(hub: LoopbackHub, tm
     done = patchcert(variables, "zoo", "push", card.name)
     assert done.returncode == 0, done.stderr
     assert sorted(held(hub, f"patchcert/{card.name}")) == sorted(SENT)
-    pinned = shelf.bundled_card(card.name, tmp_path / "zoo").hub.revision
+    pinned = bundled.card(card.name, tmp_path / "zoo").hub.revision
     pulled = patchcert(variables, "zoo", "pull", card.name)
     assert f"patchcert/{card.name} @ {str(pinned)[:7]}, fetched from the Hub" in pulled.stderr
 

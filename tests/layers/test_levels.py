@@ -15,7 +15,7 @@ from torch import Tensor
 
 from patchcert_cli import models
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.layers import exact, integers, levels
+from patchcert_cli.layers import fixed_point, integers, levels
 from patchcert_cli.layers.levels import Level, Levels
 from patchcert_cli.models.masked import HEAD, MaskedNetwork
 
@@ -34,7 +34,7 @@ def network(seed: int = 0, **options: Any) -> MaskedNetwork:
         for _ in range(30):
             made(x, hidden) if made.takes_mask else made(x)
         made.eval()
-        with exact.observing(made), torch.no_grad():
+        with fixed_point.observing(made), torch.no_grad():
             made(x, hidden) if made.takes_mask else made(x)
     assert isinstance(made, MaskedNetwork)
     return made
@@ -85,11 +85,11 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_frozen_network_is_what_its_levels_say(options: dict[str, Any]) -> None:
     made = network(**options)
-    frozen: Any = exact.freeze(made)
+    frozen: Any = fixed_point.freeze(made)
     shape = options.get("input_shape", (3, 16, 16))
     x = images(shape, 6)
     hidden = torch.rand(6, *shape[1:], generator=torch.Generator().manual_seed(3)) < 0.3
-    steps = exact.to_steps(x)
+    steps = fixed_point.to_steps(x)
     found, expected = frozen(steps, hidden), slowly(frozen, steps, hidden)
     assert found.dtype == torch.float64 and torch.equal(found, expected)
     for backend in ("float32", "float64"):
@@ -105,18 +105,18 @@ def test_a_frozen_network_is_near_the_trained_one(options: dict[str, Any]) -> No
     shape = options.get("input_shape", (3, 16, 16))
     x, hidden = images(shape, 64), torch.zeros(64, *shape[1:], dtype=torch.bool)
     for layer in made.modules():
-        if isinstance(layer, exact.Grid):
+        if isinstance(layer, fixed_point.Grid):
             layer.share = 1.05
-    with exact.observing(made), torch.no_grad():
+    with fixed_point.observing(made), torch.no_grad():
         right = made(x, hidden[:, None]) if made.takes_mask else made(x)
-    frozen: Any = exact.freeze(made)
-    found = frozen(exact.to_steps(x), hidden)
+    frozen: Any = fixed_point.freeze(made)
+    found = frozen(fixed_point.to_steps(x), hidden)
     assert float((found - right).norm() / (right - right.mean(dim=0)).norm()) < 0.2
 
 
 def test_any_part_of_a_map_is_that_part_of_the_whole() -> None:
-    frozen: Any = exact.freeze(network())
-    q = frozen.pixels(exact.to_steps(images((3, 16, 16), 3)))
+    frozen: Any = fixed_point.freeze(network())
+    q = frozen.pixels(fixed_point.to_steps(images((3, 16, 16), 3)))
     generator = torch.Generator().manual_seed(4)
     checked = 0
     for level in frozen.each:
@@ -198,12 +198,12 @@ def test_bits_are_eight_or_none() -> None:
     made = network(bits=0)
     assert not made.freezable
     with pytest.raises(IntegrityError, match="no grid"):
-        exact.freeze(made)
+        fixed_point.freeze(made)
 
 
 def test_powers_and_orders_are_exact() -> None:
     exponents = torch.tensor([-70.0, -1, 0, 1, 52])
-    assert exact.power(exponents).tolist() == [math.ldexp(1.0, e) for e in (-70, -1, 0, 1, 52)]
-    assert exact.binary_order(torch.tensor([0.5, 0.75, 1.0, 1.0000001, 64.0, 65.0])).tolist() == [-1, 0, 0, 1, 6, 7]
+    assert fixed_point.power(exponents).tolist() == [math.ldexp(1.0, e) for e in (-70, -1, 0, 1, 52)]
+    assert fixed_point.binary_order(torch.tensor([0.5, 0.75, 1.0, 1.0000001, 64.0, 65.0])).tolist() == [-1, 0, 0, 1, 6, 7]
     terms = torch.tensor([[1e16, 1.0, -1e16], [1.0, 1e16, -1e16]], dtype=torch.float64)
-    assert exact.total(terms).tolist() == [1.0, 1.0]
+    assert fixed_point.total(terms).tolist() == [1.0, 1.0]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.layers import exact, integers, planes
-from patchcert_cli.layers.exact import PIXELS, Affine, Wire
+from patchcert_cli.layers import fixed_point, integers, planes
+from patchcert_cli.layers.fixed_point import PIXELS, Affine, Wire
 from patchcert_cli.layers.integers import LARGEST, ROOM
 from patchcert_cli.layers.planes import Operation, as_bytes, digits, lowest
 from patchcert_cli.layers.programs import Program
-from tests.layers.test_exact import PLANS, scorer
+from tests.layers.test_fixed_point import PLANS, scorer
 
 
 def has_integers() -> bool:
@@ -34,7 +34,7 @@ def program_of(frozen: nn.Module) -> Program:
 @NEEDS_INTEGERS
 @pytest.mark.parametrize("off", ["digit", "base", "forgotten", "bias"])
 def test_a_plane_that_is_wrong_by_one_is_caught(off: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = program_of(exact.freeze(scorer(PLANS["dilated"])))
+    program = program_of(fixed_point.freeze(scorer(PLANS["dilated"])))
     operation, shapes = program.operations[0], program._shapes(PLANS["dilated"].shape)
     assert planes.in_integers(operation, shapes, tested=True) is not None
     honest = Operation.fits

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from patchcert_cli import models
 from patchcert_cli.errors import IntegrityError, MachineError, UsageError
-from patchcert_cli.layers import exact, integers, planes, precision, programs
-from patchcert_cli.layers.exact import PIXELS
+from patchcert_cli.layers import fixed_point, integers, planes, precision, programs
+from patchcert_cli.layers.fixed_point import PIXELS
 from patchcert_cli.layers.integers import LARGEST, Trial
 from patchcert_cli.layers.planes import Operation, lowest
 from patchcert_cli.layers.programs import Program, Runner
-from tests.layers.test_exact import KINDS, PLANS, by_hand, pictures, reversed_sum, scorer
+from tests.layers.test_fixed_point import KINDS, PLANS, by_hand, pictures, reversed_sum, scorer
 from tests.layers.test_planes import NEEDS_INTEGERS, has_integers, program_of
 
 BLOCKS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
@@ -40,7 +40,7 @@ def resnet(name: str, seed: int = 0, bits: int = 8) -> Any:
                 layer.running_var.uniform_(0.3, 3.0)
                 layer.weight.normal_(1, 0.3)
         made.eval()
-        with exact.observing(made):
+        with fixed_point.observing(made):
             made(pictures(shape, 16, seed + 1))
     return made
 
@@ -49,8 +49,8 @@ def resnet(name: str, seed: int = 0, bits: int = 8) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PLANS)
 def test_region_scorers_have_the_same_bits_in_every_backend(name: str, kind: str, bits: int) -> None:
-    frozen = exact.freeze(scorer(PLANS[name], kind, bits, seed=bits))
-    steps = exact.to_steps(pictures(PLANS[name].shape, 6, 2))
+    frozen = fixed_point.freeze(scorer(PLANS[name], kind, bits, seed=bits))
+    steps = fixed_point.to_steps(pictures(PLANS[name].shape, 6, 2))
     program = program_of(frozen)
     wanted = by_hand(frozen, steps, reversed_sum)[-1]
     served = 0
@@ -70,8 +70,8 @@ def test_region_scorers_have_the_same_bits_in_every_backend(name: str, kind: str
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_residual_networks_have_the_same_bits_in_every_backend(name: str, seed: int) -> None:
-    frozen = exact.freeze(resnet(name, seed))
-    steps = exact.to_steps(pictures(BLOCKS[name][0], 7, 2))
+    frozen = fixed_point.freeze(resnet(name, seed))
+    steps = fixed_point.to_steps(pictures(BLOCKS[name][0], 7, 2))
     program = program_of(frozen)
     with torch.no_grad(), precision.exact_arithmetic():
         wanted = copy.deepcopy(frozen).double()(steps.double())
@@ -86,7 +86,7 @@ def test_residual_networks_have_the_same_bits_in_every_backend(name: str, seed: 
 @NEEDS_INTEGERS
 @pytest.mark.parametrize("make", [lambda: scorer(PLANS["dilated"]), lambda: resnet("band")])
 def test_every_operation_of_ordinary_networks_is_served_by_integers(make: Callable[[], Any]) -> None:
-    program = program_of(exact.freeze(make()))
+    program = program_of(fixed_point.freeze(make()))
     shapes = program._shapes(PLANS["dilated"].shape if len(program.operations) == 8 else BLOCKS["band"][0])
     for operation in program.operations:
         assert planes.in_integers(operation, shapes, tested=True) is not None
@@ -94,7 +94,7 @@ def test_every_operation_of_ordinary_networks_is_served_by_integers(make: Callab
 
 def test_other_grids_are_left_to_floats() -> None:
     for bits in (4, 10):
-        program = program_of(exact.freeze(scorer(PLANS["small"], bits=bits)))
+        program = program_of(fixed_point.freeze(scorer(PLANS["small"], bits=bits)))
         assert not any(operation.fits() is not None for operation in program.operations[:-1])
         assert [operation.highest for operation in program.operations[1:]] == [2**bits - 1] * 3
     assert program.operations[-1].fits() is None, "numbers up to 1023 do not fit a byte"
@@ -104,7 +104,7 @@ def test_other_grids_are_left_to_floats() -> None:
 
 def test_a_runner_takes_the_fastest_exact_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     made = scorer(PLANS["dilated"])
-    steps = exact.to_steps(pictures(PLANS["dilated"].shape, 60, 2))
+    steps = fixed_point.to_steps(pictures(PLANS["dilated"].shape, 60, 2))
     used: list[str] = []
     real = Program.run
 
@@ -122,7 +122,7 @@ def test_a_runner_takes_the_fastest_exact_backend(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(
             programs, "trials", lambda program, shape, count, found=found: [(trial, trial.backend) for trial in found]
         )
-        runner = Runner(exact.Deployed(made))
+        runner = Runner(fixed_point.Deployed(made))
         alone = runner(steps[:1])
         assert used[-1] == "float32", "one image is not worth a trial"
         together = runner(steps)
@@ -138,7 +138,7 @@ def test_a_runner_takes_the_fastest_exact_backend(monkeypatch: pytest.MonkeyPatc
 
 
 def test_trials_are_real() -> None:
-    program = program_of(exact.freeze(scorer(PLANS["dilated"])))
+    program = program_of(fixed_point.freeze(scorer(PLANS["dilated"])))
     found = {trial.backend: trial for trial, _ in programs.trials(program, PLANS["dilated"].shape)}
     assert found["float32"].exact and found["float32"].seconds > 0
     if has_integers():
@@ -150,11 +150,11 @@ def test_trials_are_real() -> None:
 
 def test_backends_that_are_not_there_are_named() -> None:
     double, _ = scorer(PLANS["small"]).freeze(torch.float64)
-    program, steps = program_of(double), exact.to_steps(pictures(PLANS["small"].shape, 2, 2))
-    with pytest.raises(MachineError, match="this network has no float32 form; allowed: float64"):
+    program, steps = program_of(double), fixed_point.to_steps(pictures(PLANS["small"].shape, 2, 2))
+    with pytest.raises(MachineError, match="this network has no float32 form. Allowed: float64"):
         program.run(steps, "float32")
     assert Program.of(nn.Sequential(nn.ReLU())) is None
-    runner = Runner(exact.Deployed(scorer(PLANS["small"])))
+    runner = Runner(fixed_point.Deployed(scorer(PLANS["small"])))
     with integers.only("int8"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Operation, "fits", lambda self: None)
         with pytest.raises(MachineError, match="no int8 convolutions for this network"):
@@ -166,16 +166,16 @@ def test_backends_that_are_not_there_are_named() -> None:
 def test_limited_weights_are_one_plane(name: str) -> None:
     free, limited = scorer(PLANS[name]), scorer(PLANS[name])
     limited.largest = LARGEST
-    before, after = program_of(exact.freeze(free)), program_of(exact.freeze(limited))
+    before, after = program_of(fixed_point.freeze(free)), program_of(fixed_point.freeze(limited))
     assert max(len(part) for operation in before.operations for part in operation.fits() or []) > 1
     for operation in after.operations:
         found = operation.fits()
         assert found is not None and [len(part) for part in found] == [1]
-        whole = operation.terms[0].weight * exact.power(-operation._units())[:, None, None, None]
+        whole = operation.terms[0].weight * fixed_point.power(-operation._units())[:, None, None, None]
         assert torch.equal(whole, whole.round()) and float(whole.abs().max()) <= LARGEST
     assert after.kind == torch.float32
-    steps = exact.to_steps(pictures(PLANS[name].shape, 6, 2))
-    wanted = by_hand(exact.freeze(limited), steps, reversed_sum)[-1]
+    steps = fixed_point.to_steps(pictures(PLANS[name].shape, 6, 2))
+    wanted = by_hand(fixed_point.freeze(limited), steps, reversed_sum)[-1]
     for backend in after.backends():
         if backend != "int8" or has_integers():
             assert torch.equal(after.run(steps, backend, tested=False).double(), wanted)
@@ -187,14 +187,14 @@ def test_limited_weights_are_one_plane(name: str) -> None:
 @pytest.mark.parametrize("largest", [8, 64, 1 << 12])
 def test_limits_of_weights(largest: int, beside: float) -> None:
     generator = torch.Generator().manual_seed(4)
-    weight = torch.randn(6, 5, 2, 2, generator=generator).double() * exact.power(torch.arange(6) - 3.0)[:, None, None, None]
+    weight = torch.randn(6, 5, 2, 2, generator=generator).double() * fixed_point.power(torch.arange(6) - 3.0)[:, None, None, None]
     bias, like = torch.randn(6, generator=generator).double(), nn.Conv2d(5, 6, 2)
-    free, bits = exact.affine(weight, bias, like, PIXELS, torch.float32, beside=beside)
-    same, _ = exact.affine(weight, bias, like, PIXELS, torch.float32, beside=beside, largest=1 << 23)
+    free, bits = fixed_point.affine(weight, bias, like, PIXELS, torch.float32, beside=beside)
+    same, _ = fixed_point.affine(weight, bias, like, PIXELS, torch.float32, beside=beside, largest=1 << 23)
     assert torch.equal(free.weight, same.weight) and torch.equal(free.bias, same.bias)
-    made, still = exact.affine(weight, bias, like, PIXELS, torch.float32, beside=beside, largest=largest)
+    made, still = fixed_point.affine(weight, bias, like, PIXELS, torch.float32, beside=beside, largest=largest)
     assert still == bits, "what the theorem leaves room for"
-    unit = exact.power(lowest(made.weight).flatten(1).amin(dim=1))
+    unit = fixed_point.power(lowest(made.weight).flatten(1).amin(dim=1))
     whole = made.weight.double() / unit[:, None, None, None]
     assert float(whole.abs().max()) <= largest
     assert bool((whole.flatten(1).abs().amax(dim=1) >= min(largest / 4, 100)).all()), "no more bits are lost than need be"
@@ -208,7 +208,7 @@ def test_limits_of_weights(largest: int, beside: float) -> None:
 def test_impossible_bits_of_weights_are_refused(bits: int) -> None:
     base = {"input_shape": (3, 8, 8), "classes": 3, "mean": [0.5] * 3, "std": [0.5] * 3, "widths": [4]}
     plan = {"kernels": [3], "dilations": [1], "mixes": [0]}
-    with pytest.raises((UsageError, IntegrityError), match="bits are not for this network; allowed: 4 to 16, or 0"):
+    with pytest.raises((UsageError, IntegrityError), match="bits are not for this network. Allowed: 4 to 16, or 0"):
         models.build("region", {**base, **plan, "weight_bits": bits})
     made: Any = models.build("region", {**base, **plan, "weight_bits": 7})
     assert made.largest == LARGEST

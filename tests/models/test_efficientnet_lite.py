@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from patchcert_cli import cards, checkpoint, defenses, models
-from patchcert_cli.catalog import claims, shelf
+from patchcert_cli.catalog import bundled, claims
 from patchcert_cli.errors import UsageError
 from patchcert_cli.layers.preprocessing import Prepared
 from patchcert_cli.models.efficientnet_lite import Convolution
@@ -63,14 +63,14 @@ def test_an_odd_row_of_zeros_goes_below_and_right(side: int, kernel: int, stride
 
 
 def test_bad_options_are_refused() -> None:
-    with pytest.raises(UsageError, match="variant 5 is no EfficientNet-Lite; allowed: 0 to 4"):
+    with pytest.raises(UsageError, match="variant 5 is no EfficientNet-Lite. Allowed: 0 to 4"):
         models.build("efficientnet_lite", {**OPTIONS, "variant": 5})
     with pytest.raises(UsageError, match=r"size \[0\] is no size"):
         models.build("efficientnet_lite", {**OPTIONS, "size": [0]})
 
 
 def test_the_zoo_holds_public_weights_and_says_whose() -> None:
-    card = shelf.bundled_card(NAME)
+    card = bundled.card(NAME)
     assert card.public and not card.results and not card.published and card.license == "apache-2.0"
     for words in ("ML Illustrated", "TensorFlow Authors", "Apache-2.0", "half precision"):
         assert words in card.origin
@@ -81,14 +81,14 @@ def test_the_zoo_holds_public_weights_and_says_whose() -> None:
     for one in card.samples:  # number and origin in one line
         line = next(line for line in text.splitlines() if line.startswith(f"| {one.pictures} |"))
         assert f"| {one.images} |" in line and f"({one.certified}/{one.images})" in line
-    folder = shelf.bundled_folder() / NAME
+    folder = bundled.folder() / NAME
     card.verify(folder)
     claims.check_samples(card, folder)
     assert "model-index" not in card.render().split("---")[1]
 
 
 def test_the_zoo_model_has_words_for_its_classes_and_answers() -> None:
-    folder = shelf.bundled_folder() / NAME
+    folder = bundled.folder() / NAME
     defense: Any = defenses.build(files.read_json(folder / files.CONFIG))  # its self-test takes a while, see test_whole_path.py
     defense.load_state_dict(checkpoint.unpack(folder / files.WEIGHTS)[0], strict=True)
     assert isinstance(defense.network, Prepared) and defense.input_shape == (3, 224, 224)

@@ -16,7 +16,7 @@ from patchcert_cli.certifiers.geometry import Axis, Cover
 from patchcert_cli.defenses.bagcert import BagCert, BagCertOptions
 from patchcert_cli.defenses.base import TrainingStep
 from patchcert_cli.errors import IntegrityError, UsageError
-from patchcert_cli.layers import exact, precision
+from patchcert_cli.layers import fixed_point, precision
 from patchcert_cli.threats import Patch, Sparse
 from patchcert_cli.training.recipe import Recipe, read, written
 from tests.attacks import test_surrogates
@@ -74,13 +74,13 @@ def test_a_patch_reaches_exactly_the_cells_that_are_claimed(name: str, stride: i
     """A not-a-number in the patch, through the deployed network, at every location."""
     defense = build(name, stride)
     shape = defense.input_shape
-    cover, atoms = defense.cover(patch), patch.atoms(*shape[1:])
-    x = torch.full((len(atoms), *shape), 128.0)
-    for image, (top, left, height, width) in zip(x, atoms.tolist(), strict=True):
+    cover, locations = defense.cover(patch), patch.locations(*shape[1:])
+    x = torch.full((len(locations), *shape), 128.0)
+    for image, (top, left, height, width) in zip(x, locations.tolist(), strict=True):
         image[:, top : top + height, left : left + width] = float("nan")
     network = defense.deployed()
     with torch.no_grad(), precision.exact_arithmetic():
-        reached = network(x.to(exact.execution_type(network, x.device))).isnan().any(dim=1)
+        reached = network(x.to(fixed_point.execution_type(network, x.device))).isnan().any(dim=1)
     claimed = cover.rows.matrix()[:, None, :, None] * cover.columns.matrix()[None, :, None, :]  # [P, Q, N, M]
     assert torch.equal(reached, claimed.flatten(0, 1).bool())
     defense.self_test()
@@ -167,12 +167,12 @@ def test_a_stride_is_named_and_checked_and_costs_less() -> None:
 
     defense = build("pyramid", 8)
     for layer in defense.deployed().modules():
-        if isinstance(layer, exact.Affine) and layer.weight.shape[2:] != (1, 1):
+        if isinstance(layer, fixed_point.Affine) and layer.weight.shape[2:] != (1, 1):
             layer.register_forward_hook(note)
     x = arena.draw_images(defense.input_shape, 2, 0)
-    assert torch.equal(defense.deployed()(exact.to_steps(x)), defense.scores(x))
+    assert torch.equal(defense.deployed()(fixed_point.to_steps(x)), defense.scores(x))
     assert shapes == [(23, 20), (11, 9), (5, 4), (2, 1)]
-    with pytest.raises(UsageError, match=r"a stride of 0 leaves no cells; allowed: 1 or more\."):
+    with pytest.raises(UsageError, match=r"a stride of 0 leaves no cells. Allowed: 1 or more\."):
         build("pyramid", 0)
 
 

@@ -94,7 +94,7 @@ def test_without_timm_it_is_said_what_to_type(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "timm", None)
     assert timm.word("n02510455") == "n02510455"
     for ask in (lambda: timm.facts(TINY), build, timm.imagenet_labels):
-        with pytest.raises(MachineError, match=r'timm is not installed; type: pip install "patchcert\[timm\]"') as caught:
+        with pytest.raises(MachineError, match=r'timm is not installed. Type: pip install "patchcert\[timm\]"') as caught:
             ask()
         assert caught.value.code == 7
 

@@ -11,7 +11,7 @@ import pytest
 from model_folders import make_zoo
 from typer.testing import CliRunner
 
-from patchcert_cli.catalog import shelf
+from patchcert_cli.catalog import bundled
 from patchcert_cli.cli.main import app
 from patchcert_cli.errors import IntegrityError, MachineError
 from patchcert_cli.layers import integers
@@ -86,7 +86,7 @@ def test_a_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_damaged_zoo_is_exit_code_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = make_zoo(tmp_path / "zoo")
-    monkeypatch.setenv(shelf.ENVIRONMENT, str(tmp_path / "zoo"))
+    monkeypatch.setenv(bundled.ENVIRONMENT, str(tmp_path / "zoo"))
     assert facts()["problems"] == []
     (tmp_path / "zoo" / card.name / files.CONFIG).write_text("{}")
     (problem,) = facts()["problems"]

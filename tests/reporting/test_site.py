@@ -20,11 +20,12 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import check_refused
 from site_cards import HOSTILE, PAPER, card, recipe, result, sweep, zoo
 
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.cards import Card, Hub, Published
-from patchcert_cli.catalog import shelf
+from patchcert_cli.catalog import bundled
 from patchcert_cli.cli import main
 from patchcert_cli.reporting import site
 from patchcert_cli.reporting.site import curves
@@ -171,16 +172,16 @@ def test_the_threats_that_a_model_was_trained_against_are_shown_first() -> None:
 
 
 def test_every_measured_number_of_the_bundled_cards_is_there_and_no_other() -> None:
-    names = shelf.bundled_names()
+    names = bundled.names()
     assert len(names) >= 9
-    page = parsed(site.render(shelf.bundled().values()))
+    page = parsed(site.render(bundled.cards().values()))
     for parent in [*page.iter()]:
         for child in [*parent]:
             if child.tag == "pre" or "notes" in child.get("class", ""):
                 parent.remove(child)
     said, allowed = text(page), set()
     for name in names:
-        raw = yaml.safe_load((shelf.bundled_folder() / name / "README.md").read_text().split("---\n")[1])["patchcert"]
+        raw = yaml.safe_load((bundled.folder() / name / "README.md").read_text().split("---\n")[1])["patchcert"]
         for one in [*raw["results"], *raw.get("samples", []), *([raw["validation"]] if raw["validation"] else [])]:
             for count in (one["clean"], one["certified"]):
                 assert f"{count}/{one['images']}" in said
@@ -216,7 +217,7 @@ def test_a_card_section_tells_all_that_the_card_says(tree: ET.Element) -> None:
     assert one.trained is not None
     for part in (
         *(one.defense, one.network, one.source, one.license, one.split, one.command, one.hub.repo, one.hub.revision),
-        *("seed 3", "patchcert certify bounds --patch 3x3", "hidden: [255]", "learning_rate: 1.0e-05", "See votes-a."),
+        *("seed 3", "patchcert certify bounds --patch 3", "hidden: [255]", "learning_rate: 1.0e-05", "See votes-a."),
         *("2026-01-31, 12.5 s on cpu with 1 threads", "torch 2.6.0, patchcert 0.1.0", "clean 94.22 % (4711/5000)"),
         *("certified 62.26 % (3113/5000)", "patch:7x7: clean 88.00 %, certified 12.34 %; another paper", "811316", "a" * 64),
         *("Measured with patchcert 0.1.0: patchcert certify NAME", "2026-02-01"),
@@ -225,7 +226,7 @@ def test_a_card_section_tells_all_that_the_card_says(tree: ET.Element) -> None:
     address = "https://huggingface.co/patchcert/bounds/tree/0123456789abcdef0123456789abcdef01234567"
     assert [link.get("href") for link in tree.iter("a") if "bounds/tree" in link.get("href", "")] == [address]
     other = text(next(each for each in having(tree, "details", "card") if each.get("id") == "model/pixels-4"))
-    assert "not published yet (patchcert/pixels-4)" in other and "patchcert certify pixels-4 --threat sparse:4" in other
+    assert "not published yet (patchcert/pixels-4)" in other and "patchcert certify pixels-4 --threat sparse --k 4" in other
     doubtful = text(next(each for each in having(tree, "details", "card") if each.get("id") == "model/doubtful"))
     assert doubtful.startswith("doubtful unreliable") and "an attack flipped a certified image" in doubtful
 
@@ -389,7 +390,7 @@ Call = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def patchcert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
     """The command line, with a zoo of its own."""
-    monkeypatch.setattr(shelf, "bundled", lambda dataset=None: {one.name: one for one in zoo()})
+    monkeypatch.setattr(bundled, "cards", lambda dataset=None: {one.name: one for one in zoo()})
 
     def call(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["patchcert", *words])
@@ -413,13 +414,16 @@ def test_the_command_writes_one_file_and_says_which(patchcert: Call) -> None:
 
 def test_what_is_not_ours_is_kept(patchcert: Call) -> None:
     Path("plain").write_text("mine")
-    below = f"--out 'plain/deeper': '{Path('plain').resolve()}' is a file; name a folder that can hold it."
-    for out, said in (("plain", "--out 'plain' is a file; name a folder."), ("plain/deeper", below)):
-        assert patchcert("report", "zoo", "--out", out) == (2, "", f"error[2]: {said}\n")
+    below = f"--out 'plain/deeper': '{Path('plain').resolve()}' is a file."
+    for out, said in (("plain", "--out 'plain' is a file."), ("plain/deeper", below)):
+        code, printed, err = patchcert("report", "zoo", "--out", out)
+        assert (code, printed) == (2, "")
+        check_refused(err, 2, said)
     Path("site").mkdir()
     Path("site/index.html").write_text("<h1>mine</h1>")
     code, out, err = patchcert("report", "zoo")
-    assert (code, out) == (2, "") and "was not written by this command; choose another --out" in err and err.count("\n") == 1
+    assert (code, out) == (2, "")
+    check_refused(err, 2, "was not written by this command", "--out", "--force")
     assert Path("plain").read_text() == "mine" and Path("site/index.html").read_text() == "<h1>mine</h1>"
     assert patchcert("report", "zoo", "--force")[0] == 0
     Path("other/index.html").mkdir(parents=True)
@@ -439,12 +443,10 @@ def test_a_disk_that_takes_nothing_is_the_machines_fault(patchcert: Call, monkey
 
 
 def test_a_data_set_without_models_is_refused(patchcert: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shelf, "bundled", lambda dataset=None: {})
-    assert patchcert("report", "zoo", "--dataset", "mnist") == (
-        2,
-        "",
-        "error[2]: there is no model to report on; see: patchcert zoo list\n",
-    )
+    monkeypatch.setattr(bundled, "cards", lambda dataset=None: {})
+    code, out, err = patchcert("report", "zoo", "--dataset", "mnist")
+    assert (code, out) == (2, "")
+    check_refused(err, 2, "no model to report on", "patchcert zoo list")
     monkeypatch.undo()
 
 

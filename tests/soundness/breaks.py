@@ -12,8 +12,8 @@ from certifiers import ballot_breaks
 from torch import Tensor
 
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.certifiers.bounds import first_layer, intervals, rounding, streams
-from patchcert_cli.certifiers.bounds.windows import reach, windows
+from patchcert_cli.certifiers.bounds import first_layer, intervals, margin_chunks, rounding
+from patchcert_cli.certifiers.bounds.windows import patch_windows, windows
 from patchcert_cli.certifiers.geometry import touched_range
 from patchcert_cli.defenses.evidence import EvidenceDefense
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
@@ -27,7 +27,7 @@ def last_locations_missing(axis: int) -> Break:
 
     def without(chunks: Callable[..., Iterator[Tensor]]) -> Callable[..., Iterator[Tensor]]:
         def kept(self: Any, *args: Any) -> Iterator[Tensor]:
-            start = self.patch.atoms(*self.x.shape[2:])[:, axis]
+            start = self.patch.locations(*self.x.shape[2:])[:, axis]
             margins = torch.cat(list(chunks(self, *args)))
             margins[start >= max(int(start.max()), 1)] = float("inf")
             yield margins
@@ -35,7 +35,7 @@ def last_locations_missing(axis: int) -> Break:
         return kept
 
     def apply(monkeypatch: pytest.MonkeyPatch) -> None:
-        for stream in (streams.DenseStream, streams.WindowStream):
+        for stream in (margin_chunks.DenseStream, margin_chunks.WindowStream):
             monkeypatch.setattr(stream, "chunks", without(stream.chunks))
 
     return apply
@@ -76,14 +76,14 @@ def _other_unit(threat: Patch | Sparse) -> Patch | Sparse:
 
 def radius_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Touched entries move only half of their way."""
-    sums, pixels = streams.window_sums, windows.Windows._pixels
+    sums, pixels = margin_chunks.window_sums, windows.Windows._pixels
     gains, convolution = first_layer.largest_gains, first_layer._convolution_gains
 
     def halved(*args: Any) -> windows.Field:
         field = pixels(*args)
         return replace(field, radius=field.radius / 2)
 
-    monkeypatch.setattr(streams, "window_sums", lambda *args: sums(*args) / 2)
+    monkeypatch.setattr(margin_chunks, "window_sums", lambda *args: sums(*args) / 2)
     monkeypatch.setattr(windows.Windows, "_pixels", halved)
     monkeypatch.setattr(first_layer, "largest_gains", lambda *args, **more: tuple(part / 2 for part in gains(*args, **more)))
     monkeypatch.setattr(first_layer, "_convolution_gains", lambda *args: tuple(part / 2 for part in convolution(*args)))
@@ -99,10 +99,10 @@ def _judged(rule: Callable[[Certificate], Tensor]) -> Break:
     return lambda monkeypatch: monkeypatch.setattr(IntervalDefense, "certify", certify)
 
 
-def _margins(change: Callable[[intervals.Margins, streams.Stream, Tensor], intervals.Margins]) -> Break:
+def _margins(change: Callable[[intervals.Margins, margin_chunks.Stream, Tensor], intervals.Margins]) -> Break:
     original = rounding.minimum
 
-    def margins(stream: streams.Stream, target: Tensor) -> intervals.Margins:
+    def margins(stream: margin_chunks.Stream, target: Tensor) -> intervals.Margins:
         return change(original(stream, target), stream, target)
 
     return lambda monkeypatch: monkeypatch.setattr(rounding, "minimum", margins)
@@ -124,13 +124,13 @@ def _grouped_by_target(margins: intervals.Margins, stream: Any, target: Tensor) 
 
 def wrong_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """Upper bounds stand where lower bounds belong."""
-    original = streams.Contrast.__init__
+    original = margin_chunks.Contrast.__init__
 
-    def swapped(self: streams.Contrast, *args: Any) -> None:
+    def swapped(self: margin_chunks.Contrast, *args: Any) -> None:
         original(self, *args)
         self.halves = [torch.cat(list(reversed(half.chunk(2, dim=1))), dim=1) for half in self.halves]
 
-    monkeypatch.setattr(streams.Contrast, "__init__", swapped)
+    monkeypatch.setattr(margin_chunks.Contrast, "__init__", swapped)
 
 
 def largest_over_locations(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,25 +159,25 @@ PATCH_BREAKS: dict[str, Break] = {
 }
 
 
-def _touched(change: Callable[[reach.Slide, int, int], tuple[int, int]]) -> Break:
+def _touched(change: Callable[[patch_windows.Slide, int, int], tuple[int, int]]) -> Break:
     """Windows of convolutions and pooling are others than those that a patch can reach."""
     return lambda monkeypatch: monkeypatch.setattr(
-        reach.Slide, "touched", lambda self, start, side, clip: change(self, start, side)
+        patch_windows.Slide, "touched", lambda self, start, side, clip: change(self, start, side)
     )
 
 
-def _clipped(slide: reach.Slide, start: int, side: int, *, padding: int | None = None) -> tuple[int, int]:
+def _clipped(slide: patch_windows.Slide, start: int, side: int, *, padding: int | None = None) -> tuple[int, int]:
     padding = slide.padding if padding is None else padding
     first, last = touched_range(start, side, kernel=slide.extent, stride=slide.stride, padding=padding, size=slide.size)
     return first, max(last - first, 0)
 
 
-def _one_short(slide: reach.Slide, start: int, side: int) -> tuple[int, int]:
+def _one_short(slide: patch_windows.Slide, start: int, side: int) -> tuple[int, int]:
     first, count = _clipped(slide, start, side)
     return first, max(count - 1, 1)
 
 
-def _one_late(slide: reach.Slide, start: int, side: int) -> tuple[int, int]:
+def _one_late(slide: patch_windows.Slide, start: int, side: int) -> tuple[int, int]:
     first, count = _clipped(slide, start, side)
     return (first + 1, count - 1) if count > 1 else (first, count)
 

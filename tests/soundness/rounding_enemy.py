@@ -1,9 +1,10 @@
-"""An enemy who knows rounding: pictures whose leads all but vanish behind some masks, and every way in which they may be asked.
+"""An enemy who knows rounding: pictures whose logit margins all but vanish behind some masks, and every way in which they may be
+asked.
 
 A picture is made in three stages, in float64. Newton steps (least squares in all pixels) bring the logits behind a pair of masks
 to zero, or the largest ones together. Rounded to 8 bits, it is moved in steps of 1/255, one or two pixels at a time, until the
-logits are small again. Of all pairs of such steps those are kept that leave the smallest lead. A defense whose labels depend on
-how they were computed then gives several answers or verdicts for one picture.
+logits are small again. Of all pairs of such steps those are kept that leave the smallest logit margin. A defense whose labels
+depend on how they were computed then gives several answers or verdicts for one picture.
 
 Shapes: C channels, H x W pixels, K classes, B images, D = C H W, n pictures.
 """
@@ -38,7 +39,7 @@ class Find:
 
 
 def aimed(defense: PatchCleanser, x: Tensor, hidden: Tensor, among: int, *, keep: int = 8, rounds: int = 8) -> Tensor:
-    """8-bit pictures [keep, C, H, W], float32, near x [C, H, W], with the smallest leads behind ``hidden`` bool [H, W].
+    """8-bit pictures [keep, C, H, W], float32, near x [C, H, W], with the smallest logit margins behind ``hidden`` bool [H, W].
 
     ``among`` is how many of the largest logits are brought together; with all K of them they are brought to zero.
     """
@@ -177,11 +178,11 @@ def quick_look(
         for defense.labels in precisions:
             for way, batch, place, count in ways(x, sizes):
                 views: Any = defense.views()
-                slack = getattr(views, "slack", 2.0**-40)
+                tolerance = getattr(views, "tolerance", 2.0**-40)
                 n = len(batch)
                 with threads(count):
                     told = views.ask(batch, torch.arange(n), torch.full((n,), first), torch.full((n,), second))
-                found[f"{defense.labels}, {way}"] = (int(told.label[place]), bool(told.lead[place] > slack))
+                found[f"{defense.labels}, {way}"] = (int(told.label[place]), bool(told.logit_margin[place] > tolerance))
     finally:
         defense.labels = before
     return found

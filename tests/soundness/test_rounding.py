@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torchvision.io import read_image
 
 import patchcert_cli
-from patchcert_cli.certifiers.masks import scales, views
-from patchcert_cli.certifiers.masks.exact_views import ExactViews
-from patchcert_cli.certifiers.masks.scales import Watch
+from patchcert_cli.certifiers.masks import logit_scale, masked_predictions
+from patchcert_cli.certifiers.masks.exact_predictions import ExactViews
+from patchcert_cli.certifiers.masks.logit_scale import Watch
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.layers import integers
 from patchcert_cli.threats import Patch
@@ -66,8 +66,8 @@ def foreign(name: str) -> PatchCleanser:
 
 
 def shrinking_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arithmetic that was broken: a lead is a share of the largest logit of its own pass."""
-    monkeypatch.setattr(scales, "power_above", lambda value: 1e-300)
+    """The arithmetic that was broken: a logit margin is a share of the largest logit of its own pass."""
+    monkeypatch.setattr(logit_scale, "power_above", lambda value: 1e-300)
     monkeypatch.setattr(Watch, "scale", lambda self, logits: logits.double().abs().amax(dim=1).cpu())
 
 
@@ -151,15 +151,15 @@ def test_answers_and_verdicts_of_the_enemys_pictures_are_one() -> None:
 def test_passes_in_doubt_are_few() -> None:
     """What one way of computing costs: of ordinary pictures, hardly a pass is asked again."""
     defense, x = foreign("mnist-masked-cnn"), noise((1, 28, 28), 16)
-    asked = views.Views.alone
+    asked = masked_predictions.Views.alone
     counted: list[int] = []
 
-    def counting(self: views.Views, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    def counting(self: masked_predictions.Views, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         counted.append(len(x))
         return asked(self, x, first, second)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(views.Views, "alone", counting)
+        patch.setattr(masked_predictions.Views, "alone", counting)
         certificate = defense.certify(x, Patch(5, 5))
     assert certificate.passes is not None
     assert sum(counted) < 0.05 * int(certificate.passes.sum())

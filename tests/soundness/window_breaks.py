@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from patchcert_cli.certifiers.bounds import streams
-from patchcert_cli.certifiers.bounds.windows import reach
-from patchcert_cli.certifiers.bounds.windows.reach import Place, Slide
+from patchcert_cli.certifiers.bounds import margin_chunks
+from patchcert_cli.certifiers.bounds.windows import patch_windows
+from patchcert_cli.certifiers.bounds.windows.patch_windows import Place, Slide
 from patchcert_cli.certifiers.bounds.windows.windows import Field, Windows
 
 from .breaks import Break
@@ -64,13 +64,13 @@ def _pixels(change: Callable[[Field], Field]) -> Break:
 
 def phases_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """All windows of a chunk are thought to lie like its first."""
-    original = reach._pieces
+    original = patch_windows._pieces
 
     def first_only(offset: torch.Tensor) -> list[Any]:
         return [replace(original(offset)[0], pairs=slice(0, offset.shape[1]))]
 
-    monkeypatch.setattr(reach, "_pieces", first_only)
-    monkeypatch.setattr(streams, "FEW", 10**9)
+    monkeypatch.setattr(patch_windows, "_pieces", first_only)
+    monkeypatch.setattr(margin_chunks, "FEW", 10**9)
 
 
 def signed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,8 +94,8 @@ def clean_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def no_slack(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding is said to be nothing."""
-    original = streams.errors
-    monkeypatch.setattr(streams, "errors", lambda *args: replace(original(*args), single=0 * original(*args).single - 0.05))
+    original = margin_chunks.errors
+    monkeypatch.setattr(margin_chunks, "errors", lambda *args: replace(original(*args), single=0 * original(*args).single - 0.05))
 
 
 WINDOW_BREAKS: dict[str, Break] = {

@@ -13,7 +13,7 @@ import torch
 from model_folders import CONFIG, make_run
 
 from patchcert_cli import cards, checkpoint, defenses
-from patchcert_cli.catalog import find
+from patchcert_cli.catalog import resolve
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.storage import checksum_cache, files
 
@@ -156,7 +156,7 @@ def test_weights_in_several_files(tmp_path: Path) -> None:
     loaded, _ = checkpoint.load_defense(folder)
     for name, tensor in defense.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
-    found = find.resolve(folder)
+    found = resolve.resolve(folder)
     assert found.sha256 == cards.weights_sha256({name: cards.File.of(folder / name) for name in names})
     card = cards.card_for_run(
         CONFIG["recipe"],

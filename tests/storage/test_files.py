@@ -26,9 +26,9 @@ def test_a_file_that_can_be_written_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "code", "said"),
     [
-        (".", 2, "is a folder; name a file"),
-        ("file/below.json", 2, "file' is a file; name a folder that can hold it"),
-        ("x" * 300, 2, "too long a name; use at most 247 bytes"),
+        (".", 2, "is a folder. Name a file"),
+        ("file/below.json", 2, "file' is a file. Name a folder that can hold it"),
+        ("x" * 300, 2, "too long a name. Use at most 247 bytes"),
         ("new/" + "é" * 130 + "/r.json", 2, "too long a name"),
         ("/proc/x", 7, "nothing can be written into '/proc' .* Name another place"),
         ("/proc/self/x/y", 7, "nothing can be written into '/proc/"),
@@ -46,10 +46,10 @@ def test_what_cannot_be_written_is_one_line(name: str, code: int, said: str, tmp
 @pytest.mark.parametrize(
     ("name", "code", "said"),
     [
-        ("file", 2, "is a file; name a folder"),
+        ("file", 2, "is a file. Name a folder"),
         ("file/runs/x", 2, "file' is a file"),
-        ("pipe", 2, "is a file; name a folder"),
-        ("x" * 300, 2, "too long a name; use at most 255 bytes"),
+        ("pipe", 2, "is a file. Name a folder"),
+        ("x" * 300, 2, "too long a name. Use at most 255 bytes"),
         ("/proc/x", 7, "nothing can be written into"),
     ],
 )
@@ -125,7 +125,7 @@ def test_a_device_is_written_to_and_stays_a_device(tmp_path: Path) -> None:
 def test_what_stdout_goes_to_is_no_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "out.txt").open("w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        with pytest.raises(UsageError, match="is what stdout goes to; name another file"):
+        with pytest.raises(UsageError, match="is what stdout goes to. Name another file"):
             files.check_file(tmp_path / "out.txt", "--json")
     read, write = os.pipe()
     with os.fdopen(write, "w") as stream:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from patchcert_cli.errors import MachineError, UsageError
-from patchcert_cli.evaluation import runs
+from patchcert_cli.evaluation import run_folder
 from patchcert_cli.storage import locks
 
 OTHER = """
@@ -22,8 +22,8 @@ with locks.held(Path(sys.argv[1])):
 """
 
 
-def opened(folder: Path, fresh: bool = False) -> dict[int, runs.Record]:
-    with runs.opened(folder, {"kind": "test"}, device="cpu", command="", fresh=fresh) as run:
+def opened(folder: Path, fresh: bool = False) -> dict[int, run_folder.Record]:
+    with run_folder.opened(folder, {"kind": "test"}, device="cpu", command="", fresh=fresh) as run:
         run.append([{"index": 7}])
         return run.records
 
@@ -34,10 +34,10 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         for fresh in (False, True):
-            with pytest.raises(MachineError, match="is being written by another process; wait until it ends") as caught:
+            with pytest.raises(MachineError, match="is being written by another process. Wait until it ends") as caught:
                 opened(folder, fresh)
             assert caught.value.code == 7
-        assert not (folder / runs.RECORDS).exists()
+        assert not (folder / run_folder.RECORDS).exists()
         other.kill()
     assert opened(folder) == {7: {"index": 7}}
 
@@ -49,9 +49,9 @@ def test_a_folder_is_free_again_after_an_error_and_fresh_keeps_only_the_lock(tmp
     opened(folder)
     (folder / "certify").mkdir()
     (folder / "certify" / "old").write_text("old")
-    with runs.opened(folder, {"kind": "test"}, device="cpu", command="", fresh=True) as run:
+    with run_folder.opened(folder, {"kind": "test"}, device="cpu", command="", fresh=True) as run:
         assert run.records == {}
-        assert {path.name for path in folder.iterdir()} == {locks.LOCK, runs.MANIFEST}
+        assert {path.name for path in folder.iterdir()} == {locks.LOCK, run_folder.MANIFEST}
 
 
 def test_no_lock_is_left_in_a_folder_of_others(tmp_path: Path) -> None:

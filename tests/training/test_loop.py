@@ -21,7 +21,7 @@ from patchcert_cli.errors import DataError, IntegrityError, Interrupted, UsageEr
 from patchcert_cli.progress import Silent
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch, Sparse, parse_threat
-from patchcert_cli.training import loop, session
+from patchcert_cli.training import loop, run
 from patchcert_cli.training.recipe import Recipe, for_threat
 
 TINY = Recipe(
@@ -176,7 +176,7 @@ def test_ctrl_c_keeps_whole_epochs_and_says_how_to_go_on(tmp_path: Path) -> None
         def note(self, text: str) -> None:
             pass
 
-    with pytest.raises(Interrupted, match="after 1 of 3 epochs; resume with the same command") as caught:
+    with pytest.raises(Interrupted, match="after 1 of 3 epochs. Resume with the same command") as caught:
         loop.train(TINY, images(), tmp_path / "run", progress=Stop())
     assert caught.value.code == 130
     assert loop.train(TINY, images(), tmp_path / "run").epochs_run == 2
@@ -338,26 +338,26 @@ def test_the_attacker_grows_and_the_learning_rate_falls() -> None:
 def test_a_session_leaves_a_folder_with_a_valid_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     some = images()
     monkeypatch.setattr(data, "load", lambda *args, **options: some)
-    found = session.run(replace(TINY, epochs=1), tmp_path / "small")
+    found = run.train(replace(TINY, epochs=1), tmp_path / "small")
     card = cards.Card.read(tmp_path / "small")
     assert card.verify(tmp_path / "small") == found["model_sha256"]
     assert (card.threat, card.network, card.status) == ("patch:5x5", "MLP 784-12-10", "trained")
-    assert session.recipe_of(str(tmp_path / "small")) == replace(TINY, epochs=1).validate()
+    assert run.recipe_of(str(tmp_path / "small")) == replace(TINY, epochs=1).validate()
     assert parse_threat(str(found["threat"])).budget == 1
 
 
 def test_missing_training_data_names_the_one_command_that_fetches_it(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Fetch it with: patchcert train --patch 5 --download") as caught:
-        session.run(TINY, tmp_path / "run", data_dir=tmp_path, fetch="patchcert train --patch 5 --download")
+        run.train(TINY, tmp_path / "run", data_dir=tmp_path, fetch="patchcert train --patch 5 --download")
     assert caught.value.code == 6
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_can_begin_with_the_weights_of_another(tmp_path: Path) -> None:
     first = loop.train(TINY, images(), tmp_path / "first")
-    further = session.started(replace(TINY, start=str(tmp_path / "first"), learning_rate=1e-9, epochs=1, options={}).fitted())
+    further = run.started(replace(TINY, start=str(tmp_path / "first"), learning_rate=1e-9, epochs=1, options={}).fitted())
     assert further.start_sha256 == cards.weights_sha256({files.WEIGHTS: cards.File.of(tmp_path / "first" / files.WEIGHTS)})
-    made = loop.train(further, images(), tmp_path / "next", prepare=session.check(further))
+    made = loop.train(further, images(), tmp_path / "next", prepare=run.check(further))
     for name, value in made.defense.state_dict().items():
         torch.testing.assert_close(value, first.defense.state_dict()[name], atol=1e-6, rtol=0)
     assert "--start" in further.command
@@ -367,9 +367,9 @@ def test_weights_to_begin_with_must_be_the_recipes_and_fit(tmp_path: Path) -> No
     loop.train(TINY, images(), tmp_path / "first")
     there = replace(TINY, start=str(tmp_path / "first"))
     with pytest.raises(IntegrityError, match="starts from 000000000000"):
-        session.started(replace(there, start_sha256="0" * 64))
+        run.started(replace(there, start_sha256="0" * 64))
     with pytest.raises(IntegrityError, match="instead of"):
-        session.check(session.started(replace(there, network_options={"hidden": [13]})))
+        run.check(run.started(replace(there, network_options={"hidden": [13]})))
 
 
 def test_a_network_of_whole_numbers_may_begin_with_weights_that_have_no_grids(tmp_path: Path) -> None:

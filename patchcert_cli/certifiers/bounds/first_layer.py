@@ -1,6 +1,6 @@
-"""The first affine layer of a network under an attacked input, for every atom, without copies of the image.
+"""The first affine layer of a network under an attacked input, for every location, without copies of the image.
 
-Shapes: B images, C channels, H x W pixels, A atoms, N first-layer neurons, P pixels or values, h x w a patch.
+Shapes: B images, C channels, H x W pixels, A locations, N first-layer neurons, P pixels or values, h x w a patch.
 
 **Claim (patch).** Let z(x) = W x + b with W already multiplied by the normalization's scale, and let x' differ from x only inside
 a window L, with entries in [x - e x, x + e (1 - x)] for 0 <= e <= 1 (e = 1 is all of [0, 1]). Then z(x') lies in
@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
-from patchcert_cli.certifiers.bounds.gains import largest_gains
 from patchcert_cli.certifiers.bounds.rules import channel_affine
+from patchcert_cli.certifiers.bounds.topk_gains import largest_gains
 from patchcert_cli.errors import UnsupportedThreat
-from patchcert_cli.layers.plain import CHANNEL_AFFINE, IDENTITY, layers_of
 from patchcert_cli.layers.preprocessing import Normalize
+from patchcert_cli.layers.supported_layers import CHANNEL_AFFINE, IDENTITY, layers_of
 from patchcert_cli.threats import Patch, Sparse
 
 NORM_ROUNDINGS = 6  # of a batch norm's scale: the variance plus eps, its root, one over it, times the weight; two to spare
@@ -122,7 +122,7 @@ class Split:
         """Weight of a convolutional first layer with respect to pixels in [0, 1]: [N, C/groups, kh, kw]."""
         assert isinstance(self.first, nn.Conv2d)
         if self.first.groups != 1:
-            raise UnsupportedThreat("a grouped convolution as first layer has no all-location bound;", hint="use groups=1.")
+            raise UnsupportedThreat("a grouped convolution as first layer has no all-location bound.", hint="Use groups=1.")
         return self._scaled(self.first.weight)
 
 
@@ -141,7 +141,7 @@ def window_sums(values: Tensor, patch: Patch) -> Tensor:
 def location_masks(patch: Patch, x: Tensor) -> Tensor:
     """1 under the patch, 0 elsewhere, for every location: [A, H, W] in the type of ``x``."""
     height, width = x.shape[2:]
-    top, left = (part[:, None] for part in patch.atoms(height, width)[:, :2].to(x.device).unbind(dim=1))
+    top, left = (part[:, None] for part in patch.locations(height, width)[:, :2].to(x.device).unbind(dim=1))
     row, column = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
     rows = (row >= top) & (row < top + patch.height)
     columns = (column >= left) & (column < left + patch.width)
@@ -152,12 +152,12 @@ def sparse_box(split: Split, x: Tensor, threat: Sparse, *, epsilon: float = 1.0,
     """Lower and upper pre-activation of the first layer when ``threat.k`` pixels or values change (claim above).
 
     With ``epsilon`` < 1 each changed entry moves at most that fraction of its way to 0 or 1. ``visits`` is for training: see
-    :func:`gains.largest_gains`. Shapes [B, N] or [B, N, H', W'].
+    :func:`topk_gains.largest_gains`. Shapes [B, N] or [B, N, H', W'].
     """
     if split.first is None:
         raise UnsupportedThreat(
-            f"no certificate against {threat}: the network must begin with a linear or convolutional layer;",
-            hint="put pooling behind it.",
+            f"no certificate against {threat}: the network must begin with a linear or convolutional layer.",
+            hint="Put pooling behind it.",
         )
     clean = split.clean(x)
     if isinstance(split.first, nn.Linear):
@@ -173,7 +173,7 @@ def sparse_box(split: Split, x: Tensor, threat: Sparse, *, epsilon: float = 1.0,
 
 
 def _convolution_gains(split: Split, x: Tensor, threat: Sparse, clean: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`gains.largest_gains` for a convolution: each output sees the pixels of its own receptive field."""
+    """As :func:`topk_gains.largest_gains` for a convolution: each output sees the pixels of its own receptive field."""
     layer, kernel = cast(nn.Conv2d, split.first), split.kernel()
     channels, taps = kernel.shape[1], kernel.shape[2] * kernel.shape[3]
 

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.layers.plain import layers_of
+from patchcert_cli.layers.supported_layers import layers_of
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 

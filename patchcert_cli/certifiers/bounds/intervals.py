@@ -1,6 +1,6 @@
-"""Interval bounds of a network for every atom of a threat at once.
+"""Interval bounds of a network for every location of a threat at once.
 
-Shapes: B images, C channels, H x W pixels, A atoms, K classes, N neurons of the layer at hand.
+Shapes: B images, C channels, H x W pixels, A locations, K classes, N neurons of the layer at hand.
 
 **Theorem.** Let f be a ``Sequential`` of linear, convolution, ReLU, flatten, pooling, frozen batch norm and normalization
 layers, x an image in [0, 1], y a class, and T a threat model. For a patch, let m_c be the minimum over all locations L of the
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli.certifiers.bounds.first_layer import Split, location_masks, window_sums
+from patchcert_cli.certifiers.bounds.margin_chunks import Contrast, Stream, open_stream
 from patchcert_cli.certifiers.bounds.rules import Box, propagate
-from patchcert_cli.certifiers.bounds.streams import Contrast, Stream, open_stream
 from patchcert_cli.certifiers.bounds.windows.windows import Windows
 from patchcert_cli.errors import UnsupportedThreat
 from patchcert_cli.threats import Patch, PatchPercent, Sparse, Threat
@@ -32,11 +32,11 @@ from patchcert_cli.threats import Patch, PatchPercent, Sparse, Threat
 
 @dataclass(frozen=True)
 class Margins:
-    """Lower bounds of ``f_target - f_class`` over all atoms.
+    """Lower bounds of ``f_target - f_class`` over all locations.
 
     Attributes:
-        values: [B, K], the minimum over atoms; 0 in the target's own column.
-        worst: int64 [B, K], the index of the atom that attains it.
+        values: [B, K], the minimum over locations; 0 in the target's own column.
+        worst: int64 [B, K], the index of the location that attains it.
     """
 
     values: Tensor
@@ -50,13 +50,13 @@ def resolve(threat: Threat, height: int, width: int, channels: int) -> Patch | S
     if isinstance(threat, Patch | Sparse):
         threat.check(height, width, channels)
         return threat
-    raise UnsupportedThreat(f"interval bounds have no certificate against {threat};", hint="allowed: patch, sparse.")
+    raise UnsupportedThreat(f"interval bounds have no certificate against {threat}.", hint="Allowed: patch, sparse.")
 
 
 def lower_margins(
     network: nn.Module, x: Tensor, target: Tensor, threat: Threat, *, epsilon: float = 1.0, visits: int = 0
 ) -> Margins:
-    """Interval lower bounds of ``f_target - f_class`` over every atom of ``threat``.
+    """Interval lower bounds of ``f_target - f_class`` over every location of ``threat``.
 
     Args:
         network: a ``Sequential`` in eval mode, images [B, C, H, W] in [0, 1] -> logits [B, K].
@@ -75,7 +75,7 @@ def lower_margins(
 
 
 def minimum(stream: Stream, target: Tensor) -> Margins:
-    """The smallest margins over all atoms of a stream; ``target`` is int64 [B]."""
+    """The smallest margins over all locations of a stream; ``target`` is int64 [B]."""
     groups = stream.groups(target)
     parts = [_smallest(stream.chunks(group, Contrast(stream.split, target[group]))) for group in groups]
     back = torch.cat(groups).argsort()
@@ -84,7 +84,7 @@ def minimum(stream: Stream, target: Tensor) -> Margins:
 
 
 def _smallest(chunks: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-    """Minimum over atoms and its index, [K, B] each, from chunks [A', K, B] in order."""
+    """Minimum over locations and its index, [K, B] each, from chunks [A', K, B] in order."""
     values = worst = None
     seen = 0
     for chunk in chunks:
@@ -142,10 +142,10 @@ def _contrasted(
     final = split.rest[-1] if split.rest else None
     if not isinstance(final, nn.Linear):
         raise UnsupportedThreat("training on patches needs a network that ends in a linear layer behind another layer.")
-    atoms = patch.count(x.shape[2], x.shape[3])
+    locations = patch.count(x.shape[2], x.shape[3])
     image = torch.arange(len(x), device=x.device)[:, None].expand_as(chosen)
-    pairs, back = (image * atoms + chosen).unique(return_inverse=True)  # type: ignore[no-untyped-call]  # distinct (image, location)
-    lower, upper = _at_pairs(split, x, patch, pairs // atoms, pairs % atoms, epsilon)  # [U, N]
+    pairs, back = (image * locations + chosen).unique(return_inverse=True)  # type: ignore[no-untyped-call]  # distinct (image, location)
+    lower, upper = _at_pairs(split, x, patch, pairs // locations, pairs % locations, epsilon)  # [U, N]
     contrast = final.weight[target][:, None] - final.weight  # [B, K, N]
     bias = final.bias if final.bias is not None else final.weight.new_zeros(final.out_features)
     return contrast.clamp(min=0), contrast.clamp(max=0), bias[target][:, None] - bias, (lower[back], upper[back])

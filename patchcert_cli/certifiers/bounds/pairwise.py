@@ -80,7 +80,7 @@ def require_dense(network: nn.Module, channels: int) -> Split:
     """Cut ``network``, for which there must be lines."""
     split = Split.of(network, channels)
     if not split.is_dense:
-        raise UsageError("linear bounds in training need a fully connected network of two or more layers;", hint="use linear=0.")
+        raise UsageError("linear bounds in training need a fully connected network of two or more layers.", hint="Use linear=0.")
     return split
 
 
@@ -100,11 +100,11 @@ def linear_margins(
     split = require_dense(network, x.shape[1])
     final, shape = split.rest[-1], (x.shape[1], x.shape[2], x.shape[3])
     assert isinstance(final, nn.Linear)
-    atoms = threat.count(x.shape[2], x.shape[3]) if isinstance(threat, Patch) else 1
+    locations = threat.count(x.shape[2], x.shape[3]) if isinstance(threat, Patch) else 1
     image = torch.arange(len(x), device=x.device)[:, None].expand_as(chosen)
     where = chosen if isinstance(threat, Patch) else torch.zeros_like(chosen)
-    pairs, owner = (image * atoms + where).flatten().unique(return_inverse=True)  # type: ignore[no-untyped-call]
-    layers, bounds = _entry(split, x, threat, pairs // atoms, pairs % atoms, epsilon)
+    pairs, owner = (image * locations + where).flatten().unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    layers, bounds = _entry(split, x, threat, pairs // locations, pairs % locations, epsilon)
     boxes = _inner_boxes(layers[:-1], bounds)
     form = (final.weight[target][:, None] - final.weight).flatten(0, 1)  # [B*K, N]
     bias = final.bias if final.bias is not None else final.weight.new_zeros(final.out_features)

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from patchcert_cli.certifiers.bounds.first_layer import Split, patch_reach, sparse_reach
 from patchcert_cli.certifiers.bounds.intervals import minimum, resolve
+from patchcert_cli.certifiers.bounds.margin_chunks import Stream, WindowStream, open_stream
 from patchcert_cli.certifiers.bounds.rules import UNIT, gamma, noise, overflow, terms_of
-from patchcert_cli.certifiers.bounds.streams import Stream, WindowStream, open_stream
+from patchcert_cli.certifiers.bounds.windows.partition import Route
 from patchcert_cli.certifiers.bounds.windows.rounding import difference, errors
-from patchcert_cli.certifiers.bounds.windows.routes import Route
 from patchcert_cli.threats import Patch, Sparse, Threat
 
 
@@ -101,17 +101,17 @@ def forward_error(split: Split, like: Tensor, dtype: torch.dtype = torch.float64
 
 @dataclass(frozen=True)
 class Proof:
-    """The smallest margin over rivals and atoms.
+    """The smallest margin over rivals and locations.
 
     Attributes:
-        margin: float64 [B], lower bound of ``f_target - f_rival`` over all atoms.
-        slack: float64 [B], what rounding may have added to it, plus the rounding of the deployed float64 prediction.
-        worst: int64 [B], the atom index that attains it.
+        margin: float64 [B], lower bound of ``f_target - f_rival`` over all locations.
+        tolerance: float64 [B], what rounding may have added to it, plus the rounding of the deployed float64 prediction.
+        worst: int64 [B], the location index that attains it.
         rival: int64 [B], the class that attains it.
     """
 
     margin: Tensor
-    slack: Tensor
+    tolerance: Tensor
     worst: Tensor
     rival: Tensor
 
@@ -133,7 +133,7 @@ def prove(network: nn.Module, exact: nn.Module, x: Tensor, target: Tensor, threa
     deployed = forward_error(Split.of(exact, x.shape[1]), x)
     stream = open_stream(Split.of(network, x.shape[1]), x, resolved, 1.0, watch=True)
     proof, error = _prove(stream, x, target, resolved, deployed)
-    open_ = ((proof.margin > -error) & (proof.margin <= proof.slack)) | proof.margin.isinf()
+    open_ = ((proof.margin > -error) & (proof.margin <= proof.tolerance)) | proof.margin.isinf()
     close = open_.nonzero()[:, 0]
     if not len(close) or x.dtype == torch.float64:
         return proof
@@ -142,23 +142,23 @@ def prove(network: nn.Module, exact: nn.Module, x: Tensor, target: Tensor, threa
         close, again = _prove_pairs(stream, wide, proof, error, close, target[close], deployed)
     else:
         again, _ = _prove(wide, x[close].double(), target[close], resolved, deployed)
-    for name in ("margin", "slack", "worst", "rival"):
+    for name in ("margin", "tolerance", "worst", "rival"):
         getattr(proof, name)[close] = getattr(again, name)
     return proof
 
 
 def _prove(stream: Stream, x: Tensor, target: Tensor, threat: Patch | Sparse, deployed: float) -> tuple[Proof, Tensor]:
-    """A proof in the type of ``x``, and the part of its slack that is about the margins; ``deployed`` bounds the other part."""
+    """A proof in the type of ``x``, and the part of its tolerance that concerns the margins; ``deployed`` bounds the rest."""
     margins = minimum(stream, target)
     margin, rival = margins.values.scatter(1, target[:, None], float("inf")).min(dim=1)
-    worst = stream.worst_atom(target, rival, margins.worst.gather(1, rival[:, None])[:, 0])
+    worst = stream.worst_location(target, rival, margins.worst.gather(1, rival[:, None])[:, 0])
     if stream.errors is None:
-        error, slack = (found := bound_error(stream.split, x, threat)), found + deployed
+        error, tolerance = (found := bound_error(stream.split, x, threat)), found + deployed
     else:
         error = stream.errors.single if x.dtype == torch.float32 else stream.errors.double
-        slack = error + stream.errors.double.clamp(max=deployed)
+        tolerance = error + stream.errors.double.clamp(max=deployed)
     broken = ~torch.isfinite(margins.values).all(dim=1)  # overflow or NaN, for any rival, never certifies
-    return Proof(margin.double().masked_fill(broken, float("-inf")), slack, worst, rival), error
+    return Proof(margin.double().masked_fill(broken, float("-inf")), tolerance, worst, rival), error
 
 
 def _prove_pairs(
@@ -171,10 +171,10 @@ def _prove_pairs(
     m + 2 e is exceeded. Of an image with a margin that is no number, every location is asked.
     """
     assert stream.errors is not None
-    slack = stream.errors.double[close] + stream.errors.double[close].clamp(max=deployed)
+    tolerance = stream.errors.double[close] + stream.errors.double[close].clamp(max=deployed)
     every = torch.arange(len(close), device=close.device)
     first, _ = _at_pairs(wide, every, proof.worst[close], target)
-    kept = (first > slack).nonzero()[:, 0]
+    kept = (first > tolerance).nonzero()[:, 0]
     limit = (proof.margin[close] + 2 * error[close]).masked_fill(proof.margin[close].isinf(), float("inf"))
     asked = ~(stream.least[:, close[kept]] > limit[kept])
     asked[proof.worst[close[kept]], torch.arange(len(kept), device=close.device)] = True
@@ -183,7 +183,7 @@ def _prove_pairs(
     margin = least.new_full(kept.shape, float("inf")).scatter_reduce(0, image, least, "amin")
     attained = (least == margin[image]).nonzero()[:, 0]
     pair = torch.full_like(kept, len(least)).scatter_reduce(0, image[attained], attained, "amin")
-    return close[kept], Proof(margin, slack[kept], location[pair], rival[pair])
+    return close[kept], Proof(margin, tolerance[kept], location[pair], rival[pair])
 
 
 def _at_pairs(wide: WindowStream, owner: Tensor, location: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ Each rule states two things about a layer f:
   plain forward pass: a bound of |W| |v| + |b| also bounds each half of midpoint-radius arithmetic. Where a value may overflow,
   the error is infinite.
 
-Which layers have rules, and how they are told from layers that only look like them: :mod:`plain`.
+Which layers have rules, and how they are told from layers that only look like them: :mod:`supported_layers`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat
-from patchcert_cli.layers.plain import IDENTITY, MONOTONE, check_padding, no_rule
 from patchcert_cli.layers.precision import exact_arithmetic
 from patchcert_cli.layers.preprocessing import Normalize
+from patchcert_cli.layers.supported_layers import IDENTITY, MONOTONE, check_padding, no_rule
 
 Box = tuple[Tensor, Tensor]
 
-REPORT = "nothing was certified; please report this network as a bug of patchcert."
+REPORT = "Nothing was certified. Please report this network as a bug of patchcert."
 ROUNDINGS = 8  # roundings besides the dot product itself: midpoint, radius, their sum, bias, normalization
 SINGLE = 2.0**-24  # unit roundoff of float32
 UNIT = {torch.float32: SINGLE, torch.float64: 2.0**-53}
@@ -68,7 +68,7 @@ def ordered(bounds: Box) -> Box:
             certifies nothing.
     """
     if bool((bounds[0] > bounds[1]).any()):
-        raise IntegrityError("interval bounds crossed: a lower end lies above its upper end;", hint=REPORT)
+        raise IntegrityError("interval bounds crossed: a lower end lies above its upper end.", hint=REPORT)
     return bounds
 
 
@@ -79,7 +79,7 @@ def not_negative(error: Tensor) -> Tensor:
         IntegrityError: it is negative somewhere. NaN passes: it certifies nothing.
     """
     if bool((error < 0).any()):
-        raise IntegrityError("a bound of a rounding error is negative;", hint=REPORT)
+        raise IntegrityError("a bound of a rounding error is negative.", hint=REPORT)
     return error
 
 
@@ -87,7 +87,7 @@ def gamma(terms: int, unit: float) -> float:
     """Relative error of a sum of products of ``terms`` terms, with the extra roundings of interval arithmetic."""
     n = terms + ROUNDINGS
     if n * unit >= 0.5:
-        raise UnsupportedThreat(f"a sum of {terms} terms has no useful rounding bound in this precision;", hint="use float32.")
+        raise UnsupportedThreat(f"a sum of {terms} terms has no useful rounding bound in this precision.", hint="Use float32.")
     return n * unit / (1 - n * unit)
 
 
@@ -103,7 +103,7 @@ def channel_affine(layer: nn.Module, dtype: torch.dtype | None = None) -> tuple[
     if not isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
         return None
     if layer.running_mean is None or layer.running_var is None:
-        raise UnsupportedThreat("batch norm without running statistics mixes images;", hint="freeze it first.")
+        raise UnsupportedThreat("batch norm without running statistics mixes images.", hint="Freeze it first.")
     mean, variance = (part.to(dtype or part.dtype) for part in (layer.running_mean, layer.running_var))
     scale = torch.rsqrt(variance + layer.eps)
     if layer.affine:

@@ -18,9 +18,9 @@ Neither the order of ties nor the unmasked image plays a role. The published con
 one, and asks for more than is needed where a location lies behind several masks.
 
 **Rounding.** The theorem is about one function f of the image. Of a network that computes exactly
-(:mod:`patchcert_cli.layers.exact`) there is one. Of any other network f is what is computed, and a label counts as y only if y
-leads every other class by more than ``slack``: a certificate then holds as far as rounding moves no lead by more than that, which
-:mod:`patchcert_cli.certifiers.masks.views` measures and does not prove.
+(:mod:`patchcert_cli.layers.fixed_point`) there is one. Of any other network f is what is computed, and a label counts as y only
+if y is ahead of every other class by more than ``tolerance``: a certificate then holds as far as rounding moves no logit margin
+by more than that, which :mod:`patchcert_cli.certifiers.masks.masked_predictions` measures and does not prove.
 
 Shapes: B images, M masks, n passes, U sets of masks of which one is to be whole (:class:`patchcert_cli.certifiers.masks.Cover`).
 """
@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchcert_cli.certifiers.masks.views import Answers
+from patchcert_cli.certifiers.masks.masked_predictions import Answers
 from patchcert_cli.errors import UsageError
 
 METHODS = ("rows", "pairs")  # the theorem, and the published condition
@@ -50,14 +50,14 @@ class Table:
     Attributes:
         label: int32, -1 where unknown.
         rival: int32.
-        lead: float32; 0 where it is no finite number, which certifies nothing.
+        logit_margin: float32; 0 where it is no finite number, which certifies nothing.
         passes: int64 [B], how many pairs were asked for.
     """
 
     def __init__(self, ask: Ask, images: int, masks: int) -> None:
         self._ask, self.images, self.masks = ask, images, masks
         self.label = torch.full((images, masks, masks), -1, dtype=torch.int32)
-        self.rival, self.lead = torch.full_like(self.label, -1), torch.zeros(self.label.shape)
+        self.rival, self.logit_margin = torch.full_like(self.label, -1), torch.zeros(self.label.shape)
         self.passes = torch.zeros(images, dtype=torch.int64)
 
     def fill(self, image: Tensor, first: Tensor, second: Tensor) -> None:
@@ -70,11 +70,11 @@ class Table:
         for classes in (told.label, told.rival):
             if bool(((classes < 0) | (classes >= MOST_CLASSES)).any()):
                 raise UsageError(
-                    f"a classifier that answers class {int(classes.max())} or below 0;",
-                    hint=f"classes are 0 to {MOST_CLASSES - 1}.",
+                    f"a classifier that answers class {int(classes.max())} or below 0.",
+                    hint=f"Classes are 0 to {MOST_CLASSES - 1}.",
                 )
-        lead = torch.nan_to_num(told.lead, nan=0.0, posinf=0.0, neginf=0.0)
-        for mine, new in ((self.label, told.label), (self.rival, told.rival), (self.lead, lead)):
+        logit_margin = torch.nan_to_num(told.logit_margin, nan=0.0, posinf=0.0, neginf=0.0)
+        for mine, new in ((self.label, told.label), (self.rival, told.rival), (self.logit_margin, logit_margin)):
             mine[image, first, second] = mine[image, second, first] = new.to(mine)
         self.passes += torch.bincount(image, minlength=self.images)
 
@@ -86,8 +86,8 @@ class Table:
 
     def towards(self, label: Tensor) -> Tensor:
         """How much each single mask speaks for ``label`` [B], float32 [B, M]; negative where it speaks for another."""
-        lead = self.lead.diagonal(dim1=1, dim2=2)
-        return torch.where(self.one() == label[:, None], lead, -lead)
+        logit_margin = self.logit_margin.diagonal(dim1=1, dim2=2)
+        return torch.where(self.one() == label[:, None], logit_margin, -logit_margin)
 
 
 def answer(table: Table, classes: int) -> Tensor:
@@ -121,9 +121,9 @@ class Proof:
 
     Attributes:
         certified: bool [B].
-        margin: float64 [B], the smallest lead of the answer in the rows that the proof rests on; where nothing is proven, at most
-            ``slack``.
-        weakest: int64 [B], which of the U sets of masks has that lead.
+        margin: float64 [B], the smallest logit margin of the answer in the rows that the proof rests on; where nothing is proven,
+            at most ``tolerance``.
+        weakest: int64 [B], which of the U sets of masks has that logit margin.
         rival: int64 [B], the class that comes nearest there.
     """
 
@@ -134,13 +134,13 @@ class Proof:
 
 
 def lowest(table: Table, label: Tensor) -> Tensor:
-    """The smallest lead of ``label`` [B] in each row, whole rows: float64 [B, M]; negative where another class is ahead."""
+    """The smallest logit margin of ``label`` [B] in each whole row: float64 [B, M]; negative where another class is ahead."""
     image, first, second = (table.label < 0).triu().nonzero().T
     table.fill(image, first, second)
-    return torch.where(table.label == label[:, None, None], table.lead, -table.lead).amin(dim=2).double()
+    return torch.where(table.label == label[:, None, None], table.logit_margin, -table.logit_margin).amin(dim=2).double()
 
 
-def prove(table: Table, label: Tensor, by: Tensor, slack: float, seen: Tensor | None = None) -> Proof:
+def prove(table: Table, label: Tensor, by: Tensor, tolerance: float, seen: Tensor | None = None) -> Proof:
     """Decide the theorem's condition for the answers ``label`` [B] and sets of masks ``by``, bool [U, M].
 
     ``seen``, bool [B, M, M], is what the proof may know at first, by default all that the table knows. With what was known when
@@ -155,7 +155,7 @@ def prove(table: Table, label: Tensor, by: Tensor, slack: float, seen: Tensor | 
     at, size = torch.arange(table.images), FIRST
     while len(at):
         unknown = ~seen[at]
-        right = ~unknown & (table.label[at] == label[at, None, None]) & (table.lead[at] > slack)
+        right = ~unknown & (table.label[at] == label[at, None, None]) & (table.logit_margin[at] > tolerance)
         alive = (right | unknown).all(dim=2)  # [b, M]
         certified[at] = _served(right.all(dim=2), by).all(dim=1)
         open_ = ~certified[at] & _served(alive, by).all(dim=1)
@@ -206,7 +206,7 @@ def _few(alive: Tensor, score: Tensor, missing: Tensor, by: Tensor) -> Tensor:
 
 def _told(table: Table, label: Tensor, by: Tensor, certified: Tensor, known: Tensor) -> Proof:
     """Margins from what is known, bool [B, M, M], and where they are."""
-    signed = torch.where(table.label == label[:, None, None], table.lead, -table.lead)
+    signed = torch.where(table.label == label[:, None, None], table.logit_margin, -table.logit_margin)
     entries = torch.where(known, signed, torch.inf)
     entries[certified] = entries[certified].masked_fill(~known[certified].all(dim=2, keepdim=True), -torch.inf)
     least, column = entries.min(dim=2)  # [B, M]

@@ -11,7 +11,8 @@ Mittal, PatchCleanser, USENIX Security 2022). Several patches at once lie behind
 
 :meth:`MaskSet.cover` relies on none of this: it counts hidden pixels.
 
-Shapes: H x W pixels, M masks, A atoms of a threat, U different sets of masks that hide an atom, or as many atoms as the budget.
+Shapes: H x W pixels, M masks, A locations of a threat, U different sets of masks that hide a location, or as many of them as the
+budget allows.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ class MaskPlan:
         least = self._with(height, width, per_axis=2)
         if least.passes > self.passes:
             raise UsageError(
-                f"{self.passes} passes are too few for masks against {', '.join(self.covers)};",
-                hint=f"allow {least.passes} or more.",
+                f"{self.passes} passes are too few for masks against {', '.join(self.covers)}.",
+                hint=f"Allow {least.passes} or more.",
             )
         best, longest = least, max(height, width)
         for per_axis in range(3, longest + 1):
@@ -135,14 +136,14 @@ class MaskPlan:
             boxes = [(top, left, rows, columns) for (top, rows), (left, columns) in product(*axes)]
             if (height, width) in ((rows, columns) for _, _, rows, columns in boxes):
                 raise UsageError(
-                    f"masks against {text} hide all of a {height}x{width} image;",
-                    hint="cover a smaller patch, or use more masks along each axis.",
+                    f"masks against {text} hide all of a {height}x{width} image.",
+                    hint="Cover a smaller patch, or use more masks along each axis.",
                 )
             together = min(budget, len(boxes))
             if len(found) + math.comb(len(boxes), together) > MOST:
                 raise UsageError(
-                    f"more than {MOST} masks are needed against {', '.join(self.covers)};",
-                    hint="use fewer per axis, for example 3.",
+                    f"more than {MOST} masks are needed against {', '.join(self.covers)}.",
+                    hint="Use fewer per axis, for example 3.",
                 )
             found |= dict.fromkeys(combinations(boxes, together))
         return MaskSet(height, width, tuple(found))
@@ -155,11 +156,11 @@ class Cover:
     Attributes:
         by: bool [U, M], the masks that hide everything; a row for each set of masks that has no other inside it, since a
             condition of the kind "some mask of the set ..." that holds for a set holds for all larger ones.
-        atom: int64 [U], an atom of such an attack, the first one.
+        location: int64 [U], a location of such an attack, the first one.
     """
 
     by: Tensor
-    atom: Tensor
+    location: Tensor
 
 
 @dataclass(frozen=True)
@@ -195,11 +196,11 @@ class MaskSet:
         return hidden
 
     def hides(self, threat: Threat) -> Tensor:
-        """Whether a mask hides all of an atom of the threat: bool [A, M]."""
+        """Whether a mask hides all of a location of the threat: bool [A, M]."""
         (rows, columns), _ = _sides(threat, self.height, self.width)
         sums = torch.zeros(len(self), self.height + 1, self.width + 1, dtype=torch.int64)
         sums[:, 1:, 1:] = self.hidden.long().cumsum(1).cumsum(2)
-        top, left = threat.atoms(self.height, self.width)[:, :2].T
+        top, left = threat.locations(self.height, self.width)[:, :2].T
         bottom, right = top + rows, left + columns
         inside = sums[:, bottom, right] - sums[:, top, right] - sums[:, bottom, left] + sums[:, top, left]  # [M, A]
         return (inside == rows * columns).T
@@ -217,26 +218,26 @@ class MaskSet:
             if not bool(found.by.any(dim=1).all()):
                 break
             if len(found.by) * len(one.by) * len(self) > LARGEST:
-                raise UnsupportedThreat(f"{threat} is too many changes at once for masks;", hint="two patches are possible.")
+                raise UnsupportedThreat(f"{threat} is too many changes at once for masks.", hint="Two patches are possible.")
             first, second = torch.cartesian_prod(torch.arange(len(found.by)), torch.arange(len(one.by))).T
-            found = _smallest(Cover(found.by[first] & one.by[second], found.atom[first]))
+            found = _smallest(Cover(found.by[first] & one.by[second], found.location[first]))
         if not bool(found.by.any(dim=1).all()):
             raise UnsupportedThreat(
-                f"the {len(self)} masks of this model do not cover {threat};",
-                hint=f"choose masks that do: masks.covers in its config.json, for example ['{threat}'].",
+                f"the {len(self)} masks of this model do not cover {threat}.",
+                hint=f"Choose masks that do: masks.covers in its config.json, for example ['{threat}'].",
             )
         return found
 
 
 def _sides(threat: Threat, height: int, width: int) -> tuple[tuple[int, int], int]:
-    """Height and width of an atom, and how many the attacker has."""
+    """Height and width of a location, and how many the attacker has."""
     threat.check(height, width)
-    rows, columns = threat.atoms(height, width)[0, 2:].tolist()
+    rows, columns = threat.locations(height, width)[0, 2:].tolist()
     return (rows, columns), threat.budget
 
 
 def _smallest(cover: Cover) -> Cover:
-    """The different rows of a cover that have no other inside them, each with its first atom, in the order of these."""
+    """The different rows of a cover that have no other inside them, each with its first location, in the order of these."""
     different, where = torch.unique(cover.by, dim=0, return_inverse=True)
     count = len(cover.by)
     first = torch.full((len(different),), count).scatter_reduce_(0, where, torch.arange(count), "amin")
@@ -246,4 +247,4 @@ def _smallest(cover: Cover) -> Cover:
         common = number[some] @ number.T  # [n, N], masks that both have
         larger[some] |= ((common == size) & (size < size[some, None])).any(dim=1)
     order = first[~larger].sort().values
-    return Cover(cover.by[order], cover.atom[order])
+    return Cover(cover.by[order], cover.location[order])

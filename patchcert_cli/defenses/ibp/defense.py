@@ -21,13 +21,13 @@ from patchcert_cli.certifiers.bounds.first_layer import Split
 from patchcert_cli.certifiers.bounds.folding import fold
 from patchcert_cli.certifiers.bounds.linear import refine
 from patchcert_cli.certifiers.bounds.rules import plain_sums
-from patchcert_cli.certifiers.bounds.windows import routes
+from patchcert_cli.certifiers.bounds.windows import partition
 from patchcert_cli.defenses.base import Claim, Defense, Options, TrainingStep
 from patchcert_cli.defenses.ibp import losses, regularizers
 from patchcert_cli.defenses.ibp.guide import Guide
 from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.errors import IntegrityError, MachineError, UnsupportedThreat
-from patchcert_cli.layers.plain import rebuilt
+from patchcert_cli.layers.supported_layers import rebuilt
 from patchcert_cli.threats import Patch, PatchPercent, Threat
 
 
@@ -80,7 +80,7 @@ class IntervalDefense(Defense):
             logits: Tensor = exact(x.double())
         if logits.ndim != 2:
             raise UnsupportedThreat(
-                f"logits of shape {tuple(logits.shape)} are not [B, K];", hint="end the network with Flatten."
+                f"logits of shape {tuple(logits.shape)} are not [B, K].", hint="End the network with Flatten."
             )
         best = logits.amax(dim=1, keepdim=True)
         return (logits == best).int().argmax(dim=1)
@@ -121,22 +121,22 @@ class IntervalDefense(Defense):
             found, best = single(x).double(), exact(x.double())
             allowed = rounding.forward_error(Split.of(exact, x.shape[1]), x, torch.float32)
         if not bool(found.isfinite().all() & best.isfinite().all()):
-            raise IntegrityError("the network answers NaN or infinity;", hint="its weights or its preprocessing are broken.")
+            raise IntegrityError("the network answers NaN or infinity.", hint="Its weights or its preprocessing are broken.")
         off = float((found - best).abs().max())  # of one logit; a difference of two may be off by twice as much
         if not off <= allowed:
             raise MachineError(
-                f"in float32 logits are off by {off:.1e}, and rounding explains {allowed:.1e};",
-                hint="a setting makes this machine compute in less than float32: undo it, or use another --device.",
+                f"in float32 logits are off by {off:.1e}, and rounding explains {allowed:.1e}.",
+                hint="A setting makes this machine compute in less than float32: undo it, or use another --device.",
             )
 
     def _certificate(self, prediction: Tensor, proof: rounding.Proof, threat: Threat, method: str) -> Certificate:
         height, width = self.input_shape[1:]
         return Certificate(
             prediction=prediction,
-            certified=proof.margin > proof.slack,
+            certified=proof.margin > proof.tolerance,
             margin=proof.margin,
-            slack=proof.slack,
-            worst=threat.atoms(height, width).to(prediction.device)[proof.worst],
+            slack=proof.tolerance,
+            worst=threat.locations(height, width).to(prediction.device)[proof.worst],
             rival=proof.rival,
             threat=threat,
             method=method,
@@ -146,7 +146,7 @@ class IntervalDefense(Defense):
     def remark(self, threat: Threat) -> str:
         if not isinstance(threat, Patch | PatchPercent):
             return ""
-        layer = routes.joins(self.network, self.input_shape)
+        layer = partition.joins(self.network, self.input_shape)
         if layer is None:
             return ""
         return (

@@ -41,7 +41,7 @@ class Guide(nn.Module):
 
 
 def at_locations(prediction: Tensor, patch: Patch) -> Tensor:
-    """[B, K, H, W] -> [B, K, A], in the order of ``patch.atoms``."""
+    """[B, K, H, W] -> [B, K, A], in the order of ``patch.locations``."""
     height, width = prediction.shape[2:]
     return prediction[:, :, : height - patch.height + 1, : width - patch.width + 1].flatten(2)
 

@@ -123,16 +123,16 @@ def pick(
     ``prediction`` is what the guide makes of ``x``, [B, K, H, W].
     """
     options = _options(step)
-    epsilon, atoms = options.epsilon(step.progress), patch.count(x.shape[2], x.shape[3])
+    epsilon, locations = options.epsilon(step.progress), patch.count(x.shape[2], x.shape[3])
     if options.picked == "worst":
         with torch.no_grad():
             return intervals.lower_margins(network, x, label, patch, epsilon=epsilon).worst, True
     if options.picked == "random":
-        return _random(atoms, len(x), options.locations, step).to(x.device), False
+        return _random(locations, len(x), options.locations, step).to(x.device), False
     if options.picked == "guided":
         assert prediction is not None
         return sample(prediction.detach(), patch, options.locations, step.generator), False
-    screened = _random(atoms, len(x), options.screened, step).to(x.device)
+    screened = _random(locations, len(x), options.screened, step).to(x.device)
     table = pairwise.screen(network, x, label, patch, screened, epsilon=epsilon)  # [B, S, K]
     if not options.locations:
         return screened.gather(1, table.argmin(dim=1)), True
@@ -141,5 +141,5 @@ def pick(
     return screened.gather(1, worst), False
 
 
-def _random(atoms: int, images: int, count: int, step: TrainingStep) -> Tensor:
-    return torch.randint(atoms, (images, count), generator=step.generator)
+def _random(locations: int, images: int, count: int, step: TrainingStep) -> Tensor:
+    return torch.randint(locations, (images, count), generator=step.generator)

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from patchcert_cli.reporting.site.leaderboards import GUARANTEES, Entry, Leaderboard
+from patchcert_cli.reporting.site.leaderboards import Entry, Leaderboard
 from patchcert_cli.reporting.site.markup import Html, fragment, tag
 from patchcert_cli.reporting.site.tables import title, words
-from patchcert_cli.threats import Patch, Sparse, Threat
+from patchcert_cli.threats import Guarantee, Patch, Sparse, Threat
 
 WIDTH, HEIGHT = 760, 350
 LEFT, RIGHT, TOP, BOTTOM = 66, 556, 14, 292  # of the axes
@@ -94,7 +94,12 @@ def charts(boards: Iterable[Leaderboard]) -> list[Chart]:
             drawn.append(Chart(*key, lines=tuple(lines), doubtful=tuple(sorted(set(models) - set(sure)))))
     return sorted(
         drawn,
-        key=lambda chart: (chart.dataset, list(AXES).index(chart.axis), chart.split, list(GUARANTEES).index(chart.guarantee)),
+        key=lambda chart: (
+            chart.dataset,
+            list(AXES).index(chart.axis),
+            chart.split,
+            list(Guarantee).index(Guarantee(chart.guarantee)),
+        ),
     )
 
 

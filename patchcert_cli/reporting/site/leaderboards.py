@@ -7,12 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from patchcert_cli.cards import Card, Measured, Published
-from patchcert_cli.threats import KINDS, UNITS, Patch, Patches, PatchPercent, Sparse, Threat, parse_threat
-
-GUARANTEES = {
-    "recovery": "the answer stays right",
-    "detection": "the answer stays right, or an alarm is raised",
-}
+from patchcert_cli.threats import KINDS, UNITS, Guarantee, Patch, Patches, PatchPercent, Sparse, Threat, parse_threat
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ def leaderboards(cards: Iterable[Card]) -> list[Leaderboard]:
                 best[key] = one
         for key, one in best.items():
             found.setdefault(key, []).append(Entry(card, one, paper_for(card, one)))
-    keys = sorted(found, key=lambda key: (key[0], difficulty(key[2]), key[1], list(GUARANTEES).index(key[3])))
+    keys = sorted(found, key=lambda key: (key[0], difficulty(key[2]), key[1], list(Guarantee).index(Guarantee(key[3]))))
     owned = {key for key in keys if any(parse_threat(entry.card.threat) == key[2] for entry in found[key])}
     for dataset in {key[0] for key in keys} - {key[0] for key in owned}:
         owned.add(max((key for key in keys if key[0] == dataset), key=lambda key: len(found[key])))

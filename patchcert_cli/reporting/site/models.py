@@ -8,11 +8,11 @@ from urllib.parse import quote
 import yaml
 
 from patchcert_cli.cards import Card, Measured
-from patchcert_cli.reporting.site.leaderboards import GUARANTEES, difficulty, own, paper_for
+from patchcert_cli.reporting.site.leaderboards import difficulty, own, paper_for
 from patchcert_cli.reporting.site.markup import Html, block, code, facts, fragment, join, percent, prose, scrolling, size, tag
 from patchcert_cli.reporting.site.tables import PAPERS, Sources, head, measured, published, title
 from patchcert_cli.reporting.site.tables import words as searched
-from patchcert_cli.threats import parse_threat
+from patchcert_cli.threats import Guarantee, as_options, parse_threat
 
 HUB = "https://huggingface.co/"
 
@@ -67,8 +67,7 @@ def hub_link(card: Card) -> Html:
 
 def certify_command(card: Card) -> str:
     """What measures the model under the threat that it was trained against."""
-    kind, _, rest = own(card).partition(":")
-    return f"patchcert certify {card.name} " + (f"--patch {rest}" if kind == "patch" else f"--threat {own(card)}")
+    return f"patchcert certify {card.name} {as_options(parse_threat(card.threat))}"
 
 
 def _facts(card: Card) -> Html:
@@ -91,11 +90,11 @@ def _facts(card: Card) -> Html:
 
 def _measurements(card: Card) -> Iterator[Html]:
     """A table for each guarantee: they promise different things."""
-    for guarantee, promise in GUARANTEES.items():
+    for guarantee in Guarantee:
         results = [one for one in card.results if one.guarantee == guarantee]
         if results:
             results.sort(key=lambda one: (one.dataset, difficulty(parse_threat(one.threat)), one.split, -one.certified))
-            yield _measured(card, guarantee, promise, results)
+            yield _measured(card, guarantee, results)
 
 
 def _samples(card: Card) -> Iterator[Html]:
@@ -122,7 +121,7 @@ def _samples(card: Card) -> Iterator[Html]:
     )
 
 
-def _measured(card: Card, guarantee: str, promise: str, results: list[Measured]) -> Html:
+def _measured(card: Card, guarantee: Guarantee, results: list[Measured]) -> Html:
     sources = Sources()
     rows = [
         tag(
@@ -141,7 +140,7 @@ def _measured(card: Card, guarantee: str, promise: str, results: list[Measured])
     heads = [head(name) for name in ("Threat", "Data", "Proof", "Arithmetic")]
     heads += [head(f"{name}, %", number=True) for name in ("Clean", "Certified", "Published clean", "Published certified")]
     heads.append(head("Measured"))
-    about = f"{card.name}, guarantee {guarantee}: {promise}. Certified accuracy with its exact 95 % interval."
+    about = f"{card.name}, guarantee {guarantee}: {guarantee.phrase}. Certified accuracy with its exact 95 % interval."
     table = tag(
         "table", tag("caption", tag("span", about)), tag("thead", tag("tr", *heads)), tag("tbody", *rows), class_="results"
     )

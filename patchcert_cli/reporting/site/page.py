@@ -15,11 +15,12 @@ from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.cards import Card
 from patchcert_cli.errors import UsageError
 from patchcert_cli.reporting.site import curves, models, tables
-from patchcert_cli.reporting.site.leaderboards import GUARANTEES, Leaderboard, difficulty, leaderboards
+from patchcert_cli.reporting.site.leaderboards import Leaderboard, difficulty, leaderboards
 from patchcert_cli.reporting.site.markup import Html, facts, fragment, tag
 from patchcert_cli.reporting.site.script import SCRIPT
 from patchcert_cli.reporting.site.style import STYLE
 from patchcert_cli.storage import files
+from patchcert_cli.threats import Guarantee
 from patchcert_cli.version import __version__
 
 INDEX = "index.html"
@@ -57,9 +58,9 @@ def write(cards: Iterable[Card], folder: Path, *, force: bool = False) -> Path:
     path = folder / INDEX
     files.check_folder(folder, "--out")
     if path.exists() and not path.is_file():
-        raise UsageError(f"'{path}' is no regular file;", hint="choose another --out.")
+        raise UsageError(f"'{path}' is no regular file.", hint="Choose another --out.")
     if path.exists() and not force and not _ours(path):
-        raise UsageError(f"'{path}' was not written by this command;", hint="choose another --out, or replace it with --force.")
+        raise UsageError(f"'{path}' was not written by this command.", hint="Choose another --out, or replace it with --force.")
     files.write_named(path, render(cards).encode())
     return path
 
@@ -155,7 +156,7 @@ def _main(cards: Sequence[Card], found: Sequence[Leaderboard]) -> Iterable[Html]
 
 
 def _footer() -> Html:
-    promises = facts((name, f"{text}, whatever the attacker does within the threat.") for name, text in GUARANTEES.items())
+    promises = facts((str(one), f"{one.phrase}, whatever the attacker does within the threat.") for one in Guarantee)
     words = facts((str(one), f"{one.meaning}.") for one in Arithmetic)
     text = "Made by patchcert from its model cards. Each number can be measured again with the command on the model's card."
     return tag("footer", tag("p", text), promises, tag("p", "Arithmetic of a certificate:"), words)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from patchcert_cli.cards import Card, Published
-from patchcert_cli.reporting.site.leaderboards import GUARANTEES, Entry, Leaderboard, describe, own
+from patchcert_cli.reporting.site.leaderboards import Entry, Leaderboard, describe, own
 from patchcert_cli.reporting.site.markup import Html, block, code, fragment, join, percent, scrolling, size, tag
+from patchcert_cli.threats import Guarantee
 
 PAPERS = "Published numbers belong to the weights of the paper, not to these:"
 TITLES = {"cifar10": "CIFAR-10", "mnist": "MNIST"}
@@ -119,7 +120,9 @@ def leaderboard(board: Leaderboard, *, first: bool) -> Html:
         tag("tbody", *rows),
         class_="board",
     )
-    name = join([code(str(board.threat)), tag("span", board.guarantee, class_="badge", title=GUARANTEES[board.guarantee])], " ")
+    name = join(
+        [code(str(board.threat)), tag("span", board.guarantee, class_="badge", title=Guarantee(board.guarantee).phrase)], " "
+    )
     return tag(
         "section",
         tag("h3", name),

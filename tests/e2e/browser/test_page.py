@@ -14,7 +14,7 @@ from reporting.test_site import hostile
 from site_cards import HOSTILE, card, result, zoo
 
 from e2e.browser.driver import Browser, missing
-from patchcert_cli.catalog import shelf
+from patchcert_cli.catalog import bundled
 from patchcert_cli.reporting import site
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "a browser is here")
@@ -296,6 +296,6 @@ def test_a_hostile_card_brings_text_only(browser: Browser, tmp_path: Path) -> No
 
 
 def test_the_bundled_zoo(browser: Browser, tmp_path: Path) -> None:
-    visit(browser, site.write(shelf.bundled().values(), tmp_path / "bundled").as_uri())
-    assert browser.run("return document.querySelectorAll('details.card').length") == len(shelf.bundled_names())
+    visit(browser, site.write(bundled.cards().values(), tmp_path / "bundled").as_uri())
+    assert browser.run("return document.querySelectorAll('details.card').length") == len(bundled.names())
     assert len(boards(browser)) >= 5 and browser.run(OVERLAPS) == []

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from patchcert_cli.certifiers.bounds.first_layer import Split, sparse_box, under_patch, window_sums
 from patchcert_cli.certifiers.bounds.intervals import Margins, resolve
 from patchcert_cli.certifiers.bounds.linear.relaxations import BENT, Form, Magnitudes, Slope, adaptive, backward, zero
+from patchcert_cli.certifiers.bounds.margin_chunks import Contrast, open_stream
 from patchcert_cli.certifiers.bounds.rules import Box, box, propagate
-from patchcert_cli.certifiers.bounds.streams import Contrast, open_stream
 from patchcert_cli.layers import passes
 from patchcert_cli.threats import Patch, Sparse, Threat
 
@@ -259,7 +259,7 @@ def tiles(threat: Patch | Sparse, height: int, width: int, side: int, device: to
     """The tile of each location, int64 [A], if the grid of locations is cut in tiles of ``side`` x ``side``; 0 is one tile."""
     if isinstance(threat, Sparse) or side < 1:
         return torch.zeros(1 if isinstance(threat, Sparse) else threat.count(height, width), dtype=torch.int64, device=device)
-    top, left = threat.atoms(height, width)[:, :2].to(device).unbind(dim=1)
+    top, left = threat.locations(height, width)[:, :2].to(device).unbind(dim=1)
     return (top // side) * (width // side + 1) + left // side
 
 
@@ -286,7 +286,7 @@ def table(engine: Engine, side: int) -> Tensor:
 
 @torch.no_grad()
 def lower_margins(network: nn.Module, x: Tensor, target: Tensor, threat: Threat, *, side: int = 0) -> Margins:
-    """Linear lower bounds of ``f_target - f_class`` over every atom of ``threat``; compare :func:`intervals.lower_margins`.
+    """Linear lower bounds of ``f_target - f_class`` over every location of ``threat``; compare :func:`intervals.lower_margins`.
 
     Args:
         network: a ``Sequential`` in eval mode and float64.

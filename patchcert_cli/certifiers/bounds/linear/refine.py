@@ -46,8 +46,8 @@ def improve(
 
     Returns: a proof in which every image that ``proof`` certifies is as it was, and so is every image that stays uncertified.
     """
-    usable = torch.isfinite(proof.margin) & torch.isfinite(proof.slack)
-    chosen = (usable & ~(proof.margin > proof.slack)).nonzero()[:, 0]
+    usable = torch.isfinite(proof.margin) & torch.isfinite(proof.tolerance)
+    chosen = (usable & ~(proof.margin > proof.tolerance)).nonzero()[:, 0]
     if not len(chosen):
         return proof
     resolved = resolve(threat, x.shape[2], x.shape[3], x.shape[1])
@@ -55,19 +55,19 @@ def improve(
     engine = Engine(exact, wide, target[chosen], resolved)
     if engine.loss == float("inf"):
         return proof
-    slack = bound_error(engine.split, wide, resolved).clamp(min=engine.loss) + forward_error(engine.split, wide)
+    tolerance = bound_error(engine.split, wide, resolved).clamp(min=engine.loss) + forward_error(engine.split, wide)
     location = proof.worst[chosen] if isinstance(resolved, Patch) else torch.zeros_like(chosen)
     rival = proof.rival[chosen]
     first = engine.bounds(Query.single(torch.arange(len(chosen), device=x.device), location, rival)).gather(1, location[:, None])
-    alive = (first[:, 0] > slack).nonzero()[:, 0]
+    alive = (first[:, 0] > tolerance).nonzero()[:, 0]
     if not len(alive):
         return proof
-    search = _Search(engine, alive, slack[alive])
+    search = _Search(engine, alive, tolerance[alive])
     search.settle(sides)
-    better = replace(proof, **{name: getattr(proof, name).clone() for name in ("margin", "slack", "worst", "rival")})
+    better = replace(proof, **{name: getattr(proof, name).clone() for name in ("margin", "tolerance", "worst", "rival")})
     rows, proven = chosen[alive[search.alive]], alive[search.alive]
     margin, index = search.table[search.alive].flatten(1).min(dim=1)
-    better.margin[rows], better.slack[rows], better.rival[rows] = margin, slack[proven], index % engine.classes
+    better.margin[rows], better.tolerance[rows], better.rival[rows] = margin, tolerance[proven], index % engine.classes
     if isinstance(resolved, Patch):  # a sparse threat keeps its pixel: the pairs are about all of them
         better.worst[rows] = index // engine.classes
     return better
@@ -81,8 +81,8 @@ class _Search:
         alive: bool [B], images not given up.
     """
 
-    def __init__(self, engine: Engine, images: Tensor, slack: Tensor) -> None:
-        self.engine, self.images, self.slack = engine, images, slack
+    def __init__(self, engine: Engine, images: Tensor, tolerance: Tensor) -> None:
+        self.engine, self.images, self.tolerance = engine, images, tolerance
         self.table = engine.intervals(images)
         self.alive = torch.ones_like(images, dtype=torch.bool)
 
@@ -101,7 +101,7 @@ class _Search:
 
     def _open(self) -> Tensor:
         """Pairs without a sufficient bound, bool [B, A, K]; a bound that is no number is none."""
-        return ~(self.table > self.slack[:, None, None]) & self.alive[:, None, None]
+        return ~(self.table > self.tolerance[:, None, None]) & self.alive[:, None, None]
 
     def _alone(self, size: int) -> None:
         """Bound the ``size`` smallest open pairs of each image alone, and give up an image where one stays open."""
@@ -111,7 +111,7 @@ class _Search:
         image, rank = wanted.gather(1, index).nonzero().unbind(dim=1)
         pair = index[image, rank]
         self._raise(Query.single(image, pair // self.engine.classes, pair % self.engine.classes))
-        failed = ~(self.table.flatten(1)[image, pair] > self.slack[image])
+        failed = ~(self.table.flatten(1)[image, pair] > self.tolerance[image])
         self.alive[image[failed]] = False
 
     def _raise(self, query: Query) -> None:

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.certifiers.bounds.rules import Box, channel_affine, gamma, noise, per_channel
-from patchcert_cli.layers.plain import IDENTITY
+from patchcert_cli.layers.supported_layers import IDENTITY
 
 UNIT = 2.0**-53  # unit roundoff of float64, in which all of this is computed
 BOX_MARGIN = 4  # boxes come from up to three sums where the rounding rule of :mod:`rules` counts one

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers.bounds.windows.reach import Piece, Slide, pair
+from patchcert_cli.certifiers.bounds.windows.patch_windows import Piece, Slide, pair
 
 Size = tuple[int, int]
 Slides = tuple[Slide, Slide]

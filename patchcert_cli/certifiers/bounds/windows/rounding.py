@@ -41,7 +41,7 @@ from patchcert_cli.certifiers.bounds.rules import (
     overflow,
     terms_of,
 )
-from patchcert_cli.certifiers.bounds.windows.routes import Route
+from patchcert_cli.certifiers.bounds.windows.partition import Route
 
 UNITS = UNIT[torch.float32], UNIT[torch.float64]
 FORMED = 16.0  # roundings of size S that bound the error of forming middle and radius anew

@@ -3,8 +3,9 @@
 Shapes: B images, N pairs (image, location), maps of C channels and H x W cells, windows [N, h, w, C], channels last, F features.
 
 **Theorem.** Let c be the clean activations in front of a layer, and let the box of location L be c outside the window that L
-reaches (:mod:`reach`), and inside it ``c + d - r`` to ``c + d + r``: d is the *deviation* of the box's middle from the clean
-value, r its radius, both 0 outside the window. Then interval arithmetic (:func:`rules.box`) gives the same form behind the layer:
+reaches (:mod:`patch_windows`), and inside it ``c + d - r`` to ``c + d + r``: d is the *deviation* of the box's middle from the
+clean value, r its radius, both 0 outside the window. Then interval arithmetic (:func:`rules.box`) gives the same form behind the
+layer:
 
 * affine ``W v + b`` (linear, convolution, average pooling, normalization): the clean value is ``W c + b``, the deviation ``W d``
   and the radius ``|W| r``: sums over the window alone;
@@ -27,10 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.certifiers.bounds.rules import Box, box, channel_affine, ordered
+from patchcert_cli.certifiers.bounds.windows.partition import Route
+from patchcert_cli.certifiers.bounds.windows.patch_windows import Place, Reach, is_sliding
 from patchcert_cli.certifiers.bounds.windows.products import convolve, convolve_maps, is_plain, on_each_piece, widened
-from patchcert_cli.certifiers.bounds.windows.reach import Place, Reach, is_sliding
-from patchcert_cli.certifiers.bounds.windows.routes import Route
-from patchcert_cli.layers.plain import IDENTITY
+from patchcert_cli.layers.supported_layers import IDENTITY
 from patchcert_cli.threats import Patch
 
 UNFOLDED = 16  # images whose maps are unfolded at a time

@@ -1,0 +1,115 @@
+"""A finished training run becomes a model of the zoo."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from patchcert_cli import cards
+from patchcert_cli.cards import Card, File, Hub, Published
+from patchcert_cli.catalog import bundled
+from patchcert_cli.catalog.claims import Results, card_with_results, card_with_samples
+from patchcert_cli.catalog.resolve import resolve
+from patchcert_cli.errors import IntegrityError, MachineError, UsageError
+from patchcert_cli.storage import files
+
+
+def add(
+    run: Path,
+    name: str,
+    results: Results,
+    *,
+    published: Sequence[Published] = (),
+    notes: str | None = None,
+    samples: Results | None = None,
+    pictures: Mapping[str, str] | None = None,
+    to: Path | None = None,
+    force: bool = False,
+) -> Card:
+    """Copy a finished training run into the zoo as ``name``, with measured results and their records; returns its card.
+
+    ``results`` are certify's results by the file they come from, beside which their records lie; ``samples`` are such results on
+    pictures that are no test split, which the card tells apart, and ``pictures`` says of each what they are and where they come
+    from. ``to`` is the zoo folder, by default that of the source tree; ``force`` replaces a model that is there, which keeps its
+    Hub revision if its files are the same.
+
+    Raises:
+        ClaimError: a result is about other weights or a part of the test split, or its records do not bear it out.
+        IntegrityError: the run or a result is not complete.
+    """
+    zoo = to or source_zoo()
+    files.check_folder(zoo / name, "--to")
+    found = resolve(run)
+    if found.card is None:
+        raise IntegrityError(f"'{run}' has no model card ({files.CARD}).", hint="Train it again with the same command.")
+    if not cards.valid_name(name):
+        raise UsageError(f"'{name}' cannot name a model.", hint="Use lower-case letters, digits, '-' and '.'.")
+    if (zoo / name).exists() and not force:
+        raise UsageError(f"'{zoo / name}' exists.", hint="Replace it with --force, or use another --name.")
+    card, packed = card_with_results(found, results)
+    card, records = card_with_samples(replace(found, card=card), samples or {}, pictures or {})
+    if packed is not None:
+        records[files.PUBLISHED_RECORDS] = packed
+    card = replace(
+        card,
+        name=name,
+        hub=_hub(zoo, name, card.files),
+        published=tuple(published) or card.published,
+        notes=card.notes if notes is None else notes,
+    )
+    _copy(found.folder, zoo / name, Card.from_dict(card.to_dict(), where=name), records)
+    return card
+
+
+def source_zoo() -> Path:
+    """The zoo folder of the source tree.
+
+    Raises:
+        UsageError: patchcert is installed without one.
+    """
+    zoo = bundled.folder()
+    if os.environ.get(bundled.ENVIRONMENT) or (zoo.parent / "pyproject.toml").is_file():
+        return zoo
+    raise UsageError("patchcert is not installed from a source tree.", hint="Name the folder that gets the model with --to.")
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Replace the card of a model folder."""
+    partial = folder / f"{files.CARD}.partial"
+    try:
+        partial.write_text(card.render(), encoding="utf-8")
+        os.replace(partial, folder / files.CARD)
+    except OSError as problem:
+        raise MachineError(f"cannot write '{folder}': {problem.strerror or problem}.") from problem
+
+
+def _hub(zoo: Path, name: str, made: Mapping[str, File]) -> Hub:
+    """The model's place on the Hub; the revision is kept only for the files it was made for."""
+    if (zoo / name / files.CARD).is_file():
+        before = bundled.card(name, zoo)
+        if before.files == made:
+            return before.hub
+    return Hub(f"patchcert/{name}")
+
+
+def _copy(run: Path, target: Path, card: Card, records: Mapping[str, bytes]) -> None:
+    """Write the model folder, the card last, each file whole or not at all."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for file in card.files:
+            partial = target / f"{file}.partial"
+            if file in records:
+                partial.write_bytes(records[file])
+            else:
+                shutil.copyfile(run / file, partial)
+            os.replace(partial, target / file)
+        for path in target.iterdir():  # records or shards of the model that was here before
+            if path.name not in (*card.files, files.CARD) and path.suffix in (".gz", ".safetensors", ".json"):
+                path.unlink()
+    except OSError as problem:
+        raise MachineError(f"cannot write '{target}': {problem.strerror or problem}.") from problem
+    write_card(target, card)
+    card.verify(target)

@@ -1,0 +1,161 @@
+"""``patchcert zoo add`` and ``patchcert zoo push``: from a finished run to the zoo, and to the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from patchcert_cli.cli import show
+from patchcert_cli.cli.options import AsJson, folder_to_write, print_json
+
+if TYPE_CHECKING:
+    from patchcert_cli.cards import Published
+    from patchcert_cli.catalog.publish import Release
+
+ADD = (
+    "Examples:\n\n patchcert zoo add runs/p5 --name mnist-ibp-p5 --result runs/certify-p5/result.json"
+    " --published patch:5x5=0.92/0.60 --source 'Author et al., Venue 2020, table 1'"
+)
+PUSH = "Examples:\n\n patchcert zoo push runs/x --to org/name --dry-run\n\n patchcert zoo push runs/x --to org/name --create-pr"
+
+
+def add(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished training run.", metavar="RUN")],
+    name: Annotated[str, typer.Option(help="Its name in the zoo.")],
+    result: Annotated[
+        list[Path] | None, typer.Option(help="A result.json of certify on the full test split; repeatable.")
+    ] = None,
+    sample: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE=PICTURES",
+            help="A result.json of certify on pictures that are no test split, and what they are and come from; repeatable.",
+        ),
+    ] = None,
+    published: Annotated[
+        list[str] | None, typer.Option(help="THREAT=CLEAN/CERTIFIED that a paper reports, as fractions; repeatable.")
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="Where --published numbers stand; the run's own source by default.")] = None,
+    notes: Annotated[str | None, typer.Option(help="A paragraph for the card.")] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(callback=folder_to_write("--to"), help="The zoo folder; that of the source tree by default."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model of this name.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Copy a finished training run into the zoo, with a card that tells what certify measured."""
+    from patchcert_cli import cards
+    from patchcert_cli.catalog import add_to_zoo
+    from patchcert_cli.storage import files
+
+    if published and not source:
+        source = cards.Card.read(run).source
+    pictures = dict(_pictures(text) for text in sample or [])
+    card = add_to_zoo.add(
+        run,
+        name,
+        {str(path): files.read_json(path) for path in result or []},
+        published=[_published(text, source or "") for text in published or []],
+        notes=notes,
+        samples={path: files.read_json(Path(path)) for path in pictures},
+        pictures=pictures,
+        to=to,
+        force=force,
+    )
+    if as_json:
+        print_json(card.to_dict())
+    else:
+        said = f"{len(card.results)} results" + (f", {len(card.samples)} on other pictures" if card.samples else "")
+        typer.echo(f"{card.name}: {card.status}, {said}, sha256 {cards.weights_sha256(card.files)[:12]}…")
+
+
+def _pictures(text: str) -> tuple[str, str]:
+    """Read ``FILE=PICTURES``."""
+    from patchcert_cli.errors import UsageError
+
+    path, _, words = text.partition("=")
+    if not path or not words.strip():
+        hint = "Use FILE=PICTURES, such as result.json='100 photographs of birds, example.org/birds'."
+        raise UsageError(f"--sample '{text}' does not say what the pictures are.", hint=hint)
+    return path, words.strip()
+
+
+def _published(text: str, source: str) -> Published:
+    """Read ``THREAT=CLEAN/CERTIFIED``."""
+    from patchcert_cli.cards import Published
+    from patchcert_cli.errors import UsageError
+    from patchcert_cli.threats import parse_threat
+
+    threat, _, shares = text.partition("=")
+    try:
+        clean, certified = (float(share) for share in shares.split("/"))
+    except ValueError as problem:
+        raise UsageError(
+            f"--published '{text}' cannot be read.", hint="Use THREAT=CLEAN/CERTIFIED, such as patch:5x5=0.92/0.60."
+        ) from problem
+    if not 0 <= certified <= clean <= 1:
+        raise UsageError(f"--published '{text}'.", hint="Give fractions with 0 <= CERTIFIED <= CLEAN <= 1.")
+    if not source:
+        raise UsageError("--published needs a source.", hint="Name where the numbers are published with --source.")
+    return Published(str(parse_threat(threat)), clean, certified, source)
+
+
+def push(
+    model: Annotated[str, typer.Argument(help="The folder of a finished run, or a model of the zoo.", metavar="RUN|NAME")],
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="ORG/NAME", help="The repository; by default the one that the card names.")
+    ] = None,
+    result: Annotated[
+        list[Path] | None,
+        typer.Option(help="A result.json of certify on the full test split; found under runs/ if not given; repeatable."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, ask no network, send nothing.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing to main.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private if it has to be made.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Publish a model on the Hub: card, weights, configuration, records of every test image, evaluation metadata.
+
+    Refused unless certify covered the full test split with these very weights and every count follows from its records.
+    """
+    from patchcert_cli.catalog import publish, resolve
+    from patchcert_cli.storage import files
+
+    found = resolve.resolve(Path(model) if Path(model).is_dir() else model)
+    given = {str(path): files.read_json(path) for path in result or []}
+    release = publish.prepare(found, to, given, [Path("runs"), found.folder.parent])
+    plan = {**release.plan(), "create_pr": create_pr, "dry_run": dry_run}
+    if not as_json:
+        _print_plan(release, create_pr)
+    if dry_run:
+        if as_json:
+            print_json(plan)
+        else:
+            show.say("dry run: nothing was sent")
+        return
+    done = publish.publish(release, create_pr=create_pr, private=private)
+    if as_json:
+        print_json({**plan, "commit": done.commit, "url": done.url, "pull_request": done.request})
+    elif done.request:
+        typer.echo(f"pull request {done.request}")
+    else:
+        typer.echo(f"pushed {release.repo} @ {done.commit}")
+        show.say(f"the commit is written into {release.source / files.CARD}; anybody can now type:")
+        show.say(f"  patchcert zoo pull {release.repo}@{done.commit}")
+
+
+def _print_plan(release: Release, create_pr: bool) -> None:
+    plan = release.plan()
+    typer.echo(f"to {plan['repo']}, {'as a pull request' if create_pr else 'branch main'}: model {plan['model']}")
+    for name, facts in plan["files"].items():
+        typer.echo(f"  {name:<28} {facts['size']:>12} bytes  sha256 {facts['sha256']}")
+    for one in plan["claims"]:
+        typer.echo(
+            f"  claims {one['threat']} ({one['method']}, {one['guarantee']}, {one['arithmetic']}):"
+            f" clean {one['clean']}/{one['images']}, certified {one['certified']}/{one['images']}"
+        )
+    for where in plan["evidence"]:
+        typer.echo(f"  evidence {where}")

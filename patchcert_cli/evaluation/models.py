@@ -1,0 +1,347 @@
+"""The model under evaluation, from whatever names it: a certified model of the zoo or of a folder, or a plain classifier around
+which a defense is put.
+
+Opening goes in two steps. A :class:`ModelSource` knows what it is and what it wants to be evaluated on. With images and threats
+chosen it becomes a :class:`patchcert_cli.evaluation.task.EvaluatedModel`: the masks of a defense depend on both.
+
+Shapes: C channels, H x W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from patchcert_cli import cards, checkpoint, defenses
+from patchcert_cli.catalog import bundled
+from patchcert_cli.catalog.resolve import ResolvedModel, resolve
+from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
+from patchcert_cli.certifiers.masks.masked_predictions import MANY
+from patchcert_cli.classifiers import addresses, loaders
+from patchcert_cli.classifiers.addresses import Classifier
+from patchcert_cli.data import class_folders, class_names, datasets, image_files
+from patchcert_cli.data.class_names import Names
+from patchcert_cli.data.resize_crop import ResizeCrop
+from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses.minority import GRID, Minority
+from patchcert_cli.errors import IntegrityError, UsageError
+from patchcert_cli.evaluation.task import EvaluatedModel
+from patchcert_cli.threats import Patch, PatchPercent, Threat
+
+GREY = 0.5  # the colour of masks, where nobody knows a better one
+
+
+@dataclass(frozen=True)
+class DefenseRequest:
+    """What is to be made of a model, as far as the user says.
+
+    Attributes:
+        defense: the defense to put around it; None for its own.
+        masks: how many masks along each axis.
+        passes: as many masks as so many passes of the network let evaluate in pairs.
+        weights: safetensors file for a plain classifier, or ``none`` for random ones.
+        classes: text file with the names of the model's outputs, or ``imagenet``.
+        download: whether weights of torchvision may be fetched.
+        labels: what labels behind masks are computed in, ``float32`` or ``bfloat16``; None for the model's own.
+        threshold: confidence from which on certified detection raises an alarm; None for the model's own.
+        compare: whether other thresholds are to be compared with it.
+    """
+
+    defense: str | None = None
+    masks: int | None = None
+    passes: int | None = None
+    weights: str | None = None
+    classes: str | None = None
+    labels: str | None = None
+    download: bool = False
+    threshold: float | None = None
+    compare: bool = False
+
+    @property
+    def masked(self) -> bool:
+        """Whether it says which masks to use."""
+        return self.masks is not None or self.passes is not None
+
+    def plan(self, threats: Sequence[Threat], shape: Sequence[int]) -> MaskPlan:
+        """The masks that cover all of these threats on images [C, H, W]."""
+        covers = tuple(map(str, largest(threats, shape)))
+        return MaskPlan(covers, per_axis=self.masks or 0, passes=self.passes or 0)
+
+
+class ModelSource(ABC):
+    """A model that was found, before anybody knows on which images and against what.
+
+    Attributes:
+        name: what the user calls it.
+        note: one line about where it came from.
+        threat: the threat that it is made for; empty if none.
+        dataset: the data set that it is to be evaluated on unless told otherwise; empty if none.
+        names: what its outputs are called; empty if nobody says.
+    """
+
+    name: str
+    note: str
+    threat: str
+    dataset: str
+    names: Names
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """C of the images that it takes."""
+
+    @abstractmethod
+    def resize_crop(self) -> ResizeCrop | None:
+        """How pictures become the images that the model was made for; None if nobody says."""
+
+    def fitted(self, dataset: str) -> str:
+        """A data set's name with how its pictures become images, unless it says so itself: as the model was made for.
+
+        Raises:
+            DataError: nobody says, and the pictures are of many sizes.
+        """
+        if (meant := self.resize_crop()) is not None:
+            return datasets.fitted(dataset, meant)
+        if not datasets.own(dataset) or datasets.resize_crop(dataset) is not None:
+            return dataset
+        path = datasets.info(dataset).path
+        assert path is not None
+        return datasets.fitted(dataset, ResizeCrop(class_folders.common_size(class_folders.scan(path))))
+
+    def meant(self, dataset: str, path: Path) -> ResizeCrop:
+        """How one picture becomes an image: as the data set's name says, else as the model was made for, else as it is."""
+        said = datasets.resize_crop(self.fitted(dataset)) if dataset else None
+        return said or self.resize_crop() or ResizeCrop(image_files.size_of(path))
+
+    @abstractmethod
+    def shape(self, dataset: str) -> tuple[int, int, int]:
+        """C, H and W of the images that it is to be given, if they are of this data set."""
+
+    @abstractmethod
+    def evaluated(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> EvaluatedModel:
+        """The model with its defense, for images of this shape."""
+
+    def matched(self, classes: Sequence[str], data: str, evaluated: EvaluatedModel) -> list[int] | None:
+        """For each class of a data set the model's output of that name; None if the labels already count its outputs.
+
+        Raises:
+            DataError: the names do not fit; says what to type.
+        """
+        count = len(evaluated.defense.classes)
+        return class_names.match(classes, self.names, data=data, model=self.name, count=count)
+
+
+class ZooModel(ModelSource):
+    """A model with a defense of its own, from the zoo, a folder or the Hub."""
+
+    def __init__(self, found: ResolvedModel, name: str, request: DefenseRequest, device: str) -> None:
+        if request.weights is not None:
+            raise UsageError(f"'{name}' has its own weights.", hint="Leave --weights out; it is for plain classifiers.")
+        self.defense, self.config = checkpoint.load_defense(
+            found.folder, device=device, expected_sha256=found.sha256, expected_config=found.config_sha256
+        )
+        self.found, self.request, self.name, self.note = found, request, name, found.note
+        self.threat, self.dataset = str(self.config["threat"]), str(self.config["dataset"])
+        own = tuple(tuple(map(str, one)) for one in self.config.get("names", ())) or tuple((one,) for one in self.defense.classes)
+        self.names = own if request.classes is None else class_names.read(Path(request.classes))
+
+    @property
+    def channels(self) -> int:
+        return self.defense.input_shape[0]
+
+    def resize_crop(self) -> ResizeCrop:
+        """That of its training images; if they were no pictures in folders, the whole middle of a picture."""
+        size = self.defense.input_shape[1:]
+        return datasets.resize_crop(self.dataset) or ResizeCrop(size, size)
+
+    def shape(self, dataset: str) -> tuple[int, int, int]:
+        return self.defense.input_shape
+
+    def evaluated(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> EvaluatedModel:
+        kind = str(self.config["defense"])
+        defense: Any = self.defense
+        asked, request = self.request.defense or kind, self.request
+        if asked != kind or request.masked or request.labels:
+            if self.request.defense is None and kind not in around():
+                hint = f"Choose a defense that has them: --defense {' or '.join(around())}."
+                raise UsageError(f"{self.name} is a model of {kind}, which has no masks to choose.", hint=hint)
+            check_around(asked)
+            inner: nn.Module = defense
+            mean: Sequence[float] | None = self.config.get("network", {}).get("options", {}).get("mean")
+            if kind in around():
+                inner, mean = defense.network, defense.fill.flatten().tolist()
+            plan = defense.plan if asked == kind and not request.masked else request.plan(threats, shape)
+            numbers = request.labels or str(getattr(defense, "labels", ""))
+            defense = put_around(inner, asked, shape, defense.classes, plan, mean, numbers).to(torch.device(device))
+        alarming(defense, asked, request, getattr(self.defense, "threshold", None))
+        setting = _masks_of(defense)
+        if asked != kind:
+            setting["classifier"] = f"the class scores of {kind}"
+        return EvaluatedModel(defense, self.name, asked, self.found.sha256, self.found.source, setting)
+
+    def matched(self, classes: Sequence[str], data: str, evaluated: EvaluatedModel) -> list[int] | None:
+        """No names are compared if it is the data set that the model was trained on, whose labels it knows."""
+        if self.request.classes is None and not datasets.own(data) and datasets.same(self.dataset, data):
+            return None
+        return super().matched(classes, data, evaluated)
+
+
+class WrappedClassifier(ModelSource):
+    """A plain classifier, around which the user wants a defense."""
+
+    def __init__(self, classifier: Classifier, request: DefenseRequest, card: cards.Card | None = None) -> None:
+        assert request.defense is not None
+        self.classifier, self.request, self.kind = classifier, request, request.defense
+        self.note, self.names = classifier.note, classifier.names
+        self.name = card.name if card else classifier.name
+        self.threat, self.dataset = (card.threat, card.dataset) if card else ("", "")
+
+    @property
+    def channels(self) -> int:
+        return 3 if self.classifier.mean is None else len(self.classifier.mean)
+
+    def resize_crop(self) -> ResizeCrop | None:
+        return self.classifier.resize_crop
+
+    def shape(self, dataset: str) -> tuple[int, int, int]:
+        return datasets.info(dataset).shape
+
+    def evaluated(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> EvaluatedModel:
+        plan = self.request.plan(threats, shape)
+        plan.masks(*shape[1:])  # what cannot be masked is told before the network is asked
+        about, notes = loaders.settled(self.classifier, shape, device)
+        count, numbers = addresses.outputs(about, shape, device), self.request.labels or ""
+        classes = class_names.words(self.names) if len(self.names) == count else tuple(map(str, range(count)))
+        defense = put_around(about.network, self.kind, shape, classes, plan, about.mean, numbers).to(torch.device(device))
+        alarming(defense, self.kind, self.request)
+        try:
+            defense.test_once()
+        except IntegrityError as problem:
+            if not about.random:
+                raise
+            notes.append(f"random weights fail the self-test, which is of no consequence for what they cost: {problem}")
+            defense.trust()
+        setting = {"classifier": about.name, "input_shape": list(shape), **about.setting, **_masks_of(defense)}
+        in_front = about.in_front
+        said = (f"in front of {about.name}: {in_front}", *notes)
+        return EvaluatedModel(defense, self.name, self.kind, about.sha256, about.source, setting, in_front, said)
+
+    def matched(self, classes: Sequence[str], data: str, evaluated: EvaluatedModel) -> list[int] | None:
+        """Outputs with random weights have no meaning that a name could fit."""
+        return None if self.classifier.random else super().matched(classes, data, evaluated)
+
+
+def find(model: str | None, dataset: str | None, request: DefenseRequest, device: str) -> ModelSource:
+    """The model of this name, folder or address; without any, the documented default for a data set.
+
+    Raises:
+        UnknownName, UsageError, HubError, IntegrityError, DataError, MachineError: as :func:`patchcert_cli.hub.resolve`,
+            :func:`patchcert_cli.checkpoint.load_defense` and :func:`patchcert_cli.classifiers.open_`.
+    """
+    name = model or bundled.default_model(dataset or bundled.DEFAULT_DATASET)
+    if addresses.is_address(name):
+        if request.defense is None:
+            raise UsageError(f"{name} is a plain classifier.", hint=f"Choose a defense: --defense {' or '.join(around())}.")
+        check_around(request.defense)
+        opened = addresses.open_(name, weights=request.weights, classes=request.classes, typed=True, download=request.download)
+        return WrappedClassifier(opened, request)
+    card = bundled.card(name) if name in bundled.names() else None
+    if card is not None and card.classifier:
+        masks = request.masks if request.masked else card.recipe.get("masks", {}).get("per_axis")
+        request = replace(request, defense=request.defense or card.defense, masks=masks)
+        classifier = addresses.open_(card.classifier, weights=request.weights, classes=request.classes)
+        return WrappedClassifier(classifier, request, card)
+    made = ZooModel(resolve(name), name, request, device)
+    if model is None:
+        made.note = f"no model given: {name}, the default for {dataset or bundled.DEFAULT_DATASET}. {made.note}"
+    return made
+
+
+def around() -> list[str]:
+    """Defenses that can be put around any classifier: those that are made of a network, masks and their colour."""
+    return [name for name in defenses.names() if {"network", "masks", "fill"} <= set(_parameters(name))]
+
+
+def check_around(kind: str) -> None:
+    """Raise :class:`UsageError` unless defense ``kind`` can be put around any classifier."""
+    defenses.by_name(kind)  # an unknown name says so itself
+    if kind not in around():
+        raise UsageError(f"{kind} cannot be put around a classifier.", hint=f"Allowed: {', '.join(around())}.")
+
+
+def put_around(
+    network: nn.Module,
+    kind: str,
+    shape: tuple[int, int, int],
+    classes: tuple[str, ...],
+    plan: MaskPlan,
+    mean: Sequence[float] | None,
+    numbers: str = "",
+) -> Defense:
+    """Defense ``kind`` around a classifier of images [C, H, W] in [0, 1]; its masks have the mean colour, or grey.
+
+    ``numbers`` is what labels are computed in, if not the defense's default.
+    """
+    if numbers == "bfloat16" and len(classes) >= MANY:
+        raise UsageError(
+            f"with {len(classes)} classes --labels bfloat16 gains nothing: most labels are in doubt and computed again.",
+            hint="Leave it out.",
+        )
+    fill = tuple(mean or ())
+    if len(fill) != shape[0]:
+        fill = (sum(fill) / len(fill) if fill and shape[0] == 1 else GREY,) * shape[0]
+    maker: Any = defenses.by_name(kind)
+    more = {"labels": numbers} if numbers and "labels" in _parameters(kind) else {}
+    made: Defense = maker(network, input_shape=shape, classes=classes, masks=plan, fill=fill, **more)
+    return made.eval()
+
+
+def alarming(defense: Defense, kind: str, request: DefenseRequest, own: float | None = None) -> None:
+    """Set from which confidence on a defense raises alarms: what is wished, else ``own``, which it had with other masks.
+
+    Raises:
+        UsageError: it raises none.
+    """
+    if isinstance(defense, Minority):
+        chosen = own if request.threshold is None else request.threshold
+        defense.threshold = defense.threshold if chosen is None else chosen
+        defense.grid = tuple(sorted({*GRID, defense.threshold})) if request.compare else ()
+    elif request.threshold is not None or request.compare:
+        flag = "--plot-thresholds" if request.threshold is None else "--threshold"
+        raise UsageError(f"{kind} raises no alarms, so {flag} means nothing.", hint="Use --defense minority, or leave it out.")
+
+
+def largest(threats: Sequence[Threat], shape: Sequence[int]) -> list[Threat]:
+    """Threats without the patches that fit inside another one of them: what hides the others hides these too."""
+    sides = [one.resolve(*shape[1:]) if isinstance(one, Patch | PatchPercent) else None for one in threats]
+
+    def beneath(at: int, other: int) -> bool:
+        one, two = sides[at], sides[other]
+        if one is None or two is None or at == other:
+            return False
+        inside = one.height <= two.height and one.width <= two.width
+        return inside and (one != two or other < at)
+
+    return [one for at, one in enumerate(threats) if not any(beneath(at, other) for other in range(len(threats)))]
+
+
+def _masks_of(defense: Defense) -> dict[str, Any]:
+    """The masks of a defense that has some, as a manifest tells them."""
+    plan, fill = getattr(defense, "plan", None), getattr(defense, "fill", None)
+    said: dict[str, Any] = {"masks": plan.to_dict()} if isinstance(plan, MaskPlan) else {}
+    numbers = getattr(defense, "labels", None)
+    said |= {"labels": numbers} if isinstance(numbers, str) else {}
+    if isinstance(defense, Minority):
+        said |= {"threshold": defense.threshold} | ({"compared": list(defense.grid)} if defense.grid else {})
+    return said | ({"fill": [round(value, 6) for value in fill.flatten().tolist()]} if isinstance(fill, torch.Tensor) else {})
+
+
+def _parameters(kind: str) -> Mapping[str, Any]:
+    return inspect.signature(defenses.by_name(kind)).parameters

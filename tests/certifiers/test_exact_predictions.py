@@ -1,0 +1,171 @@
+"""Masked passes of whole numbers: what is shared between masks has the very bits of the whole network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from patchcert_cli.certifiers.masks import exact_predictions
+from patchcert_cli.certifiers.masks.exact_predictions import ExactViews, Window, Zones, common, spread
+from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
+from patchcert_cli.errors import IntegrityError
+from patchcert_cli.layers import fixed_point, integers
+from patchcert_cli.layers.levels import Levels
+from tests.layers.test_levels import images, network, slowly
+
+FILL = torch.tensor([0.4, 0.5, 0.3])[:, None, None]
+
+
+def views(cover: str = "patch:3x3", seed: int = 0, **options: Any) -> tuple[ExactViews, Tensor]:
+    """A network behind masks, and a few images."""
+    shape = options.get("input_shape", (3, 16, 16))
+    frozen: Any = fixed_point.freeze(network(seed, **options))
+    masks = MaskPlan((cover,), per_axis=3).masks(*shape[1:]).hidden
+    return ExactViews(frozen, masks, FILL[: shape[0]]), images(shape, 3)
+
+
+def every(count: int, masks: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ones(count, masks, masks).nonzero().T.unbind()  # type: ignore[return-value]
+
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"cover": "patch:2x7"},
+    {"cover": "patches:2:2x2"},
+    {"takes_mask": True},
+    {"mirrored": True},
+    {"kernel": 3},
+    {"widths": [6]},
+    {"input_shape": (1, 15, 13), "widths": [4, 4], "takes_mask": True},
+    {"widths": [6, 8, 10]},
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("worth", [0.0, 0.7, 2.0])
+def test_every_pair_has_the_bits_of_the_whole_network(
+    case: dict[str, Any], worth: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exact_predictions, "WORTH", worth)
+    through, x = views(**case)
+    parted = through.zones()[0].parted
+    assert parted == (0 if worth == 0 else len(through.network.each)) or worth == 0.7
+    image, first, second = every(len(x), len(through.masks))
+    found = through.asking(x).logits(image, first, second)
+    hidden = through.masks[first] | through.masks[second]
+    steps = torch.where(hidden[:, None], through.fill, fixed_point.to_steps(x)[image])
+    assert torch.equal(found, slowly(through.network, steps, hidden))
+    assert len(found) == len(x) * len(through.masks) ** 2
+
+
+def test_neither_order_nor_company_alters_a_pass() -> None:
+    through, x = views()
+    image, first, second = every(len(x), len(through.masks))
+    right = through.asking(x).logits(image, first, second)
+    shuffled = torch.randperm(len(image), generator=torch.Generator().manual_seed(5))
+    asked = through.asking(x)
+    for some in torch.split(shuffled, 7):
+        assert torch.equal(asked.logits(image[some], first[some], second[some]), right[some])
+    assert torch.equal(asked.logits(image, second, first), right)  # two masks have no order
+    alone = through.asking(x[1:2])
+    mine = image == 1
+    assert torch.equal(alone.logits(image[mine] - 1, first[mine], second[mine]), right[mine])
+    for backend in ("float32", "float64"):
+        with integers.only(backend):
+            assert torch.equal(through.asking(x).logits(image, first, second), right)
+    assert asked.logits(*torch.zeros(3, 0, dtype=torch.int64)).shape == (0, 5)
+
+
+def test_answers_are_sorted_logits() -> None:
+    through, x = views()
+    image, first, second = every(len(x), len(through.masks))
+    asked = through.asking(x)
+    told, logits = asked(image, first, second), asked.logits(image, first, second)
+    for row in range(len(logits)):
+        numbers = logits[row].tolist()
+        ranked = sorted(range(len(numbers)), key=lambda k: (-numbers[k], k))
+        assert (int(told.label[row]), int(told.rival[row])) == (ranked[0], ranked[1])
+        assert (float(told.logit_margin[row]) > 0) == (numbers[ranked[0]] > numbers[ranked[1]])
+
+
+def test_zones_are_where_a_hidden_pixel_is_felt() -> None:
+    """By NaN: what a pixel reaches in a chain of convolutions and poolings of the same shapes."""
+    frozen: Any = fixed_point.freeze(network(kernel=3))
+    masks = MaskPlan(("patch:3x3",), per_axis=3).masks(16, 16).hidden
+    felt = masks
+    for level in frozen.each:
+        marked = torch.where(felt[:, None], torch.nan, 1.0)
+        kernel = torch.ones(1, 1, level.kernel, level.kernel)
+        reached = torch.nn.functional.conv2d(marked, kernel, padding=level.padding)
+        if level.pool:
+            reached = torch.nn.functional.max_pool2d(reached, 2)
+        felt = spread(felt, level)
+        assert torch.equal(felt, reached.isnan()[:, 0])
+    boxes = common(felt)
+    for i in range(len(felt)):
+        for j in range(len(felt)):
+            rows, columns = (felt[i] & felt[j]).nonzero().T
+            top, left, height, width = boxes[i, j].tolist()
+            if not len(rows):
+                assert height == 0 or width == 0
+                continue
+            assert (top, top + height) == (int(rows.min()), int(rows.max()) + 1)
+            assert (left, left + width) == (int(columns.min()), int(columns.max()) + 1)
+
+
+@pytest.mark.parametrize("broken", ["zone", "box", "row"])
+def test_a_wrong_zone_is_caught(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact_predictions, "WORTH", 2.0)
+    through, x = views()
+    zones = through.zones()[0]
+    if broken == "zone":  # a column less is felt
+        for felt in zones.felt[1:]:
+            felt &= felt.roll(1, dims=2)
+        zones.boxes = [common(felt) for felt in zones.felt[1:]]
+    elif broken == "box":  # a row less is computed
+        for boxes in zones.boxes:
+            boxes[..., 2] = (boxes[..., 2] - 1).clamp(min=0)
+    else:  # a row too far in what is read of single masks
+        original = Zones._seen
+
+        def seen(self: Zones, number: int, *places: Tensor) -> Window:
+            found = original(self, number, *places)
+            return replace(found, offset=found.offset + (found.own == 0).int()) if number == 1 else found
+
+        monkeypatch.setattr(Zones, "_seen", seen)
+    image, first, second = every(len(x), len(through.masks))
+    found = through.asking(x).logits(image, first, second)
+    hidden = through.masks[first] | through.masks[second]
+    steps = torch.where(hidden[:, None], through.fill, fixed_point.to_steps(x)[image])
+    assert not torch.equal(found, through.network(steps, hidden))
+
+
+def test_the_self_test_finds_a_backend_that_is_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    through, _ = views()
+    through.test()
+    real = integers.Whole.run
+    monkeypatch.setattr(
+        integers.Whole,
+        "run",
+        lambda self, q: real(self, q) if integers._forced else lambda v: integers.reference(self, v) ^ 1,
+    )
+    with pytest.raises(IntegrityError, match="differ"):
+        through.test()
+
+
+def test_boxes_save_most_of_the_early_levels() -> None:
+    """What makes sharing pay: of the first maps of the network of the zoo, masks have hardly anything in common."""
+    frozen: Any = fixed_point.freeze(network(input_shape=(3, 32, 32), widths=[8, 8, 8]))
+    assert isinstance(frozen, Levels)
+    masks = MaskPlan(("patch:5x5",), per_axis=7).masks(32, 32).hidden
+    zones = Zones(frozen, masks)
+    shares = [
+        float((boxes[..., 2] * boxes[..., 3]).double().mean()) / felt[0].numel()
+        for felt, boxes in zip(zones.felt[1:], zones.boxes, strict=True)
+    ]
+    assert len(masks) == 49 and zones.parted == 5
+    assert shares[0] < 0.01 and shares[2] < 0.06 and shares[3] < 0.25 and shares[4] < 0.5
