@@ -4,8 +4,8 @@ The pixels are divided into disjoint sets, and a network votes from each set alo
 One network serves all sets and is given the number of the set (in the paper each set has a network of its own). k changed pixels
 reach at most k votes, whatever k is, so one evaluation certifies every k.
 
-The deployed network computes without rounding error (:mod:`patchcert_cli.layers.exact`): a vote depends on the pixels of its set
-and on nothing else, neither on the batch nor on the machine.
+The deployed network computes without rounding error (:mod:`patchcert_cli.layers.fixed_point`): a vote depends on the pixels of
+its set and on nothing else, neither on the batch nor on the machine.
 
 **Proof.** A set is a location of :mod:`patchcert_cli.certifiers.cells.additive` that reaches one cell, itself, and an attacker
 with k pixels has min(k, n) of the n locations: each pixel lies in one set. No location reaches another's cell, so the loss of
@@ -35,7 +35,7 @@ from patchcert_cli.defenses.bagcert import Step
 from patchcert_cli.defenses.base import Augment, Claim, Options, Surrogate, TrainingStep
 from patchcert_cli.defenses.evidence import EvidenceDefense
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
-from patchcert_cli.layers import exact, programs
+from patchcert_cli.layers import fixed_point, programs
 from patchcert_cli.layers.programs import Runner
 from patchcert_cli.models.setwise import Setwise
 from patchcert_cli.schema import Count, Fraction, NonNegative, Positive
@@ -121,7 +121,7 @@ class Partition(EvidenceDefense):
         self.network, self.how = network, how
         self.register_buffer("sets", divided(input_shape, how), persistent=False)
         self.register_buffer("members", listed(self.sets, how.spacing**2), persistent=False)
-        self.deployed = exact.Deployed(network)
+        self.deployed = fixed_point.Deployed(network)
         self.run = Runner(self.deployed)
 
     @classmethod
@@ -129,7 +129,7 @@ class Partition(EvidenceDefense):
         try:
             how = schema.read(PartitionOptions, config.get("options", {}), "options")
         except schema.Invalid as problem:
-            raise IntegrityError(f"partition cannot be built: {problem}.") from problem
+            raise IntegrityError(f"Partition cannot be built: {problem}.") from problem
         shape, classes = tuple(config["input_shape"]), tuple(config["classes"])
         size = listed(divided(shape, how), how.spacing**2).shape[1]
         views = (shape[0] * size, how.spacing, how.spacing)
@@ -137,7 +137,7 @@ class Partition(EvidenceDefense):
         network: Any = models.build(config["network"]["name"], options)
         if not isinstance(network, Setwise):
             raise IntegrityError(
-                f"partition needs a network of sets, not '{config['network']['name']}';", hint="use network setwise."
+                f"Partition needs a network of sets, not '{config['network']['name']}'.", hint="Use network setwise."
             )
         return cls(network, how, input_shape=shape, classes=classes)
 
@@ -195,7 +195,7 @@ class Partition(EvidenceDefense):
     def scores(self, x: Tensor) -> Tensor:
         """The scores of all sets as the deployed network computes them, without rounding error, [B, K, N, M]."""
         size = programs.at_once(self.activations, x.device, PIECE)
-        return torch.cat([self.run(self.values(exact.to_steps(part))) for part in torch.split(x, size)])
+        return torch.cat([self.run(self.values(fixed_point.to_steps(part))) for part in torch.split(x, size)])
 
     def count(self, scores: Tensor) -> Votes:
         """No vote is in doubt, since scores are not rounded."""
@@ -215,7 +215,9 @@ class Partition(EvidenceDefense):
 
     def cover(self, patch: Patch) -> Cover:
         if self.how.layout == "random":
-            raise UnsupportedThreat(f"random sets have no certificate against {patch};", hint="allowed: sparse threats.")
+            raise UnsupportedThreat(
+                f"Random sets have no certificate against {patch}.", hint="Use a sparse threat, or sets of a lattice."
+            )
         height, width = self.input_shape[1:]
         return Cover(
             *(_lattice(length, side, self.how.spacing) for length, side in ((height, patch.height), (width, patch.width)))
@@ -243,7 +245,7 @@ class Partition(EvidenceDefense):
         for at, (row, column) in enumerate(pixels):
             if reached[at].nonzero().flatten().tolist() != [int(self.sets[row, column])]:
                 raise IntegrityError(
-                    f"the pixel at row {row}, column {column} reaches {int(reached[at].sum())} sets, not its own alone;",
+                    f"The pixel at row {row}, column {column} reaches {int(reached[at].sum())} sets, not its own alone.",
                     hint="The network is not what its configuration says; its certificates would be void.",
                 )
 
@@ -251,7 +253,7 @@ class Partition(EvidenceDefense):
     def finish(self, x: Tensor) -> None:
         """Choose the steps of the deployed network's activations from some training images."""
         self.eval()
-        with exact.observing(self.network):
+        with fixed_point.observing(self.network):
             for part in torch.split(x, 100):
                 self.network(self.values(part))
 
@@ -294,8 +296,8 @@ def divided(shape: tuple[int, ...], how: PartitionOptions) -> Tensor:
     most = min(height, width) if how.layout == "lattice" else int((height * width) ** 0.5)
     if how.spacing > most:
         raise UsageError(
-            f"{how.spacing**2} sets are too many for {height}x{width} pixels;",
-            hint=f"spacing {how.spacing} is given, allowed: 1 to {most}.",
+            f"{how.spacing**2} sets are too many for {height}x{width} pixels.",
+            hint=f"Use a spacing from 1 to {most} instead of {how.spacing}.",
         )
     if how.layout == "lattice":
         rows, columns = torch.arange(height) % how.spacing, torch.arange(width) % how.spacing

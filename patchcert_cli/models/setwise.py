@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli.layers import exact
-from patchcert_cli.layers.exact import Grid
+from patchcert_cli.layers import fixed_point
+from patchcert_cli.layers.fixed_point import Grid
 from patchcert_cli.layers.preprocessing import Normalize
 from patchcert_cli.models.region import Placed, normed
 from patchcert_cli.models.resnet import Block, ExactStem
@@ -71,8 +71,8 @@ class Setwise(nn.Module):
         return F.linear(v, self.head.weight.flatten(1), self.head.bias)
 
     def freeze(self, precision: torch.dtype) -> tuple[nn.Module, int]:
-        """The deployed network of whole steps 0 to 255 (:mod:`patchcert_cli.layers.exact`), and the fewest bits of a channel's
-        largest weight.
+        """The deployed network of whole steps 0 to 255 (:mod:`patchcert_cli.layers.fixed_point`), and the fewest bits of a
+        channel's largest weight.
 
         One of the one-hot maps is :data:`HOT` where its set is, so the embedding is a part of the first layer's weights.
         """
@@ -83,15 +83,15 @@ class Setwise(nn.Module):
             torch.cat([part.double().cpu(), part.new_full((len(self.embedding),), rest).double().cpu()])
             for part, rest in ((self.normalize.scale, 1.0), (self.normalize.shift, 0.0))
         )
-        weight, bias = exact.absorb(*exact.fold(both, self.norm), scale / 255, shift)
-        stem, fewest = exact.affine(weight, bias, both, exact.PIXELS, precision)
+        weight, bias = fixed_point.absorb(*fixed_point.fold(both, self.norm), scale / 255, shift)
+        stem, fewest = fixed_point.affine(weight, bias, both, fixed_point.PIXELS, precision)
         wire = self.grid.wire
         layers: list[nn.Module] = [Placed(one_hot(*self.places)), ExactStem(stem, wire)]
         for block in cast(list[Block], list(self.blocks)):
             layer, bits = block.freeze(wire, precision)
             layers.append(layer)
             fewest, wire = min(fewest, bits), block.grid.wire
-        head, bits = exact.affine(*exact.fold(self.head, None), self.head, wire, precision)
+        head, bits = fixed_point.affine(*fixed_point.fold(self.head, None), self.head, wire, precision)
         return nn.Sequential(*layers, head), min(fewest, bits)
 
 
