@@ -22,9 +22,9 @@ from patchcert_cli import data, defenses
 from patchcert_cli.catalog import resolve
 from patchcert_cli.certifiers.cells import additive
 from patchcert_cli.certifiers.cells.additive import Votes
-from patchcert_cli.certifiers.geometry import Axis, Cover
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
+from patchcert_cli.defenses import Claim, TrainingStep
 from patchcert_cli.defenses.bagcert import BagCert
-from patchcert_cli.defenses.base import Claim, TrainingStep
 from patchcert_cli.defenses.smoothing import Smoothing
 from patchcert_cli.layers import fixed_point, integers, precision
 from patchcert_cli.storage import files
@@ -48,7 +48,7 @@ def seconds(work: Callable[[], object], repeats: int = 3) -> float:
 def overhead(defense: BagCert, x: Tensor) -> None:
     sizes = [Claim(Patch(side, side)) for side in range(1, 11)]
     forward = seconds(lambda: defense.scores(x))
-    one, ten = seconds(lambda: defense.certify_each(x, sizes[4:5])), seconds(lambda: defense.certify_each(x, sizes))
+    one, ten = seconds(lambda: defense.certify_claims(x, sizes[4:5])), seconds(lambda: defense.certify_claims(x, sizes))
     print(f"bagcert, {len(x)} images: forward pass {forward:.3f} s = {len(x) / forward:.0f} images/s")
     print(
         f"  certify 5x5 at all 784 locations: +{100 * (one / forward - 1):.1f} %; sizes 1..10: +{100 * (ten / forward - 1):.1f} %"
@@ -104,12 +104,12 @@ def proof() -> None:
     generator = torch.Generator().manual_seed(0)
     small = Votes(torch.rand(8192, 10, 26, 26, generator=generator) < 0.2)
     axis = Axis.sliding(32, 5, kernel=7)
-    quick = seconds(lambda: additive.prove(small, Cover(axis, axis)))
+    quick = seconds(lambda: additive.prove(small, CellCoverage(axis, axis)))
     cells = len(small.scores) * 10 * 784 / quick
     print(f"proof on stored votes, 26x26 cells, 10 classes, 5x5: {len(small.scores) / quick:.0f} images/s")
     wide = Votes(torch.rand(1, 1000, 218, 218, generator=generator) < 0.01)
     axis = Axis.sliding(224, 32, kernel=7)
-    slow = seconds(lambda: additive.prove(wide, Cover(axis, axis)), repeats=1)
+    slow = seconds(lambda: additive.prove(wide, CellCoverage(axis, axis)), repeats=1)
     many = 1000 * axis_count(224, 32) ** 2 / slow
     print(f"  locations times classes a second: {cells:.2e}; on a 218x218 map with 1,000 classes, 32x32: {many:.2e}")
     print(f"  ratio {many / cells:.2f} (above 1 means that the large map is cheaper per location)")
@@ -130,7 +130,7 @@ def smoothing(defense: Smoothing, recipe: dict[str, Any], x: Tensor) -> None:
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 1.0
     frames.training_loss(x, torch.zeros(len(x), dtype=torch.int64), TrainingStep(PATCH, frames.how, 0.0, 1, torch.Generator()))
-    frames.finish(x[:8])
+    frames.calibrate(x[:8])
     whole = seconds(lambda: frames.certify(x, PATCH), 1)
     print(f"  given whole frames, as published: {len(x) / whole:.1f} images/s")
     if importlib.util.find_spec("art") is None:

@@ -21,7 +21,7 @@ from patchcert_cli.catalog import resolve
 from patchcert_cli.certifiers.bounds import intervals
 from patchcert_cli.certifiers.bounds.first_layer import location_masks
 from patchcert_cli.certifiers.bounds.rules import propagate
-from patchcert_cli.defenses.base import TrainingStep
+from patchcert_cli.defenses import TrainingStep
 from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.evaluation.task import BATCH_SIZE
 from patchcert_cli.layers.supported_layers import layers_of

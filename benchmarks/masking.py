@@ -20,8 +20,8 @@ from torch import Tensor
 from patchcert_cli import data, defenses
 from patchcert_cli.catalog import resolve
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.certifiers.masks import exact_predictions
-from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
+from patchcert_cli.certifiers.masks import mask_influence
+from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.layers import integers
 from patchcert_cli.storage import files
@@ -36,17 +36,17 @@ def opened(name: str) -> PatchCleanser:
     return defense
 
 
-def with_masks(defense: PatchCleanser, plan: MaskPlan, labels: str) -> PatchCleanser:
+def with_masks(defense: PatchCleanser, plan: MaskSpec, labels: str) -> PatchCleanser:
     fill = defense.fill.flatten().tolist()
     return PatchCleanser(
         defense.network, input_shape=defense.input_shape, classes=defense.classes, masks=plan, fill=fill, labels=labels
     ).eval()
 
 
-def overlapping(defense: PatchCleanser, patch: Patch) -> MaskPlan:
+def overlapping(defense: PatchCleanser, patch: Patch) -> MaskSpec:
     """Masks as large as the model's own, two pixels apart, and large enough for every location to lie behind several."""
     wider = defense.set.boxes[0][0][2] - (patch.height + APART - 1)
-    return MaskPlan((str(patch),), stride=APART, wider=max(wider, APART))
+    return MaskSpec((str(patch),), stride=APART, wider=max(wider, APART))
 
 
 def two_thirds(certificate: Certificate) -> Tensor:
@@ -117,9 +117,9 @@ def speed(name: str, defense: PatchCleanser, x: Tensor, threat: Threat, few: int
     if defense.deployed is not None:
         with integers.only("float32"):
             others["float32 convolutions"] = rate(opened(name), slow, threat, "whole numbers in float32 convolutions")
-        shared, exact_predictions.WORTH = exact_predictions.WORTH, 0.0
+        shared, mask_influence.WORTH = mask_influence.WORTH, 0.0
         others["every pass on its own"] = rate(opened(name), slow, threat, "every pass on its own")
-        exact_predictions.WORTH = shared
+        mask_influence.WORTH = shared
         others["floating point"] = rate(in_floats(name), slow, threat, "floating point, labels in float32")
     one, all_ = loop(in_floats(name), slow[:1], at_once=False), loop(in_floats(name), slow[:1], at_once=True)
     print(f"loop over pairs in float32, one masked image at a time: {one:.3f} images/s; all pairs in one batch: {all_:.3f}")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from patchcert_cli import cards, checkpoint, defenses, models
-from patchcert_cli.layers.preprocessing import Prepared
+from patchcert_cli.layers.preprocessing import WithPreprocessing
 from patchcert_cli.models import timm
 from patchcert_cli.storage import files
 
@@ -45,10 +45,10 @@ NOTES = (
 )
 
 
-def loaded(published: Mapping[str, Tensor]) -> Prepared:
+def loaded(published: Mapping[str, Tensor]) -> WithPreprocessing:
     """The network with these weights, whose names are in the order of its layers."""
     network = models.build("efficientnet_lite", {"input_shape": SHAPE, "classes": 1000, **OPTIONS})
-    assert isinstance(network, Prepared)
+    assert isinstance(network, WithPreprocessing)
     names = [name for name in network.model.state_dict() if not name.endswith(COUNTER)]
     values = [value for name, value in published.items() if not name.endswith(COUNTER)]
     state = {name: value for name, value in network.model.state_dict().items() if name.endswith(COUNTER)}

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from patchcert_cli.catalog.resolve import load as load
     from patchcert_cli.certificate import Certificate as Certificate
     from patchcert_cli.certificate import Tally as Tally
-    from patchcert_cli.defenses.base import Defense as Defense
+    from patchcert_cli.defenses import Defense as Defense
     from patchcert_cli.errors import PatchcertError as PatchcertError
     from patchcert_cli.threats import Guarantee as Guarantee
     from patchcert_cli.threats import Patch as Patch
@@ -27,7 +27,7 @@ _HOMES = {
     "Certificate": "certificate",
     "Guarantee": "threats",
     "Tally": "certificate",
-    "Defense": "defenses.base",
+    "Defense": "defenses",
     "PatchcertError": "errors",
     "load": "catalog.resolve",
     "Patch": "threats",

@@ -15,9 +15,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from patchcert_cli import cards, defenses
-from patchcert_cli.defenses.base import Defense
-from patchcert_cli.errors import IntegrityError
-from patchcert_cli.layers.fixed_point import Grid
+from patchcert_cli.defenses import Defense
+from patchcert_cli.errors import IntegrityError, first_line
+from patchcert_cli.layers.fixed_point import Quantizer
 from patchcert_cli.storage import files
 from patchcert_cli.storage.files import CONFIG, INDEX, WEIGHTS, parse_json, refuse_pickle, shard, write_atomically, write_json
 
@@ -46,7 +46,7 @@ def unpack(path: Path, content: bytes | None = None) -> tuple[dict[str, Tensor],
         end = 8 + int.from_bytes(content[:8], "little")
         note = json.loads(json.loads(content[8:end]).get("__metadata__", {}).get("patchcert", "{}"))
     except (SafetensorError, OSError, ValueError, RecursionError) as problem:
-        raise IntegrityError(f"'{path}' is not an intact safetensors file: {str(problem).splitlines()[0]}.") from problem
+        raise IntegrityError(f"'{path}' is not an intact safetensors file: {first_line(problem)}.") from problem
     return tensors, note
 
 
@@ -197,7 +197,7 @@ def _check_size(config: Mapping[str, Any], held: int, where: str) -> None:
 def weights_for(defense: Defense, folder: Path) -> dict[str, Tensor]:
     """The weights of a folder, for a defense that has such ones, to begin training with.
 
-    The steps of grids (:class:`patchcert_cli.layers.fixed_point.Grid`) are fitted when training ends: they may be missing.
+    The steps of grids (:class:`patchcert_cli.layers.fixed_point.Quantizer`) are fitted when training ends: they may be missing.
 
     Raises:
         IntegrityError: names, shapes or types are not those of the defense.
@@ -205,7 +205,7 @@ def weights_for(defense: Defense, folder: Path) -> dict[str, Tensor]:
     names = cards.weights_of(folder)
     tensors = _weights(folder, names, {name: files.read(folder / name) for name in names})
     state = defense.state_dict()
-    steps = [f"{name}.exponent" for name, layer in defense.named_modules() if isinstance(layer, Grid)]
+    steps = [f"{name}.exponent" for name, layer in defense.named_modules() if isinstance(layer, Quantizer)]
     tensors = {name: state[name] for name in steps if name not in tensors} | tensors
     _check_weights(defense, tensors, folder, names)
     return tensors

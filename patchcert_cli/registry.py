@@ -1,4 +1,4 @@
-"""Finding things by file name: a module in a folder is an entry of that folder's registry, under its own name."""
+"""Finding things by file name: each module or package in a folder is an entry, except names that begin with ``_``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from patchcert_cli.errors import unknown
 Base = TypeVar("Base")
 
 
-def module_names(path: Iterable[str], *, but: tuple[str, ...]) -> list[str]:
-    """The modules of a package's ``__path__``, without those that hold what they share."""
-    return sorted(module.name for module in pkgutil.iter_modules(path) if module.name not in but)
+def module_names(path: Iterable[str]) -> list[str]:
+    """The entries in a package's ``__path__``."""
+    return sorted(module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_"))
 
 
 def entry(kind: str, package: str, name: str, known: list[str]) -> ModuleType:

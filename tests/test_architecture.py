@@ -162,7 +162,7 @@ def test_each_rule_would_catch_a_breach(rule: Rule) -> None:
         ("import a.b as c", "a.b"),
         ("from a import b", "a.b"),
         ("def f():\n    from a.b import c", "a.b.c"),
-        ("from . import base", f"{PACKAGE}.attacks.base"),
+        ("from . import _base", f"{PACKAGE}.attacks._base"),
         ("from ..certifiers import geometry", f"{PACKAGE}.certifiers.geometry"),
         ("if True:\n    import pickle", "pickle"),
     ],

@@ -1,4 +1,4 @@
-"""Attacks by name: each module of this folder but ``base`` and ``target`` is one, and its file name is its name everywhere."""
+"""Attacks by name: each module of this folder is one, and its file name is its name everywhere; ``_`` marks shared code."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from typing import Any
 
 from patchcert_cli import registry
 from patchcert_cli.attacks import saved
-from patchcert_cli.attacks.base import Attack
+from patchcert_cli.attacks._base import Attack as Attack
+from patchcert_cli.attacks._base import AttackResult as AttackResult
+from patchcert_cli.attacks._base import Effort as Effort
+from patchcert_cli.attacks._base import require as require
+from patchcert_cli.attacks._target import LocalEvaluator as LocalEvaluator
+from patchcert_cli.attacks._target import Start as Start
+from patchcert_cli.attacks._target import Target as Target
+from patchcert_cli.attacks._target import rows_at_once as rows_at_once
 from patchcert_cli.errors import UnsupportedThreat, UsageError
 from patchcert_cli.threats import Patch, PatchPercent, Threat
 
 
 def names() -> list[str]:
     """All attack names."""
-    return registry.module_names(__path__, but=("base", "target"))
+    return registry.module_names(__path__)
 
 
 def by_name(name: str) -> type[Attack]:

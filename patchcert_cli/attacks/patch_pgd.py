@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchcert_cli.attacks.base import Attack, Effort, require
-from patchcert_cli.attacks.target import Target
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.attacks._base import Attack, Effort, require
+from patchcert_cli.attacks._target import Target
+from patchcert_cli.defenses import Defense
 from patchcert_cli.threats import Threat
 
 BLOCK = 16  # locations of an image that are tried together; an image whose answer flips is done after its block
@@ -205,7 +205,7 @@ class PatchPGD(Attack):
         rival = target.rivals(clean, owner, self.rivals)  # [n, T]
         rows = clean[:, None].expand(-1, rival.shape[1], -1, -1, -1)
         owners = owner.repeat_interleave(rival.shape[1])
-        logits, slope = target.slopes(rows.flatten(0, 1), owners, rival.flatten())
+        logits, slope = target.gradients(rows.flatten(0, 1), owners, rival.flatten())
         now, slope = target.gap(logits, owners, rival.flatten()).reshape(rival.shape), slope.reshape(rows.shape)
         gain = torch.maximum(slope * (1 - rows), -slope * rows).sum(dim=2)  # [n, T, H, W]
         return rival, now[:, :, None] + _box_sums(gain, locations), (slope > 0).to(clean)
@@ -234,8 +234,8 @@ class PatchPGD(Attack):
         """Offer contents [n, S, C, H, W] inside boxes [n, S, 4] as they are, and return their margins [n, S]."""
         rows = torch.where(_inside(boxes, clean), content, clean[:, None])
         owners = owner.repeat_interleave(rows.shape[1])
-        lens = target.lens(clean, owner, boxes)
-        margin = target.gap(target.logits(rows.flatten(0, 1), owners, lens), owners).reshape(rows.shape[:2])
+        evaluator = target.local_evaluator(clean, owner, boxes)
+        margin = target.gap(target.logits(rows.flatten(0, 1), owners, evaluator), owners).reshape(rows.shape[:2])
         target.offer(rows, margin, owner, boxes)
         return margin
 
@@ -256,12 +256,12 @@ class PatchPGD(Attack):
         """
         inside = _inside(boxes, x)  # [n, S, 1, H, W]
         point, pull = torch.where(inside, content, x[owner][:, None]), torch.zeros_like(content)
-        lens = target.lens(x[owner], owner, boxes, which)
-        judge = lens if which == 0 else target.lens(x[owner], owner, boxes)
+        evaluator = target.local_evaluator(x[owner], owner, boxes, which)
+        judge = evaluator if which == 0 else target.local_evaluator(x[owner], owner, boxes)
         for step in range(self.steps + 1):
             rows, owners = point.flatten(0, 1), owner.repeat_interleave(point.shape[1])
             last, aim = step == self.steps, None if rival is None else rival.flatten()
-            logits, slope = (None, rows) if last else target.slopes(rows, owners, aim, lens)
+            logits, slope = (None, rows) if last else target.gradients(rows, owners, aim, evaluator)
             if last or (which > 0 and step % JUDGED == JUDGED - 1):
                 logits = target.logits(rows, owners, judge)
             elif which > 0:
@@ -277,7 +277,7 @@ class PatchPGD(Attack):
             point = torch.where(inside, (point + rate * pull.sign()).clamp(0, 1), point)
             if not bool(going.all()):
                 point, pull, inside, owner, boxes = point[going], pull[going], inside[going], owner[going], boxes[going]
-                rival, lens, judge = None if rival is None else rival[going], lens.take(going), judge.take(going)
+                rival, evaluator, judge = None if rival is None else rival[going], evaluator.take(going), judge.take(going)
 
 
 def _inside(boxes: Tensor, x: Tensor) -> Tensor:

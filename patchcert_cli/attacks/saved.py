@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchcert_cli.attacks.base import Attack, require
-from patchcert_cli.attacks.target import Target
+from patchcert_cli.attacks._base import Attack, require
+from patchcert_cli.attacks._target import Target
 from patchcert_cli.data import image_files
 from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.errors import DataError, UsageError

@@ -16,9 +16,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from patchcert_cli.attacks.base import Attack, Effort, require
-from patchcert_cli.attacks.target import Target
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.attacks._base import Attack, Effort, require
+from patchcert_cli.attacks._target import Target
+from patchcert_cli.defenses import Defense
 from patchcert_cli.threats import Sparse, Threat
 
 
@@ -79,7 +79,7 @@ class SparseSearch(Attack):
         live = torch.arange(len(owner), device=x.device)
         for step in range(self.steps + 1):
             rows, owners = point.flatten(0, 1), owner[live].repeat_interleave(rival.shape[1])
-            logits, slope = target.slopes(rows, owners, rival[live].flatten())
+            logits, slope = target.gradients(rows, owners, rival[live].flatten())
             target.offer(point, target.gap(logits, owners).reshape(point.shape[:2]), owner[live])
             slope = slope.reshape(point.shape)
             if step == 0:

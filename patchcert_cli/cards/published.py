@@ -18,10 +18,9 @@ from typing import Any
 
 from patchcert_cli.arithmetic import Arithmetic, former, weakest
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError
-from patchcert_cli.storage.files import PUBLISHED_RECORDS
+from patchcert_cli.storage.files import PUBLISHED_RECORDS, RECORDS
 from patchcert_cli.threats import parse_threat
 
-RUN_RECORDS = "records.jsonl"  # what certify leaves beside its result.json
 MAX_BYTES = 1 << 29  # bytes after decompression; a stranger's file may be a bomb
 
 
@@ -146,7 +145,7 @@ def _row(line: Mapping[str, Any]) -> PublishedRecord:
 
 
 def _of_run(where: Path, result: Mapping[str, Any]) -> PublishedRecords:
-    path = where.parent / RUN_RECORDS
+    path = where.parent / RECORDS
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError as problem:

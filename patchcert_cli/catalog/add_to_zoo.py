@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -78,12 +77,7 @@ def source_zoo() -> Path:
 
 def write_card(folder: Path, card: Card) -> None:
     """Replace the card of a model folder."""
-    partial = folder / f"{files.CARD}.partial"
-    try:
-        partial.write_text(card.render(), encoding="utf-8")
-        os.replace(partial, folder / files.CARD)
-    except OSError as problem:
-        raise MachineError(f"cannot write '{folder}': {problem.strerror or problem}.") from problem
+    files.write_atomically(folder / files.CARD, card.render().encode())
 
 
 def _hub(zoo: Path, name: str, made: Mapping[str, File]) -> Hub:
@@ -100,12 +94,10 @@ def _copy(run: Path, target: Path, card: Card, records: Mapping[str, bytes]) -> 
     try:
         target.mkdir(parents=True, exist_ok=True)
         for file in card.files:
-            partial = target / f"{file}.partial"
             if file in records:
-                partial.write_bytes(records[file])
+                files.write_atomically(target / file, records[file])
             else:
-                shutil.copyfile(run / file, partial)
-            os.replace(partial, target / file)
+                files.copy_atomically(run / file, target / file)
         for path in target.iterdir():  # records or shards of the model that was here before
             if path.name not in (*card.files, files.CARD) and path.suffix in (".gz", ".safetensors", ".json"):
                 path.unlink()

@@ -16,7 +16,6 @@ from patchcert_cli.errors import ClaimError, IntegrityError, PatchcertError
 from patchcert_cli.storage import files
 from patchcert_cli.threats import as_options, parse_threat
 
-RESULT = "result.json"
 MEASURED = (
     *("dataset", "split", "images", "threat", "certified_interval", "method", "date", "command", "patchcert"),
     *("guarantee", "arithmetic"),
@@ -90,7 +89,7 @@ def _sample(result: Mapping[str, Any], pictures: str, masks: str, records: str) 
 
 def _masks(run: Path) -> str:
     """The masks of a run in words; empty if it has none."""
-    said = files.read_json(run / "manifest.json").get("setting", {}).get("masks", {})
+    said = files.read_json(run / files.MANIFEST).get("setting", {}).get("masks", {})
     return f"{said['per_axis']} per axis" if said.get("per_axis") else ""
 
 
@@ -126,7 +125,7 @@ def results_about(found: ResolvedModel, places: list[Path]) -> dict[str, Mapping
     assert found.card is not None
     fitting: dict[str, tuple[float, str, Mapping[str, Any]]] = {}
     partial: list[str] = []
-    for path in sorted({path.resolve() for place in places if place.is_dir() for path in place.glob(f"*/{RESULT}")}):
+    for path in sorted({path.resolve() for place in places if place.is_dir() for path in place.glob(f"*/{files.RESULT}")}):
         try:
             result = files.read_json(path)
         except PatchcertError:

@@ -21,7 +21,7 @@ from patchcert_cli.storage import files
 from patchcert_cli.storage.files import refuse_pickle
 
 if TYPE_CHECKING:
-    from patchcert_cli.defenses.base import Defense
+    from patchcert_cli.defenses import Defense
 
 ADDRESS = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 

@@ -97,7 +97,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Cover:
+class CellCoverage:
     """The cells that each location touches: those in a touched row and a touched column.
 
     Locations are numbered row by row, as :meth:`patchcert_cli.threats.Threat.locations` lists them; the attacker has

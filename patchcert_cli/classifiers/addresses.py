@@ -33,7 +33,7 @@ from patchcert_cli.data.class_names import Names
 from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.errors import HubError, IntegrityError, MachineError, PatchcertError, UsageError
 from patchcert_cli.hub import client
-from patchcert_cli.layers.preprocessing import Prepared
+from patchcert_cli.layers.preprocessing import WithPreprocessing
 from patchcert_cli.models import timm
 from patchcert_cli.storage import checksum_cache, files
 
@@ -78,7 +78,7 @@ class Classifier:
     @property
     def in_front(self) -> str:
         """What is put in front of it, in words."""
-        return self.network.in_front if isinstance(self.network, Prepared) else "pixels in [0, 1], as they are"
+        return self.network.description if isinstance(self.network, WithPreprocessing) else "pixels in [0, 1], as they are"
 
 
 def is_address(text: str) -> bool:
@@ -209,7 +209,7 @@ def begin_with(network: nn.Module, options: Mapping[str, Any]) -> None:
         IntegrityError: they do not fit, or are other weights than they were.
         HubError: they are not on this disk, and the Hub is out of reach or refuses.
     """
-    assert isinstance(network, Prepared)
+    assert isinstance(network, WithPreprocessing)
     where, source = str(options["weights"]), timm.facts(str(options["architecture"]))
     match = None if Path(where).is_file() else resolve.ADDRESS.fullmatch(where)
     if match is None:
@@ -312,7 +312,7 @@ def _published(address: str, source: timm.Facts, commit: str, folder: Path, pin:
     return replace(made, setting=made.setting | {"commit": commit})
 
 
-def _current(source: timm.Facts, network: Prepared, tensors: dict[str, Tensor], misfit: str) -> dict[str, Tensor]:
+def _current(source: timm.Facts, network: WithPreprocessing, tensors: dict[str, Tensor], misfit: str) -> dict[str, Tensor]:
     """Published weights under the names that the network's code has for them; it knows how to read older ones."""
     if tensors.keys() == network.model.state_dict().keys():
         return tensors
@@ -339,16 +339,16 @@ def _given(address: str, source: timm.Facts, weights: str) -> Classifier:
     return _described(address, source, network, files.sha256_of(content), "file", f"{address}: weights in '{path}'", ())
 
 
-def _built(source: timm.Facts, count: int) -> Prepared:
+def _built(source: timm.Facts, count: int) -> WithPreprocessing:
     options = {**source.options(), "input_shape": (source.channels, *source.size), "classes": count}
     with torch.random.fork_rng():  # its random weights are not kept
         network = models.build("timm", options)
-    assert isinstance(network, Prepared)
+    assert isinstance(network, WithPreprocessing)
     return network
 
 
 def _described(
-    address: str, source: timm.Facts, network: Prepared, sha256: str, kind: str, note: str, names: Names
+    address: str, source: timm.Facts, network: WithPreprocessing, sha256: str, kind: str, note: str, names: Names
 ) -> Classifier:
     options = source.options()
     return Classifier(

@@ -15,7 +15,7 @@ from patchcert_cli.classifiers import convert, normalization, user_code
 from patchcert_cli.classifiers.addresses import RANDOM, RANDOM_SOURCE, TORCHVISION, Classifier
 from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.errors import UsageError
-from patchcert_cli.layers.preprocessing import Prepared
+from patchcert_cli.layers.preprocessing import WithPreprocessing
 from patchcert_cli.storage import files
 
 
@@ -43,7 +43,7 @@ def user(address: str, module: str, function: str, weights: str | None) -> Class
     note += f", weights in '{weights}'" if given else ", no weights given: the network is as the function returns it"
     if not given and module.startswith("torchvision."):
         note += f" (torchvision:{function} has published weights)"
-    network = Prepared(made, size=said.size, mean=said.mean, std=said.std, channels=channels, summary=address)
+    network = WithPreprocessing(made, size=said.size, mean=said.mean, std=said.std, channels=channels, summary=address)
     return Classifier(
         network=network,
         name=address,
@@ -80,7 +80,7 @@ def onnx(address: str, path: Path, weights: str | None) -> Classifier:
     if weights is not None:
         raise UsageError(f"{address} has its own weights.", hint="Leave --weights out.")
     made = onnx_network.OnnxNetwork(path)
-    network = Prepared(made, size=made.size, channels=made.channels, summary=address)
+    network = WithPreprocessing(made, size=made.size, channels=made.channels, summary=address)
     note = f"{address}: sha256 {made.sha256[:12]}…, no float64: labels in doubt certify nothing"
     return Classifier(
         network=network,
@@ -129,7 +129,7 @@ def torchvision(address: str, weights: str | None, *, download: bool) -> Classif
     size = (facts.side, facts.side)
     inside: dict[str, Any] = {"size": size, "mean": facts.mean, "std": facts.std, "interpolation": facts.interpolation}
     return Classifier(
-        network=Prepared(network, **inside, channels=len(facts.mean), summary=address),
+        network=WithPreprocessing(network, **inside, channels=len(facts.mean), summary=address),
         name=address,
         names=torchvision_weights.names(member) if source != "file" or tag else (),
         mean=facts.mean,
@@ -148,7 +148,7 @@ def settled(classifier: Classifier, shape: Sequence[int], device: str = "cpu") -
         UsageError: it uses mean and std, but not to normalize what it is given.
     """
     network, stated = classifier.network.to(device), classifier.setting.get("preprocessing", {})
-    if classifier.source != "code" or not isinstance(network, Prepared) or network.centre is None:
+    if classifier.source != "code" or not isinstance(network, WithPreprocessing) or network.centre is None:
         return classifier, []
     mean, std = stated["mean"], stated["std"]
     size = (len(mean), *(network.size or shape[1:]))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum  # type: ignore[import-untyped]
 
 from patchcert_cli import checkpoint
-from patchcert_cli.errors import HubError, IntegrityError, UsageError, unknown
+from patchcert_cli.errors import HubError, IntegrityError, MachineError, UsageError, first_line, unknown
 from patchcert_cli.models import timm
 from patchcert_cli.storage import files
 
@@ -65,8 +65,6 @@ def names(member: Any) -> tuple[tuple[str, ...], ...]:
 
 
 def _wordnet(count: int) -> tuple[tuple[str, ...], ...]:
-    from patchcert_cli.errors import MachineError
-
     try:
         return timm.imagenet_labels(count)
     except MachineError:
@@ -93,7 +91,7 @@ def fetched(member: Any, *, download: bool) -> tuple[Path, bytes]:
         try:
             torch.hub.download_url_to_file(member.url, str(path), hash_prefix=begin[1], progress=False)
         except (OSError, RuntimeError) as problem:
-            raise HubError(f"{member.url} cannot be downloaded: {str(problem).splitlines()[0]}.", hint=hint) from problem
+            raise HubError(f"{member.url} cannot be downloaded: {first_line(problem)}.", hint=hint) from problem
     content = files.read(path)
     if not files.sha256_of(content).startswith(begin[1]):
         raise IntegrityError(f"'{path}' is damaged: its sha256 does not begin with {begin[1]}.", hint="Delete it.")

@@ -44,7 +44,7 @@ from patchcert_cli.cli.options import (
 from patchcert_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from patchcert_cli.attacks.base import Attack
+    from patchcert_cli.attacks import Attack
     from patchcert_cli.evaluation.task import EvaluationTask
 
 EXAMPLES = (
@@ -146,7 +146,7 @@ def attack(
     pasting: dict[str, Any] = {"places": places, "turn": turn, "shrink": shrink}
     _check_options(saved, searching, pasting)
 
-    from patchcert_cli.defenses.base import Claim
+    from patchcert_cli.defenses import Claim
     from patchcert_cli.evaluation import estimate, evaluate, results
     from patchcert_cli.reporting import text
 

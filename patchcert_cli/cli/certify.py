@@ -47,7 +47,7 @@ from patchcert_cli.threats import Threat, parse_patches, patches_of_area
 
 if TYPE_CHECKING:
     from patchcert_cli.cli.loading import Claims
-    from patchcert_cli.defenses.base import Claim
+    from patchcert_cli.defenses import Claim
     from patchcert_cli.evaluation.models import DefenseRequest
 
 EXAMPLES = (
@@ -191,7 +191,7 @@ def certify(
     task = open_task(model, claims, request, seed=seed, download=download, **given)
     with show.progress() as progress:
         found = evaluate.certify(task, out, fresh=fresh, progress=progress)
-    show.say("\n".join(filter(None, dict.fromkeys(task.model.defense.remark(claim.threat) for claim in task.claims))))
+    show.say("\n".join(filter(None, dict.fromkeys(task.model.defense.note(claim.threat) for claim in task.claims))))
     found |= {} if patch_area is None else {"patch_area": patch_area}
     if plot is not None:
         plots.plot(text.claim_list(found), plot, title=text.plot_title(found), area=patch_area)
@@ -209,7 +209,7 @@ def _claims(
     given = _threats(patch, area, threat, k, unit)
 
     def claims(own: str, shape: tuple[int, int, int]) -> list[Claim]:
-        from patchcert_cli.defenses.base import Claim
+        from patchcert_cli.defenses import Claim
 
         shapes = [] if area is None else patches_of_area(area, *shape[1:])
         threats = [*given, *shapes] or [own_threat(own, threat=threat, unit=unit)]
@@ -231,7 +231,7 @@ def _certify_picture(
 ) -> None:
     from patchcert_cli import device as devices
     from patchcert_cli.evaluation import single_image
-    from patchcert_cli.reporting import plots, text
+    from patchcert_cli.reporting import margin_maps, text
 
     place = devices.resolve(device)
     candidate = loading.found(model, dataset, request, place)
@@ -245,7 +245,7 @@ def _certify_picture(
         found = single_image.certify(evaluated, image, meant, **more)
     values = found.values
     if map_to is not None and found.margins is not None:
-        plots.single_map(values, found.pixels, found.margins, map_to, unit=evaluated.defense.unit)
+        margin_maps.single_map(values, found.pixels, found.margins, map_to, unit=evaluated.defense.unit)
         values |= {"map": str(map_to)}
         found.notes.append(f"drew {map_to}")
     show.say("\n".join(found.notes))

@@ -15,7 +15,7 @@ from patchcert_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from patchcert_cli.data.images import Images
-    from patchcert_cli.defenses.base import Claim
+    from patchcert_cli.defenses import Claim
     from patchcert_cli.evaluation.estimate import FullRun
     from patchcert_cli.evaluation.models import DefenseRequest, ModelSource
     from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask

@@ -70,7 +70,7 @@ def verify(
     from patchcert_cli.cards.published import PublishedRecords
     from patchcert_cli.catalog import resolve
     from patchcert_cli.catalog.claims import check_results
-    from patchcert_cli.defenses.base import Claim
+    from patchcert_cli.defenses import Claim
     from patchcert_cli.errors import DataError
     from patchcert_cli.evaluation import reproduce
     from patchcert_cli.reporting import text

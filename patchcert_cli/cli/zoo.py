@@ -12,6 +12,7 @@ import typer
 from patchcert_cli.cli import sharing, verify
 from patchcert_cli.cli import show as said
 from patchcert_cli.cli.options import AsJson, print_json
+from patchcert_cli.storage.files import file_size
 from patchcert_cli.threats import Guarantee
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def pull(
     typer.echo(found.note, err=True)
     typer.echo(str(found.folder))
     count = len(found.card.files)
-    typer.echo(f"{count} files · {_size(found.card.size)} · sha256 ok ({found.sha256[:12]}…) · licence {found.card.license}")
+    typer.echo(f"{count} files · {file_size(found.card.size)} · sha256 ok ({found.sha256[:12]}…) · licence {found.card.license}")
 
 
 @app.command("remove", epilog="Examples:\n\n patchcert zoo remove mnist-ibp-p5\n\n patchcert zoo remove org/model")
@@ -122,7 +123,7 @@ def remove(
     if as_json:
         print_json({"name": name, "repo": repo, "freed": freed})
         return
-    said = f"{repo}: freed {_size(freed)}" if freed else f"{repo} is not in the Hub's cache: nothing to remove"
+    said = f"{repo}: freed {file_size(freed)}" if freed else f"{repo} is not in the Hub's cache: nothing to remove"
     typer.echo(said + ("; the bundled copy stays" if card and card.files else ""))
 
 
@@ -169,13 +170,16 @@ def _row(card: Card, where: str) -> list[str]:
     facts = _summary(card, where)
     shares = [NONE if facts[key] is None else f"{facts[key]:.2%}" for key in ("clean", "certified", "published")]
     name = card.name if card.status != "unreliable" else f"{card.name} (unreliable)"
-    return [name, card.defense, card.threat, *shares, facts["arithmetic"] or NONE, _size(card.size), card.license, where]
-
-
-def _size(count: int) -> str:
-    if not count:
-        return NONE
-    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{max(count / 1e3, 0.1):.1f} kB"
+    return [
+        name,
+        card.defense,
+        card.threat,
+        *shares,
+        facts["arithmetic"] or NONE,
+        file_size(card.size) if card.size else NONE,
+        card.license,
+        where,
+    ]
 
 
 def _print_table(rows: list[list[str]]) -> None:

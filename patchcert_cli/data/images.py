@@ -28,7 +28,7 @@ from torch import Tensor
 
 from patchcert_cli.data import class_folders, folders, idx
 from patchcert_cli.data.datasets import Dataset, info
-from patchcert_cli.errors import DataError, MachineError, UsageError
+from patchcert_cli.errors import DataError, MachineError, UsageError, first_line
 from patchcert_cli.progress import Progress
 from patchcert_cli.storage import hub_cache
 
@@ -338,10 +338,9 @@ def _torchvision(name: str, root: Path, split: str, *, download: bool) -> tuple[
     try:
         loaded = kinds[name](str(root), train=split == "train", download=download)
     except Exception as problem:  # damaged files raise nearly anything
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         action = "downloaded to" if download else "read from"
         remedy = "Check the network." if download else "Delete it, then run the command again with --download."
-        raise DataError(f"{name} could not be {action} '{root}': {reason}.", hint=remedy) from problem
+        raise DataError(f"{name} could not be {action} '{root}': {first_line(problem)}.", hint=remedy) from problem
     pixels = torch.as_tensor(loaded.data)
     if pixels.ndim == 4:
         pixels = pixels.permute(0, 3, 1, 2).contiguous()

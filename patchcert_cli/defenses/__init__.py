@@ -1,4 +1,4 @@
-"""Defenses by name: each module of this folder but those in ``SHARED`` is one, and its file name is its name everywhere."""
+"""Defenses by name: each module of this folder is one, and its file name is its name everywhere; ``_`` marks shared code."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from patchcert_cli import registry
-from patchcert_cli.defenses.base import Defense
-
-SHARED = ("base", "evidence")
+from patchcert_cli.defenses._base import Augment as Augment
+from patchcert_cli.defenses._base import Claim as Claim
+from patchcert_cli.defenses._base import Defense as Defense
+from patchcert_cli.defenses._base import Options as Options
+from patchcert_cli.defenses._base import Surrogate as Surrogate
+from patchcert_cli.defenses._base import TrainingStep as TrainingStep
+from patchcert_cli.defenses._cells import CellSurrogate as CellSurrogate
+from patchcert_cli.defenses._cells import LocalFeatureDefense as LocalFeatureDefense
+from patchcert_cli.defenses._cells import RegionDefense as RegionDefense
+from patchcert_cli.defenses._cells import VotingDefense as VotingDefense
 
 
 def names() -> list[str]:
     """All defense names."""
-    return registry.module_names(__path__, but=SHARED)
+    return registry.module_names(__path__)
 
 
 def by_name(name: str) -> type[Defense]:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from patchcert_cli import models
 from patchcert_cli.certifiers.cells.additive import Votes
-from patchcert_cli.defenses.base import Augment, Options, Surrogate, TrainingStep
-from patchcert_cli.defenses.evidence import CellSurrogate, EvidenceDefense, RegionDefense
+from patchcert_cli.defenses._base import Augment, Options, Surrogate, TrainingStep
+from patchcert_cli.defenses._cells import CellSurrogate, RegionDefense, VotingDefense
 from patchcert_cli.models.region import RegionScorer
 from patchcert_cli.schema import Count, Fraction, Must, NonNegative, Positive
 
@@ -72,14 +72,15 @@ class BagCertOptions(Options):
     shift: Count = 4
     average: Fraction = 0.0
 
-    def keep(self) -> float:
+    @property
+    def ema_decay(self) -> float:
         return self.average
 
     def augment(self, progress: float, epochs: int) -> Augment:
         return Augment(flip=self.flip, shift=self.shift)
 
 
-class BagCert(RegionDefense[Votes], EvidenceDefense):
+class BagCert(RegionDefense[Votes], VotingDefense):
     """Cells of a region scorer vote by the signs of their scores."""
 
     source = "Metzen & Yatsura, Efficient Certified Defenses Against Patch Attacks, ICLR 2021"
@@ -111,7 +112,7 @@ class BagCert(RegionDefense[Votes], EvidenceDefense):
         scorer: Any = models.build("region", options)
         made = cls(scorer, input_shape=shape, classes=("a", "b", "c")).eval()
         sample = torch.rand(64, *shape)
-        made.finish(sample)
+        made.calibrate(sample)
         with torch.no_grad():  # a class is mostly, sometimes or hardly ever voted for
             scores = scorer(sample)
             spread, middle = scores.std(dim=(0, 2, 3)), scores.mean(dim=(0, 2, 3))
@@ -149,7 +150,7 @@ class BagCert(RegionDefense[Votes], EvidenceDefense):
         votes = (scores > 0).contiguous()
         return Votes(votes) if weights is None else Votes(votes * weights.float(), weight=weights)
 
-    def begin(self, x: Tensor) -> None:
+    def fit_before(self, x: Tensor) -> None:
         self.scorer.whiten(x)
 
     def fuse(self) -> None:

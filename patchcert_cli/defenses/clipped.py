@@ -23,8 +23,8 @@ from torch import Tensor
 
 from patchcert_cli import models, schema
 from patchcert_cli.certifiers.cells.additive import Votes
-from patchcert_cli.defenses.base import Augment, Options, Surrogate, TrainingStep
-from patchcert_cli.defenses.evidence import CellSurrogate, EvidenceDefense, RegionDefense
+from patchcert_cli.defenses._base import Augment, Options, Surrogate, TrainingStep
+from patchcert_cli.defenses._cells import CellSurrogate, RegionDefense, VotingDefense
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.models.region import RegionScorer
 from patchcert_cli.schema import Count, Must
@@ -61,7 +61,7 @@ class ClippedOptions(Options):
         return Augment(flip=self.flip, shift=self.shift)
 
 
-class Clipped(RegionDefense[Votes], EvidenceDefense):
+class Clipped(RegionDefense[Votes], VotingDefense):
     """Sums of a region scorer's clipped scores.
 
     Attributes:
@@ -97,7 +97,7 @@ class Clipped(RegionDefense[Votes], EvidenceDefense):
         how = ClippedOptions(clip=clip, slope=2.0)
         made = cls(scorer, how, input_shape=shape, classes=("a", "b", "c")).eval()
         sample = torch.rand(64, *shape)
-        made.finish(sample)
+        made.calibrate(sample)
         with torch.no_grad():  # scores reach from one end of the interval to the other
             scores = scorer(sample)
             grow = 0.8 / scores.std(dim=(0, 2, 3))

@@ -24,11 +24,11 @@ from torch import Tensor
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.certificate import Certificate, Guarantee
 from patchcert_cli.certifiers.masks import masked_detection
-from patchcert_cli.certifiers.masks.exact_predictions import ExactViews
-from patchcert_cli.certifiers.masks.mask_sets import Cover
-from patchcert_cli.certifiers.masks.masked_detection import Reports
-from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE, Views
-from patchcert_cli.defenses.base import Claim, Options
+from patchcert_cli.certifiers.masks.exact_predictions import Predictor
+from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage
+from patchcert_cli.certifiers.masks.masked_detection import MaskedOutputs
+from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE
+from patchcert_cli.defenses._base import Claim, Options
 from patchcert_cli.defenses.patchcleanser import MaskedOptions, PatchCleanser
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.schema import Count, Fraction
@@ -67,9 +67,9 @@ class Minority(PatchCleanser):
     grid: tuple[float, ...] = ()
 
     @classmethod
-    def entries(cls, threat: Threat, options: Options) -> dict[str, Any]:
+    def deploy_config(cls, threat: Threat, options: Options) -> dict[str, Any]:
         assert isinstance(options, MinorityOptions)
-        return {**super().entries(threat, options), "threshold": options.threshold}
+        return {**super().deploy_config(threat, options), "threshold": options.threshold}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Minority:
@@ -85,11 +85,11 @@ class Minority(PatchCleanser):
         made.threshold = (0.0, 0.4)[int(torch.randint(2, ()))]
         return made
 
-    def views(self) -> Views | ExactViews:
+    def views(self) -> Predictor:
         """The network as it is now, behind no mask and behind each of the masks."""
         return self._behind(torch.cat([torch.zeros_like(self.masks[:1]), self.masks]))  # nothing is hidden in the first view
 
-    def _reports(self, x: Tensor, views: Views | ExactViews) -> Reports:
+    def _reports(self, x: Tensor, views: Predictor) -> MaskedOutputs:
         """What is seen of images [B, C, H, W], as sure as the network can make it, on the CPU."""
         self.test_once()
         count = len(self.set) + 1
@@ -97,12 +97,14 @@ class Minority(PatchCleanser):
         parts = [self._seen(views, part, count) for part in torch.split(x, size)]
         columns = [torch.cat(column).reshape(len(x), count, *column[0].shape[1:]) for column in zip(*parts, strict=True)]
         label, rival, logit_margin, confidence_margin, confidence = columns
-        return Reports(label[:, 0], label[:, 1:], rival[:, 1:], logit_margin[:, 1:], confidence_margin[:, 1:], confidence[:, 1:])
+        return MaskedOutputs(
+            label[:, 0], label[:, 1:], rival[:, 1:], logit_margin[:, 1:], confidence_margin[:, 1:], confidence[:, 1:]
+        )
 
-    def _seen(self, views: Views | ExactViews, x: Tensor, count: int) -> tuple[Tensor, ...]:
+    def _seen(self, views: Predictor, x: Tensor, count: int) -> tuple[Tensor, ...]:
         """What :meth:`_read` makes of every view of some images, [n]; what nobody can tell has a logit margin of 0."""
         image, view = torch.arange(len(x) * count) // count, torch.arange(len(x) * count) % count
-        seen = views.look(x, image, view, view, self._clear)
+        seen = views.masked_logits(x, image, view, view, self._clear)
         label, rival, logit_margin, confidence_margin = self._read(seen.logits, seen.scale)
         sure, off = _sure(seen.logits), TOLERANCE["float64"] * seen.scale
         confidence = torch.stack([(sure - off).exp(), (sure + off).exp()], dim=1)
@@ -119,7 +121,7 @@ class Minority(PatchCleanser):
 
     def _read(self, logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Label, next label, logit margin and confidence margin of float64 logits [n, K], scale [n]; see
-        :class:`masked_detection.Reports`.
+        :class:`masked_detection.MaskedOutputs`.
 
         If logits are off by e, so is a logit margin by at most 2 e, and so is the logarithm of a confidence.
         """
@@ -140,7 +142,7 @@ class Minority(PatchCleanser):
         return masked_detection.answer(self._reports(x, self.views())).to(x.device)
 
     @torch.no_grad()
-    def certify_each(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
+    def certify_claims(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
         """All claims from one look at every view."""
         self.check_input(x)
         for claim in claims:
@@ -149,7 +151,7 @@ class Minority(PatchCleanser):
         reports = self._reports(x, views)
         return [self._proven(reports, views, claim, cover) for claim, cover in zip(claims, covers, strict=True)]
 
-    def _proven(self, reports: Reports, views: Views | ExactViews, claim: Claim, cover: Cover) -> Certificate:
+    def _proven(self, reports: MaskedOutputs, views: Predictor, claim: Claim, cover: MaskCoverage) -> Certificate:
         method = claim.method or self.methods[0]
         by, location = cover.by, cover.location
         if method == "all":
@@ -173,12 +175,12 @@ class Minority(PatchCleanser):
             plain=reports.whole.to(device) if self.grid else None,
         )
 
-    def cost(self) -> tuple[int, int]:
+    def passes_per_image(self) -> tuple[int, int]:
         return (len(self.set) + 1,) * 2
 
     def _by_mask(self, x: Tensor) -> Tensor:
         """By how much each mask agrees with the answer, float64 [B, M]."""
-        return masked_detection.holds(self._reports(x, self.views()))
+        return masked_detection.mask_margins(self._reports(x, self.views()))
 
 
 def _sure(logits: Tensor) -> Tensor:

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from patchcert_cli import models, schema
 from patchcert_cli.certifiers.cells.additive import Proof, Votes
-from patchcert_cli.certifiers.geometry import Axis, Cover
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
+from patchcert_cli.defenses._base import Augment, Claim, Options, Surrogate, TrainingStep
+from patchcert_cli.defenses._cells import VotingDefense
 from patchcert_cli.defenses.bagcert import Step
-from patchcert_cli.defenses.base import Augment, Claim, Options, Surrogate, TrainingStep
-from patchcert_cli.defenses.evidence import EvidenceDefense
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.layers import fixed_point, programs
 from patchcert_cli.layers.programs import Runner
@@ -77,7 +77,7 @@ class PartitionOptions(Options):
     shift: Count = 3
     average: Fraction = 0.0
 
-    def keep(self) -> float:
+    def ema_decay(self) -> float:
         return self.average
 
     def augment(self, progress: float, epochs: int) -> Augment:
@@ -99,7 +99,7 @@ class TopOne(torch.autograd.Function):
         return cast(Tensor, likelihood * (slope - (slope * likelihood).sum(dim=-1, keepdim=True)))
 
 
-class Partition(EvidenceDefense):
+class Partition(VotingDefense):
     """Sets of pixels vote by what a network makes of each.
 
     Attributes:
@@ -121,7 +121,7 @@ class Partition(EvidenceDefense):
         self.network, self.how = network, how
         self.register_buffer("sets", divided(input_shape, how), persistent=False)
         self.register_buffer("members", listed(self.sets, how.spacing**2), persistent=False)
-        self.deployed = fixed_point.Deployed(network)
+        self.deployed = fixed_point.FrozenNetworkCache(network)
         self.run = Runner(self.deployed)
 
     @classmethod
@@ -158,7 +158,7 @@ class Partition(EvidenceDefense):
         with torch.no_grad():  # scores around 0, so that sets differ in what they vote for
             made.network.head.weight.mul_(20)
             made.network.head.bias.sub_(made.network(made.values(x)).mean(dim=(0, 2, 3)) - 0.5 * torch.randn(3))
-        made.finish(x)
+        made.calibrate(x)
         return made
 
     @property
@@ -204,26 +204,26 @@ class Partition(EvidenceDefense):
         best = scores == scores.amax(dim=1, keepdim=True)
         return Votes((best & (best.cumsum(dim=1) == 1)).contiguous())  # the first of equals
 
-    def cover_of(self, threat: Threat) -> Cover:
+    def cover_of(self, threat: Threat) -> CellCoverage:
         """For sparse threats the locations are the sets; see the proof above."""
         if not isinstance(threat, Sparse):
             return super().cover_of(threat)
         channels, height, width = self.input_shape
         threat.check(height, width, channels)
         each = Axis(self.how.spacing, tuple((at,) for at in range(self.how.spacing)))
-        return Cover(each, each, min(threat.k, self.count_of_sets))
+        return CellCoverage(each, each, min(threat.k, self.count_of_sets))
 
-    def cover(self, patch: Patch) -> Cover:
+    def cover(self, patch: Patch) -> CellCoverage:
         if self.how.layout == "random":
             raise UnsupportedThreat(
                 f"Random sets have no certificate against {patch}.", hint="Use a sparse threat, or sets of a lattice."
             )
         height, width = self.input_shape[1:]
-        return Cover(
+        return CellCoverage(
             *(_lattice(length, side, self.how.spacing) for length, side in ((height, patch.height), (width, patch.width)))
         )
 
-    def prove(self, said: Votes, cover: Cover, claim: Claim) -> Proof:
+    def prove(self, said: Votes, cover: CellCoverage, claim: Claim) -> Proof:
         proof = super().prove(said, cover, claim)
         if isinstance(claim.threat, Sparse):  # the worst set -> its first pixel
             return replace(proof, worst=self.members[:, 0].to(proof.worst.device)[proof.worst])
@@ -250,7 +250,7 @@ class Partition(EvidenceDefense):
                 )
 
     @torch.no_grad()
-    def finish(self, x: Tensor) -> None:
+    def calibrate(self, x: Tensor) -> None:
         """Choose the steps of the deployed network's activations from some training images."""
         self.eval()
         with fixed_point.observing(self.network):

@@ -27,11 +27,11 @@ from patchcert_cli import models
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers.masks import double_masking, fingerprint, masked_predictions
 from patchcert_cli.certifiers.masks.double_masking import Table
-from patchcert_cli.certifiers.masks.exact_predictions import ExactViews
-from patchcert_cli.certifiers.masks.logit_scale import Memory
-from patchcert_cli.certifiers.masks.mask_sets import Cover, MaskPlan
-from patchcert_cli.certifiers.masks.masked_predictions import PRECISIONS, Views
-from patchcert_cli.defenses.base import Augment, Claim, Defense, Options, Surrogate, TrainingStep
+from patchcert_cli.certifiers.masks.exact_predictions import ExactMaskedPredictor, Predictor
+from patchcert_cli.certifiers.masks.logit_scale import CalibrationCache
+from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage, MaskSpec
+from patchcert_cli.certifiers.masks.masked_predictions import PRECISIONS, MaskedPredictor
+from patchcert_cli.defenses._base import Augment, Claim, Defense, Options, Surrogate, TrainingStep
 from patchcert_cli.errors import UsageError
 from patchcert_cli.layers import fixed_point, precision
 from patchcert_cli.layers.levels import Levels
@@ -82,7 +82,8 @@ class MaskedOptions(Options):
     def augment(self, progress: float, epochs: int) -> Augment:
         return Augment(flip=self.flip, shift=self.shift)
 
-    def keep(self) -> float:
+    @property
+    def ema_decay(self) -> float:
         return self.average
 
 
@@ -115,9 +116,9 @@ class PatchCleanser(Defense):
     source = "Xiang, Mahloujifar & Mittal, PatchCleanser, USENIX Security 2022"
     methods = double_masking.METHODS
     options = MaskedOptions
-    numerics: Mapping[str, str] = {"labels in doubt": "float64, one image at a time"}
+    precision: Mapping[str, str] = {"labels in doubt": "float64, one image at a time"}
     default_network = "masked"
-    monitored = 50
+    validation_size = 50
     unit = "of the logit scale"
 
     masks: Tensor
@@ -129,7 +130,7 @@ class PatchCleanser(Defense):
         *,
         input_shape: tuple[int, int, int],
         classes: tuple[str, ...],
-        masks: MaskPlan,
+        masks: MaskSpec,
         fill: Sequence[float],
         labels: str = "float32",
     ) -> None:
@@ -148,33 +149,33 @@ class PatchCleanser(Defense):
         """
         super().__init__(input_shape=input_shape, classes=classes)
         self.network, self.plan, self.labels = network, masks, labels
-        self.set, self._memory = masks.masks(*input_shape[1:]), Memory()
-        self.deployed = fixed_point.Deployed(network) if getattr(network, "freezable", False) else None
-        self._exact: ExactViews | None = None
+        self.set, self._memory = masks.masks(*input_shape[1:]), CalibrationCache()
+        self.deployed = fixed_point.FrozenNetworkCache(network) if getattr(network, "freezable", False) else None
+        self._exact: ExactMaskedPredictor | None = None
         if self.deployed is not None:
-            self.numerics = {"labels": "exact"}
+            self.precision = {"labels": "exact"}
         self.register_buffer("masks", self.set.hidden, persistent=False)
         self.register_buffer("fill", torch.tensor(list(fill), dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
         if len(self.fill) != input_shape[0]:
             raise UsageError(f"a colour of {len(self.fill)} channels does not fit images of {input_shape[0]}.")
 
     @classmethod
-    def entries(cls, threat: Threat, options: Options) -> dict[str, Any]:
+    def deploy_config(cls, threat: Threat, options: Options) -> dict[str, Any]:
         assert isinstance(options, MaskedOptions)
-        return {"masks": MaskPlan((str(threat),), per_axis=options.per_axis).to_dict(), "labels": options.labels}
+        return {"masks": MaskSpec((str(threat),), per_axis=options.per_axis).to_dict(), "labels": options.labels}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> PatchCleanser:
         shape, classes = tuple(config["input_shape"]), tuple(config["classes"])
         options = {**config["network"]["options"], "input_shape": shape, "classes": len(classes)}
         network = models.build(config["network"]["name"], options)
-        plan, fill = MaskPlan.read(config["masks"]), config.get("fill", options["mean"])
+        plan, fill = MaskSpec.read(config["masks"]), config.get("fill", options["mean"])
         labels = str(config.get("labels", "float32"))
         return cls(network, input_shape=shape, classes=classes, masks=plan, fill=fill, labels=labels)
 
     @classmethod
     def tiny(cls) -> PatchCleanser:
-        shape, plan = (1, 4, 4), MaskPlan(("patch:2x3",), stride=1)
+        shape, plan = (1, 4, 4), MaskSpec(("patch:2x3",), stride=1)
         options = {"input_shape": shape, "classes": 3, "hidden": (6,), "mean": (0.4,), "std": (0.5,)}
         return cls(models.build("mlp", options), input_shape=shape, classes=("a", "b", "c"), masks=plan, fill=(0.4,)).eval()
 
@@ -184,7 +185,7 @@ class PatchCleanser(Defense):
 
     def behind(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Logits [B, K] of images [B, C, H, W] in which hidden pixels, bool [B, H, W], have the colour of the masks."""
-        return masked_predictions.behind(self.network, x, hidden, self.fill)
+        return masked_predictions.logits_under_mask(self.network, x, hidden, self.fill)
 
     def surrogates(self) -> tuple[Surrogate, ...]:
         """Class probabilities behind a few of the masks, and the logits of the whole image."""
@@ -204,7 +205,7 @@ class PatchCleanser(Defense):
         return torch.cat([torch.zeros(0, dtype=torch.int64), *found]).to(x.device)
 
     @torch.no_grad()
-    def certify_each(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
+    def certify_claims(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
         """All claims from the same passes: what one of them asked is known to the next."""
         self.check_input(x)
         for claim in claims:
@@ -221,7 +222,7 @@ class PatchCleanser(Defense):
         return [Certificate.cat(parts) for parts in found]
 
     def _certificate(
-        self, table: Table, answer: Tensor, seen: Tensor, views: Views | ExactViews, claim: Claim, cover: Cover
+        self, table: Table, answer: Tensor, seen: Tensor, views: Predictor, claim: Claim, cover: MaskCoverage
     ) -> Certificate:
         method = claim.method or self.methods[0]
         by, location = cover.by, cover.location
@@ -241,34 +242,34 @@ class PatchCleanser(Defense):
             arithmetic=views.arithmetic,
         )
 
-    def _tables(self, x: Tensor, views: Views | ExactViews) -> Iterator[Table]:
+    def _tables(self, x: Tensor, views: Predictor) -> Iterator[Table]:
         """What is known of the images, a group at a time; an empty batch is one group."""
         self.test_once()
         size = max(1, CELLS // len(self.set) ** 2)
-        if isinstance(views, ExactViews):
+        if isinstance(views, ExactMaskedPredictor):
             size = max(1, min(size, BYTES // max(views.bytes_each(), 1)))
         for part in torch.split(x, size):
-            yield Table(views.asking(part), len(part), len(self.set))
+            yield Table(views.for_images(part), len(part), len(self.set))
 
-    def views(self) -> Views | ExactViews:
+    def views(self) -> Predictor:
         """The network as it is now, behind the masks."""
         return self._behind(self.masks)
 
-    def _behind(self, masks: Tensor) -> Views | ExactViews:
+    def _behind(self, masks: Tensor) -> Predictor:
         """The same behind masks of one's own, bool [M, H, W]."""
         if self.deployed is None:
-            return Views(self.network, masks, self.fill, self.input_shape, len(self.classes), self.labels, self._memory)
+            return MaskedPredictor(self.network, masks, self.fill, self.input_shape, len(self.classes), self.labels, self._memory)
         frozen = cast(Levels, self.deployed())
         if self._exact is None or self._exact.network is not frozen or not torch.equal(self._exact.masks, masks):
-            self._exact = ExactViews(frozen, masks, self.fill)
+            self._exact = ExactMaskedPredictor(frozen, masks, self.fill)
         return self._exact
 
-    def cost(self) -> tuple[int, int]:
+    def passes_per_image(self) -> tuple[int, int]:
         return len(self.set), self.set.passes
 
-    def remark(self, threat: Threat) -> str:
+    def note(self, threat: Threat) -> str:
         """What it costs."""
-        least, most = self.cost()
+        least, most = self.passes_per_image()
         passes = f"{least}" if least == most else f"{least} to {most}"
         return f"masks: {self.set.sizes} pixels; {passes} passes of the network an image, with the proof"
 
@@ -307,16 +308,16 @@ class PatchCleanser(Defense):
         """What tells whether the network is the same (:mod:`patchcert_cli.certifiers.masks.fingerprint`); None where its weights
         do."""
         seen = self.views()
-        return fingerprint.answers(seen) if isinstance(seen, Views) else None
+        return fingerprint.answers(seen) if isinstance(seen, MaskedPredictor) else None
 
-    def begin(self, x: Tensor) -> None:
+    def fit_before(self, x: Tensor) -> None:
         """Let a network that can begin with the whitening of the training images do so."""
         whiten = getattr(self.network, "whiten", None)
         if whiten is not None:
             whiten(x)
 
     @torch.no_grad()
-    def finish(self, x: Tensor) -> None:
+    def calibrate(self, x: Tensor) -> None:
         """Choose the steps of a network that is to be frozen, from training images behind two random masks and behind none."""
         if self.deployed is None:
             return

@@ -23,9 +23,9 @@ from patchcert_cli import models
 from patchcert_cli.certifiers.cells import robust_masking
 from patchcert_cli.certifiers.cells.additive import Proof
 from patchcert_cli.certifiers.cells.robust_masking import FINEST, MOST, Masking
-from patchcert_cli.certifiers.geometry import Axis, Cover
-from patchcert_cli.defenses.base import Augment, Claim, Options, Surrogate, TrainingStep
-from patchcert_cli.defenses.evidence import RegionDefense
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
+from patchcert_cli.defenses._base import Augment, Claim, Options, Surrogate, TrainingStep
+from patchcert_cli.defenses._cells import RegionDefense
 from patchcert_cli.errors import PatchcertError, UnsupportedThreat, UsageError
 from patchcert_cli.models.region import RegionScorer
 from patchcert_cli.schema import Count, Must
@@ -95,12 +95,12 @@ class PatchGuard(RegionDefense[Tensor]):
         if window == cells:
             raise UsageError(
                 f"masks for {', '.join(map(str, covers))} hide all of the {cells[0]}x{cells[1]} cells.",
-                hint="Cover a smaller patch, or use a smaller receptive field.",
+                hint="CellCoverage a smaller patch, or use a smaller receptive field.",
             )
         self.masking = Masking(window, Fraction(round(share * FINEST), FINEST))
 
     @classmethod
-    def entries(cls, threat: Threat, options: Options) -> dict[str, Any]:
+    def deploy_config(cls, threat: Threat, options: Options) -> dict[str, Any]:
         assert isinstance(options, PatchGuardOptions)
         return {"masks": {"covers": [f"patch:{options.covers}" if options.covers else str(threat)]}}
 
@@ -121,7 +121,7 @@ class PatchGuard(RegionDefense[Tensor]):
         share = (0.0, 0.2)[int(torch.randint(2, ()))]
         made = cls(scorer, input_shape=shape, classes=("a", "b", "c"), covers=[Patch(2, 2)], share=share).eval()
         sample = torch.rand(64, *shape)
-        made.finish(sample)
+        made.calibrate(sample)
         with torch.no_grad():  # a class has evidence in most, some or hardly any cells
             scores = scorer(sample)
             spread, middle = scores.std(dim=(0, 2, 3)), scores.mean(dim=(0, 2, 3))
@@ -152,20 +152,20 @@ class PatchGuard(RegionDefense[Tensor]):
     def answer(self, said: Tensor) -> Tensor:
         return robust_masking.answer(said, self.masking)
 
-    def prove(self, said: Tensor, cover: Cover, claim: Claim) -> Proof:
+    def prove(self, said: Tensor, cover: CellCoverage, claim: Claim) -> Proof:
         return robust_masking.prove(said, self.masking, cover)
 
-    def margins(self, said: Tensor, cover: Cover) -> Tensor:
+    def margins(self, said: Tensor, cover: CellCoverage) -> Tensor:
         return robust_masking.margin_map(said, self.masking, cover)
 
-    def cover_of(self, threat: Threat) -> Cover:
+    def cover_of(self, threat: Threat) -> CellCoverage:
         """The cover of one patch or one pixel."""
         cover = super().cover_of(threat)
         if cover.budget > 1:
             raise UnsupportedThreat(f"robust masking has no certificate against {threat}.", hint="Allowed: one patch or pixel.")
         return cover
 
-    def remark(self, threat: Threat) -> str:
+    def note(self, threat: Threat) -> str:
         """Says so where the patch reaches more cells than a mask holds."""
         cover, (height, width) = self.cover_of(threat), self.masking.window
         reached = (_widest(cover.rows), _widest(cover.columns))
@@ -174,7 +174,7 @@ class PatchGuard(RegionDefense[Tensor]):
         return f"{threat} reaches {reached[0]}x{reached[1]} cells, but a mask holds {height}x{width}: no image can be certified"
 
     def margin_map(self, x: Tensor, patch: Threat) -> Tensor:
-        if remark := self.remark(patch):
+        if remark := self.note(patch):
             raise UsageError(f"{remark}.", hint="Draw a smaller patch.")
         return super().margin_map(x, patch)
 

@@ -24,9 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from patchcert_cli import models, schema
 from patchcert_cli.certifiers.cells.additive import Votes
-from patchcert_cli.certifiers.geometry import Axis, Cover
-from patchcert_cli.defenses.base import Augment, Options, TrainingStep
-from patchcert_cli.defenses.evidence import EvidenceDefense
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
+from patchcert_cli.defenses._base import Augment, Options, TrainingStep
+from patchcert_cli.defenses._cells import VotingDefense
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.layers import fixed_point, programs
 from patchcert_cli.layers.programs import Runner
@@ -36,7 +36,7 @@ from patchcert_cli.threats import Patch
 
 PIECE = 1 << 22  # activations of one layer that are computed at a time, at most
 ROUNDING = 1e-9  # far more than the rounding error of a softmax in float64
-OBSERVED = 4  # ablations of each image that :meth:`Smoothing.finish` looks at
+OBSERVED = 4  # ablations of each image that :meth:`Smoothing.calibrate` looks at
 
 
 ABLATIONS, VOTES, VIEWS = ("column", "row", "block"), ("top-one", "threshold"), ("crop", "full")
@@ -78,7 +78,7 @@ class SmoothingOptions(Options):
         return Augment(flip=self.flip, shift=self.shift)
 
 
-class Smoothing(EvidenceDefense):
+class Smoothing(VotingDefense):
     """Ablations of the image vote by what a network says about each.
 
     Attributes:
@@ -100,7 +100,7 @@ class Smoothing(EvidenceDefense):
         self.network, self.how = network, how
         self.register_buffer("rows", kept(input_shape[1], how, along=("row", "block")), persistent=False)
         self.register_buffer("columns", kept(input_shape[2], how, along=("column", "block")), persistent=False)
-        self.deployed = fixed_point.Deployed(network)
+        self.deployed = fixed_point.FrozenNetworkCache(network)
         self.run = Runner(self.deployed)
 
     @classmethod
@@ -128,7 +128,7 @@ class Smoothing(EvidenceDefense):
         with torch.no_grad():  # logits around 0, so that cells differ in what they vote for
             network.head.weight.mul_(20)
             network.head.bias.sub_(network(made._drawn(x, torch.Generator().manual_seed(0))).mean(dim=0))
-        made.finish(x)
+        made.calibrate(x)
         return made
 
     @property
@@ -191,9 +191,9 @@ class Smoothing(EvidenceDefense):
         away = scores.double().softmax(dim=1) - self.how.threshold
         return Votes(away >= 0, unknown=away.abs() <= ROUNDING)
 
-    def cover(self, patch: Patch) -> Cover:
+    def cover(self, patch: Patch) -> CellCoverage:
         height, width = self.input_shape[1:]
-        return Cover(self._axis(height, patch.height, "row"), self._axis(width, patch.width, "column"))
+        return CellCoverage(self._axis(height, patch.height, "row"), self._axis(width, patch.width, "column"))
 
     def _axis(self, length: int, side: int, along: str) -> Axis:
         if self.how.ablation in (along, "block"):
@@ -201,7 +201,7 @@ class Smoothing(EvidenceDefense):
         return Axis.whole(length, side)
 
     @torch.no_grad()
-    def finish(self, x: Tensor) -> None:
+    def calibrate(self, x: Tensor) -> None:
         """Choose the steps of the deployed network's activations from a few ablations of some training images."""
         self.eval()
         generator = torch.Generator().manual_seed(0)

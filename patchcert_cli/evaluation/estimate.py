@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from patchcert_cli.attacks.base import Attack
-from patchcert_cli.attacks.target import Start
+from patchcert_cli.attacks import Attack, Start
 from patchcert_cli.certifiers.masks.mask_sets import MaskSet
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.evaluation import results
@@ -193,10 +192,10 @@ def _error(values: list[int]) -> float:
 
 
 def _certifying(task: EvaluationTask, full: FullRun, trial: _Trial) -> dict[str, Any]:
-    defense, cost = task.model.defense, task.model.defense.cost()
+    defense, cost = task.model.defense, task.model.defense.passes_per_image()
 
     def batch(part: Images) -> tuple[list[int], int]:
-        certificates = defense.certify_each(to_float(part.read()).to(defense.device), task.claims)
+        certificates = defense.certify_claims(to_float(part.read()).to(defense.device), task.claims)
         counted = certificates[0].passes
         return [] if counted is None else counted.tolist(), _bytes(part, certificates)
 

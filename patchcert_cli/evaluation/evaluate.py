@@ -14,17 +14,17 @@ from typing import Any
 import torch
 
 from patchcert_cli import checkpoint
-from patchcert_cli.attacks.base import Attack
-from patchcert_cli.attacks.target import Start
+from patchcert_cli.attacks import Attack, Start
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.errors import Interrupted, MachineError, UsageError
 from patchcert_cli.evaluation import results, run_folder
 from patchcert_cli.evaluation.pace import Clock, Pace, spoken
-from patchcert_cli.evaluation.run_folder import RESULT, Record, Run
+from patchcert_cli.evaluation.run_folder import Record, Run
 from patchcert_cli.evaluation.task import EvaluationTask
 from patchcert_cli.layers import passes
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage import files
+from patchcert_cli.storage.files import RESULT
 
 BROKEN = "broken.safetensors"  # adversarial images of certified ones
 EVERY = 5.0  # seconds between two looks at what a batch has come to
@@ -52,10 +52,17 @@ def certify(
 
     def batch(part: Images) -> list[Record]:
         x = to_float(part.read()).to(defense.device)
-        return list(results.certify_records(part, defense.certify_each(x, task.claims), task.model.plain(x)))
+        return list(results.certify_records(part, defense.certify_claims(x, task.claims), task.model.plain(x)))
 
     with _opened(task, "certify", {}, folder, fresh) as run:
-        work = _Work(task, run, Pace(task.batch_size, defense.cost()), progress or Silent(), clock, most=defense.cost())
+        work = _Work(
+            task,
+            run,
+            Pace(task.batch_size, defense.passes_per_image()),
+            progress or Silent(),
+            clock,
+            most=defense.passes_per_image(),
+        )
         return work.finish(batch, lambda seconds, resumed: results.certify_result(task, run, seconds, resumed))
 
 

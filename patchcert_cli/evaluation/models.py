@@ -22,14 +22,14 @@ from torch import nn
 from patchcert_cli import cards, checkpoint, defenses
 from patchcert_cli.catalog import bundled
 from patchcert_cli.catalog.resolve import ResolvedModel, resolve
-from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
+from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.certifiers.masks.masked_predictions import MANY
 from patchcert_cli.classifiers import addresses, loaders
 from patchcert_cli.classifiers.addresses import Classifier
 from patchcert_cli.data import class_folders, class_names, datasets, image_files
 from patchcert_cli.data.class_names import Names
 from patchcert_cli.data.resize_crop import ResizeCrop
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.evaluation.task import EvaluatedModel
@@ -69,10 +69,10 @@ class DefenseRequest:
         """Whether it says which masks to use."""
         return self.masks is not None or self.passes is not None
 
-    def plan(self, threats: Sequence[Threat], shape: Sequence[int]) -> MaskPlan:
+    def plan(self, threats: Sequence[Threat], shape: Sequence[int]) -> MaskSpec:
         """The masks that cover all of these threats on images [C, H, W]."""
         covers = tuple(map(str, largest(threats, shape)))
-        return MaskPlan(covers, per_axis=self.masks or 0, passes=self.passes or 0)
+        return MaskSpec(covers, per_axis=self.masks or 0, passes=self.passes or 0)
 
 
 class ModelSource(ABC):
@@ -281,7 +281,7 @@ def put_around(
     kind: str,
     shape: tuple[int, int, int],
     classes: tuple[str, ...],
-    plan: MaskPlan,
+    plan: MaskSpec,
     mean: Sequence[float] | None,
     numbers: str = "",
 ) -> Defense:
@@ -335,7 +335,7 @@ def largest(threats: Sequence[Threat], shape: Sequence[int]) -> list[Threat]:
 def _masks_of(defense: Defense) -> dict[str, Any]:
     """The masks of a defense that has some, as a manifest tells them."""
     plan, fill = getattr(defense, "plan", None), getattr(defense, "fill", None)
-    said: dict[str, Any] = {"masks": plan.to_dict()} if isinstance(plan, MaskPlan) else {}
+    said: dict[str, Any] = {"masks": plan.to_dict()} if isinstance(plan, MaskSpec) else {}
     numbers = getattr(defense, "labels", None)
     said |= {"labels": numbers} if isinstance(numbers, str) else {}
     if isinstance(defense, Minority):

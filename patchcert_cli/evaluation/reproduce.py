@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from patchcert_cli.arithmetic import weakest
-from patchcert_cli.attacks.base import Attack
+from patchcert_cli.attacks import Attack
 from patchcert_cli.cards.published import PublishedRecord, PublishedRecords
-from patchcert_cli.defenses.base import Claim
+from patchcert_cli.defenses import Claim
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError
 from patchcert_cli.evaluation import evaluate, results
-from patchcert_cli.evaluation.run_folder import RECORDS, RESULT, Record
+from patchcert_cli.evaluation.run_folder import Record
 from patchcert_cli.evaluation.task import EvaluationTask
 from patchcert_cli.progress import Progress
 from patchcert_cli.storage import files
@@ -66,7 +66,7 @@ def reproduce(
     if missing:
         raise DataError(f"the published records lack {len(missing)} of the images (indices {shown(missing)}).")
     certified = evaluate.certify(task, folder / "certify", fresh=fresh, progress=progress)
-    records = results.read_records(folder / "certify" / RECORDS)
+    records = results.read_records(folder / "certify" / files.RECORDS)
     different = [row for row in (difference(published.rows[r["index"]], at, r) for r in records) if row]
     held = [r["index"] for r in records if r["certified"] and r["prediction"] == r["label"]]
     said = published.claims[at].arithmetic
@@ -97,7 +97,7 @@ def reproduce(
         outcome["seconds"] += found["seconds"]
     outcome["holds"] = not outcome["different"] and not outcome["broken"] and not outcome["overstated"]
     files.write_json(folder / "verdict.json", outcome)
-    return {**outcome, "out": str(folder), "result": str(folder / "certify" / RESULT)}
+    return {**outcome, "out": str(folder), "result": str(folder / "certify" / files.RESULT)}
 
 
 def among(indices: Sequence[int], held: Sequence[int], limit: int | None) -> Tensor:

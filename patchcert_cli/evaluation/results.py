@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from patchcert_cli.arithmetic import former, weakest
-from patchcert_cli.attacks.base import AttackResult
+from patchcert_cli.attacks import AttackResult
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee, Tally
 from patchcert_cli.data.images import Images
 from patchcert_cli.errors import ClaimError
-from patchcert_cli.evaluation.run_folder import RECORDS, Record, Run
+from patchcert_cli.evaluation.run_folder import Record, Run
 from patchcert_cli.evaluation.task import EvaluationTask
+from patchcert_cli.storage import files
 from patchcert_cli.version import __version__
 
 VERDICT = ("certified", "margin", "worst", "rival", "method", "arithmetic")
@@ -130,7 +131,7 @@ def summary(task: EvaluationTask, run: Run, records: Sequence[Record], seconds: 
         **({"passes": sum(r["passes"] for r in records)} if records and "passes" in records[0] else {}),
         "images_per_second": (len(records) - resumed) / seconds if seconds > 0 else 0.0,
         "device": str(task.model.defense.device),
-        "records": str(run.folder / RECORDS),
+        "records": str(run.folder / files.RECORDS),
         "command": task.command,
         "patchcert": __version__,
         "date": datetime.date.today().isoformat(),

@@ -18,9 +18,8 @@ import torch
 
 from patchcert_cli.errors import IntegrityError, MachineError, UsageError
 from patchcert_cli.storage import files, locks
+from patchcert_cli.storage.files import MANIFEST, RECORDS
 from patchcert_cli.version import __version__
-
-MANIFEST, RECORDS, RESULT = "manifest.json", "records.jsonl", "result.json"
 
 Record = dict[str, Any]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from patchcert_cli.data import class_names, image_files
 from patchcert_cli.data.images import to_float
 from patchcert_cli.data.resize_crop import ResizeCrop
-from patchcert_cli.defenses.base import Claim, Defense
+from patchcert_cli.defenses import Claim, Defense
 from patchcert_cli.errors import UsageError
 from patchcert_cli.evaluation.task import EvaluatedModel
 from patchcert_cli.layers import passes
@@ -66,7 +66,7 @@ def certify(
     if mapped and len({str(claim.threat) for claim in claims}) > 1:
         raise UsageError("--map draws one patch.", hint="Give one --patch, for example --patch 5.")
     with _counted(defense, progress or Silent()):
-        certificates = defense.certify_each(x, claims)
+        certificates = defense.certify_claims(x, claims)
     answer = int(certificates[0].prediction[0])
     rows = [
         {
@@ -94,20 +94,20 @@ def certify(
     }
     plain = model.plain(x)
     if plain is not None:
-        found |= {"in_front": model.in_front, "plain": int(plain[0]), "plain_label": defense.called(int(plain[0]))}
+        found |= {"in_front": model.in_front, "plain": int(plain[0]), "plain_label": defense.class_name(int(plain[0]))}
     margins = None
     if mapped:
         with _counted(defense, progress or Silent(), whole=True):
             margins = defense.margin_map(x, claims[0].threat)[0].cpu()
         found |= {"locations": margins.numel(), "weak_locations": int((margins <= 0).sum())}
-    notes += [text for text in dict.fromkeys(defense.remark(claim.threat) for claim in claims) if text]
+    notes += [text for text in dict.fromkeys(defense.note(claim.threat) for claim in claims) if text]
     return Single(found, notes, pixels, margins)
 
 
 @contextmanager
 def _counted(defense: Defense, progress: Progress, *, whole: bool = False) -> Iterator[None]:
     """Show the passes of the network, of the most there can be, or of all pairs of masks if the ``whole`` table is made."""
-    cost, made = defense.cost(), 0
+    cost, made = defense.passes_per_image(), 0
     total = None if cost is None else cost[1]
     what = "passes for the map" if whole else "passes at most"
 
@@ -123,5 +123,5 @@ def _counted(defense: Defense, progress: Progress, *, whole: bool = False) -> It
 
 def _called(defense: Defense, answer: int) -> str:
     """What an answer is called; of a WordNet id its words, where they are known."""
-    name = defense.called(answer)
+    name = defense.class_name(answer)
     return timm.word(name) if class_names.WNID.fullmatch(name) else name

@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from patchcert_cli.data.images import Images
-from patchcert_cli.defenses.base import Claim, Defense
+from patchcert_cli.defenses import Claim, Defense
 from patchcert_cli.errors import DataError, UsageError
 from patchcert_cli.threats import Threat
 from patchcert_cli.version import __version__
@@ -24,7 +24,7 @@ PASSES = 1 << 14  # of a network that is asked for each mask: what is between tw
 
 def batch_size(defense: Defense) -> int:
     """Images at a time unless told otherwise: fewer where each takes many passes, so that stopping a run loses little."""
-    cost = defense.cost()
+    cost = defense.passes_per_image()
     return BATCH_SIZE if cost is None else max(FEWEST, min(BATCH_SIZE, PASSES // cost[1]))
 
 
@@ -55,7 +55,7 @@ class EvaluatedModel:
         return self.defense.plain(x) if self.in_front else None
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """Answers of a plain classifier that tell whether it is still the same; None if it is none."""
+        """MaskedPredictions of a plain classifier that tell whether it is still the same; None if it is none."""
         found = getattr(self.defense, "fingerprint", None)
         return cast("dict[str, Any] | None", found()) if self.in_front and found is not None else None
 
@@ -115,7 +115,7 @@ class EvaluationTask:
             "model": self.model.name,
             "model_sha256": self.model.sha256,
             "defense": self.model.kind,
-            "numerics": dict(self.model.defense.numerics),
+            "numerics": dict(self.model.defense.precision),
             "dataset": self.images.name,
             "split": self.images.split,
             "data_sha256": self.images.digest(),

@@ -20,8 +20,8 @@ from typing import Any
 from patchcert_cli.cards import File
 from patchcert_cli.errors import HubError, IntegrityError
 from patchcert_cli.hub.failures import reason, translate_errors
-from patchcert_cli.storage import checksum_cache, hub_cache
-from patchcert_cli.storage.files import CARD
+from patchcert_cli.storage import checksum_cache, hub_cache, locks
+from patchcert_cli.storage.files import CARD, write_atomically
 from patchcert_cli.storage.hub_cache import repository, snapshot
 from patchcert_cli.version import __version__
 
@@ -267,10 +267,7 @@ def _note(kind: str, repo: str, revision: str) -> Path:
 
 
 def _remember(note: Path, text: str) -> None:
-    note.parent.mkdir(parents=True, exist_ok=True)
-    partial = note.with_name(f"{note.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    os.replace(partial, note)
+    write_atomically(note, text.encode())
 
 
 def _checked(repo: str, commit: str, name: str) -> bool:
@@ -315,9 +312,5 @@ def _allowed(repo: str, offline: bool) -> None:
 @contextmanager
 def _alone(repo: str) -> Iterator[None]:
     """One process at a time fetches, or removes, a repository."""
-    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
-
-    path = hub_cache.home() / "patchcert" / "locks" / f"{repo.replace('/', '--')}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(path):
+    with locks.waiting(hub_cache.home() / "patchcert" / "locks" / f"{repo.replace('/', '--')}.lock"):
         yield

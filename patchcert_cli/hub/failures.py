@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from patchcert_cli.errors import HubError, IntegrityError, MachineError, PatchcertError
+from patchcert_cli.errors import HubError, IntegrityError, MachineError, PatchcertError, first_line
 from patchcert_cli.storage import hub_cache
 
 UPLOAD_TIMEOUT = 120.0  # seconds that the Hub has to take in what was sent
@@ -103,8 +103,8 @@ def reason(problem: BaseException, repo: str) -> str:
         return reason(deeper, repo)
     if isinstance(problem, ValueError):
         return "what answers is not a Hub"
-    lines = str(problem).splitlines()
-    return f"fetching {repo} failed: {type(problem).__name__}{': ' + lines[0] if lines else ''}"
+    message, kind = first_line(problem), type(problem).__name__
+    return f"fetching {repo} failed: {kind}{'' if message == kind else ': ' + message}"
 
 
 def _refusal(repo: str, status: int) -> str:

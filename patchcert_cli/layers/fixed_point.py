@@ -37,14 +37,14 @@ ENOUGH = 6  # bits that a channel's largest weight needs, sign aside, for float3
 
 
 @dataclass(frozen=True)
-class Wire:
+class ValueRange:
     """What is known of the values on a connection: multiples of ``2**exponent`` with magnitudes up to ``most``."""
 
     exponent: int
     most: float
 
 
-PIXELS = Wire(0, 255.0)  # pixels in [0, 1] become whole numbers 0 to 255; see :func:`to_steps`
+PIXELS = ValueRange(0, 255.0)  # pixels in [0, 1] become whole numbers 0 to 255; see :func:`to_steps`
 
 
 def to_steps(x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def to_steps(x: Tensor) -> Tensor:
     return (x * 255).round()
 
 
-class Grid(nn.Module):
+class Quantizer(nn.Module):
     """Where activations are put on a grid: steps of ``2**exponent``, at most ``2**bits - 1`` of them.
 
     Until the network is frozen it lets values pass unchanged; :func:`observing` records how large they become.
@@ -75,22 +75,22 @@ class Grid(nn.Module):
             self.peak.copy_(torch.maximum(self.peak, seen.to(self.peak)))
         return v
 
-    def settle(self) -> None:
+    def calibrate(self) -> None:
         """The finest step that reaches what was observed."""
         reached = self.below + self.share * max(float(self.peak), 2.0**-20)
         self.exponent.fill_(math.ceil(math.log2(reached / (2**self.bits - 1))))
 
     @property
-    def wire(self) -> Wire:
+    def value_range(self) -> ValueRange:
         """What leaves the grid."""
         step = int(self.exponent)
-        return Wire(step, math.ldexp(2**self.bits - 1, step))
+        return ValueRange(step, math.ldexp(2**self.bits - 1, step))
 
 
 @contextlib.contextmanager
 def observing(network: nn.Module) -> Iterator[None]:
-    """Let every :class:`Grid` of a network see what passes, then fit its steps to it."""
-    grids = [layer for layer in network.modules() if isinstance(layer, Grid)]
+    """Let every :class:`Quantizer` of a network see what passes, then fit its steps to it."""
+    grids = [layer for layer in network.modules() if isinstance(layer, Quantizer)]
     for grid in grids:
         grid.peak.zero_()
         grid.observing = True
@@ -100,10 +100,10 @@ def observing(network: nn.Module) -> Iterator[None]:
         for grid in grids:
             grid.observing = False
     for grid in grids:
-        grid.settle()
+        grid.calibrate()
 
 
-def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
+def fold_batchnorm(convolution: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
     """Weight [O, C, h, w] and bias [O], float64 on the CPU, of a convolution followed by a frozen batch norm."""
     weight = convolution.weight.detach().double().cpu()
     bias = weight.new_zeros(len(weight)) if convolution.bias is None else convolution.bias.detach().double().cpu()
@@ -116,7 +116,7 @@ def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, T
     return weight * scale[:, None, None, None], (bias - mean) * scale + offset
 
 
-def absorb(weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+def fold_normalization(weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias of a valid convolution of ``scale * v + shift`` (each [C]) as a convolution of v."""
     moved = total((weight * shift[:, None, None]).flatten(1))
     return weight * scale[:, None, None], bias + moved
@@ -157,14 +157,21 @@ class Affine(nn.Module):
 
 
 def affine(
-    weight: Tensor, bias: Tensor, like: nn.Conv2d, wire: Wire, dtype: torch.dtype, *, beside: float = 0.0, largest: int = 0
+    weight: Tensor,
+    bias: Tensor,
+    like: nn.Conv2d,
+    value_range: ValueRange,
+    dtype: torch.dtype,
+    *,
+    beside: float = 0.0,
+    largest: int = 0,
 ) -> tuple[Affine, int]:
     """The nearest exact convolution, each output channel with as many bits as the theorem allows.
 
     Args:
         weight, bias: float64 [O, C, h, w] and [O].
         like: stride, padding (zeros) and dilation.
-        wire: what comes in.
+        value_range: what comes in.
         dtype: float32 or float64.
         beside: largest magnitude of what will be added to the result before it is put on a grid.
         largest: weights are at most so many of their steps, which are coarser for that, but never coarser than what is added
@@ -173,11 +180,11 @@ def affine(
     Returns: the layer and the fewest bits, sign aside, that the largest weight of a channel got, or would without ``largest``.
     """
     room = math.ldexp(1.0, BITS[dtype] - 1)  # half of what is exact: quantized weights may be larger than their originals
-    most = _reach(weight) * wire.most + bias.abs() + beside  # [O]
+    most = sum_bound(weight) * value_range.most + bias.abs() + beside  # [O]
     down = -binary_order(most.clamp(min=2.0**-60) / room)  # the sum in units of 2^-down stays below the room
-    if beside > 0:  # what is added is in steps of the wire, which must be whole units too
-        down = down.clamp(min=-wire.exponent)
-    exponent = -(down + wire.exponent)  # of the weights: products are multiples of 2^-down
+    if beside > 0:  # what is added is in steps of the value_range, which must be whole units too
+        down = down.clamp(min=-value_range.exponent)
+    exponent = -(down + value_range.exponent)  # of the weights: products are multiples of 2^-down
     fine = power(exponent)
     peak = weight.abs().flatten(1).amax(dim=1)
     most_steps = (torch.round(peak / fine)).clamp(min=1)
@@ -185,17 +192,17 @@ def affine(
         exponent = torch.maximum(exponent, binary_order(peak.clamp(min=2.0**-60) / largest))
         if beside > 0:
             exponent = exponent.clamp(max=0)
-        fine, down = power(exponent), -(exponent + wire.exponent)
+        fine, down = power(exponent), -(exponent + value_range.exponent)
     quantized = torch.round(weight / fine[:, None, None, None]) * fine[:, None, None, None]
     shifted = torch.round(bias * power(down)) * power(-down)
-    spent = (_reach(quantized) * wire.most + shifted.abs() + beside) * power(down)
+    spent = (sum_bound(quantized) * value_range.most + shifted.abs() + beside) * power(down)
     if not bool((spent <= 2 * room).all()) or float(exponent.abs().max()) > FAR[dtype]:
         raise IntegrityError("weights too far apart in size to compute with exactly.", hint="Train the network again.")
     useful = torch.where(weight.flatten(1).abs().sum(dim=1) > 0, torch.log2(most_steps), torch.inf)
     return Affine(quantized.to(dtype), shifted.to(dtype), like), int(min(float(useful.min()), 53.0))
 
 
-def _reach(weight: Tensor) -> Tensor:
+def sum_bound(weight: Tensor) -> Tensor:
     """W of the theorem for each channel of weights [O, C, h, w]: how far a sum over inputs in [0, 1] can be from zero."""
     flat = weight.flatten(1)
     return torch.maximum(flat.clamp(min=0).sum(dim=1), flat.clamp(max=0).sum(dim=1).abs())
@@ -220,7 +227,7 @@ def freeze(network: Freezable) -> nn.Module:
     return frozen.eval().to(memory_format=torch.channels_last)
 
 
-class Deployed:
+class FrozenNetworkCache:
     """The frozen form of a network, made anew when its weights have changed (in place changes through ``.data`` go unnoticed)."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -246,8 +253,8 @@ def execution_type(frozen: nn.Module, device: torch.device) -> torch.dtype:
     return weight.dtype
 
 
-def onto(v: Tensor, grid: Grid | Wire) -> Tensor:
+def quantize_(v: Tensor, grid: Quantizer | ValueRange) -> Tensor:
     """Put non-negative values on a grid, in place: the nearest step (ties to even), at most the highest."""
-    wire = grid.wire if isinstance(grid, Grid) else grid
-    step = math.ldexp(1.0, wire.exponent)
-    return v.mul_(1 / step).round_().clamp_(max=wire.most / step).mul_(step)
+    value_range = grid.value_range if isinstance(grid, Quantizer) else grid
+    step = math.ldexp(1.0, value_range.exponent)
+    return v.mul_(1 / step).round_().clamp_(max=value_range.most / step).mul_(step)

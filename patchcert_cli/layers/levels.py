@@ -234,7 +234,7 @@ def head(weight: Tensor, bias: Tensor, *, scale: int, zero: int, copies: int) ->
     """The exact linear layer [K, C] of features ``(q - zero) * 2^scale``, the mean of ``copies`` whose sum it is given."""
     like = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
     real, shifted = weight * 2.0**scale / copies, bias - fixed_point.total(weight * 2.0**scale * zero)
-    layer, _ = fixed_point.affine(real[:, :, None, None], shifted, like, fixed_point.Wire(0, 255.0 * copies), torch.float64)
+    layer, _ = fixed_point.affine(real[:, :, None, None], shifted, like, fixed_point.ValueRange(0, 255.0 * copies), torch.float64)
     return layer
 
 

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.layers import fixed_point, integers
-from patchcert_cli.layers.fixed_point import Affine, Wire
+from patchcert_cli.layers.fixed_point import Affine, ValueRange
 from patchcert_cli.layers.integers import LARGEST, ROOM
 
 BASE = 128  # of planes
@@ -47,9 +47,9 @@ BYTE = 255  # the largest whole number of a map in integers
 FAR = 100  # exponents of float32 that are sure to be normal
 
 
-def most(wire: Wire) -> int:
+def most(value_range: ValueRange) -> int:
     """The largest whole number on a connection."""
-    return round(math.ldexp(wire.most, -wire.exponent))
+    return round(math.ldexp(value_range.most, -value_range.exponent))
 
 
 def lowest(values: Tensor) -> Tensor:
@@ -112,14 +112,18 @@ class Operation:
     """
 
     def __init__(
-        self, terms: Sequence[tuple[int, Wire, Affine]], wire: Wire | None, beside: tuple[int, Wire] | None, gated: bool
+        self,
+        terms: Sequence[tuple[int, ValueRange, Affine]],
+        value_range: ValueRange | None,
+        beside: tuple[int, ValueRange] | None,
+        gated: bool,
     ) -> None:
-        out = 0 if wire is None else wire.exponent
+        out = 0 if value_range is None else value_range.exponent
         self.terms = [Term(at, layer, layer.weight.double().cpu() * 2.0 ** (given.exponent - out)) for at, given, layer in terms]
         self.bias = torch.stack([layer.bias.double().cpu() for _, _, layer in terms]).sum(dim=0) * 2.0**-out
         self.beside, self.gated = None if beside is None else beside[0], gated and beside is not None
         self.ratio = 0.0 if beside is None else 2.0 ** (beside[1].exponent - out)
-        self.top = 0 if wire is None else most(wire)
+        self.top = 0 if value_range is None else most(value_range)
         self.highest = max(most(given) for given in (*(given for _, given, _ in terms), *([] if beside is None else [beside[1]])))
 
     @property

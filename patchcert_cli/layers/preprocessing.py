@@ -51,7 +51,7 @@ class Centre(nn.Module):
         self.register_buffer("scale", (1 / torch.tensor(std, dtype=torch.float64)).float(), persistent=False)
 
 
-class Prepared(nn.Module):
+class WithPreprocessing(nn.Module):
     """A classifier behind the preprocessing that it was made for: images [B, C, H, W] in [0, 1], of any size, to logits [B, K].
 
     A defense masks the images as they are given to it. They are resized here, behind the masks, so that no pixel of a patch has
@@ -110,7 +110,7 @@ class Prepared(nn.Module):
         return logits
 
     @property
-    def in_front(self) -> str:
+    def description(self) -> str:
         """What is put in front of the classifier, in words."""
         said = (
             [] if self.size is None else [f"resized to {self.size[0]}x{self.size[1]} ({self.interpolation}) where they are not"]

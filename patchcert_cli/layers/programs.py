@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from patchcert_cli.errors import IntegrityError, MachineError
 from patchcert_cli.layers import fixed_point, integers, passes, precision
-from patchcert_cli.layers.fixed_point import Affine, Deployed, Wire
+from patchcert_cli.layers.fixed_point import Affine, FrozenNetworkCache, ValueRange
 from patchcert_cli.layers.integers import Trial
 from patchcert_cli.layers.planes import BYTE, Maps, Operation, Work, as_bytes, in_integers
 
@@ -52,7 +52,7 @@ class Program:
     """A frozen network as operations on numbered maps of whole numbers; map 0 are the pixels in whole steps.
 
     Attributes:
-        wires: of each map, what its whole numbers stand for.
+        value_ranges: of each map, what its whole numbers stand for.
         before: what is done to pixels first.
         after: what is made of the last result.
         kind: the floating-point type of the frozen network.
@@ -60,7 +60,7 @@ class Program:
 
     def __init__(self, kind: torch.dtype) -> None:
         self.kind = kind
-        self.wires: list[Wire] = [fixed_point.PIXELS]
+        self.value_ranges: list[ValueRange] = [fixed_point.PIXELS]
         self.operations: list[Operation] = []
         self.before: list[nn.Module] = []
         self.after: Callable[[Tensor], Tensor] = lambda v: v
@@ -74,7 +74,7 @@ class Program:
         made = Program(kind)
         for part in network.children():
             if isinstance(part, Affine):
-                made.add((made.last, part), onto=None)
+                made.add((made.last, part), to=None)
             elif hasattr(part, "plan"):
                 cast(Planned, part).plan(made)
             else:
@@ -88,13 +88,13 @@ class Program:
     @property
     def last(self) -> int:
         """The number of the newest map."""
-        return len(self.wires) - 1
+        return len(self.value_ranges) - 1
 
-    def add(self, *terms: tuple[int, Affine], onto: Wire | None, beside: int | None = None, gated: bool = False) -> int:
+    def add(self, *terms: tuple[int, Affine], to: ValueRange | None, beside: int | None = None, gated: bool = False) -> int:
         """One more operation (:class:`Operation`); returns the number of its map."""
-        given = [(at, self.wires[at], layer) for at, layer in terms]
-        self.operations.append(Operation(given, onto, None if beside is None else (beside, self.wires[beside]), gated))
-        self.wires.append(fixed_point.PIXELS if onto is None else onto)
+        given = [(at, self.value_ranges[at], layer) for at, layer in terms]
+        self.operations.append(Operation(given, to, None if beside is None else (beside, self.value_ranges[beside]), gated))
+        self.value_ranges.append(fixed_point.PIXELS if to is None else to)
         return self.last
 
     def backends(self) -> tuple[str, ...]:
@@ -187,7 +187,7 @@ class Runner:
         deployed: gives the frozen network.
     """
 
-    def __init__(self, deployed: Deployed) -> None:
+    def __init__(self, deployed: FrozenNetworkCache) -> None:
         self.deployed = deployed
         self._program: tuple[nn.Module, Program | None] | None = None
         self._chosen: dict[tuple[int, ...], str] = {}

@@ -10,12 +10,12 @@ from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 from torch import nn
 
 from patchcert_cli import registry, schema
-from patchcert_cli.errors import IntegrityError
+from patchcert_cli.errors import IntegrityError, first_line
 
 
 def names() -> list[str]:
     """All network names."""
-    return registry.module_names(__path__, but=())
+    return registry.module_names(__path__)
 
 
 def build(name: str, options: Mapping[str, Any]) -> nn.Sequential:
@@ -24,8 +24,7 @@ def build(name: str, options: Mapping[str, Any]) -> nn.Sequential:
     try:
         return cast(nn.Sequential, module.build(**listed(name, options)))
     except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as problem:
-        said = (str(problem) or type(problem).__name__).splitlines()[0]
-        raise IntegrityError(f"network '{name}' cannot be built from its options: {said}") from problem
+        raise IntegrityError(f"network '{name}' cannot be built from its options: {first_line(problem)}") from problem
 
 
 def listed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.errors import UsageError
-from patchcert_cli.layers.preprocessing import Prepared
+from patchcert_cli.layers.preprocessing import WithPreprocessing
 
 STEM, HEAD = 32, 1280
 # of each stage: blocks, width, kernel, stride of the first block, how many times a block widens
@@ -78,7 +78,7 @@ def build(
     mean: Sequence[float],
     std: Sequence[float],
     norm: bool = True,
-) -> Prepared:
+) -> WithPreprocessing:
     """EfficientNet-Lite behind its preprocessing: images [B, C, H, W] in [0, 1] -> logits [B, classes].
 
     Args:
@@ -105,7 +105,7 @@ def build(
             before = after
     layers += [*convolved(before, HEAD, norm=norm), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(HEAD, classes)]
     summary = f"EfficientNet-Lite{variant} at {sides[0]}x{sides[1]}"
-    return Prepared(nn.Sequential(*layers), size=sides, mean=mean, std=std, channels=len(mean), summary=summary)
+    return WithPreprocessing(nn.Sequential(*layers), size=sides, mean=mean, std=std, channels=len(mean), summary=summary)
 
 
 def rounded(width: float) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.layers import fixed_point, levels
-from patchcert_cli.layers.fixed_point import Grid
+from patchcert_cli.layers.fixed_point import Quantizer
 from patchcert_cli.layers.levels import Level
 from patchcert_cli.layers.preprocessing import Normalize
 
@@ -54,7 +54,7 @@ class Gelu(nn.Module):
 
     def __init__(self, bits: int) -> None:
         super().__init__()
-        self.grid = Grid(bits, below=levels.LOWEST, share=SHARE) if bits else None
+        self.grid = Quantizer(bits, below=levels.LOWEST, share=SHARE) if bits else None
 
     def forward(self, v: Tensor) -> Tensor:
         return F.gelu(v if self.grid is None else self.grid(v))
@@ -68,7 +68,7 @@ class Stage(nn.Module):
         self.first, self.first_norm = nn.Conv2d(before, width, 3, padding=1, bias=False), Norm(width)
         self.second, self.second_norm = nn.Conv2d(width, width, 3, padding=1, bias=False), Norm(width)
         self.first_gelu, self.second_gelu = Gelu(bits), Gelu(bits)
-        self.grid = Grid(bits, below=2 * levels.DIP, share=SHARE) if bits else None
+        self.grid = Quantizer(bits, below=2 * levels.DIP, share=SHARE) if bits else None
 
     def forward(self, v: Tensor) -> Tensor:
         u = self.first_gelu(self.first_norm(F.max_pool2d(self._convolve(v, self.first, self.first_norm), 2)))
@@ -114,7 +114,7 @@ class MaskedNetwork(nn.Module):
         )
         self.stages = nn.Sequential(*(Stage(before, width, bits) for before, width in pairwise([stem, *widths])))
         self.gelu = Gelu(bits)
-        self.grid = Grid(bits, below=levels.DIP, share=SHARE) if bits else None
+        self.grid = Quantizer(bits, below=levels.DIP, share=SHARE) if bits else None
         self.head = nn.Linear(widths[-1], classes)
         with torch.no_grad():
             for stage in cast(list[Stage], list(self.stages)):  # the first channels begin as copies of what comes in
@@ -151,21 +151,21 @@ class MaskedNetwork(nn.Module):
         """The deployed network (:mod:`patchcert_cli.layers.levels`); the bits of its weights do not depend on ``precision``."""
         if not self.freezable or self.grid is None:
             raise IntegrityError("this network has no grid to compute exactly on.", hint="Its network options say bits: 0.")
-        weight, bias = fixed_point.fold(self.stem, None)
+        weight, bias = fixed_point.fold_batchnorm(self.stem, None)
         scale, shift = self.normalize.scale.double().cpu() / 255, self.normalize.shift.double().cpu()
         around = (-shift / scale).round().clamp(0, 255)  # a normalized 0
         if self.takes_mask:  # 255 where hidden stands for 1
             scale, shift, around = (
                 F.pad(one, (0, 1), value=value) for one, value in ((scale, 1 / 255), (shift, 0.0), (around, 0.0))
             )
-        weight, bias = fixed_point.absorb(weight, bias, scale, shift)
+        weight, bias = fixed_point.fold_normalization(weight, bias, scale, shift)
         out = int(self.grid.exponent)
         zero = levels.dip(out)
         weight, around = levels.padded(weight), F.pad(around, (0, -len(around) % 4))
         padding, unmoved = cast(tuple[int, int], self.stem.padding)[0], torch.zeros_like(around)
         made = [self._level(weight, bias, self.gelu, 0, unmoved, out, zero, around, padding=padding)]
         for stage in cast(list[Stage], list(self.stages)):
-            before, scale_in, out = zero, out, int(cast(Grid, stage.grid).exponent)
+            before, scale_in, out = zero, out, int(cast(Quantizer, stage.grid).exponent)
             zero = levels.dip(out)
             first, second = _folded(stage.first, stage.first_norm), _folded(stage.second, stage.second_norm)
             full = torch.full((stage.first.in_channels,), float(before), dtype=torch.float64)
@@ -194,7 +194,7 @@ class MaskedNetwork(nn.Module):
         residual: bool = False,
     ) -> Level:
         """A level of real weights whose inputs are whole numbers less ``moved`` [C], in steps of 2^scale."""
-        whole, step = levels.whole(weight, bias, scale=scale, zero=moved, step=int(cast(Grid, gelu.grid).exponent))
+        whole, step = levels.whole(weight, bias, scale=scale, zero=moved, step=int(cast(Quantizer, gelu.grid).exponent))
         table = levels.gelu_table(step, out, zero)
         after = 2 * zero if residual else zero
         return Level(whole, table, before=around, zero=after, padding=padding, pool=pool, residual=residual)
@@ -218,7 +218,7 @@ class MaskedNetwork(nn.Module):
 
 def _folded(convolution: nn.Conv2d, norm: Norm) -> tuple[Tensor, Tensor]:
     """Weight and bias, float64 on the CPU, of a convolution and the norm behind it."""
-    weight, _ = fixed_point.fold(convolution, None)
+    weight, _ = fixed_point.fold_batchnorm(convolution, None)
     mean, variance = (cast(Tensor, one).detach().double().cpu() for one in (norm.running_mean, norm.running_var))
     scale = 1 / torch.sqrt(variance + norm.eps)  # these operations are rounded alike on every machine
     return weight * scale[:, None, None, None], norm.quick.detach().double().cpu() * QUICK - mean * scale

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from patchcert_cli.errors import UsageError
 from patchcert_cli.layers import fixed_point
-from patchcert_cli.layers.fixed_point import Grid, Wire
+from patchcert_cli.layers.fixed_point import Quantizer, ValueRange
 from patchcert_cli.layers.preprocessing import Normalize
 from patchcert_cli.layers.programs import Program
 
@@ -44,7 +44,7 @@ class Mix(nn.Module):
 
     def __init__(self, width: int, bits: int) -> None:
         super().__init__()
-        self.convolution, self.norm, self.grid = nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), Grid(bits)
+        self.convolution, self.norm, self.grid = nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), Quantizer(bits)
 
     def forward(self, v: Tensor) -> Tensor:
         weight = self.convolution.weight
@@ -67,7 +67,7 @@ class Stage(nn.Module):
         super().__init__()
         self.register_buffer("whitening", torch.eye(before * kernel**2) if whiten else None)
         self.convolution = nn.Conv2d(before, width, kernel, stride, dilation=dilation, bias=False)
-        self.norm, self.grid = nn.BatchNorm2d(width), Grid(bits)
+        self.norm, self.grid = nn.BatchNorm2d(width), Quantizer(bits)
         self.mixes = nn.Sequential(*(Mix(width, bits) for _ in range(mixes)))
 
     @property
@@ -215,31 +215,33 @@ class RegionScorer(nn.Module):
         """The deployed network of whole steps (:mod:`patchcert_cli.layers.fixed_point`), and the fewest bits of a channel's
         largest weight."""
         layers: list[nn.Module] = []
-        fewest, wire = 53, fixed_point.PIXELS
+        fewest, value_range = 53, fixed_point.PIXELS
         scale, shift = self.normalize.scale.double().cpu() / 255, self.normalize.shift.double().cpu()
         if self.places is not None:
             layers.append(Placed(self.places))
             scale, shift = torch.cat([scale, scale.new_full((2,), 1 / 127.5)]), torch.cat([shift, shift.new_full((2,), -1.0)])
         for at, stage in enumerate(cast(list[Stage], list(self.stages))):
-            weight, bias = fixed_point.fold(stage.convolution, stage.norm)
+            weight, bias = fixed_point.fold_batchnorm(stage.convolution, stage.norm)
             if stage.whitening is not None:
                 weight = (weight.flatten(1) @ stage.whitening.double().cpu()).reshape(weight.shape)
-            weight, bias = fixed_point.absorb(weight, bias, scale, shift) if at == 0 else (weight, bias)
-            layer, bits = fixed_point.affine(weight, bias, stage.convolution, wire, precision, largest=self.largest)
-            fewest, wire = min(fewest, bits), stage.grid.wire
-            layers.append(_Step(layer, wire, residual=False))
+            weight, bias = fixed_point.fold_normalization(weight, bias, scale, shift) if at == 0 else (weight, bias)
+            layer, bits = fixed_point.affine(weight, bias, stage.convolution, value_range, precision, largest=self.largest)
+            fewest, value_range = min(fewest, bits), stage.grid.value_range
+            layers.append(_Step(layer, value_range, residual=False))
             for mix in cast(list[Mix], list(stage.mixes)):
                 layer, bits = fixed_point.affine(
-                    *fixed_point.fold(mix.convolution, mix.norm),
+                    *fixed_point.fold_batchnorm(mix.convolution, mix.norm),
                     mix.convolution,
-                    wire,
+                    value_range,
                     precision,
-                    beside=wire.most,
+                    beside=value_range.most,
                     largest=self.largest,
                 )
-                fewest, wire = min(fewest, bits), mix.grid.wire
-                layers.append(_Step(layer, wire, residual=True))
-        layer, bits = fixed_point.affine(*fixed_point.fold(self.head, None), self.head, wire, precision, largest=self.largest)
+                fewest, value_range = min(fewest, bits), mix.grid.value_range
+                layers.append(_Step(layer, value_range, residual=True))
+        layer, bits = fixed_point.affine(
+            *fixed_point.fold_batchnorm(self.head, None), self.head, value_range, precision, largest=self.largest
+        )
         return nn.Sequential(*layers, layer), min(fewest, bits)
 
 
@@ -270,18 +272,18 @@ class Placed(nn.Module):
 class _Step(nn.Module):
     """Exact convolution, ReLU, with ``residual`` plus what came in, onto a grid."""
 
-    def __init__(self, layer: fixed_point.Affine, wire: Wire, *, residual: bool) -> None:
+    def __init__(self, layer: fixed_point.Affine, value_range: ValueRange, *, residual: bool) -> None:
         super().__init__()
-        self.layer, self.wire, self.residual = layer, wire, residual
+        self.layer, self.value_range, self.residual = layer, value_range, residual
 
     def plan(self, program: Program) -> None:
         """See :class:`patchcert_cli.layers.programs.Planned`."""
         at = program.last
-        program.add((at, self.layer), onto=self.wire, beside=at if self.residual else None, gated=True)
+        program.add((at, self.layer), to=self.value_range, beside=at if self.residual else None, gated=True)
 
     def forward(self, v: Tensor) -> Tensor:
         out = self.layer(v).relu_()
-        return fixed_point.onto(out.add_(v) if self.residual else out, self.wire)
+        return fixed_point.quantize_(out.add_(v) if self.residual else out, self.value_range)
 
 
 def build(

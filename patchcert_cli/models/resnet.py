@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.layers import fixed_point, precision
-from patchcert_cli.layers.fixed_point import Grid, Wire
+from patchcert_cli.layers.fixed_point import Quantizer, ValueRange
 from patchcert_cli.layers.programs import Program
 
 
@@ -47,9 +47,9 @@ class Block(nn.Module):
         super().__init__()
         inner = inner or width
         self.first = convolution(before, inner, size, stride)
-        self.first_norm, self.first_grid = nn.BatchNorm2d(inner), Grid(bits)
+        self.first_norm, self.first_grid = nn.BatchNorm2d(inner), Quantizer(bits)
         self.second = convolution(inner, width, strided(size, stride))
-        self.second_norm, self.grid = nn.BatchNorm2d(width), Grid(bits)
+        self.second_norm, self.grid = nn.BatchNorm2d(width), Quantizer(bits)
         straight = before == width and stride == 1
         self.projection = None if straight else nn.Conv2d(before, width, 1, stride, bias=False)
         self.projection_norm = None if straight else nn.BatchNorm2d(width)
@@ -61,35 +61,38 @@ class Block(nn.Module):
         inner = self.first_grid(F.relu(self.first_norm(self.first(v))))
         return cast(Tensor, self.grid(F.relu(self.second_norm(self.second(inner)) + beside)))
 
-    def freeze(self, wire: Wire, precision: torch.dtype) -> tuple[nn.Module, int]:
-        """The exact block behind ``wire``, and the fewest bits of a channel's largest weight; 0 where only float64 will do.
+    def freeze(self, value_range: ValueRange, precision: torch.dtype) -> tuple[nn.Module, int]:
+        """The exact block behind ``value_range``, and the fewest bits of a channel's largest weight; 0 where only float64 will
+        do.
 
         The second convolution and the shortcut are one sum over the channels of both, to which the theorem applies as a whole;
         the step of what the shortcut carries is moved into its weights, and out again afterwards.
         """
-        first, bits = fixed_point.affine(*fixed_point.fold(self.first, self.first_norm), self.first, wire, precision)
-        inner = self.first_grid.wire
-        weight, bias = fixed_point.fold(self.second, self.second_norm)
+        first, bits = fixed_point.affine(
+            *fixed_point.fold_batchnorm(self.first, self.first_norm), self.first, value_range, precision
+        )
+        inner = self.first_grid.value_range
+        weight, bias = fixed_point.fold_batchnorm(self.second, self.second_norm)
         straight = torch.eye(len(weight), dtype=torch.float64)[:, :, None, None]
         aside, offset = straight, torch.zeros_like(bias)
         if self.projection is not None:
-            aside, offset = fixed_point.fold(self.projection, self.projection_norm)
-        scale = 2.0 ** (wire.exponent - inner.exponent)
+            aside, offset = fixed_point.fold_batchnorm(self.projection, self.projection_norm)
+        scale = 2.0 ** (value_range.exponent - inner.exponent)
         up, left = cast(tuple[int, int], self.second.padding)  # the middle of the kernel, where the shortcut is
         both = torch.cat([weight, F.pad(aside * scale, (left, left, up, up))], dim=1)
-        common = Wire(inner.exponent, max(inner.most, wire.most / scale))
+        common = ValueRange(inner.exponent, max(inner.most, value_range.most / scale))
         joint, fewest = fixed_point.affine(both, bias + offset, self.second, common, precision)
         width = weight.shape[1]
         second = fixed_point.Affine(joint.weight[:, :width].contiguous(), joint.bias, self.second)
         beside = joint.weight[:, width:, up : up + 1, left : left + 1] / scale
         if self.projection is not None:
             shortcut = fixed_point.Affine(beside.contiguous(), torch.zeros_like(joint.bias), self.projection)
-            return _Block(first, second, shortcut, inner, self.grid.wire), min(bits, fewest)
+            return _Block(first, second, shortcut, inner, self.grid.value_range), min(bits, fewest)
         if not torch.equal(beside, straight.to(beside)):  # the shortcut's steps are too fine for what is added to them
             if precision == torch.float64:
                 raise IntegrityError("weights too far apart in size to compute with exactly.", hint="Train the network again.")
             fewest = 0
-        return _Block(first, second, None, inner, self.grid.wire), min(bits, fewest)
+        return _Block(first, second, None, inner, self.grid.value_range), min(bits, fewest)
 
 
 class ResNet(nn.Module):
@@ -104,7 +107,7 @@ class ResNet(nn.Module):
         super().__init__()
         channels, size, before = shape[0], (shape[1], shape[2]), plan[0][0]
         self.stem = convolution(channels, before, size)
-        self.norm, self.grid = nn.BatchNorm2d(before), Grid(bits)
+        self.norm, self.grid = nn.BatchNorm2d(before), Quantizer(bits)
         blocks, self.most = [], before * size[0] * size[1]
         for width, count, stride in plan:
             for step in (stride, *[1] * (count - 1)):
@@ -132,16 +135,16 @@ class ResNet(nn.Module):
         The mean over positions is a sum, which is exact, and 1/n is part of the head's weights. The head, which adds up the most
         and costs the least, is always computed in float64.
         """
-        weight, bias = fixed_point.fold(self.stem, self.norm)
+        weight, bias = fixed_point.fold_batchnorm(self.stem, self.norm)
         stem, fewest = fixed_point.affine(weight / 255, bias, self.stem, fixed_point.PIXELS, precision)
-        wire = self.grid.wire
-        layers: list[nn.Module] = [ExactStem(stem, wire)]
+        value_range = self.grid.value_range
+        layers: list[nn.Module] = [ExactStem(stem, value_range)]
         for block in cast(list[Block], list(self.blocks)):
-            layer, bits = block.freeze(wire, precision)
+            layer, bits = block.freeze(value_range, precision)
             layers.append(layer)
-            fewest, wire = min(fewest, bits), block.grid.wire
-        weight, bias = fixed_point.fold(self.head, None)
-        total = Wire(wire.exponent, wire.most * self.positions)
+            fewest, value_range = min(fewest, bits), block.grid.value_range
+        weight, bias = fixed_point.fold_batchnorm(self.head, None)
+        total = ValueRange(value_range.exponent, value_range.most * self.positions)
         head, _ = fixed_point.affine(weight / self.positions, bias, self.head, total, torch.float64)
         return nn.Sequential(*layers, _Head(head)), fewest
 
@@ -149,40 +152,45 @@ class ResNet(nn.Module):
 class ExactStem(nn.Module):
     """Exact convolution, ReLU, onto a grid."""
 
-    def __init__(self, layer: fixed_point.Affine, wire: Wire) -> None:
+    def __init__(self, layer: fixed_point.Affine, value_range: ValueRange) -> None:
         super().__init__()
-        self.layer, self.wire = layer, wire
+        self.layer, self.value_range = layer, value_range
 
     def plan(self, program: Program) -> None:
         """See :class:`patchcert_cli.layers.programs.Planned`."""
-        program.add((program.last, self.layer), onto=self.wire)
+        program.add((program.last, self.layer), to=self.value_range)
 
     def forward(self, v: Tensor) -> Tensor:
-        return fixed_point.onto(self.layer(v).relu_(), self.wire)
+        return fixed_point.quantize_(self.layer(v).relu_(), self.value_range)
 
 
 class _Block(nn.Module):
     """An exact :class:`Block`."""
 
     def __init__(
-        self, first: fixed_point.Affine, second: fixed_point.Affine, shortcut: fixed_point.Affine | None, inner: Wire, wire: Wire
+        self,
+        first: fixed_point.Affine,
+        second: fixed_point.Affine,
+        shortcut: fixed_point.Affine | None,
+        inner: ValueRange,
+        value_range: ValueRange,
     ) -> None:
         super().__init__()
         self.first, self.second, self.shortcut = first, second, shortcut
-        self.inner, self.wire = inner, wire
+        self.inner, self.value_range = inner, value_range
 
     def plan(self, program: Program) -> None:
         """See :class:`patchcert_cli.layers.programs.Planned`."""
         at = program.last
-        inner = program.add((at, self.first), onto=self.inner)
+        inner = program.add((at, self.first), to=self.inner)
         if self.shortcut is None:
-            program.add((inner, self.second), onto=self.wire, beside=at)
+            program.add((inner, self.second), to=self.value_range, beside=at)
         else:
-            program.add((inner, self.second), (at, self.shortcut), onto=self.wire)
+            program.add((inner, self.second), (at, self.shortcut), to=self.value_range)
 
     def forward(self, v: Tensor) -> Tensor:
-        out: Tensor = self.second(fixed_point.onto(self.first(v).relu_(), self.inner))
-        return fixed_point.onto(out.add_(v if self.shortcut is None else self.shortcut(v)).relu_(), self.wire)
+        out: Tensor = self.second(fixed_point.quantize_(self.first(v).relu_(), self.inner))
+        return fixed_point.quantize_(out.add_(v if self.shortcut is None else self.shortcut(v)).relu_(), self.value_range)
 
 
 class _Head(nn.Module):
@@ -194,7 +202,7 @@ class _Head(nn.Module):
 
     def plan(self, program: Program) -> None:
         """See :class:`patchcert_cli.layers.programs.Planned`."""
-        step = 2.0 ** program.wires[program.last].exponent
+        step = 2.0 ** program.value_ranges[program.last].exponent
         program.after = lambda q: self.total(q.sum(dim=(2, 3), keepdim=True).double() * step)
 
     def forward(self, v: Tensor) -> Tensor:

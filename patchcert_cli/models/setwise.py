@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.layers import fixed_point
-from patchcert_cli.layers.fixed_point import Grid
+from patchcert_cli.layers.fixed_point import Quantizer
 from patchcert_cli.layers.preprocessing import Normalize
 from patchcert_cli.models.region import Placed, normed
 from patchcert_cli.models.resnet import Block, ExactStem
@@ -41,7 +41,7 @@ class Setwise(nn.Module):
         self.normalize = scale
         self.stem = nn.Conv2d(values, width, 1, bias=False)
         self.embedding = nn.Parameter(SPREAD * torch.randn(shape[1] * shape[2], width))
-        self.norm, self.grid = nn.BatchNorm2d(width), Grid(bits)
+        self.norm, self.grid = nn.BatchNorm2d(width), Quantizer(bits)
         self.blocks = nn.Sequential(*(Block(width, width, (1, 1), 1, bits, inner) for inner in blocks))
         for block in self.blocks:
             nn.init.constant_(cast(Tensor, cast(Block, block).second_norm.weight), GENTLE)
@@ -83,15 +83,15 @@ class Setwise(nn.Module):
             torch.cat([part.double().cpu(), part.new_full((len(self.embedding),), rest).double().cpu()])
             for part, rest in ((self.normalize.scale, 1.0), (self.normalize.shift, 0.0))
         )
-        weight, bias = fixed_point.absorb(*fixed_point.fold(both, self.norm), scale / 255, shift)
+        weight, bias = fixed_point.absorb(*fixed_point.fold_batchnorm(both, self.norm), scale / 255, shift)
         stem, fewest = fixed_point.affine(weight, bias, both, fixed_point.PIXELS, precision)
-        wire = self.grid.wire
-        layers: list[nn.Module] = [Placed(one_hot(*self.places)), ExactStem(stem, wire)]
+        value_range = self.grid.value_range
+        layers: list[nn.Module] = [Placed(one_hot(*self.places)), ExactStem(stem, value_range)]
         for block in cast(list[Block], list(self.blocks)):
-            layer, bits = block.freeze(wire, precision)
+            layer, bits = block.freeze(value_range, precision)
             layers.append(layer)
-            fewest, wire = min(fewest, bits), block.grid.wire
-        head, bits = fixed_point.affine(*fixed_point.fold(self.head, None), self.head, wire, precision)
+            fewest, value_range = min(fewest, bits), block.grid.value_range
+        head, bits = fixed_point.affine(*fixed_point.fold_batchnorm(self.head, None), self.head, value_range, precision)
         return nn.Sequential(*layers, head), min(fewest, bits)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from patchcert_cli.data import resize_crop
 from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.errors import MachineError, UsageError, unknown
-from patchcert_cli.layers.preprocessing import INTERPOLATIONS, Prepared
+from patchcert_cli.layers.preprocessing import INTERPOLATIONS, WithPreprocessing
 
 INSTALL = 'pip install "patchcert[timm]"'
 USUAL = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # where published weights say nothing
@@ -217,7 +217,7 @@ def build(
         more.setdefault("in_chans", channels)
     with quiet():
         model = timm.create_model(architecture, pretrained=False, num_classes=classes, **more)
-    return Prepared(
+    return WithPreprocessing(
         model,
         size=sides,
         mean=mean,

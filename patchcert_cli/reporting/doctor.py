@@ -98,7 +98,7 @@ def _disk() -> Iterator[Finding]:
     cache = hub_cache.folder()
     place = files.nearest(cache)
     held = [path for path in cache.rglob("*") if path.is_file() and not path.is_symlink()] if place == cache else []
-    yield Finding("cache", f"{cache}: {sum(path.stat().st_size for path in held) / 1e6:.1f} MB in {len(held)} files")
+    yield Finding("cache", f"{cache}: {files.file_size(sum(path.stat().st_size for path in held))} in {len(held)} files")
     free = shutil.disk_usage(place).free
     full = MachineError(f"less than 100 MB are free on the disk of '{cache}'.", hint="Free some space, or set HF_HOME.")
     yield Finding("free", f"{free / 1e9:.1f} GB", full if free < 100e6 else None)

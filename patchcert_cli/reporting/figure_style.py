@@ -1,22 +1,22 @@
-"""What every picture is drawn on: figures measured in inches, headings, colours, and labels that cover nothing.
+"""The look of every plot: one palette, figures measured in inches, headings, and equal bytes for equal input.
 
-matplotlib is imported only where it is used. No window is opened, and the user's own matplotlib settings play no part, so that
-equal input gives equal bytes. Positions "in data units" are those of the axes; a point is 1/72 inch.
+matplotlib is imported only where it is used. No window is opened, and the user's matplotlib settings have no effect. A point is
+1/72 inch.
 """
 
 from __future__ import annotations
 
 import io
-import itertools
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
-from patchcert_cli.errors import UsageError
+from patchcert_cli.errors import MachineError, UsageError
 from patchcert_cli.storage import files
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ENDINGS = (".png", ".pdf", ".svg")
-UNDATED: dict[str, dict[str, Any]] = {  # what the writers would add of the clock and the machine
+METADATA: dict[str, dict[str, Any]] = {  # what the writers must leave out, as it depends on the clock or the machine
     ".png": {"Software": None},
     ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
     ".svg": {"Date": None, "Creator": None},
@@ -32,6 +32,20 @@ UNDATED: dict[str, dict[str, Any]] = {  # what the writers would add of the cloc
 DPI = 200
 MARGIN = 0.15  # inches
 INK, SOFT, GRID, EMPTY, MARK = "#1f2933", "#5b6770", "#dfe3e7", "#eceff1", "#ffb000"
+PALETTE = (  # on a light page and on a dark one; the first six after Okabe and Ito
+    ("#0072b2", "#56b4e9"),
+    ("#b95600", "#f2994a"),
+    ("#007f5f", "#3cc49a"),
+    ("#a8477f", "#e28bbd"),
+    ("#8a6d00", "#d9c045"),
+    ("#6a40a8", "#b79cf0"),
+    ("#b8322a", "#ff8a80"),
+    ("#007a87", "#4dd0e1"),
+    ("#7a4a2b", "#c8a387"),
+    ("#4f7a00", "#a5d64c"),
+)
+MARKERS = "osD^vP"
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.6, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],  # comes with matplotlib
     "font.size": 9.5,
@@ -46,57 +60,102 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "patchcert",
     "pdf.fonttype": 42,
 }
+WEB_COLORS = {  # the custom properties of the web page's style sheet
+    INK: "var(--ink)",
+    SOFT: "var(--soft)",
+    GRID: "var(--line)",
+    "#ffffff": "var(--page)",
+    **{light: f"var(--hue{i})" for i, (light, _) in enumerate(PALETTE)},
+}
+FONT_PROPERTIES = ("font", "font-family", "font-size", "font-weight", "font-stretch", "font-style")
+
+
+@dataclass(frozen=True)
+class Look:
+    """The colour and the marker of number ``index`` among the lines or models that one reader compares; 60 differ."""
+
+    index: int
+
+    @property
+    def color(self) -> str:
+        """On a light page."""
+        return PALETTE[self.index % len(PALETTE)][0]
+
+    @property
+    def marker(self) -> str:
+        """One of :data:`MARKERS`."""
+        return MARKERS[(self.index + self.index // len(PALETTE)) % len(MARKERS)]
 
 
 def require() -> None:
-    """Raise :class:`UsageError` if matplotlib is missing; meant to be called before a long computation starts."""
+    """Check that matplotlib is installed; meant to be called before a long computation starts.
+
+    Raises:
+        MachineError: it is not.
+    """
     try:
         import matplotlib.backends.backend_agg
-        import matplotlib.figure  # noqa: F401  # looked for, not used
+        import matplotlib.figure  # noqa: F401  # imported to see whether that works
     except ImportError as problem:
-        raise UsageError(
-            "pictures need matplotlib, which is not installed.", hint="Get it with: pip install 'patchcert[plots]'"
+        raise MachineError(
+            "plots need matplotlib, which is not installed.", hint="Type: pip install 'patchcert[plots]'"
         ) from problem
 
 
 def check_path(path: Path) -> None:
-    """Refuse a path that no picture can be written to: an unknown ending, or what :func:`files.check_file` refuses.
+    """Refuse a path that no plot can be written to: an unknown ending, or what :func:`files.check_file` refuses.
 
     Raises:
-        UsageError: it is no path of a picture.
+        UsageError: the name has another ending, or is the name of a folder.
         MachineError: nothing can be written there.
     """
     if path.suffix.lower() not in ENDINGS:
-        raise UsageError(f"a picture cannot be written to '{path}'.", hint=f"The name must end in {', '.join(ENDINGS)}.")
+        raise UsageError(f"a plot cannot be written to '{path}'.", hint=f"The name must end in {', '.join(ENDINGS)}.")
     files.check_file(path, "the picture")
 
 
 @contextmanager
-def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A white figure of ``width`` x ``height`` inches; when the block ends it is written to ``path``, atomically."""
+def blank_figure(width: float, height: float, **settings: Any) -> Iterator[Figure]:
+    """A white figure of ``width`` x ``height`` inches, under this module's settings and ``settings`` until the block ends."""
     require()
-    check_path(path)
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(), warnings.catch_warnings():  # put the process's settings back
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)  # its box says so
+    with matplotlib.rc_context(), warnings.catch_warnings():  # restores the process's settings
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)  # an empty box is drawn
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        figure = Figure(figsize=(round(width * DPI) / DPI, round(height * DPI) / DPI), dpi=DPI, facecolor="white")
-        FigureCanvasAgg(figure)
-        yield figure
+        matplotlib.rcParams.update(STYLE | settings)
+        blank = Figure(figsize=(round(width * DPI) / DPI, round(height * DPI) / DPI), dpi=DPI, facecolor="white")
+        FigureCanvasAgg(blank)
+        yield blank
+
+
+@contextmanager
+def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A :func:`blank_figure`, written to ``path`` when the block ends, atomically."""
+    require()
+    check_path(path)
+    with blank_figure(width, height) as drawing:
+        yield drawing
         content, ending = io.BytesIO(), path.suffix.lower()
-        figure.savefig(content, format=ending[1:], dpi=DPI, metadata=UNDATED[ending])
+        drawing.savefig(content, format=ending[1:], dpi=DPI, metadata=METADATA[ending])
     files.write_named(path, content.getvalue())
 
 
 def axes_at(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
-    """Axes at a place in inches from the lower left corner, begun on a whole device pixel."""
+    """Axes at a position in inches from the lower left corner, moved to a whole device pixel."""
     across, up = (float(size) for size in figure.get_size_inches())
     left, bottom = round(left * DPI) / DPI, round(bottom * DPI) / DPI
     return figure.add_axes((left / across, bottom / up, width / across, height / up))
+
+
+def add_legend(axes: Axes) -> None:
+    """A legend right of the axes, which are narrowed so that it fits."""
+    legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8.5, handlelength=3)
+    box = axes.get_position()
+    right = 1 - (legend.get_window_extent().width + 0.28 * DPI) / axes.figure.bbox.width
+    axes.set_position((box.x0, box.y0, max(right - box.x0, 0.2), box.height))
 
 
 @dataclass(frozen=True)
@@ -130,102 +189,44 @@ class Heading:
             y -= size * 1.5 / 72
 
 
-@dataclass(frozen=True)
-class EndLabel:
-    """The label of a line, and the line's last point in data units."""
+def inline_svg(figure: Figure, label: str, titles: Mapping[str, Sequence[str]]) -> str:
+    """A figure as an SVG element that stands inside an HTML page: without style attributes, and in the page's fonts and colours.
 
-    text: str
-    color: str
-    x: float
-    y: float
-
-
-def label_ends(axes: Axes, ends: Sequence[EndLabel]) -> None:
-    """Write labels right of the axes, which make room for them: as high as the lines end, but apart from each other."""
-    order = sorted(ends, key=lambda end: end.y)
-    boxes = []
-    for end in order:
-        trial = axes.text(0, 0, end.text, fontsize=8.5, linespacing=1.1)
-        boxes.append(trial.get_window_extent())
-        trial.remove()
-    make_room(axes, max(box.width for box in boxes))
-    frame, (bottom, top), (start, stop) = axes.get_window_extent(), axes.get_ylim(), axes.get_xlim()
-    halves = [box.height / frame.height / 2 + 0.008 for box in boxes]
-    wanted = [(end.y - bottom) / (top - bottom) for end in order]  # as fractions of the height of the axes
-    levels = wanted.copy()
-    for i in range(1, len(levels)):
-        levels[i] = max(levels[i], levels[i - 1] + halves[i - 1] + halves[i])
-    levels[-1] = min(levels[-1], max(1.0, wanted[-1]))
-    for i in reversed(range(len(levels) - 1)):
-        levels[i] = min(levels[i], levels[i + 1] - halves[i + 1] - halves[i])
-    for end, want, level in zip(order, wanted, levels, strict=True):
-        beside = end.x == stop and abs(level - want) < 0.01
-        far = stop - end.x > 0.2 * (stop - start)
-        leader = {"arrowstyle": "-", "color": end.color, "linewidth": 0.7, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 4}
-        axes.annotate(
-            end.text,
-            (end.x, end.y),
-            (1 + 0.1 * DPI / frame.width, level),
-            textcoords="axes fraction",
-            color=end.color,
-            fontsize=8.5,
-            linespacing=1.1,
-            va="center",
-            annotation_clip=False,
-            arrowprops=None if beside or far else leader,
-        )
+    Args:
+        figure: its texts and lines have colours of :data:`WEB_COLORS` alone; nothing in it is clipped.
+        label: what a screen reader says instead of the drawing.
+        titles: for the ``gid`` of a line with markers, the tooltip of each marker; such a line becomes a group of class
+            ``model`` with its ``gid`` as ``data-name``.
+    """
+    content = io.BytesIO()
+    figure.savefig(content, format="svg", metadata=METADATA[".svg"])
+    root = ElementTree.fromstring(content.getvalue())
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.endswith("}metadata") or child.tag.endswith("}style"):
+                parent.remove(child)
+    links = {value.removeprefix("#") for node in root.iter() for key, value in node.attrib.items() if key.endswith("href")}
+    for node in root.iter():
+        node.tag = node.tag.rpartition("}")[2]
+        name = node.get("id", "")
+        attributes = {key.rpartition("}")[2]: value for key, value in node.attrib.items()}
+        attributes |= _presentation(attributes.pop("style", ""))
+        if name not in links:
+            attributes.pop("id", None)
+        node.attrib.clear()
+        node.attrib.update(attributes)
+        if name in titles:
+            node.attrib.update({"class": "model", "data-name": name})
+            for mark, text in zip(list(node.iter("{http://www.w3.org/2000/svg}use")), titles[name], strict=True):
+                ElementTree.SubElement(mark, "title").text = text
+    view = root.get("viewBox", "")
+    root.attrib.clear()
+    root.attrib.update({"viewBox": view, "role": "img", "aria-label": label})
+    return ElementTree.tostring(root, encoding="unicode")
 
 
-def add_legend(axes: Axes) -> None:
-    """A legend right of the axes, which make room for it."""
-    legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8, handlelength=3, labelspacing=0.7)
-    make_room(axes, legend.get_window_extent().width)
-
-
-def make_room(axes: Axes, width: float) -> None:
-    """Narrow the axes so that ``width`` device pixels and a margin fit to their right."""
-    place = axes.get_position()
-    right = 1 - (width + 0.28 * DPI) / axes.figure.bbox.width
-    axes.set_position((place.x0, place.y0, max(right - place.x0, 0.2), place.height))
-
-
-@dataclass(frozen=True)
-class Value:
-    """A point (x, y) and what is marked above and below it, from ``low`` to ``high``, in data units."""
-
-    x: float
-    y: float
-    low: float
-    high: float
-    color: str
-
-
-def label_values(axes: Axes, values: Sequence[Value]) -> None:
-    """Write each ``y`` beside its point, or not at all where it would cover a line, a point or another label."""
-    import numpy
-    from matplotlib.patheffects import withStroke
-    from matplotlib.transforms import Bbox
-
-    drawn = [line for line in axes.lines if line.get_linestyle() != "None"]  # not the caps of error bars
-    lines = [line.get_transform().transform(line.get_xydata()) for line in drawn]  # [n, 2] each, in device pixels
-    lines += [axes.transData.transform([(value.x, value.low), (value.x, value.high)]) for value in values]
-    steps = numpy.linspace(0, 1, 150)[:, None]
-    dense = numpy.concatenate([a + (b - a) * steps for line in lines for a, b in itertools.pairwise(line)])
-    frame, reach = axes.get_window_extent(), 4.5 * DPI / 72
-    points = axes.transData.transform([(value.x, value.y) for value in values])
-    boxes = [Bbox.from_bounds(x - reach, y - reach, 2 * reach, 2 * reach) for x, y in points]
-    halo = [withStroke(linewidth=2, foreground="white")]
-    for value in values:
-        gap = 3 if value.high > value.low else 6
-        places = ((value.high, 0, gap, "bottom"), (value.low, 0, -gap, "top"), (value.y, 6, 3, "bottom"), (value.y, 6, -3, "top"))
-        for y, right, up, va in places:
-            text = axes.annotate(
-                f"{value.y:.1f}", (value.x, y), (right, up), textcoords="offset points", fontsize=8, color=value.color
-            )
-            text.set(va=va, ha="left" if right else "center", path_effects=halo)
-            box = text.get_window_extent().padded(2)
-            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1 + 20
-            if inside and not box.count_contains(dense) and not box.count_overlaps(boxes):
-                boxes.append(box)
-                break
-            text.remove()
+def _presentation(style: str) -> dict[str, str]:
+    """The declarations of a style attribute as attributes, in the page's colours and without fonts."""
+    pairs = (declaration.partition(":")[::2] for declaration in style.split(";") if ":" in declaration)
+    found = {key.strip(): value.strip() for key, value in pairs}
+    return {key: WEB_COLORS.get(value, value) for key, value in found.items() if key not in FONT_PROPERTIES}

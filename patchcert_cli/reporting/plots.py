@@ -1,11 +1,9 @@
-"""Pictures of results: accuracy over patch sizes, accuracy over aspect ratios, and one image's margins over patch locations.
+"""Plots of results: accuracy over patch sizes, shapes or thresholds, and over the attacker's strength for several models.
 
 They need matplotlib, the extra ``patchcert[plots]``. Equal input gives equal bytes.
 
 Rows are dictionaries as a sweep stores them, one for each threat and method: ``threat`` (``patch:5x5``), ``method``, the counts
 ``images``, ``clean`` and ``certified``, and ``certified_interval``, the two ends of the exact 95 % interval as fractions.
-
-Shapes: C channels, H x W pixels, P x Q locations of the patch's top-left corner.
 """
 
 from __future__ import annotations
@@ -17,25 +15,51 @@ from typing import TYPE_CHECKING, Any
 
 from patchcert_cli.errors import UsageError
 from patchcert_cli.reporting import figure_style
-from patchcert_cli.reporting.figure_style import DPI, EMPTY, GRID, INK, MARK, SOFT, Heading, axes_at, check_path, require
+from patchcert_cli.reporting.figure_style import DASHES, GRID, INK, SOFT, Heading, Look, axes_at, check_path, require
 from patchcert_cli.threats import Patch, PatchPercent, Sparse, parse_threat
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from torch import Tensor
 
-__all__ = ["check_path", "curve", "margin_map", "plot", "require", "shapes", "thresholds"]
+__all__ = ["Point", "Series", "check_path", "curve", "model_curves", "plot", "require", "shapes", "thresholds"]
 
 Rows = Sequence[Mapping[str, Any]]
 
-HUES = ("#0072b2", "#c65d00", "#007f5f", "#a8477f", "#8a6d00", "#3c4a9c")  # after Okabe and Ito, dark enough for text
-MARKS, DASHES = "osD^vp", ("-", (0, (5, 1.6)), (0, (1.6, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
-MOST_LABELLED = 5  # with more methods a legend takes the place of labels at the ends of the lines
+WIDTH, HEIGHT = 6.8, 3.7  # of a plot in inches, without its heading
+MAX_TICKS = 12  # with more positions the axis has round numbers instead of each position
+MAX_CLEAN_LINES = 5  # with more models, the lines of their clean accuracies would hide each other
+
+
+@dataclass(frozen=True)
+class Point:
+    """A position on the x axis, and accuracies in percent: clean, certified, and the ends of the certified one's interval."""
+
+    x: float
+    clean: float
+    certified: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], x: float) -> Point:
+        """The point of a row."""
+        images = max(row["images"], 1)
+        low, high = (100 * end for end in row["certified_interval"])
+        return cls(x, 100 * row["clean"] / images, 100 * row["certified"] / images, low, high)
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points that one line joins, from left to right."""
+
+    name: str
+    look: Look
+    points: tuple[Point, ...]
 
 
 def plot(rows: Rows, path: Path, *, title: str, area: int | None = None) -> None:
-    """Draw :func:`shapes` if a row's patch is not square, else :func:`curve`; ``area`` is what was asked of shapes."""
+    """Draw :func:`shapes` if a row's patch is not square, else :func:`curve`; ``area`` is the largest area that was asked for."""
     threats = [parse_threat(row["threat"]) for row in rows]
     oblong = any(isinstance(threat, Patch) and threat.height != threat.width for threat in threats)
     if oblong:
@@ -47,167 +71,114 @@ def plot(rows: Rows, path: Path, *, title: str, area: int | None = None) -> None
 def curve(rows: Rows, path: Path, *, title: str) -> None:
     """Draw clean and certified accuracy in % over the side of a square patch in pixels, with a certified line for each method.
 
-    A sweep over ``patch:P%`` or over the budgets of sparse attacks is drawn over that figure instead. What follows the first
-    line of ``title`` is set smaller.
+    A sweep over ``patch:P%`` or over the budgets of sparse attacks is drawn over that figure instead. All lines of ``title``
+    but the first are set smaller.
     """
-    names, points = set(), []
+    axis_names, points = set(), []
     for row in _checked(rows):
         unit, threat, position = _size(row["threat"])
-        names.add((unit, threat))
-        points.append(_Point.of(row, position))
-    if len(names) > 1:
+        axis_names.add((unit, threat))
+        points.append((str(row["method"]), Point.of(row, position)))
+    if len(axis_names) > 1:
         raise UsageError("one curve cannot show different kinds of threats.", hint="Give one kind, such as square patches.")
-    ((unit, threat),) = names
-    positions = sorted({point.x for point in points})
-    heading = Heading.of(title, f"{threat}, anywhere in the image · {_images(rows)} · with exact 95 % intervals", 6.8)
-    with figure_style.figure(path, 6.8, 3.7 + heading.height) as figure:
+    ((unit, threat),) = axis_names
+    series = _by_method(points)
+    heading = Heading.of(title, f"{threat}, anywhere in the image · {_images(rows)} · with exact 95 % intervals", WIDTH)
+    with figure_style.figure(path, WIDTH, HEIGHT + heading.height) as figure:
         axes = _accuracy_axes(figure, heading, below=0.55)
         axes.set_xlabel(unit)
-        pad = 0.05 * (positions[-1] - positions[0]) or 0.5
-        axes.set_xlim(positions[0] - pad, positions[-1] + pad)
-        if len(positions) <= 12:
-            axes.set_xticks(positions, [f"{position:g}" for position in positions])
-        _draw_accuracies(axes, points, bars=len(positions) == 1, dodge=0)
+        positions = _set_positions(axes, series)
+        _draw_methods(axes, series, bars=len(positions) == 1)
 
 
 def shapes(rows: Rows, path: Path, *, title: str, area: int | None = None) -> None:
     """Draw certified accuracy in % over patch shapes, from wide to tall, with exact 95 % intervals and the clean accuracy.
 
-    The patches should have nearly one area, at most ``area``. What follows the first line of ``title`` is set smaller.
+    The patches should have nearly one area, at most ``area``. All lines of ``title`` but the first are set smaller.
     """
     patches = [parse_threat(row["threat"]) for row in _checked(rows)]
     sides = [(patch.height, patch.width) for patch in patches if isinstance(patch, Patch)]
     if len(sides) < len(patches):
         raise UsageError("only patches of HxW pixels have an aspect ratio.", hint="Give threats such as patch:2x12.")
     order = sorted(set(sides), key=lambda side: (side[0] / side[1], side))
-    points = [_Point.of(row, order.index(side)) for row, side in zip(rows, sides, strict=True)]
-    wide = min(6.8 + 0.4 * max(0, len(order) - 11), 14)
+    points = [(str(row["method"]), Point.of(row, order.index(side))) for row, side in zip(rows, sides, strict=True)]
+    width = min(WIDTH + 0.4 * max(0, len(order) - 11), 14)
     areas = _span([height * width for height, width in sides])
     areas = areas if area is None else f"at most {area:,}" + (f" ({areas})" if areas != f"{area:,}" else "")
     note = f"one patch of {areas} pixels, anywhere in the image · {_images(rows)} · with exact 95 % intervals"
-    heading = Heading.of(title, note, wide)
+    heading = Heading.of(title, note, width)
     upright = len(order) > 24  # tick labels
     below = 0.9 + 0.3 * upright
-    with figure_style.figure(path, wide, below + 3.15 + heading.height) as figure:
+    with figure_style.figure(path, width, below + HEIGHT - 0.55 + heading.height) as figure:
         axes = _accuracy_axes(figure, heading, below=below)
         axes.set_xlabel("patch, height x width in pixels, from wide to tall")
         axes.set_xticks(range(len(order)), [f"{height}x{width}" for height, width in order])
         axes.tick_params(axis="x", pad=28, labelrotation=90 * upright)
         axes.set_xlim(-0.6, len(order) - 0.4)
-        _draw_accuracies(axes, points, bars=True, dodge=0.16)
-        _draw_icons(axes, order, room=72 * axes.get_position().width * wide / len(order))
+        _draw_methods(axes, _side_by_side(_by_method(points)), bars=True)
+        _draw_icons(axes, order, room=72 * axes.get_position().width * width / len(order))
 
 
 def thresholds(rows: Rows, path: Path, *, title: str) -> None:
-    """Draw what the threshold of certified detection decides, in % of all images: alarms on unattacked ones, right answers
+    """Draw how the threshold of certified detection decides, in % of all images: alarms on unattacked ones, right answers
     without an alarm, and certified ones with exact 95 % intervals.
 
-    Rows are those of other pictures with ``threshold`` and ``alarms``, and without ``method`` and ``certified_interval``.
+    Rows are those of other plots with ``threshold`` and ``alarms``, and without ``method`` and ``certified_interval``.
     """
-    from patchcert_cli.certificate import clopper_pearson  # with torch, which other pictures do not need
+    from patchcert_cli.certificate import clopper_pearson  # imports torch, which other plots do not need
 
     order = sorted(_checked(rows), key=lambda row: float(row["threshold"]))
     threats, x = {str(row["threat"]) for row in order}, [float(row["threshold"]) for row in order]
     if len(threats) > 1:
-        raise UsageError("one picture of thresholds cannot show different threats.", hint="Give one.")
-    heading = Heading.of(title, f"{threats.pop()}, anywhere in the image · {_images(order)} · with exact 95 % intervals", 6.8)
-    lines = {"alarms, unattacked": ("alarms", HUES[1]), "right, no alarm": ("clean", INK), "certified": ("certified", HUES[0])}
-    with figure_style.figure(path, 6.8, 3.7 + heading.height) as figure:
+        raise UsageError("one plot of thresholds cannot show different threats.", hint="Give one.")
+    heading = Heading.of(title, f"{threats.pop()}, anywhere in the image · {_images(order)} · with exact 95 % intervals", WIDTH)
+    lines = {"alarms, unattacked": ("alarms", Look(1)), "right, no alarm": ("clean", None), "certified": ("certified", Look(0))}
+    with figure_style.figure(path, WIDTH, HEIGHT + heading.height) as figure:
         axes = _accuracy_axes(figure, heading, below=0.55)
         axes.set(xlabel="confidence from which a contradicting mask raises an alarm", ylabel="of all images, %")
         axes.set_xlim(-0.03, 1.03)
-        ends = []
-        for i, (name, (key, hue)) in enumerate(lines.items()):
+        for i, (name, (key, look)) in enumerate(lines.items()):
             shares = [100 * row[key] / max(row["images"], 1) for row in order]
-            (line,) = axes.plot(x, shares, color=hue, linewidth=1.6, linestyle=DASHES[i], marker=MARKS[i], markersize=4.5)
-            line.set(markeredgecolor="white", label=name, clip_on=False)
-            ends.append(figure_style.EndLabel(name, hue, x[-1], shares[-1]))
+            (line,) = axes.plot(x, shares, color=look.color if look else INK, linewidth=1.6, linestyle=DASHES[i], label=name)
+            line.set(marker=(look or Look(2)).marker, markersize=4.5, markeredgecolor="white", clip_on=False)
         spans = [clopper_pearson(row["certified"], max(row["images"], 1)) for row in order]
         low, high = ([100 * span[end] for span in spans] for end in (0, 1))
-        axes.fill_between(x, low, high, color=HUES[0], alpha=0.2, linewidth=0)
-        figure_style.label_ends(axes, ends)
+        axes.fill_between(x, low, high, color=Look(0).color, alpha=0.2, linewidth=0)
+        figure_style.add_legend(axes)
 
 
-def single_map(values: dict[str, Any], pixels: Tensor, margins: Tensor, path: Path, *, unit: str) -> None:
-    """Draw what is known of one picture: its values as JSON shows them, its pixels uint8 [C, H, W], and its margins [P, Q]."""
-    claim = values["claims"][0]
-    top, left, height, width = claim["worst"]
-    words = "certified" if claim["certified"] else "not certified"
-    margin_map(
-        pixels,
-        margins,
-        path,
-        title=f"{Path(values['image']).name}: {values['class']}, {words} against {claim['threat']}",
-        box=(top, left, height, width),
-        patch=Patch(height, width),
-        unit=unit,
-    )
+def model_curves(
+    series: Sequence[Series], *, xlabel: str, about: str, titles: Mapping[str, Sequence[str]], salt: str = ""
+) -> str:
+    """Certified accuracy in % over the attacker's strength, a line for each model, as an SVG element for the web page.
 
-
-def margin_map(
-    image: Tensor,
-    margins: Tensor,
-    path: Path,
-    *,
-    title: str,
-    box: tuple[int, int, int, int],
-    patch: Patch,
-    unit: str = "votes",
-) -> None:
-    """Draw an image with its worst patch location beside a map of the margins over all locations, at one scale.
+    The clean accuracies are dashed, if there are at most :data:`MAX_CLEAN_LINES` models.
 
     Args:
-        image: uint8 [C, H, W], C is 1 (grey) or 3 (RGB).
-        margins: float [P, Q] with P = H - patch.height + 1 and Q = W - patch.width + 1: the margin with the patch's top-left
-            corner at each pixel, in ``unit``. Above 0 the patch can do no harm there.
-        path: the file to write; its ending says the format.
-        title: what follows its first line is set smaller.
-        box: the worst location in pixels: top, left, height, width.
-        patch: the patch in pixels.
-        unit: what the margins count.
+        series: the models, with different names.
+        xlabel: what the x axis shows.
+        about: the drawing in one sentence, for screen readers.
+        titles: for each model, a tooltip for each of its points.
+        salt: different for each drawing on one page, so that no two elements have the same id.
     """
-    channels, height, width = image.shape
-    if channels not in (1, 3) or tuple(margins.shape) != (height - patch.height + 1, width - patch.width + 1):
-        raise ValueError(f"{patch} with margins {tuple(margins.shape)} does not fit an image {tuple(image.shape)}")
-    top, left = box[:2]
-    harmless, smallest = int((margins > 0).sum()), f"{float(margins[top, left]):.4g}".replace("-", "\N{MINUS SIGN}")
-    note = (
-        f"{patch.height}x{patch.width} patch · proven harmless at {harmless:,} of {margins.numel():,} locations (margin above 0)"
-        f" · smallest margin {smallest} {unit}, at row {top}, column {left}"
-    )
-    dots = max(1, int(3.6 * DPI) // max(height, width))  # device pixels per image pixel, whole so that pixels stay crisp
-    high, wide = dots * height / DPI, dots * width / DPI  # of the drawings, in inches
-    tall, slot = max(high, 1.2), max(wide, 2.4)  # of the room for each
-    lefts = [0.7 + i * (slot + 0.75) + (slot - wide) / 2 for i in range(2)]
-    bottom, total = 0.6 + (tall - high) / 2, 0.7 + 2 * slot + 0.75 + 1
-    heading = Heading.of(title, note, total)
-    with figure_style.figure(path, total, 0.6 + tall + 0.3 + heading.height) as figure:
-        heading.write(figure)
-        panels = [axes_at(figure, start, bottom, wide, high) for start in lefts]
-        for axes, name in zip(panels, ("worst location of the patch", "margin for each top-left corner"), strict=True):
-            axes.set_title(name, fontsize=9.5, pad=6, loc="left" if slot == wide else "center")
-            axes.tick_params(length=3, labelsize=8.5)
-        _draw_image(panels[0], image, box)
-        _draw_margins(panels[1], margins, (height, width), (top, left), 72 * dots / DPI)
-        _draw_scale(panels[1], axes_at(figure, lefts[1] + wide + 0.16, bottom, 0.14, high), margins, f"margin, {unit}")
-
-
-@dataclass(frozen=True)
-class _Point:
-    """One row, ready to draw: a position on the x axis and percentages."""
-
-    x: float
-    method: str
-    clean: float
-    certified: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any], x: float) -> _Point:
-        images = max(row["images"], 1)
-        low, high = (100 * end for end in row["certified_interval"])
-        return cls(x, str(row["method"]), 100 * row["clean"] / images, 100 * row["certified"] / images, low, high)
+    with figure_style.blank_figure(7.6, 4.1, **{"svg.fonttype": "none", "svg.hashsalt": f"patchcert {salt}"}) as figure:
+        figure.patch.set_visible(False)
+        axes = _style_axes(axes_at(figure, 0.62, 0.72, 6.84, 3.05))
+        axes.patch.set_visible(False)
+        axes.tick_params(pad=8)
+        axes.set_xlabel(xlabel, labelpad=8)
+        axes.set_title("certified accuracy, %", loc="left", fontsize=9.5, color=INK, pad=12, x=-0.07)
+        positions = _set_positions(axes, series)
+        for one in series:
+            x = [point.x for point in one.points]
+            if len(series) <= MAX_CLEAN_LINES:
+                half = 0.015 * (positions[-1] - positions[0]) if len(x) == 1 else 0
+                clean = [(point.x + shift, point.clean) for point in one.points for shift in ((-half, half) if half else (0,))]
+                axes.plot(*zip(*clean, strict=True), color=one.look.color, linewidth=1.3, linestyle=(0, (4, 3)), clip_on=False)
+            axes.vlines(x, *_ends(one), colors=one.look.color, linewidth=1.3, clip_on=False)
+            (line,) = axes.plot(x, [point.certified for point in one.points], color=one.look.color, linewidth=1.8, zorder=3)
+            line.set(marker=one.look.marker, markersize=7, markeredgecolor="white", clip_on=False, gid=one.name)
+        return figure_style.inline_svg(figure, about, titles)
 
 
 def _checked(rows: Rows) -> Rows:
@@ -237,57 +208,95 @@ def _images(rows: Rows) -> str:
     return f"n = {_span([row['images'] for row in rows])} images"
 
 
+def _by_method(points: Sequence[tuple[str, Point]]) -> list[Series]:
+    """A series for each method, in the order in which the methods occur."""
+    methods = list(dict.fromkeys(method for method, _ in points))
+    return [
+        Series(name, Look(i), tuple(sorted((point for method, point in points if method == name), key=lambda point: point.x)))
+        for i, name in enumerate(methods)
+    ]
+
+
+def _side_by_side(series: Sequence[Series]) -> list[Series]:
+    """The series moved apart, so that none covers another."""
+    step = min(0.16, 0.6 / len(series))
+    shifts = [step * (i - (len(series) - 1) / 2) for i in range(len(series))]
+    return [
+        replace(one, points=tuple(replace(point, x=point.x + shift) for point in one.points))
+        for one, shift in zip(series, shifts, strict=True)
+    ]
+
+
 def _accuracy_axes(figure: Figure, heading: Heading, *, below: float) -> Axes:
     """Axes from 0 to 100 % with the heading above; ``below`` inches for the x axis."""
     heading.write(figure)
     across, up = (float(size) for size in figure.get_size_inches())
-    axes = axes_at(figure, 0.62, below, across - 0.8, up - below - heading.height)
+    axes = _style_axes(axes_at(figure, 0.62, below, across - 0.8, up - below - heading.height))
+    axes.set_ylabel("accuracy, %")
+    return axes
+
+
+def _style_axes(axes: Axes) -> Axes:
+    """Horizontal lines from 0 to 100 %, and nothing else around the axes."""
     axes.set_ylim(-2, 104)
     axes.set_yticks(range(0, 101, 20))
-    axes.set_ylabel("accuracy, %")
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.axhline(0, color=SOFT, linewidth=0.8, zorder=1.5)
+    axes.grid(axis="y", color=GRID, linewidth=0.8, clip_on=False)
+    axes.axhline(0, color=SOFT, linewidth=0.8, zorder=1.5, clip_on=False)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return axes
 
 
-def _draw_accuracies(axes: Axes, points: Sequence[_Point], *, bars: bool, dodge: float) -> None:
-    """The clean accuracy, and a certified line for each method, ``dodge`` beside each other, with intervals as bars or bands."""
-    clean = sorted({(point.x, point.clean) for point in points})
+def _set_positions(axes: Axes, series: Sequence[Series]) -> list[float]:
+    """Limits and ticks of the x axis for all points; returns their positions in rising order."""
+    positions = sorted({point.x for one in series for point in one.points})
+    pad = 0.05 * (positions[-1] - positions[0]) or 0.5
+    axes.set_xlim(positions[0] - pad, positions[-1] + pad)
+    if len(positions) <= MAX_TICKS:
+        axes.set_xticks(positions, [f"{position:g}" for position in positions])
+    return positions
+
+
+def _ends(series: Series) -> tuple[list[float], list[float]]:
+    return [point.low for point in series.points], [point.high for point in series.points]
+
+
+def _draw_methods(axes: Axes, series: Sequence[Series], *, bars: bool) -> None:
+    """The clean accuracy of one model, and a certified line for each method, with intervals as bars or bands."""
+    clean = sorted({(round(point.x), point.clean) for one in series for point in one.points})
     if len({value for _, value in clean}) == 1:
-        ends = [figure_style.EndLabel(f"clean\n{clean[0][1]:.1f} %", INK, axes.get_xlim()[1], clean[0][1])]
-        axes.axhline(clean[0][1], color=INK, linewidth=1.4, label="clean")
+        axes.axhline(clean[0][1], color=INK, linewidth=1.4, label=f"clean, {clean[0][1]:.1f} %")
     else:
-        ends = [figure_style.EndLabel("clean", INK, *clean[-1])]
         axes.plot(*zip(*clean, strict=True), color=INK, linewidth=1.4, marker=".", label="clean")
-    methods = list(dict.fromkeys(point.method for point in points))
-    values = []
-    for i, method in enumerate(methods):
-        shift, hue = min(dodge, 0.6 / len(methods)) * (i - (len(methods) - 1) / 2), HUES[i % len(HUES)]
-        mine = sorted((replace(p, x=p.x + shift) for p in points if p.method == method), key=lambda point: point.x)
-        _draw_method(axes, mine, i, bars=bars or len(mine) == 1)
-        ends.append(figure_style.EndLabel(f"certified,\n{method}", hue, mine[-1].x, mine[-1].certified))
-        values += [figure_style.Value(p.x, p.certified, *((p.low, p.high) if bars else (p.certified,) * 2), hue) for p in mine]
-    if len(methods) <= MOST_LABELLED:
-        figure_style.label_ends(axes, ends)
-    else:
-        figure_style.add_legend(axes)
-    figure_style.label_values(axes, values)
+    for i, one in enumerate(series):
+        _draw_method(axes, one, i, bars=bars or len(one.points) == 1)
+    if len(series) == 1 and len(series[0].points) <= MAX_TICKS:
+        for point in series[0].points:
+            axes.annotate(
+                f"{point.certified:.1f}",
+                (point.x, point.high),
+                (0, 6),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                color=series[0].look.color,
+            )
+    figure_style.add_legend(axes)
 
 
-def _draw_method(axes: Axes, points: Sequence[_Point], i: int, *, bars: bool) -> None:
+def _draw_method(axes: Axes, series: Series, i: int, *, bars: bool) -> None:
     """The certified line of method number ``i``, with its intervals."""
-    hue, x, y = HUES[i % len(HUES)], [point.x for point in points], [point.certified for point in points]
+    color, x, y = series.look.color, [point.x for point in series.points], [point.certified for point in series.points]
+    low, high = _ends(series)
     if bars:
-        reach = [[max(p.certified - p.low, 0) for p in points], [max(p.high - p.certified, 0) for p in points]]
-        axes.errorbar(x, y, yerr=reach, fmt="none", ecolor=hue, elinewidth=1.2, capsize=2.5, capthick=1.2, zorder=2.5)
+        reach = [[max(a - b, 0) for a, b in zip(y, low, strict=True)], [max(b - a, 0) for a, b in zip(y, high, strict=True)]]
+        axes.errorbar(x, y, yerr=reach, fmt="none", ecolor=color, elinewidth=1.2, capsize=2.5, capthick=1.2, zorder=2.5)
     else:
-        axes.fill_between(x, [p.low for p in points], [p.high for p in points], color=hue, alpha=0.2, linewidth=0)
-    (line,) = axes.plot(x, y, color=hue, linewidth=1.1 if bars else 1.8, linestyle=DASHES[i % len(DASHES)], zorder=3)
-    line.set(marker=MARKS[i % len(MARKS)], markersize=max(7.5 - i, 5.5), markeredgecolor="white")  # coinciding, all are seen
-    line.set(label=f"certified, {points[0].method}", clip_on=False)
+        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+    (line,) = axes.plot(x, y, color=color, linewidth=1.1 if bars else 1.8, linestyle=DASHES[i % len(DASHES)], zorder=3)
+    line.set(marker=series.look.marker, markersize=max(7.5 - i, 5.5), markeredgecolor="white")  # all are visible if they coincide
+    line.set(label=f"certified, {series.name}", clip_on=False)
 
 
 def _draw_icons(axes: Axes, sides: Sequence[tuple[int, int]], *, room: float) -> None:
@@ -304,57 +313,3 @@ def _draw_icons(axes: Axes, sides: Sequence[tuple[int, int]], *, room: float) ->
         icon = AnnotationBbox(area, (i, 0), (0, -15), xycoords=where, boxcoords="offset points", frameon=False, pad=0)
         icon.set_annotation_clip(False)
         axes.add_artist(icon)
-
-
-def _draw_image(axes: Axes, image: Tensor, box: tuple[int, int, int, int]) -> None:
-    """The image uint8 [C, H, W] with a frame around the pixels of ``box``."""
-    from matplotlib.patches import Rectangle
-    from matplotlib.patheffects import withStroke
-
-    pixels = image.detach().cpu().permute(1, 2, 0).squeeze(2).numpy()  # [H, W] or [H, W, 3]
-    axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    axes.set(xlabel="column, pixels", ylabel="row, pixels")
-    top, left, height, width = box
-    frame = Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=MARK, linewidth=1.8, clip_on=False)
-    frame.set_path_effects([withStroke(linewidth=3.4, foreground="black")])
-    axes.add_patch(frame)
-
-
-def _draw_margins(axes: Axes, margins: Tensor, size: tuple[int, int], worst: tuple[int, int], pixel: float) -> None:
-    """The margins float [P, Q] on a frame of ``size`` H, W, with a line where their sign changes; a pixel is ``pixel`` points."""
-    from matplotlib.collections import LineCollection
-
-    values = margins.detach().double().cpu()  # [P, Q]
-    limit = max((abs(value) for value in _finite(margins)), default=0) or 1
-    axes.patch.set(facecolor=EMPTY, hatch="////", edgecolor="#c3cad0", linewidth=0)  # where the patch would stick out
-    axes.imshow(values.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
-    axes.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
-    axes.set(xlabel="left column of the patch, pixels", ylabel="top row, pixels")
-    safe = values > 0
-    beside, beneath = (safe[:, 1:] != safe[:, :-1]).nonzero().tolist(), (safe[1:] != safe[:-1]).nonzero().tolist()
-    edges = [[(j + 0.5, i - 0.5), (j + 0.5, i + 0.5)] for i, j in beside]
-    edges += [[(j - 0.5, i + 0.5), (j + 0.5, i + 0.5)] for i, j in beneath]
-    axes.add_collection(LineCollection(edges, colors=INK, linewidths=min(1.3, max(0.6, pixel / 3)), capstyle="projecting"))
-    for color, thick in (("black", 3.4), (MARK, 1.8)):
-        (ring,) = axes.plot(worst[1], worst[0], "o", markersize=min(9, max(5.5, pixel)), markerfacecolor="none", clip_on=False)
-        ring.set(markeredgecolor=color, markeredgewidth=thick)
-
-
-def _draw_scale(axes: Axes, scale: Axes, margins: Tensor, name: str) -> None:
-    """The colours of the map on ``axes``, from its smallest to its largest margin and at least to 0."""
-    from matplotlib.ticker import MaxNLocator
-
-    finite = _finite(margins)
-    low, high = min(0, *finite, 0), max(0, *finite, 0)
-    bar = scale.figure.colorbar(axes.images[0], cax=scale)
-    bar.outline.set_visible(False)
-    scale.set_ylim((low, high) if low < high else (-1, 1))
-    scale.yaxis.set_major_locator(MaxNLocator(6, integer=all(value.is_integer() for value in finite)))
-    scale.axhline(0, color=INK, linewidth=1.3)
-    scale.tick_params(length=3, labelsize=8.5)
-    scale.set_ylabel(name)
-
-
-def _finite(margins: Tensor) -> list[float]:
-    values: list[float] = margins[margins.isfinite()].tolist()
-    return values

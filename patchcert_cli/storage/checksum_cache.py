@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from patchcert_cli.errors import MachineError
 from patchcert_cli.storage import files, hub_cache
 
 MIN_AGE_SECONDS = 2.0  # no file system in use has coarser timestamps
@@ -32,11 +33,8 @@ def sha256(path: Path) -> str:
     digest = files.sha256(path)
     young = time.time() - max(before[1], before[2]) / 1e9 < MIN_AGE_SECONDS
     if not young and _identity(path) == before:
-        with suppress(OSError):  # a read-only home costs time, not safety
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            partial = entry.with_name(f"{entry.name}.{os.getpid()}.partial")
-            partial.write_text(json.dumps({"path": str(path), "identity": before, "sha256": digest}), encoding="utf-8")
-            os.replace(partial, entry)
+        with suppress(MachineError):  # a read-only home costs time, not safety
+            files.write_json(entry, {"path": str(path), "identity": before, "sha256": digest})
     return digest
 
 

@@ -8,23 +8,27 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from patchcert_cli.errors import DataError, IntegrityError, MachineError, UsageError
 
 CARD, CONFIG, WEIGHTS = "README.md", "config.json", "model.safetensors"
-INDEX, PUBLISHED_RECORDS = "model.safetensors.index.json", "records.jsonl.gz"  # of weights in several files; published records
-PARTIAL = ".partial"  # what a file is called until it is whole
-LONGEST = 255  # bytes of a name, on every file system in use
-ROOM = (errno.ENOSPC, errno.EDQUOT)
-SAMPLE = r"sample-\d{1,4}\.jsonl\.gz"  # records of pictures that are no test split
+MANIFEST, RECORDS, RESULT = "manifest.json", "records.jsonl", "result.json"  # of an evaluation
+STATE, METRICS = "state.safetensors", "metrics.jsonl"  # of a training run
+INDEX = "model.safetensors.index.json"  # of weights in several files
+PUBLISHED_RECORDS = "records.jsonl.gz"
+PARTIAL = ".partial"  # the ending of a file while it is being written
+MAX_NAME_BYTES = 255  # on every file system in use
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+SAMPLE = r"sample-\d{1,4}\.jsonl\.gz"  # records of images that are not a test split
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".th")
 
 
@@ -43,6 +47,11 @@ def weight_files(names: Iterable[str]) -> list[str]:
     return wanted if given.issuperset(wanted) else []
 
 
+def file_size(count: int) -> str:
+    """A number of bytes as people read it: ``1.4 MB``."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{max(count / 1e3, 0.1):.1f} kB"
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as stream:
@@ -58,17 +67,29 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file's content so that a crash leaves either the old or the new one.
 
     Raises:
-        MachineError: it cannot be written, or what is there is no file.
+        MachineError: it cannot be written, or ``path`` is not a regular file.
     """
+    with _replacing(path) as partial, partial.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def copy_atomically(source: Path, path: Path) -> None:
+    """Copy the content of a file, as :func:`write_atomically` writes it, without reading it into memory."""
+    with _replacing(path) as partial:
+        shutil.copyfile(source, partial)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes ``path`` when the block ends, and is removed if it fails."""
     partial = path.with_name(path.name + PARTIAL)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "it is no regular file")
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+            raise OSError(errno.EINVAL, "not a regular file")
+        yield partial
         os.replace(partial, path)
     except OSError as problem:
         with suppress(OSError):
@@ -94,7 +115,7 @@ def write_named(path: Path, content: bytes) -> None:
 
 def unwritten(path: Path, problem: OSError) -> MachineError:
     """The error that ``path`` cannot be written, and why."""
-    hint = "Free some space" if problem.errno in ROOM else "Name another place, or make this one writable"
+    hint = "Free some space" if problem.errno in DISK_FULL else "Name another place, or make this one writable"
     return MachineError(
         f"cannot write '{_brief(path)}': {problem.strerror or problem}.", hint=f"{hint}, then run the same command again."
     )
@@ -142,7 +163,7 @@ def nearest(path: Path) -> Path:
 
 def _check_place(path: Path, option: str, suffix: str = "") -> None:
     """Refuse a place for a file or folder that does not exist yet, by the nearest folder that does."""
-    most, real = LONGEST - len(suffix), Path(os.path.realpath(path))
+    most, real = MAX_NAME_BYTES - len(suffix), Path(os.path.realpath(path))
     if any(len(os.fsencode(part)) > most for part in real.parts):
         raise UsageError(f"{option} '{_brief(path)}' has too long a name.", hint=f"Use at most {most} bytes.")
     place = nearest(real)
@@ -155,7 +176,7 @@ def _check_place(path: Path, option: str, suffix: str = "") -> None:
     except OSError as problem:
         raise MachineError(
             f"{option} '{path}': nothing can be written into '{place}' ({problem.strerror or problem}).",
-            hint="Free some space." if problem.errno in ROOM else "Name another place.",
+            hint="Free some space." if problem.errno in DISK_FULL else "Name another place.",
         ) from problem
 
 

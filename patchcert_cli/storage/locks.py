@@ -1,31 +1,31 @@
-"""One process at a time in a run folder. No torch here."""
+"""One process at a time: in a run folder, or at a file that several processes share. No torch here."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from patchcert_cli.errors import MachineError
 
-LOCK = ".lock"  # stays behind in the folder; what holds it ends with the process, however that ends
+LOCK = ".lock"  # the file stays in the folder; the lock ends with the process, however that ends
 
 
 @contextmanager
-def held(folder: Path, ours: str = LOCK) -> Iterator[None]:
-    """Hold a run folder, which is made if need be.
+def held(folder: Path, run_file: str = LOCK) -> Iterator[None]:
+    """Lock a run folder, which is created if it does not exist; fails at once if another process has locked it.
 
-    Nothing is held in a folder of others, which is not empty and has neither a lock nor a file named ``ours``; nor where nothing
-    can be written, or where the file system knows no locks.
+    A folder that is not a run folder, that is, not empty and without a lock or a file named ``run_file``, is not touched. Where
+    nothing can be written, or the file system has no locks, nothing is locked.
 
     Raises:
-        MachineError: another process holds it, or it cannot be made.
+        MachineError: another process has locked it, or it cannot be created.
     """
-    if not empty(folder) and not (folder / LOCK).exists() and not (folder / ours).exists():
+    if not empty(folder) and not (folder / LOCK).exists() and not (folder / run_file).exists():
         yield
         return
     try:
@@ -50,13 +50,29 @@ def held(folder: Path, ours: str = LOCK) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def waiting(path: Path) -> Iterator[None]:
+    """Hold the lock file ``path``, created if it does not exist; waits while another process holds it.
+
+    Where nothing can be written, or the file system has no locks, nothing is locked.
+    """
+    lock = FileLock(path)
+    with suppress(OSError, NotImplementedError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def empty(folder: Path) -> bool:
-    """Whether a folder is not there, or holds nothing but the lock."""
+    """Whether a folder does not exist, or holds nothing but the lock."""
     return not folder.is_dir() or all(path.name == LOCK for path in folder.iterdir())
 
 
 def clear(folder: Path) -> None:
-    """Delete everything in a folder, which may be a link to one, but the lock, which this process holds.
+    """Delete everything in a folder, or in one that a link points to, but the lock, which this process holds.
 
     Raises:
         MachineError: something cannot be deleted.

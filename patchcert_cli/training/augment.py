@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchcert_cli.defenses.base import Augment
+from patchcert_cli.defenses import Augment
 
 
 def apply(x: Tensor, how: Augment, generator: torch.Generator) -> Tensor:

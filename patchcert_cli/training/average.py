@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses import Defense
 
 
 class Average:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from patchcert_cli import checkpoint, defenses
 from patchcert_cli.certificate import Tally
 from patchcert_cli.data.images import Images, to_float
-from patchcert_cli.defenses.base import Defense, TrainingStep
+from patchcert_cli.defenses import Defense, TrainingStep
 from patchcert_cli.errors import IntegrityError, Interrupted, MachineError, UsageError
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage import files, locks
@@ -28,7 +28,6 @@ from patchcert_cli.training.average import Average
 from patchcert_cli.training.muon import Muon
 from patchcert_cli.training.recipe import Recipe
 
-STATE, METRICS = "state.safetensors", "metrics.jsonl"
 FITTED = 500  # training images that a defense is finished with
 REPORTS = 10  # points of a run at which some validation images are certified; the last epoch certifies all
 
@@ -48,11 +47,11 @@ class _State:
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
             defense = defenses.build(recipe.config())
-            aid = (defense.prepare(recipe.training) or nn.Module()).to(device)
+            aid = (defense.init_weights(recipe.training) or nn.Module()).to(device)
             defense = _laid_out(defense.to(device), recipe)
         if begin is not None:
             begin(defense)
-        average = Average(defense) if recipe.training.keep() > 0 else None
+        average = Average(defense) if recipe.training.ema_decay > 0 else None
         return cls(defense, aid, average, _optimizer([*defense.parameters(), *aid.parameters()], recipe))
 
     @property
@@ -130,8 +129,8 @@ def train(
     kept, held = images.limit(recipe.limit or None, recipe.seed).hold_out(recipe.validation, recipe.seed)
 
     def begin(defense: Defense) -> None:
-        if not (folder / STATE).exists():
-            defense.begin(_some(defense, kept))
+        if not (folder / files.STATE).exists():
+            defense.fit_before(_some(defense, kept))
             if prepare is not None:
                 prepare(defense)
 
@@ -155,7 +154,7 @@ def train(
             _save(folder, recipe, state, epoch + 1)  # certifying may take longer than the epoch did
             said = f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f} ({seconds:.0f} s)"
             if looked_at and not last:
-                tally = monitor(made, held.limit(made.monitored, recipe.seed), recipe)
+                tally = monitor(made, held.limit(made.validation_size, recipe.seed), recipe)
                 row |= _seen(tally)
                 _note(folder, lines)
                 clean, certified = tally.clean_accuracy, tally.certified_accuracy
@@ -179,7 +178,7 @@ def train(
 
 
 def _note(folder: Path, lines: list[dict[str, Any]]) -> None:
-    files.write_atomically(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    files.write_atomically(folder / files.METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def _seen(tally: Tally) -> dict[str, Any]:
@@ -228,7 +227,7 @@ def _optimizer(weights: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optim
 
 
 def _rate(recipe: Recipe, progress: float) -> float:
-    return recipe.learning_rate * recipe.training.rate(progress, recipe.epochs)
+    return recipe.learning_rate * recipe.training.lr_multiplier(progress, recipe.epochs)
 
 
 @torch.no_grad()
@@ -240,7 +239,7 @@ def _finish(recipe: Recipe, defense: Defense, images: Images, *, rounded: bool) 
         for weight in defense.parameters():
             if weight.ndim > 1:
                 weight.copy_(weight.to(getattr(torch, recipe.stored)))
-    defense.finish(_some(defense, images))
+    defense.calibrate(_some(defense, images))
 
 
 def _some(defense: Defense, images: Images) -> Tensor:
@@ -267,14 +266,14 @@ def _epoch(recipe: Recipe, epoch: int, state: _State, images: Images, progress: 
         if reduced:
             x = x.contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
-            group["lr"] = group.get("share", 1.0) * recipe.learning_rate * options.rate(at, recipe.epochs)
+            group["lr"] = group.get("share", 1.0) * recipe.learning_rate * options.lr_multiplier(at, recipe.epochs)
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(defense.device.type, torch.bfloat16, enabled=reduced):
             loss = defense.training_loss(x, label, TrainingStep(threat, options, at, recipe.epochs, generator, state.aid))
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if average:
-            average.follow(defense, options.keep())
+            average.follow(defense, options.ema_decay)
         total += float(loss.detach())
         said = f"epoch {epoch + 1} of {recipe.epochs}: loss {total / (number + 1):.4f}"
         progress.update(epoch * steps + number + 1, recipe.epochs * steps, said)
@@ -321,14 +320,14 @@ def monitor(defense: Defense, images: Images, recipe: Recipe, batch: int = 500) 
 
 def _save(folder: Path, recipe: Recipe, state: _State, epoch: int) -> None:
     note = {"recipe": recipe.to_dict(), "epoch": epoch, "averaged": state.average.steps if state.average else 0}
-    files.write_atomically(folder / STATE, checkpoint.pack(state.tensors(), note))
+    files.write_atomically(folder / files.STATE, checkpoint.pack(state.tensors(), note))
 
 
 def _restore(folder: Path, state: _State) -> int:
     """Load the state of the last whole epoch, if there is one; returns how many epochs it has."""
-    if not (folder / STATE).exists():
+    if not (folder / files.STATE).exists():
         return 0
-    tensors, note = checkpoint.unpack(folder / STATE)
+    tensors, note = checkpoint.unpack(folder / files.STATE)
     for prefix, part in state.parts().items():
         part.load_state_dict(_under(tensors, f"{prefix}."), strict=True)
     if state.average:
@@ -349,7 +348,7 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _kept_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
     """Metrics of the epochs that the restored state has; later lines belong to an epoch that was not saved."""
-    path = folder / METRICS
+    path = folder / files.METRICS
     if not path.exists():
         return []
     try:

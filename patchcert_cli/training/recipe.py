@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from patchcert_cli import data, defenses, models, schema
-from patchcert_cli.defenses.base import Options
+from patchcert_cli.defenses import Options
 from patchcert_cli.errors import PatchcertError, UsageError
 from patchcert_cli.threats import Patch, Patches, Sparse, Threat, as_options, parse_threat
 
@@ -144,7 +144,7 @@ class Recipe:
             "classes": list(facts.classes),
             "network": {"name": ready.network, "options": options},
             "options": ready.options,
-            **defenses.by_name(self.defense).entries(ready.threat_model, ready.training),
+            **defenses.by_name(self.defense).deploy_config(ready.threat_model, ready.training),
             "recipe": ready.to_dict(),
         }
 

@@ -13,7 +13,7 @@ from patchcert_cli import cards, checkpoint, data, defenses, models
 from patchcert_cli import device as devices
 from patchcert_cli.catalog import bundled, resolve
 from patchcert_cli.classifiers import addresses
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses import Defense
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage import files, locks
@@ -61,7 +61,7 @@ def check(recipe: Recipe) -> Callable[[Defense], None]:
             defense = defenses.build(recipe.config())
         except IntegrityError as problem:  # of a file it would be; here it is what the user typed
             raise UsageError(problem.message, hint=problem.hint or "See --network-option.") from problem
-        defense.prepare(recipe.training)
+        defense.init_weights(recipe.training)
     initial = checkpoint.weights_for(defense, resolve.resolve(started(recipe).start).folder) if recipe.start else None
 
     def prepare(defense: Defense) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli import attacks
-from patchcert_cli.attacks.base import AttackResult
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.attacks import AttackResult
+from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
 

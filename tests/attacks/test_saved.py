@@ -15,7 +15,7 @@ from torch import Tensor
 from patchcert_cli import attacks
 from patchcert_cli.attacks.saved import Picture, SavedPatches, read, turned
 from patchcert_cli.certificate import ALERT
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.defenses.minority import Minority
 from patchcert_cli.defenses.patchcleanser import PatchCleanser

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from patchcert_cli import attacks
-from patchcert_cli.attacks.base import AttackResult
+from patchcert_cli.attacks import AttackResult, Start, Target
 from patchcert_cli.attacks.patch_pgd import PatchPGD, _around, _grid, _inside, _moved
-from patchcert_cli.attacks.target import Start, Target
 from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import UsageError
@@ -46,7 +45,7 @@ def scorer(aggregate: str = "sum", seed: int = 0, lean: float = 0.0, **more: Any
         made.scorer.head.bias.add_(lean * torch.tensor([1.0, -1, -1, -1]))
         if made.position is not None:
             made.position.normal_()
-    made.finish(images(32, SHAPE))
+    made.calibrate(images(32, SHAPE))
     return made.requires_grad_(False)
 
 

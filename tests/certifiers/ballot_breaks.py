@@ -12,7 +12,7 @@ import torch
 from patchcert_cli.certifiers import geometry
 from patchcert_cli.certifiers.cells import additive
 from patchcert_cli.certifiers.cells.additive import Proof, Votes
-from patchcert_cli.certifiers.geometry import Axis, Cover
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 
 Break = Callable[[pytest.MonkeyPatch], None]
 
@@ -27,7 +27,7 @@ def window_one_short(side: int) -> Break:
     return lambda monkeypatch: monkeypatch.setattr(geometry, "touched_range", shorter)
 
 
-def proving(change: Callable[[Votes, Cover, str, Callable[..., Proof]], Proof]) -> Break:
+def proving(change: Callable[[Votes, CellCoverage, str, Callable[..., Proof]], Proof]) -> Break:
     """Another proof in the place of :func:`additive.prove`, which it is given."""
     original = additive.prove
 
@@ -37,7 +37,7 @@ def proving(change: Callable[[Votes, Cover, str, Callable[..., Proof]], Proof]) 
     return apply
 
 
-def runner_up_only(votes: Votes, cover: Cover, method: str, prove: Callable[..., Proof]) -> Proof:
+def runner_up_only(votes: Votes, cover: CellCoverage, method: str, prove: Callable[..., Proof]) -> Proof:
     """Nobody votes for the third and the rest."""
     total = votes.sums().double() - torch.arange(votes.scores.shape[1]) / 1000
     two = total.topk(2, dim=1).indices
@@ -48,33 +48,33 @@ def runner_up_only(votes: Votes, cover: Cover, method: str, prove: Callable[...,
 def weights_times(factor: float) -> Callable[..., Proof]:
     """What a cell can be made to say counts so much less; without it, votes are lost but never won."""
 
-    def weighted(votes: Votes, cover: Cover, method: str, prove: Callable[..., Proof]) -> Proof:
+    def weighted(votes: Votes, cover: CellCoverage, method: str, prove: Callable[..., Proof]) -> Proof:
         weight = torch.ones(votes.scores.shape[2:]) if votes.weight is None else votes.weight.float()
         return prove(Votes(votes.scores, votes.unknown, weight * factor), cover, method)
 
     return weighted
 
 
-def ties_always_stay(votes: Votes, cover: Cover, method: str, prove: Callable[..., Proof]) -> Proof:
+def ties_always_stay(votes: Votes, cover: CellCoverage, method: str, prove: Callable[..., Proof]) -> Proof:
     proof = prove(votes, cover, "3.2")
     return replace(proof, margin=proof.margin + 1)
 
 
-def ties_to_the_highest(votes: Votes, cover: Cover, method: str, prove: Callable[..., Proof]) -> Proof:
+def ties_to_the_highest(votes: Votes, cover: CellCoverage, method: str, prove: Callable[..., Proof]) -> Proof:
     proof, last = prove(Votes(votes.scores.flip(1), None, votes.weight), cover, method), votes.scores.shape[1] - 1
     return replace(proof, answer=last - proof.answer, rival=last - proof.rival)
 
 
-def credit_of_the_other_side(votes: Votes, cover: Cover, method: str, prove: Callable[..., Proof]) -> Proof:
+def credit_of_the_other_side(votes: Votes, cover: CellCoverage, method: str, prove: Callable[..., Proof]) -> Proof:
     proof = prove(votes, cover, "3.2")
     return replace(proof, margin=proof.margin + (proof.answer > proof.rival))
 
 
-def one_location_of_several(votes: Votes, cover: Cover, method: str, prove: Callable[..., Proof]) -> Proof:
+def one_location_of_several(votes: Votes, cover: CellCoverage, method: str, prove: Callable[..., Proof]) -> Proof:
     return prove(votes, replace(cover, budget=max(1, cover.budget - 1)), method)
 
 
-def given_to_other_images(votes: Votes, cover: Cover, method: str, prove: Callable[..., Proof]) -> Proof:
+def given_to_other_images(votes: Votes, cover: CellCoverage, method: str, prove: Callable[..., Proof]) -> Proof:
     proof = prove(votes, cover, method)
     return replace(proof, margin=proof.margin[proof.answer.argsort(stable=True)])
 

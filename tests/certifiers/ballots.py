@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchcert_cli.certifiers.geometry import Axis, Cover
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 
 Array = np.ndarray
 Cells = frozenset[tuple[int, int]]
@@ -59,8 +59,8 @@ class Ballots:
     one: bool = False
     unknown: Tensor | None = None  # bool [B, K, N, M]
 
-    def cover(self, budget: int = 1) -> Cover:
-        return Cover(self.rows.axis(), self.columns.axis(), budget)
+    def cover(self, budget: int = 1) -> CellCoverage:
+        return CellCoverage(self.rows.axis(), self.columns.axis(), budget)
 
     def locations(self) -> list[Cells]:
         """Row by row, the cells that each location touches."""

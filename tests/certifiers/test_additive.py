@@ -13,7 +13,7 @@ from torch import Tensor
 
 from patchcert_cli.certifiers.cells import additive
 from patchcert_cli.certifiers.cells.additive import METHODS, Aggregate, Proof, Votes, prove, prove_aggregate
-from patchcert_cli.certifiers.geometry import Axis, Cover
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 
 from . import ballots
 from .ballot_breaks import BREAKS, SPARSE_BREAKS
@@ -273,7 +273,7 @@ def test_nothing_unknown_is_the_same_as_no_mask() -> None:
     assert_same(prove(masked, given.cover()), prove(votes(given), given.cover()))
 
 
-def larger() -> list[tuple[Votes, Cover]]:
+def larger() -> list[tuple[Votes, CellCoverage]]:
     """Maps of some size, so that sums run long; one with gaps between touched cells and starts that touch nothing."""
     found = []
     for rows, columns in [(Line(30, 5, 4), Line(26, 3, 7)), (Line(20, 1, 2, 3), Line(31, 4, 6, 2, wraps=True))]:
@@ -330,12 +330,12 @@ def test_a_patch_as_large_as_the_image_certifies_nothing(method: str) -> None:
         assert int((proof.margin > 0).sum()) == 0
         assert bool((proof.worst == 0).all())
     whole = Votes(torch.ones(2, 3, 1, 1))
-    assert int((prove(whole, Cover(Axis.whole(5, 2), Axis.whole(5, 2)), method).margin > 0).sum()) == 0
+    assert int((prove(whole, CellCoverage(Axis.whole(5, 2), Axis.whole(5, 2)), method).margin > 0).sum()) == 0
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_images(method: str) -> None:
-    proof = prove(Votes(torch.zeros(0, 3, 3, 3)), Cover(Line(4, 1, 2).axis(), Line(4, 1, 2).axis()), method)
+    proof = prove(Votes(torch.zeros(0, 3, 3, 3)), CellCoverage(Line(4, 1, 2).axis(), Line(4, 1, 2).axis()), method)
     assert proof.answer.shape == proof.margin.shape == proof.worst.shape == proof.rival.shape == (0,)
     assert proof.margin.dtype == torch.float64
 
@@ -343,14 +343,14 @@ def test_no_images(method: str) -> None:
 def test_cells_without_weight_decide_nothing() -> None:
     """With no weight anywhere the answer is class 0 whatever happens, which is certified."""
     empty = Votes(torch.zeros(2, 3, 2, 2), weight=torch.zeros(2, 2))
-    proof = prove(empty, Cover(Line(2, 2, 1).axis(), Line(2, 2, 1).axis()))
+    proof = prove(empty, CellCoverage(Line(2, 2, 1).axis(), Line(2, 2, 1).axis()))
     assert proof.margin.tolist() == [1, 1]
 
 
 def test_sums_beyond_float32_are_refused() -> None:
     heavy = Votes(torch.zeros(1, 2, 2, 2), weight=torch.full((2, 2), 2**22))
     with pytest.raises(ValueError, match="too large"):
-        prove(heavy, Cover(Line(2, 1, 1).axis(), Line(2, 1, 1).axis()))
+        prove(heavy, CellCoverage(Line(2, 1, 1).axis(), Line(2, 1, 1).axis()))
 
 
 @pytest.mark.parametrize("name", BREAKS)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli.certifiers.masks import masked_predictions
-from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
+from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import UsageError
 from patchcert_cli.evaluation import models
@@ -41,7 +41,7 @@ def around(*layers: nn.Module, classes: int = 3) -> PatchCleanser:
             nn.Flatten(),
             nn.Linear(32, classes),
         )
-    plan, names = MaskPlan(("patch:2x2",), per_axis=3), tuple(map(str, range(classes)))
+    plan, names = MaskSpec(("patch:2x2",), per_axis=3), tuple(map(str, range(classes)))
     return PatchCleanser(network.eval(), input_shape=SHAPE, classes=names, masks=plan, fill=(0.4,) * 3).eval()
 
 
@@ -61,7 +61,7 @@ def test_quick_passes_are_channels_last_and_passes_in_doubt_are_not() -> None:
     plain = around(Noting())
     plain.test_once()
     views_of = plain.views()
-    plain._memory.amend(masked_predictions.replace(views_of.gauge, last=False))  # type: ignore[union-attr]
+    plain._memory.amend(masked_predictions.replace(views_of.calibration, last=False))  # type: ignore[union-attr]
     same = plain.certify(x, Patch(2, 2))
     assert torch.equal(found.certified, same.certified) and torch.equal(found.prediction, same.prediction)
     assert 0 < int(found.certified.sum()) < 24 and torch.equal(found.passes, same.passes)  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def test_a_network_that_errs_so_is_used_without(size: int) -> None:
 def test_other_networks_stay_as_they_are() -> None:
     noting = Noting()
     network = nn.Sequential(noting, nn.Conv2d(3, 8, 3), nn.GroupNorm(1, 8), nn.ReLU(), nn.Flatten(), nn.Linear(800, 3)).eval()
-    plan = MaskPlan(("patch:2x2",), per_axis=3)
+    plan = MaskSpec(("patch:2x2",), per_axis=3)
     made = PatchCleanser(network, input_shape=SHAPE, classes=("a", "b", "c"), masks=plan, fill=(0.4,) * 3).eval()
     made.certify(images(), Patch(2, 2))
     assert not any(last for _, last in noting.seen)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patchcert_cli.certifiers.masks import double_masking
 from patchcert_cli.certifiers.masks.double_masking import Proof, Table, answer, prove
-from patchcert_cli.certifiers.masks.masked_predictions import Answers
+from patchcert_cli.certifiers.masks.masked_predictions import MaskedPredictions
 
 TOLERANCE = 0.125
 Labels = list[list[int]]
@@ -45,13 +45,13 @@ def table(labels: Tensor, logit_margins: Tensor | None = None, *, classes: int =
     logit_margins = torch.full(labels.shape, 0.5) if logit_margins is None else logit_margins
     seen = torch.zeros(labels.shape, dtype=torch.bool)
 
-    def ask(image: Tensor, first: Tensor, second: Tensor) -> Answers:
+    def ask(image: Tensor, first: Tensor, second: Tensor) -> MaskedPredictions:
         codes = (image * labels.shape[1] + torch.minimum(first, second)) * labels.shape[1] + torch.maximum(first, second)
         assert len(codes.unique()) == len(codes), "asked twice at once"
         assert not bool(seen[image, first, second].any()), "asked twice"
         seen[image, first, second] = seen[image, second, first] = True
         label = labels[image, first, second]
-        return Answers(label, (label + 1) % classes, logit_margins[image, first, second].double())
+        return MaskedPredictions(label, (label + 1) % classes, logit_margins[image, first, second].double())
 
     return Table(ask, len(labels), labels.shape[1])
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli.certifiers.masks import logit_scale
-from patchcert_cli.certifiers.masks.logit_scale import Gauge, Memory
+from patchcert_cli.certifiers.masks.logit_scale import Calibration, CalibrationCache
 
 
 def small(seed: int = 0) -> nn.Sequential:
@@ -62,15 +62,15 @@ def test_a_convolution_may_be_the_last_layer() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_scale_is_the_largest_sum_of_terms(dtype: torch.dtype) -> None:
     network, x = small().to(dtype), torch.rand(5, 1, 4, 4, dtype=dtype)
-    with logit_scale.watching(network, "3") as watch:
+    with logit_scale.recording_head(network, "3") as watch:
         logits = network(x)
     v, layer = network[:3](x), network[3]
     expected = (v.abs() @ layer.weight.abs().T + layer.bias.abs()).amax(dim=1).double()
     assert torch.allclose(watch.scale(logits), expected, rtol=1e-5)
-    with logit_scale.watching(network, None) as none:
+    with logit_scale.recording_head(network, None) as none:
         network(x)
     assert torch.equal(none.scale(logits), logits.double().abs().amax(dim=1))
-    with logit_scale.watching(network, "3") as twice:
+    with logit_scale.recording_head(network, "3") as twice:
         network(x)
         network(x)
     assert torch.equal(twice.scale(logits), logits.double().abs().amax(dim=1)), "which call is meant is not known"
@@ -82,7 +82,7 @@ def test_logits_that_vanish_keep_their_scale() -> None:
     x = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     near = logit_scale.shrunk(network, x, steps=40)
     assert near is not None and torch.equal((near * 255).round(), near * 255)
-    with logit_scale.watching(network, "3") as watch:
+    with logit_scale.recording_head(network, "3") as watch:
         logits = network(near)
     spread = logits - logits.mean(dim=1, keepdim=True)
     before = network(x) - network(x).mean(dim=1, keepdim=True)
@@ -135,11 +135,11 @@ def test_what_does_not_respond_is_not_believed() -> None:
 
 
 def test_what_was_found_out_is_kept_until_the_weights_change() -> None:
-    network, memory, asked = small(), Memory(), [0]
+    network, memory, asked = small(), CalibrationCache(), [0]
 
-    def find() -> Gauge:
+    def find() -> Calibration:
         asked[0] += 1
-        return Gauge(None, float(asked[0]), True)
+        return Calibration(None, float(asked[0]), True)
 
     assert [memory.of(network, 1, find).least for _ in range(3)] == [1, 1, 1]
     with torch.no_grad():

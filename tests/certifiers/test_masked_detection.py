@@ -15,8 +15,8 @@ from torch import Tensor
 
 from patchcert_cli.certificate import ALERT
 from patchcert_cli.certifiers.masks import masked_detection
-from patchcert_cli.certifiers.masks.mask_sets import MaskPlan, MaskSet
-from patchcert_cli.certifiers.masks.masked_detection import Reports
+from patchcert_cli.certifiers.masks.mask_sets import MaskSet, MaskSpec
+from patchcert_cli.certifiers.masks.masked_detection import MaskedOutputs
 from patchcert_cli.threats import Patch
 
 View = tuple[int, float]  # label, and by how much its confidence exceeds the threshold
@@ -24,19 +24,19 @@ LEVELS = (-1.0, 0.0, 1.0)  # less confidence than the threshold, exactly as much
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """One image: the label of the whole, and what is seen behind each mask."""
 
     whole: int
     views: tuple[View, ...]
 
 
-def answer(seen: Seen) -> int:
+def answer(seen: Observation) -> int:
     """An alarm (-1) if a mask contradicts the whole image with at least the threshold's confidence."""
     return -1 if any(label != seen.whole and confidence_margin >= 0 for label, confidence_margin in seen.views) else seen.whole
 
 
-def breakable(seen: Seen, hiding: list[set[int]], classes: int) -> bool:
+def breakable(seen: Observation, hiding: list[set[int]], classes: int) -> bool:
     """Whether an enemy who leaves only the masks of one of the sets as they are gets an answer that is neither y nor an alarm."""
     y = answer(seen)
     shown = list(product(range(classes), LEVELS))
@@ -46,18 +46,18 @@ def breakable(seen: Seen, hiding: list[set[int]], classes: int) -> bool:
             views = list(seen.views)
             for at, view in zip(free, written, strict=True):
                 views[at] = view
-            if answer(Seen(whole, tuple(views))) not in (y, -1):
+            if answer(Observation(whole, tuple(views))) not in (y, -1):
                 return True
     return False
 
 
-def reports(images: list[Seen]) -> Reports:
+def reports(images: list[Observation]) -> MaskedOutputs:
     """What is seen of some images, with a logit margin of 1 everywhere and the lowest other class as rival."""
     label = torch.tensor([[label for label, _ in one.views] for one in images])
     confidence_margin = torch.tensor(
         [[confidence_margin for _, confidence_margin in one.views] for one in images], dtype=torch.float64
     )
-    return Reports(
+    return MaskedOutputs(
         torch.tensor([one.whole for one in images]),
         label,
         (label == 0).long(),
@@ -83,19 +83,19 @@ HIDING: list[tuple[int, list[set[int]]]] = [
 ]
 
 
-def every_image(masks: int, classes: int) -> list[Seen]:
+def every_image(masks: int, classes: int) -> list[Observation]:
     shown = list(product(range(classes), LEVELS))
-    return [Seen(whole, views) for whole, views in product(range(classes), product(shown, repeat=masks))]
+    return [Observation(whole, views) for whole, views in product(range(classes), product(shown, repeat=masks))]
 
 
-Certified = Callable[[Reports, Tensor], Tensor]
+Certified = Callable[[MaskedOutputs, Tensor], Tensor]
 
 
-def proven(found: Reports, by: Tensor) -> Tensor:
+def proven(found: MaskedOutputs, by: Tensor) -> Tensor:
     return masked_detection.prove(found, by).margin > 0
 
 
-def compare(certified: Certified = proven, *, by_rule: Callable[[Seen], int] = answer) -> tuple[int, int, int, int]:
+def compare(certified: Certified = proven, *, by_rule: Callable[[Observation], int] = answer) -> tuple[int, int, int, int]:
     """Unsound and lazy verdicts over every table of labels and confidences, certified and broken images."""
     unsound = lazy = good = bad = 0
     for masks, hiding in HIDING:
@@ -111,7 +111,7 @@ def compare(certified: Certified = proven, *, by_rule: Callable[[Seen], int] = a
     return unsound, lazy, good, bad
 
 
-def at_least(found: Reports, by: Tensor) -> Tensor:
+def at_least(found: MaskedOutputs, by: Tensor) -> Tensor:
     return (masked_detection.prove(found, by).margin >= 0) & (masked_detection.answer(found) != ALERT)
 
 
@@ -139,12 +139,14 @@ def test_all_masks_ask_for_more_than_is_needed() -> None:
         assert not bool((every & ~some).any())
         gained += int((some & ~every).sum())
         whole = masked_detection.prove(found, by)
-        assert torch.equal(whole.margin, torch.where(by, masked_detection.holds(found)[:, None], -torch.inf).amax(2).amin(1))
+        assert torch.equal(
+            whole.margin, torch.where(by, masked_detection.mask_margins(found)[:, None], -torch.inf).amax(2).amin(1)
+        )
         assert bool((whole.rival != found.whole).all() or classes_disagree(found, whole.rival))
     assert gained > 0
 
 
-def classes_disagree(found: Reports, rival: Tensor) -> bool:
+def classes_disagree(found: MaskedOutputs, rival: Tensor) -> bool:
     """A rival may be the answer only where there is an alarm."""
     return bool((masked_detection.answer(found)[rival == found.whole] == ALERT).all())
 
@@ -153,7 +155,7 @@ def test_the_weakest_set_and_the_rival_are_told() -> None:
     label = torch.tensor([[0, 0, 2], [0, 0, 0]])
     logit_margin = torch.tensor([[3.0, 1.0, 2.0], [3.0, 0.5, 2.0]], dtype=torch.float64)
     confidence_margin = torch.tensor([[9.0, 9.0, -1.0], [9.0, 9.0, 0.25]], dtype=torch.float64)
-    found = Reports(torch.tensor([0, 0]), label, torch.full((2, 3), 1), logit_margin, confidence_margin)
+    found = MaskedOutputs(torch.tensor([0, 0]), label, torch.full((2, 3), 1), logit_margin, confidence_margin)
     proof = masked_detection.prove(found, torch.tensor([[True, True, False], [False, True, False], [False, False, True]]))
     assert proof.margin.tolist() == [-2.0, 0.25]
     assert proof.weakest.tolist() == [2, 2]
@@ -163,7 +165,7 @@ def test_the_weakest_set_and_the_rival_are_told() -> None:
     ).margin.tolist() == [0, 3]
 
 
-def trusted(found: Reports, by: Tensor) -> Tensor:
+def trusted(found: MaskedOutputs, by: Tensor) -> Tensor:
     """The unmasked label is believed where any mask agrees."""
     return (found.label == found.whole[:, None]).any(dim=1) & (masked_detection.answer(found) != ALERT)
 
@@ -186,12 +188,12 @@ def test_broken_proofs_are_caught(name: str) -> None:
 def test_an_alarm_that_needs_more_than_the_certificate_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The published convention: equal confidence certifies but raises no alarm."""
 
-    def lenient(seen: Seen) -> int:
+    def lenient(seen: Observation) -> int:
         return -1 if any(label != seen.whole and confidence_margin > 0 for label, confidence_margin in seen.views) else seen.whole
 
-    assert breakable(Seen(0, ((0, 0.0), (0, 1.0))), [{0}], 2) is False
+    assert breakable(Observation(0, ((0, 0.0), (0, 1.0))), [{0}], 2) is False
     monkeypatch.setattr(f"{__name__}.answer", lenient)
-    assert breakable(Seen(0, ((0, 0.0), (0, 1.0))), [{0}], 2) is True
+    assert breakable(Observation(0, ((0, 0.0), (0, 1.0))), [{0}], 2) is True
 
 
 def misses(masks: MaskSet, patch: Patch) -> list[tuple[int, int]]:
@@ -205,11 +207,11 @@ def misses(masks: MaskSet, patch: Patch) -> list[tuple[int, int]]:
 
 def test_masks_that_leave_out_a_border_do_not_prove_anything_about_it() -> None:
     """A location that no mask hides has an empty set of masks, which never holds."""
-    patch, whole = Patch(2, 2), MaskPlan(("patch:2x2",), per_axis=2).masks(5, 5)
+    patch, whole = Patch(2, 2), MaskSpec(("patch:2x2",), per_axis=2).masks(5, 5)
     assert misses(whole, patch) == []
     cut = MaskSet(5, 5, tuple(one for one in whole.boxes if one != whole.boxes[-1]))
     assert (3, 3) in misses(cut, patch)
     by = torch.stack([cut.hides(patch)[at] for at in range(patch.count(5, 5))])
-    unanimous = Seen(0, ((0, 1.0),) * len(cut))
+    unanimous = Observation(0, ((0, 1.0),) * len(cut))
     assert float(masked_detection.prove(reports([unanimous]), by).margin) == -float("inf")
     assert breakable(unanimous, [set(row.nonzero()[:, 0].tolist()) for row in by], 2)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from patchcert_cli import device
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.certifiers.masks import masked_predictions
-from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
-from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE, Views
+from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
+from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE, MaskedPredictor
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import IntegrityError
-from patchcert_cli.layers.preprocessing import Normalize, Prepared
+from patchcert_cli.layers.preprocessing import Normalize, WithPreprocessing
 from patchcert_cli.threats import Patch
 
 from .test_logit_scale import Fake, small
@@ -22,7 +22,7 @@ SHAPE = (1, 4, 4)
 
 
 def around(network: nn.Module, labels: str = "float32") -> PatchCleanser:
-    plan = MaskPlan(("patch:2x2",), per_axis=3)
+    plan = MaskSpec(("patch:2x2",), per_axis=3)
     made = PatchCleanser(network, input_shape=SHAPE, classes=("a", "b", "c"), masks=plan, fill=(0.25,), labels=labels)
     return made.eval()
 
@@ -125,7 +125,7 @@ def test_a_float64_that_is_none_certifies_nothing_in_doubt(how: str) -> None:
     honest, fake = around(tied()), around(Fake(tied(), how))
     for made in (honest, fake):
         made.self_test()
-    assert honest.views().gauge.double and not fake.views().gauge.double
+    assert honest.views().calibration.double and not fake.views().calibration.double
     x = images(30)
     sure = honest.certify(x, Patch(2, 2))
     assert int(sure.certified.sum()) > 0
@@ -147,7 +147,7 @@ def test_leads_are_measured_against_a_scale_that_no_picture_shrinks() -> None:
     bright = dark.clone()
     bright[:, :, 3, 3] = 0.9
     views = made.views()
-    assert views.gauge.head is None and views.gauge.least == 1.0
+    assert views.calibration.head is None and views.calibration.least == 1.0
     zero = torch.zeros(2, dtype=torch.int64)
     precision.clear()
     seen = views.ask(bright, torch.arange(2), zero, zero)
@@ -181,7 +181,7 @@ def test_a_network_that_bfloat16_rounds_too_much_is_refused_with_it_alone(monkey
 
 def test_views_say_what_they_are() -> None:
     views = around(small()).views()
-    assert isinstance(views, Views) and (views.tolerance, views.arithmetic) == (TOLERANCE["float64"], "measured")
+    assert isinstance(views, MaskedPredictor) and (views.tolerance, views.arithmetic) == (TOLERANCE["float64"], "measured")
     empty = torch.zeros(0, dtype=torch.int64)
     assert views.ask(images(1), empty, empty, empty).label.shape == (0,)
 
@@ -227,8 +227,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @pytest.mark.parametrize("size", [None, (12, 12)])
 def test_masks_of_the_mean_colour_leave_nothing_that_a_network_could_enlarge(size: tuple[int, int] | None) -> None:
-    plan, more = MaskPlan(("patch:3x3",), per_axis=3), {"input_shape": (3, 8, 8), "classes": ("a", "b", "c")}
-    network = Prepared(Bare().eval(), size=size, mean=MEAN, std=STD)
+    plan, more = MaskSpec(("patch:3x3",), per_axis=3), {"input_shape": (3, 8, 8), "classes": ("a", "b", "c")}
+    network = WithPreprocessing(Bare().eval(), size=size, mean=MEAN, std=STD)
     made = PatchCleanser(network.eval(), masks=plan, fill=MEAN, **more).eval()  # type: ignore[arg-type]
     made.self_test()
     seen: list[Tensor] = []

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from patchcert_cli.certifiers.masks import mask_sets
-from patchcert_cli.certifiers.masks.mask_sets import Cover, MaskPlan, MaskSet, axis_masks
+from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage, MaskSet, MaskSpec, axis_masks
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.threats import Threat, parse_threat
 
@@ -84,23 +84,23 @@ def test_as_many_masks_as_said_and_no_smaller_stride_would_do() -> None:
 
 def test_published_numbers() -> None:
     assert axis_masks(224, 32, stride=33) == (64, [0, 33, 66, 99, 132, 160])
-    made = MaskPlan(("patch:2%",)).masks(224, 224)
+    made = MaskSpec(("patch:2%",)).masks(224, 224)
     assert (len(made), made.passes) == (36, 666)
     assert {box[2:] for union in made.boxes for box in union} == {(64, 64)}
-    cifar = MaskPlan(("patch:5x5",)).masks(32, 32)
+    cifar = MaskSpec(("patch:5x5",)).masks(32, 32)
     assert (len(cifar), cifar.boxes[-1]) == (36, ((23, 23, 9, 9),))
 
 
 PLANS = [
-    MaskPlan(("patch:2x2",), per_axis=2),
-    MaskPlan(("patch:2x2",), per_axis=3),
-    MaskPlan(("patch:2x2",), stride=1),
-    MaskPlan(("patch:1x3",), stride=1, wider=1),
-    MaskPlan(("patch:3x1", "patch:1x3", "patch:2x2"), per_axis=3),
-    MaskPlan(("patch:10%",), per_axis=3),
-    MaskPlan(("patch:2x2",), passes=50),
-    MaskPlan(("patches:2:1x2",), per_axis=2),
-    MaskPlan(("sparse:2", "patch:2x2"), per_axis=3),
+    MaskSpec(("patch:2x2",), per_axis=2),
+    MaskSpec(("patch:2x2",), per_axis=3),
+    MaskSpec(("patch:2x2",), stride=1),
+    MaskSpec(("patch:1x3",), stride=1, wider=1),
+    MaskSpec(("patch:3x1", "patch:1x3", "patch:2x2"), per_axis=3),
+    MaskSpec(("patch:10%",), per_axis=3),
+    MaskSpec(("patch:2x2",), passes=50),
+    MaskSpec(("patches:2:1x2",), per_axis=2),
+    MaskSpec(("sparse:2", "patch:2x2"), per_axis=3),
 ]
 THREATS = (
     "patch:1x1",
@@ -117,7 +117,7 @@ THREATS = (
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: "-".join(plan.covers) + f"-{plan.per_axis}{plan.stride}{plan.passes}")
 @pytest.mark.parametrize("size", [(5, 5), (4, 6)], ids=str)
-def test_covers_are_those_of_loops_over_places(plan: MaskPlan, size: tuple[int, int]) -> None:
+def test_covers_are_those_of_loops_over_places(plan: MaskSpec, size: tuple[int, int]) -> None:
     made = plan.masks(*size)
     found = hidden(made)
     assert [set(map(tuple, one.nonzero().tolist())) for one in made.hidden] == found
@@ -142,7 +142,7 @@ def test_covers_are_those_of_loops_over_places(plan: MaskPlan, size: tuple[int, 
 
 
 def test_a_set_that_lost_a_mask_or_a_row_of_pixels_covers_its_threat_no_more() -> None:
-    made, threat = MaskPlan(("patch:2x2",), per_axis=3).masks(7, 7), parse_threat("patch:2x2")
+    made, threat = MaskSpec(("patch:2x2",), per_axis=3).masks(7, 7), parse_threat("patch:2x2")
     made.cover(threat)
     assert (len(made), made.boxes[-1]) == (9, ((4, 4, 3, 3),))
     for lost in range(len(made)):
@@ -156,7 +156,7 @@ def test_a_set_that_lost_a_mask_or_a_row_of_pixels_covers_its_threat_no_more() -
 
 
 def test_two_patches_lie_behind_pairs_of_masks() -> None:
-    one, two = MaskPlan(("patch:2x2",), per_axis=2).masks(6, 6), MaskPlan(("patches:2:2x2",), per_axis=2).masks(6, 6)
+    one, two = MaskSpec(("patch:2x2",), per_axis=2).masks(6, 6), MaskSpec(("patches:2:2x2",), per_axis=2).masks(6, 6)
     assert (len(one), len(two)) == (4, 6)
     assert {frozenset(union) for union in two.boxes} == {
         frozenset(first + second) for i, first in enumerate(one.boxes) for second in one.boxes[i + 1 :]
@@ -167,31 +167,31 @@ def test_two_patches_lie_behind_pairs_of_masks() -> None:
 
 def test_a_budget_of_passes_buys_as_many_masks_as_it_can_pay() -> None:
     for passes in (10, 45, 666, 1000, 5050):
-        made = MaskPlan(("patch:5x5",), passes=passes).masks(32, 32)
+        made = MaskSpec(("patch:5x5",), passes=passes).masks(32, 32)
         assert made.passes <= passes
         axis = round(len(made) ** 0.5)
         more = next(
-            found for k in range(axis + 1, 33) if len(found := MaskPlan(("patch:5x5",), per_axis=k).masks(32, 32)) > len(made)
+            found for k in range(axis + 1, 33) if len(found := MaskSpec(("patch:5x5",), per_axis=k).masks(32, 32)) > len(made)
         )
         assert more.passes > passes
     with pytest.raises(UsageError, match="9 passes are too few for masks against patch:5x5. Allow 10 or more"):
-        MaskPlan(("patch:5x5",), passes=9).masks(32, 32)
+        MaskSpec(("patch:5x5",), passes=9).masks(32, 32)
 
 
 def test_masks_that_cannot_be_are_refused() -> None:
     with pytest.raises(UsageError, match="hide all of a 8x8 image"):
-        MaskPlan(("patch:5x5",), per_axis=1).masks(8, 8)
+        MaskSpec(("patch:5x5",), per_axis=1).masks(8, 8)
     with pytest.raises(UsageError, match="hide all of a 8x8 image"):
-        MaskPlan(("patch:8x8",)).masks(8, 8)
+        MaskSpec(("patch:8x8",)).masks(8, 8)
     with pytest.raises(UsageError, match="does not fit a 8x8 image"):
-        MaskPlan(("patch:9x9",)).masks(8, 8)
+        MaskSpec(("patch:9x9",)).masks(8, 8)
     with pytest.raises(UsageError, match=f"more than {mask_sets.MOST} masks are needed"):
-        MaskPlan(("patches:3:5x5",), per_axis=6).masks(32, 32)
-    MaskPlan(("patch:1x8",), per_axis=3).masks(8, 8).cover(parse_threat("patch:1x8"))
+        MaskSpec(("patches:3:5x5",), per_axis=6).masks(32, 32)
+    MaskSpec(("patch:1x8",), per_axis=3).masks(8, 8).cover(parse_threat("patch:1x8"))
 
 
 def test_a_table_of_covers_that_would_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, threat = MaskPlan(("sparse:3",), per_axis=3).masks(6, 6), parse_threat("sparse:3")
+    made, threat = MaskSpec(("sparse:3",), per_axis=3).masks(6, 6), parse_threat("sparse:3")
     assert len(made.cover(threat).by) == 84  # three of nine
     monkeypatch.setattr(mask_sets, "LARGEST", 1 << 12)
     with pytest.raises(UnsupportedThreat, match="sparse:3 is too many changes at once for masks. Two patches are possible"):
@@ -199,9 +199,9 @@ def test_a_table_of_covers_that_would_fill_the_memory_is_refused(monkeypatch: py
 
 
 def test_plans_are_plain_values() -> None:
-    for plan in (*PLANS, MaskPlan(("patch:5x5",))):
-        assert MaskPlan.read(plan.to_dict()) == plan
-    assert MaskPlan.read({"covers": ["patch:5x5"], "per_axis": 6}) == MaskPlan(("patch:5x5",), per_axis=6)
+    for plan in (*PLANS, MaskSpec(("patch:5x5",))):
+        assert MaskSpec.read(plan.to_dict()) == plan
+    assert MaskSpec.read({"covers": ["patch:5x5"], "per_axis": 6}) == MaskSpec(("patch:5x5",), per_axis=6)
     for values, said in [
         ({}, "masks.covers is missing"),
         ({"covers": []}, "names no threat"),
@@ -212,11 +212,11 @@ def test_plans_are_plain_values() -> None:
         (7, "not a table"),
     ]:
         with pytest.raises(IntegrityError, match=said):
-            MaskPlan.read(values)
+            MaskSpec.read(values)
 
 
 def test_equal_sets_of_masks_are_told_once_with_their_first_atom() -> None:
     by = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 1, 1], [1, 0, 0], [0, 1, 1]]).bool()
-    found = mask_sets._smallest(Cover(by, torch.tensor([9, 8, 7, 6, 5, 4])))
+    found = mask_sets._smallest(MaskCoverage(by, torch.tensor([9, 8, 7, 6, 5, 4])))
     assert found.by.tolist() == [[True, False, False], [False, True, True]]
     assert found.location.tolist() == [8, 6]

@@ -14,10 +14,10 @@ from patchcert_cli.certifiers.bounds.linear import linear, refine, relaxations
 from patchcert_cli.certifiers.bounds.linear.relaxations import Form
 from patchcert_cli.certifiers.cells import additive, robust_masking
 from patchcert_cli.certifiers.cells.additive import Votes
-from patchcert_cli.certifiers.geometry import Axis, Cover
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 from patchcert_cli.certifiers.masks import double_masking, masked_detection
-from patchcert_cli.certifiers.masks.masked_detection import Reports
-from patchcert_cli.certifiers.masks.masked_predictions import Answers
+from patchcert_cli.certifiers.masks.masked_detection import MaskedOutputs
+from patchcert_cli.certifiers.masks.masked_predictions import MaskedPredictions
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import UsageError
 from patchcert_cli.layers import precision
@@ -108,7 +108,7 @@ def test_votes_that_are_no_numbers_certify_nothing(method: str, budget: int) -> 
     axis = Axis.sliding(6, 1, kernel=1, stride=1)
     scores = torch.zeros(2, 3, 6, 6)
     scores[:, 1] = 1
-    cover = Cover(axis, axis, budget)
+    cover = CellCoverage(axis, axis, budget)
     assert bool((additive.prove(Votes(scores), cover, method).margin > 0).all())
     for label in range(3):
         for cell in ((0, 0), (3, 2), (5, 5)):
@@ -126,18 +126,18 @@ def test_evidence_that_is_no_number_certifies_nothing() -> None:
     evidence = torch.zeros(1, 2, 4, 4)
     evidence[:, 0] = NAN
     with pytest.raises(ValueError, match="int64"):
-        robust_masking.prove(evidence, robust_masking.Masking((1, 1)), Cover(axis, axis, 1))
+        robust_masking.prove(evidence, robust_masking.Masking((1, 1)), CellCoverage(axis, axis, 1))
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS)
 def test_leads_that_are_no_numbers_certify_nothing(value: float) -> None:
     masks, images_ = 4, 3
 
-    def ask(image: Tensor, first: Tensor, second: Tensor) -> Answers:
+    def ask(image: Tensor, first: Tensor, second: Tensor) -> MaskedPredictions:
         logit_margin = torch.ones(len(image), dtype=torch.float64)
         logit_margin[(image == 0) & ((first == 1) | (second == 1))] = value
         logit_margin[(image == 1) & (first == 0) & (second == 3)] = value
-        return Answers(torch.zeros_like(image), torch.ones_like(image), logit_margin)
+        return MaskedPredictions(torch.zeros_like(image), torch.ones_like(image), logit_margin)
 
     table = double_masking.Table(ask, images_, masks)
     label = double_masking.answer(table, 2)
@@ -151,7 +151,7 @@ def test_leads_that_are_no_numbers_certify_nothing(value: float) -> None:
 @pytest.mark.parametrize("field", ["logit_margin", "confidence_margin"])
 def test_reports_that_are_no_numbers_certify_nothing(field: str, value: float) -> None:
     ones = torch.ones(1, 3, dtype=torch.float64)
-    found = Reports(torch.zeros(1).long(), torch.zeros(1, 3).long(), torch.ones(1, 3).long(), ones, ones.clone())
+    found = MaskedOutputs(torch.zeros(1).long(), torch.zeros(1, 3).long(), torch.ones(1, 3).long(), ones, ones.clone())
     by = torch.eye(3, dtype=torch.bool)
     assert bool(masked_detection.prove(found, by).margin > 0)
     for mask in range(3):
@@ -164,9 +164,9 @@ def test_classes_far_apart_are_told_apart_in_tables_of_labels() -> None:
     """In 16 bits, classes 5 and 65541 would be one."""
     classes = 70_000
 
-    def ask(image: Tensor, first: Tensor, second: Tensor) -> Answers:
+    def ask(image: Tensor, first: Tensor, second: Tensor) -> MaskedPredictions:
         label = torch.where((first == 2) | (second == 2), 65_541, 5)
-        return Answers(label, torch.full_like(label, 69_999), torch.ones(len(label), dtype=torch.float64))
+        return MaskedPredictions(label, torch.full_like(label, 69_999), torch.ones(len(label), dtype=torch.float64))
 
     table = double_masking.Table(ask, 1, 3)
     label = double_masking.answer(table, classes)
@@ -175,7 +175,7 @@ def test_classes_far_apart_are_told_apart_in_tables_of_labels() -> None:
     assert table.one().tolist() == [[5, 5, 65_541]]
     for wrong in (double_masking.MOST_CLASSES, -1):
         beyond = double_masking.Table(
-            lambda image, first, second, at=wrong: Answers(image * 0 + at, image * 0, image.double()), 1, 2
+            lambda image, first, second, at=wrong: MaskedPredictions(image * 0 + at, image * 0, image.double()), 1, 2
         )  # type: ignore[misc]
         with pytest.raises(UsageError, match="classes are 0 to"):
             beyond.one()

@@ -19,7 +19,7 @@ from torch import Tensor
 from patchcert_cli.certifiers.cells import robust_masking
 from patchcert_cli.certifiers.cells.additive import Proof
 from patchcert_cli.certifiers.cells.robust_masking import MOST, Masking, margin_map, masked_sums, prove
-from patchcert_cli.certifiers.geometry import Axis, Cover
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 
 from .ballots import Cells, Line
 
@@ -37,8 +37,8 @@ class Case:
     share: Fraction
     evidence: Tensor  # int64 [B, K, N, M]
 
-    def cover(self) -> Cover:
-        return Cover(self.rows.axis(), self.columns.axis())
+    def cover(self) -> CellCoverage:
+        return CellCoverage(self.rows.axis(), self.columns.axis())
 
     def masking(self) -> Masking:
         return Masking(self.window, self.share)
@@ -222,7 +222,7 @@ def test_evidence_of_any_size_is_added_exactly() -> None:
     evidence[0, 1, 0, 0] = MOST
     evidence[0, 1, 0, 1:21] = 1
     evidence[0, 0, 0, 21:40] = 1
-    masking, cover = Masking((1, 1)), Cover(Line(1, 1, 1).axis(), Line(40, 1, 1).axis())
+    masking, cover = Masking((1, 1)), CellCoverage(Line(1, 1, 1).axis(), Line(40, 1, 1).axis())
     assert masked_sums(evidence, masking).tolist() == [[18, 20]]
     proof = prove(evidence, masking, cover)
     assert proof.answer.tolist() == [1]
@@ -243,32 +243,32 @@ def test_chunks_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_no_images_and_refusals() -> None:
-    cover = Cover(Line(4, 1, 1).axis(), Line(4, 1, 1).axis())
+    cover = CellCoverage(Line(4, 1, 1).axis(), Line(4, 1, 1).axis())
     empty = prove(torch.zeros(0, 3, 4, 4, dtype=torch.int64), Masking((2, 2)), cover)
     assert empty.answer.shape == empty.margin.shape == empty.worst.shape == empty.rival.shape == (0,)
     some = torch.zeros(1, 3, 4, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match="one location"):
-        prove(some, Masking((2, 2)), Cover(cover.rows, cover.columns, 2))
+        prove(some, Masking((2, 2)), CellCoverage(cover.rows, cover.columns, 2))
     with pytest.raises(ValueError, match="no masks of"):
         prove(some, Masking((5, 1)), cover)
     with pytest.raises(ValueError, match="neighbouring cells"):
-        prove(some, Masking((2, 2)), Cover(cover.rows, Axis(4, ((0, 2),))))
+        prove(some, Masking((2, 2)), CellCoverage(cover.rows, Axis(4, ((0, 2),))))
     for window, share in (((0, 1), Fraction(0)), ((1, 1), Fraction(1)), ((1, 1), Fraction(1, 3000))):
         with pytest.raises(ValueError, match="no masking"):
             Masking(window, share)
 
 
-Prove = Callable[[Tensor, Masking, Cover], Proof]
+Prove = Callable[[Tensor, Masking, CellCoverage], Proof]
 
 
-def runner_up_only(evidence: Tensor, masking: Masking, cover: Cover) -> Proof:
+def runner_up_only(evidence: Tensor, masking: Masking, cover: CellCoverage) -> Proof:
     """Nobody but the two classes that lead before the attack is left anything."""
     lead = masked_sums(evidence, masking).double() - torch.arange(evidence.shape[1]) / 1000
     kept = torch.zeros_like(lead, dtype=torch.int64).scatter(1, lead.topk(2, dim=1).indices, 1)
     return prove(evidence * kept[:, :, None, None], masking, cover)
 
 
-def equality_accepted(evidence: Tensor, masking: Masking, cover: Cover) -> Proof:
+def equality_accepted(evidence: Tensor, masking: Masking, cover: CellCoverage) -> Proof:
     proof = prove(evidence, masking, cover)
     return Proof(proof.answer, proof.margin + (proof.answer > proof.rival), proof.worst, proof.rival)
 
@@ -280,10 +280,10 @@ def window_one_short(end: int) -> Prove:
         cut = slice(end, None) if end else slice(-1)
         return Axis(axis.cells, tuple(cells[cut] if len(cells) > 1 else cells for cells in axis.touched))
 
-    return lambda evidence, masking, cover: prove(evidence, masking, Cover(short(cover.rows), short(cover.columns)))
+    return lambda evidence, masking, cover: prove(evidence, masking, CellCoverage(short(cover.rows), short(cover.columns)))
 
 
-def overlap_rule_dropped(evidence: Tensor, masking: Masking, cover: Cover) -> Proof:
+def overlap_rule_dropped(evidence: Tensor, masking: Masking, cover: CellCoverage) -> Proof:
     """Where the heaviest window is below the share nothing is taken away, whatever the enemy adds."""
     proof, margins = prove(evidence, masking, cover), []
     for alone, chart in zip(evidence.split(1), margin_map(evidence, masking, cover), strict=True):
@@ -302,15 +302,15 @@ def overlap_rule_dropped(evidence: Tensor, masking: Masking, cover: Cover) -> Pr
     return Proof(proof.answer, torch.stack(margins), proof.worst, proof.rival)
 
 
-def what_he_takes_is_forgotten(evidence: Tensor, masking: Masking, cover: Cover) -> Proof:
+def what_he_takes_is_forgotten(evidence: Tensor, masking: Masking, cover: CellCoverage) -> Proof:
     """What the enemy empties is forgotten: the answer keeps all that it had."""
     proof = prove(evidence, masking, cover)
     return Proof(proof.answer, proof.margin + 3, proof.worst, proof.rival)
 
 
-def any_mask_holds(evidence: Tensor, masking: Masking, cover: Cover) -> Proof:
+def any_mask_holds(evidence: Tensor, masking: Masking, cover: CellCoverage) -> Proof:
     """A mask that misses a cell of what is touched is taken for one that holds it."""
-    first = Cover(*(Axis(a.cells, tuple(cells[:1] for cells in a.touched)) for a in (cover.rows, cover.columns)))
+    first = CellCoverage(*(Axis(a.cells, tuple(cells[:1] for cells in a.touched)) for a in (cover.rows, cover.columns)))
     return prove(evidence, masking, first)
 
 

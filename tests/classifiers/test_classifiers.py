@@ -15,7 +15,7 @@ from patchcert_cli import checkpoint, models
 from patchcert_cli.classifiers import addresses
 from patchcert_cli.errors import DataError, HubError, IntegrityError, UnknownName, UsageError
 from patchcert_cli.hub import client
-from patchcert_cli.layers.preprocessing import Prepared
+from patchcert_cli.layers.preprocessing import WithPreprocessing
 from patchcert_cli.models import timm
 from patchcert_cli.storage import files
 
@@ -89,7 +89,7 @@ def test_published_weights_are_those_of_the_commit_that_served(cached: Path) -> 
     assert found.setting["commit"] == COMMIT and f"pin it with timm:{TINY}@{COMMIT}" in found.note
     assert f"{REPO} @ {COMMIT[:7]}" in found.note
     assert "pin it" not in addresses.open_(f"timm:{TINY}@{COMMIT}").note
-    assert isinstance(found.network, Prepared) and not found.network.training
+    assert isinstance(found.network, WithPreprocessing) and not found.network.training
     assert all(torch.equal(value, tensors[name]) for name, value in found.network.model.state_dict().items())
     assert found.names[0][:2] == ("n01440764", "tench") and addresses.outputs(found, (3, 32, 32)) == 1000
 

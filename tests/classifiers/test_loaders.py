@@ -15,12 +15,12 @@ import torchvision  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from patchcert_cli import checkpoint
-from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
+from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.classifiers import addresses, loaders, normalization, user_code
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import HubError, IntegrityError, MachineError, UnknownName, UsageError
 from patchcert_cli.evaluation.models import put_around
-from patchcert_cli.layers.preprocessing import Prepared
+from patchcert_cli.layers.preprocessing import WithPreprocessing
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch
 
@@ -87,7 +87,7 @@ def mine(tmp_path: Path, request: pytest.FixtureRequest) -> str:
 
 def around(found: addresses.Classifier) -> PatchCleanser:
     made = put_around(
-        found.network, "patchcleanser", (3, 8, 8), ("a", "b", "c"), MaskPlan(("patch:2x2",), per_axis=3), found.mean
+        found.network, "patchcleanser", (3, 8, 8), ("a", "b", "c"), MaskSpec(("patch:2x2",), per_axis=3), found.mean
     )
     assert isinstance(made, PatchCleanser)
     return made
@@ -97,7 +97,7 @@ def around(found: addresses.Classifier) -> PatchCleanser:
 def test_images_are_normalized_once(mine: str, how: str) -> None:
     found, notes = loaders.settled(addresses.open_(f"{mine}:{how}", typed=True), (3, 8, 8))
     normalized = (X - torch.tensor([0.4, 0.5, 0.6])[:, None, None]) / torch.tensor([0.2, 0.3, 0.2])[:, None, None]
-    assert isinstance(found.network, Prepared)
+    assert isinstance(found.network, WithPreprocessing)
     with torch.no_grad():
         torch.testing.assert_close(found.network(X), found.network.model.body(normalized))
     if how == "front":
@@ -140,7 +140,7 @@ def test_all_own_modules_are_in_the_digest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 def test_weights_fit_whatever_wrapped_the_network_when_they_were_saved(mine: str, prefix: str) -> None:
     plain = addresses.open_(f"{mine}:front", typed=True)
-    assert isinstance(plain.network, Prepared)
+    assert isinstance(plain.network, WithPreprocessing)
     state = {prefix + name: value + 1 for name, value in plain.network.model.state_dict().items() if "num_batches" not in name}
     files.write_atomically(Path("w.safetensors"), checkpoint.pack(state, {}))
     found = addresses.open_(f"{mine}:front", weights="w.safetensors", typed=True)
@@ -150,7 +150,7 @@ def test_weights_fit_whatever_wrapped_the_network_when_they_were_saved(mine: str
 
 def test_wrappers_are_taken_off(mine: str) -> None:
     found = addresses.open_(f"{mine}:parallel", typed=True)
-    assert isinstance(found.network, Prepared) and isinstance(found.network.model, nn.Sequential)
+    assert isinstance(found.network, WithPreprocessing) and isinstance(found.network.model, nn.Sequential)
     assert "inside DataParallel, which was taken off" in found.note
     compiled = type("OptimizedModule", (nn.Module,), {})()  # what torch.compile returns is called so
     compiled._orig_mod = nn.Linear(2, 2)
@@ -171,7 +171,7 @@ def test_networks_without_parameters_or_without_copies_are_certified(mine: str) 
     pool = around(addresses.open_(f"{mine}:pool", typed=True))
     assert pool.device == torch.device("cpu") and bool(pool.certify(X, Patch(2, 2)).prediction.ge(0).all())
     free, locked = (around(addresses.open_(f"{mine}:{name}", typed=True)) for name in ("front", "locked"))
-    assert free.views().gauge.double and not locked.views().gauge.double
+    assert free.views().calibration.double and not locked.views().calibration.double
     one, two = free.certify(X, Patch(2, 2)), locked.certify(X, Patch(2, 2))
     assert torch.equal(one.prediction, two.prediction) and not bool((two.certified & ~one.certified).any())
     with pytest.raises(UsageError, match=r"the network cannot be copied \(TypeError: .*\). Call its eval\(\) first"):
@@ -291,10 +291,12 @@ def test_an_onnx_file(monkeypatch: pytest.MonkeyPatch, shape: list[Any], asked: 
     found = addresses.open_("onnx:net.onnx", typed=True)
     torch.testing.assert_close(found.network(X), torch.stack([X.mean(dim=(1, 2, 3)), 1 - X.mean(dim=(1, 2, 3))], dim=1))
     assert runtime.asked == asked and found.sha256 == hashlib.sha256(b"network").hexdigest()
-    made = put_around(found.network, "patchcleanser", (3, 8, 8), ("a", "b"), MaskPlan(("patch:2x2",), per_axis=3), None)
+    made = put_around(found.network, "patchcleanser", (3, 8, 8), ("a", "b"), MaskSpec(("patch:2x2",), per_axis=3), None)
     certificate = made.certify(torch.stack([X[0] * 0.2, X[1] * 0.2 + 0.8]), "patch:2x2")
     assert (
-        not made.views().gauge.double and certificate.prediction.tolist() == [1, 0] and str(certificate.arithmetic) == "measured"
+        not made.views().calibration.double
+        and certificate.prediction.tolist() == [1, 0]
+        and str(certificate.arithmetic) == "measured"
     )
     assert bool(certificate.certified.all())
     with pytest.raises(UsageError, match="is an ONNX network, which has no gradient to attack by. Certify it instead"):

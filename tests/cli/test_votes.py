@@ -28,7 +28,7 @@ def model(tmp_path: Path) -> str:
         defense = defenses.build(recipe.config())
         with torch.no_grad():
             defense.scorer.head.bias.copy_(torch.tensor([-0.5, -0.5, 0.6, 0.0, -0.5, -0.5, -0.5, -0.5, -0.5, -0.5]))
-        defense.finish(torch.rand(8, 3, 32, 32))
+        defense.calibrate(torch.rand(8, 3, 32, 32))
         checkpoint.save_defense(tmp_path / "runs" / "m", defense, recipe.config())
     return "runs/m"
 

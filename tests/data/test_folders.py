@@ -21,7 +21,7 @@ from patchcert_cli import data
 from patchcert_cli.checkpoint import load_defense
 from patchcert_cli.data import class_folders, folders, image_files
 from patchcert_cli.data.resize_crop import ResizeCrop
-from patchcert_cli.defenses.base import Claim
+from patchcert_cli.defenses import Claim
 from patchcert_cli.errors import DataError, Interrupted, MachineError, UsageError
 from patchcert_cli.evaluation import estimate, evaluate
 from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import patchcert_cli
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import DataError, PatchcertError, UsageError
 from patchcert_cli.threats import Patch

@@ -15,9 +15,8 @@ from torch import Tensor
 from patchcert_cli import checkpoint, data
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers.cells import additive
-from patchcert_cli.defenses import evidence
+from patchcert_cli.defenses import Claim, TrainingStep, _cells
 from patchcert_cli.defenses.bagcert import BagCert, BagCertOptions, Step
-from patchcert_cli.defenses.base import Claim, TrainingStep
 from patchcert_cli.errors import DataError, IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.layers import fixed_point, precision
 from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
@@ -59,7 +58,7 @@ def build(given: Mapping[str, Any] | None = None, seed: int = 0, lean: float = 0
         scores = defense.scorer(x)
         shift = lean * torch.randn(len(defense.classes)) * scores.std(dim=(0, 2, 3))
         defense.scorer.head.bias += shift - scores.mean(dim=(0, 2, 3))
-        defense.finish(x)
+        defense.calibrate(x)
     return defense
 
 
@@ -201,7 +200,7 @@ def test_training_raises_certified_accuracy(tmp_path: Path) -> None:
         torch.manual_seed(9)
         untrained = checkpoint.defenses.build(TINY.config())
     kept, held = some.hold_out(TINY.validation, TINY.seed)
-    untrained.finish(kept.pixels[:100].float() / 255)
+    untrained.calibrate(kept.pixels[:100].float() / 255)
     before = loop.monitor(untrained, held, TINY)
     assert made.validation.certified >= 10 > 2 * before.certified
     assert made.validation.clean >= 60 > 2 * before.clean
@@ -225,7 +224,7 @@ def test_batches_do_not_matter(threat: Threat, monkeypatch: pytest.MonkeyPatch) 
     same(Certificate.cat([defense.certify(part, threat) for part in x.split(4)]), whole)
     assert torch.equal(torch.cat([defense.predict(image[None]) for image in x]), answers)
     assert torch.equal(defense.predict(x.flip(0)).flip(0), answers)
-    monkeypatch.setattr(evidence, "PIECE", 1)
+    monkeypatch.setattr(_cells, "PIECE", 1)
     same(defense.certify(x, threat), whole)
     same(defense.train().certify(x, threat), whole)  # its norms are frozen in the deployed network
     assert torch.equal(whole.prediction, answers)
@@ -257,7 +256,7 @@ def test_all_claims_at_once_are_each_on_its_own() -> None:
     shape = (2, 24, 24)
     defense, x = build(config(5, shape), lean=0.3), images(60, shape)
     claims = [Claim(Patch(2, 2), method) for method in additive.METHODS] + [Claim(Sparse(2)), Claim(parse_threat("patch:1%"))]
-    together = defense.certify_each(x, claims)
+    together = defense.certify_claims(x, claims)
     for claim, certificate in zip(claims, together, strict=True):
         same(certificate, defense.certify(x, claim.threat, claim.method))
         assert certificate.threat == claim.threat
@@ -322,7 +321,7 @@ def test_storage_changes_nothing(tmp_path: Path, stored: str) -> None:
     with torch.no_grad():
         for weight in defense.parameters():  # as training does at its end
             weight.copy_(weight.to(getattr(torch, stored)) if weight.ndim > 1 else weight)
-    defense.finish(images(32, seed=98))
+    defense.calibrate(images(32, seed=98))
     checkpoint.save_defense(tmp_path, defense, given)
     again, read = checkpoint.load_defense(tmp_path)
     assert read == given
@@ -353,5 +352,5 @@ def test_the_deployed_network_follows_the_weights() -> None:
     optimizer.step()
     assert defense.deployed() is not last
     last = defense.deployed()
-    defense.finish(images(32, seed=3) * 0.1)
+    defense.calibrate(images(32, seed=3) * 0.1)
     assert defense.deployed() is not last

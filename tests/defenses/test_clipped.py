@@ -14,8 +14,8 @@ from torch import Tensor
 from patchcert_cli import checkpoint, data
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers.cells import additive
-from patchcert_cli.certifiers.geometry import Axis, Cover
-from patchcert_cli.defenses.base import TrainingStep
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
+from patchcert_cli.defenses import TrainingStep
 from patchcert_cli.defenses.clipped import STEPS, Clipped, ClippedOptions, thresholds
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.threats import Patch, Patches, Sparse
@@ -48,7 +48,7 @@ def build(given: dict[str, Any] | None = None, seed: int = 7, lean: float = 1.0)
         defense.scorer.head.weight *= 0.5 / defense.scorer(x).std()
         scores = defense.scorer(x)
         defense.scorer.head.bias += lean * torch.randn(4) - scores.mean(dim=(0, 2, 3))
-        defense.finish(x)
+        defense.calibrate(x)
     return defense
 
 
@@ -66,7 +66,7 @@ def test_the_published_certificate_is_refuted() -> None:
     assert after(second) > 0, "the published rule certifies it"
     assert after(1) == pytest.approx(2.7 - 2.9)
     defense = one_cell_each()
-    votes, cover = defense.count(scores), Cover(Axis.sliding(1, 1, kernel=1), Axis.sliding(5, 1, kernel=1))
+    votes, cover = defense.count(scores), CellCoverage(Axis.sliding(1, 1, kernel=1), Axis.sliding(5, 1, kernel=1))
     proof = additive.prove(votes, cover)
     assert (int(proof.answer), int(proof.rival), int(proof.worst)) == (0, 1, 4)
     assert float(proof.margin) <= 0
@@ -108,7 +108,7 @@ def test_a_score_at_a_threshold_counts_as_reaching_it() -> None:
     assert defense.count(both).scores.flatten().tolist() == [101, 100]
 
 
-def worst_margin(steps: Tensor, cover: Cover) -> int:
+def worst_margin(steps: Tensor, cover: CellCoverage) -> int:
     """The theorem in loops, for one image [K, N, M] of whole steps."""
     sums = steps.sum(dim=(1, 2)).tolist()
     y, margins = sums.index(max(sums)), []

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from patchcert_cli import models
 from patchcert_cli.certifiers.bounds import intervals, pairwise
-from patchcert_cli.defenses.base import TrainingStep
+from patchcert_cli.defenses import TrainingStep
 from patchcert_cli.defenses.ibp import losses
 from patchcert_cli.defenses.ibp.guide import Guide, at_locations, guided, sample
 from patchcert_cli.defenses.ibp.options import IntervalOptions

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.certifiers.bounds import intervals
-from patchcert_cli.defenses.base import TrainingStep
+from patchcert_cli.defenses import TrainingStep
 from patchcert_cli.defenses.ibp import defense
 from patchcert_cli.defenses.ibp.defense import IntervalDefense, IntervalOptions
 from patchcert_cli.errors import IntegrityError, MachineError

@@ -11,9 +11,9 @@ from patchcert_cli.threats import Patch, Sparse
 def test_a_global_layer_in_front_of_the_dense_one_is_named() -> None:
     layers = [nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8, 3)]
     slow = IntervalDefense(nn.Sequential(*layers), input_shape=(1, 6, 6), classes=("a", "b", "c"))
-    assert "from AdaptiveAvgPool2d on" in slow.remark(Patch(2, 2))
-    assert slow.remark(Sparse(2)) == ""
+    assert "from AdaptiveAvgPool2d on" in slow.note(Patch(2, 2))
+    assert slow.note(Sparse(2)) == ""
     quick = IntervalDefense(
         nn.Sequential(*layers[:2], nn.Flatten(), nn.Linear(72, 3)), input_shape=(1, 6, 6), classes=("a", "b", "c")
     )
-    assert quick.remark(Patch(2, 2)) == ""
+    assert quick.note(Patch(2, 2)) == ""

@@ -14,7 +14,7 @@ from patchcert_cli import models
 from patchcert_cli.certifiers.bounds import intervals, pairwise
 from patchcert_cli.certifiers.bounds.folding import fold
 from patchcert_cli.certifiers.bounds.rules import propagate
-from patchcert_cli.defenses.base import TrainingStep
+from patchcert_cli.defenses import TrainingStep
 from patchcert_cli.defenses.ibp import losses
 from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.errors import UsageError

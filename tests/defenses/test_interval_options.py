@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from patchcert_cli.cli import main
-from patchcert_cli.defenses.base import Augment
+from patchcert_cli.defenses import Augment
 from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.errors import UsageError
 from patchcert_cli.training.recipe import Recipe
@@ -59,10 +59,10 @@ def test_images_are_moved_further_in_the_bounded_phase_if_asked() -> None:
 def test_steps_of_the_learning_rate() -> None:
     """Chiang et al.: 10 natural epochs, 121 of the ramp, then half of it every 10."""
     options = IntervalOptions(natural_epochs=10, ramp_epochs=121, bounded_epochs=0, decay="step")
-    assert [options.rate(at, 200) for at in (0, 130.9, 140.9, 141, 151, 199)] == [1, 1, 1, 0.5, 0.25, 0.5**6]
+    assert [options.lr_multiplier(at, 200) for at in (0, 130.9, 140.9, 141, 151, 199)] == [1, 1, 1, 0.5, 0.25, 0.5**6]
     assert [options.epsilon(at) for at in (9.9, 10, 131, 200)] == [0, 0, 1, 1]
     steeper = IntervalOptions(natural_epochs=1, ramp_epochs=20, bounded_epochs=0, decay="step", decay_every=20, decay_by=0.2)
-    assert steeper.rate(61, 70) == pytest.approx(0.04)
+    assert steeper.lr_multiplier(61, 70) == pytest.approx(0.04)
 
 
 def test_the_schedules_of_the_docs_are_recipes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

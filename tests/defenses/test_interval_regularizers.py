@@ -63,9 +63,9 @@ def test_the_options_decide_the_start() -> None:
     network = {"name": "mlp", "options": {"hidden": [6], "mean": [0.3], "std": [0.4]}}
     defense = IntervalDefense.from_config({**config, "network": network})
     before = {name: value.clone() for name, value in defense.state_dict().items()}
-    assert defense.prepare(IntervalOptions()) is None
+    assert defense.init_weights(IntervalOptions()) is None
     assert all(torch.equal(value, before[name]) for name, value in defense.state_dict().items())
-    assert defense.prepare(IntervalOptions(init="ibp")) is None
+    assert defense.init_weights(IntervalOptions(init="ibp")) is None
     assert not any(torch.equal(value, before[name]) for name, value in defense.state_dict().items())
 
 

@@ -11,22 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli import cards, data
-from patchcert_cli.attacks.base import Attack
+from patchcert_cli.attacks import Attack, Target
 from patchcert_cli.attacks.patch_pgd import PatchPGD
-from patchcert_cli.attacks.target import Target
 from patchcert_cli.cards import Card, Measured
 from patchcert_cli.cards.published import ClaimKey, PublishedRecord, PublishedRecords
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee
 from patchcert_cli.certifiers.masks import masked_detection
-from patchcert_cli.certifiers.masks.mask_sets import Cover, MaskPlan, MaskSet
+from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage, MaskSet, MaskSpec
 from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE
-from patchcert_cli.defenses.base import Claim
+from patchcert_cli.defenses import Claim
 from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError, UnsupportedThreat, UsageError
-from patchcert_cli.evaluation import evaluate, reproduce, results, run_folder, single_image
+from patchcert_cli.evaluation import evaluate, reproduce, results, single_image
 from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
 from patchcert_cli.reporting import text
+from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch, Sparse, Threat
 from patchcert_cli.training.recipe import Recipe
 from tests.soundness.arena import Arena, check, draw_images
@@ -48,7 +48,7 @@ class Sums(nn.Module):
 
 
 def made(network: nn.Module | None = None, *, covers: str = "patch:2x2", threshold: float = 0.0, **plan: int) -> Minority:
-    masks = MaskPlan((covers,), **(plan or {"stride": 1}))
+    masks = MaskSpec((covers,), **(plan or {"stride": 1}))
     defense = Minority(network or Sums(), input_shape=SHAPE, classes=("left", "right", "dark"), masks=masks, fill=(0.0,)).eval()
     defense.threshold = threshold
     return defense
@@ -68,7 +68,7 @@ def test_a_contradiction_raises_an_alarm_and_agreement_is_certified() -> None:
     assert certificate.prediction.tolist() == [0, ALERT, ALERT, 1] == defense.predict(x).tolist()
     assert certificate.certified.tolist() == [True, False, False, True]
     assert certificate.guarantee is Guarantee.DETECTION is defense.guarantee
-    assert [defense.called(one) for one in certificate.prediction.tolist()] == ["left", "alarm", "alarm", "right"]
+    assert [defense.class_name(one) for one in certificate.prediction.tolist()] == ["left", "alarm", "alarm", "right"]
     attacked = x[:1].clone()
     attacked[..., :2, :2], attacked[..., 2:, 2:] = 0, 0.1  # half of the left half
     assert defense.predict(attacked).tolist() == [ALERT]
@@ -112,7 +112,7 @@ def test_confidence_at_the_threshold_raises_an_alarm_and_certifies_nothing() -> 
             flat = torch.stack([whole.to(x) * 2, torch.ones_like(whole).to(x)], dim=1) * self.weight
             return torch.where(whole[:, None], flat, flat[:, 1:].flip(0).expand(-1, 2) * self.weight)
 
-    defense = Minority(Even(), input_shape=SHAPE, classes=("a", "b"), masks=MaskPlan(("patch:2x2",)), fill=(0.0,)).eval()
+    defense = Minority(Even(), input_shape=SHAPE, classes=("a", "b"), masks=MaskSpec(("patch:2x2",)), fill=(0.0,)).eval()
     for threshold, answer in ((0.5, 0), (0.0, 0)):
         defense.threshold = threshold
         certificate = defense.certify(HALF, Patch(2, 2))
@@ -280,7 +280,7 @@ def digits() -> Minority:
 
 def test_results_and_reports_say_detection(digits: Minority, tmp_path: Path) -> None:
     found = evaluate.certify(task_of(digits), tmp_path / "one")
-    records = results.read_records(tmp_path / "one" / run_folder.RECORDS)
+    records = results.read_records(tmp_path / "one" / files.RECORDS)
     alarms = sum(record["prediction"] == ALERT for record in records)
     assert found["guarantee"] == "detection" and found["counts"]["alarms"] == alarms > 0
     assert not any(record["certified"] for record in records if record["prediction"] == ALERT)
@@ -296,7 +296,7 @@ def test_results_and_reports_say_detection(digits: Minority, tmp_path: Path) -> 
     shown = dict(text.attack_rows(attacked))
     assert shown["judged for"] == "detection" and "or with an alarm" in shown["right under attack"]
     before = attacked["flipped"]
-    records = results.read_records(tmp_path / "three" / run_folder.RECORDS)
+    records = results.read_records(tmp_path / "three" / files.RECORDS)
     assert before == sum(r["attacked"] not in (r["prediction"], ALERT) for r in records)
 
 
@@ -304,7 +304,7 @@ def test_a_broken_certificate_of_detection_is_never_silent(
     digits: Minority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The answer turns to another class without an alarm, although it is certified."""
-    certify = Minority.certify_each
+    certify = Minority.certify_claims
 
     def gullible(self: Minority, x: Tensor) -> Tensor:
         return torch.where(x[:, 0, 0, 0] > 0.9, 3, 7)
@@ -322,7 +322,7 @@ def test_a_broken_certificate_of_detection_is_never_silent(
             return found
 
     monkeypatch.setattr(Minority, "predict", gullible)
-    monkeypatch.setattr(Minority, "certify_each", sure)
+    monkeypatch.setattr(Minority, "certify_claims", sure)
     found = evaluate.attack(task_of(digits, 4), Corner(), {}, tmp_path / "run")
     assert len(found["broken"]) == 4
     with pytest.raises(ClaimError, match="4 certified images were flipped"):
@@ -340,7 +340,7 @@ def test_a_picture_is_told_with_its_alarm(digits: Minority, tmp_path: Path) -> N
     model = task_of(digits).model
     digits_say = int(digits.predict(torch.full((1, 1, 28, 28), 128 / 255)))
     found = single_image.certify(model, path, [Claim(Patch(2, 2))]).values
-    assert found["class"] == digits.called(digits_say) and found["claims"][0]["guarantee"] == "detection"
+    assert found["class"] == digits.class_name(digits_say) and found["claims"][0]["guarantee"] == "detection"
     sure = {**found, "claims": [{**found["claims"][0], "certified": True}]}
     told = dict(text.single_rows(sure))["patch:2x2, agreement"]
     for answer, wanted in ({"class": "3", "prediction": 3}, "3 (class 3)"), ({"class": "alarm", "prediction": -1}, "alarm"):
@@ -375,7 +375,7 @@ def test_records_of_detection_are_asked_for_as_such(digits: Minority, tmp_path: 
         book.position("patch:3x3", guarantee="detection")
     task = task_of(digits, 8)
     evaluate.certify(task, tmp_path / "run")
-    records = results.read_records(tmp_path / "run" / run_folder.RECORDS)
+    records = results.read_records(tmp_path / "run" / files.RECORDS)
     rows = {r["index"]: PublishedRecord(r["label"], r["prediction"], (r["certified"],), (r["margin"],)) for r in records}
     kept = tmp_path / "records.jsonl.gz"
     kept.write_bytes(PublishedRecords("0" * 64, "mnist", "test", stated[1:], rows).pack())
@@ -427,21 +427,21 @@ def card_values() -> dict[str, Any]:
     }
 
 
-def last_border_mask_dropped(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
+def last_border_mask_dropped(masks: MaskSet, cover: MaskCoverage) -> tuple[MaskSet, MaskCoverage]:
     """Nothing hides the last corner, and the proof does not ask about it."""
     by = cover.by[:, :-1]
-    return MaskSet(4, 4, masks.boxes[:-1]), Cover(by[by.any(dim=1)], cover.location[by.any(dim=1)])
+    return MaskSet(4, 4, masks.boxes[:-1]), MaskCoverage(by[by.any(dim=1)], cover.location[by.any(dim=1)])
 
 
-def one_column_short(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
+def one_column_short(masks: MaskSet, cover: MaskCoverage) -> tuple[MaskSet, MaskCoverage]:
     return MaskSet(4, 4, tuple(((top, left, rows, columns - 1),) for ((top, left, rows, columns),) in masks.boxes)), cover
 
 
-def any_mask_will_do(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
-    return masks, Cover(torch.ones(1, len(masks), dtype=torch.bool), cover.location[:1])
+def any_mask_will_do(masks: MaskSet, cover: MaskCoverage) -> tuple[MaskSet, MaskCoverage]:
+    return masks, MaskCoverage(torch.ones(1, len(masks), dtype=torch.bool), cover.location[:1])
 
 
-def nothing_wrong(masks: MaskSet, cover: Cover) -> tuple[MaskSet, Cover]:
+def nothing_wrong(masks: MaskSet, cover: MaskCoverage) -> tuple[MaskSet, MaskCoverage]:
     return masks, cover
 
 
@@ -495,9 +495,9 @@ def test_a_threshold_that_a_confidence_equals_raises_the_alarm_and_certifies_not
     label = torch.tensor([[1]])
     logit_margin = torch.ones(1, 1, dtype=torch.float64)
     for whole, expected in ((0, [0.5, -1.0]), (1, [-1.0, 0.5])):
-        reports = masked_detection.Reports(torch.tensor([whole]), label, label, logit_margin, logit_margin, half)
+        reports = masked_detection.MaskedOutputs(torch.tensor([whole]), label, label, logit_margin, logit_margin, half)
         assert masked_detection.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [expected]
-    reports = masked_detection.Reports(torch.tensor([1]), label, label, logit_margin * 0, logit_margin, half)
+    reports = masked_detection.MaskedOutputs(torch.tensor([1]), label, label, logit_margin * 0, logit_margin, half)
     assert masked_detection.thresholds(reports, torch.ones(1, 1, dtype=torch.bool), 0.0).tolist() == [[-1.0, -1.0]]
 
 

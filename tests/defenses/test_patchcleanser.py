@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from patchcert_cli import checkpoint, models
 from patchcert_cli.certifiers.masks import masked_predictions
-from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
+from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE
-from patchcert_cli.defenses.base import Claim, TrainingStep
+from patchcert_cli.defenses import Claim, TrainingStep
 from patchcert_cli.defenses.minority import Minority
 from patchcert_cli.defenses.patchcleanser import MaskedOptions, PatchCleanser
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
@@ -33,9 +33,9 @@ def network(shape: tuple[int, int, int], seed: int, *, hidden: int = 6) -> nn.Se
 
 
 def defense(
-    shape: tuple[int, int, int] = (1, 4, 4), plan: MaskPlan | None = None, *, seed: int = 0, labels: str = "float32"
+    shape: tuple[int, int, int] = (1, 4, 4), plan: MaskSpec | None = None, *, seed: int = 0, labels: str = "float32"
 ) -> PatchCleanser:
-    plan = plan or MaskPlan(("patch:2x2",), per_axis=3)
+    plan = plan or MaskSpec(("patch:2x2",), per_axis=3)
     fill = tuple(0.3 + 0.1 * c for c in range(shape[0]))
     return PatchCleanser(network(shape, seed), input_shape=shape, classes=CLASSES, masks=plan, fill=fill, labels=labels).eval()
 
@@ -44,23 +44,23 @@ def images(shape: tuple[int, int, int] = (1, 4, 4), count: int = 12, seed: int =
     return draw_images(shape, count, seed)
 
 
-PLANS: list[tuple[MaskPlan, list[Attack]]] = [
-    (MaskPlan(("patch:2x2",), per_axis=2), [Patch(2, 2), Patch(1, 2), Patch(1, 1)]),
-    (MaskPlan(("patch:1x2",), stride=1), [Patch(1, 2), Patch(1, 1)]),
-    (MaskPlan(("patch:1x1",), stride=1, wider=1), [Patch(1, 1), Sparse(1), Sparse(1, "value")]),
-    (MaskPlan(("patch:1x2", "patch:2x1"), per_axis=3), [Patch(1, 2), Patch(2, 1)]),
-    (MaskPlan(("sparse:2",), per_axis=2), [Sparse(2), Sparse(1), Patch(1, 2)]),
+PLANS: list[tuple[MaskSpec, list[Attack]]] = [
+    (MaskSpec(("patch:2x2",), per_axis=2), [Patch(2, 2), Patch(1, 2), Patch(1, 1)]),
+    (MaskSpec(("patch:1x2",), stride=1), [Patch(1, 2), Patch(1, 1)]),
+    (MaskSpec(("patch:1x1",), stride=1, wider=1), [Patch(1, 1), Sparse(1), Sparse(1, "value")]),
+    (MaskSpec(("patch:1x2", "patch:2x1"), per_axis=3), [Patch(1, 2), Patch(2, 1)]),
+    (MaskSpec(("sparse:2",), per_axis=2), [Sparse(2), Sparse(1), Patch(1, 2)]),
 ]
 
 
-def arenas(plan: MaskPlan, shape: tuple[int, int, int], count: int = 2) -> list[Arena]:
+def arenas(plan: MaskSpec, shape: tuple[int, int, int], count: int = 2) -> list[Arena]:
     return [Arena(f"{shape} {seed}", defense(shape, plan, seed=seed), images(shape, 10, seed)) for seed in range(count)]
 
 
 @pytest.mark.parametrize(
-    ("plan", "threats"), PLANS, ids=lambda value: "-".join(value.covers) if isinstance(value, MaskPlan) else ""
+    ("plan", "threats"), PLANS, ids=lambda value: "-".join(value.covers) if isinstance(value, MaskSpec) else ""
 )
-def test_every_plan_is_certified_soundly(plan: MaskPlan, threats: list[Attack]) -> None:
+def test_every_plan_is_certified_soundly(plan: MaskSpec, threats: list[Attack]) -> None:
     total = Score()
     for shape, method in (((1, 4, 4), "rows"), ((1, 3, 4), "rows"), ((1, 3, 3), "pairs")):
         score = check(arenas(plan, shape), threats, method=method)
@@ -70,7 +70,7 @@ def test_every_plan_is_certified_soundly(plan: MaskPlan, threats: list[Attack]) 
 
 
 def test_two_patches_of_two_channels_are_certified_soundly() -> None:
-    score = check(arenas(MaskPlan(("patches:2:1x1",), per_axis=3), (2, 3, 3), 1), [Sparse(2)])
+    score = check(arenas(MaskSpec(("patches:2:1x1",), per_axis=3), (2, 3, 3), 1), [Sparse(2)])
     assert score.violations == [] and score.unsupported == 0
     assert score.certified >= 2 and score.broken >= 2
 
@@ -90,7 +90,7 @@ class Brightest(nn.Module):
 
 @pytest.mark.parametrize("how", ["as they should be", "one pixel short", "no mask at the border"])
 def test_masks_other_than_the_proof_believes_in_are_caught(how: str) -> None:
-    plan, shape = MaskPlan(("patch:2x2",), per_axis=2), (1, 4, 4)
+    plan, shape = MaskSpec(("patch:2x2",), per_axis=2), (1, 4, 4)
     made = PatchCleanser(Brightest(), input_shape=shape, classes=CLASSES, masks=plan, fill=(0.3,)).eval()
     made.masks = made.masks.clone()  # what is laid over the images, but not what the proof goes by
     for (box,), hidden in zip(made.set.boxes, made.masks, strict=True):
@@ -113,7 +113,7 @@ def test_an_unmasked_prediction_that_is_trusted_is_caught() -> None:
 
     made = []
     for seed in range(12):
-        plan = MaskPlan(("patch:2x2",), per_axis=2)
+        plan = MaskSpec(("patch:2x2",), per_axis=2)
         wrong = Trusting(network((1, 4, 4), seed), input_shape=(1, 4, 4), classes=CLASSES, masks=plan, fill=(0.3,)).eval()
         made.append(Arena(str(seed), wrong, images(count=10, seed=seed)))
     assert broken(made, [Patch(2, 2)]) > 0
@@ -136,7 +136,7 @@ class Told(nn.Module):
 
 
 def around(inner: nn.Module, **more: Any) -> PatchCleanser:
-    plan = MaskPlan(("patch:2x2",), per_axis=3)
+    plan = MaskSpec(("patch:2x2",), per_axis=3)
     return PatchCleanser(inner, input_shape=(1, 4, 4), classes=CLASSES, masks=plan, fill=(0.25,), **more).eval()
 
 
@@ -211,7 +211,7 @@ def test_a_defense_made_in_python_is_tested_once_at_its_first_use(
     inner = nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.Linear(64, 3)
     )
-    plan, x = MaskPlan(("patch:2x2",), per_axis=3), images(count=2)
+    plan, x = MaskSpec(("patch:2x2",), per_axis=3), images(count=2)
     for action in (lambda made: made.predict(x), lambda made: made.certify(x, Patch(2, 2))):
         with pytest.raises(IntegrityError, match="logits are off by"):
             action(kind(inner, input_shape=(1, 4, 4), classes=CLASSES, masks=plan, fill=(0.25,)).eval())
@@ -297,7 +297,7 @@ def test_rows_certify_no_less_than_pairs_and_more_where_masks_overlap() -> None:
     counts = {"rows": 0, "pairs": 0}
     for seed in range(12):
         made, x = defense(seed=seed), images(count=20, seed=seed)
-        rows, pairs = made.certify_each(x, [Claim(Patch(1, 1), "rows"), Claim(Patch(1, 1), "pairs")])
+        rows, pairs = made.certify_claims(x, [Claim(Patch(1, 1), "rows"), Claim(Patch(1, 1), "pairs")])
         assert bool((pairs.certified <= rows.certified).all())
         counts["rows"] += int(rows.certified.sum())
         counts["pairs"] += int(pairs.certified.sum())
@@ -311,7 +311,7 @@ def test_threats_that_the_masks_do_not_cover_are_refused() -> None:
             made.certify(x, threat)
     with pytest.raises(UsageError, match="does not fit"):
         made.certify(x, Patch(5, 5))
-    assert "masks: 9 of 2x2" in made.remark(Patch(2, 2)) and "45" in made.remark(Patch(2, 2))
+    assert "masks: 9 of 2x2" in made.note(Patch(2, 2)) and "45" in made.note(Patch(2, 2))
     with pytest.raises(UsageError, match="a colour of 2 channels does not fit images of 1"):
         PatchCleanser(network((1, 4, 4), 0), input_shape=(1, 4, 4), classes=CLASSES, masks=made.plan, fill=(0.1, 0.2))
 
@@ -355,14 +355,14 @@ def test_a_folder_rebuilds_the_defense_with_its_masks(tmp_path: Path) -> None:
         checkpoint.save_defense(folder, made, config)
         again, _ = checkpoint.load_defense(folder)
         assert isinstance(again, PatchCleanser)
-        assert again.plan == made.plan == MaskPlan.read(config["masks"])
+        assert again.plan == made.plan == MaskSpec.read(config["masks"])
         assert again.labels == config.get("labels", "float32")
         assert torch.equal(again.fill.flatten(), torch.tensor(config.get("fill", [0.3])))
         x = images((1, 8, 8), 8)
         assert torch.equal(again.certify(x, Patch(2, 2)).margin, made.certify(x, Patch(2, 2)).margin)
     with pytest.raises(IntegrityError, match="exclude each other"):
         PatchCleanser.from_config({**CONFIG, "masks": {"covers": ["patch:2x2"], "stride": 2, "per_axis": 2}})
-    entries = PatchCleanser.entries(Patch(2, 2), MaskedOptions(per_axis=4))
+    entries = PatchCleanser.deploy_config(Patch(2, 2), MaskedOptions(per_axis=4))
     assert entries == {"masks": {"covers": ["patch:2x2"], "per_axis": 4}, "labels": "float32"}
 
 
@@ -379,7 +379,7 @@ def test_without_masks_the_loss_is_that_of_the_whole_image() -> None:
 
 
 def test_random_masks_lie_anywhere_inside_and_are_drawn_from_the_generator_alone() -> None:
-    made = defense((1, 4, 4), MaskPlan(("patch:1x2",), per_axis=3))
+    made = defense((1, 4, 4), MaskSpec(("patch:1x2",), per_axis=3))
     assert {box[2:] for union in made.set.boxes for box in union} == {(2, 2)}
     x = images(count=400)
     for options, shapes in (({}, {(2, 2)}), ({"sides": (1, 3)}, {(1, 1), (3, 3)})):
@@ -450,7 +450,7 @@ def test_a_greedy_sweep_leaves_no_trace_in_the_statistics() -> None:
 
 def test_options_are_kept_and_checked() -> None:
     options = MaskedOptions(average=0.9, flip=True, shift=3)
-    assert options.keep() == 0.9 and MaskedOptions(average=0.0).keep() == 0.0
+    assert options.ema_decay == 0.9 and MaskedOptions(average=0.0).ema_decay == 0.0
     assert (options.augment(0, 1).flip, options.augment(0, 1).shift) == (True, 3)
     assert replace(options, greedy_share=1.0).greedy_share == 1.0
 

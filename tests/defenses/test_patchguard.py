@@ -14,7 +14,7 @@ from torch import Tensor
 from patchcert_cli import checkpoint, data
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers.cells.robust_masking import MOST
-from patchcert_cli.defenses.base import TrainingStep
+from patchcert_cli.defenses import TrainingStep
 from patchcert_cli.defenses.patchguard import STEPS, PatchGuard, PatchGuardOptions
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.threats import Patch, Sparse, parse_threat
@@ -48,7 +48,7 @@ def build(given: dict[str, Any] | None = None, seed: int = 2, lean: float = 0.3)
         defense.scorer.head.weight *= 3 / scores.std()
         scores = defense.scorer(x)
         defense.scorer.head.bias += lean * torch.randn(4) * scores.std(dim=(0, 2, 3)) - scores.mean(dim=(0, 2, 3))
-        defense.finish(x)
+        defense.calibrate(x)
     return defense
 
 
@@ -91,13 +91,13 @@ def test_the_answer_is_that_of_the_rule(share: float) -> None:
 )
 def test_masks_hold_what_the_patch_reaches(reach: int, covers: str, stride: int, window: tuple[int, int]) -> None:
     if (reach, covers) == (9, "5x2"):
-        with pytest.raises(UsageError, match=r"masks for patch:5x2 hide all of the 7x6 cells. Cover a smaller patch"):
+        with pytest.raises(UsageError, match=r"masks for patch:5x2 hide all of the 7x6 cells. CellCoverage a smaller patch"):
             build(config(reach, f"patch:{covers}", stride))
         return
     defense = build(config(reach, f"patch:{covers}", stride))
     assert defense.masking.window == window
     threat = parse_threat(f"patch:{covers}")
-    assert defense.remark(threat) == ""
+    assert defense.note(threat) == ""
     defense.self_test()
 
 
@@ -117,7 +117,7 @@ def test_what_masks_do_not_hold_is_not_certified() -> None:
     assert int(defense.certify(x, Patch(3, 3)).certified.sum()) > 0
     larger = defense.certify(x, Patch(3, 4))
     assert int(larger.certified.sum()) == 0 and bool(larger.margin.isneginf().all())
-    assert defense.remark(Patch(3, 4)) == "patch:3x4 reaches 7x8 cells, but a mask holds 7x7: no image can be certified"
+    assert defense.note(Patch(3, 4)) == "patch:3x4 reaches 7x8 cells, but a mask holds 7x7: no image can be certified"
     with pytest.raises(UsageError, match=r"no image can be certified. Draw a smaller patch"):
         defense.margin_map(x, Patch(3, 4))
     with pytest.raises(UnsupportedThreat, match=r"robust masking has no certificate against sparse:2. Allowed: one patch"):
@@ -145,7 +145,7 @@ def test_weaker_attackers_and_other_batches_never_make_it_worse(share: float, se
         x = torch.rand(12, 1, 6, 6)
         scores = defense.scorer(x)
         defense.scorer.head.bias += 2 * torch.randn(3) * scores.std(dim=(0, 2, 3)) - scores.mean(dim=(0, 2, 3))
-        defense.finish(x)
+        defense.calibrate(x)
     assert relations.smaller_patches(defense, x) == []
     assert relations.one_pixel_is_a_patch(defense, x) == []
     assert relations.percent_is_a_square(defense, x, 9) == []

@@ -9,18 +9,18 @@ import torch
 
 from patchcert_cli import defenses
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.defenses.base import Claim, Defense
+from patchcert_cli.defenses import Claim, Defense
 from patchcert_cli.errors import DataError, UnknownName, UnsupportedThreat, UsageError
 from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
 
 THREATS = [Patch(1, 1), Patch(2, 2), Patch(1, 4), Patch(4, 4), parse_threat("patch:7%"), Sparse(1), Sparse(3), Sparse(1, "value")]
 
-SHARED = ("base", "evidence")
+SHARED = ("_base", "_cells")
 
 
 def test_names_are_the_files() -> None:
-    files = {path.stem for path in Path(defenses.__file__).parent.iterdir()}
-    assert set(defenses.names()) == files - {"__init__", "__pycache__", *SHARED}
+    files = {path.stem for path in Path(defenses.__file__).parent.iterdir() if not path.name.startswith("_")}
+    assert set(defenses.names()) == files
     assert defenses.names() == sorted(defenses.names())
 
 
@@ -133,12 +133,12 @@ class TestEveryDefense:
         defense, x = self.tiny(name), torch.rand(5, 1, 4, 4)
         claims = [Claim(threat) for threat in (Patch(1, 1), Patch(2, 2), Patch(2, 3), Sparse(2)) if knows(defense, x, threat)]
         assert len(claims) >= 2
-        for claim, certificate in zip(claims, defense.certify_each(x, claims), strict=True):
+        for claim, certificate in zip(claims, defense.certify_claims(x, claims), strict=True):
             alone = defense.certify(x, claim.threat)
             assert torch.equal(certificate.margin, alone.margin) and torch.equal(certificate.worst, alone.worst)
             assert certificate.threat == claim.threat
-        assert defense.certify_each(x, []) == []
+        assert defense.certify_claims(x, []) == []
         with pytest.raises(UsageError, match="no proof 'guess'"):
-            defense.certify_each(x, [Claim(Patch(1, 1)), Claim(Patch(1, 1), "guess")])
+            defense.certify_claims(x, [Claim(Patch(1, 1)), Claim(Patch(1, 1), "guess")])
         with pytest.raises(UsageError, match="does not fit"):
             defense.certify(x, Patch(5, 1))

@@ -17,12 +17,11 @@ from patchcert_cli import checkpoint, data, models
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers.cells import additive
 from patchcert_cli.certifiers.cells.additive import Votes
-from patchcert_cli.defenses import smoothing
-from patchcert_cli.defenses.base import TrainingStep
+from patchcert_cli.defenses import TrainingStep, smoothing
 from patchcert_cli.defenses.smoothing import ABLATIONS, ROUNDING, VIEWS, VOTES, Smoothing, SmoothingOptions
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.layers import fixed_point, precision
-from patchcert_cli.layers.fixed_point import Wire
+from patchcert_cli.layers.fixed_point import ValueRange
 from patchcert_cli.models.resnet import ResNet, convolution
 from patchcert_cli.threats import Patch, Sparse
 from patchcert_cli.training import loop
@@ -64,7 +63,7 @@ def build(given: dict[str, Any] | None = None, seed: int = 0) -> Smoothing:
         x = images(24, defense.input_shape, 99)
         cell = torch.arange(24) % defense.cells
         roughen(defense.network, defense.views(x, torch.arange(24), cell))
-        defense.finish(x)
+        defense.calibrate(x)
     return defense
 
 
@@ -370,7 +369,7 @@ def test_storage_changes_nothing(tmp_path: Path, stored: str) -> None:
     with torch.no_grad():
         for weight in defense.parameters():  # as training does at its end
             weight.copy_(weight.to(getattr(torch, stored)) if weight.ndim > 1 else weight)
-    defense.finish(images(8, seed=98))
+    defense.calibrate(images(8, seed=98))
     checkpoint.save_defense(tmp_path, defense, given)
     again, read = checkpoint.load_defense(tmp_path)
     assert read == given and isinstance(again, Smoothing) and again.how == defense.how
@@ -484,11 +483,11 @@ def unit(values: Tensor) -> float:
     return float((exponent - 53 + (whole & -whole).double().log2()).min()) if len(whole) else float("inf")
 
 
-def obeys(parts: list[tuple[Tensor, Wire]], bias: Tensor, bits: int) -> bool:
-    """The theorem of :mod:`patchcert_cli.layers.fixed_point`, channel by channel, for a sum over several wires."""
+def obeys(parts: list[tuple[Tensor, ValueRange]], bias: Tensor, bits: int) -> bool:
+    """The theorem of :mod:`patchcert_cli.layers.fixed_point`, channel by channel, for a sum over several value_ranges."""
     for channel in range(len(bias)):
-        step = min([unit(weight[channel]) + wire.exponent for weight, wire in parts] + [unit(bias[channel])])
-        total = sum(float(weight[channel].double().abs().sum()) * wire.most for weight, wire in parts)
+        step = min([unit(weight[channel]) + value_range.exponent for weight, value_range in parts] + [unit(bias[channel])])
+        total = sum(float(weight[channel].double().abs().sum()) * value_range.most for weight, value_range in parts)
         if total + abs(float(bias[channel])) > 2.0 ** (bits + step):
             return False
     return True
@@ -514,16 +513,16 @@ def test_no_sum_is_ever_rounded(name: str, factor: float, precision: torch.dtype
         found, trained = frozen(v.to(precision)), network(v / 255)
         assert torch.equal(copy.deepcopy(frozen).double()(v.double()), found)
         assert fewest < fixed_point.ENOUGH - 1 or float((found - trained).square().mean().sqrt()) < 0.3 * float(trained.std())
-    bits, wire = fixed_point.BITS[precision], network.grid.wire
+    bits, value_range = fixed_point.BITS[precision], network.grid.value_range
     assert obeys([(frozen[0].layer.weight, fixed_point.PIXELS)], frozen[0].layer.bias, bits)
     for block in list(frozen)[1:-1]:
-        assert obeys([(block.first.weight, wire)], block.first.bias, bits)
+        assert obeys([(block.first.weight, value_range)], block.first.bias, bits)
         aside = torch.eye(len(block.second.bias)) if block.shortcut is None else block.shortcut.weight
-        assert obeys([(block.second.weight, block.inner), (aside, wire)], block.second.bias, bits)
+        assert obeys([(block.second.weight, block.inner), (aside, value_range)], block.second.bias, bits)
         assert block.shortcut is None or not bool(block.shortcut.bias.any())
-        wire = block.wire
-    pooled = Wire(wire.exponent, wire.most * network.positions)
-    assert pooled.most <= 2.0 ** (24 + wire.exponent)
+        value_range = block.value_range
+    pooled = ValueRange(value_range.exponent, value_range.most * network.positions)
+    assert pooled.most <= 2.0 ** (24 + value_range.exponent)
     assert obeys([(frozen[-1].layer.weight, pooled)], frozen[-1].layer.bias, 53)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from patchcert_cli import attacks, checkpoint, data, defenses
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.defenses.base import Claim
+from patchcert_cli.defenses import Claim
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError, Interrupted, MachineError, UsageError
-from patchcert_cli.evaluation import estimate, evaluate, results, run_folder
+from patchcert_cli.evaluation import estimate, evaluate, results
 from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
 from patchcert_cli.progress import Silent
 from patchcert_cli.storage import files
@@ -41,7 +41,7 @@ def no_time() -> float:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / run_folder.RECORDS).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / files.RECORDS).read_text().splitlines()]
 
 
 def verdicts(records: list[dict[str, Any]]) -> dict[int, tuple[int, bool]]:
@@ -53,8 +53,8 @@ def test_a_run_folder_holds_result_records_and_manifest(tmp_path: Path) -> None:
     found = evaluate.certify(task, tmp_path / "run")
     keys = "model defense dataset split images threat clean_accuracy certified_accuracy certified_interval seconds"
     assert set(f"{keys} images_per_second device records".split()) <= set(found)
-    assert files.read_json(tmp_path / "run" / run_folder.RESULT) == found
-    manifest = files.read_json(tmp_path / "run" / run_folder.MANIFEST)
+    assert files.read_json(tmp_path / "run" / files.RESULT) == found
+    manifest = files.read_json(tmp_path / "run" / files.MANIFEST)
     assert {"model_sha256", "threat", "versions", "device", "numerics"} <= set(manifest)
     records = read(tmp_path / "run")
     assert sorted(r["index"] for r in records) == task.images.index.tolist()
@@ -82,7 +82,7 @@ def test_a_stopped_run_resumes_and_a_torn_line_is_dropped(tmp_path: Path) -> Non
 
     with pytest.raises(Interrupted, match="interrupted at 9 of 40 images. Resume with the same command"):
         evaluate.certify(make_task(), tmp_path / "cut", progress=Stop(), clock=no_time)
-    with (tmp_path / "cut" / run_folder.RECORDS).open("a") as stream:
+    with (tmp_path / "cut" / files.RECORDS).open("a") as stream:
         stream.write('{"index": 9, "lab')  # what a crash leaves
     found = evaluate.certify(make_task(), tmp_path / "cut")
     assert found["resumed"] == 9
@@ -101,7 +101,7 @@ def test_other_settings_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not empty"):
         evaluate.certify(make_task(), tmp_path / "mine", fresh=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()
-    (tmp_path / "run" / run_folder.RECORDS).write_text("{]\n")
+    (tmp_path / "run" / files.RECORDS).write_text("{]\n")
     with pytest.raises(IntegrityError, match="damaged"):
         evaluate.certify(make_task(claims=(Claim(Patch(3, 3)),)), tmp_path / "run")
 
@@ -109,7 +109,7 @@ def test_other_settings_and_foreign_folders_are_refused(tmp_path: Path) -> None:
 def test_out_of_memory_halves_the_batch_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = evaluate.certify(make_task(), tmp_path / "reference")
     task, sizes = make_task(), []
-    real = task.model.defense.certify_each
+    real = task.model.defense.certify_claims
 
     def short_of_memory(limit: int) -> Any:
         def certify(x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
@@ -120,24 +120,24 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(tmp_path: Path, monk
 
         return certify
 
-    monkeypatch.setattr(task.model.defense, "certify_each", short_of_memory(5))
+    monkeypatch.setattr(task.model.defense, "certify_claims", short_of_memory(5))
     assert evaluate.certify(task, tmp_path / "small", clock=no_time)["counts"] == reference["counts"]
     assert sizes[:4] == [1, 8, 4, 4] and max(sizes[2:]) == 4
     assert verdicts(read(tmp_path / "small")) == verdicts(read(tmp_path / "reference"))
-    monkeypatch.setattr(task.model.defense, "certify_each", short_of_memory(0))
+    monkeypatch.setattr(task.model.defense, "certify_claims", short_of_memory(0))
     with pytest.raises(MachineError, match="batch of one image"):
         evaluate.certify(task, tmp_path / "none")
 
     def broken(x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(task.model.defense, "certify_each", broken)
+    monkeypatch.setattr(task.model.defense, "certify_claims", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         evaluate.certify(task, tmp_path / "bug")
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
-    records = tmp_path / "run" / run_folder.RECORDS
+    records = tmp_path / "run" / files.RECORDS
     saved = tmp_path / "saved"
 
     class Fill(Silent):
@@ -160,12 +160,12 @@ def test_an_attack_is_held_against_the_certificates(tmp_path: Path, monkeypatch:
     results.check_claim(found)
     assert found["attacked_accuracy"] >= found["certified_accuracy"]
     assert found["queries"] > 0 and found["broken"] == []
-    real = task.model.defense.certify_each
+    real = task.model.defense.certify_claims
 
     def everything(x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
         return [replace(one, certified=torch.ones_like(one.certified)) for one in real(x, claims)]
 
-    monkeypatch.setattr(task.model.defense, "certify_each", everything)
+    monkeypatch.setattr(task.model.defense, "certify_claims", everything)
     found = evaluate.attack(replace(task, claims=(Claim(Patch(14, 14)),)), attacker, {"steps": 2}, tmp_path / "broken")
     assert found["broken"]
     with pytest.raises(ClaimError, match="certified images were flipped") as caught:

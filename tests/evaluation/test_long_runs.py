@@ -13,18 +13,18 @@ import torch
 from torch import nn
 
 from patchcert_cli import attacks
-from patchcert_cli.attacks.base import Attack
-from patchcert_cli.attacks.target import Target
+from patchcert_cli.attacks import Attack, Target
 from patchcert_cli.certifiers.masks import masked_predictions
-from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
+from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.data.images import Images
-from patchcert_cli.defenses.base import Claim
+from patchcert_cli.defenses import Claim
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import Interrupted, UsageError
-from patchcert_cli.evaluation import estimate, evaluate, reproduce, results, run_folder, single_image
+from patchcert_cli.evaluation import estimate, evaluate, reproduce, results, single_image
 from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
 from patchcert_cli.layers import passes
 from patchcert_cli.progress import Silent
+from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch
 
 SHAPE, MASKS = (3, 12, 12), 9
@@ -34,12 +34,12 @@ class World:
     """A defense whose passes take ``each`` seconds of a clock that nothing else moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, each: float, images: int = 30) -> None:
-        self.now, self.each, self.asked, honest = 0.0, each, 0, masked_predictions.behind
+        self.now, self.each, self.asked, honest = 0.0, each, 0, masked_predictions.logits_under_mask
         with torch.random.fork_rng():
             torch.manual_seed(3)
             network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(36, 3))
             pixels = torch.randint(0, 256, (images, *SHAPE), dtype=torch.uint8)
-        task = MaskPlan(("patch:2x2",), per_axis=3)
+        task = MaskSpec(("patch:2x2",), per_axis=3)
         self.defense = PatchCleanser(network.eval(), input_shape=SHAPE, classes=("a", "b", "c"), masks=task, fill=(0.5,) * 3)
         self.defense.test_once()
 
@@ -48,7 +48,7 @@ class World:
             self.now += self.each * len(x)
             return honest(network, x, *rest)
 
-        monkeypatch.setattr(masked_predictions, "behind", slow)
+        monkeypatch.setattr(masked_predictions, "logits_under_mask", slow)
         labels = torch.zeros(images, dtype=torch.int64)
         data = Images(pixels, labels, torch.arange(images), "imagenet", "test", "x")
         self.task = EvaluationTask(
@@ -74,7 +74,7 @@ class Seen(Silent):
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    path = folder / run_folder.RECORDS
+    path = folder / files.RECORDS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -163,7 +163,7 @@ def test_an_attack_stops_in_time_and_says_what_it_left(tmp_path: Path, monkeypat
     part = evaluate.attack(world.task, Slow(), {}, tmp_path / "part", max_seconds=spent / 2, **many)
     assert 0 < part["images"] < 30 and part["left"] == 30 - part["images"]
     assert world.now <= spent / 2 + 12 * 0.01 * 8  # the pass that was running
-    assert not (tmp_path / "part" / run_folder.RESULT).exists() and not part["full_split"]
+    assert not (tmp_path / "part" / files.RESULT).exists() and not part["full_split"]
     rest = evaluate.attack(world.task, Slow(), {}, tmp_path / "part", **many)
     assert rest["resumed"] == part["images"] and rest["images"] == 30
     assert by_index(tmp_path / "part") == by_index(tmp_path / "whole")
@@ -196,7 +196,7 @@ def test_no_image_takes_more_queries_than_foretold(
     attacker: Any = attacks.for_threat(threat, **{"steps": 2, "carried": 4, "rounds": 1, **options})
     x = world.task.images.pixels.float() / 255
     certificate = world.defense.certify(x, threat)
-    start = attacks.base.Start(certificate.worst, certificate.rival) if hinted else None
+    start = attacks.Start(certificate.worst, certificate.rival) if hinted else None
     effort = attacker.most(world.defense, threat, hinted=hinted)
     found = attacker(world.defense, x, threat, start=start)
     assert int(found.queries.max()) <= effort.queries + effort.answers

@@ -12,11 +12,11 @@ from PIL import Image
 
 from patchcert_cli import data, defenses
 from patchcert_cli.certifiers.masks import masked_predictions
-from patchcert_cli.certifiers.masks.mask_sets import MaskPlan
+from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.classifiers import addresses
 from patchcert_cli.data.images import Images
 from patchcert_cli.data.resize_crop import ResizeCrop
-from patchcert_cli.defenses.base import Claim
+from patchcert_cli.defenses import Claim
 from patchcert_cli.errors import DataError, UsageError
 from patchcert_cli.evaluation import estimate, models, task
 from patchcert_cli.evaluation.models import DefenseRequest, WrappedClassifier
@@ -54,7 +54,7 @@ def test_the_masks_cover_every_threat_that_was_asked_for(threats: list[Any], ask
     [((0.1, 0.2, 0.3), 3, [0.1, 0.2, 0.3]), ((0.1, 0.2, 0.3), 1, [0.2]), (None, 2, [0.5, 0.5]), ((0.4,), 3, [0.5] * 3)],
 )
 def test_masks_have_the_mean_colour_or_grey(mean: tuple[float, ...] | None, channels: int, wanted: list[float]) -> None:
-    network, masks = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16 * channels, 2)), MaskPlan(("patch:2x2",))
+    network, masks = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16 * channels, 2)), MaskSpec(("patch:2x2",))
     defense: Any = models.put_around(network, "patchcleanser", (channels, 4, 4), ("a", "b"), masks, mean, "bfloat16")
     assert defense.fill.flatten().tolist() == pytest.approx(wanted) and defense.labels == "bfloat16"
     assert not defense.training and defense.predict(torch.rand(2, channels, 4, 4)).shape == (2,)
@@ -62,7 +62,7 @@ def test_masks_have_the_mean_colour_or_grey(mean: tuple[float, ...] | None, chan
 
 @pytest.mark.parametrize(("per_axis", "side", "size"), [(6, 32, 24), (2, 32, 1000), (30, 64, 16)])
 def test_a_batch_is_small_where_images_take_many_passes(per_axis: int, side: int, size: int) -> None:
-    masks = MaskPlan(("patch:2x2",), per_axis=per_axis)
+    masks = MaskSpec(("patch:2x2",), per_axis=per_axis)
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(side * side, 2))
     assert task.batch_size(models.put_around(network, "patchcleanser", (1, side, side), ("a", "b"), masks, None)) == size
     assert task.batch_size(defenses.by_name("ibp").tiny()) == task.BATCH_SIZE
@@ -133,13 +133,13 @@ def test_a_dry_run_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     pixels = torch.randint(0, 256, (30, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = Images(pixels, torch.zeros(30, dtype=torch.int64), torch.arange(30), "imagenet", "test", "x")
     meant = EvaluationTask(model, images, (Claim(Patch(2, 2)),), 30)
-    asked, honest = [0], masked_predictions.behind
+    asked, honest = [0], masked_predictions.logits_under_mask
 
     def counted(network: Any, x: torch.Tensor, *rest: Any) -> Any:
         asked[0] += len(x)
         return honest(network, x, *rest)
 
-    monkeypatch.setattr(masked_predictions, "behind", counted)
+    monkeypatch.setattr(masked_predictions, "logits_under_mask", counted)
     value = estimate.evaluation(meant, Path("x"), None, estimate.FullRun(1000, 5_000_000), clock=lambda: float(asked[0]))
     assert value["masks"] == "4 of 9x9 pixels"
     assert 4 <= value["passes_per_image"] <= 10 and value["passes"] == pytest.approx(1000 * value["passes_per_image"], rel=0.02)
@@ -152,13 +152,13 @@ def test_a_dry_run_of_a_slow_network_measures_passes_alone(tmp_path: Path, monke
     model = opened(tmp_path).evaluated((3, 16, 16), [Patch(2, 2)], "cpu")
     pixels = torch.randint(0, 256, (30, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = Images(pixels, torch.zeros(30, dtype=torch.int64), torch.arange(30), "imagenet", "test", "x")
-    asked, honest = [0.0], masked_predictions.behind
+    asked, honest = [0.0], masked_predictions.logits_under_mask
 
     def slow(network: Any, x: torch.Tensor, *rest: Any) -> Any:
         asked[0] += 10.0 * len(x)  # seconds
         return honest(network, x, *rest)
 
-    monkeypatch.setattr(masked_predictions, "behind", slow)
+    monkeypatch.setattr(masked_predictions, "logits_under_mask", slow)
     meant = EvaluationTask(model, images, (Claim(Patch(2, 2)),), 30)
     value = estimate.evaluation(meant, Path("x"), None, estimate.FullRun(1000, 5_000_000), clock=lambda: asked[0])
     assert asked[0] <= 100 + 3 * 10  # nobody waits for a whole image

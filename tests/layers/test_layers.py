@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli import models
-from patchcert_cli.layers.preprocessing import INTERPOLATIONS, Prepared
+from patchcert_cli.layers.preprocessing import INTERPOLATIONS, WithPreprocessing
 
 
 class Keeps(nn.Module):
@@ -20,13 +20,13 @@ class Keeps(nn.Module):
 
 def test_nothing_is_done_that_is_not_stated() -> None:
     model, x = Keeps(), torch.rand(2, 3, 5, 7)
-    assert Prepared(model)(x).shape == (2, 3)
+    assert WithPreprocessing(model)(x).shape == (2, 3)
     assert model.given is x
 
 
 def test_it_is_normalized_per_channel() -> None:
     model, x = Keeps(), torch.rand(2, 3, 4, 4)
-    Prepared(model, mean=(0.1, 0.2, 0.3), std=(0.5, 1.0, 2.0))(x)
+    WithPreprocessing(model, mean=(0.1, 0.2, 0.3), std=(0.5, 1.0, 2.0))(x)
     wanted = (x - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor([0.5, 1.0, 2.0])[:, None, None]
     torch.testing.assert_close(model.given, wanted)
 
@@ -35,7 +35,7 @@ def test_it_is_normalized_per_channel() -> None:
 @pytest.mark.parametrize("size", [(9, 12), (3, 3), (6, 8)])
 def test_it_is_resized_before_it_is_normalized_and_stays_in_range(interpolation: str, size: tuple[int, int]) -> None:
     model, x = Keeps(), (torch.rand(2, 3, 6, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()
-    Prepared(model, size=size, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation)(x)
+    WithPreprocessing(model, size=size, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation)(x)
     assert tuple(model.given.shape[2:]) == size
     assert float(model.given.min()) >= 0 and float(model.given.max()) <= 1  # bicubic overshoots by itself
     if size == (6, 8):
@@ -47,16 +47,16 @@ def test_it_is_resized_before_it_is_normalized_and_stays_in_range(interpolation:
 
 def test_grey_becomes_colour_only_where_colour_is_wanted() -> None:
     model, x = Keeps(), torch.rand(2, 1, 4, 4)
-    Prepared(model, channels=3)(x)
+    WithPreprocessing(model, channels=3)(x)
     assert torch.equal(model.given, x.repeat(1, 3, 1, 1))
     for channels in (1, None):
-        Prepared(model, channels=channels)(x)
+        WithPreprocessing(model, channels=channels)(x)
         assert torch.equal(model.given, x)
 
 
 def test_what_is_hidden_before_it_is_resized_leaves_no_trace() -> None:
     """Why masks go outside: behind one, no pixel of a patch has leaked into another."""
-    network = Prepared(Keeps(), size=(23, 31), mean=(0.5,), std=(0.25,))
+    network = WithPreprocessing(Keeps(), size=(23, 31), mean=(0.5,), std=(0.25,))
     one, two = torch.rand(2, 1, 1, 8, 9).unbind()
     two = torch.where(torch.arange(9) < 5, one, two)  # differ in the last four columns
     hidden = (torch.arange(9) >= 5).expand(8, 9)
@@ -68,9 +68,9 @@ def test_what_is_hidden_before_it_is_resized_leaves_no_trace() -> None:
 
 
 def test_it_keeps_the_names_of_its_parameters_and_says_what_it_is() -> None:
-    network = Prepared(nn.Linear(2, 3), mean=(0.5,), std=(0.5,), size=(1, 2), summary="mine at 1x2")
+    network = WithPreprocessing(nn.Linear(2, 3), mean=(0.5,), std=(0.5,), size=(1, 2), summary="mine at 1x2")
     assert list(network.state_dict()) == ["model.weight", "model.bias"]
     assert models.describe(nn.Sequential(network)) == "mine at 1x2, 0.00M parameters"
-    assert Prepared(nn.Linear(2, 3)).summary == "Linear"
+    assert WithPreprocessing(nn.Linear(2, 3)).summary == "Linear"
     with pytest.raises(ValueError, match="interpolation 'sinc' must be one of bicubic, bilinear, nearest"):
-        Prepared(nn.Linear(2, 3), interpolation="sinc")
+        WithPreprocessing(nn.Linear(2, 3), interpolation="sinc")

@@ -105,7 +105,7 @@ def test_a_frozen_network_is_near_the_trained_one(options: dict[str, Any]) -> No
     shape = options.get("input_shape", (3, 16, 16))
     x, hidden = images(shape, 64), torch.zeros(64, *shape[1:], dtype=torch.bool)
     for layer in made.modules():
-        if isinstance(layer, fixed_point.Grid):
+        if isinstance(layer, fixed_point.Quantizer):
             layer.share = 1.05
     with fixed_point.observing(made), torch.no_grad():
         right = made(x, hidden[:, None]) if made.takes_mask else made(x)

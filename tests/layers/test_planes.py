@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli.layers import fixed_point, integers, planes
-from patchcert_cli.layers.fixed_point import PIXELS, Affine, Wire
+from patchcert_cli.layers.fixed_point import PIXELS, Affine, ValueRange
 from patchcert_cli.layers.integers import LARGEST, ROOM
 from patchcert_cli.layers.planes import Operation, as_bytes, digits, lowest
 from patchcert_cli.layers.programs import Program
@@ -103,7 +103,7 @@ def layer(weight: Tensor, bias: Tensor) -> Affine:
 )
 def test_the_condition_is_what_the_theorem_says(weight: list[float], bias: float, fits: bool) -> None:
     given = torch.tensor(weight)[None, :, None, None]
-    operation = Operation([(0, PIXELS, layer(given, torch.tensor([bias])))], Wire(3, 255 * 8.0), None, False)
+    operation = Operation([(0, PIXELS, layer(given, torch.tensor([bias])))], ValueRange(3, 255 * 8.0), None, False)
     found = operation.fits()
     unit = 2.0 ** float(operation._units()[0])
     numbers = [[int(w) for w in (plane.flatten())] for plane in digits(operation.terms[0].weight / unit)]

@@ -122,7 +122,7 @@ def test_a_runner_takes_the_fastest_exact_backend(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(
             programs, "trials", lambda program, shape, count, found=found: [(trial, trial.backend) for trial in found]
         )
-        runner = Runner(fixed_point.Deployed(made))
+        runner = Runner(fixed_point.FrozenNetworkCache(made))
         alone = runner(steps[:1])
         assert used[-1] == "float32", "one image is not worth a trial"
         together = runner(steps)
@@ -154,7 +154,7 @@ def test_backends_that_are_not_there_are_named() -> None:
     with pytest.raises(MachineError, match="this network has no float32 form. Allowed: float64"):
         program.run(steps, "float32")
     assert Program.of(nn.Sequential(nn.ReLU())) is None
-    runner = Runner(fixed_point.Deployed(scorer(PLANS["small"])))
+    runner = Runner(fixed_point.FrozenNetworkCache(scorer(PLANS["small"])))
     with integers.only("int8"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Operation, "fits", lambda self: None)
         with pytest.raises(MachineError, match="no int8 convolutions for this network"):

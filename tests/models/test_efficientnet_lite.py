@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from patchcert_cli import cards, checkpoint, defenses, models
 from patchcert_cli.catalog import bundled, claims
 from patchcert_cli.errors import UsageError
-from patchcert_cli.layers.preprocessing import Prepared
+from patchcert_cli.layers.preprocessing import WithPreprocessing
 from patchcert_cli.models.efficientnet_lite import Convolution
 from patchcert_cli.storage import files
 
@@ -91,7 +91,7 @@ def test_the_zoo_model_has_words_for_its_classes_and_answers() -> None:
     folder = bundled.folder() / NAME
     defense: Any = defenses.build(files.read_json(folder / files.CONFIG))  # its self-test takes a while, see test_whole_path.py
     defense.load_state_dict(checkpoint.unpack(folder / files.WEIGHTS)[0], strict=True)
-    assert isinstance(defense.network, Prepared) and defense.input_shape == (3, 224, 224)
+    assert isinstance(defense.network, WithPreprocessing) and defense.input_shape == (3, 224, 224)
     assert len(set(defense.classes)) == 1000 and defense.classes[0] == "tench"
     assert not any(name.startswith("n0") for name in defense.classes)
     torch.testing.assert_close(defense.fill.flatten(), torch.full((3,), 127 / 255))

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from patchcert_cli import defenses, models
-from patchcert_cli.certifiers.geometry import Axis, Cover
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
+from patchcert_cli.defenses import TrainingStep
 from patchcert_cli.defenses.bagcert import BagCert, BagCertOptions
-from patchcert_cli.defenses.base import TrainingStep
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.layers import fixed_point, precision
 from patchcert_cli.threats import Patch, Sparse
@@ -48,7 +48,7 @@ def build(name: str, stride: int = 1, aggregate: str = "sum") -> BagCert:
         x = arena.draw_images(shape, 32, 5)
         scores = defense.scorer(x)
         defense.scorer.head.bias += 2 * torch.randn(4) * scores.std(dim=(0, 2, 3)) - scores.mean(dim=(0, 2, 3))
-        defense.finish(x)
+        defense.calibrate(x)
     return defense
 
 
@@ -89,13 +89,13 @@ def test_a_patch_reaches_exactly_the_cells_that_are_claimed(name: str, stride: i
 def test_a_proof_that_forgets_the_stride_is_noticed_when_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     defense = build("dilated", 2)
 
-    def forgetful(patch: Patch) -> Cover:
+    def forgetful(patch: Patch) -> CellCoverage:
         axes = []
         for length, side in zip(defense.input_shape[1:], (patch.height, patch.width), strict=True):
             cells = defense.scorer.cells(length)
             dense = Axis.sliding(length, side, kernel=defense.receptive_field).touched
             axes.append(Axis(cells, tuple(tuple(cell for cell in touched if cell < cells) for touched in dense)))
-        return Cover(*axes)
+        return CellCoverage(*axes)
 
     monkeypatch.setattr(defense, "cover", forgetful)
     with pytest.raises(IntegrityError, match="but the proof counts"):

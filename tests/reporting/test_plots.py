@@ -6,7 +6,6 @@ Texts are looked for in SVG files, where each is named in a comment; positions a
 from __future__ import annotations
 
 import hashlib
-import itertools
 import re
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from patchcert_cli.certificate import clopper_pearson
 from patchcert_cli.errors import MachineError, PatchcertError, UsageError
-from patchcert_cli.reporting import figure_style, plots
+from patchcert_cli.reporting import figure_style, margin_maps, plots
 from patchcert_cli.threats import Patch
 
 Row = dict[str, Any]
@@ -115,11 +114,10 @@ def test_a_curve_shows_sides_counts_and_intervals(tmp_path: Path, saved: list[Fi
     found = texts(tmp_path / "curve.svg")
     assert {"costs $5 and $6", "cifar10 test", "patch side, pixels", "accuracy, %"} <= set(found)
     assert any("one square patch" in text and "n = 1,000 images" in text and "95 %" in text for text in found)
-    assert {"clean", "85.0 %", "condition 3.2", "additive"} <= {line for text in found for line in text.splitlines()}
+    assert {"clean, 85.0 %", "certified, condition 3.2", "certified, additive"} <= set(found)
     (axes,) = saved[0].axes
-    assert {"62.0", "56.0", "50.0", "40.0"} <= {text.get_text() for text in axes.texts}  # beside the points
     lines = {str(line.get_label()): line for line in axes.lines}
-    assert set(lines["clean"].get_ydata()) == {85.0}
+    assert set(lines["clean, 85.0 %"].get_ydata()) == {85.0}
     for method, collection in zip(("additive", "condition 3.2"), axes.collections, strict=True):
         mine = [entry for entry in SQUARE if entry["method"] == method]
         assert lines[f"certified, {method}"].get_xydata().tolist() == [
@@ -150,15 +148,21 @@ def test_methods_stand_beside_each_other_over_a_shape(tmp_path: Path, saved: lis
     assert places == sorted(places) and 0 < places[1] - places[0] < 0.5 and sum(places) == pytest.approx(0)
 
 
-def test_labels_lie_inside_the_picture_and_apart(tmp_path: Path, saved: list[Figure]) -> None:
-    rows = [row(f"patch:{side}x{side}", f"a long name of a method {i}", 10 * i) for side in (1, 2, 3) for i in range(5)]
+def test_texts_lie_inside_the_plot_and_a_single_line_has_its_values(tmp_path: Path, saved: list[Figure]) -> None:
+    rows = [row(f"patch:{side}x{side}", f"a long name of a method {i}", 10 * i) for side in (1, 2, 3) for i in range(7)]
     plots.curve(rows, tmp_path / "curve.png", title="long " * 40)
-    (axes,) = saved[0].axes
-    boxes = [Text.get_window_extent(text) for text in (*axes.texts, *saved[0].texts)]
-    outside = [box for box in boxes if not (box.x0 >= 0 and box.x1 <= saved[0].bbox.width and box.y1 <= saved[0].bbox.height)]
-    assert len(boxes) >= 8 and outside == []
-    ends = sorted((Text.get_window_extent(text) for text in axes.texts if "certified" in text.get_text()), key=lambda box: box.y0)
-    assert len(ends) == 5 and all(low.y1 <= high.y0 for low, high in itertools.pairwise(ends))
+    plots.curve(SQUARE[1::2], tmp_path / "curve.png", title="one method")
+    for figure in saved:
+        legend = figure.axes[0].get_legend()
+        assert legend is not None
+        boxes = [Text.get_window_extent(text) for text in (*figure.axes[0].texts, *figure.texts, *legend.get_texts())]
+        assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0 and box.y1 <= figure.bbox.height for box in boxes)
+    assert [text.get_text() for text in saved[1].axes[0].texts] == ["72.0", "56.0", "40.0"] and not saved[0].axes[0].texts
+
+
+def test_sixty_looks_differ() -> None:
+    looks = {(look.color, look.marker) for look in map(figure_style.Look, range(60))}
+    assert len(looks) == 60 and len({figure_style.Look(i).color for i in range(10)}) == 10
 
 
 @pytest.mark.parametrize(
@@ -197,7 +201,7 @@ def test_a_map_is_blue_where_the_patch_is_harmless(
     tmp_path: Path, saved: list[Figure], shift: float, blue: bool, red: bool, edges: int
 ) -> None:
     image, values = torch.full((1, 28, 28), 90, dtype=torch.uint8), margins(shift)
-    plots.margin_map(image, values, tmp_path / "map.png", title="image 3", box=(9, 13, 5, 5), patch=Patch(5, 5))
+    margin_maps.margin_map(image, values, tmp_path / "map.png", title="image 3", box=(9, 13, 5, 5), patch=Patch(5, 5))
     drawn(tmp_path / "map.png")
     assert tuple(count > 1000 for count in shades(tmp_path / "map.png")) == (blue, red)
     picture, chart, scale = saved[0].axes
@@ -227,7 +231,7 @@ def frame_box(top: int, left: int, height: int, width: int) -> Bbox:
 def test_a_map_says_how_many_locations_are_harmless(tmp_path: Path) -> None:
     values = margins(-20)
     image = torch.zeros(3, 28, 28, dtype=torch.uint8)
-    plots.margin_map(image, values, tmp_path / "map.svg", title="x", box=(9, 13, 5, 5), patch=Patch(5, 5), unit="logits")
+    margin_maps.margin_map(image, values, tmp_path / "map.svg", title="x", box=(9, 13, 5, 5), patch=Patch(5, 5), unit="logits")
     found = " ".join(texts(tmp_path / "map.svg"))
     assert f"{int((values > 0).sum())} of 576 locations" in found
     assert "smallest margin \N{MINUS SIGN}20 logits, at row 9, column 13" in found and "margin, logits" in found
@@ -235,7 +239,7 @@ def test_a_map_says_how_many_locations_are_harmless(tmp_path: Path) -> None:
 
 def test_pixels_stay_crisp_and_in_their_place(tmp_path: Path, saved: list[Figure]) -> None:
     image = torch.randint(256, (3, 12, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    plots.margin_map(image, margins(1, 9, 16), tmp_path / "map.png", title="x", box=(8, 13, 4, 5), patch=Patch(4, 5))
+    margin_maps.margin_map(image, margins(1, 9, 16), tmp_path / "map.png", title="x", box=(8, 13, 4, 5), patch=Patch(4, 5))
     found, box = pixels(tmp_path / "map.png"), saved[0].axes[0].bbox
     side = int(3.6 * figure_style.DPI) // 20
     left, top = round(box.x0), round(len(found) - box.y1)
@@ -264,14 +268,14 @@ def test_maps_of_all_sizes_and_values(tmp_path: Path, shape: tuple[int, int, int
     field = margins(-3, rows, columns) if values is None else torch.full((rows, columns), values)
     image = torch.full(shape, 200, dtype=torch.uint8)
     box = (rows - 1, columns - 1, patch.height, patch.width)
-    plots.margin_map(image, field, tmp_path / "map.png", title="image 3", box=box, patch=patch)
+    margin_maps.margin_map(image, field, tmp_path / "map.png", title="image 3", box=box, patch=patch)
     drawn(tmp_path / "map.png")
 
 
 @pytest.mark.parametrize(("shape", "side"), [((1, 28, 28), 4), ((2, 28, 28), 5), ((1, 28, 29), 5)])
 def test_a_map_that_does_not_fit_is_refused(tmp_path: Path, shape: tuple[int, int, int], side: int) -> None:
     with pytest.raises(ValueError, match="does not fit"):
-        plots.margin_map(
+        margin_maps.margin_map(
             torch.zeros(shape, dtype=torch.uint8),
             margins(1),
             tmp_path / "map.png",
@@ -288,7 +292,9 @@ def test_equal_input_gives_equal_bytes_whatever_the_settings(tmp_path: Path, end
         with matplotlib.rc_context({"font.size": 10 + 10 * (name == "b"), "savefig.transparent": name == "b"}):
             before = dict(matplotlib.rcParams)
             plots.plot(SQUARE, tmp_path / f"curve-{name}{ending}", title="curve")
-            plots.margin_map(image, values, tmp_path / f"map-{name}{ending}", title="map", box=(9, 13, 5, 5), patch=Patch(5, 5))
+            margin_maps.margin_map(
+                image, values, tmp_path / f"map-{name}{ending}", title="map", box=(9, 13, 5, 5), patch=Patch(5, 5)
+            )
             assert dict(matplotlib.rcParams) == before
     for kind in ("curve", "map"):
         first, second = ((tmp_path / f"{kind}-{name}{ending}").read_bytes() for name in "ab")
@@ -323,11 +329,12 @@ def test_without_matplotlib_the_hint_says_what_to_type(tmp_path: Path, monkeypat
     plots.require()
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UsageError) as raised:
-        plots.require()
-    assert "pip install 'patchcert[plots]'" in one_line(raised.value) and "matplotlib" in str(raised.value)
-    with pytest.raises(UsageError, match="plots"):
-        plots.plot(SQUARE, tmp_path / "plot.png", title="none")
+    for draw in (plots.require, lambda: plots.plot(SQUARE, tmp_path / "plot.png", title="none")):
+        with pytest.raises(MachineError) as raised:
+            draw()
+        assert (
+            raised.value.code == 7 and "matplotlib" in str(raised.value) and "pip install 'patchcert[plots]'" in raised.value.hint
+        )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli import defenses
+from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.bagcert import BagCert
-from patchcert_cli.defenses.base import Defense
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import UnsupportedThreat
 from patchcert_cli.threats import Patch, Sparse
@@ -219,7 +219,7 @@ def random_region(name: str, seed: int, *, classes: int = 3, lean: float = 2.0) 
         scores = defense.scorer(x)
         spread, middle = scores.std(dim=(0, 2, 3)), scores.mean(dim=(0, 2, 3))
         defense.scorer.head.bias += lean * torch.randn(classes) * spread - middle
-        defense.finish(x)
+        defense.calibrate(x)
     return defense
 
 
@@ -234,7 +234,7 @@ def pixel_votes(bias: float = 0.5) -> BagCert:
         stage.norm.bias.copy_(torch.tensor([bias, -bias]))  # relu(bias - x), relu(x - bias)
         head.weight.copy_(torch.eye(2).reshape(2, 2, 1, 1))
         head.bias.zero_()
-        defense.finish(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1).expand(2, 1, 4, 4))
+        defense.calibrate(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1).expand(2, 1, 4, 4))
     return defense
 
 

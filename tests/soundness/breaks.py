@@ -15,7 +15,7 @@ from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers.bounds import first_layer, intervals, margin_chunks, rounding
 from patchcert_cli.certifiers.bounds.windows import patch_windows, windows
 from patchcert_cli.certifiers.geometry import touched_range
-from patchcert_cli.defenses.evidence import EvidenceDefense
+from patchcert_cli.defenses import VotingDefense
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.threats import Patch, PatchPercent, Sparse
 
@@ -203,23 +203,21 @@ COMMON_BREAKS: dict[str, Break] = {
 
 def covering(change: Callable[[Any], Any]) -> Break:
     """Votes are certified against another threat than the one that is claimed."""
-    original = EvidenceDefense.cover_of
-    return lambda monkeypatch: monkeypatch.setattr(
-        EvidenceDefense, "cover_of", lambda self, threat: original(self, change(threat))
-    )
+    original = VotingDefense.cover_of
+    return lambda monkeypatch: monkeypatch.setattr(VotingDefense, "cover_of", lambda self, threat: original(self, change(threat)))
 
 
 def answer_of_another_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is sure, the proof is about another class than the deployed answer."""
-    original = EvidenceDefense.certify_each
+    original = VotingDefense.certify_claims
 
-    def certify_each(self: EvidenceDefense, x: Tensor, claims: Any) -> list[Certificate]:
+    def certify_claims(self: VotingDefense, x: Tensor, claims: Any) -> list[Certificate]:
         return [
             replace(certificate, prediction=(certificate.prediction + (certificate.margin > 1)) % len(self.classes))
             for certificate in original(self, x, claims)
         ]
 
-    monkeypatch.setattr(EvidenceDefense, "certify_each", certify_each)
+    monkeypatch.setattr(VotingDefense, "certify_claims", certify_claims)
 
 
 # those about wrapping and about a third class are caught by the enemy of ``test_additive.py``

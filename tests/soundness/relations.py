@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from patchcert_cli.certificate import Certificate
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses import Defense
 from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
 
 

@@ -13,8 +13,8 @@ from torchvision.io import read_image
 
 import patchcert_cli
 from patchcert_cli.certifiers.masks import logit_scale, masked_predictions
-from patchcert_cli.certifiers.masks.exact_predictions import ExactViews
-from patchcert_cli.certifiers.masks.logit_scale import Watch
+from patchcert_cli.certifiers.masks.exact_predictions import ExactMaskedPredictor
+from patchcert_cli.certifiers.masks.logit_scale import HeadRecorder
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.layers import integers
 from patchcert_cli.threats import Patch
@@ -68,7 +68,7 @@ def foreign(name: str) -> PatchCleanser:
 def shrinking_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """The arithmetic that was broken: a logit margin is a share of the largest logit of its own pass."""
     monkeypatch.setattr(logit_scale, "power_above", lambda value: 1e-300)
-    monkeypatch.setattr(Watch, "scale", lambda self, logits: logits.double().abs().amax(dim=1).cpu())
+    monkeypatch.setattr(HeadRecorder, "scale", lambda self, logits: logits.double().abs().amax(dim=1).cpu())
 
 
 def test_the_flipped_picture_has_one_answer_in_every_batch() -> None:
@@ -117,7 +117,7 @@ def test_the_enemy_finds_nothing_around_a_network_of_others(precisions: tuple[st
 def test_the_enemy_finds_nothing_around_a_network_of_whole_numbers(backend: str) -> None:
     """By construction: what it aims at is small in the network that was trained, and exact in the one that is deployed."""
     defense = loaded("cifar-masked-cnn")
-    assert isinstance(defense.views(), ExactViews)
+    assert isinstance(defense.views(), ExactMaskedPredictor)
     with integers.only(backend) if backend else contextlib.nullcontext():
         assert enemy.search(defense, case()[0], 1, precisions=WAYS, sizes=(1, 2, 7)) == []
 
@@ -151,15 +151,15 @@ def test_answers_and_verdicts_of_the_enemys_pictures_are_one() -> None:
 def test_passes_in_doubt_are_few() -> None:
     """What one way of computing costs: of ordinary pictures, hardly a pass is asked again."""
     defense, x = foreign("mnist-masked-cnn"), noise((1, 28, 28), 16)
-    asked = masked_predictions.Views.alone
+    asked = masked_predictions.MaskedPredictor.alone
     counted: list[int] = []
 
-    def counting(self: masked_predictions.Views, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    def counting(self: masked_predictions.MaskedPredictor, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         counted.append(len(x))
         return asked(self, x, first, second)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(masked_predictions.Views, "alone", counting)
+        patch.setattr(masked_predictions.MaskedPredictor, "reference_logits", counting)
         certificate = defense.certify(x, Patch(5, 5))
     assert certificate.passes is not None
     assert sum(counted) < 0.05 * int(certificate.passes.sum())

@@ -10,7 +10,7 @@ import pytest
 
 from patchcert_cli.errors import MachineError, UsageError
 from patchcert_cli.evaluation import run_folder
-from patchcert_cli.storage import locks
+from patchcert_cli.storage import files, locks
 
 OTHER = """
 import sys
@@ -37,7 +37,7 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path
             with pytest.raises(MachineError, match="is being written by another process. Wait until it ends") as caught:
                 opened(folder, fresh)
             assert caught.value.code == 7
-        assert not (folder / run_folder.RECORDS).exists()
+        assert not (folder / files.RECORDS).exists()
         other.kill()
     assert opened(folder) == {7: {"index": 7}}
 
@@ -51,7 +51,7 @@ def test_a_folder_is_free_again_after_an_error_and_fresh_keeps_only_the_lock(tmp
     (folder / "certify" / "old").write_text("old")
     with run_folder.opened(folder, {"kind": "test"}, device="cpu", command="", fresh=True) as run:
         assert run.records == {}
-        assert {path.name for path in folder.iterdir()} == {locks.LOCK, run_folder.MANIFEST}
+        assert {path.name for path in folder.iterdir()} == {locks.LOCK, files.MANIFEST}
 
 
 def test_no_lock_is_left_in_a_folder_of_others(tmp_path: Path) -> None:

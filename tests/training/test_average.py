@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from patchcert_cli import defenses
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses import Defense
 from patchcert_cli.training.average import Average
 
 

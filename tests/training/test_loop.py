@@ -14,7 +14,7 @@ import torch
 
 from patchcert_cli import cards, checkpoint, data, defenses
 from patchcert_cli.certificate import Tally
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.ibp.defense import IntervalOptions
 from patchcert_cli.defenses.patchcleanser import MaskedOptions
 from patchcert_cli.errors import DataError, IntegrityError, Interrupted, UsageError
@@ -77,7 +77,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Pa
         again = loop.train(TINY, images(), cut)
         assert again.epochs_run == 3 - (step - 1) // 4
         assert digest(cut) == digest(tmp_path / "whole")
-        rows = [json.loads(line) for line in (cut / loop.METRICS).read_text().splitlines()]
+        rows = [json.loads(line) for line in (cut / files.METRICS).read_text().splitlines()]
         assert [row["epoch"] for row in rows] == [1, 2, 3]
         assert again.validation == whole.validation
 
@@ -91,14 +91,14 @@ def test_a_run_stopped_in_its_last_validation_only_validates_again(tmp_path: Pat
         return honest(defense, held, recipe, batch)
 
     monkeypatch.setattr(loop, "monitor", stop)
-    monkeypatch.setattr(loop.Defense, "monitored", 50)
+    monkeypatch.setattr(loop.Defense, "validation_size", 50)
     with pytest.raises(Interrupted, match="after 3 of 3 epochs"):
         loop.train(TINY, images(), tmp_path / "cut")
     monkeypatch.setattr(loop, "monitor", honest)
     again = loop.train(TINY, images(), tmp_path / "cut")
     assert again.epochs_run == 0 and again.validation == whole.validation
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
-    last = [json.loads((tmp_path / run / loop.METRICS).read_text().splitlines()[-1]) for run in ("cut", "whole")]
+    last = [json.loads((tmp_path / run / files.METRICS).read_text().splitlines()[-1]) for run in ("cut", "whole")]
     assert all(last[0][name] == last[1][name] for name in ("epoch", "loss", "validation_images", "clean", "certified"))
 
 
@@ -139,7 +139,7 @@ def test_what_trains_along_is_resumed_to_the_bit_and_not_deployed(tmp_path: Path
         loop.train(recipe, some, tmp_path / "cut", progress=Stop())
     assert loop.train(recipe, some, tmp_path / "cut").epochs_run == 1
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
-    states = [checkpoint.unpack(tmp_path / name / loop.STATE)[0] for name in ("cut", "whole")]
+    states = [checkpoint.unpack(tmp_path / name / files.STATE)[0] for name in ("cut", "whole")]
     aids = [name for name in states[0] if name.startswith("aid.")]
     assert len(aids) == 22 and states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -226,7 +226,7 @@ def test_a_stopped_run_with_averaged_weights_ends_with_those_of_an_uninterrupted
     assert again.epochs_run == 1 and again.validation == whole.validation
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
     assert loop.train(recipe, images(360), tmp_path / "cut").epochs_run == 0
-    tensors, note = checkpoint.unpack(tmp_path / "cut" / loop.STATE)
+    tensors, note = checkpoint.unpack(tmp_path / "cut" / files.STATE)
     assert note["averaged"] == 14
     saved, config = checkpoint.load_defense(tmp_path / "cut")
     assert config["masks"] == {"covers": ["patch:5x5"], "per_axis": 3} and config["labels"] == "bfloat16"
@@ -325,7 +325,7 @@ def test_the_attacker_grows_and_the_learning_rate_falls() -> None:
     strengths = [options.epsilon(progress / 4) for progress in range(241)]
     assert strengths == sorted(strengths)
     assert strengths[0] == 0 and strengths[4 * 16] == 1 == strengths[-1]
-    rates = [options.rate(progress / 4, 60) for progress in range(241)]
+    rates = [options.lr_multiplier(progress / 4, 60) for progress in range(241)]
     first, last = rates[:160], rates[160:]
     assert first == sorted(first, reverse=True) and last == sorted(last, reverse=True)
     assert (rates[0], rates[160]) == (1.0, 0.5) and rates[-1] == pytest.approx(0, abs=1e-12)

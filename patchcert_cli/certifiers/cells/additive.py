@@ -39,7 +39,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchcert_cli.certifiers.geometry import Axis, Cover
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 from patchcert_cli.layers.precision import exact_arithmetic
 
 METHODS = ("exact", "3.1", "3.2", "3.3")
@@ -153,7 +153,7 @@ def _windows(row: Tensor, width: int, apart: int) -> Tensor:
 
 
 @exact_arithmetic()
-def prove(votes: Votes, cover: Cover, method: str = "exact") -> Proof:
+def prove(votes: Votes, cover: CellCoverage, method: str = "exact") -> Proof:
     """The theorem, or one of the published conditions, for every image, location and rival.
 
     Args:
@@ -168,7 +168,7 @@ def prove(votes: Votes, cover: Cover, method: str = "exact") -> Proof:
         keep = (tuple(range(len(cover.rows.touched))), tuple(range(len(cover.columns.touched))))
     rows, columns = cover.rows.pick(keep[0]), cover.columns.pick(keep[1])
     size = max(1, CHUNK // max(1, votes.scores[:1].numel()))
-    parts = [_prove(part, Cover(rows, columns, cover.budget), method) for part in _chunks(votes, size)]
+    parts = [_prove(part, CellCoverage(rows, columns, cover.budget), method) for part in _chunks(votes, size)]
     answer, margin, worst, rival = (torch.cat(part) for part in zip(*parts, strict=True))
     of_row, of_column = (torch.tensor(kept, device=worst.device) for kept in keep)  # numbers of the kept locations -> of all
     worst = of_row[worst % len(keep[0])] * len(cover.columns.touched) + of_column[worst // len(keep[0])]
@@ -191,7 +191,7 @@ def _ends(votes: Votes, classes: slice = slice(None)) -> tuple[Tensor, Tensor]:
     return scores.masked_fill(unknown, 0), torch.where(unknown, most, scores)
 
 
-def _prove(votes: Votes, cover: Cover, method: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _prove(votes: Votes, cover: CellCoverage, method: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Answer, margin, location (counted column by column) and rival of one chunk of images, a block of classes at a time."""
     rows, columns, budget = cover.rows, cover.columns, cover.budget
     classes = votes.scores.shape[1]
@@ -239,7 +239,7 @@ def _of(values: Tensor, answer: Tensor) -> Tensor:
 
 
 @exact_arithmetic()
-def margin_map(votes: Votes, cover: Cover) -> Tensor:
+def margin_map(votes: Votes, cover: CellCoverage) -> Tensor:
     """The smallest margin over rivals at every location, budget 1, float64 [B, P, Q]; see the theorem."""
     rows, columns = cover.rows, cover.columns
     size, maps = _sizes(votes, rows, columns), []
@@ -256,7 +256,7 @@ def margin_map(votes: Votes, cover: Cover) -> Tensor:
 
 
 @exact_arithmetic()
-def prove_aggregate(votes: Votes, cover: Cover, aggregate: Aggregate) -> Proof:
+def prove_aggregate(votes: Votes, cover: CellCoverage, aggregate: Aggregate) -> Proof:
     """Condition 3.1: the worst case of any aggregation that is monotone in every score, one location after another.
 
     ``aggregate`` maps scores float64 [..., N, M] of one class to its class score [...]; the answer is the class of the largest,

@@ -53,7 +53,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchcert_cli.certifiers.cells.additive import Proof, first_largest
-from patchcert_cli.certifiers.geometry import Axis, Cover
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 from patchcert_cli.layers.precision import exact_arithmetic
 
 MOST = 2**26  # the largest evidence of a cell
@@ -91,7 +91,7 @@ def answer(evidence: Tensor, masking: Masking) -> Tensor:
     return first_largest(masked_sums(evidence, masking))
 
 
-def prove(evidence: Tensor, masking: Masking, cover: Cover) -> Proof:
+def prove(evidence: Tensor, masking: Masking, cover: CellCoverage) -> Proof:
     """The theorem for every image, location and rival; a margin is -inf where no mask holds what a location touches.
 
     Args:
@@ -100,7 +100,7 @@ def prove(evidence: Tensor, masking: Masking, cover: Cover) -> Proof:
         cover: which cells each location touches, neighbours; budget 1.
     """
     keep = (cover.rows.distinct(), cover.columns.distinct())  # margins never grow with A
-    chart, rival = _charts(evidence, masking, Cover(cover.rows.pick(keep[0]), cover.columns.pick(keep[1]), cover.budget))
+    chart, rival = _charts(evidence, masking, CellCoverage(cover.rows.pick(keep[0]), cover.columns.pick(keep[1]), cover.budget))
     margin, worst = chart.flatten(1).min(dim=1)
     rival = rival.flatten(1).gather(1, worst[:, None])[:, 0]
     of_row, of_column = (torch.tensor(kept, device=worst.device) for kept in keep)  # numbers of the kept locations -> of all
@@ -108,13 +108,13 @@ def prove(evidence: Tensor, masking: Masking, cover: Cover) -> Proof:
     return Proof(answer(evidence, masking), margin, worst, rival)
 
 
-def margin_map(evidence: Tensor, masking: Masking, cover: Cover) -> Tensor:
+def margin_map(evidence: Tensor, masking: Masking, cover: CellCoverage) -> Tensor:
     """The smallest margin over rivals at every location, float64 [B, P, Q]; see :func:`prove`."""
     return _charts(evidence, masking, cover)[0]
 
 
 @exact_arithmetic()
-def _charts(evidence: Tensor, masking: Masking, cover: Cover) -> tuple[Tensor, Tensor]:
+def _charts(evidence: Tensor, masking: Masking, cover: CellCoverage) -> tuple[Tensor, Tensor]:
     """Margin and rival at every location, float64 and int64 [B, P, Q]."""
     if cover.budget != 1:
         raise ValueError("robust masking is for one location")
@@ -147,7 +147,7 @@ def _window_sums(table: Tensor, window: tuple[int, int]) -> Tensor:
     return bands[..., width:] - bands[..., :-width]
 
 
-def _lows(own: Tensor, masking: Masking, cover: Cover) -> Iterator[Tensor]:
+def _lows(own: Tensor, masking: Masking, cover: CellCoverage) -> Iterator[Tensor]:
     """low, float64 [b, p, Q], of some rows of locations after others, from the answer's evidence [b, N, M].
 
     Sums over what a location shares with a mask are products with 0/1 matrices, one along rows and one along columns.
@@ -172,7 +172,7 @@ def _lows(own: Tensor, masking: Masking, cover: Cover) -> Iterator[Tensor]:
         yield outside - most
 
 
-def _highs(evidence: Tensor, label: Tensor, masking: Masking, cover: Cover) -> tuple[Tensor, Tensor]:
+def _highs(evidence: Tensor, label: Tensor, masking: Masking, cover: CellCoverage) -> tuple[Tensor, Tensor]:
     """The largest ``high_j - [y < j]`` over rivals, float64 [b, P, Q] with inf, and a rival that attains it, int64."""
     held = _window_sums(_table(evidence), masking.window)  # [b, K, R, S]
     heaviest = held.amax(dim=(2, 3), keepdim=True)

@@ -22,7 +22,8 @@ one, and asks for more than is needed where a location lies behind several masks
 if y is ahead of every other class by more than ``tolerance``: a certificate then holds as far as rounding moves no logit margin
 by more than that, which :mod:`patchcert_cli.certifiers.masks.masked_predictions` measures and does not prove.
 
-Shapes: B images, M masks, n passes, U sets of masks of which one is to be whole (:class:`patchcert_cli.certifiers.masks.Cover`).
+Shapes: B images, M masks, n passes, U sets of masks of which one is to be whole
+    (:class:`patchcert_cli.certifiers.masks.mask_sets.MaskCoverage`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchcert_cli.certifiers.masks.masked_predictions import Answers
+from patchcert_cli.certifiers.masks.masked_predictions import MaskedPredictions
 from patchcert_cli.errors import UsageError
 
 METHODS = ("rows", "pairs")  # the theorem, and the published condition
@@ -41,7 +42,7 @@ MOST_CLASSES = 2**31  # classes that a table can tell apart
 FIRST = 6  # pairs of an image that are asked for first; then twice as many each time
 
 
-Ask = Callable[[Tensor, Tensor, Tensor], Answers]  # image, mask, mask, each int64 [n]
+Ask = Callable[[Tensor, Tensor, Tensor], MaskedPredictions]  # image, mask, mask, each int64 [n]
 
 
 class Table:

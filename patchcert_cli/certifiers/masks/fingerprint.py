@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 
-from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE, Views
+from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE, MaskedPredictor
 
 SUMS = 4  # of the logits of a picture
 
 
-def answers(views: Views) -> dict[str, Any]:
+def answers(views: MaskedPredictor) -> dict[str, Any]:
     """What the network says of three fixed pictures behind masks, each computed in one way.
 
     Of each picture there are a few sums of its logits with fixed signs, [3 * SUMS], divided by K and the scale; ``near`` is how
     far they may be apart on machines that round differently.
     """
-    x, first, second = views.pictures()
+    x, first, second = views.probe_images()
     some = torch.tensor([0, 2, 5])  # noise, squares, a slope
-    logits, scale = views.alone(x[some.to(x.device)], first[some], second[some])
+    logits, scale = views.reference_logits(x[some.to(x.device)], first[some], second[some])
     signs = torch.randint(2, (views.classes, SUMS), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     said = logits @ signs / views.classes / scale[:, None]
-    precision = "float64" if views.gauge.double else "float32"
+    precision = "float64" if views.calibration.double else "float32"
     return {"sums": said.flatten().tolist(), "precision": precision, "near": TOLERANCE[precision]}

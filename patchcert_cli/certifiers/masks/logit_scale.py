@@ -5,7 +5,8 @@ made whose logits nearly vanish behind some masks, while their terms are as larg
 **scale** that such a picture does not shrink:
 
 - where the last layer is known, the largest ``sum_j |w_kj v_j| + |b_k|`` of the pass, with w and b its weights and v its input;
-- everywhere at least the largest scale met on some fixed pictures (:class:`Gauge`, ``least``), or the largest logit met there
+- everywhere at least the largest scale met on some fixed pictures (:class:`Calibration`, ``least``), or the largest logit met
+there
   if no last layer is known.
 
 The second rule makes a constant of the network a lower limit, so the scale of a pass is a function of that pass alone.
@@ -33,7 +34,7 @@ Head = nn.Linear | nn.Conv2d
 
 
 @dataclass(frozen=True)
-class Gauge:
+class Calibration:
     """What was found out about a network, as its weights are now.
 
     Attributes:
@@ -49,14 +50,14 @@ class Gauge:
     last: bool = False
 
 
-class Memory:
-    """The gauge of a network, found again when its weights have changed (in place changes through ``.data`` go unnoticed)."""
+class CalibrationCache:
+    """The calibration of a network, measured again when its weights have changed (changes through ``.data`` go unnoticed)."""
 
     def __init__(self) -> None:
-        self._known: tuple[object, Gauge] | None = None
+        self._known: tuple[object, Calibration] | None = None
 
-    def of(self, network: nn.Module, also: object, find: Callable[[], Gauge]) -> Gauge:
-        """The gauge of ``network`` in a setting ``also``, from ``find`` if it is not known."""
+    def of(self, network: nn.Module, also: object, find: Callable[[], Calibration]) -> Calibration:
+        """The calibration of ``network`` in a setting ``also``, from ``find`` if it is not known."""
         tensors = chain(network.parameters(), network.buffers())
         state = [(id(one), one.data_ptr(), None if one.is_inference() else one._version) for one in tensors]
         key = (id(network), state, [layer.training for layer in network.modules()], also)
@@ -64,14 +65,14 @@ class Memory:
             self._known = (key, find())
         return self._known[1]
 
-    def amend(self, gauge: Gauge) -> None:
+    def amend(self, calibration: Calibration) -> None:
         """Something else was found out about the same network."""
         assert self._known is not None
-        self._known = (self._known[0], gauge)
+        self._known = (self._known[0], calibration)
 
 
 @dataclass
-class Watch:
+class HeadRecorder:
     """What a layer did in one call of its network; nothing is told if it was not called exactly once.
 
     Attributes:
@@ -91,9 +92,9 @@ class Watch:
 
 
 @contextlib.contextmanager
-def watching(network: nn.Module, name: str | None) -> Iterator[Watch]:
-    """Watch the layer ``name`` of a network; None watches nothing."""
-    watch = Watch()
+def recording_head(network: nn.Module, name: str | None) -> Iterator[HeadRecorder]:
+    """HeadRecorder the layer ``name`` of a network; None watches nothing."""
+    watch = HeadRecorder()
     if name is None:
         yield watch
         return
@@ -170,7 +171,7 @@ def responds(logits: Callable[[Tensor], Tensor], x: Tensor) -> bool:
     return bool(((near - far).abs().amax(dim=1) <= AGREE * size).all() and (size > 0).all())
 
 
-def pictures(shape: tuple[int, ...]) -> Tensor:
+def probe_images(shape: tuple[int, ...]) -> Tensor:
     """Fixed images [6, C, H, W] in [0, 1]: noise, larger squares, one grey, and a slope."""
     generator = torch.Generator().manual_seed(0)
     x = 0.05 + 0.9 * torch.rand(6, *shape, generator=generator)

@@ -64,7 +64,7 @@ def _covers_something(covers: tuple[str, ...]) -> Iterable[str]:
 
 
 @dataclass(frozen=True)
-class MaskPlan:
+class MaskSpec:
     """Which masks a model has: what they cover, and one of three ways to say how many they are.
 
     Attributes:
@@ -83,7 +83,7 @@ class MaskPlan:
     rules = (_exclusive, _covers_something)
 
     @classmethod
-    def read(cls, values: Any) -> MaskPlan:
+    def read(cls, values: Any) -> MaskSpec:
         """From the ``masks`` entry of a configuration.
 
         Raises:
@@ -137,7 +137,7 @@ class MaskPlan:
             if (height, width) in ((rows, columns) for _, _, rows, columns in boxes):
                 raise UsageError(
                     f"masks against {text} hide all of a {height}x{width} image.",
-                    hint="Cover a smaller patch, or use more masks along each axis.",
+                    hint="MaskCoverage a smaller patch, or use more masks along each axis.",
                 )
             together = min(budget, len(boxes))
             if len(found) + math.comb(len(boxes), together) > MOST:
@@ -150,7 +150,7 @@ class MaskPlan:
 
 
 @dataclass(frozen=True)
-class Cover:
+class MaskCoverage:
     """Which masks hide what an attacker may touch.
 
     Attributes:
@@ -205,7 +205,7 @@ class MaskSet:
         inside = sums[:, bottom, right] - sums[:, top, right] - sums[:, bottom, left] + sums[:, top, left]  # [M, A]
         return (inside == rows * columns).T
 
-    def cover(self, threat: Threat) -> Cover:
+    def cover(self, threat: Threat) -> MaskCoverage:
         """Which masks hide what the threat may touch.
 
         Raises:
@@ -213,14 +213,14 @@ class MaskSet:
             UnsupportedThreat: something that it may touch lies behind no mask.
         """
         hides = self.hides(threat)
-        one = found = _smallest(Cover(hides, torch.arange(len(hides))))
+        one = found = _smallest(MaskCoverage(hides, torch.arange(len(hides))))
         for _ in range(threat.budget - 1):
             if not bool(found.by.any(dim=1).all()):
                 break
             if len(found.by) * len(one.by) * len(self) > LARGEST:
                 raise UnsupportedThreat(f"{threat} is too many changes at once for masks.", hint="Two patches are possible.")
             first, second = torch.cartesian_prod(torch.arange(len(found.by)), torch.arange(len(one.by))).T
-            found = _smallest(Cover(found.by[first] & one.by[second], found.location[first]))
+            found = _smallest(MaskCoverage(found.by[first] & one.by[second], found.location[first]))
         if not bool(found.by.any(dim=1).all()):
             raise UnsupportedThreat(
                 f"the {len(self)} masks of this model do not cover {threat}.",
@@ -236,7 +236,7 @@ def _sides(threat: Threat, height: int, width: int) -> tuple[tuple[int, int], in
     return (rows, columns), threat.budget
 
 
-def _smallest(cover: Cover) -> Cover:
+def _smallest(cover: MaskCoverage) -> MaskCoverage:
     """The different rows of a cover that have no other inside them, each with its first location, in the order of these."""
     different, where = torch.unique(cover.by, dim=0, return_inverse=True)
     count = len(cover.by)
@@ -247,4 +247,4 @@ def _smallest(cover: Cover) -> Cover:
         common = number[some] @ number.T  # [n, N], masks that both have
         larger[some] |= ((common == size) & (size < size[some, None])).any(dim=1)
     order = first[~larger].sort().values
-    return Cover(cover.by[order], cover.location[order])
+    return MaskCoverage(cover.by[order], cover.location[order])

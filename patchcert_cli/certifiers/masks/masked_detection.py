@@ -1,8 +1,8 @@
 """Certified detection: an alarm is raised where what is seen behind a mask contradicts what is seen without one.
 
-Minority Reports (McCoyd et al., Minority Reports Defense: Defending Against Adversarial Patches, 2020) in the form of its first
-round with masks that cover the threat, which PatchCleanser's mask sets provide; the confidence is that of PatchGuard++ (Xiang &
-Mittal, 2021).
+Minority Reports (McCoyd et al., Minority Reports Defense: Defending Against Adversarial Patches, 2020) in the form of
+its first round with masks that cover the threat, which PatchCleanser's mask sets provide; the confidence is that of PatchGuard++
+(Xiang & Mittal, 2021).
 
 Let f be the label that a classifier gives to the whole image, f_i the one behind mask i alone, and p_i its confidence there.
 
@@ -26,7 +26,7 @@ votes do in the paper, proves nothing about it.
 as rounding moves neither by more than that, which :mod:`patchcert_cli.certifiers.masks.masked_predictions` measures and does not
 prove.
 
-Shapes: B images, M masks, U sets of masks of which an attack leaves one whole (:class:`masks.Cover`).
+Shapes: B images, M masks, U sets of masks of which an attack leaves one whole (:class:`mask_sets.MaskCoverage`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ METHODS = ("agreement", "all")  # the theorem, and the published condition
 
 
 @dataclass(frozen=True)
-class Reports:
+class MaskedOutputs:
     """What is seen of B images.
 
     Attributes:
@@ -78,20 +78,20 @@ class Proof:
     rival: Tensor
 
 
-def answer(reports: Reports) -> Tensor:
+def answer(reports: MaskedOutputs) -> Tensor:
     """The deployed answer, int64 [B], :data:`patchcert_cli.certificate.ALERT` for an alarm."""
     alarm = ((reports.label != reports.whole[:, None]) & (reports.confidence_margin >= 0)).any(dim=1)
     return torch.where(alarm, ALERT, reports.whole)
 
 
-def holds(reports: Reports) -> Tensor:
+def mask_margins(reports: MaskedOutputs) -> Tensor:
     """By how much each mask agrees with the answer, float64 [B, M]; not positive where it does not, or after an alarm."""
     right = reports.label == reports.whole[:, None]
     found = torch.where(right, torch.minimum(reports.logit_margin, reports.confidence_margin), -reports.logit_margin)
     return torch.where((answer(reports) == ALERT)[:, None], found.clamp(max=0), found)
 
 
-def thresholds(reports: Reports, by: Tensor, tolerance: float) -> Tensor:
+def thresholds(reports: MaskedOutputs, by: Tensor, tolerance: float) -> Tensor:
     """Between which two thresholds the theorem's condition holds for the sets of masks ``by``, bool [U, M]: float64 [B, 2].
 
     Above the first no mask that contradicts the whole image is confident enough for an alarm; below the second each set has a
@@ -107,9 +107,9 @@ def thresholds(reports: Reports, by: Tensor, tolerance: float) -> Tensor:
     return torch.stack([silent, held], dim=1)
 
 
-def prove(reports: Reports, by: Tensor) -> Proof:
+def prove(reports: MaskedOutputs, by: Tensor) -> Proof:
     """Decide the theorem's condition for the sets of masks ``by``, bool [U, M]; one mask in each asks all of them."""
-    best, mask = torch.where(by, holds(reports)[:, None], -torch.inf).max(dim=2)  # [B, U]
+    best, mask = torch.where(by, mask_margins(reports)[:, None], -torch.inf).max(dim=2)  # [B, U]
     margin, weakest = best.min(dim=1)
     other = torch.where(reports.label == reports.whole[:, None], reports.rival, reports.label)
     return Proof(margin, weakest, other.gather(1, mask.gather(1, weakest[:, None]))[:, 0])

@@ -7,11 +7,11 @@ time: in float64, each image alone, in one memory format, on one thread of a CPU
     ask one
 function of the image, as long as quick passes err by less than they are allowed.
 
-**This is measured, not proven**: nothing bounds the rounding errors of a network of others. :meth:`Views.test` measures them, on
-ordinary pictures and on ones whose logits were driven together, and refuses a network that uses a quarter of its allowance. A
-result in float64 counts only if it follows steps of the input that float32 cannot see; else what is in doubt is computed in
-float32, and certifies nothing. Two machines may differ where they round differently: labels that a pass in float64 leaves within
-``tolerance`` certify nothing.
+**This is measured, not proven**: nothing bounds the rounding errors of a network of others. :meth:`MaskedPredictor.test` measures
+them, on ordinary pictures and on ones whose logits were driven together, and refuses a network that uses a quarter of its
+allowance. A result in float64 counts only if it follows steps of the input that float32 cannot see; else what is in doubt is
+computed in float32, and certifies nothing. Two machines may differ where they round differently: labels that a pass in float64
+leaves within ``tolerance`` certify nothing.
 
 Shapes: B images, C channels, H x W pixels, K classes, M masks, n passes.
 """
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.certifiers.masks import logit_scale
-from patchcert_cli.certifiers.masks.logit_scale import Gauge, Memory
+from patchcert_cli.certifiers.masks.logit_scale import Calibration, CalibrationCache
 from patchcert_cli.device import computes_in_bfloat16
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.layers import passes, precision
@@ -47,7 +47,7 @@ CHANNELS_LAST = (nn.Conv2d, nn.BatchNorm2d)  # layers of networks that compute w
 LARGE = {"bfloat16": 64, "float32": PASSES}  # and the largest one
 
 
-class Answers(NamedTuple):
+class MaskedPredictions(NamedTuple):
     """What the classifier says of n masked images.
 
     Attributes:
@@ -62,7 +62,7 @@ class Answers(NamedTuple):
     logit_margin: Tensor
 
 
-class Seen(NamedTuple):
+class MaskedLogits(NamedTuple):
     """Logits of n passes.
 
     Attributes:
@@ -85,7 +85,7 @@ def logit_margins(logits: Tensor, scale: Tensor) -> Tensor:
     return (best[:, 0] - best[:, 1]) / scale
 
 
-def behind(network: nn.Module, x: Tensor, hidden: Tensor, fill: Tensor) -> Tensor:
+def logits_under_mask(network: nn.Module, x: Tensor, hidden: Tensor, fill: Tensor) -> Tensor:
     """Logits [B, K] of images [B, C, H, W] in which hidden pixels, bool [B, H, W], have the colour ``fill`` [C, 1, 1].
 
     A network whose attribute ``takes_mask`` is true is also told which pixels are hidden, bool [B, 1, H, W].
@@ -94,7 +94,7 @@ def behind(network: nn.Module, x: Tensor, hidden: Tensor, fill: Tensor) -> Tenso
     return cast(Tensor, network(seen, hidden[:, None]) if getattr(network, "takes_mask", False) else network(seen))
 
 
-class Views:
+class MaskedPredictor:
     """A classifier, as it is now, and masks.
 
     Attributes:
@@ -113,7 +113,7 @@ class Views:
         shape: tuple[int, ...],
         classes: int,
         first: str,
-        memory: Memory | None = None,
+        memory: CalibrationCache | None = None,
     ) -> None:
         """Look through masks, bool [M, H, W], of colour ``fill`` [C, 1, 1].
 
@@ -128,10 +128,10 @@ class Views:
         """
         self._masks, self._fill, self._shape, self._first, self.classes = masks, fill, shape, first, classes
         self._networks: dict[str, nn.Module | None] = dict.fromkeys(PRECISIONS, precision.frozen(network))
-        self._owner, self._memory = network, memory or Memory()
+        self._owner, self._memory = network, memory or CalibrationCache()
 
     @property
-    def gauge(self) -> Gauge:
+    def calibration(self) -> Calibration:
         """What was found out about the network; a few passes the first time."""
         return self._memory.of(self._owner, (len(self._masks), self._masks.device), self._measure)
 
@@ -143,33 +143,33 @@ class Views:
         where there are fewer than :data:`MANY` classes.
         """
         wished = self._first == "bfloat16" and self.classes < MANY and computes_in_bfloat16(self._masks.device)
-        return PRECISIONS[::-1] if wished and self.gauge.head is not None else PRECISIONS[:1]
+        return PRECISIONS[::-1] if wished and self.calibration.head is not None else PRECISIONS[:1]
 
-    def asking(self, x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Answers]:
+    def for_images(self, x: Tensor) -> Callable[[Tensor, Tensor, Tensor], MaskedPredictions]:
         """What to ask about images [B, C, H, W]; see :meth:`ask`."""
         return functools.partial(self.ask, x)
 
-    def ask(self, x: Tensor, image: Tensor, first: Tensor, second: Tensor) -> Answers:
+    def ask(self, x: Tensor, image: Tensor, first: Tensor, second: Tensor) -> MaskedPredictions:
         """Labels of n passes: which of the images [B, C, H, W] behind which two masks, int64 [n]; on the CPU.
 
         Raises:
             IntegrityError: what the network returns is not one finite number per image and class.
         """
-        seen = self.look(x, image, first, second, logit_margins)
+        seen = self.masked_logits(x, image, first, second, logit_margins)
         ranked = seen.logits.sort(dim=1, descending=True, stable=True).indices  # of equals the lowest class first
-        return Answers(ranked[:, 0], ranked[:, 1], torch.where(seen.known, logit_margins(seen.logits, seen.scale), 0))
+        return MaskedPredictions(ranked[:, 0], ranked[:, 1], torch.where(seen.known, logit_margins(seen.logits, seen.scale), 0))
 
-    def look(self, x: Tensor, image: Tensor, first: Tensor, second: Tensor, clear: Clear) -> Seen:
+    def masked_logits(self, x: Tensor, image: Tensor, first: Tensor, second: Tensor, clear: Clear) -> MaskedLogits:
         """Logits of n passes, as :meth:`ask` takes them, in which ``clear`` says what is beyond doubt."""
         together = torch.split(torch.arange(len(image)), GATHERED * self._size(x))
         parts = [self._look(x[image[some].to(x.device)], first[some], second[some], clear) for some in together]
-        return Seen(*(torch.cat(column) for column in zip(*parts, strict=True))) if parts else self._nothing(0)
+        return MaskedLogits(*(torch.cat(column) for column in zip(*parts, strict=True))) if parts else self._nothing(0)
 
-    def _nothing(self, count: int) -> Seen:
+    def _nothing(self, count: int) -> MaskedLogits:
         logits = torch.zeros(count, self.classes, dtype=torch.float64)
-        return Seen(logits, torch.ones(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool))
+        return MaskedLogits(logits, torch.ones(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool))
 
-    def _look(self, x: Tensor, first: Tensor, second: Tensor, clear: Clear) -> Seen:
+    def _look(self, x: Tensor, first: Tensor, second: Tensor, clear: Clear) -> MaskedLogits:
         """The same of one image [n, C, H, W] a pass."""
         found, open_ = self._nothing(len(x)), torch.arange(len(x))
         for kind in self.quick:
@@ -179,20 +179,20 @@ class Views:
             found.logits[open_], found.scale[open_] = logits, scale
             open_ = open_[~(clear(logits, scale) > TOLERANCE[kind])]
         if len(open_):
-            logits, scale = self.alone(x[open_.to(x.device)], first[open_], second[open_])
-            found.logits[open_], found.scale[open_], found.known[open_] = logits, scale, self.gauge.double
+            logits, scale = self.reference_logits(x[open_.to(x.device)], first[open_], second[open_])
+            found.logits[open_], found.scale[open_], found.known[open_] = logits, scale, self.calibration.double
         return found
 
     def _size(self, x: Tensor) -> int:
         """Passes at a time."""
         return max(1, min(PASSES, PIXELS // math.prod(self._shape))) * (1 if x.device.type == "cpu" else LARGER)
 
-    def alone(self, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    def reference_logits(self, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Logits float64 [n, K] and scale [n] on the CPU, each pass computed in one way whatever is asked beside it."""
-        kind = "float64" if self.gauge.double else "float32"
+        kind = "float64" if self.calibration.double else "float32"
         with _one_way(x.device):
-            logits, scale = self._each(kind, x, first, second, self.gauge.head)
-        return logits, scale.clamp(min=self.gauge.least)
+            logits, scale = self._each(kind, x, first, second, self.calibration.head)
+        return logits, scale.clamp(min=self.calibration.least)
 
     def _each(self, kind: str, x: Tensor, first: Tensor, second: Tensor, head: str | None) -> tuple[Tensor, Tensor]:
         one = [slice(at, at + 1) for at in range(len(x))]
@@ -207,12 +207,12 @@ class Views:
         """Logits float64 [n, K] and scale [n] on the CPU, computed in precision ``kind``, many passes at a time."""
         found = self._nothing(0)
         parts, sizes = [found.logits], [found.scale]
-        layout = torch.channels_last if kind == "float32" and self.gauge.last else torch.preserve_format
+        layout = torch.channels_last if kind == "float32" and self.calibration.last else torch.preserve_format
         for some in torch.split(torch.arange(len(x)), self._size(x)):
             images = x[some.to(x.device)].clone(memory_format=layout)
-            logits, scale = self._run(kind, images, first[some], second[some], self.gauge.head)
+            logits, scale = self._run(kind, images, first[some], second[some], self.calibration.head)
             parts.append(logits)
-            sizes.append(scale.clamp(min=self.gauge.least))
+            sizes.append(scale.clamp(min=self.calibration.least))
             passes.made(len(some) if kind == self.quick[0] else 0)
         return torch.cat(parts), torch.cat(sizes)
 
@@ -221,7 +221,7 @@ class Views:
         """One batch: logits float64 [n, K], and the scale [n] of the pass alone."""
         network = self._network(kind)
         assert network is not None
-        with logit_scale.watching(network, head) as watch:
+        with logit_scale.recording_head(network, head) as watch:
             logits = self._behind(kind, network, x, first, second)
         if tuple(logits.shape) != (len(x), self.classes):
             raise IntegrityError(
@@ -236,7 +236,7 @@ class Views:
     def _behind(self, kind: str, network: nn.Module, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
         hidden = self._masks[first.to(x.device)] | self._masks[second.to(x.device)]
         with exact_arithmetic(), torch.autocast(x.device.type, torch.bfloat16, enabled=kind == "bfloat16"):
-            return behind(network, x.double() if kind == "float64" else x.float(), hidden, self._fill)
+            return logits_under_mask(network, x.double() if kind == "float64" else x.float(), hidden, self._fill)
 
     def _network(self, kind: str) -> nn.Module | None:
         """The copy in float64 is made when it is first needed; other people's code may not compute in float64."""
@@ -245,7 +245,7 @@ class Views:
             try:
                 with torch.no_grad():
                     network = precision.double(cast(nn.Module, self._networks["float32"]))
-                    kept = behind(network, grey, self._masks[:1], self._fill).dtype == torch.float64
+                    kept = logits_under_mask(network, grey, self._masks[:1], self._fill).dtype == torch.float64
             except (torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception:  # anybody's code can raise anything when it is copied or asked in float64
@@ -253,15 +253,15 @@ class Views:
             self._networks[kind] = network if kept else None
         return self._networks[kind]
 
-    def pictures(self) -> tuple[Tensor, Tensor, Tensor]:
+    def probe_images(self) -> tuple[Tensor, Tensor, Tensor]:
         """Fixed images and two masks for each."""
-        x = logit_scale.pictures(self._shape)
+        x = logit_scale.probe_images(self._shape)
         first, second = torch.randint(len(self._masks), (2, len(x)), generator=torch.Generator().manual_seed(0))
         return x.to(self._masks.device), first, second
 
-    def _measure(self) -> Gauge:
+    def _measure(self) -> Calibration:
         """Find the last layer, the smallest scale, and whether float64 is to be believed."""
-        x, first, second = self.pictures()
+        x, first, second = self.probe_images()
         quick = cast(nn.Module, self._networks["float32"])
         with torch.no_grad(), _one_way(x.device):
             self._run("float32", x, first, second, None)  # refuses what are no logits
@@ -269,7 +269,7 @@ class Views:
             _, scale = self._each("float32", x, first, second, head)
             least = logit_scale.power_above(float(scale.amax()))
             double = self._network("float64") is not None and self._believed(x[:3], first[:3], second[:3], least)
-            return Gauge(head, least, double, self._lasts(x, first, second, scale.clamp(min=least)))
+            return Calibration(head, least, double, self._lasts(x, first, second, scale.clamp(min=least)))
 
     def _lasts(self, x: Tensor, first: Tensor, second: Tensor, scale: Tensor) -> bool:
         """Whether it is a network of convolutions and batch norm on a CPU, faster with channels last, and errs little so."""
@@ -302,23 +302,23 @@ class Views:
         try:
             self._test()
         except IntegrityError:
-            if not self.gauge.last:
+            if not self.calibration.last:
                 raise
-            self._memory.amend(replace(self.gauge, last=False))
+            self._memory.amend(replace(self.calibration, last=False))
             self._test()
 
     def _test(self) -> None:
-        x, first, second = self.pictures()
+        x, first, second = self.probe_images()
         network = cast(nn.Module, self._networks["float32"])
         near = logit_scale.shrunk(lambda images: self._behind("float32", network, images, first[:3], second[:3]), x[:3])
         if near is not None:
             x, first, second = torch.cat([x, near]), first.repeat(2)[: len(x) + 3], second.repeat(2)[: len(x) + 3]
-        best, scale = self.alone(x, first, second)
+        best, scale = self.reference_logits(x, first, second)
         some = torch.tensor(
             sorted({0, 2, len(x) - 1})
         )  # noise, squares, and if there is one a picture of vanishing logit margins
         self._check_steady(x[some.to(x.device)], first[some], second[some], best[some])
-        if not self.gauge.double and self._network("float64") is not None:  # good enough to find errors with
+        if not self.calibration.double and self._network("float64") is not None:  # good enough to find errors with
             best, _ = self._each("float64", x, first, second, None)
         for kind in self.quick:
             for size in (*SIZES, LARGE[kind]):
@@ -340,7 +340,7 @@ class Views:
         """Compare logits ``best`` with those of the same passes asked in other ways, bit by bit."""
 
         def differ(order: Tensor, images: Tensor = x) -> bool:
-            return not torch.equal(self.alone(images[order.to(x.device)], first[order], second[order])[0], best[order])
+            return not torch.equal(self.reference_logits(images[order.to(x.device)], first[order], second[order])[0], best[order])
 
         every, threads, failed = torch.arange(len(x)), torch.get_num_threads(), []
         failed += ["its position in the batch"] if differ(every.flip(0)) else []

@@ -22,7 +22,7 @@ from patchcert_cli.certifiers.bounds.folding import fold
 from patchcert_cli.certifiers.bounds.linear import refine
 from patchcert_cli.certifiers.bounds.rules import plain_sums
 from patchcert_cli.certifiers.bounds.windows import partition
-from patchcert_cli.defenses.base import Claim, Defense, Options, TrainingStep
+from patchcert_cli.defenses._base import Claim, Defense, Options, TrainingStep
 from patchcert_cli.defenses.ibp import losses, regularizers
 from patchcert_cli.defenses.ibp.guide import Guide
 from patchcert_cli.defenses.ibp.options import IntervalOptions
@@ -37,7 +37,7 @@ class IntervalDefense(Defense):
     source = "Chiang et al., Certified Defenses for Adversarial Patches, ICLR 2020"
     methods = ("best", "interval", "linear")  # linear bounds are added to interval bounds, so best and linear are one
     options = IntervalOptions
-    numerics: Mapping[str, str] = {
+    precision: Mapping[str, str] = {
         "bounds": "float32",
         "near_zero": "float64",
         "linear": "float64",
@@ -86,7 +86,7 @@ class IntervalDefense(Defense):
         return (logits == best).int().argmax(dim=1)
 
     @torch.no_grad()
-    def certify_each(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
+    def certify_claims(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
         self.check_input(x)
         for claim in claims:
             self.check_method(claim.method)
@@ -143,7 +143,7 @@ class IntervalDefense(Defense):
             arithmetic=Arithmetic.BOUNDED,
         )
 
-    def remark(self, threat: Threat) -> str:
+    def note(self, threat: Threat) -> str:
         if not isinstance(threat, Patch | PatchPercent):
             return ""
         layer = partition.joins(self.network, self.input_shape)
@@ -154,7 +154,7 @@ class IntervalDefense(Defense):
             "behind convolutions and pooling."
         )
 
-    def prepare(self, options: Options) -> nn.Module | None:
+    def init_weights(self, options: Options) -> nn.Module | None:
         assert isinstance(options, IntervalOptions)
         if options.init == "ibp":
             regularizers.initialize(self.network)

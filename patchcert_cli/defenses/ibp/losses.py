@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from patchcert_cli.certifiers.bounds import intervals, pairwise
 from patchcert_cli.certifiers.bounds.folding import fold
-from patchcert_cli.defenses.base import TrainingStep
+from patchcert_cli.defenses._base import TrainingStep
 from patchcert_cli.defenses.ibp.guide import guided, sample
 from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.defenses.ibp.regularizers import imbalance, widening
@@ -55,7 +55,7 @@ def training_loss(network: nn.Module, x: Tensor, label: Tensor, step: TrainingSt
             width, boxes = pairwise.relu_boxes(bare, x, threat, location, epsilon=epsilon)
             penalty = options.tightness * widening(width, boxes) + options.balance * imbalance(boxes)
             loss = loss + (1 - epsilon) * penalty
-    return loss + bounds.lesson
+    return loss + bounds.guide_loss
 
 
 def _options(step: TrainingStep) -> IntervalOptions:
@@ -80,12 +80,12 @@ class Bounds:
     Attributes:
         margins: [B, K], interval bounds of ``f_label - f_class``, with gradient.
         locations: int64 [B, K], where each is attained, if an option asks for it; 0 if the threat is sparse.
-        lesson: a scalar that is 0 and whose gradient teaches the guide.
+        guide_loss: a scalar that is 0 and whose gradient teaches the guide.
     """
 
     margins: Tensor
     locations: Tensor
-    lesson: Tensor
+    guide_loss: Tensor
 
 
 def _bounds(network: nn.Module, x: Tensor, label: Tensor, threat: Patch | Sparse, step: TrainingStep) -> Bounds:
@@ -100,7 +100,7 @@ def _bounds(network: nn.Module, x: Tensor, label: Tensor, threat: Patch | Sparse
     if isinstance(threat, Sparse):
         found = intervals.lower_margins(network, x, label, threat, epsilon=epsilon, visits=options.visits)
         return Bounds(found.values, torch.zeros_like(found.worst), none)
-    guide = step.aid if options.picked == "guided" else None
+    guide = step.auxiliary_network if options.picked == "guided" else None
     prediction = guide(x) if guide is not None else none  # under autocast: it decides where to look, and proves nothing
     with _in_float32(x):
         chosen, per_class = pick(network, x, label, threat, step, prediction)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
-from patchcert_cli.defenses.base import Augment, Options
+from patchcert_cli.defenses._base import Augment, Options
 from patchcert_cli.schema import Count, Fraction, Must, NonNegative, Positive, Rule
 
 PICKS = ("auto", "worst", "random", "guided", "mined")
@@ -103,7 +103,7 @@ class IntervalOptions(Options):
         shift = max(self.shift, self.bounded_shift) if self.bounded(progress, epochs) else self.shift
         return Augment(flip=self.flip, shift=shift)
 
-    def rate(self, progress: float, epochs: int) -> float:
+    def lr_multiplier(self, progress: float, epochs: int) -> float:
         """Constant until the ramp is over, then falling; again, from half, in the bounded phase."""
         turn = epochs - self.bounded_epochs
         if progress < turn or not self.bounded_epochs:

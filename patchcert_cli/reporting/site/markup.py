@@ -78,8 +78,3 @@ def scrolling(table: Html, label: str) -> Html:
 def percent(count: int, total: int) -> str:
     """A share in percent with two digits, without the sign."""
     return f"{100 * count / total:.2f}"
-
-
-def size(count: int) -> str:
-    """Bytes as people read them."""
-    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{max(count / 1e3, 0.1):.1f} kB"

@@ -9,9 +9,10 @@ import yaml
 
 from patchcert_cli.cards import Card, Measured
 from patchcert_cli.reporting.site.leaderboards import difficulty, own, paper_for
-from patchcert_cli.reporting.site.markup import Html, block, code, facts, fragment, join, percent, prose, scrolling, size, tag
+from patchcert_cli.reporting.site.markup import Html, block, code, facts, fragment, join, percent, prose, scrolling, tag
 from patchcert_cli.reporting.site.tables import PAPERS, Sources, head, measured, published, title
 from patchcert_cli.reporting.site.tables import words as searched
+from patchcert_cli.storage.files import file_size
 from patchcert_cli.threats import Guarantee, as_options, parse_threat
 
 HUB = "https://huggingface.co/"
@@ -71,7 +72,7 @@ def certify_command(card: Card) -> str:
 
 
 def _facts(card: Card) -> Html:
-    weights = size(card.size) if card.size else "none yet"
+    weights = file_size(card.size) if card.size else "none yet"
     return facts(
         [
             ("Defense", card.defense),

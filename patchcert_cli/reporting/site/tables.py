@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from patchcert_cli.cards import Card, Published
 from patchcert_cli.reporting.site.leaderboards import Entry, Leaderboard, describe, own
-from patchcert_cli.reporting.site.markup import Html, block, code, fragment, join, percent, scrolling, size, tag
+from patchcert_cli.reporting.site.markup import Html, block, code, fragment, join, percent, scrolling, tag
+from patchcert_cli.storage.files import file_size
 from patchcert_cli.threats import Guarantee
 
 PAPERS = "Published numbers belong to the weights of the paper, not to these:"
@@ -139,7 +140,7 @@ def leaderboard(board: Leaderboard, *, first: bool) -> Html:
 def _row(entry: Entry, sources: Sources) -> Html:
     card, result = entry.card, entry.result
     said = card.arithmetic(result)
-    bytes_ = cell(size(card.size), value=card.size, class_="number") if card.size else cell(NOTHING, class_="number")
+    bytes_ = cell(file_size(card.size), value=card.size, class_="number") if card.size else cell(NOTHING, class_="number")
     rank = NOTHING if entry.rank is None else str(entry.rank)
     return tag(
         "tr",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from patchcert_cli.certificate import ALERT
-from patchcert_cli.defenses.base import Defense, Surrogate
+from patchcert_cli.defenses import Defense, Surrogate
 from patchcert_cli.errors import UsageError
 from patchcert_cli.layers import passes
 from patchcert_cli.threats import Threat
@@ -52,7 +52,7 @@ class Start:
         return Start(location, rival)
 
 
-class Lens:
+class LocalEvaluator:
     """A surrogate's view of candidates that differ from their image inside one box alone; see :class:`Surrogate`.
 
     Attributes:
@@ -65,9 +65,9 @@ class Lens:
         with torch.no_grad():
             self._rest = surrogate.rest(clean, boxes)
 
-    def take(self, images: Tensor) -> Lens:
+    def take(self, images: Tensor) -> LocalEvaluator:
         """The same for some of the images, bool [n]."""
-        taken = object.__new__(Lens)
+        taken = object.__new__(LocalEvaluator)
         taken.surrogate, taken.boxes, taken._rest = self.surrogate, self.boxes[images], self._rest[images]
         return taken
 
@@ -151,21 +151,21 @@ class Target:
         """Whether such answers, int64 [R] for images int64 [R], are a success: bool [R]."""
         return ~self._defense.guarantee.kept(self.answer[owner], answers)
 
-    def lens(self, clean: Tensor, owner: Tensor, boxes: Tensor, which: int = 0) -> Lens:
+    def local_evaluator(self, clean: Tensor, owner: Tensor, boxes: Tensor, which: int = 0) -> LocalEvaluator:
         """A surrogate for S boxes int64 [n, S, 4] on each of the distinct images [n, C, H, W], numbers ``owner`` [n]."""
         self._count(owner, 1)
-        return Lens(self.surrogates[which], clean, boxes)
+        return LocalEvaluator(self.surrogates[which], clean, boxes)
 
-    def _logits(self, rows: Tensor, part: Tensor, lens: Lens | None) -> Tensor:
-        return self.surrogates[0].whole(rows) if lens is None else lens(rows, part)
+    def _logits(self, rows: Tensor, part: Tensor, evaluator: LocalEvaluator | None) -> Tensor:
+        return self.surrogates[0].whole(rows) if evaluator is None else evaluator(rows, part)
 
     @torch.no_grad()
-    def logits(self, rows: Tensor, owner: Tensor, lens: Lens | None = None) -> Tensor:
-        """The logits of the first surrogate or of a lens, [R, C, H, W] and int64 [R] -> [R, K]."""
+    def logits(self, rows: Tensor, owner: Tensor, evaluator: LocalEvaluator | None = None) -> Tensor:
+        """The logits of the first surrogate or of a evaluator, [R, C, H, W] and int64 [R] -> [R, K]."""
         self._count(owner, 1)
         found = []
         for part in torch.split(torch.arange(len(rows), device=rows.device), self.rows):
-            found.append(self._logits(rows[part], part, lens))
+            found.append(self._logits(rows[part], part, evaluator))
             passes.made(len(part))
         return torch.cat(found)
 
@@ -176,29 +176,31 @@ class Target:
             return (logits.gather(1, rival[:, None]) - logits.gather(1, own))[:, 0]
         return logits.scatter(1, own, -torch.inf).amax(dim=1) - logits.gather(1, own)[:, 0]
 
-    def slopes(self, rows: Tensor, owner: Tensor, rival: Tensor | None = None, lens: Lens | None = None) -> tuple[Tensor, Tensor]:
+    def gradients(
+        self, rows: Tensor, owner: Tensor, rival: Tensor | None = None, evaluator: LocalEvaluator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The logits of candidates, and the gradient of their :meth:`gap`.
 
         Args:
             rows: [R, C, H, W].
             owner: int64 [R], the image each belongs to.
             rival: int64 [R], the class to aim at instead of the highest one.
-            lens: what sees the rows, by default the first surrogate.
+            evaluator: what sees the rows, by default the first surrogate.
 
         Returns:
             [R, K] and [R, C, H, W].
         """
         self._count(owner, 2)
-        values, slopes = [], []
+        values, gradients = [], []
         for part in torch.split(torch.arange(len(rows), device=rows.device), self.rows):
             with torch.enable_grad():
                 point = rows[part].detach().requires_grad_()
-                logits = self._logits(point, part, lens)
+                logits = self._logits(point, part, evaluator)
                 aim = self.gap(logits, owner[part], None if rival is None else rival[part])
-                slopes.append(torch.autograd.grad(aim.sum(), point)[0])
+                gradients.append(torch.autograd.grad(aim.sum(), point)[0])
             values.append(logits.detach())
             passes.made(2 * len(part))
-        return torch.cat(values), torch.cat(slopes)
+        return torch.cat(values), torch.cat(gradients)
 
     def rivals(self, x: Tensor, owner: Tensor, most: int) -> Tensor:
         """The classes but the answer, highest logit on [n, C, H, W] first, at most ``most`` of them: int64 [n, T]."""

@@ -20,8 +20,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from patchcert_cli.attacks.target import Start, Target, rows_at_once
-from patchcert_cli.defenses.base import Defense
+from patchcert_cli.attacks._target import Start, Target, rows_at_once
+from patchcert_cli.defenses import Defense
 from patchcert_cli.errors import PatchcertError, UsageError
 from patchcert_cli.threats import Threat
 

@@ -1,7 +1,7 @@
 """What defenses share whose cells each see a known part of the image.
 
-:class:`CellDefense` knows which cells a threat reaches, and checks it. :class:`EvidenceDefense` adds up what cells say, so one
-exact proof serves BagCert, clipped BagNet and derandomized smoothing: :mod:`patchcert_cli.certifiers.cells.additive`.
+:class:`LocalFeatureDefense` knows which cells a threat reaches, and checks it. :class:`VotingDefense` adds up what cells say, so
+one exact proof serves BagCert, clipped BagNet and derandomized smoothing: :mod:`patchcert_cli.certifiers.cells.additive`.
 :class:`RegionDefense` has the cells of a region scorer, which BagCert, clipped BagNet and PatchGuard read in different ways.
 
 Shapes: B images, C channels, H x W pixels, K classes, N x M cells, P x Q locations.
@@ -21,44 +21,44 @@ from patchcert_cli import models
 from patchcert_cli.certificate import Arithmetic, Certificate
 from patchcert_cli.certifiers.cells import additive
 from patchcert_cli.certifiers.cells.additive import Proof, Votes
-from patchcert_cli.certifiers.geometry import Axis, Cover
-from patchcert_cli.defenses.base import Claim, Defense, Surrogate
+from patchcert_cli.certifiers.geometry import Axis, CellCoverage
+from patchcert_cli.defenses._base import Claim, Defense, Surrogate
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.layers import fixed_point, programs
 from patchcert_cli.layers.programs import Runner
 from patchcert_cli.models.region import RegionScorer
 from patchcert_cli.threats import Patch, Patches, PatchPercent, Sparse, Threat
 
-Said = TypeVar("Said")
+CellOutputs = TypeVar("CellOutputs")
 
 
-class CellDefense(Defense, Generic[Said]):
+class LocalFeatureDefense(Defense, Generic[CellOutputs]):
     """A classifier that answers by what its cells say, kept in a form that its proof reads."""
 
-    numerics: Mapping[str, str] = {"votes": "exact"}
+    precision: Mapping[str, str] = {"votes": "exact"}
 
     @abstractmethod
     def scores(self, x: Tensor) -> Tensor:
         """What the network makes of images [B, C, H, W] in [0, 1], [B, K, N, M]; the same in any batch and on any device."""
 
     @abstractmethod
-    def count(self, scores: Tensor) -> Said:
+    def count(self, scores: Tensor) -> CellOutputs:
         """What scores [B, K, N, M] mean, cell by cell."""
 
     @abstractmethod
-    def answer(self, said: Said) -> Tensor:
+    def answer(self, said: CellOutputs) -> Tensor:
         """The deployed answer, int64 [B]."""
 
     @abstractmethod
-    def prove(self, said: Said, cover: Cover, claim: Claim) -> Proof:
+    def prove(self, said: CellOutputs, cover: CellCoverage, claim: Claim) -> Proof:
         """The proof that a claim names, about that answer; ``cover`` is of the claim's threat."""
 
     @abstractmethod
-    def margins(self, said: Said, cover: Cover) -> Tensor:
+    def margins(self, said: CellOutputs, cover: CellCoverage) -> Tensor:
         """The best proof's margin at every location, float64 [B, P, Q]."""
 
     @abstractmethod
-    def cover(self, patch: Patch) -> Cover:
+    def cover(self, patch: Patch) -> CellCoverage:
         """Which cells see a pixel of the patch, for each of its locations."""
 
     def title(self, method: str) -> str:
@@ -72,7 +72,7 @@ class CellDefense(Defense, Generic[Said]):
         return self.answer(self.count(self.scores(x)))
 
     @torch.no_grad()
-    def certify_each(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
+    def certify_claims(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
         """All claims from one evaluation of the cells."""
         self.check_input(x)
         for claim in claims:
@@ -102,7 +102,7 @@ class CellDefense(Defense, Generic[Said]):
             raise UsageError(f"a map needs one patch, not {patch}.", hint="Use --patch, for example --patch 5.")
         return self.margins(self.count(self.scores(x)), self.cover_of(patch))
 
-    def cover_of(self, threat: Threat) -> Cover:
+    def cover_of(self, threat: Threat) -> CellCoverage:
         """The cover of any threat model that this family can certify: one patch, several of one shape, or k pixels.
 
         A sparse attacker has k patches of one pixel; single values are covered by their pixels.
@@ -141,7 +141,7 @@ class CellDefense(Defense, Generic[Said]):
                 )
 
 
-class EvidenceDefense(CellDefense[Votes]):
+class VotingDefense(LocalFeatureDefense[Votes]):
     """Cells vote, and the class with the largest sum is the answer, the lowest class index among equals."""
 
     methods: ClassVar[tuple[str, ...]] = additive.METHODS
@@ -153,19 +153,19 @@ class EvidenceDefense(CellDefense[Votes]):
     def answer(self, said: Votes) -> Tensor:
         return said.answer()
 
-    def prove(self, said: Votes, cover: Cover, claim: Claim) -> Proof:
+    def prove(self, said: Votes, cover: CellCoverage, claim: Claim) -> Proof:
         method = claim.method or self.methods[0]
         if method == "3.1" and cover.budget > 1:
             raise UnsupportedThreat(f"condition 3.1 is not for {claim.threat}.", hint="It is for one patch or one pixel.")
         return additive.prove(said, cover, method)
 
-    def margins(self, said: Votes, cover: Cover) -> Tensor:
+    def margins(self, said: Votes, cover: CellCoverage) -> Tensor:
         return additive.margin_map(said, cover)
 
     def title(self, method: str) -> str:
         return "additive" if method == "exact" else f"condition {method}"
 
-    def remark(self, threat: Threat) -> str:
+    def note(self, threat: Threat) -> str:
         """Says so where a patch reaches so many cells that no image whatever can be certified."""
         cover = self.cover_of(threat)
         size = torch.outer(cover.rows.matrix().sum(dim=1), cover.columns.matrix().sum(dim=1))
@@ -178,7 +178,7 @@ class EvidenceDefense(CellDefense[Votes]):
 PIECE = 1 << 25  # activations of one layer that are computed at a time, at most
 
 
-class RegionDefense(CellDefense[Said]):
+class RegionDefense(LocalFeatureDefense[CellOutputs]):
     """A classifier whose cells are those of a region scorer, deployed without rounding error
     (:mod:`patchcert_cli.layers.fixed_point`)."""
 
@@ -187,7 +187,7 @@ class RegionDefense(CellDefense[Said]):
     def __init__(self, scorer: RegionScorer, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
         super().__init__(input_shape=input_shape, classes=classes)
         self.scorer = scorer
-        self.deployed = fixed_point.Deployed(scorer)
+        self.deployed = fixed_point.FrozenNetworkCache(scorer)
         self.run = Runner(self.deployed)
 
     @staticmethod
@@ -216,15 +216,15 @@ class RegionDefense(CellDefense[Said]):
         size = programs.at_once(self.activations, x.device, PIECE)
         return torch.cat([self.run(fixed_point.to_steps(part)) for part in torch.split(x, size)])
 
-    def cover(self, patch: Patch) -> Cover:
+    def cover(self, patch: Patch) -> CellCoverage:
         height, width = self.input_shape[1:]
-        return Cover(
+        return CellCoverage(
             Axis.sliding(height, patch.height, kernel=self.receptive_field, stride=self.scorer.stride),
             Axis.sliding(width, patch.width, kernel=self.receptive_field, stride=self.scorer.stride),
         )
 
     @torch.no_grad()
-    def finish(self, x: Tensor) -> None:
+    def calibrate(self, x: Tensor) -> None:
         """Choose the steps of the deployed network's activations from some training images."""
         self.eval()
         with fixed_point.observing(self.scorer):

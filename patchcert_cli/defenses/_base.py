@@ -39,7 +39,7 @@ class Options:
         """These options with phases shortened where a run is too short for them."""
         return self
 
-    def rate(self, progress: float, epochs: int) -> float:
+    def lr_multiplier(self, progress: float, epochs: int) -> float:
         """Share of the peak learning rate after ``progress`` of ``epochs`` epochs: a short climb, then linearly to zero."""
         at = progress / epochs
         return min(at / 0.1, 1.0, (1 - at) / 0.9) + 1e-3
@@ -48,7 +48,8 @@ class Options:
         """What is done to training images after ``progress`` epochs."""
         return Augment()
 
-    def keep(self) -> float:
+    @property
+    def ema_decay(self) -> float:
         """How much a step keeps of the running average of weights that becomes the model; 0 takes the last weights."""
         return 0.0
 
@@ -63,7 +64,7 @@ class TrainingStep:
         progress: epochs done; a fraction inside an epoch counts.
         epochs: epochs of the whole run.
         generator: source of all randomness, on the CPU.
-        aid: what trains along, as :meth:`Defense.prepare` made it; None if the loss needs nothing.
+        auxiliary_network: what trains along, as :meth:`Defense.init_weights` made it; None if the loss needs nothing.
     """
 
     threat: Threat
@@ -71,7 +72,7 @@ class TrainingStep:
     progress: float
     epochs: int
     generator: torch.Generator
-    aid: nn.Module | None = None
+    auxiliary_network: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,9 @@ class Defense(nn.Module, ABC):
         methods: names of its proofs, the best one first.
         guarantee: what they prove; a defense of ``detection`` may answer :data:`patchcert_cli.certificate.ALERT`.
         options: how it is trained.
-        numerics: what its answers and proofs are computed in, for manifests.
+        precision: what its answers and proofs are computed in, for manifests.
         default_network: the network that it is trained with unless told otherwise.
-        monitored: validation images certified now and then during training; at the end it is all of them.
+        validation_size: validation images certified now and then during training; at the end it is all of them.
         unit: what the margins of :meth:`margin_map` count.
     """
 
@@ -132,9 +133,9 @@ class Defense(nn.Module, ABC):
     methods: ClassVar[tuple[str, ...]] = ()
     guarantee: ClassVar[Guarantee] = Guarantee.RECOVERY
     options: ClassVar[type[Options]] = Options
-    numerics: Mapping[str, str] = {}
+    precision: Mapping[str, str] = {}
     default_network: ClassVar[str] = ""
-    monitored: ClassVar[int] = 1000
+    validation_size: ClassVar[int] = 1000
     unit: ClassVar[str] = "votes"
 
     def __init__(self, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
@@ -149,7 +150,7 @@ class Defense(nn.Module, ABC):
         """Build the defense, with fresh weights, from what ``config.json`` holds."""
 
     @classmethod
-    def entries(cls, threat: Threat, options: Options) -> dict[str, Any]:
+    def deploy_config(cls, threat: Threat, options: Options) -> dict[str, Any]:
         """What the ``config.json`` of a model trained so holds besides the entries that all have."""
         return {}
 
@@ -176,7 +177,7 @@ class Defense(nn.Module, ABC):
         """[B, C, H, W] in [0, 1] -> int64 [B], the deployed answer; it depends on neither threat nor label."""
 
     @abstractmethod
-    def certify_each(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
+    def certify_claims(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
         """Prove, image by image and claim by claim, that no change allowed by the threat alters ``predict(x)``.
 
         Raises:
@@ -188,27 +189,27 @@ class Defense(nn.Module, ABC):
         """What the classifier inside the defense says of whole images [B, C, H, W], int64 [B]; None if there is none."""
         return None
 
-    def called(self, answer: int) -> str:
+    def class_name(self, answer: int) -> str:
         """What an answer is called: the name of its class, or ``alarm``."""
         return "alarm" if answer == ALERT else self.classes[answer]
 
     def certify(self, x: Tensor, threat: Threat | str, method: str | None = None) -> Certificate:
-        """One claim; see :meth:`certify_each`. A threat model may be given as its text, such as ``patch:5x5``."""
+        """One claim; see :meth:`certify_claims`. A threat model may be given as its text, such as ``patch:5x5``."""
         meant = parse_threat(threat) if isinstance(threat, str) else threat
         if not isinstance(meant, Threat):
             raise UsageError(f"{type(meant).__name__} is no threat model.", hint="Give Patch(5, 5), or its text: 'patch:5x5'.")
-        return self.certify_each(x, [Claim(meant, method)])[0]
+        return self.certify_claims(x, [Claim(meant, method)])[0]
 
     def check_method(self, method: str | None) -> None:
         """Raise :class:`UsageError` unless the defense has a proof of this name."""
         if method is not None and method not in self.methods:
             raise UsageError(f"this defense has no proof '{method}'.", hint=f"Allowed: {', '.join(self.methods)}.")
 
-    def remark(self, threat: Threat) -> str:
+    def note(self, threat: Threat) -> str:
         """What a user should know about this threat model besides the numbers, in one line; may be empty."""
         return ""
 
-    def cost(self) -> tuple[int, int] | None:
+    def passes_per_image(self) -> tuple[int, int] | None:
         """The fewest and the most passes of the network that a certificate takes, if the defense counts them."""
         return None
 
@@ -237,17 +238,17 @@ class Defense(nn.Module, ABC):
         """Leave :meth:`self_test` out from now on: for networks whose cost is measured and whose answers mean nothing."""
         self._tested = True
 
-    def prepare(self, options: Options) -> nn.Module | None:
+    def init_weights(self, options: Options) -> nn.Module | None:
         """Start a training run: set fresh weights as ``options`` say, and return what trains along but is not deployed."""
         return None
 
-    def begin(self, x: Tensor) -> None:
+    def fit_before(self, x: Tensor) -> None:
         """Fit what training starts from to some training images [B, C, H, W], before the first epoch."""
 
     def fuse(self) -> None:
         """Put into the weights what only training keeps apart from them, once, after the last step."""
 
-    def finish(self, x: Tensor) -> None:
+    def calibrate(self, x: Tensor) -> None:
         """Fit what training leaves open to some training images [B, C, H, W], before validation and before saving."""
 
     @abstractmethod
