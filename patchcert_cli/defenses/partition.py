@@ -173,7 +173,7 @@ class Partition(VotingDefense):
     def values(self, x: Tensor) -> Tensor:
         """What the network is given of images [B, C, H, W]: the values of each set, 0 where it has fewer, [B, D, N, M]."""
         taken = F.pad(x.flatten(2), (0, 1))[:, :, self.members]  # [B, C, n, P]
-        return taken.permute(0, 1, 3, 2).reshape(len(x), -1, self.how.spacing, self.how.spacing)
+        return taken.permute(0, 1, 3, 2).flatten(1, 2).unflatten(2, (self.how.spacing, self.how.spacing))
 
     def forward(self, x: Tensor) -> Tensor:
         """Smooth surrogate: the mean over sets of the softmax, or of the sigmoid of independent votes, [B, K]."""

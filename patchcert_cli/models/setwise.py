@@ -83,7 +83,7 @@ class Setwise(nn.Module):
             torch.cat([part.double().cpu(), part.new_full((len(self.embedding),), rest).double().cpu()])
             for part, rest in ((self.normalize.scale, 1.0), (self.normalize.shift, 0.0))
         )
-        weight, bias = fixed_point.absorb(*fixed_point.fold_batchnorm(both, self.norm), scale / 255, shift)
+        weight, bias = fixed_point.fold_normalization(*fixed_point.fold_batchnorm(both, self.norm), scale / 255, shift)
         stem, fewest = fixed_point.affine(weight, bias, both, fixed_point.PIXELS, precision)
         value_range = self.grid.value_range
         layers: list[nn.Module] = [Placed(one_hot(*self.places)), ExactStem(stem, value_range)]
