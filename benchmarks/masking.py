@@ -77,10 +77,10 @@ def passes(defense: PatchCleanser, x: Tensor, threat: Threat, what: str) -> None
 def loop(defense: PatchCleanser, x: Tensor, *, at_once: bool) -> float:
     """Images a second of evaluating every pair, one by one, or all pairs of an image at once."""
     first, second = torch.triu_indices(len(defense.set), len(defense.set))
-    hidden = defense.masks[first] | defense.masks[second]
+    occluded = defense.masks[first] | defense.masks[second]
     began = time.process_time()
     for image in x:
-        for some in torch.split(hidden, len(hidden) if at_once else 1):
+        for some in torch.split(occluded, len(occluded) if at_once else 1):
             defense.behind(image.expand(len(some), -1, -1, -1), some).argmax(dim=1)
     return len(x) / (time.process_time() - began)
 

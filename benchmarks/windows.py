@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from patchcert_cli.certifiers.bounds import intervals, rounding
 from patchcert_cli.certifiers.bounds.first_layer import location_masks
 from patchcert_cli.certifiers.bounds.rules import propagate
-from patchcert_cli.certifiers.bounds.windows.partition import explain
+from patchcert_cli.certifiers.bounds.windows.partition import Partition
+from patchcert_cli.certifiers.bounds.windows.patch_windows import PatchWindows
 from patchcert_cli.certifiers.bounds.windows.windows import Windows
 from patchcert_cli.layers import precision
 from patchcert_cli.layers.supported_layers import layers_of
@@ -79,7 +80,10 @@ def certification(network: nn.Module, images: int, dense: int) -> None:
     x = torch.rand(images, *SHAPE, generator=torch.Generator().manual_seed(1))
     target, locations = network(x).argmax(dim=1), torch.arange(PATCH.count(*SHAPE[1:]))
     few, wanted = x[:dense], target[:dense]
-    print(explain(network, SHAPE, PATCH))
+    partition = Partition.of(layers_of(network), x[:1])
+    windows = PatchWindows(partition.path, (SHAPE[1], SHAPE[2]), PATCH, clip=True)
+    rows, columns = (axis.length.amax(dim=1).tolist() for axis in windows.axes)
+    print("windows of", ", ".join(f"{h}x{w} of {m}x{n}" for h, w, (m, n) in zip(rows, columns, windows.maps, strict=True)))
 
     def least(way: Callable[..., Tensor], copies: int, part: Tensor = locations) -> Tensor:
         parts = torch.split(part, max(1, copies // dense))

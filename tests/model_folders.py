@@ -13,7 +13,9 @@ import torch
 from patchcert_cli import cards, checkpoint, defenses
 from patchcert_cli.cards import Card, File, Hub, Measured, Published
 from patchcert_cli.cards.published import ClaimKey, PublishedRecord, PublishedRecords
+from patchcert_cli.schema import read
 from patchcert_cli.storage import files
+from patchcert_cli.threats import Patch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG: dict[str, Any] = {
@@ -61,7 +63,7 @@ def measured(**changes: Any) -> Measured:
         "command": "patchcert certify runs/small --patch 2",
         "patchcert": "0.1.0",
     }
-    return Measured(**{**values, **changes})
+    return read(Measured, {**values, **changes})
 
 
 def book(sha256: str, results: tuple[Measured, ...]) -> PublishedRecords:
@@ -94,7 +96,10 @@ def make_zoo(zoo: Path, name: str = "small-ibp-p2", *, revision: str | None = No
         status="measured",
         hub=Hub(f"patchcert/{name}", revision),
         results=results,
-        published=(Published("patch:2", 0.92, 0.604, "table 1"), Published("patch:3x3", 0.9, 0.3, "table 2")),
+        published=(
+            Published(Patch(2, 2), 0.92, 0.604, "table 1"),
+            Published(Patch(3, 3), 0.9, 0.3, "table 2"),
+        ),
     )
     (folder / files.CARD).write_text(card.render(), encoding="utf-8")
     if not weights:
@@ -113,7 +118,7 @@ def result_of(run: Path, **changes: Any) -> dict[str, Any]:
         "split": one.split,
         "images": one.images,
         "full_split": True,
-        "threat": one.threat,
+        "threat": str(one.threat),
         "clean_accuracy": one.clean / one.images,
         "certified_accuracy": one.certified / one.images,
         "certified_interval": list(one.certified_interval),

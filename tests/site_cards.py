@@ -9,6 +9,7 @@ from typing import Any
 from model_folders import COMMIT, measured
 
 from patchcert_cli.cards import Card, File, Hub, Measured, Published, Training, Validation
+from patchcert_cli.threats import Patch, parse_threat
 
 PAPER = "Someone et al., Somewhere 2020, table 1"
 HOSTILE = "</script></style><script>alert(1)</script>\"'><img src=x onerror=alert(2)> javascript:alert(3) \x00\u202e\ud800"
@@ -32,7 +33,7 @@ def card(name: str, results: Iterable[Measured] = (), **changes: Any) -> Card:
         defense="ibp",
         network="MLP 784-255-10",
         dataset="mnist",
-        threat="patch:3",
+        threat=Patch(3, 3),
         split="train[55000]",
         seed=3,
         recipe={"threat": "patch:3", "dataset": "mnist", "network_options": {"hidden": [255]}, "learning_rate": 1e-05},
@@ -55,7 +56,7 @@ def sweep(name: str, first: int, step: int, sides: Iterable[int] = range(1, 7), 
 
 def recipe(name: str, **changes: Any) -> Card:
     """A recipe without weights."""
-    paper = (Published("patch:3x3", 0.8642, 0.5931, PAPER),)
+    paper = (Published(Patch(3, 3), 0.8642, 0.5931, PAPER),)
     bare: dict[str, Any] = {"files": {}, "trained": None, "validation": None, "published": paper, "status": "recipe only"}
     return card(name, **{**bare, **changes})
 
@@ -69,20 +70,23 @@ def zoo() -> list[Card]:
         card(
             "bounds",
             [replace(best, method="3.1", certified=640), best, replace(best, method="3.2", certified=600)],
-            published=(Published("patch:3", 0.9, 0.71, PAPER), Published("patch:7x7", 0.88, 0.1234, "another paper")),
+            published=(
+                Published(parse_threat("patch:3"), 0.9, 0.71, PAPER),
+                Published(parse_threat("patch:7x7"), 0.88, 0.1234, "another paper"),
+            ),
             hub=Hub("patchcert/bounds", COMMIT),
             notes="See `votes-a`.",
         ),
         card("alarm", [result(3, 940, guarantee="detection"), result(4, 930, guarantee="detection")], network="CNN"),
         card("doubtful", [result(3, 949)], status="unreliable", reason="an attack flipped a certified image"),
-        card("pixels-4", [result("sparse:4", 810)], threat="sparse:4"),
-        card("pixels-10", [result("sparse:10", 410)], threat="sparse:10"),
+        card("pixels-4", [result("sparse:4", 810)], threat=parse_threat("sparse:4")),
+        card("pixels-10", [result("sparse:10", 410)], threat=parse_threat("sparse:10")),
         card("waiting"),
         recipe("large-recipe"),
         card(
             "photos",
             [result(side, 600 - 77 * side, dataset="cifar10") for side in (1, 2, 3)],
             dataset="cifar10",
-            threat="patch:2x2",
+            threat=parse_threat("patch:2x2"),
         ),
     ]

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from patchcert_cli.attacks._base import Attack, Effort, require
 from patchcert_cli.attacks._target import Target
 from patchcert_cli.defenses import Defense
+from patchcert_cli.layers.boxes import box_mask, box_sums
 from patchcert_cli.threats import Threat
 
 BLOCK = 16  # locations of an image that are tried together; an image whose answer flips is done after its block
@@ -208,7 +208,7 @@ class PatchPGD(Attack):
         logits, slope = target.gradients(rows.flatten(0, 1), owners, rival.flatten())
         now, slope = target.gap(logits, owners, rival.flatten()).reshape(rival.shape), slope.reshape(rows.shape)
         gain = torch.maximum(slope * (1 - rows), -slope * rows).sum(dim=2)  # [n, T, H, W]
-        return rival, now[:, :, None] + _box_sums(gain, locations), (slope > 0).to(clean)
+        return rival, now[:, :, None] + box_sums(gain.double(), locations), (slope > 0).to(clean)
 
     def _noise(self, index: Tensor, restart: int, like: Tensor) -> Tensor:
         """Random contents of the shape [n, ...]."""
@@ -232,7 +232,7 @@ class PatchPGD(Attack):
 
     def _look(self, target: Target, clean: Tensor, owner: Tensor, boxes: Tensor, content: Tensor) -> Tensor:
         """Offer contents [n, S, C, H, W] inside boxes [n, S, 4] as they are, and return their margins [n, S]."""
-        rows = torch.where(_inside(boxes, clean), content, clean[:, None])
+        rows = torch.where(box_mask(boxes, *clean.shape[2:])[:, :, None], content, clean[:, None])
         owners = owner.repeat_interleave(rows.shape[1])
         evaluator = target.local_evaluator(clean, owner, boxes)
         margin = target.gap(target.logits(rows.flatten(0, 1), owners, evaluator), owners).reshape(rows.shape[:2])
@@ -254,7 +254,7 @@ class PatchPGD(Attack):
 
         It starts from ``content`` [n, S, C, H, W] inside ``boxes`` [n, S, 4], with a ``first`` step, by default the attack's.
         """
-        inside = _inside(boxes, x)  # [n, S, 1, H, W]
+        inside = box_mask(boxes, *x.shape[2:])[:, :, None]  # [n, S, 1, H, W]
         point, pull = torch.where(inside, content, x[owner][:, None]), torch.zeros_like(content)
         evaluator = target.local_evaluator(x[owner], owner, boxes, which)
         judge = evaluator if which == 0 else target.local_evaluator(x[owner], owner, boxes)
@@ -278,22 +278,6 @@ class PatchPGD(Attack):
             if not bool(going.all()):
                 point, pull, inside, owner, boxes = point[going], pull[going], inside[going], owner[going], boxes[going]
                 rival, evaluator, judge = None if rival is None else rival[going], evaluator.take(going), judge.take(going)
-
-
-def _inside(boxes: Tensor, x: Tensor) -> Tensor:
-    """Which pixels lie in each box, int64 [n, S, 4] on images [n, C, H, W] -> bool [n, S, 1, H, W]."""
-    top, left, height, width = (side[..., None] for side in boxes.unbind(-1))  # [n, S, 1] each
-    row, column = torch.arange(x.shape[2], device=x.device), torch.arange(x.shape[3], device=x.device)
-    rows, columns = (row >= top) & (row < top + height), (column >= left) & (column < left + width)
-    return (rows[..., :, None] & columns[..., None, :])[:, :, None]
-
-
-def _box_sums(values: Tensor, locations: Tensor) -> Tensor:
-    """Sum over each box, [n, T, H, W] and int64 [A, 4] -> float64 [n, T, A]."""
-    total = F.pad(values.double(), (1, 0, 1, 0)).cumsum(dim=2).cumsum(dim=3)  # [n, T, H + 1, W + 1]
-    top, left, height, width = locations.unbind(dim=1)
-    bottom, right = top + height, left + width
-    return total[..., bottom, right] - total[..., top, right] - total[..., bottom, left] + total[..., top, left]
 
 
 def _grid(locations: Tensor, count: int, phase: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Model cards and the zoo they stand in: what is claimed about each model. Neither torch nor a network is needed to read them."""
 
 from patchcert_cli.cards.card import DEFAULT_LICENSE, Card, card_for_run, slug, weights_of
+from patchcert_cli.cards.entries import File, Hub, Measured, Published, Sample, Training, Validation, valid_name, weights_sha256
 from patchcert_cli.cards.page import HUB_DATASETS, metric, prose
-from patchcert_cli.cards.records import File, Hub, Measured, Published, Sample, Training, Validation, valid_name, weights_sha256
 
 __all__ = [
     "DEFAULT_LICENSE",

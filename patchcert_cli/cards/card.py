@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,10 +19,9 @@ import yaml
 from patchcert_cli import schema
 from patchcert_cli.arithmetic import Arithmetic, former
 from patchcert_cli.cards import page
-from patchcert_cli.cards.records import (
+from patchcert_cli.cards.entries import (
     CARD_RULES,
     File,
-    GuaranteeText,
     Hub,
     Measured,
     Name,
@@ -31,7 +30,7 @@ from patchcert_cli.cards.records import (
     Split,
     Status,
     Text,
-    ThreatText,
+    ThreatField,
     Training,
     Validation,
     weights_sha256,
@@ -40,7 +39,7 @@ from patchcert_cli.errors import IntegrityError
 from patchcert_cli.schema import Count, Rule
 from patchcert_cli.storage import checksum_cache
 from patchcert_cli.storage.files import CARD, CONFIG, weight_files
-from patchcert_cli.threats import parse_threat
+from patchcert_cli.threats import Guarantee, Threat
 
 NODES, DEPTH = 20_000, 32  # the most values of the front matter, and how deep they are nested
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -72,14 +71,14 @@ class Card:
     defense: Text
     network: Text
     dataset: Text
-    threat: ThreatText
+    threat: ThreatField
     split: Split
     seed: Count
     recipe: dict[str, Any]
     command: Text
     license: Text
     hub: Hub
-    guarantee: GuaranteeText = "recovery"
+    guarantee: Guarantee = Guarantee.RECOVERY
     classifier: str = ""
     origin: str = ""
     source: str = ""
@@ -122,70 +121,57 @@ class Card:
             raise IntegrityError(f"'{where}' is not a model card: {' '.join(str(problem).split())}.") from problem
         if not isinstance(front, dict) or "patchcert" not in front:
             raise IntegrityError(f"'{where}' is not a model card: its front matter has no patchcert table.")
-        card, problems = cls._decode(front.pop("patchcert"))
-        if card is not None:
-            expected = page.hub_metadata(card)
-            problems += [
-                f"{key} does not follow from the patchcert table"
-                for key in {**expected, **front}
-                if front.get(key) != expected.get(key)
-            ]
-        _refuse(problems, where)
-        assert card is not None
+        card = cls.from_dict(front.pop("patchcert"), where=where)
+        expected = page.hub_metadata(card)
+        different = [key for key in {**expected, **front} if front.get(key) != expected.get(key)]
+        _refuse([f"{key} does not follow from the patchcert table" for key in different], where)
         return card
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = CARD) -> Card:
         """Inverse of :meth:`to_dict`; one :class:`IntegrityError` lists everything that is wrong."""
-        card, problems = cls._decode(values)
-        _refuse(problems, where)
-        assert card is not None
-        return card
-
-    @classmethod
-    def _decode(cls, values: Any) -> tuple[Card | None, list[str]]:
         try:
-            return schema.read(cls, values), []
+            return schema.read(cls, values)
         except schema.Invalid as invalid:
-            return None, list(invalid.problems)
+            _refuse(invalid.problems, where)
+            raise
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON and YAML."""
-        plain = {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
-        if self.guarantee == "recovery":  # which goes without saying
-            del plain["guarantee"]
+        values: dict[str, Any] = schema.plain(self)
+        if self.guarantee is Guarantee.RECOVERY:  # the default
+            del values["guarantee"]
         for name in ("classifier", "origin", "samples"):
-            if not plain[name]:
-                del plain[name]
-        for one in plain["results"]:
+            if not values[name]:
+                del values[name]
+        for one in values["results"]:
             if not one["arithmetic"]:
                 del one["arithmetic"]
-        return plain
+        return values
 
     def render(self) -> str:
         """The text of ``README.md``; a card that could not be read back is refused."""
-        plain = self.to_dict()
-        self.from_dict(plain)
-        front = {**page.hub_metadata(self), "patchcert": plain}
+        values = self.to_dict()
+        self.from_dict(values)
+        front = {**page.hub_metadata(self), "patchcert": values}
         text = yaml.dump(front, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=1_000_000)
         return f"---\n{text}---\n\n{page.prose(self)}"
 
-    def result(self, threat: str | None = None) -> Measured | None:
+    def result(self, threat: Threat | None = None) -> Measured | None:
         """The measurement of the card's guarantee under ``threat``, by default the one that the model was trained against; of
         several proofs the best.
         """
-        wanted = parse_threat(threat or self.threat)
-        found = [one for one in self.results if parse_threat(one.threat) == wanted and one.guarantee == self.guarantee]
+        wanted = threat or self.threat
+        found = [one for one in self.results if one.threat == wanted and one.guarantee is self.guarantee]
         return max(found, key=lambda one: one.certified, default=None)
 
     def arithmetic(self, result: Measured) -> Arithmetic:
         """What is known of the rounding behind one of the measurements."""
-        return Arithmetic(result.arithmetic) if result.arithmetic else former(self.defense)
+        return result.arithmetic or former(self.defense)
 
-    def report(self, threat: str | None = None) -> Published | None:
+    def report(self, threat: Threat | None = None) -> Published | None:
         """The published numbers under ``threat``, by default the one that the model was trained against."""
-        wanted = parse_threat(threat or self.threat)
-        return next((one for one in self.published if parse_threat(one.threat) == wanted), None)
+        return next((one for one in self.published if one.threat == (threat or self.threat)), None)
 
     @property
     def public(self) -> bool:
@@ -231,13 +217,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _refuse(problems: list[str], where: str) -> None:
+def _refuse(problems: Sequence[str], where: str) -> None:
     if problems:
         raise IntegrityError(f"'{where}' is not a valid model card: {'; '.join(problems)}.")
 
@@ -263,7 +243,7 @@ def card_for_run(
     command: str,
     name: str | None = None,
     source: str = "",
-    guarantee: str = "recovery",
+    guarantee: Guarantee = Guarantee.RECOVERY,
 ) -> Card:
     """The first card of a finished training run (status ``trained``), about the weights and configuration in ``folder``.
 
@@ -280,7 +260,7 @@ def card_for_run(
             **{key: recipe[key] for key in ("defense", "dataset", "threat", "seed")},
             "network": network,
             "split": f"train[{kept}]",
-            "recipe": _plain(recipe),
+            "recipe": schema.plain(recipe),
             "command": command,
             "license": DEFAULT_LICENSE,
             "hub": {"repo": f"patchcert/{name}"},

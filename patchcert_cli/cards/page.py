@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from patchcert_cli.threats import as_options, parse_threat
+from patchcert_cli.threats import Guarantee, as_options
 
 if TYPE_CHECKING:
     from patchcert_cli.cards.card import Card
-    from patchcert_cli.cards.records import Measured, Published
+    from patchcert_cli.cards.entries import Measured, Published
 
 HUB_DATASETS = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10", "imagenet": "ILSVRC/imagenet-1k"}
 CHANGES = {
@@ -26,7 +26,7 @@ def hub_metadata(card: Card) -> dict[str, Any]:
         "pipeline_tag": "image-classification",
         "license": card.license,
         **({} if ":" in card.dataset else {"datasets": [HUB_DATASETS.get(card.dataset, card.dataset)]}),  # not somebody's folder
-        "tags": ["certified-robustness", f"{parse_threat(card.threat).kind}-attack", card.defense],
+        "tags": ["certified-robustness", f"{card.threat.kind}-attack", card.defense],
     }
     if card.results:
         results = [_hub_result(one) for one in card.results]
@@ -35,8 +35,8 @@ def hub_metadata(card: Card) -> dict[str, Any]:
 
 
 def _hub_result(one: Measured) -> dict[str, Any]:
-    about = {"threat": one.threat, "images": one.images, "guarantee": one.guarantee, "method": one.method}
-    about |= {"arithmetic": one.arithmetic} if one.arithmetic else {}
+    about = {"threat": str(one.threat), "images": one.images, "guarantee": str(one.guarantee), "method": one.method}
+    about |= {"arithmetic": str(one.arithmetic)} if one.arithmetic else {}
     kind, words = metric(one)
     return {
         "task": {"type": "image-classification"},
@@ -55,7 +55,7 @@ def _hub_result(one: Measured) -> dict[str, Any]:
 
 def metric(one: Measured) -> tuple[str, str]:
     """The Hub's name of what was certified, and in words: detection is another metric than recovery."""
-    if one.guarantee == "detection":
+    if one.guarantee is Guarantee.DETECTION:
         return "certified_detection_accuracy", "certified detection accuracy"
     return "certified_accuracy", "certified accuracy"
 
@@ -88,7 +88,7 @@ def _summary(card: Card) -> str:
         "Network": card.network,
         "Data set": card.dataset,
         "Made for" if card.public else "Trained against": f"`{card.threat}`",
-        **({"Guarantee": "detection"} if card.guarantee == "detection" else {}),
+        **({"Guarantee": "detection"} if card.guarantee is Guarantee.DETECTION else {}),
         **({"Weights": card.origin} if card.origin else {}),
         "Licence": card.license,
         "Hub": f"{card.hub.repo} @ {card.hub.revision}" if card.hub.revision else _unpinned(card),
@@ -116,7 +116,7 @@ def _comparison(card: Card) -> list[str]:
     return parts
 
 
-def _compared(card: Card, guarantee: str) -> list[str]:
+def _compared(card: Card, guarantee: Guarantee) -> list[str]:
     lines = [
         "| threat | data | arithmetic | clean, measured | certified, measured | 95 % interval"
         " | clean, published | certified, published |",
@@ -124,7 +124,7 @@ def _compared(card: Card, guarantee: str) -> list[str]:
     ]
     results = [one for one in card.results if one.guarantee == guarantee]
     reports = card.published if guarantee == card.guarantee else ()
-    published = {str(parse_threat(one.threat)): one for one in reports}
+    published = {one.threat: one for one in reports}
     for one in results:
         low, high = one.certified_interval
         measured = [percent(one.clean, one.images), percent(one.certified, one.images), f"{low:.2%} to {high:.2%}"]
@@ -134,8 +134,8 @@ def _compared(card: Card, guarantee: str) -> list[str]:
             str(card.arithmetic(one)),
             *measured,
         ]
-        lines.append(_row(cells, published.get(str(parse_threat(one.threat)))))
-    measured_threats = {str(parse_threat(one.threat)) for one in results}
+        lines.append(_row(cells, published.get(one.threat)))
+    measured_threats = {one.threat for one in results}
     for threat, report in published.items():
         if threat not in measured_threats:
             lines.append(_row([f"`{threat}`", card.dataset, "", "not measured", "not measured", ""], report))
@@ -178,7 +178,7 @@ def _use(card: Card) -> list[str]:
         return [f"The weights are public, `{card.classifier}`: nothing is trained. Measure them:", _code("bash", card.command)]
     if not card.files:
         return ["There are no weights yet. Train them:", _code("bash", card.command)]
-    option = as_options(parse_threat(card.threat))
+    option = as_options(card.threat)
     option += " --data imagefolder:./val" if card.public else ""
     name = card.name if card.hub.repo == f"patchcert/{card.name}" else f"{card.hub.repo}@{card.hub.revision or 'COMMIT'}"
     python = [
@@ -207,8 +207,8 @@ def _making(card: Card) -> list[str]:
 
 
 def _proof(card: Card) -> list[str]:
-    change = CHANGES.get(parse_threat(card.threat).kind, "makes any change that the threat allows")
-    detects = card.guarantee == "detection"
+    change = CHANGES.get(card.threat.kind, "makes any change that the threat allows")
+    detects = card.guarantee is Guarantee.DETECTION
     proven = (
         f"An image counts as certified only if its answer is right and a proof shows that no attacker who {change} can alter that"
         f" answer{' without raising an alarm' if detects else ''} (here `{card.threat}`; guarantee: {card.guarantee})."
@@ -216,7 +216,7 @@ def _proof(card: Card) -> list[str]:
     )
     if detects:
         proven += " An image that raises an alarm unattacked counts as answered wrong. This is less than a guarantee of recovery."
-    elif any(one.guarantee == "detection" for one in card.results):
+    elif any(one.guarantee is Guarantee.DETECTION for one in card.results):
         proven += " Where the guarantee is detection, the attacker may alter the answer but not without raising an alarm."
     words = dict.fromkeys(card.arithmetic(one) for one in card.results)
     return [

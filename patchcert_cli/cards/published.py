@@ -1,7 +1,7 @@
-"""Published records: what a model answered on every test image, and what each claim said of it, as one compressed file.
+"""Published records: what a model answered on every test image, and whether each claim holds there, as one compressed file.
 
-``records.jsonl.gz`` begins with a line that says which weights, data and claims it is about; a line per image follows, with the
-image's index in the split, its label, the prediction, and one verdict and margin per claim. No torch here.
+``records.jsonl.gz`` begins with a line that names the weights, the data and the claims. A line per image follows: its index in
+the split, its label, the prediction, and one verdict and margin per claim. No torch here.
 """
 
 from __future__ import annotations
@@ -13,29 +13,35 @@ import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from patchcert_cli.arithmetic import Arithmetic, former, weakest
+from patchcert_cli.cards.entries import Measured, Sha256, Text, ThreatField
+from patchcert_cli.cards.results import CertifyResult, read_records
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError
+from patchcert_cli.schema import Count
+from patchcert_cli.schema import read as read_as
 from patchcert_cli.storage.files import PUBLISHED_RECORDS, RECORDS
-from patchcert_cli.threats import parse_threat
+from patchcert_cli.threats import Guarantee, Threat
 
-MAX_BYTES = 1 << 29  # bytes after decompression; a stranger's file may be a bomb
+MAX_BYTES = 1 << 29  # after decompression: guards against decompression bombs
 
 
 @dataclass(frozen=True)
 class ClaimKey:
-    """One claim of a records: threat model, proof, guarantee, and arithmetic, which is empty in files that do not say it."""
+    """Which claim a verdict is about: threat model, proof, guarantee, and arithmetic (None in files that do not name it)."""
 
-    threat: str
-    method: str
-    guarantee: str = "recovery"
-    arithmetic: str = ""
+    threat: ThreatField
+    method: Text
+    guarantee: Guarantee = Guarantee.RECOVERY
+    arithmetic: Arithmetic | None = None
 
     def to_dict(self) -> dict[str, str]:
-        """As plain values; what is not said is left out."""
-        return {name: value for name, value in asdict(self).items() if value}
+        """As plain values."""
+        values = {"threat": str(self.threat), "method": self.method, "guarantee": self.guarantee.value}
+        return values | ({"arithmetic": self.arithmetic.value} if self.arithmetic else {})
 
     def __str__(self) -> str:
         return f"{self.threat} ({self.method}, {self.guarantee})"
@@ -43,7 +49,11 @@ class ClaimKey:
     @property
     def about(self) -> str:
         """The threat, and the guarantee unless it is recovery."""
-        return self.threat if self.guarantee == "recovery" else f"{self.threat} ({self.guarantee})"
+        return str(self.threat) if self.guarantee is Guarantee.RECOVERY else f"{self.threat} ({self.guarantee})"
+
+    def same_claim(self, threat: Threat, method: str, guarantee: Guarantee) -> bool:
+        """Whether it is this claim, whatever its arithmetic."""
+        return (self.threat, self.method, self.guarantee) == (threat, method, guarantee)
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,18 @@ class PublishedRecord:
     prediction: int
     certified: tuple[bool, ...]
     margin: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """The first line of the file."""
+
+    model_sha256: Sha256
+    dataset: Text
+    split: Text
+    images: Count
+    claims: tuple[ClaimKey, ...]
+    format: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,21 +90,19 @@ class PublishedRecords:
 
     def counts(self, at: int) -> tuple[int, int]:
         """Right answers, and right answers that claim number ``at`` certifies."""
-        right = [row for row in self.rows.values() if row.label == row.prediction]
-        return len(right), sum(row.certified[at] for row in right)
+        return len(self._right), sum(row.certified[at] for row in self._right)
 
-    def position(self, threat: str, method: str | None = None, guarantee: str = "recovery") -> int:
+    @cached_property
+    def _right(self) -> list[PublishedRecord]:
+        return [row for row in self.rows.values() if row.label == row.prediction]
+
+    def position(self, threat: Threat, method: str | None = None, guarantee: Guarantee = Guarantee.RECOVERY) -> int:
         """Which claim promises ``guarantee`` under ``threat``, proven by ``method``, or by the proof that certifies most.
 
         Raises:
-            DataError: none is.
+            DataError: there is none.
         """
-        wanted = parse_threat(threat)
-        found = [
-            at
-            for at, claim in enumerate(self.claims)
-            if parse_threat(claim.threat) == wanted and method in (None, claim.method) and claim.guarantee == guarantee
-        ]
+        found = [at for at, claim in enumerate(self.claims) if claim.same_claim(threat, method or claim.method, guarantee)]
         if not found:
             raise DataError(
                 f"no published records for {threat}{f' by {method}' if method else ''} that promise {guarantee}.",
@@ -110,23 +130,19 @@ class PublishedRecords:
                 content = stream.read(MAX_BYTES + 1)
             if len(content) > MAX_BYTES:
                 raise ValueError(f"more than {MAX_BYTES >> 20} MB of records")
-            lines = [json.loads(line) for line in io.BytesIO(content)]
-            head, rows = lines[0], {int(line["index"]): _row(line) for line in lines[1:]}
-            if len(rows) != len(lines) - 1 or len(rows) != head["images"]:
-                raise ValueError(f"{len(lines) - 1} lines about {len(rows)} images instead of {head['images']}")
-            claims = tuple(ClaimKey(**claim) for claim in head["claims"])
-            if any(claim.arithmetic not in ("", *Arithmetic) for claim in claims):
-                raise ValueError(f"an arithmetic that is none of {', '.join(Arithmetic)}")
-            if any(len(row.certified) != len(claims) or len(row.margin) != len(claims) for row in rows.values()):
-                raise ValueError("a line with fewer or more verdicts than claims")
-            return cls(head["model_sha256"], head["dataset"], head["split"], claims, rows)
+            first, *lines = (json.loads(line) for line in io.BytesIO(content))
+            head = read_as(Header, first)
+            rows = {int(line["index"]): _record(line, len(head.claims)) for line in lines}
+            if not len(rows) == len(lines) == head.images:
+                raise ValueError(f"{len(lines)} lines about {len(rows)} images instead of {head.images}")
+            return cls(head.model_sha256, head.dataset, head.split, head.claims, rows)
         except FileNotFoundError as problem:
             raise IntegrityError(f"'{path}' is missing.") from problem
         except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zlib.error) as problem:
             raise IntegrityError(f"'{path}' holds no published records: {problem}.") from problem
 
     @classmethod
-    def from_runs(cls, results: Mapping[str, Mapping[str, Any]]) -> PublishedRecords | None:
+    def from_runs(cls, results: Mapping[str, CertifyResult]) -> PublishedRecords | None:
         """The records of certify results, by the path of their ``result.json``, all about the same weights and images.
 
         Raises:
@@ -136,38 +152,36 @@ class PublishedRecords:
         return _joined(parts) if parts else None
 
 
-def _row(line: Mapping[str, Any]) -> PublishedRecord:
+def _record(line: Mapping[str, Any], claims: int) -> PublishedRecord:
     verdicts = tuple(line["certified"])
+    margins = tuple(None if margin is None else float(margin) for margin in line["margin"])
     if not all(isinstance(verdict, bool) for verdict in verdicts):
         raise ValueError(f"verdicts of image {line['index']} that are not true or false")
-    margins = tuple(None if margin is None else float(margin) for margin in line["margin"])
+    if not len(verdicts) == len(margins) == claims:
+        raise ValueError(f"image {line['index']} has verdicts for {len(verdicts)} of {claims} claims")
     return PublishedRecord(int(line["label"]), int(line["prediction"]), verdicts, margins)
 
 
-def _of_run(where: Path, result: Mapping[str, Any]) -> PublishedRecords:
+def _of_run(where: Path, result: CertifyResult) -> PublishedRecords:
     path = where.parent / RECORDS
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = read_records(path)
     except FileNotFoundError as problem:
         raise ClaimError(
             f"'{path}' is missing: a result counts only with its records.", hint="Run patchcert certify again with --fresh."
         ) from problem
     except (OSError, ValueError) as problem:
         raise ClaimError(f"'{path}' is damaged: {problem}.", hint="Run patchcert certify again with --fresh.") from problem
-    stated = result.get("claims") or [result]
-    claims = tuple(
-        ClaimKey(str(one["threat"]), str(one["method"]), str(one.get("guarantee", "recovery")), str(one.get("arithmetic", "")))
-        for one in stated
-    )
+    claims = tuple(ClaimKey(one.threat, one.method, one.guarantee, one.arithmetic) for one in result.claims)
     try:
         rows = {int(line["index"]): _published(line) for line in lines}
     except (KeyError, TypeError, ValueError) as problem:
         raise ClaimError(f"'{path}' holds no records of patchcert certify: {problem!r}.") from problem
-    records = PublishedRecords(str(result["model_sha256"]), str(result["dataset"]), str(result["split"]), claims, rows)
-    if len(rows) != result["images"] or any(len(row.certified) != len(claims) for row in rows.values()):
-        raise ClaimError(f"'{path}' has records of {len(rows)} images, but the result is about {result['images']}.")
-    for at, one in enumerate(stated):
-        check_counts(records, at, result["images"], one["counts"]["clean"], one["counts"]["certified"], str(path))
+    records = PublishedRecords(result.model_sha256, result.dataset, result.split, claims, rows)
+    if len(rows) != result.images or any(len(row.certified) != len(claims) for row in rows.values()):
+        raise ClaimError(f"'{path}' has records of {len(rows)} images, but the result is about {result.images}.")
+    for at, one in enumerate(result.claims):
+        check_counts(records, at, result.images, one.counts.clean, one.counts.certified, str(path))
     return records
 
 
@@ -176,17 +190,16 @@ def check_counts(records: PublishedRecords, at: int, images: int, clean: int, ce
     found = (len(records.rows), *records.counts(at))
     if found != (images, clean, certified):
         raise ClaimError(
-            f"'{where}': {records.claims[at]} is said to have {clean} right and {certified} certified of {images} images,"
+            f"'{where}': {records.claims[at]} is published with {clean} right and {certified} certified of {images} images,"
             f" but its records have {found[1]} and {found[2]} of {found[0]}."
         )
 
 
 def _published(record: Mapping[str, Any]) -> PublishedRecord:
-    verdicts: Sequence[Mapping[str, Any]] = record.get("claims") or [record]
+    verdicts = record["claims"]
+    certified = tuple(bool(verdict["certified"]) for verdict in verdicts)
     margins = tuple(_short(float(verdict["margin"])) for verdict in verdicts)
-    return PublishedRecord(
-        int(record["label"]), int(record["prediction"]), tuple(bool(verdict["certified"]) for verdict in verdicts), margins
-    )
+    return PublishedRecord(int(record["label"]), int(record["prediction"]), certified, margins)
 
 
 def _short(margin: float) -> float | None:
@@ -199,34 +212,32 @@ def _joined(parts: Sequence[PublishedRecords]) -> PublishedRecords:
     answers = {index: (row.label, row.prediction) for index, row in first.rows.items()}
     for other in parts[1:]:
         if {index: (row.label, row.prediction) for index, row in other.rows.items()} != answers:
-            raise ClaimError("the results are about other images, or their predictions differ: certify again with --fresh.")
-    seen: dict[ClaimKey, tuple[PublishedRecords, int]] = {}
+            raise ClaimError(
+                "the results are about other images, or their predictions differ.", hint="Certify again with --fresh."
+            )
+    columns: dict[ClaimKey, tuple[PublishedRecords, int]] = {}
     for records in parts:
         for at, claim in enumerate(records.claims):
-            seen.setdefault(claim, (records, at))
+            columns.setdefault(claim, (records, at))
 
     def row(index: int) -> PublishedRecord:
-        parts = [(records.rows[index], at) for records, at in seen.values()]
-        certified = tuple(part.certified[at] for part, at in parts)
-        return PublishedRecord(*answers[index], certified, tuple(part.margin[at] for part, at in parts))
+        verdicts = [(records.rows[index], at) for records, at in columns.values()]
+        certified = tuple(one.certified[at] for one, at in verdicts)
+        return PublishedRecord(*answers[index], certified, tuple(one.margin[at] for one, at in verdicts))
 
-    return PublishedRecords(first.model_sha256, first.dataset, first.split, tuple(seen), {index: row(index) for index in answers})
+    rows = {index: row(index) for index in answers}
+    return PublishedRecords(first.model_sha256, first.dataset, first.split, tuple(columns), rows)
 
 
-def check_card(records: PublishedRecords, results: Iterable[Any], where: str, defense: str) -> None:
+def check_card(records: PublishedRecords, results: Iterable[Measured], where: str, defense: str) -> None:
     """Raise :class:`ClaimError` unless every measurement of a card of ``defense`` has counts and arithmetic of its records."""
     for one in results:
-        same = [
-            at
-            for at, claim in enumerate(records.claims)
-            if (parse_threat(claim.threat), claim.method, claim.guarantee)
-            == (parse_threat(one.threat), one.method, one.guarantee)
-        ]
+        same = [at for at, claim in enumerate(records.claims) if claim.same_claim(one.threat, one.method, one.guarantee)]
         if not same or (one.dataset, one.split) != (records.dataset, records.split):
             raise ClaimError(f"'{where}' has no records for {one.threat} ({one.method}) on {one.dataset} {one.split}.")
         known = records.claims[same[0]].arithmetic or former(defense)
         if one.arithmetic and weakest((one.arithmetic, known)) != one.arithmetic:
             raise ClaimError(
-                f"'{where}': {one.threat} ({one.method}) is said to be {one.arithmetic}, but its records are {known}."
+                f"'{where}': {one.threat} ({one.method}) claims to be {one.arithmetic}, but its records are {known}."
             )
         check_counts(records, same[0], one.images, one.clean, one.certified, f"{where}/{PUBLISHED_RECORDS}")

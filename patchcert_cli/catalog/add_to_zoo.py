@@ -59,7 +59,7 @@ def add(
         published=tuple(published) or card.published,
         notes=card.notes if notes is None else notes,
     )
-    _copy(found.folder, zoo / name, Card.from_dict(card.to_dict(), where=name), records)
+    _copy(found.folder, zoo / name, card, card.render(), records)
     return card
 
 
@@ -89,8 +89,8 @@ def _hub(zoo: Path, name: str, made: Mapping[str, File]) -> Hub:
     return Hub(f"patchcert/{name}")
 
 
-def _copy(run: Path, target: Path, card: Card, records: Mapping[str, bytes]) -> None:
-    """Write the model folder, the card last, each file whole or not at all."""
+def _copy(run: Path, target: Path, card: Card, text: str, records: Mapping[str, bytes]) -> None:
+    """Write the model folder, the card's ``text`` last, each file whole or not at all."""
     try:
         target.mkdir(parents=True, exist_ok=True)
         for file in card.files:
@@ -103,5 +103,5 @@ def _copy(run: Path, target: Path, card: Card, records: Mapping[str, bytes]) -> 
                 path.unlink()
     except OSError as problem:
         raise MachineError(f"cannot write '{target}': {problem.strerror or problem}.") from problem
-    write_card(target, card)
+    files.write_atomically(target / files.CARD, text.encode())
     card.verify(target)

@@ -7,8 +7,8 @@ from importlib import import_module
 from pathlib import Path
 
 from patchcert_cli.cards.card import Card
+from patchcert_cli.cards.entries import valid_name
 from patchcert_cli.cards.page import HUB_DATASETS
-from patchcert_cli.cards.records import valid_name
 from patchcert_cli.errors import IntegrityError, UnknownName, UsageError, unknown
 from patchcert_cli.threats import KINDS, parse_threat
 
@@ -64,10 +64,10 @@ def cards(*, dataset: str | None = None, threat: str | None = None, zoo: Path | 
         return found
     if ":" in threat:
         wanted = parse_threat(threat)
-        return {name: one for name, one in found.items() if parse_threat(one.threat) == wanted}
+        return {name: one for name, one in found.items() if one.threat == wanted}
     if threat not in KINDS:
         raise UsageError(f"invalid threat '{threat}'.", hint=f"Use {' or '.join(KINDS)}, or one threat such as patch:5x5.")
-    return {name: one for name, one in found.items() if parse_threat(one.threat).kind == threat}
+    return {name: one for name, one in found.items() if one.threat.kind == threat}
 
 
 def default_model(dataset: str = DEFAULT_DATASET) -> str:

@@ -50,8 +50,8 @@ class Release:
             data = content if isinstance(content, bytes) else content.read_bytes()
             rows[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         claims = [
-            {key: getattr(one, key) for key in ("threat", "method", "guarantee", "images", "clean", "certified")}
-            | {"arithmetic": str(self.card.arithmetic(one))}
+            {key: getattr(one, key) for key in ("method", "images", "clean", "certified")}
+            | {"threat": str(one.threat), "guarantee": str(one.guarantee), "arithmetic": str(self.card.arithmetic(one))}
             for one in self.card.results
         ]
         return {"repo": self.repo, "model": self.card.name, "files": rows, "claims": claims, "evidence": list(self.evidence)}

@@ -91,7 +91,7 @@ class Axis:
             if not any(mine < other or (mine == other and before < at) for before, other in enumerate(sets))
         )
 
-    def pick(self, starts: Sequence[int]) -> Axis:
+    def select(self, starts: Sequence[int]) -> Axis:
         """Only these starts."""
         return Axis(self.cells, tuple(self.touched[start] for start in starts))
 

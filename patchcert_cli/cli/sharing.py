@@ -100,7 +100,7 @@ def _published(text: str, source: str) -> Published:
         raise UsageError(f"--published '{text}'.", hint="Give fractions with 0 <= CERTIFIED <= CLEAN <= 1.")
     if not source:
         raise UsageError("--published needs a source.", hint="Name where the numbers are published with --source.")
-    return Published(str(parse_threat(threat)), clean, certified, source)
+    return Published(parse_threat(threat), clean, certified, source)
 
 
 def push(

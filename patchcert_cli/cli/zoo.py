@@ -55,7 +55,7 @@ def list_(
         typer.echo("no model fits", err=True)
     else:
         for guarantee in Guarantee:  # never in one table
-            rows = [_row(card, where) for card, where in found if card.guarantee == guarantee]
+            rows = [_row(card, where) for card, where in found if card.guarantee is guarantee]
             if rows:
                 if guarantee is not Guarantee.RECOVERY:
                     typer.echo(f"Certified {guarantee}: {guarantee.phrase}.")
@@ -153,8 +153,8 @@ def _summary(card: Card, where: str) -> dict[str, Any]:
         "status": card.status,
         "defense": card.defense,
         "dataset": card.dataset,
-        "threat": card.threat,
-        "guarantee": card.guarantee,
+        "threat": str(card.threat),
+        "guarantee": str(card.guarantee),
         "clean": measured.clean / measured.images if measured else None,
         "certified": measured.certified / measured.images if measured else None,
         "images": measured.images if measured else None,
@@ -173,7 +173,7 @@ def _row(card: Card, where: str) -> list[str]:
     return [
         name,
         card.defense,
-        card.threat,
+        str(card.threat),
         *shares,
         facts["arithmetic"] or NONE,
         file_size(card.size) if card.size else NONE,

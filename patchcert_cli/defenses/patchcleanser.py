@@ -34,6 +34,7 @@ from patchcert_cli.certifiers.masks.masked_predictions import PRECISIONS, Masked
 from patchcert_cli.defenses._base import Augment, Claim, Defense, Options, Surrogate, TrainingStep
 from patchcert_cli.errors import UsageError
 from patchcert_cli.layers import fixed_point, precision
+from patchcert_cli.layers.boxes import box_mask
 from patchcert_cli.layers.levels import Levels
 from patchcert_cli.schema import Count, Fraction, Must, Positive
 from patchcert_cli.threats import Patch, PatchPercent, Threat
@@ -97,14 +98,14 @@ class MaskedSurrogate(Surrogate):
 
     def whole(self, x: Tensor) -> Tensor:
         count = len(self._hidden)
-        images, hidden = x.repeat_interleave(count, dim=0), self._hidden.repeat(len(x), 1, 1)
-        return self._defense.behind(images, hidden).softmax(dim=1).reshape(len(x), count, -1).mean(dim=1)
+        images, occluded = x.repeat_interleave(count, dim=0), self._hidden.repeat(len(x), 1, 1)
+        return self._defense.behind(images, occluded).softmax(dim=1).reshape(len(x), count, -1).mean(dim=1)
 
 
 class PatchCleanser(Defense):
     """Any classifier, images [B, C, H, W] in [0, 1] -> logits [B, K], asked behind masks.
 
-    A network whose attribute ``takes_mask`` is true is also told which pixels are hidden, bool [B, 1, H, W].
+    A network whose attribute ``takes_mask`` is true is also told which pixels are occluded, bool [B, 1, H, W].
 
     Attributes:
         plan: which masks it has.
@@ -154,7 +155,7 @@ class PatchCleanser(Defense):
         self._exact: ExactMaskedPredictor | None = None
         if self.deployed is not None:
             self.precision = {"labels": "exact"}
-        self.register_buffer("masks", self.set.hidden, persistent=False)
+        self.register_buffer("masks", self.set.occluded, persistent=False)
         self.register_buffer("fill", torch.tensor(list(fill), dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
         if len(self.fill) != input_shape[0]:
             raise UsageError(f"a colour of {len(self.fill)} channels does not fit images of {input_shape[0]}.")
@@ -183,9 +184,9 @@ class PatchCleanser(Defense):
         """Logits of the whole image."""
         return self.behind(x, torch.zeros(len(x), *x.shape[2:], dtype=torch.bool, device=x.device))
 
-    def behind(self, x: Tensor, hidden: Tensor) -> Tensor:
+    def behind(self, x: Tensor, occluded: Tensor) -> Tensor:
         """Logits [B, K] of images [B, C, H, W] in which hidden pixels, bool [B, H, W], have the colour of the masks."""
-        return masked_predictions.logits_under_mask(self.network, x, hidden, self.fill)
+        return masked_predictions.logits_under_mask(self.network, x, occluded, self.fill)
 
     def surrogates(self) -> tuple[Surrogate, ...]:
         """Class probabilities behind a few of the masks, and the logits of the whole image."""
@@ -325,56 +326,54 @@ class PatchCleanser(Defense):
         generator = torch.Generator().manual_seed(0)
         with fixed_point.observing(self.network):
             for part in torch.split(x, 250):
-                hidden = self.masks[torch.randint(len(self.masks), (2, len(part)), generator=generator).to(self.masks.device)]
-                self.behind(part, hidden[0] | hidden[1])
+                occluded = self.masks[torch.randint(len(self.masks), (2, len(part)), generator=generator).to(self.masks.device)]
+                self.behind(part, occluded[0] | occluded[1])
                 self.forward(part)
 
     def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:
         """Cross-entropy behind random masks, or behind masks chosen by greedy cutout."""
         options = step.options
         assert isinstance(options, MaskedOptions)
-        hidden = self._random(x, options, step.generator)
+        occluded = self._random(x, options, step.generator)
         if step.progress >= options.greedy_from * step.epochs and options.greedy_share > 0:
             chosen = (torch.rand(len(x), generator=step.generator) < options.greedy_share).nonzero()[:, 0].to(x.device)
-            hidden[chosen] = self._greedy(x[chosen], label[chosen], options, step.generator)
-        return F.cross_entropy(self.behind(x, hidden).float(), label, label_smoothing=options.smoothing)
+            occluded[chosen] = self._greedy(x[chosen], label[chosen], options, step.generator)
+        return F.cross_entropy(self.behind(x, occluded).float(), label, label_smoothing=options.smoothing)
 
     def _random(self, x: Tensor, options: MaskedOptions, generator: torch.Generator) -> Tensor:
         """Random masks wholly inside the images, bool [B, H, W]."""
         shapes = [(side, side) for side in options.sides] or sorted({box[2:] for union in self.set.boxes for box in union})
-        hidden = torch.zeros(len(x), *x.shape[2:], dtype=torch.bool, device=x.device)
+        occluded = torch.zeros(len(x), *x.shape[2:], dtype=torch.bool, device=x.device)
         for _ in range(options.masks):
             drawn = torch.tensor(shapes)[torch.randint(len(shapes), (len(x),), generator=generator)]  # [B, 2]
-            inside = []
-            for axis, length in enumerate(x.shape[2:]):
-                side = drawn[:, axis].clamp(max=length)
-                start = (torch.rand(len(x), generator=generator) * (length - side + 1)).floor()
-                at = torch.arange(length)
-                inside.append(((at >= start[:, None]) & (at < (start + side)[:, None])).to(x.device))
-            hidden |= inside[0][:, :, None] & inside[1][:, None, :]
-        return hidden
+            sides = torch.minimum(drawn, torch.tensor(x.shape[2:]))
+            room = torch.tensor(x.shape[2:]) - sides + 1
+            starts = torch.stack([torch.rand(len(x), generator=generator) for _ in range(2)], dim=1) * room
+            occluded |= box_mask(torch.cat([starts.long(), sides], dim=1), *x.shape[2:]).to(x.device)
+        return occluded
 
     @torch.no_grad()
     def _greedy(self, x: Tensor, label: Tensor, options: MaskedOptions, generator: torch.Generator) -> Tensor:
         """The mask of the highest loss among some, then a second one with the first in place: bool [B, H, W]."""
         masks = self._harder(options.greedy_per_axis)
         count = min(options.candidates or len(masks), len(masks))
-        hidden = torch.zeros(len(x), *x.shape[2:], dtype=torch.bool, device=x.device)
+        occluded = torch.zeros(len(x), *x.shape[2:], dtype=torch.bool, device=x.device)
         training = self.training
         self.eval()  # a sweep leaves no trace in the statistics
         for _ in range(2):
             drawn = torch.rand(len(x), len(masks), generator=generator).argsort(dim=1)[:, :count].to(x.device)  # [B, c]
             losses = [
-                F.cross_entropy(self.behind(x, hidden | masks[drawn[:, at]]).float(), label, reduction="none")
+                F.cross_entropy(self.behind(x, occluded | masks[drawn[:, at]]).float(), label, reduction="none")
                 for at in range(count)
             ]
             worst = torch.stack(losses, dim=1).argmax(dim=1, keepdim=True)
-            hidden = hidden | masks[drawn.gather(1, worst)[:, 0]]
+            occluded = occluded | masks[drawn.gather(1, worst)[:, 0]]
         self.train(training)
-        return hidden
+        return occluded
 
     def _harder(self, per_axis: int) -> Tensor:
         """The masks that cover the same threats with so many along each axis, bool [m, H, W]; for 0 the deployed ones."""
         if not per_axis:
             return self.masks
-        return replace(self.plan, per_axis=per_axis, stride=0, passes=0).masks(*self.input_shape[1:]).hidden.to(self.masks.device)
+        plan = replace(self.plan, per_axis=per_axis, stride=0, passes=0)
+        return plan.masks(*self.input_shape[1:]).occluded.to(self.masks.device)

@@ -1,6 +1,6 @@
 """The certify and attack loops: one record per image, appended as it is made, resumable, with a manifest of what was run.
 
-What a run folder holds: :mod:`patchcert_cli.evaluation.run_folder`.
+The files of a run folder: :mod:`patchcert_cli.evaluation.run_folder`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from patchcert_cli import checkpoint
 from patchcert_cli.attacks import Attack, Start
+from patchcert_cli.cards.results import read_result
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.errors import Interrupted, MachineError, UsageError
 from patchcert_cli.evaluation import results, run_folder
@@ -104,7 +105,8 @@ def attack(
         else:
             alone = [{}] * len(part) if plain is None else [{"plain": one} for one in plain.tolist()]
             named = [{"picture": part.files[i]} if part.files else {} for i in part.index.tolist()]
-            records = [{"index": i} | a | b for i, a, b in zip(part.index.tolist(), named, alone, strict=True)]
+            none: Record = {"claims": []}
+            records = [{"index": i} | a | b | none for i, a, b in zip(part.index.tolist(), named, alone, strict=True)]
         columns = zip(
             part.labels.tolist(),
             outcome.clean_prediction.tolist(),
@@ -144,16 +146,17 @@ def _attacked(
     """What ``result.json`` of an attack holds."""
     records = results.ordered(task, run)
     survived = sum(r["prediction"] == r["label"] and not r["flipped"] for r in records)
-    many = (task, run, records, seconds, resumed)
     return {
-        **(results.certify_result(task, run, seconds, resumed) if join else results.summary(*many)),
+        **results.summary(task, run, records, seconds, resumed),
+        "threat": str(task.threat),
+        "claims": results.claim_rows(task, records) if join else [],
         "method": "attack",
         "guarantee": str(task.model.defense.guarantee),
         "attacked_accuracy": survived / len(records),
         "flipped": sum(r["flipped"] for r in records),
         "queries": sum(r["queries"] for r in records),
         "attack": dict(settings),
-        "broken": [r["index"] for r in records if r.get("certified") and r["flipped"]],
+        "broken": [r["index"] for r in records if r["flipped"] and any(one["certified"] for one in r["claims"])],
     }
 
 
@@ -187,7 +190,7 @@ class _Work:
         self._task, self._run, self._pace, self._progress, self._clock = task, run, pace, progress, clock
         self._most = None if most is None else most[1]  # passes of an image
         self._max, self._began, self._spoke = max_seconds, clock(), clock()
-        self._resumed, self._standing = len(run.records), results.Standing(run.records.values())
+        self._resumed, self._counts = len(run.records), results.RunningCounts(run.records.values())
         self._batch = self._passes = self._all_passes = 0  # images of this batch; passes of this batch, and of all
         self._cold: tuple[float, int] | None = None  # when the first passes were made, which set up much, and how many
 
@@ -196,7 +199,7 @@ class _Work:
         run, task = self._run, self._task
         if self._resumed == len(task.images) and (run.folder / RESULT).exists():
             self._progress.note(f"{run.folder} is complete; --fresh runs it again")
-            return files.read_json(run.folder / RESULT)
+            return read_result(run.folder / RESULT)
         if self._resumed:
             left = len(task.images) - self._resumed
             self._progress.note(f"resuming {run.folder}: {self._resumed} images done, {left} left")
@@ -240,7 +243,7 @@ class _Work:
                 continue
             run.append(records)
             self._pace.took(len(part), self._clock() - began, self._passes)
-            self._standing.add(records)
+            self._counts.add(records)
             at += len(part)
             self._tell()
 
@@ -249,7 +252,7 @@ class _Work:
 
     def _tell(self, more: str = "") -> None:
         self._spoke = self._clock()
-        self._progress.update(len(self._run.records), len(self._task.images), f"{self._standing}{more}")
+        self._progress.update(len(self._run.records), len(self._task.images), f"{self._counts}{more}")
 
     def _heard(self, count: int) -> None:
         """Passes were made: show them now and then, and stop where the time is up."""

@@ -201,7 +201,7 @@ class WrappedClassifier(ModelSource):
         self.classifier, self.request, self.kind = classifier, request, request.defense
         self.note, self.names = classifier.note, classifier.names
         self.name = card.name if card else classifier.name
-        self.threat, self.dataset = (card.threat, card.dataset) if card else ("", "")
+        self.threat, self.dataset = (str(card.threat), card.dataset) if card else ("", "")
 
     @property
     def channels(self) -> int:

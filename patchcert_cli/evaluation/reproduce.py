@@ -18,9 +18,10 @@ from torch import Tensor
 from patchcert_cli.arithmetic import weakest
 from patchcert_cli.attacks import Attack
 from patchcert_cli.cards.published import PublishedRecord, PublishedRecords
+from patchcert_cli.cards.results import read_records
 from patchcert_cli.defenses import Claim
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError
-from patchcert_cli.evaluation import evaluate, results
+from patchcert_cli.evaluation import evaluate
 from patchcert_cli.evaluation.run_folder import Record
 from patchcert_cli.evaluation.task import EvaluationTask
 from patchcert_cli.progress import Progress
@@ -48,7 +49,7 @@ def reproduce(
         IntegrityError: the published records are about other weights.
         DataError: they do not speak of this threat, this data set or these images: nothing was claimed.
     """
-    at = published.position(str(task.threat), guarantee=str(task.model.defense.guarantee))
+    at = published.position(task.threat, guarantee=task.model.defense.guarantee)
     method = published.claims[at].method
     known = method in task.model.defense.methods  # else it is what the defense calls its best
     task = replace(task, claims=(Claim(task.threat, method if known else None),))
@@ -66,9 +67,11 @@ def reproduce(
     if missing:
         raise DataError(f"the published records lack {len(missing)} of the images (indices {shown(missing)}).")
     certified = evaluate.certify(task, folder / "certify", fresh=fresh, progress=progress)
-    records = results.read_records(folder / "certify" / files.RECORDS)
+    records = read_records(folder / "certify" / files.RECORDS)
+    verdicts = {record["index"]: record["claims"][0]["certified"] for record in records}
+    arithmetic = certified["claims"][0]["arithmetic"]
     different = [row for row in (difference(published.rows[r["index"]], at, r) for r in records) if row]
-    held = [r["index"] for r in records if r["certified"] and r["prediction"] == r["label"]]
+    held = [r["index"] for r in records if verdicts[r["index"]] and r["prediction"] == r["label"]]
     said = published.claims[at].arithmetic
     outcome: dict[str, Any] = {
         "model": task.model.name,
@@ -81,9 +84,9 @@ def reproduce(
         "agree": len(records) - len(different),
         "false_share_at_most": bound(len(records)) if not different else None,
         "different": different,
-        "arithmetic": certified["arithmetic"],
-        "published_arithmetic": said,
-        "overstated": bool(said) and weakest((said, certified["arithmetic"])) != said,
+        "arithmetic": arithmetic,
+        "published_arithmetic": str(said or ""),
+        "overstated": said is not None and weakest((said, arithmetic)) != said,
         "certified": len(held),
         "attacked": 0,
         "broken": [],
@@ -109,7 +112,7 @@ def among(indices: Sequence[int], held: Sequence[int], limit: int | None) -> Ten
 def difference(row: PublishedRecord, at: int, record: Record) -> dict[str, Any] | None:
     """What a new record says otherwise than the published one, or None if they agree."""
     published = {"label": row.label, "prediction": row.prediction, "certified": row.certified[at]}
-    found = {name: record[name] for name in published}
+    found = {"label": record["label"], "prediction": record["prediction"], "certified": record["claims"][0]["certified"]}
     if found == published:
         return None
     return {"index": record["index"], "published": published, "found": found}

@@ -1,13 +1,11 @@
 """From certificates to records, and from records to a result: plain values, one row for each claim.
 
-A record has the fields of :data:`VERDICT` itself if the task has one claim, else a list of them under ``claims``; so has the
-result with the fields of a row.
+The format of both: :mod:`patchcert_cli.cards.results`.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from patchcert_cli.arithmetic import former, weakest
 from patchcert_cli.attacks import AttackResult
+from patchcert_cli.cards.results import FORMAT, VERDICT
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee, Tally
 from patchcert_cli.data.images import Images
 from patchcert_cli.errors import ClaimError
@@ -25,16 +24,12 @@ from patchcert_cli.evaluation.task import EvaluationTask
 from patchcert_cli.storage import files
 from patchcert_cli.version import __version__
 
-VERDICT = ("certified", "margin", "worst", "rival", "method", "arithmetic")
-
 
 def certify_records(part: Images, certificates: Sequence[Certificate], plain: Tensor | None = None) -> Iterable[Record]:
-    """One record per image: index, label, prediction, and for each claim the fields of :data:`VERDICT`.
+    """One record per image: index, label, prediction, and under ``claims`` for each claim the fields of :data:`VERDICT`.
 
-    A picture of a folder is named by its path in it, ``picture``.
-
-    Where the proof counts them, ``passes`` is how often the network was asked for all claims together. Of a plain classifier,
-    ``plain`` is what it says without the defense, int64 [B].
+    An image from a folder is named by its path there (``picture``). Where the proof counts them, ``passes`` is the number of
+    forward passes for all claims together. ``plain``, int64 [B], are the answers of a plain classifier without the defense.
     """
     columns = [list(_verdicts(certificate)) for certificate in certificates]
     predictions = certificates[0].prediction.tolist()
@@ -50,8 +45,7 @@ def certify_records(part: Images, certificates: Sequence[Certificate], plain: Te
             record["passes"] = passes[position]
         if certificates[0].plain is not None:
             record["whole"] = int(certificates[0].plain[position])
-        verdicts = [column[position] for column in columns]
-        yield {**record, **verdicts[0]} if len(verdicts) == 1 else {**record, "claims": verdicts}
+        yield {**record, "claims": [column[position] for column in columns]}
 
 
 def _verdicts(certificate: Certificate) -> Iterable[dict[str, Any]]:
@@ -59,12 +53,12 @@ def _verdicts(certificate: Certificate) -> Iterable[dict[str, Any]]:
     same = (certificate.method, str(certificate.arithmetic))
     between = None if certificate.thresholds is None else certificate.thresholds.tolist()
     for at, values in enumerate(zip(*(part.tolist() for part in parts), strict=True)):
-        found = dict(zip(VERDICT, (*values, *same), strict=True))
+        found = dict(zip(VERDICT, (*values, *same), strict=False))  # thresholds are of detection
         yield found if between is None else found | {"thresholds": between[at]}
 
 
-class Standing:
-    """Clean and certified accuracy of the first claim, counted record by record as they are made."""
+class RunningCounts:
+    """Clean and certified accuracy of the first claim, counted as the records are made."""
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self.images = self.right = 0
@@ -72,12 +66,11 @@ class Standing:
         self.add(records)
 
     def add(self, records: Iterable[Record]) -> None:
-        """Count some more."""
+        """Count more records."""
         for record in records:
-            first = record["claims"][0] if "claims" in record else record
             right = record["prediction"] == record["label"]
             self.images, self.right = self.images + 1, self.right + right
-            if "certified" in first:
+            for first in record["claims"][:1]:
                 self.certified = (self.certified or 0) + bool(first["certified"] and right)
 
     def __str__(self) -> str:
@@ -85,11 +78,6 @@ class Standing:
             return "no image yet"
         text = f"clean {self.right / self.images:.2%}"
         return text if self.certified is None else f"{text}, certified {self.certified / self.images:.2%}"
-
-
-def read_records(path: Path) -> list[Record]:
-    """The records of a run folder, in the order in which they were made."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def ordered(task: EvaluationTask, run: Run) -> list[Record]:
@@ -102,17 +90,14 @@ def ordered(task: EvaluationTask, run: Run) -> list[Record]:
 def certify_result(task: EvaluationTask, run: Run, seconds: float, resumed: int) -> dict[str, Any]:
     """What ``result.json`` of a certify run holds."""
     records = ordered(task, run)
-    if len(task.claims) == 1:
-        return summary(task, run, records, seconds, resumed) | _row(task, records, 0)
-    common = summary(task, run, records, seconds, resumed)
-    del common["threat"]
-    return common | {"claims": [_row(task, records, at) for at in range(len(task.claims))]}
+    return summary(task, run, records, seconds, resumed) | {"claims": claim_rows(task, records)}
 
 
 def summary(task: EvaluationTask, run: Run, records: Sequence[Record], seconds: float, resumed: int) -> dict[str, Any]:
-    """What every evaluation says of itself; ``counts`` has only the clean ones."""
+    """The fields that all evaluations have; ``counts`` has only the clean ones."""
     clean = sum(r["prediction"] == r["label"] for r in records)
     return {
+        "format": FORMAT,
         "model": task.model.name,
         "model_sha256": task.model.sha256,
         "model_source": task.model.source,
@@ -122,7 +107,6 @@ def summary(task: EvaluationTask, run: Run, records: Sequence[Record], seconds: 
         "data_source": task.images.source,
         "images": len(records),
         "full_split": len(records) == task.total,
-        "threat": str(task.threat),
         "clean_accuracy": clean / max(len(records), 1),
         "counts": {"clean": clean},
         **_plain(task, records),
@@ -139,16 +123,20 @@ def summary(task: EvaluationTask, run: Run, records: Sequence[Record], seconds: 
 
 
 def _plain(task: EvaluationTask, records: Sequence[Record]) -> dict[str, Any]:
-    """What a plain classifier gets right without the defense, and what is put in front of it; nothing for other models."""
+    """What a plain classifier gets right without the defense, and the defense around it; nothing for other models."""
     if not task.model.in_front or not all("plain" in r for r in records):
         return {}
     right = sum(r["plain"] == r["label"] for r in records)
     return {"in_front": task.model.in_front, "plain_accuracy": right / max(len(records), 1), "plain_right": right}
 
 
+def claim_rows(task: EvaluationTask, records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Each claim over all images."""
+    return [_row(task, records, at) for at in range(len(task.claims))]
+
+
 def _row(task: EvaluationTask, records: Sequence[Record], at: int) -> dict[str, Any]:
-    """One claim over all images."""
-    verdicts = [r["claims"][at] if "claims" in r else r for r in records]
+    verdicts = [record["claims"][at] for record in records]
     tally = certified_tally(records, verdicts)
     return {
         "threat": str(task.claims[at].threat),
@@ -177,7 +165,7 @@ def _compared(task: EvaluationTask, records: Sequence[Record], verdicts: Sequenc
 
 
 def _alarms(task: EvaluationTask, records: Sequence[Record]) -> dict[str, int]:
-    """How many images raise an alarm unattacked, if the defense can."""
+    """How many images raise an alarm without an attack, for a defense of detection."""
     detects = task.model.defense.guarantee is Guarantee.DETECTION
     return {"alarms": sum(r["prediction"] == ALERT for r in records)} if detects else {}
 
@@ -192,7 +180,7 @@ def certified_tally(records: Sequence[Record], verdicts: Sequence[Record]) -> Ta
 
 
 def judged(outcome: AttackResult, inside: bool) -> Iterable[Record]:
-    """For each image what became of the tries of an attack that judges each of them, and the same of a classifier ``inside``."""
+    """For each image the outcomes of an attack that judges each of its tries; with ``inside`` also for the plain classifier."""
     for (tries, changed, altered), plain in zip(outcome.judged.tolist(), outcome.plain.tolist(), strict=True):
         yield {"tries": tries, "changed": changed} | ({"plain_changed": altered, "plain": plain} if inside else {})
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from patchcert_cli.cards.results import FORMAT, current_record
 from patchcert_cli.errors import IntegrityError, MachineError, UsageError
 from patchcert_cli.storage import files, locks
 from patchcert_cli.storage.files import MANIFEST, RECORDS
@@ -86,6 +87,7 @@ class Run:
                 folder / MANIFEST,
                 {
                     **identity,
+                    "format": FORMAT,
                     **({} if answers is None else {"answers": answers}),
                     "device": device,
                     "versions": {"patchcert": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
@@ -131,7 +133,7 @@ class Run:
         if len(whole) < len(content):
             files.write_atomically(path, whole)
         try:
-            lines = [json.loads(line) for line in whole.splitlines()]
+            lines = [current_record(json.loads(line)) for line in whole.splitlines()]
             return {int(line["index"]): line for line in lines}
         except (ValueError, TypeError, LookupError) as problem:
             raise IntegrityError(f"'{path}' is damaged: {problem!r}.", hint="Use --fresh to start over.") from problem

@@ -77,7 +77,7 @@ def certify(
             "certified": bool(certificate.certified[0]),
             "margin": float(certificate.margin[0]),
             "worst": certificate.worst[0].tolist(),
-            "rival": _called(defense, int(certificate.rival[0])),
+            "runner_up": _called(defense, int(certificate.rival[0])),
         }
         for certificate in certificates
     ]

@@ -100,7 +100,7 @@ class Levels(nn.Module):
         levels: one after the other.
         head: exact, in float64, of the largest values over all positions.
         channels: of what the first level is given; hidden pixels may be one of them.
-        takes_mask: whether the last of the image's channels says what is hidden, 255 for hidden.
+        takes_mask: whether the last of the image's channels says what is occluded, 255 for occluded.
         mirrored: whether logits are those of the image and of the mirrored image together.
     """
 
@@ -114,24 +114,24 @@ class Levels(nn.Module):
         """The levels."""
         return cast(list[Level], list(self.levels))
 
-    def pixels(self, steps: Tensor, hidden: Tensor | None = None) -> Tensor:
+    def pixels(self, steps: Tensor, occluded: Tensor | None = None) -> Tensor:
         """What the first level is given: uint8 [n, C, H, W], channels last, spare channels 0.
 
         Args:
             steps: whole numbers 0 to 255 of any type, [n, C', H, W], hidden pixels already filled.
-            hidden: bool [n, H, W].
+            occluded: bool [n, H, W].
         """
         n, own, height, width = steps.shape
         made = torch.zeros(n, height, width, self.channels, dtype=torch.uint8, device=steps.device)
         made[..., :own] = steps.to(torch.uint8).permute(0, 2, 3, 1)
-        if self.takes_mask and hidden is not None:
-            made[..., own] = hidden.to(torch.uint8) * 255
+        if self.takes_mask and occluded is not None:
+            made[..., own] = occluded.to(torch.uint8) * 255
         return made.permute(0, 3, 1, 2)
 
-    def forward(self, steps: Tensor, hidden: Tensor | None = None) -> Tensor:
-        features = self.features(self.pixels(steps, hidden))
+    def forward(self, steps: Tensor, occluded: Tensor | None = None) -> Tensor:
+        features = self.features(self.pixels(steps, occluded))
         if self.mirrored:
-            features = features + self.features(self.pixels(steps.flip(3), None if hidden is None else hidden.flip(2)))
+            features = features + self.features(self.pixels(steps.flip(3), None if occluded is None else occluded.flip(2)))
         return self.logits(features)
 
     def features(self, q: Tensor, since: int = 0) -> Tensor:

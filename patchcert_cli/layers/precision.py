@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from patchcert_cli.errors import MachineError, UsageError
 
@@ -96,3 +96,8 @@ def frozen(network: nn.Module) -> nn.Module:
             f"the network cannot be copied ({type(problem).__name__}: {said}).",
             hint="Call its eval() first.",
         ) from problem
+
+
+def first_largest(scores: Tensor) -> Tensor:
+    """The class of the largest of scores [B, K], the lowest index among equals: int64 [B]. Deployed answers are decided so."""
+    return (scores == scores.amax(dim=1, keepdim=True)).int().argmax(dim=1)

@@ -87,7 +87,7 @@ class MaskedNetwork(nn.Module):
     """[B, C, H, W] in [0, 1], its hidden pixels already filled, -> logits [B, K].
 
     Attributes:
-        takes_mask: whether it is also told which pixels are hidden, bool [B, 1, H, W], as a second argument.
+        takes_mask: whether it is also told which pixels are occluded, bool [B, 1, H, W], as a second argument.
         mirrored: whether its logits, except in training, are the mean of those of the image and of the mirrored image.
         most: activations of its largest layer per image.
     """
@@ -127,17 +127,17 @@ class MaskedNetwork(nn.Module):
         widths = [self.stem.out_channels, *(stage.first.out_channels for stage in cast(list[Stage], list(self.stages)))]
         return f"masked CNN {'-'.join(map(str, widths))}"
 
-    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
-        logits = self._logits(x, hidden)
+    def forward(self, x: Tensor, occluded: Tensor | None = None) -> Tensor:
+        logits = self._logits(x, occluded)
         if not self.mirrored or self.training:
             return logits
-        return (logits + self._logits(x.flip(3), None if hidden is None else hidden.flip(3))) / 2
+        return (logits + self._logits(x.flip(3), None if occluded is None else occluded.flip(3))) / 2
 
-    def _logits(self, x: Tensor, hidden: Tensor | None) -> Tensor:
+    def _logits(self, x: Tensor, occluded: Tensor | None) -> Tensor:
         v = self.normalize(x).contiguous(memory_format=torch.channels_last)
         if self.takes_mask:
-            assert hidden is not None, "this network is to be told what is hidden"
-            v = torch.cat([v, hidden.to(v)], dim=1)
+            assert occluded is not None, "this network is to be told what is hidden"
+            v = torch.cat([v, occluded.to(v)], dim=1)
         v = self.gelu(self.stem(v))
         v = self.stages(v if self.grid is None else self.grid(v))
         return cast(Tensor, self.head(v.amax(dim=(2, 3)) / HEAD))

@@ -45,7 +45,7 @@ def certify_rows(result: dict[str, Any]) -> Rows:
         *_alarms(claims[0]),
     ]
     if len(claims) == 1:
-        rows.insert(2, ("threat", f"{result['threat']}, {ANYWHERE}"))
+        rows.insert(2, ("threat", f"{claims[0]['threat']}, {ANYWHERE}"))
         proof = PROOFS.get(claims[0]["method"], claims[0]["method"])
         rows += [("certified", _certified(claims[0])), ("guarantee", f"{_promised(claims[0])}, proof: {proof}")]
     else:
@@ -70,8 +70,8 @@ def _plain(result: dict[str, Any]) -> Rows:
 
 
 def compared(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The counts of the first claim under other thresholds of certified detection, a row each; empty if none were computed."""
-    first = result.get("claims", [result])[0]
+    """What other thresholds of certified detection would give, a row each, for the first claim; empty if nobody asked."""
+    first = result["claims"][0]
     return [{**one, "images": result["images"], "threat": first["threat"]} for one in first.get("thresholds", [])]
 
 
@@ -115,7 +115,7 @@ def claim_list(result: dict[str, Any]) -> list[dict[str, Any]]:
             "images": result["images"],
             **claim["counts"],
         }
-        for claim in result.get("claims", [result])
+        for claim in result["claims"]
     ]
 
 
@@ -156,7 +156,7 @@ def single_rows(result: dict[str, Any]) -> Rows:
         top, left, height, width = claim["worst"]
         without = " without an alarm" if claim["guarantee"] == "detection" else ""
         verdict = f"certified: no such change alters the prediction{without}" if claim["certified"] else "not certified"
-        place = f"weakest at row {top}, column {left} ({height}x{width}), towards {claim['rival']}"
+        place = f"weakest at row {top}, column {left} ({height}x{width}), towards {claim['runner_up']}"
         rows.append((f"{claim['threat']}, {claim['method']}", f"{verdict}; margin {claim['margin']:g}, {place}"))
     rows.append(_arithmetic(claim["arithmetic"] for claim in result["claims"]))
     if "map" in result:
@@ -198,10 +198,10 @@ def attack_rows(result: dict[str, Any]) -> Rows:
     ]
     if "pasted" in result:
         rows += _pasted(result["pasted"])
-    if "certified_accuracy" in result:
-        rows.append(("certified", share(counts["certified"], images)))
+    for claim in result["claims"]:
+        rows.append(("certified", share(claim["counts"]["certified"], images)))
         rows.append(("verdict", f"{len(result['broken'])} certified images flipped"))
-        rows.append(_arithmetic([result.get("arithmetic") or former(result["defense"])]))
+        rows.append(_arithmetic([claim.get("arithmetic") or former(result["defense"])]))
     if result.get("left"):
         of = images + result["left"]
         rows.append(("left", f"{result['left']} of {of} images: the time was up; the same command goes on with them"))

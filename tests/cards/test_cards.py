@@ -17,6 +17,7 @@ from patchcert_cli.cards import Card, Hub, Published, valid_name
 from patchcert_cli.catalog import bundled
 from patchcert_cli.errors import IntegrityError, UnknownName, UsageError
 from patchcert_cli.storage import files
+from patchcert_cli.threats import Patch, parse_threat
 
 BUNDLED = bundled.folder()
 
@@ -44,7 +45,12 @@ def test_every_field_differs_from_its_default_in_some_round_trip(tmp_path: Path)
     run = make_run(tmp_path / "run")
     unreliable = replace(run, status="unreliable", reason="an attack broke it", notes="One.\n\n---\n\nTwo: 'quoted' # é", seed=3)
     recipe_only = replace(
-        run, status="recipe only", files={}, trained=None, validation=None, published=(Published("sparse:4", 1.0, 0, "t"),)
+        run,
+        status="recipe only",
+        files={},
+        trained=None,
+        validation=None,
+        published=(Published(parse_threat("sparse:4"), 1.0, 0, "t"),),
     )
     detection = replace(
         run,
@@ -66,7 +72,7 @@ def test_any_text_reads_back_exactly(notes: str, command: str) -> None:
         "ibp",
         "MLP",
         "mnist",
-        "patch:5x5",
+        Patch(5, 5),
         "train[1]",
         0,
         {"x": [1.5, None, True]},
@@ -135,7 +141,6 @@ def test_every_problem_is_listed_at_once(card: Card) -> None:
     expected = [
         "color is not a known entry",
         "name is '../x', not lower-case letters, digits, '-' and '.'",
-        "threat is 'patch', not a threat such as patch:5x5 or sparse:10",
         "seed is '3', not a whole number",
         "license is missing",
         "hub.revision is 'main', not a commit of 40 hex digits",
@@ -146,7 +151,8 @@ def test_every_problem_is_listed_at_once(card: Card) -> None:
         "published[0].clean is 92.0, not a fraction in [0, 1]",
         "recipe.learning_rate is '1e-3', a number written as text",
     ]
-    assert sorted(problems) == sorted(expected)
+    (threat,) = [problem for problem in problems if problem.startswith("threat is 'patch': ")]
+    assert sorted(problems) == sorted([threat, *expected])
 
 
 @pytest.mark.parametrize(
@@ -161,7 +167,7 @@ def test_every_problem_is_listed_at_once(card: Card) -> None:
         ({"files": {"weights.pt": {"sha256": "0" * 64, "size": 1}}}, "'weights.pt' is not records.jsonl.gz or a plain name"),
         ({"files": 3}, "files is 3, not a table"),
         ({"seed": True}, "seed is True, not a whole number"),
-        ({"seed": 4}, "recipe.seed is 3, but the card says 4"),
+        ({"seed": 4}, "recipe.seed is 3, but the card has 4"),
         ({"recipe": {"when": __import__("datetime").date(2026, 1, 1)}}, "recipe.when is datetime.date(2026, 1, 1), not plain"),
         ({"split": "train"}, "split is 'train', not a split and how many"),
         ({"trained__seconds": float("nan")}, "trained.seconds is nan, not a number"),
@@ -280,9 +286,9 @@ def test_defaults() -> None:
 
 
 def test_a_measurement_is_found_by_what_its_threat_means(card: Card) -> None:
-    found = card.result("patch:2"), card.report()
+    found = card.result(Patch(2, 2)), card.report()
     assert found == (card.results[0], card.published[0])
-    assert card.result("patch:9x9") is None
+    assert card.result(Patch(9, 9)) is None
 
 
 def folders() -> list[str]:

@@ -79,7 +79,7 @@ def test_a_sample_stands_on_the_card_and_on_no_board(place: Path) -> None:
     assert card.public and not card.results and len(card.samples) == 2 and Card.from_text(card.render()) == card
     result = files.read_json(place / "out" / "result.json")
     for one, claim in zip(card.samples, result["claims"], strict=True):
-        assert (one.images, one.clean, one.threat) == (20, result["counts"]["clean"], claim["threat"])
+        assert (one.images, one.clean, str(one.threat)) == (20, result["counts"]["clean"], claim["threat"])
         assert (one.certified, one.records, one.pictures) == (claim["counts"]["certified"], "sample-1.jsonl.gz", WORDS)
     card.verify(folder)
     claims.check_samples(card, folder)

@@ -16,6 +16,7 @@ from patchcert_cli.cards import Card, Published
 from patchcert_cli.catalog import add_to_zoo, bundled, resolve
 from patchcert_cli.errors import ClaimError, IntegrityError, PatchcertError, UnknownName, UsageError
 from patchcert_cli.storage import files
+from patchcert_cli.threats import Patch
 
 NAME = "small-ibp-p2"
 
@@ -191,7 +192,7 @@ def test_without_a_bundled_copy_an_unreachable_hub_is_an_error(tmp_path: Path) -
 
 
 def test_add_makes_a_measured_zoo_model(run: Path, tmp_path: Path) -> None:
-    report = Published("patch:2x2", 0.92, 0.604, "table 1")
+    report = Published(Patch(2, 2), 0.92, 0.604, "table 1")
     card = add_to_zoo.add(run, "mnist-small", given(tmp_path, run), published=[report], to=tmp_path / "new")
     assert bundled.cards(zoo=tmp_path / "new") == {"mnist-small": card}
     assert (card.status, card.hub.repo, card.published) == ("measured", "patchcert/mnist-small", (report,))

@@ -23,7 +23,7 @@ def certified_again(name: str, count: int | None) -> tuple[data.Images, Certific
     result = card.result()
     assert result is not None
     images = data.load(card.dataset, "test").limit(count, 1)
-    defense, threat = patchcert_cli.load(name), patchcert_cli.parse_threat(result.threat)
+    defense, threat = patchcert_cli.load(name), result.threat
     method = result.method if result.method in defense.methods else None  # what only names the family of the proof
     parts = [defense.certify(data.to_float(part), threat, method) for part in images.pixels.split(500)]
     return images, Certificate.cat(parts), result
@@ -54,7 +54,7 @@ def test_the_whole_split_gives_the_counts_of_the_card(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_attack_breaks_no_certificate(name: str) -> None:
     card = bundled.card(name)
-    threat, defense = patchcert_cli.parse_threat(card.threat), patchcert_cli.load(name)
+    threat, defense = card.threat, patchcert_cli.load(name)
     images = data.load(card.dataset, "test").limit(DEAR.get(card.defense, 6), 2)
     x = data.to_float(images.pixels)
     from patchcert_cli import attacks

@@ -306,7 +306,7 @@ def test_chunks_and_summation_change_nothing(name: str, value: int, monkeypatch:
 def test_box_sums_equal_loops() -> None:
     for rows, columns in [*SLIDING, *BANDS, (Line(20, 1, 2, 3), Line(4, 1, 1, 3))]:
         given = ballots.draw(rows, columns, classes=2, count=3, seed=0, heaviest=3)
-        found = additive.box_sums(given.scores.float(), rows.axis(), columns.axis()).flatten(2)
+        found = additive.location_sums(given.scores.float(), rows.axis(), columns.axis()).flatten(2)
         for location, cells in enumerate(given.locations()):
             slow = sum((given.scores[:, :, row, column] for row, column in cells), torch.zeros(3, 2))
             assert torch.equal(found[:, :, location], slow)

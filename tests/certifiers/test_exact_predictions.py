@@ -25,7 +25,7 @@ def views(cover: str = "patch:3x3", seed: int = 0, **options: Any) -> tuple[Exac
     """A network behind masks, and a few images."""
     shape = options.get("input_shape", (3, 16, 16))
     frozen: Any = fixed_point.freeze(network(seed, **options))
-    masks = MaskSpec((cover,), per_axis=3).masks(*shape[1:]).hidden
+    masks = MaskSpec((cover,), per_axis=3).masks(*shape[1:]).occluded
     return ExactMaskedPredictor(frozen, masks, FILL[: shape[0]]), images(shape, 3)
 
 
@@ -57,9 +57,9 @@ def test_every_pair_has_the_bits_of_the_whole_network(
     assert partial_levels == (0 if worth == 0 else len(through.network.each)) or worth == 0.7
     image, first, second = every(len(x), len(through.masks))
     found = through.for_images(x).logits(image, first, second)
-    hidden = through.masks[first] | through.masks[second]
-    steps = torch.where(hidden[:, None], through.fill, fixed_point.to_steps(x)[image])
-    assert torch.equal(found, slowly(through.network, steps, hidden))
+    occluded = through.masks[first] | through.masks[second]
+    steps = torch.where(occluded[:, None], through.fill, fixed_point.to_steps(x)[image])
+    assert torch.equal(found, slowly(through.network, steps, occluded))
     assert len(found) == len(x) * len(through.masks) ** 2
 
 
@@ -96,7 +96,7 @@ def test_answers_are_sorted_logits() -> None:
 def test_zones_are_where_a_hidden_pixel_is_felt() -> None:
     """By NaN: what a pixel reaches in a chain of convolutions and poolings of the same shapes."""
     frozen: Any = fixed_point.freeze(network(kernel=3))
-    masks = MaskSpec(("patch:3x3",), per_axis=3).masks(16, 16).hidden
+    masks = MaskSpec(("patch:3x3",), per_axis=3).masks(16, 16).occluded
     affected = masks
     for level in frozen.each:
         marked = torch.where(affected[:, None], torch.nan, 1.0)
@@ -140,9 +140,9 @@ def test_a_wrong_zone_is_caught(broken: str, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(MaskInfluence, "_read_index", seen)
     image, first, second = every(len(x), len(through.masks))
     found = through.for_images(x).logits(image, first, second)
-    hidden = through.masks[first] | through.masks[second]
-    steps = torch.where(hidden[:, None], through.fill, fixed_point.to_steps(x)[image])
-    assert not torch.equal(found, through.network(steps, hidden))
+    occluded = through.masks[first] | through.masks[second]
+    steps = torch.where(occluded[:, None], through.fill, fixed_point.to_steps(x)[image])
+    assert not torch.equal(found, through.network(steps, occluded))
 
 
 def test_the_self_test_finds_a_backend_that_is_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def test_boxes_save_most_of_the_early_levels() -> None:
     """What makes sharing pay: of the first maps of the network of the zoo, masks have hardly anything in common_boxes."""
     frozen: Any = fixed_point.freeze(network(input_shape=(3, 32, 32), widths=[8, 8, 8]))
     assert isinstance(frozen, Levels)
-    masks = MaskSpec(("patch:5x5",), per_axis=7).masks(32, 32).hidden
+    masks = MaskSpec(("patch:5x5",), per_axis=7).masks(32, 32).occluded
     influences = MaskInfluence(frozen, masks)
     shares = [
         float((boxes[..., 2] * boxes[..., 3]).double().mean()) / affected[0].numel()

@@ -125,12 +125,12 @@ def test_reach_bounds_every_change(name: str) -> None:
     split, x = Split.of(net, shape[0]), images(shape, 6).double()
     for threat in (Sparse(2), Sparse(3, "value")):
         low, high = sparse_box(split, x, threat)
-        reach = first_layer.sparse_reach(split, shape, threat)
+        reach = first_layer.sparse_max_change(split, shape, threat)
         assert bool((torch.maximum(high - split.clean(x), split.clean(x) - low) <= reach + 1e-11).all())
     for patch in (Patch(1, 1), Patch(2, 2), Patch(*shape[1:])) if isinstance(split.first, nn.Linear) else ():
         changed = x.clone()
         changed[:, :, : patch.height, : patch.width] = 1 - changed[:, :, : patch.height, : patch.width]
-        reach = first_layer.patch_reach(split, shape, patch)
+        reach = first_layer.patch_max_change(split, shape, patch)
         assert bool(((split.clean(changed) - split.clean(x)).abs() <= reach + 1e-11).all())
 
 
@@ -146,7 +146,7 @@ def test_split_cuts_behind_the_first_weighted_layer() -> None:
 
 def network_layers(split: Split) -> list[nn.Module]:
     assert split.first is not None
-    return [*split.before, split.first, *split.rest]
+    return [*split.before, split.first, *split.tail]
 
 
 def test_grouped_first_convolutions_are_refused() -> None:
@@ -168,12 +168,12 @@ def test_few_visits_look_at_the_largest_weights_only() -> None:
     exact_up, exact_down = largest_gains(weight, x, 3)
     kept = weight.abs()[:, 0].argsort(dim=1, descending=True)[:, :10]
     few = torch.zeros_like(weight).scatter(2, kept[:, None], weight.gather(2, kept[:, None]))
-    up, down = largest_gains(weight, x, 3, visits=10)
+    up, down = largest_gains(weight, x, 3, topk_limit=10)
     expected_up, expected_down = largest_gains(few, x, 3)
     assert torch.allclose(up, expected_up)
     assert torch.allclose(down, expected_down)
     assert bool((up <= exact_up + 1e-6).all()) and bool((down <= exact_down + 1e-6).all())
-    assert all(torch.equal(a, b) for a, b in zip(largest_gains(weight, x, 3, visits=40), (exact_up, exact_down), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(largest_gains(weight, x, 3, topk_limit=40), (exact_up, exact_down), strict=True))
     weight.requires_grad_()
-    (gradient,) = torch.autograd.grad(sum(part.sum() for part in largest_gains(weight, x, 3, visits=10)), weight)
+    (gradient,) = torch.autograd.grad(sum(part.sum() for part in largest_gains(weight, x, 3, topk_limit=10)), weight)
     assert int((gradient != 0).sum(dim=2).max()) <= 10

@@ -140,7 +140,7 @@ def test_distinct_starts_keep_every_largest_set_once() -> None:
         for one, other in product(kept, repeat=2):
             assert one == other or not sets[one] <= sets[other], "one too many"
         assert all(sets.index(sets[start]) == start for start in kept), "not the first of equals"
-        assert axis.pick(kept).touched == tuple(axis.touched[start] for start in kept)
+        assert axis.select(kept).touched == tuple(axis.touched[start] for start in kept)
         dropped += len(sets) - len(kept)
     assert dropped > 100
 

@@ -201,7 +201,7 @@ def misses(masks: MaskSet, patch: Patch) -> list[tuple[int, int]]:
     return [
         (top, left)
         for top, left in product(range(masks.height - patch.height + 1), range(masks.width - patch.width + 1))
-        if not any(bool(hidden[top : top + patch.height, left : left + patch.width].all()) for hidden in masks.hidden)
+        if not any(bool(occluded[top : top + patch.height, left : left + patch.width].all()) for occluded in masks.occluded)
     ]
 
 

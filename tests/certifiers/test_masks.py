@@ -21,7 +21,7 @@ def pixels(top: int, left: int, rows: int, columns: int) -> Pixels:
     return {(top + i, left + j) for i in range(rows) for j in range(columns)}
 
 
-def hidden(made: MaskSet) -> list[Pixels]:
+def occluded(made: MaskSet) -> list[Pixels]:
     return [set().union(*(pixels(*box) for box in union)) for union in made.boxes]
 
 
@@ -32,7 +32,7 @@ def places(threat: Threat, height: int, width: int) -> list[Pixels]:
 
 
 def covered(made: MaskSet, threat: Threat) -> bool:
-    found = hidden(made)
+    found = occluded(made)
     return all(any(place <= mask for mask in found) for place in places(threat, made.height, made.width))
 
 
@@ -119,8 +119,8 @@ THREATS = (
 @pytest.mark.parametrize("size", [(5, 5), (4, 6)], ids=str)
 def test_covers_are_those_of_loops_over_places(plan: MaskSpec, size: tuple[int, int]) -> None:
     made = plan.masks(*size)
-    found = hidden(made)
-    assert [set(map(tuple, one.nonzero().tolist())) for one in made.hidden] == found
+    found = occluded(made)
+    assert [set(map(tuple, one.nonzero().tolist())) for one in made.occluded] == found
     assert all(covered(made, parse_threat(text)) for text in plan.covers), "a plan covers what it says"
     for text in THREATS:
         threat = parse_threat(text)
@@ -185,7 +185,7 @@ def test_masks_that_cannot_be_are_refused() -> None:
         MaskSpec(("patch:8x8",)).masks(8, 8)
     with pytest.raises(UsageError, match="does not fit a 8x8 image"):
         MaskSpec(("patch:9x9",)).masks(8, 8)
-    with pytest.raises(UsageError, match=f"more than {mask_sets.MOST} masks are needed"):
+    with pytest.raises(UsageError, match=f"more than {mask_sets.MAX_MASKS} masks are needed"):
         MaskSpec(("patches:3:5x5",), per_axis=6).masks(32, 32)
     MaskSpec(("patch:1x8",), per_axis=3).masks(8, 8).cover(parse_threat("patch:1x8"))
 
@@ -193,7 +193,7 @@ def test_masks_that_cannot_be_are_refused() -> None:
 def test_a_table_of_covers_that_would_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     made, threat = MaskSpec(("sparse:3",), per_axis=3).masks(6, 6), parse_threat("sparse:3")
     assert len(made.cover(threat).by) == 84  # three of nine
-    monkeypatch.setattr(mask_sets, "LARGEST", 1 << 12)
+    monkeypatch.setattr(mask_sets, "MAX_TABLE_ENTRIES", 1 << 12)
     with pytest.raises(UnsupportedThreat, match="sparse:3 is too many changes at once for masks. Two patches are possible"):
         made.cover(threat)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from patchcert_cli.certifiers.bounds import intervals, rounding
 from patchcert_cli.certifiers.bounds.first_layer import Split
-from patchcert_cli.certifiers.bounds.margin_chunks import WindowStream, open_stream
+from patchcert_cli.certifiers.bounds.margin_chunks import WindowMargins, margin_iterator
 from patchcert_cli.certifiers.bounds.rules import UNIT
 from patchcert_cli.certifiers.bounds.windows.rounding import Errors
 from patchcert_cli.layers import precision
@@ -60,10 +60,10 @@ def convolutional(seed: int, kind: str) -> nn.Sequential:
 
 def watched(net: nn.Sequential, x: Tensor, target: Tensor, patch: Patch) -> tuple[Tensor, Errors]:
     """Margins and what the stream found out about their rounding."""
-    stream = open_stream(Split.of(net, x.shape[1]), x, patch, 1.0, watch=True)
+    stream = margin_iterator(Split.of(net, x.shape[1]), x, patch, 1.0, watch=True)
     with torch.no_grad():
         values = intervals.minimum(stream, target).values
-    assert isinstance(stream, WindowStream)
+    assert isinstance(stream, WindowMargins)
     assert stream.errors is not None
     return values, stream.errors
 

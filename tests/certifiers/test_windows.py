@@ -12,7 +12,7 @@ from patchcert_cli.certifiers.bounds import intervals, margin_chunks
 from patchcert_cli.certifiers.bounds.first_layer import Split, location_masks
 from patchcert_cli.certifiers.bounds.rules import Box, propagate
 from patchcert_cli.certifiers.bounds.windows import partition, products, windows
-from patchcert_cli.certifiers.bounds.windows.patch_windows import Piece, Reach, Slide
+from patchcert_cli.certifiers.bounds.windows.patch_windows import AlignedGroup, PatchWindows, SlidingAxis
 from patchcert_cli.certifiers.bounds.windows.windows import Windows
 from patchcert_cli.errors import UnsupportedThreat
 from patchcert_cli.layers.preprocessing import Normalize
@@ -128,7 +128,7 @@ def test_windows_equal_boxed_copies(name: str, clip: bool) -> None:
             with torch.set_grad_enabled(gradient):
                 bounds = Windows(layers[:cut], x, patch, 0.7, clip=clip)
                 seen = []
-                for alike in bounds.reach.classes():
+                for alike in bounds.patch_windows.classes():
                     seen += alike.tolist()
                     owner, location = torch.arange(3).repeat(len(alike)), alike.repeat_interleave(3)
                     expected = boxed(layers[:cut], x, patch, 0.7, location, owner)
@@ -173,7 +173,7 @@ def test_pairs_of_some_images_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = intervals.margins_table(net, x[owner], target[owner], patch, location[:, None])[:, 0]
     monkeypatch.setattr(margin_chunks, "IMAGES", 2)  # nothing is asked about images 2 to 5
     with torch.no_grad():
-        stream = margin_chunks.WindowStream(Split.of(net, x.shape[1]), x, patch, 1.0)
+        stream = margin_chunks.WindowMargins(Split.of(net, x.shape[1]), x, patch, 1.0)
         found = stream.at_pairs(owner, location, target[owner])
     torch.testing.assert_close(found, expected.detach(), atol=1e-12, rtol=0)
 
@@ -221,10 +221,10 @@ def test_margins_at_locations_and_their_gradient(name: str, per_class: bool) -> 
 def test_operations_have_the_gradients_of_their_differences() -> None:
     generator = torch.Generator().manual_seed(0)
     draw: Callable[..., Tensor] = lambda *shape: torch.rand(*shape, dtype=torch.float64, generator=generator).requires_grad_()  # noqa: E731
-    pieces = [Piece(slice(0, 1), (-1, -2)), Piece(slice(1, 3), (-2, 1))]
+    groups = [AlignedGroup(slice(0, 1), (-1, -2)), AlignedGroup(slice(1, 3), (-2, 1))]
 
     def product(v: Tensor, weight: Tensor) -> Tensor:
-        out: Tensor = products._Convolution.apply(v, weight, pieces, (1, 2), (3, 2), None)
+        out: Tensor = products._Convolution.apply(v, weight, groups, (1, 2), (3, 2), None)
         return out
 
     assert torch.autograd.gradcheck(product, (draw(3, 3, 4, 2), draw(2, 3, 3, 2)))
@@ -251,13 +251,13 @@ def test_windows_hold_what_a_pixel_that_is_no_number_reaches(first: tuple[int, .
         line[start, 0, start : start + side] = float("nan")
     for kernel, stride, padding, dilation in (first, second):
         line = nn.functional.conv1d(line, torch.ones(1, 1, kernel), None, stride, padding, dilation)
-        path.append((Slide(kernel, stride, padding, dilation, line.shape[2]),) * 2)
+        path.append((SlidingAxis(kernel, stride, padding, dilation, line.shape[2]),) * 2)
     touched = line[:, 0].isnan()
     dense = first[3] == second[3] == 1 and first[0] >= first[1] and second[0] >= second[1]  # no gaps between what outputs see
     for clip in (True, False):
-        track = Reach(path, (length, length), Patch(side, side), clip=clip).axes[0]
+        axis = PatchWindows(path, (length, length), Patch(side, side), clip=clip).axes[0]
         for start, row in enumerate(touched):
-            begin, count = int(track.first[-1, start]), int(track.length[-1, start])
+            begin, count = int(axis.first[-1, start]), int(axis.length[-1, start])
             inside = torch.zeros(touched.shape[1], dtype=torch.bool)
             inside[max(begin, 0) : max(begin + count, 0)] = True
             assert not bool((row & ~inside).any())
@@ -271,7 +271,7 @@ def test_a_pass_may_not_disturb_the_one_before() -> None:
     x, layers = images(MORE["five-layers"].shape, 3).double(), layers_of(net)
     with torch.no_grad():
         bounds = Windows(layers, x, Patch(2, 2), 1.0, clip=True)
-        kept = [(bounds.everywhere(alike), alike) for alike in bounds.reach.classes()]
+        kept = [(bounds.everywhere(alike), alike) for alike in bounds.patch_windows.classes()]
         for found, alike in kept:
             fresh = Windows(layers, x, Patch(2, 2), 1.0, clip=True).everywhere(alike)
             assert all(torch.equal(a, b) for a, b in zip(found, fresh, strict=True))
@@ -279,16 +279,23 @@ def test_a_pass_may_not_disturb_the_one_before() -> None:
 
 def test_whole_maps_only_where_a_layer_needs_them() -> None:
     for name, layout in EVERY.items():
-        text = partition.explain(network(name), layout.shape, Patch(2, 2))
-        assert ("whole maps" in text) == (name in WHOLE_MAPS), (name, text)
-        assert (partition.joins(network(name), layout.shape) is not None) == (name in ODD), name
-    assert "2x2 of 16x12, 4x4 of 16x12, 4x4 of 8x6, 6x6 of 8x6, 4x3 of 4x3, 4x3 of 4x3; then 5 features" in partition.explain(
-        network("five-layers"), (2, 16, 12), Patch(2, 2)
-    )
+        net = network(name)
+        found = partition.Partition.of(layers_of(net), torch.zeros(1, *layout.shape))
+        assert (found.dense_entry is None and bool(found.tail)) == (name in WHOLE_MAPS), name
+        assert (partition.first_global_layer(net, layout.shape) is not None) == (name in ODD), name
+
+
+def test_windows_are_as_large_as_the_layers_make_them() -> None:
+    found = partition.Partition.of(layers_of(network("five-layers")), torch.zeros(1, 2, 16, 12))
+    windows = PatchWindows(found.path, (16, 12), Patch(2, 2), clip=True)
+    rows, columns = (axis.length.amax(dim=1).tolist() for axis in windows.axes)
+    assert list(zip(rows, columns, strict=True)) == [(2, 2), (4, 4), (4, 4), (6, 6), (4, 3), (4, 3)]
+    assert windows.maps == [(16, 12), (16, 12), (8, 6), (8, 6), (4, 3), (4, 3)]
+    assert found.dense_entry is not None and found.dense_entry.out_features == 5
 
 
 def test_a_layer_without_a_rule_is_named_with_what_to_use_instead() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GELU(), nn.Flatten(), nn.Linear(32, 3))
     with pytest.raises(UnsupportedThreat, match="GELU") as caught:
-        partition.explain(net, (1, 6, 6), Patch(2, 2))
+        partition.first_global_layer(net, (1, 6, 6))
     assert "use ReLU" in str(caught.value.hint)

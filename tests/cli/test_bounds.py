@@ -17,11 +17,12 @@ def test_linear_bounds_are_the_default_and_certify_all_that_intervals_do() -> No
         done = CliRunner().invoke(app, ["certify", "mnist-ibp-p5", "--patch", "5", "--limit", "150", "--json", "-", *given])
         assert done.exit_code == 0, (done.output, done.exception)
         value = json.loads(done.stdout)
-        found[bounds] = (value["method"], value["counts"]["certified"], value["records"])
+        (claim,) = value["claims"]
+        found[bounds] = (claim["method"], claim["counts"]["certified"], value["records"])
     assert [found[name][0] for name in ("interval", "linear", "best", None)] == ["interval", "linear", "linear", "linear"]
     assert found["interval"][1] < found["linear"][1] == found["best"][1] == found[None][1]
     certified = [
-        {row["index"] for row in map(json.loads, Path(found[name][2]).read_text().splitlines()) if row["certified"]}
+        {row["index"] for row in map(json.loads, Path(found[name][2]).read_text().splitlines()) if row["claims"][0]["certified"]}
         for name in ("interval", "linear")
     ]
     assert certified[0] < certified[1]

@@ -59,21 +59,21 @@ def test_json_on_stdout_is_one_object_and_nothing_else(patchcert, model: str) ->
     done = patchcert("certify", model, "--patch", "2%", "--limit", "20", "--json", "-")
     assert done.code == 0
     value = json.loads(done.out)
-    assert value["threat"] == "patch:2%" and value["images"] == 20
+    assert value["claims"][0]["threat"] == "patch:2%" and value["images"] == 20
     attacked = patchcert("attack", model, "--k", "1", "--limit", "5", "--iterations", "2", "--json", "-")
     assert attacked.code == 0
-    assert {"attacked_accuracy", "queries", "certified_accuracy"} <= set(json.loads(attacked.out))
+    assert {"attacked_accuracy", "queries", "claims"} <= set(json.loads(attacked.out))
     filed = patchcert("certify", model, "--patch", "2%", "--limit", "20", "--json", "r.json")
-    assert json.loads(Path("r.json").read_text())["threat"] == "patch:2%" and "certified" in filed.out
+    assert json.loads(Path("r.json").read_text())["claims"][0]["threat"] == "patch:2%" and "certified" in filed.out
 
 
 def test_the_models_own_threat_is_the_default(patchcert, model: str) -> None:  # type: ignore[no-untyped-def]
     done = patchcert("certify", model, "--limit", "10", "--json", "-")
-    assert json.loads(done.out)["threat"] == "patch:5x5"
+    assert json.loads(done.out)["claims"][0]["threat"] == "patch:5x5"
     done = patchcert("certify", model, "--threat", "sparse:2:value", "--limit", "10", "--json", "-")
-    assert json.loads(done.out)["threat"] == "sparse:2:value"
+    assert json.loads(done.out)["claims"][0]["threat"] == "sparse:2:value"
     done = patchcert("certify", model, "--threat", "sparse", "--k", "3", "--unit", "pixel", "--limit", "10", "--json", "-")
-    assert json.loads(done.out)["threat"] == "sparse:3"
+    assert json.loads(done.out)["claims"][0]["threat"] == "sparse:3"
 
 
 def test_a_dry_run_writes_nothing(patchcert, model: str) -> None:  # type: ignore[no-untyped-def]

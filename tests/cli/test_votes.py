@@ -50,7 +50,7 @@ def test_every_size_comes_from_one_run(patchcert, model: str) -> None:  # type: 
     assert "the first 1000 of 10000" in done.err and found["full_split"] is False
     assert Path("curve.png").stat().st_size > 1000
     single = patchcert("certify", model, "--patch", "5", "--limit", "40", "--json", "-")
-    assert json.loads(single.out)["counts"]["certified"] == counts[4]
+    assert json.loads(single.out)["claims"][0]["counts"]["certified"] == counts[4]
     table = patchcert("certify", model, "--patch", "1..10", "--limit", "40").out
     assert "patch:10x10" in table and "95 % interval" in table
 
@@ -71,7 +71,7 @@ def test_conditions_side_by_side(patchcert, model: str) -> None:  # type: ignore
 
 def test_a_patch_too_large_is_a_note_and_not_a_crash(patchcert, model: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
     done = patchcert("certify", model, "--patch", "30", "--limit", "10", "--json", "-")
-    assert done.code == 0 and json.loads(done.out)["counts"]["certified"] == 0
+    assert done.code == 0 and json.loads(done.out)["claims"][0]["counts"]["certified"] == 0
     assert "no image can be certified" in done.err
 
 
@@ -119,7 +119,7 @@ def test_a_picture_is_resized_on_request_only(patchcert, model: str, picture: st
     with Image.open(picture) as opened:
         opened.resize((100, 64)).save("wide.png")
     done = patchcert("certify", model, "--image", "wide.png", "--patch", "5", "--resize")
-    assert done.code == 0 and "'wide.png' is 64x100 (height x width): the shorter side is scaled to 32 (bicubic)" in done.err
+    assert done.code == 0 and "'wide.png' is 64x100 (height x width): the shorter side is resized to 32 (bicubic)" in done.err
 
 
 @pytest.mark.parametrize(
@@ -131,8 +131,8 @@ def test_a_picture_is_resized_on_request_only(patchcert, model: str, picture: st
         ("--patch-area 25 --patch 5", 2, "--patch-area describes every shape itself"),
         ("--patch 5 --condition 4", 2, "no condition '4'."),
         ("--patch 5 --map m.png", 2, "--map draws one picture."),
-        ("--patch 5 --image none.png", 6, "there is no picture 'none.png'"),
-        ("--patch 5 --image text.png", 6, "is not a picture that can be read"),
+        ("--patch 5 --image none.png", 6, "there is no image 'none.png'"),
+        ("--patch 5 --image text.png", 6, "is not an image that can be read"),
         ("--patch 5 --image cat.png --plot p.png", 2, "--plot does not go with --image"),
         ("--patch 5 --image cat.png --limit 4", 2, "--limit does not go with --image."),
         ("--patch 5 --image cat.png --fresh --out x", 2, "--out does not go with --image"),

@@ -160,7 +160,7 @@ def test_add_copies_a_run_with_its_results(zoo: Path, run: Path, tmp_path: Path)
     )
     card = cards.Card.from_dict(json.loads(succeed(*command).stdout))
     assert card == bundled.card("new")
-    assert (card.results[0].certified, card.published[0].threat, card.published[0].source) == (6000, "patch:2x2", "table 1")
+    assert (card.results[0].certified, str(card.published[0].threat), card.published[0].source) == (6000, "patch:2x2", "table 1")
     assert (
         "measured, 1 results" in succeed("add", run, "--name", "new", "--result", result, "--to", tmp_path / "elsewhere").stdout
     )

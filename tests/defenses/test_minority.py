@@ -15,6 +15,7 @@ from patchcert_cli.attacks import Attack, Target
 from patchcert_cli.attacks.patch_pgd import PatchPGD
 from patchcert_cli.cards import Card, Measured
 from patchcert_cli.cards.published import ClaimKey, PublishedRecord, PublishedRecords
+from patchcert_cli.cards.results import read_records
 from patchcert_cli.certificate import ALERT, Certificate, Guarantee
 from patchcert_cli.certifiers.masks import masked_detection
 from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage, MaskSet, MaskSpec
@@ -26,6 +27,7 @@ from patchcert_cli.errors import ClaimError, DataError, IntegrityError, Unsuppor
 from patchcert_cli.evaluation import evaluate, reproduce, results, single_image
 from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
 from patchcert_cli.reporting import text
+from patchcert_cli.schema import read
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch, Sparse, Threat
 from patchcert_cli.training.recipe import Recipe
@@ -280,10 +282,11 @@ def digits() -> Minority:
 
 def test_results_and_reports_say_detection(digits: Minority, tmp_path: Path) -> None:
     found = evaluate.certify(task_of(digits), tmp_path / "one")
-    records = results.read_records(tmp_path / "one" / files.RECORDS)
+    records = read_records(tmp_path / "one" / files.RECORDS)
     alarms = sum(record["prediction"] == ALERT for record in records)
-    assert found["guarantee"] == "detection" and found["counts"]["alarms"] == alarms > 0
-    assert not any(record["certified"] for record in records if record["prediction"] == ALERT)
+    (claim,) = found["claims"]
+    assert claim["guarantee"] == "detection" and claim["counts"]["alarms"] == alarms > 0
+    assert not any(record["claims"][0]["certified"] for record in records if record["prediction"] == ALERT)
     rows = dict(text.certify_rows(found))
     assert rows["guarantee"].startswith("detection (answered right or with an alarm)")
     assert f"({alarms}/30) of the unattacked images" in rows["alarms"]
@@ -296,7 +299,7 @@ def test_results_and_reports_say_detection(digits: Minority, tmp_path: Path) -> 
     shown = dict(text.attack_rows(attacked))
     assert shown["judged for"] == "detection" and "or with an alarm" in shown["right under attack"]
     before = attacked["flipped"]
-    records = results.read_records(tmp_path / "three" / files.RECORDS)
+    records = read_records(tmp_path / "three" / files.RECORDS)
     assert before == sum(r["attacked"] not in (r["prediction"], ALERT) for r in records)
 
 
@@ -366,17 +369,21 @@ def made_to_alarm(defense: Minority) -> Minority:
 
 
 def test_records_of_detection_are_asked_for_as_such(digits: Minority, tmp_path: Path) -> None:
-    stated = (ClaimKey("patch:2x2", "rows"), ClaimKey("patch:2x2", "agreement", "detection"))
+    stated = (ClaimKey(Patch(2, 2), "rows"), ClaimKey(Patch(2, 2), "agreement", Guarantee.DETECTION))
     row = PublishedRecord(1, 1, (True, True), (1.0, 1.0))
     book = PublishedRecords("0" * 64, "mnist", "test", stated, {0: row})
-    assert book.position("patch:2x2") == 0
-    assert book.position("patch:2x2", guarantee="detection") == 1
+    assert book.position(Patch(2, 2)) == 0
+    assert book.position(Patch(2, 2), guarantee=Guarantee.DETECTION) == 1
     with pytest.raises(DataError, match=r"no published records for patch:3x3 that promise detection. There are records for"):
-        book.position("patch:3x3", guarantee="detection")
+        book.position(Patch(3, 3), guarantee=Guarantee.DETECTION)
     task = task_of(digits, 8)
     evaluate.certify(task, tmp_path / "run")
-    records = results.read_records(tmp_path / "run" / files.RECORDS)
-    rows = {r["index"]: PublishedRecord(r["label"], r["prediction"], (r["certified"],), (r["margin"],)) for r in records}
+    records = read_records(tmp_path / "run" / files.RECORDS)
+    rows = {
+        r["index"]: PublishedRecord(r["label"], r["prediction"], (one["certified"],), (one["margin"],))
+        for r in records
+        for one in r["claims"]
+    }
     kept = tmp_path / "records.jsonl.gz"
     kept.write_bytes(PublishedRecords("0" * 64, "mnist", "test", stated[1:], rows).pack())
     read = PublishedRecords.read(kept)
@@ -390,12 +397,12 @@ def test_records_of_detection_are_asked_for_as_such(digits: Minority, tmp_path: 
 def test_a_card_of_detection_never_counts_as_recovery() -> None:
     base: dict[str, Any] = {"dataset": "mnist", "split": "test", "images": 10, "threat": "patch:2x2", "date": "2026-01-01"}
     base |= {"command": "c", "patchcert": "1", "certified_interval": [0.0, 1.0]}
-    recovered = Measured(**{**base, "clean": 9, "certified": 4, "method": "rows"})
-    detected = Measured(**{**base, "clean": 8, "certified": 7, "method": "agreement", "guarantee": "detection"})
+    recovered = read(Measured, {**base, "clean": 9, "certified": 4, "method": "rows"})
+    detected = read(Measured, {**base, "clean": 8, "certified": 7, "method": "agreement", "guarantee": "detection"})
     values = card_values()
     card = Card.from_dict({**values, "guarantee": "detection"})
     both = replace(card, status="measured", results=(recovered, detected))
-    assert both.result() == detected and replace(both, guarantee="recovery").result() == recovered
+    assert both.result() == detected and replace(both, guarantee=Guarantee.RECOVERY).result() == recovered
     assert card.to_dict()["guarantee"] == "detection" and "guarantee" not in Card.from_dict(values).to_dict()
     text = cards.prose(both)
     assert "without raising an alarm" in text and "guarantee: detection" in text
@@ -458,7 +465,7 @@ def test_masks_that_leave_something_out_are_caught(change: Any, monkeypatch: pyt
             defense = Minority.tiny()
             defense.network[-1].weight.mul_(3)  # type: ignore[operator, index, union-attr]
         defense.set, cover = change(defense.set, defense.set.cover(Patch(2, 2)))
-        defense.masks = defense.set.hidden
+        defense.masks = defense.set.occluded
         monkeypatch.setattr(MaskSet, "cover", lambda self, threat, cover=cover: cover)
         score = check([Arena("tiny", defense, draw_images(SHAPE, 16, seed))], [Patch(2, 2)])
         violations, certified = violations + len(score.violations), certified + score.certified
@@ -510,10 +517,10 @@ def test_a_result_compares_thresholds_and_agrees_with_itself_at_its_own(digits: 
     assert [row["threshold"] for row in rows] == list(digits.grid)
     own = rows[2]
     assert (own["clean"], own["alarms"], own["certified"]) == (
-        found["counts"]["clean"],
-        found["counts"]["alarms"],
-        found["counts"]["certified"],
+        found["claims"][0]["counts"]["clean"],
+        found["claims"][0]["counts"]["alarms"],
+        found["claims"][0]["counts"]["certified"],
     )
     assert [row["alarms"] for row in rows] == sorted((row["alarms"] for row in rows), reverse=True)
     assert dict(text.certify_rows(found))["threshold 0.2"].startswith("alarms ")
-    assert evaluate.certify(task, tmp_path / "one")["thresholds"] == found["thresholds"]
+    assert evaluate.certify(task, tmp_path / "one") == found

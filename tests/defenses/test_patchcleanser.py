@@ -25,10 +25,10 @@ from tests.soundness.arena import Arena, Attack, Score, check, draw_images
 CLASSES = ("a", "b", "c")
 
 
-def network(shape: tuple[int, int, int], seed: int, *, hidden: int = 6) -> nn.Sequential:
+def network(shape: tuple[int, int, int], seed: int, *, width: int = 6) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        options = {"input_shape": shape, "classes": 3, "hidden": (hidden,), "mean": (0.4,) * shape[0], "std": (0.5,) * shape[0]}
+        options = {"input_shape": shape, "classes": 3, "hidden": (width,), "mean": (0.4,) * shape[0], "std": (0.5,) * shape[0]}
         return models.build("mlp", options).requires_grad_(False).eval()
 
 
@@ -93,12 +93,12 @@ def test_masks_other_than_the_proof_believes_in_are_caught(how: str) -> None:
     plan, shape = MaskSpec(("patch:2x2",), per_axis=2), (1, 4, 4)
     made = PatchCleanser(Brightest(), input_shape=shape, classes=CLASSES, masks=plan, fill=(0.3,)).eval()
     made.masks = made.masks.clone()  # what is laid over the images, but not what the proof goes by
-    for (box,), hidden in zip(made.set.boxes, made.masks, strict=True):
+    for (box,), occluded in zip(made.set.boxes, made.masks, strict=True):
         top, left, rows, columns = box
         if how == "one pixel short":
-            hidden[top + rows - 1] = False
+            occluded[top + rows - 1] = False
         elif how == "no mask at the border" and left + columns == 4:
-            hidden[:] = made.masks[0]
+            occluded[:] = made.masks[0]
     arena = Arena(how, made, 0.4 * images(count=4))
     assert bool(made.certify(arena.images, Patch(2, 2)).certified.all())
     assert (broken([arena], [Patch(2, 2)]) > 0) == (how != "as they should be")
@@ -120,7 +120,7 @@ def test_an_unmasked_prediction_that_is_trusted_is_caught() -> None:
 
 
 class Told(nn.Module):
-    """A network that wants to know what is hidden, and checks what it is given."""
+    """A network that wants to know what is occluded, and checks what it is given."""
 
     takes_mask = True
 
@@ -128,10 +128,10 @@ class Told(nn.Module):
         super().__init__()
         self.inner = nn.Linear(2 * 16, 3)
 
-    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
-        assert hidden.dtype == torch.bool and hidden.shape == (len(x), 1, 4, 4)
-        assert bool((x[hidden] == 0.25).all()), "hidden pixels have the colour of the masks"
-        logits: Tensor = self.inner(torch.cat([x, hidden.to(x)], dim=1).flatten(1))
+    def forward(self, x: Tensor, occluded: Tensor) -> Tensor:
+        assert occluded.dtype == torch.bool and occluded.shape == (len(x), 1, 4, 4)
+        assert bool((x[occluded] == 0.25).all()), "hidden pixels have the colour of the masks"
+        logits: Tensor = self.inner(torch.cat([x, occluded.to(x)], dim=1).flatten(1))
         return logits
 
 
@@ -148,11 +148,11 @@ def test_any_module_serves_and_one_may_ask_what_is_hidden() -> None:
         certificate = made.certify(x, Patch(2, 2))
         assert torch.equal(certificate.prediction, made.predict(x))
         assert made(x).shape == (12, 3)
-        hidden = torch.zeros(12, 4, 4, dtype=torch.bool)
-        hidden[:, 1:3, 2:] = True
-        seen = torch.where(hidden[:, None], 0.25, x)
-        expected = inner(seen, hidden[:, None]) if isinstance(inner, Told) else inner(seen)
-        assert torch.equal(made.behind(x, hidden), expected)
+        occluded = torch.zeros(12, 4, 4, dtype=torch.bool)
+        occluded[:, 1:3, 2:] = True
+        seen = torch.where(occluded[:, None], 0.25, x)
+        expected = inner(seen, occluded[:, None]) if isinstance(inner, Told) else inner(seen)
+        assert torch.equal(made.behind(x, occluded), expected)
         assert [loss.whole(x).shape for loss in made.surrogates()] == [(12, 3)] * 2
 
 
@@ -403,22 +403,22 @@ def worst_pair(made: PatchCleanser, x: Tensor, label: Tensor) -> Tensor:
     """The worst mask, and the worst one with it in place, image by image: bool [B, H, W]."""
     found = []
     for image, one in zip(x, label, strict=True):
-        hidden = torch.zeros(4, 4, dtype=torch.bool)
+        occluded = torch.zeros(4, 4, dtype=torch.bool)
         for _ in range(2):
-            losses = [F.cross_entropy(made.behind(image[None], (hidden | mask)[None]), one[None]) for mask in made.masks]
-            hidden = hidden | made.masks[int(torch.stack(losses).argmax())]
-        found.append(hidden)
+            losses = [F.cross_entropy(made.behind(image[None], (occluded | mask)[None]), one[None]) for mask in made.masks]
+            occluded = occluded | made.masks[int(torch.stack(losses).argmax())]
+        found.append(occluded)
     return torch.stack(found)
 
 
 def test_greedy_cutout_takes_the_worst_masks() -> None:
     made, x = defense(), images()
     label = torch.arange(12) % 3
-    hidden = worst_pair(made, x, label)
+    occluded = worst_pair(made, x, label)
     greedy = made._greedy(x, label, MaskedOptions(), torch.Generator().manual_seed(0))
-    loss = F.cross_entropy(made.behind(x, hidden), label, reduction="none")
+    loss = F.cross_entropy(made.behind(x, occluded), label, reduction="none")
     assert torch.allclose(F.cross_entropy(made.behind(x, greedy), label, reduction="none"), loss)
-    expected = F.cross_entropy(made.behind(x, hidden), label, label_smoothing=0.1)
+    expected = F.cross_entropy(made.behind(x, occluded), label, label_smoothing=0.1)
     options = {"greedy_share": 1.0, "greedy_from": 0.5}
     assert float(made.training_loss(x, label, step(progress=5.0, **options))) == pytest.approx(float(expected))
     assert float(made.training_loss(x, label, step(progress=4.9, **options))) != pytest.approx(float(expected))

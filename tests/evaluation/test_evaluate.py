@@ -45,23 +45,26 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def verdicts(records: list[dict[str, Any]]) -> dict[int, tuple[int, bool]]:
-    return {record["index"]: (record["prediction"], record["certified"]) for record in records}
+    return {record["index"]: (record["prediction"], record["claims"][0]["certified"]) for record in records}
 
 
 def test_a_run_folder_holds_result_records_and_manifest(tmp_path: Path) -> None:
     task = make_task()
     found = evaluate.certify(task, tmp_path / "run")
-    keys = "model defense dataset split images threat clean_accuracy certified_accuracy certified_interval seconds"
+    keys = "model defense dataset split images clean_accuracy claims seconds"
     assert set(f"{keys} images_per_second device records".split()) <= set(found)
     assert files.read_json(tmp_path / "run" / files.RESULT) == found
     manifest = files.read_json(tmp_path / "run" / files.MANIFEST)
     assert {"model_sha256", "threat", "versions", "device", "numerics"} <= set(manifest)
     records = read(tmp_path / "run")
     assert sorted(r["index"] for r in records) == task.images.index.tolist()
-    assert {"index", "label", "prediction", "certified", "margin", "worst"} <= set(records[0])
+    assert {"index", "label", "prediction"} <= set(records[0])
+    assert set(records[0]["claims"][0]) == {"certified", "margin", "worst", "runner_up", "method", "arithmetic"}
     right = [r["prediction"] == r["label"] for r in records]
     assert found["clean_accuracy"] == sum(right) / 40
-    assert found["certified_accuracy"] == sum(r["certified"] and ok for r, ok in zip(records, right, strict=True)) / 40
+    certified = [r["claims"][0]["certified"] and ok for r, ok in zip(records, right, strict=True)]
+    (claim,) = found["claims"]
+    assert claim["certified_accuracy"] == sum(certified) / 40 == claim["counts"]["certified"] / 40
     assert not found["full_split"]
 
 
@@ -87,7 +90,7 @@ def test_a_stopped_run_resumes_and_a_torn_line_is_dropped(tmp_path: Path) -> Non
     found = evaluate.certify(make_task(), tmp_path / "cut")
     assert found["resumed"] == 9
     assert verdicts(read(tmp_path / "cut")) == verdicts(read(tmp_path / "whole"))
-    assert found["counts"] == whole["counts"]
+    assert found["claims"] == whole["claims"]
     assert evaluate.certify(make_task(), tmp_path / "cut") == found  # complete: nothing is computed again
 
 
@@ -95,7 +98,10 @@ def test_other_settings_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     evaluate.certify(make_task(), tmp_path / "run")
     with pytest.raises(UsageError, match="made with other settings .*patch:2x2.*patch:3x3.*--fresh"):
         evaluate.certify(make_task(claims=(Claim(Patch(3, 3)),)), tmp_path / "run")
-    assert evaluate.certify(make_task(claims=(Claim(Patch(3, 3)),)), tmp_path / "run", fresh=True)["threat"] == "patch:3x3"
+    assert (
+        evaluate.certify(make_task(claims=(Claim(Patch(3, 3)),)), tmp_path / "run", fresh=True)["claims"][0]["threat"]
+        == "patch:3x3"
+    )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match="not empty"):
@@ -120,8 +126,8 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(tmp_path: Path, monk
 
         return certify
 
-    monkeypatch.setattr(task.model.defense, "certify_claims", short_of_memory(5))
-    assert evaluate.certify(task, tmp_path / "small", clock=no_time)["counts"] == reference["counts"]
+    monkeypatch.setattr(task.model.defense, "certify_each", short_of_memory(5))
+    assert evaluate.certify(task, tmp_path / "small", clock=no_time)["claims"] == reference["claims"]
     assert sizes[:4] == [1, 8, 4, 4] and max(sizes[2:]) == 4
     assert verdicts(read(tmp_path / "small")) == verdicts(read(tmp_path / "reference"))
     monkeypatch.setattr(task.model.defense, "certify_claims", short_of_memory(0))
@@ -158,7 +164,7 @@ def test_an_attack_is_held_against_the_certificates(tmp_path: Path, monkeypatch:
     attacker = attacks.for_threat(task.threat, seed=0, steps=2, restarts=0, locations=2)
     found = evaluate.attack(task, attacker, {"steps": 2}, tmp_path / "sound")
     results.check_claim(found)
-    assert found["attacked_accuracy"] >= found["certified_accuracy"]
+    assert found["attacked_accuracy"] >= found["claims"][0]["certified_accuracy"]
     assert found["queries"] > 0 and found["broken"] == []
     real = task.model.defense.certify_claims
 

@@ -18,6 +18,7 @@ from patchcert_cli.cli.main import app
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError, PatchcertError
 from patchcert_cli.evaluation import reproduce
 from patchcert_cli.storage import files
+from patchcert_cli.threats import Patch, Sparse
 from patchcert_cli.training.recipe import Recipe
 
 NAME = "mnist-tiny"
@@ -152,7 +153,7 @@ def test_counts_that_do_not_follow_from_the_records_are_refused_before_anything_
     card = Card.read(model)
     better = replace(card, results=(replace(card.results[0], clean=card.results[0].clean + 1),))
     (model / files.CARD).write_text(better.render())
-    assert f"is said to have {card.results[0].clean + 1} right" in fail(ClaimError, model.name, "--sample", "5")
+    assert f"published with {card.results[0].clean + 1} right" in fail(ClaimError, model.name, "--sample", "5")
 
 
 def test_an_attack_that_flips_a_certified_image_is_reported() -> None:
@@ -175,7 +176,7 @@ def test_what_a_sample_proves() -> None:
 
 
 ROWS = {7: PublishedRecord(1, 1, (True, False), (0.25, None)), 3: PublishedRecord(2, 0, (False, False), (-1.5, 0.0))}
-BOOK = PublishedRecords("a" * 64, "mnist", "test", (ClaimKey("patch:5x5", "interval"), ClaimKey("sparse:4", "interval")), ROWS)
+BOOK = PublishedRecords("a" * 64, "mnist", "test", (ClaimKey(Patch(5, 5), "interval"), ClaimKey(Sparse(4), "interval")), ROWS)
 
 
 def test_a_ledger_reads_back_and_has_the_same_bytes_for_the_same_content(tmp_path: Path) -> None:
@@ -184,9 +185,9 @@ def test_a_ledger_reads_back_and_has_the_same_bytes_for_the_same_content(tmp_pat
     assert replace(BOOK, rows=dict(reversed(ROWS.items()))).pack() == BOOK.pack()
     assert BOOK.counts(0) == (1, 1)
     assert BOOK.counts(1) == (1, 0)
-    assert BOOK.position("patch:5") == 0
+    assert BOOK.position(Patch(5, 5)) == 0
     with pytest.raises(DataError, match="records for patch:5x5, sparse:4"):
-        BOOK.position("patch:6")
+        BOOK.position(Patch(6, 6))
 
 
 @pytest.mark.parametrize(

@@ -29,13 +29,13 @@ def network(seed: int = 0, **options: Any) -> MaskedNetwork:
         torch.manual_seed(seed)
         made: Any = models.build("masked", given)
         x = images(shape, 64)
-        hidden = (torch.rand(64, *shape[1:]) < 0.2)[:, None]
+        occluded = (torch.rand(64, *shape[1:]) < 0.2)[:, None]
         made.train()
         for _ in range(30):
-            made(x, hidden) if made.takes_mask else made(x)
+            made(x, occluded) if made.takes_mask else made(x)
         made.eval()
         with fixed_point.observing(made), torch.no_grad():
-            made(x, hidden) if made.takes_mask else made(x)
+            made(x, occluded) if made.takes_mask else made(x)
     assert isinstance(made, MaskedNetwork)
     return made
 
@@ -46,19 +46,19 @@ def images(shape: tuple[int, int, int], count: int) -> Tensor:
     return ((0.8 * F.interpolate(coarse, shape[1:], mode="bilinear") + 0.2 * fine) * 255).round() / 255
 
 
-def slowly(frozen: Levels, steps: Tensor, hidden: Tensor | None = None) -> Tensor:
+def slowly(frozen: Levels, steps: Tensor, occluded: Tensor | None = None) -> Tensor:
     """Logits by the definition of every level, float64, with operations of its own."""
     if frozen.mirrored:
-        other = None if hidden is None else hidden.flip(2)
-        return frozen.logits(_features(frozen, steps, hidden) + _features(frozen, steps.flip(3), other))
-    return frozen.logits(_features(frozen, steps, hidden))
+        other = None if occluded is None else occluded.flip(2)
+        return frozen.logits(_features(frozen, steps, occluded) + _features(frozen, steps.flip(3), other))
+    return frozen.logits(_features(frozen, steps, occluded))
 
 
-def _features(frozen: Levels, steps: Tensor, hidden: Tensor | None) -> Tensor:
+def _features(frozen: Levels, steps: Tensor, occluded: Tensor | None) -> Tensor:
     q = steps.double()
     if frozen.takes_mask:
-        assert hidden is not None
-        q = torch.cat([q, hidden[:, None].double() * 255], dim=1)
+        assert occluded is not None
+        q = torch.cat([q, occluded[:, None].double() * 255], dim=1)
     q = F.pad(q, (0, 0, 0, 0, 0, frozen.channels - q.shape[1]))
     for level in frozen.each:
         whole, at = level.whole, level.padding
@@ -88,14 +88,14 @@ def test_a_frozen_network_is_what_its_levels_say(options: dict[str, Any]) -> Non
     frozen: Any = fixed_point.freeze(made)
     shape = options.get("input_shape", (3, 16, 16))
     x = images(shape, 6)
-    hidden = torch.rand(6, *shape[1:], generator=torch.Generator().manual_seed(3)) < 0.3
+    occluded = torch.rand(6, *shape[1:], generator=torch.Generator().manual_seed(3)) < 0.3
     steps = fixed_point.to_steps(x)
-    found, expected = frozen(steps, hidden), slowly(frozen, steps, hidden)
+    found, expected = frozen(steps, occluded), slowly(frozen, steps, occluded)
     assert found.dtype == torch.float64 and torch.equal(found, expected)
     for backend in ("float32", "float64"):
         with integers.only(backend):
-            assert torch.equal(frozen(steps, hidden), expected)
-    assert torch.equal(frozen(steps[2:3], hidden[2:3]), expected[2:3])
+            assert torch.equal(frozen(steps, occluded), expected)
+    assert torch.equal(frozen(steps[2:3], occluded[2:3]), expected[2:3])
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -103,14 +103,14 @@ def test_a_frozen_network_is_near_the_trained_one(options: dict[str, Any]) -> No
     """With grids that reach every value seen, what is left is rounding to steps."""
     made = network(**options)
     shape = options.get("input_shape", (3, 16, 16))
-    x, hidden = images(shape, 64), torch.zeros(64, *shape[1:], dtype=torch.bool)
+    x, occluded = images(shape, 64), torch.zeros(64, *shape[1:], dtype=torch.bool)
     for layer in made.modules():
         if isinstance(layer, fixed_point.Quantizer):
             layer.share = 1.05
     with fixed_point.observing(made), torch.no_grad():
-        right = made(x, hidden[:, None]) if made.takes_mask else made(x)
+        right = made(x, occluded[:, None]) if made.takes_mask else made(x)
     frozen: Any = fixed_point.freeze(made)
-    found = frozen(fixed_point.to_steps(x), hidden)
+    found = frozen(fixed_point.to_steps(x), occluded)
     assert float((found - right).norm() / (right - right.mean(dim=0)).norm()) < 0.2
 
 

@@ -72,10 +72,10 @@ def test_what_is_hidden_is_one_more_channel() -> None:
 def test_a_mirrored_network_answers_a_mirrored_image_alike(takes_mask: bool) -> None:
     one, two = (build(widths=[6, 8], takes_mask=takes_mask, mirrored=mirrored).eval() for mirrored in (False, True))
     x = images(6)
-    hidden = torch.zeros(6, 1, 16, 16, dtype=torch.bool)
-    hidden[:, :, 2:7, 1:6] = True
-    more = (hidden,) if takes_mask else ()
-    other = (hidden.flip(3),) if takes_mask else ()
+    occluded = torch.zeros(6, 1, 16, 16, dtype=torch.bool)
+    occluded[:, :, 2:7, 1:6] = True
+    more = (occluded,) if takes_mask else ()
+    other = (occluded.flip(3),) if takes_mask else ()
     assert torch.allclose(two(x, *more), two(x.flip(3), *other), atol=1e-6)
     assert torch.allclose(two(x, *more), (one(x, *more) + one(x.flip(3), *other)) / 2)
     assert not torch.allclose(one(x, *more), two(x, *more))

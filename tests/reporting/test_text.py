@@ -18,6 +18,7 @@ def result(**changes: Any) -> dict[str, Any]:
         "method": "rows",
         "guarantee": "recovery",
         "arithmetic": "exact",
+        "certified_accuracy": 0.4,
         "certified_interval": [0.1, 0.9],
         "counts": {"clean": 6, "certified": 4},
     }
@@ -32,13 +33,13 @@ def result(**changes: Any) -> dict[str, Any]:
         "images": 10,
         "full_split": True,
         "clean_accuracy": 0.6,
-        "certified_accuracy": 0.4,
         "seconds": 24.0,
         "images_per_second": 10 / 24,
         "device": "cpu",
         "records": "runs/x/records.jsonl",
     }
-    return same | row | changes
+    claim = row | {name: value for name, value in changes.items() if name in row}
+    return {**same, "counts": {"clean": 6}, "threat": row["threat"], "claims": [claim], **changes}
 
 
 @pytest.mark.parametrize(
@@ -84,14 +85,17 @@ def test_shapes_say_the_area_that_was_asked_for(tmp_path: Path, monkeypatch: pyt
     notes = []
     made = plots.Heading.of
     monkeypatch.setattr(plots.Heading, "of", lambda title, note, width: notes.append(note) or made(title, note, width))
-    claims = [{**result()["counts"], **result(), "threat": threat} for threat in ("patch:1x25", "patch:3x8", "patch:5x5")]
+    claims = [{**text.claim_list(result())[0], "threat": threat} for threat in ("patch:1x25", "patch:3x8", "patch:5x5")]
     plots.plot(claims, tmp_path / "a.png", title="x", area=25)
     plots.plot(claims, tmp_path / "a.png", title="x")
     assert [note.split(", anywhere")[0] for note in notes] == [
         "one patch of at most 25 (24 to 25) pixels",
         "one patch of 24 to 25 pixels",
     ]
-    several = {"claims": [{**result(), "threat": threat} for threat in ("patch:1x25", "patch:3x8")], "patch_area": 25}
+    several = {
+        "claims": [{**result()["claims"][0], "threat": threat} for threat in ("patch:1x25", "patch:3x8")],
+        "patch_area": 25,
+    }
     assert dict(text.certify_rows(result(**several)))["shapes"] == "the largest of at most 25 pixels, one of each height"
 
 

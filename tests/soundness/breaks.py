@@ -35,7 +35,7 @@ def last_locations_missing(axis: int) -> Break:
         return kept
 
     def apply(monkeypatch: pytest.MonkeyPatch) -> None:
-        for stream in (margin_chunks.DenseStream, margin_chunks.WindowStream):
+        for stream in (margin_chunks.DenseMargins, margin_chunks.WindowMargins):
             monkeypatch.setattr(stream, "chunks", without(stream.chunks))
 
     return apply
@@ -79,7 +79,7 @@ def radius_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     sums, pixels = margin_chunks.window_sums, windows.Windows._pixels
     gains, convolution = first_layer.largest_gains, first_layer._convolution_gains
 
-    def halved(*args: Any) -> windows.Field:
+    def halved(*args: Any) -> windows.DeviationBox:
         field = pixels(*args)
         return replace(field, radius=field.radius / 2)
 
@@ -99,10 +99,10 @@ def _judged(rule: Callable[[Certificate], Tensor]) -> Break:
     return lambda monkeypatch: monkeypatch.setattr(IntervalDefense, "certify", certify)
 
 
-def _margins(change: Callable[[intervals.Margins, margin_chunks.Stream, Tensor], intervals.Margins]) -> Break:
+def _margins(change: Callable[[intervals.Margins, margin_chunks.MarginIterator, Tensor], intervals.Margins]) -> Break:
     original = rounding.minimum
 
-    def margins(stream: margin_chunks.Stream, target: Tensor) -> intervals.Margins:
+    def margins(stream: margin_chunks.MarginIterator, target: Tensor) -> intervals.Margins:
         return change(original(stream, target), stream, target)
 
     return lambda monkeypatch: monkeypatch.setattr(rounding, "minimum", margins)
@@ -124,13 +124,13 @@ def _grouped_by_target(margins: intervals.Margins, stream: Any, target: Tensor) 
 
 def wrong_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """Upper bounds stand where lower bounds belong."""
-    original = margin_chunks.Contrast.__init__
+    original = margin_chunks.ClassDifference.__init__
 
-    def swapped(self: margin_chunks.Contrast, *args: Any) -> None:
+    def swapped(self: margin_chunks.ClassDifference, *args: Any) -> None:
         original(self, *args)
         self.halves = [torch.cat(list(reversed(half.chunk(2, dim=1))), dim=1) for half in self.halves]
 
-    monkeypatch.setattr(margin_chunks.Contrast, "__init__", swapped)
+    monkeypatch.setattr(margin_chunks.ClassDifference, "__init__", swapped)
 
 
 def largest_over_locations(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,25 +159,25 @@ PATCH_BREAKS: dict[str, Break] = {
 }
 
 
-def _touched(change: Callable[[patch_windows.Slide, int, int], tuple[int, int]]) -> Break:
+def _touched(change: Callable[[patch_windows.SlidingAxis, int, int], tuple[int, int]]) -> Break:
     """Windows of convolutions and pooling are others than those that a patch can reach."""
     return lambda monkeypatch: monkeypatch.setattr(
-        patch_windows.Slide, "touched", lambda self, start, side, clip: change(self, start, side)
+        patch_windows.SlidingAxis, "touched", lambda self, start, side, clip: change(self, start, side)
     )
 
 
-def _clipped(slide: patch_windows.Slide, start: int, side: int, *, padding: int | None = None) -> tuple[int, int]:
+def _clipped(slide: patch_windows.SlidingAxis, start: int, side: int, *, padding: int | None = None) -> tuple[int, int]:
     padding = slide.padding if padding is None else padding
     first, last = touched_range(start, side, kernel=slide.extent, stride=slide.stride, padding=padding, size=slide.size)
     return first, max(last - first, 0)
 
 
-def _one_short(slide: patch_windows.Slide, start: int, side: int) -> tuple[int, int]:
+def _one_short(slide: patch_windows.SlidingAxis, start: int, side: int) -> tuple[int, int]:
     first, count = _clipped(slide, start, side)
     return first, max(count - 1, 1)
 
 
-def _one_late(slide: patch_windows.Slide, start: int, side: int) -> tuple[int, int]:
+def _one_late(slide: patch_windows.SlidingAxis, start: int, side: int) -> tuple[int, int]:
     first, count = _clipped(slide, start, side)
     return (first + 1, count - 1) if count > 1 else (first, count)
 

@@ -38,15 +38,15 @@ class Find:
         return "; ".join(f"{way}: answer {answer}, certified {certified}" for way, (answer, certified) in self.ways.items())
 
 
-def aimed(defense: PatchCleanser, x: Tensor, hidden: Tensor, among: int, *, keep: int = 8, rounds: int = 8) -> Tensor:
-    """8-bit pictures [keep, C, H, W], float32, near x [C, H, W], with the smallest logit margins behind ``hidden`` bool [H, W].
+def aimed(defense: PatchCleanser, x: Tensor, occluded: Tensor, among: int, *, keep: int = 8, rounds: int = 8) -> Tensor:
+    """8-bit pictures [keep, C, H, W], float32, near x [C, H, W], with the smallest logit margins behind ``occluded`` bool [H, W].
 
     ``among`` is how many of the largest logits are brought together; with all K of them they are brought to zero.
     """
     network = copy.deepcopy(defense.network).double().requires_grad_(False).eval()
 
     def logits(pictures: Tensor) -> Tensor:
-        return logits_of(defense, pictures, hidden, network)
+        return logits_of(defense, pictures, occluded, network)
 
     at = x.double()
     which = logits(at[None])[0].topk(among).indices
@@ -75,11 +75,11 @@ def aimed(defense: PatchCleanser, x: Tensor, hidden: Tensor, among: int, *, keep
     return near[(best[:, 0] - best[:, 1]).argsort()[:keep]].float()
 
 
-def logits_of(defense: PatchCleanser, pictures: Tensor, hidden: Tensor, network: Any = None) -> Tensor:
-    """Logits [n, K] of float64 pictures [n, C, H, W] behind ``hidden`` bool [H, W]."""
+def logits_of(defense: PatchCleanser, pictures: Tensor, occluded: Tensor, network: Any = None) -> Tensor:
+    """Logits [n, K] of float64 pictures [n, C, H, W] behind ``occluded`` bool [H, W]."""
     network = network or copy.deepcopy(defense.network).double().requires_grad_(False).eval()
-    seen = torch.where(hidden, defense.fill.double(), pictures)
-    told = (seen, hidden.expand(len(seen), 1, -1, -1)) if getattr(network, "takes_mask", False) else (seen,)
+    seen = torch.where(occluded, defense.fill.double(), pictures)
+    told = (seen, occluded.expand(len(seen), 1, -1, -1)) if getattr(network, "takes_mask", False) else (seen,)
     logits: Tensor = network(*told)
     return logits
 
@@ -213,9 +213,9 @@ def search(
     generator, finds = torch.Generator().manual_seed(seed), []
     for trial in range(trials):
         first, second = torch.randint(len(defense.masks), (2,), generator=generator).tolist()
-        hidden = defense.masks[first] | defense.masks[second]
+        occluded = defense.masks[first] | defense.masks[second]
         many = among or (len(defense.classes), 2)[trial % 2]
-        for picture in aimed(defense, images[trial % len(images)], hidden, many):
+        for picture in aimed(defense, images[trial % len(images)], occluded, many):
             for some in (sizes[:2], sizes):  # most of what is to be found is found in small batches
                 find = contradiction(picture, quick_look(defense, picture, first, second, some, precisions))
                 if find:

@@ -94,13 +94,13 @@ def noise(shape: tuple[int, ...], count: int = 4) -> Tensor:
 def test_the_enemy_makes_what_it_says() -> None:
     """Two logits meet to a millionth, or all of them become small."""
     defense = foreign("mnist-masked-cnn")
-    hidden = defense.masks[3] | defense.masks[20]
+    occluded = defense.masks[3] | defense.masks[20]
     x = noise((1, 28, 28))[0]
-    before = enemy.logits_of(defense, x[None].double(), hidden)
+    before = enemy.logits_of(defense, x[None].double(), occluded)
     for among in (10, 2):
-        found = enemy.aimed(defense, x, hidden, among)
+        found = enemy.aimed(defense, x, occluded, among)
         assert torch.equal((found * 255).round(), found.double().mul(255).round().float()) and len(found) == 8
-        logits = enemy.logits_of(defense, found.double(), hidden)
+        logits = enemy.logits_of(defense, found.double(), occluded)
         best = logits.topk(2, dim=1).values
         if among == 2:
             assert float((best[:, 0] - best[:, 1]).amax()) < 1e-6

@@ -127,7 +127,7 @@ def test_windows_equal_boxed_copies(shape: tuple[int, int, int], seed: int, size
     for gradient in (False, True):
         with torch.set_grad_enabled(gradient):
             windows = Windows(layers, x, patch, 1.0, clip=clip)
-            for alike in windows.reach.classes():
+            for alike in windows.patch_windows.classes():
                 moved = location_masks(patch, x)[alike][:, None, None]
                 lower = (x - moved * x).flatten(0, 1)
                 expected = propagate(layers, (lower, lower + moved.expand(-1, 3, shape[0], -1, -1).flatten(0, 1)))

@@ -11,44 +11,44 @@ import torch
 
 from patchcert_cli.certifiers.bounds import margin_chunks
 from patchcert_cli.certifiers.bounds.windows import patch_windows
-from patchcert_cli.certifiers.bounds.windows.patch_windows import Place, Slide
-from patchcert_cli.certifiers.bounds.windows.windows import Field, Windows
+from patchcert_cli.certifiers.bounds.windows.patch_windows import SlidingAxis, WindowBatch
+from patchcert_cli.certifiers.bounds.windows.windows import DeviationBox, Windows
 
 from .breaks import Break
 
 
-def _touched(change: Callable[[Slide, int, int], tuple[int, int]]) -> Break:
+def _touched(change: Callable[[SlidingAxis, int, int], tuple[int, int]]) -> Break:
     """Which outputs see a window is told wrongly."""
-    original = Slide.touched
+    original = SlidingAxis.touched
 
-    def touched(self: Slide, start: int, side: int, *, clip: bool) -> tuple[int, int]:
+    def touched(self: SlidingAxis, start: int, side: int, *, clip: bool) -> tuple[int, int]:
         first, count = original(self, start, side, clip=clip)
         return change(self, first, count) if self.extent > 1 else (first, count)
 
-    return lambda monkeypatch: monkeypatch.setattr(Slide, "touched", touched)
+    return lambda monkeypatch: monkeypatch.setattr(SlidingAxis, "touched", touched)
 
 
 def padding_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows are found as if no layer padded its input."""
-    original = Slide.touched
-    monkeypatch.setattr(Slide, "touched", lambda self, *args, clip: original(replace(self, padding=0), *args, clip=clip))
+    original = SlidingAxis.touched
+    monkeypatch.setattr(SlidingAxis, "touched", lambda self, *args, clip: original(replace(self, padding=0), *args, clip=clip))
 
 
 def borders_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last cell of each map is left out of every window."""
-    original = Slide.touched
+    original = SlidingAxis.touched
 
-    def touched(self: Slide, start: int, side: int, *, clip: bool) -> tuple[int, int]:
+    def touched(self: SlidingAxis, start: int, side: int, *, clip: bool) -> tuple[int, int]:
         first, count = original(self, start, side, clip=clip)
         return first, max(0, min(count, self.size - 1 - first))
 
-    monkeypatch.setattr(Slide, "touched", touched)
+    monkeypatch.setattr(SlidingAxis, "touched", touched)
 
 
 def other_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clean activations are taken from the next row and column."""
-    original = Place.cells
-    monkeypatch.setattr(Place, "cells", lambda self, *args: original(replace(self, first=self.first + 1), *args))
+    original = WindowBatch.cells
+    monkeypatch.setattr(WindowBatch, "cells", lambda self, *args: original(replace(self, first=self.first + 1), *args))
 
 
 def other_images(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,19 +57,19 @@ def other_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Windows, "_gather", lambda self, at, cells, name: original(self, at, cells.roll(1, dims=0), name))
 
 
-def _pixels(change: Callable[[Field], Field]) -> Break:
+def _pixels(change: Callable[[DeviationBox], DeviationBox]) -> Break:
     original = Windows._pixels
     return lambda monkeypatch: monkeypatch.setattr(Windows, "_pixels", lambda *args: change(original(*args)))
 
 
 def phases_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """All windows of a chunk are thought to lie like its first."""
-    original = patch_windows._pieces
+    original = patch_windows.aligned_groups
 
     def first_only(offset: torch.Tensor) -> list[Any]:
         return [replace(original(offset)[0], pairs=slice(0, offset.shape[1]))]
 
-    monkeypatch.setattr(patch_windows, "_pieces", first_only)
+    monkeypatch.setattr(patch_windows, "aligned_groups", first_only)
     monkeypatch.setattr(margin_chunks, "FEW", 10**9)
 
 
@@ -83,11 +83,11 @@ def clean_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a ReLU the radius is that in front of it where the clean value is positive, as if no neuron changed sides."""
     original = Windows._rectify
 
-    def rectify(self: Windows, field: Field, at: int, place: Place, t: int) -> Field:
-        alive = (self._gather(at, place.cells(t), "alive") > 0).to(field.deviation.dtype)
+    def rectify(self: Windows, field: DeviationBox, at: int, batch: WindowBatch, t: int) -> DeviationBox:
+        alive = (self._gather(at, batch.cells(t), "alive") > 0).to(field.deviation.dtype)
         deviation, radius = field.deviation.clone(), field.radius.clone()
-        original(self, field, at, place, t)
-        return Field(deviation * alive, radius * alive)
+        original(self, field, at, batch, t)
+        return DeviationBox(deviation * alive, radius * alive)
 
     monkeypatch.setattr(Windows, "_rectify", rectify)
 

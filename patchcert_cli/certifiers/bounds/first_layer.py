@@ -26,6 +26,7 @@ from torch.nn.grad import conv2d_input
 from patchcert_cli.certifiers.bounds.rules import channel_affine
 from patchcert_cli.certifiers.bounds.topk_gains import largest_gains
 from patchcert_cli.errors import UnsupportedThreat
+from patchcert_cli.layers.boxes import box_mask
 from patchcert_cli.layers.preprocessing import Normalize
 from patchcert_cli.layers.supported_layers import CHANNEL_AFFINE, IDENTITY, layers_of
 from patchcert_cli.threats import Patch, Sparse
@@ -40,13 +41,13 @@ class Split:
     Attributes:
         before: per-channel affine layers and flattening in front of it.
         first: the first affine layer; None if something else comes first.
-        rest: all layers behind ``first`` (or behind ``before`` if there is none).
+        tail: all layers after ``first`` (or behind ``before`` if there is none).
         scale: float64 [C], the product of the scales in ``before``: weights times this are rounded once, whatever is in it.
     """
 
     before: list[nn.Module]
     first: nn.Linear | nn.Conv2d | None
-    rest: list[nn.Module]
+    tail: list[nn.Module]
     scale: Tensor
 
     @classmethod
@@ -71,13 +72,13 @@ class Split:
     @property
     def layers(self) -> list[nn.Module]:
         """The whole network."""
-        return [*self.before, *([self.first] if self.first else []), *self.rest]
+        return [*self.before, *([self.first] if self.first else []), *self.tail]
 
     @property
     def is_dense(self) -> bool:
         """Fully connected: two or more linear layers with nothing but ReLU between them."""
-        inner = bool(self.rest) and isinstance(self.rest[-1], nn.Linear)
-        return inner and isinstance(self.first, nn.Linear) and all(isinstance(a, nn.Linear | nn.ReLU) for a in self.rest)
+        inner = bool(self.tail) and isinstance(self.tail[-1], nn.Linear)
+        return inner and isinstance(self.first, nn.Linear) and all(isinstance(a, nn.Linear | nn.ReLU) for a in self.tail)
 
     def clean(self, x: Tensor) -> Tensor:
         """Pre-activation of the first affine layer, [B, N] or [B, N, H', W'].
@@ -141,17 +142,13 @@ def window_sums(values: Tensor, patch: Patch) -> Tensor:
 def location_masks(patch: Patch, x: Tensor) -> Tensor:
     """1 under the patch, 0 elsewhere, for every location: [A, H, W] in the type of ``x``."""
     height, width = x.shape[2:]
-    top, left = (part[:, None] for part in patch.locations(height, width)[:, :2].to(x.device).unbind(dim=1))
-    row, column = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
-    rows = (row >= top) & (row < top + patch.height)
-    columns = (column >= left) & (column < left + patch.width)
-    return (rows[:, :, None] & columns[:, None, :]).to(x.dtype)
+    return box_mask(patch.locations(height, width).to(x.device), height, width).to(x.dtype)
 
 
-def sparse_box(split: Split, x: Tensor, threat: Sparse, *, epsilon: float = 1.0, visits: int = 0) -> tuple[Tensor, Tensor]:
+def sparse_box(split: Split, x: Tensor, threat: Sparse, *, epsilon: float = 1.0, topk_limit: int = 0) -> tuple[Tensor, Tensor]:
     """Lower and upper pre-activation of the first layer when ``threat.k`` pixels or values change (claim above).
 
-    With ``epsilon`` < 1 each changed entry moves at most that fraction of its way to 0 or 1. ``visits`` is for training: see
+    With ``epsilon`` < 1 each changed entry moves at most that fraction of its way to 0 or 1. ``topk_limit`` is for training: see
     :func:`topk_gains.largest_gains`. Shapes [B, N] or [B, N, H', W'].
     """
     if split.first is None:
@@ -166,7 +163,7 @@ def sparse_box(split: Split, x: Tensor, threat: Sparse, *, epsilon: float = 1.0,
         pixels = x.flatten(2)
         if threat.unit == "value":
             weight, pixels = weight.flatten(1)[:, None], pixels.flatten(1)[:, None]
-        up, down = largest_gains(weight, pixels, threat.k, visits=visits)
+        up, down = largest_gains(weight, pixels, threat.k, topk_limit=topk_limit)
     else:
         up, down = _convolution_gains(split, x, threat, clean)
     return clean - epsilon * down, clean + epsilon * up
@@ -194,12 +191,12 @@ def _convolution_gains(split: Split, x: Tensor, threat: Sparse, clean: Tensor) -
     return torch.stack(up, dim=1).reshape(shape), torch.stack(down, dim=1).reshape(shape)
 
 
-def patch_reach(split: Split, shape: tuple[int, int, int], patch: Patch) -> Tensor:
+def patch_max_change(split: Split, shape: tuple[int, int, int], patch: Patch) -> Tensor:
     """Largest possible |change| of each output of a linear first layer under a patch at any location: [N]."""
     return window_sums(split.dense_weight(shape).abs(), patch).amax(dim=1)
 
 
-def sparse_reach(split: Split, shape: tuple[int, int, int], threat: Sparse) -> Tensor:
+def sparse_max_change(split: Split, shape: tuple[int, int, int], threat: Sparse) -> Tensor:
     """Largest possible |change| of each first-layer output when ``threat.k`` entries change: [N] or [N, 1, 1]."""
     if isinstance(split.first, nn.Linear):
         reach = split.dense_weight(shape).abs()

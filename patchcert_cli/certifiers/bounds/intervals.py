@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli.certifiers.bounds.first_layer import Split, location_masks, window_sums
-from patchcert_cli.certifiers.bounds.margin_chunks import Contrast, Stream, open_stream
+from patchcert_cli.certifiers.bounds.margin_chunks import ClassDifference, MarginIterator, margin_iterator
 from patchcert_cli.certifiers.bounds.rules import Box, propagate
 from patchcert_cli.certifiers.bounds.windows.windows import Windows
 from patchcert_cli.errors import UnsupportedThreat
@@ -54,7 +54,7 @@ def resolve(threat: Threat, height: int, width: int, channels: int) -> Patch | S
 
 
 def lower_margins(
-    network: nn.Module, x: Tensor, target: Tensor, threat: Threat, *, epsilon: float = 1.0, visits: int = 0
+    network: nn.Module, x: Tensor, target: Tensor, threat: Threat, *, epsilon: float = 1.0, topk_limit: int = 0
 ) -> Margins:
     """Interval lower bounds of ``f_target - f_class`` over every location of ``threat``.
 
@@ -64,20 +64,20 @@ def lower_margins(
         target: int64 [B], the class to defend.
         threat: a patch or sparse threat model.
         epsilon: below 1, touched entries move only this fraction of their way to 0 or 1 (for training ramps).
-        visits: for training against a sparse threat: the most pixels or values per neuron that are looked at; 0 is all.
+        topk_limit: for training against a sparse threat: the most pixels or values per neuron that are looked at; 0 is all.
 
     Gradients flow for sparse threats; for patches take them with :func:`margins_at` at the location found here.
     """
     split = Split.of(network, x.shape[1])
     resolved = resolve(threat, x.shape[2], x.shape[3], x.shape[1])
     with torch.set_grad_enabled(torch.is_grad_enabled() and isinstance(resolved, Sparse)):
-        return minimum(open_stream(split, x, resolved, epsilon, visits=visits), target)
+        return minimum(margin_iterator(split, x, resolved, epsilon, topk_limit=topk_limit), target)
 
 
-def minimum(stream: Stream, target: Tensor) -> Margins:
+def minimum(stream: MarginIterator, target: Tensor) -> Margins:
     """The smallest margins over all locations of a stream; ``target`` is int64 [B]."""
     groups = stream.groups(target)
-    parts = [_smallest(stream.chunks(group, Contrast(stream.split, target[group]))) for group in groups]
+    parts = [_smallest(stream.chunks(group, ClassDifference(stream.split, target[group]))) for group in groups]
     back = torch.cat(groups).argsort()
     values, worst = (torch.cat(part, dim=1)[:, back].t() for part in zip(*parts, strict=True))
     return Margins(values, worst)
@@ -139,7 +139,7 @@ def _contrasted(
     Returns: its weights for lower and for upper ends [B, K, N], its bias [B, K], and the box [B, R, N].
     """
     split = Split.of(network, x.shape[1])
-    final = split.rest[-1] if split.rest else None
+    final = split.tail[-1] if split.tail else None
     if not isinstance(final, nn.Linear):
         raise UnsupportedThreat("training on patches needs a network that ends in a linear layer behind another layer.")
     locations = patch.count(x.shape[2], x.shape[3])
@@ -155,7 +155,7 @@ def _at_pairs(split: Split, x: Tensor, patch: Patch, owner: Tensor, location: Te
     """Bounds in front of the last layer for U pairs (image ``owner``, ``location``), [U, N] each, with gradient."""
     if not split.is_dense:
         windows = Windows(split.layers[:-1], x, patch, epsilon, clip=False)
-        order = windows.reach.order(location)
+        order = windows.patch_windows.order(location)
         back = order.argsort()
         lower, upper = windows.bounds(owner[order], location[order])
         return lower[back], upper[back]
@@ -164,4 +164,4 @@ def _at_pairs(split: Split, x: Tensor, patch: Patch, owner: Tensor, location: Te
     content = (0.5 - x)[owner] * moved
     middle = split.clean(x)[owner] + content.flatten(1) @ weight.flatten(1).t()
     radius = (epsilon / 2) * window_sums(weight.abs(), patch)[:, location].t()
-    return propagate(split.rest[:-1], (middle - radius, middle + radius))
+    return propagate(split.tail[:-1], (middle - radius, middle + radius))

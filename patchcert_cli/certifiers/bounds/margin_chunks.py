@@ -24,20 +24,20 @@ MARGIN_BYTES = 1 << 28  # margins of all locations that are kept at a time
 FEW = 8  # images below which windows of one size are faster than the least windows, which are of many sizes
 
 
-def open_stream(
-    split: Split, x: Tensor, threat: Patch | Sparse, epsilon: float, *, watch: bool = False, visits: int = 0
-) -> Stream:
+def margin_iterator(
+    split: Split, x: Tensor, threat: Patch | Sparse, epsilon: float, *, watch: bool = False, topk_limit: int = 0
+) -> MarginIterator:
     """The stream that fits network and threat; with ``watch`` it may find out about rounding errors on its way."""
     if isinstance(threat, Sparse):
-        return SparseStream(split, x, threat, epsilon, visits)
+        return SparseMargins(split, x, threat, epsilon, topk_limit)
     if split.is_dense:
-        return DenseStream(split, x, threat, epsilon)
-    if isinstance(split.first, nn.Linear) and not split.rest:  # a linear model: its only layer is merged with the contrast
+        return DenseMargins(split, x, threat, epsilon)
+    if isinstance(split.first, nn.Linear) and not split.tail:  # a linear model: its only layer is merged with the contrast
         split = Split([], None, split.layers, split.scale)
-    return WindowStream(split, x, threat, epsilon, watch=watch)
+    return WindowMargins(split, x, threat, epsilon, watch=watch)
 
 
-class Contrast:
+class ClassDifference:
     """The last layer merged with ``e_target - e_class``: margins of G images with the class ``target``, or each with its own.
 
     Images with the same target should stand side by side: each run of them is one product.
@@ -45,7 +45,7 @@ class Contrast:
 
     def __init__(self, split: Split, target: int | Tensor) -> None:
         self.target = torch.as_tensor(target).reshape(-1)
-        self.final = split.rest[-1] if split.rest else None
+        self.final = split.tail[-1] if split.tail else None
         classes, counts = (part.tolist() for part in self.target.unique_consecutive(return_counts=True))  # type: ignore[no-untyped-call]
         self.runs = [slice(None)] if len(classes) == 1 else [slice(a, b) for a, b in pairwise(accumulate(counts, initial=0))]
         if isinstance(self.final, nn.Linear):
@@ -78,7 +78,7 @@ class Contrast:
         return (low.gather(2, own) - high).scatter(2, own, 0).transpose(1, 2)
 
 
-class Stream(Protocol):
+class MarginIterator(Protocol):
     """Margins of all locations of one threat for one batch of images.
 
     Attributes:
@@ -92,7 +92,7 @@ class Stream(Protocol):
         """The images to treat together, those of equal targets side by side: their indices, int64 [G] each."""
         ...
 
-    def chunks(self, group: Tensor, contrast: Contrast) -> Iterator[Tensor]:
+    def chunks(self, group: Tensor, contrast: ClassDifference) -> Iterator[Tensor]:
         """Margins [A', K, G] for consecutive locations, of the images with indices ``group``, whose contrast is given."""
         ...
 
@@ -106,7 +106,7 @@ def by_target(target: Tensor) -> list[Tensor]:
     return [(target == y).nonzero()[:, 0] for y in target.unique().tolist()]  # type: ignore[no-untyped-call]
 
 
-class PatchStream:
+class PatchMargins:
     """What all streams over patch locations share: the worst location is the location where the minimum was attained."""
 
     errors: Errors | None = None
@@ -119,28 +119,28 @@ def _chunk(per_atom_bytes: int, device: torch.device) -> int:
     return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // per_atom_bytes)
 
 
-class SparseStream:
+class SparseMargins:
     """One box of pre-activations holds every sparse change."""
 
     errors: Errors | None = None
 
-    def __init__(self, split: Split, x: Tensor, threat: Sparse, epsilon: float, visits: int = 0) -> None:
+    def __init__(self, split: Split, x: Tensor, threat: Sparse, epsilon: float, topk_limit: int = 0) -> None:
         self.split, self.x = split, x
-        self.box = sparse_box(split, x, threat, epsilon=epsilon, visits=visits)
-        self.lower, self.upper = propagate(split.rest[:-1], self.box)
+        self.box = sparse_box(split, x, threat, epsilon=epsilon, topk_limit=topk_limit)
+        self.lower, self.upper = propagate(split.tail[:-1], self.box)
 
     def groups(self, target: Tensor) -> list[Tensor]:
         return by_target(target)
 
-    def chunks(self, group: Tensor, contrast: Contrast) -> Iterator[Tensor]:
+    def chunks(self, group: Tensor, contrast: ClassDifference) -> Iterator[Tensor]:
         yield contrast.rows(self.lower[group][None], self.upper[group][None])
 
     def worst_location(self, target: Tensor, rival: Tensor, attained: Tensor) -> Tensor:
         """The pixel whose gains and losses weigh most in the margin bound, to first order in the first layer's box."""
         with torch.enable_grad():
             box = tuple(part.detach().requires_grad_() for part in self.box)
-            lower, upper = propagate(self.split.rest[:-1], (box[0], box[1]))
-            final = self.split.rest[-1] if self.split.rest else None
+            lower, upper = propagate(self.split.tail[:-1], (box[0], box[1]))
+            final = self.split.tail[-1] if self.split.tail else None
             if isinstance(final, nn.Linear):
                 contrast = final.weight[target] - final.weight[rival]  # [B, N]
                 margin = contrast.clamp(min=0) * lower + contrast.clamp(max=0) * upper
@@ -151,7 +151,7 @@ class SparseStream:
         return first_layer_influence(self.split, self.x, falls, -rises).flatten(1).argmax(dim=1)
 
 
-class DenseStream(PatchStream):
+class DenseMargins(PatchMargins):
     """All patch locations of a fully connected network, with neurons as rows and images as columns.
 
     One chunk is a batched product over patch pixels added to the clean pre-activation, so the work per location is h*w*C*N
@@ -164,12 +164,12 @@ class DenseStream(PatchStream):
         self.weight = under_patch(weight.permute(1, 2, 3, 0).contiguous(), patch).transpose(1, 2)  # [A, N, P]
         self.radius = window_sums(weight.abs(), patch).t()[:, :, None] * (epsilon / 2)  # [A, N, 1]
         self.clean = split.clean(x).t()  # [N, B]
-        self.widest = max(layer.in_features for layer in split.rest if isinstance(layer, nn.Linear))
+        self.widest = max(layer.in_features for layer in split.tail if isinstance(layer, nn.Linear))
 
     def groups(self, target: Tensor) -> list[Tensor]:
         return by_target(target)
 
-    def chunks(self, group: Tensor, contrast: Contrast) -> Iterator[Tensor]:
+    def chunks(self, group: Tensor, contrast: ClassDifference) -> Iterator[Tensor]:
         x = self.x[group]
         hidden = under_patch((0.5 - x).permute(1, 2, 3, 0).contiguous(), self.patch)  # [A, P, B]
         clean = self.clean[:, group][None]  # [1, N, G]
@@ -182,7 +182,7 @@ class DenseStream(PatchStream):
             torch.baddbmm(clean, self.weight[part], hidden[part], alpha=self.epsilon, out=middle)
             torch.sub(middle, self.radius[part], out=bounds[:, :neurons])
             torch.add(middle, self.radius[part], out=bounds[:, neurons:])
-            for layer in self.split.rest[:-1]:
+            for layer in self.split.tail[:-1]:
                 bounds = _columns_rule(layer, bounds)
             yield contrast.columns(bounds)
 
@@ -199,7 +199,7 @@ def _columns_rule(layer: nn.Module, bounds: Tensor) -> Tensor:
     return bounds.relu_()
 
 
-class WindowStream(PatchStream):
+class WindowMargins(PatchMargins):
     """All patch locations of any other network: only the windows that a patch can reach, until a layer joins all of them.
 
     Attributes:
@@ -210,19 +210,19 @@ class WindowStream(PatchStream):
 
     def __init__(self, split: Split, x: Tensor, patch: Patch, epsilon: float, *, watch: bool = False) -> None:
         self.split, self.x, self.patch, self.epsilon, self.watch = split, x, patch, epsilon, watch
-        self.body = split.layers[:-1] if split.rest else split.layers
+        self.body = split.layers[:-1] if split.tail else split.layers
         self.locations = patch.count(x.shape[2], x.shape[3])
 
     def groups(self, target: Tensor) -> list[Tensor]:
         margins = self.locations * getattr(self.split.layers[-1], "out_features", 1) * self.x.element_size()
         return list(torch.split(target.argsort(stable=True), max(1, min(IMAGES, MARGIN_BYTES // margins))))
 
-    def chunks(self, group: Tensor, contrast: Contrast) -> Iterator[Tensor]:
+    def chunks(self, group: Tensor, contrast: ClassDifference) -> Iterator[Tensor]:
         x = self.x[group]
         windows = Windows(self.body, x, self.patch, self.epsilon, clip=len(x) >= FEW, watch=self.watch)
         step = _chunk(windows.widest(len(x)) * len(x) * x.element_size() // 2, x.device)
         margins = None
-        for alike in windows.reach.classes():
+        for alike in windows.patch_windows.classes():
             for locations in torch.split(alike.to(x.device), step):
                 bounds = windows.everywhere(locations)
                 lower, upper = (part.reshape(len(locations), len(x), *part.shape[1:]) for part in bounds)
@@ -232,7 +232,7 @@ class WindowStream(PatchStream):
                 margins[locations] = found
         assert margins is not None
         if self.watch:
-            noted = errors(windows.route, self.split.layers[len(self.body) :], x, windows.highest, x.dtype)
+            noted = errors(windows.partition, self.split.layers[len(self.body) :], x, windows.highest, x.dtype)
             own = torch.arange(margins.shape[1], device=x.device)[:, None] == contrast.target
             self._note(group, noted, margins.masked_fill(own, float("inf")).amin(dim=1))
         yield margins  # locations come class by class, so all of them at once
@@ -254,11 +254,11 @@ class WindowStream(PatchStream):
             if not len(own):
                 continue
             windows = Windows(self.body, self.x[start : start + IMAGES], self.patch, self.epsilon, clip=False)
-            order = own[windows.reach.order(location[own])]
+            order = own[windows.patch_windows.order(location[own])]
             for part in torch.split(order, _chunk(windows.widest(1) * self.x.element_size() // 2, self.x.device)):
                 lower, upper = windows.bounds(owner[part] - start, location[part])
                 runs = target[part].argsort(stable=True)
-                margins = Contrast(self.split, target[part][runs]).rows(lower[runs][None], upper[runs][None])
+                margins = ClassDifference(self.split, target[part][runs]).rows(lower[runs][None], upper[runs][None])
                 found.append(margins[0].t())
                 where.append(part[runs])
         return torch.cat(found)[torch.cat(where).argsort()]

@@ -65,7 +65,7 @@ def _entry(
     """Layers, and the box in front of the first of them for each pair (image ``owner``, ``location``), [U, ...] each."""
     if isinstance(threat, Sparse):
         lower, upper = sparse_box(split, x, threat, epsilon=epsilon)
-        return split.rest, (lower[owner], upper[owner])
+        return split.tail, (lower[owner], upper[owner])
     moved = location_masks(threat, x)[location, None] * epsilon  # [U, 1, H, W]
     if not split.is_dense:
         lower = x[owner] * (1 - moved)
@@ -73,7 +73,7 @@ def _entry(
     weight = split.dense_weight((x.shape[1], x.shape[2], x.shape[3]))  # [N, C, H, W]
     middle = split.clean(x)[owner] + ((0.5 - x)[owner] * moved).flatten(1) @ weight.flatten(1).t()
     radius = (epsilon / 2) * window_sums(weight.abs(), threat)[:, location].t()
-    return split.rest, (middle - radius, middle + radius)
+    return split.tail, (middle - radius, middle + radius)
 
 
 def require_dense(network: nn.Module, channels: int) -> Split:
@@ -98,7 +98,7 @@ def linear_margins(
         UsageError: the network is not fully connected.
     """
     split = require_dense(network, x.shape[1])
-    final, shape = split.rest[-1], (x.shape[1], x.shape[2], x.shape[3])
+    final, shape = split.tail[-1], (x.shape[1], x.shape[2], x.shape[3])
     assert isinstance(final, nn.Linear)
     locations = threat.count(x.shape[2], x.shape[3]) if isinstance(threat, Patch) else 1
     image = torch.arange(len(x), device=x.device)[:, None].expand_as(chosen)

@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers.bounds.first_layer import Split, patch_reach, sparse_reach
+from patchcert_cli.certifiers.bounds.first_layer import Split, patch_max_change, sparse_max_change
 from patchcert_cli.certifiers.bounds.intervals import minimum, resolve
-from patchcert_cli.certifiers.bounds.margin_chunks import Stream, WindowStream, open_stream
+from patchcert_cli.certifiers.bounds.margin_chunks import MarginIterator, WindowMargins, margin_iterator
 from patchcert_cli.certifiers.bounds.rules import UNIT, gamma, noise, overflow, terms_of
-from patchcert_cli.certifiers.bounds.windows.partition import Route
+from patchcert_cli.certifiers.bounds.windows.partition import Partition
 from patchcert_cli.certifiers.bounds.windows.rounding import difference, errors
 from patchcert_cli.threats import Patch, Sparse, Threat
 
@@ -38,7 +38,7 @@ def bound_error(split: Split, x: Tensor, threat: Patch | Sparse) -> Tensor:
     if isinstance(split.first, nn.Linear) and (split.is_dense or isinstance(threat, Sparse)):
         return _difference_error(*_dense_first(split, x, threat, unit), unit)
     if isinstance(threat, Patch):
-        found = errors(Route.of(split.layers[:-1], x[:1]), split.layers[-1:], x)
+        found = errors(Partition.of(split.layers[:-1], x[:1]), split.layers[-1:], x)
         return found.single if x.dtype == torch.float32 else found.double
     if isinstance(split.first, nn.Conv2d):
         size, error = x.double(), torch.zeros_like(x, dtype=torch.float64)
@@ -47,7 +47,7 @@ def bound_error(split: Split, x: Tensor, threat: Patch | Sparse) -> Tensor:
         reach = _reach(split, x, threat)
         # a sum over a window, or of the largest gains, has at most as many terms as the layer itself
         rate = gamma(terms_of(split.first, x) + _folded(split, unit), unit)
-        return _difference_error(split.rest, size + reach, error + 2 * rate * (size + reach), unit)
+        return _difference_error(split.tail, size + reach, error + 2 * rate * (size + reach), unit)
     raise AssertionError("without an affine first layer there is no sparse stream")
 
 
@@ -62,7 +62,7 @@ def _folded(split: Split, unit: float) -> int:
 def _reach(split: Split, x: Tensor, threat: Patch | Sparse) -> Tensor:
     """Largest possible change of each first-layer output, with room for its own rounding: float64."""
     shape = (x.shape[1], x.shape[2], x.shape[3])
-    reach = patch_reach(split, shape, threat) if isinstance(threat, Patch) else sparse_reach(split, shape, threat)
+    reach = patch_max_change(split, shape, threat) if isinstance(threat, Patch) else sparse_max_change(split, shape, threat)
     return reach.double() * (1 + 1e-3)
 
 
@@ -80,9 +80,9 @@ def _dense_first(split: Split, x: Tensor, threat: Patch | Sparse, unit: float) -
     error = 2 * rate * terms + F.linear(black.flatten(1), cast(nn.Linear, split.first).weight.double().abs())
     error = overflow(terms, error + weight.shape[1] * torch.finfo(torch.float32).tiny, unit)
     middle = F.linear(exact, weight, bias)
-    if split.rest and isinstance(split.rest[0], nn.ReLU):
-        return split.rest[1:], (middle + reach).clamp(min=0) + error, error
-    return split.rest, middle.abs() + reach + error, error
+    if split.tail and isinstance(split.tail[0], nn.ReLU):
+        return split.tail[1:], (middle + reach).clamp(min=0) + error, error
+    return split.tail, middle.abs() + reach + error, error
 
 
 def _difference_error(layers: list[nn.Module], size: Tensor, error: Tensor, unit: float) -> Tensor:
@@ -131,14 +131,14 @@ def prove(network: nn.Module, exact: nn.Module, x: Tensor, target: Tensor, threa
         none = torch.zeros(0, dtype=torch.float64, device=x.device)
         return Proof(none, none.clone(), target.clone(), target.clone())
     deployed = forward_error(Split.of(exact, x.shape[1]), x)
-    stream = open_stream(Split.of(network, x.shape[1]), x, resolved, 1.0, watch=True)
+    stream = margin_iterator(Split.of(network, x.shape[1]), x, resolved, 1.0, watch=True)
     proof, error = _prove(stream, x, target, resolved, deployed)
     open_ = ((proof.margin > -error) & (proof.margin <= proof.tolerance)) | proof.margin.isinf()
     close = open_.nonzero()[:, 0]
     if not len(close) or x.dtype == torch.float64:
         return proof
-    wide = open_stream(Split.of(exact, x.shape[1]), x[close].double(), resolved, 1.0)
-    if isinstance(wide, WindowStream) and isinstance(stream, WindowStream):
+    wide = margin_iterator(Split.of(exact, x.shape[1]), x[close].double(), resolved, 1.0)
+    if isinstance(wide, WindowMargins) and isinstance(stream, WindowMargins):
         close, again = _prove_pairs(stream, wide, proof, error, close, target[close], deployed)
     else:
         again, _ = _prove(wide, x[close].double(), target[close], resolved, deployed)
@@ -147,7 +147,7 @@ def prove(network: nn.Module, exact: nn.Module, x: Tensor, target: Tensor, threa
     return proof
 
 
-def _prove(stream: Stream, x: Tensor, target: Tensor, threat: Patch | Sparse, deployed: float) -> tuple[Proof, Tensor]:
+def _prove(stream: MarginIterator, x: Tensor, target: Tensor, threat: Patch | Sparse, deployed: float) -> tuple[Proof, Tensor]:
     """A proof in the type of ``x``, and the part of its tolerance that concerns the margins; ``deployed`` bounds the rest."""
     margins = minimum(stream, target)
     margin, rival = margins.values.scatter(1, target[:, None], float("inf")).min(dim=1)
@@ -162,7 +162,7 @@ def _prove(stream: Stream, x: Tensor, target: Tensor, threat: Patch | Sparse, de
 
 
 def _prove_pairs(
-    stream: WindowStream, wide: WindowStream, proof: Proof, error: Tensor, close: Tensor, target: Tensor, deployed: float
+    stream: WindowMargins, wide: WindowMargins, proof: Proof, error: Tensor, close: Tensor, target: Tensor, deployed: float
 ) -> tuple[Tensor, Proof]:
     """Those of the images ``close`` that may be certified, and their proof in float64, from few of their locations.
 
@@ -186,7 +186,7 @@ def _prove_pairs(
     return close[kept], Proof(margin, tolerance[kept], location[pair], rival[pair])
 
 
-def _at_pairs(wide: WindowStream, owner: Tensor, location: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _at_pairs(wide: WindowMargins, owner: Tensor, location: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The smallest margin over rivals of each pair (image, location), minus infinity if one is no number, and the rival: [N]."""
     if not len(owner):
         return owner.double(), owner

@@ -22,17 +22,17 @@ from torch import Tensor
 SETTLE_EVERY = 8  # visits between two checks of which neurons are settled
 
 
-def largest_gains(weight: Tensor, x: Tensor, k: int, *, visits: int = 0) -> tuple[Tensor, Tensor]:
+def largest_gains(weight: Tensor, x: Tensor, k: int, *, topk_limit: int = 0) -> tuple[Tensor, Tensor]:
     """Sums of the k largest gains and of the k largest losses, [B, N] each, with gradient in ``weight`` only.
 
     Args:
         weight: [N, C, P], with respect to pixels in [0, 1].
         x: [B, C, P] in [0, 1].
         k: how many pixels may change; more than P means all.
-        visits: look at no more pixels per neuron than this, those of the largest reach; 0 is all. For training: a bound that has
-            not looked at all of them is none.
+        topk_limit: look at no more pixels per neuron than this, those of the largest reach; 0 is all. For training: a bound that
+            has not looked at all of them is none.
     """
-    up, down = _LargestGains.apply(weight, x, min(k, weight.shape[2]), visits)
+    up, down = _LargestGains.apply(weight, x, min(k, weight.shape[2]), topk_limit)
     return up, down
 
 
@@ -52,20 +52,20 @@ class _Order:
 
     def __init__(self, weight: Tensor, k: int) -> None:
         self.weight, self.pixels = weight, weight.shape[2]
-        self.reach = weight.abs().sum(dim=1)  # [N, P]
+        self.patch_windows = weight.abs().sum(dim=1)  # [N, P]
         self.count = min(self.pixels, 6 * k + 32)
-        self.sorted, self.order = self.reach.topk(self.count, dim=1)
+        self.sorted, self.order = self.patch_windows.topk(self.count, dim=1)
 
     def extend(self) -> None:
         """Sort the rest behind the first piece: called only if a neuron needs more than that."""
         if self.count < self.pixels:
-            left = self.reach.scatter(1, self.order, -1.0)  # equal reaches must not be taken twice, nor missed
+            left = self.patch_windows.scatter(1, self.order, -1.0)  # equal reaches must not be taken twice, nor missed
             reach, order = left.topk(self.pixels - self.count, dim=1)
             self.sorted, self.order = torch.cat([self.sorted, reach], dim=1), torch.cat([self.order, order], dim=1)
             self.count = self.pixels
 
     def next_reach(self, rank: int, neurons: Tensor | None) -> Tensor:
-        """Reach of the pixel at ``rank``: [U]."""
+        """PatchWindows of the pixel at ``rank``: [U]."""
         if rank >= self.count:
             self.extend()
         column = self.sorted[:, rank]
@@ -111,7 +111,7 @@ class _Largest:
 
 class _LargestGains(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, x: Tensor, k: int, visits: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, weight: Tensor, x: Tensor, k: int, topk_limit: int) -> tuple[Tensor, Tensor]:
         order, columns = _Order(weight, k), x.permute(1, 2, 0).contiguous()
         neurons, images = weight.shape[0], x.shape[0]
         sums = weight.new_zeros(2, neurons, images)
@@ -133,7 +133,7 @@ class _LargestGains(torch.autograd.Function):
             ranks.append(open_)
             best[0].insert(visit.gain)
             best[1].insert(visit.loss)
-            last = rank + 1 in (order.pixels, visits)
+            last = rank + 1 in (order.pixels, topk_limit)
             if last or (rank + 1 >= k and (rank + 1) % SETTLE_EVERY == 0):
                 names = every if open_ is None else open_
                 if last:

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
-from patchcert_cli.layers.precision import exact_arithmetic
+from patchcert_cli.layers.precision import exact_arithmetic, first_largest
 
 METHODS = ("exact", "3.1", "3.2", "3.3")
 LARGEST_SUM = 2**24
@@ -78,11 +78,6 @@ class Votes:
         return Votes(_of(self.scores, label), None if self.unknown is None else _of(self.unknown, label), self.weight)
 
 
-def first_largest(sums: Tensor) -> Tensor:
-    """The class of the largest of sums [B, K], the lowest index among equals: int64 [B]."""
-    return (sums == sums.amax(dim=1, keepdim=True)).int().argmax(dim=1)
-
-
 @dataclass(frozen=True)
 class Proof:
     """The smallest margin over rivals and locations.
@@ -100,13 +95,13 @@ class Proof:
     rival: Tensor
 
 
-def box_sums(scores: Tensor, rows: Axis, columns: Axis) -> Tensor:
+def location_sums(scores: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """Sums of float32 scores [..., N, M] over every location's cells: [..., P, Q], exact for whole numbers below 2^24."""
     return _turned_sums(scores, rows, columns).transpose(-1, -2)
 
 
 def _turned_sums(scores: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """:func:`box_sums` as contiguous [..., Q, P]."""
+    """:func:`location_sums` as contiguous [..., Q, P]."""
     if max(rows.cells, columns.cells) > DENSE and rows.sweep and columns.sweep:
         return _swept(scores, rows, columns).transpose(-1, -2).contiguous()
     return _along(_along(scores, columns).transpose(-1, -2).contiguous(), rows)
@@ -166,7 +161,7 @@ def prove(votes: Votes, cover: CellCoverage, method: str = "exact") -> Proof:
     keep = (cover.rows.distinct(), cover.columns.distinct())
     if cover.budget > 1:  # several locations may be alike
         keep = (tuple(range(len(cover.rows.touched))), tuple(range(len(cover.columns.touched))))
-    rows, columns = cover.rows.pick(keep[0]), cover.columns.pick(keep[1])
+    rows, columns = cover.rows.select(keep[0]), cover.columns.select(keep[1])
     size = max(1, CHUNK // max(1, votes.scores[:1].numel()))
     parts = [_prove(part, CellCoverage(rows, columns, cover.budget), method) for part in _chunks(votes, size)]
     answer, margin, worst, rival = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -205,10 +200,10 @@ def _prove(votes: Votes, cover: CellCoverage, method: str) -> tuple[Tensor, Tens
     margins, places = [], []
     for first in range(0, classes, block):
         most = ends[1] if ends else _ends(votes, slice(first, first + block))[1]  # [B, K', N, M]
-        lead = total - most.sum(dim=(2, 3))  # [B, K'], S_y - S_j
+        difference = total - most.sum(dim=(2, 3))  # [B, K'], S_y - S_j
         if method == "3.3":
             largest, where = size.flatten().max(dim=0)
-            taken, worst = 2 * budget * largest, where.expand_as(lead)
+            taken, worst = 2 * budget * largest, where.expand_as(difference)
         else:  # sum_{i in A(L)} (w_i + s_iy - s_ij)
             loss = base - _turned_sums(most, rows, columns).flatten(2)
             if budget == 1:
@@ -216,7 +211,7 @@ def _prove(votes: Votes, cover: CellCoverage, method: str) -> tuple[Tensor, Tens
             else:
                 several = loss.topk(min(budget, loss.shape[2]), dim=2)
                 taken, worst = several.values.sum(dim=2), several.indices[:, :, 0]
-        margins.append(lead - taken)
+        margins.append(difference - taken)
         places.append(worst)
     margin, worst = torch.cat(margins, dim=1), torch.cat(places, dim=1)
     if method == "exact":
@@ -230,7 +225,7 @@ def _sizes(votes: Votes, rows: Axis, columns: Axis) -> Tensor:
     weight = torch.ones(scores.shape[2:], device=scores.device) if votes.weight is None else votes.weight.float()
     if float(weight.sum()) >= LARGEST_SUM:
         raise ValueError("weights too large for exact sums in float32")
-    return box_sums(weight, rows, columns)
+    return location_sums(weight, rows, columns)
 
 
 def _of(values: Tensor, answer: Tensor) -> Tensor:
@@ -247,10 +242,10 @@ def margin_map(votes: Votes, cover: CellCoverage) -> Tensor:
         answer = part.answer()
         least, most = _ends(part)
         own = _of(least, answer)
-        lead = own.sum(dim=(2, 3)) - most.sum(dim=(2, 3))  # [B, K]
-        lead = lead + (answer[:, None] < torch.arange(lead.shape[1], device=lead.device))
-        margin = lead[:, :, None, None] - (size + box_sums(own, rows, columns) - box_sums(most, rows, columns))
-        rivals = torch.arange(lead.shape[1], device=lead.device) != answer[:, None]
+        difference = own.sum(dim=(2, 3)) - most.sum(dim=(2, 3))  # [B, K]
+        difference = difference + (answer[:, None] < torch.arange(difference.shape[1], device=difference.device))
+        margin = difference[:, :, None, None] - (size + location_sums(own, rows, columns) - location_sums(most, rows, columns))
+        rivals = torch.arange(difference.shape[1], device=difference.device) != answer[:, None]
         maps.append(margin.masked_fill(~rivals[:, :, None, None], float("inf")).amin(dim=1))
     return torch.cat(maps).double()
 

@@ -49,12 +49,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from patchcert_cli.certifiers.cells.additive import Proof, first_largest
+from patchcert_cli.certifiers.cells.additive import Proof
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
-from patchcert_cli.layers.precision import exact_arithmetic
+from patchcert_cli.layers.boxes import integral_image
+from patchcert_cli.layers.precision import exact_arithmetic, first_largest
 
 MOST = 2**26  # the largest evidence of a cell
 FINEST = 1000  # the largest denominator of a share
@@ -80,7 +80,7 @@ class Masking:
 
 def masked_sums(evidence: Tensor, masking: Masking) -> Tensor:
     """r, int64 [B, K], of evidence int64 [B, K, N, M]."""
-    heaviest = _window_sums(_table(evidence), masking.window).flatten(2).amax(dim=2)
+    heaviest = _window_sums(evidence, masking.window).flatten(2).amax(dim=2)
     total = evidence.sum(dim=(2, 3))
     share = masking.share
     return total - torch.where(heaviest * share.denominator > total * share.numerator, heaviest, 0)
@@ -100,7 +100,9 @@ def prove(evidence: Tensor, masking: Masking, cover: CellCoverage) -> Proof:
         cover: which cells each location touches, neighbours; budget 1.
     """
     keep = (cover.rows.distinct(), cover.columns.distinct())  # margins never grow with A
-    chart, rival = _charts(evidence, masking, CellCoverage(cover.rows.pick(keep[0]), cover.columns.pick(keep[1]), cover.budget))
+    chart, rival = _charts(
+        evidence, masking, CellCoverage(cover.rows.select(keep[0]), cover.columns.select(keep[1]), cover.budget)
+    )
     margin, worst = chart.flatten(1).min(dim=1)
     rival = rival.flatten(1).gather(1, worst[:, None])[:, 0]
     of_row, of_column = (torch.tensor(kept, device=worst.device) for kept in keep)  # numbers of the kept locations -> of all
@@ -129,20 +131,16 @@ def _charts(evidence: Tensor, masking: Masking, cover: CellCoverage) -> tuple[Te
         label = answer(part, masking)
         own = part[torch.arange(len(part), device=part.device), label]  # [b, N, M]
         low = torch.cat(list(_lows(own, masking, cover)), dim=1)  # [b, P, Q]
-        lead, rival = _highs(part, label, masking, cover)
-        charts.append(low - lead)
+        difference, rival = _highs(part, label, masking, cover)
+        charts.append(low - difference)
         rivals.append(rival)
     return torch.cat(charts), torch.cat(rivals)
 
 
-def _table(values: Tensor) -> Tensor:
-    """Integral image: the sums of all entries above and left, int64 [..., N, M] -> [..., N + 1, M + 1]."""
-    return F.pad(values, (1, 0, 1, 0)).cumsum(dim=-2).cumsum(dim=-1)
-
-
-def _window_sums(table: Tensor, window: tuple[int, int]) -> Tensor:
-    """The sum of each window, [..., N + 1, M + 1] -> [..., R, S]."""
+def _window_sums(values: Tensor, window: tuple[int, int]) -> Tensor:
+    """The sum of each window, [..., N, M] -> [..., R, S]."""
     height, width = window
+    table = integral_image(values)
     bands = table[..., height:, :] - table[..., :-height, :]
     return bands[..., width:] - bands[..., :-width]
 
@@ -153,7 +151,7 @@ def _lows(own: Tensor, masking: Masking, cover: CellCoverage) -> Iterator[Tensor
     Sums over what a location shares with a mask are products with 0/1 matrices, one along rows and one along columns.
     """
     own, share = own.double(), masking.share
-    sums = _window_sums(_table(own), masking.window)[:, None, :, None, :]  # [b, 1, R, 1, S]
+    sums = _window_sums(own, masking.window)[:, None, :, None, :]  # [b, 1, R, 1, S]
     rows, columns = cover.rows.matrix().to(own), cover.columns.matrix().to(own)  # [P, N], [Q, M]
     tall, wide = _masks(cover.rows, masking.window[0]).to(own), _masks(cover.columns, masking.window[1]).to(own)  # [R, N], [S, M]
     across = (columns[:, None] * wide).flatten(0, 1).t()  # [M, Q * S]
@@ -174,7 +172,7 @@ def _lows(own: Tensor, masking: Masking, cover: CellCoverage) -> Iterator[Tensor
 
 def _highs(evidence: Tensor, label: Tensor, masking: Masking, cover: CellCoverage) -> tuple[Tensor, Tensor]:
     """The largest ``high_j - [y < j]`` over rivals, float64 [b, P, Q] with inf, and a rival that attains it, int64."""
-    held = _window_sums(_table(evidence), masking.window)  # [b, K, R, S]
+    held = _window_sums(evidence, masking.window)  # [b, K, R, S]
     heaviest = held.amax(dim=(2, 3), keepdim=True)
     for dim, axis, side in ((2, cover.rows, masking.window[0]), (3, cover.columns, masking.window[1])):
         lines = [held.narrow(dim, first, count).amax(dim=dim) if count else None for first, count in _holding(axis, side)]
@@ -186,9 +184,9 @@ def _highs(evidence: Tensor, label: Tensor, masking: Masking, cover: CellCoverag
     if share > 0:
         high = high * share.denominator // (share.denominator - share.numerator)
     classes = torch.arange(evidence.shape[1], device=evidence.device)
-    lead = (high - (label[:, None] < classes).long()[:, :, None, None]).double().masked_fill(held < 0, float("inf"))
+    difference = (high - (label[:, None] < classes).long()[:, :, None, None]).double().masked_fill(held < 0, float("inf"))
     own = (classes == label[:, None])[:, :, None, None]
-    largest, rival = lead.masked_fill(own, -float("inf")).max(dim=1)
+    largest, rival = difference.masked_fill(own, -float("inf")).max(dim=1)
     return largest, rival
 
 

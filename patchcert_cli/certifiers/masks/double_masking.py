@@ -36,6 +36,7 @@ from torch import Tensor
 
 from patchcert_cli.certifiers.masks.masked_predictions import MaskedPredictions
 from patchcert_cli.errors import UsageError
+from patchcert_cli.layers.precision import first_largest
 
 METHODS = ("rows", "pairs")  # the theorem, and the published condition
 MOST_CLASSES = 2**31  # classes that a table can tell apart
@@ -95,7 +96,7 @@ def answer(table: Table, classes: int) -> Tensor:
     """The deployed answer, int64 [B]."""
     one = table.one()
     votes = torch.zeros(table.images, classes, dtype=torch.int64).scatter_add_(1, one, torch.ones_like(one))
-    result = (votes == votes.amax(dim=1, keepdim=True)).int().argmax(dim=1)
+    result = first_largest(votes)
     asked = one != result[:, None]  # [B, M], the masks that may still pass round two
     size = torch.full((table.images,), FIRST)  # of each image on its own, so that its passes do not depend on the others
     while bool(asked.any()):

@@ -91,13 +91,13 @@ class Passes:
         around = [level.before for level in network.each] + [torch.zeros(network.head.weight.shape[1], dtype=torch.uint8)]
         self.maps = [Maps(len(steps), steps.shape[2] * steps.shape[3], around[0], 1)]
         self.maps[0].take(network.pixels(steps), 0)
-        self.hidden = self.maps[0].part(network.pixels(fill[None], torch.ones(1, 1, 1, dtype=torch.bool)))
+        self.occluded = self.maps[0].part(network.pixels(fill[None], torch.ones(1, 1, 1, dtype=torch.bool)))
         for affected, one in zip(influence.affected[1 : influence.partial_levels + 1], around[1:], strict=False):
             self.maps.append(Maps(len(steps), masks * affected.shape[1] * affected.shape[2], one, 0))
         features = [torch.zeros(0, network.head.weight.shape[1], dtype=torch.int64)]
         for some in torch.split(torch.arange(len(image)), WHOLE):
             told = image[some], mask[some], mask[some]
-            q = network.each[0](self.maps[0].read(influence.map_index(0), *told, self.hidden.expand(len(some))))
+            q = network.each[0](self.maps[0].read(influence.map_index(0), *told, self.occluded.expand(len(some))))
             for number, level in enumerate(network.each[: influence.partial_levels]):
                 q = level.everything(q) if number else q
                 self.maps[number + 1].take(q, int(some[0]))
@@ -115,7 +115,7 @@ class Passes:
 
     def _together(self, image: Tensor, first: Tensor, second: Tensor) -> Tensor:
         levels, last = self.network.each, self.influence.partial_levels
-        start = self.hidden.expand(len(image))
+        start = self.occluded.expand(len(image))
         for number in range(last):
             start = self._boxes(number, start, image, first, second)
         made, window = [], self.influence.map_index(last)
@@ -197,8 +197,8 @@ class ExactMaskedPredictor:
         steps, parts = fixed_point.to_steps(x), [torch.zeros(0, self.network.head.weight.shape[0], dtype=torch.float64)]
         device = self.masks.device
         for some in torch.split(torch.arange(len(image)), TOGETHER) if len(image) else ():
-            hidden = self.masks[first[some].to(device)] | self.masks[second[some].to(device)]
-            parts.append(self.logits(steps[image[some].to(device)], hidden).cpu())
+            occluded = self.masks[first[some].to(device)] | self.masks[second[some].to(device)]
+            parts.append(self.logits(steps[image[some].to(device)], occluded).cpu())
         return torch.cat(parts)
 
     def masked_logits(self, x: Tensor, image: Tensor, first: Tensor, second: Tensor, clear: Clear) -> MaskedLogits:
@@ -231,9 +231,9 @@ class ExactMaskedPredictor:
         if not torch.equal(found, right):
             raise IntegrityError("the network's whole numbers differ from those of float64.", hint="Install another torch.")
 
-    def logits(self, steps: Tensor, hidden: Tensor) -> Tensor:
+    def logits(self, steps: Tensor, occluded: Tensor) -> Tensor:
         """float64 [n, K] of whole numbers [n, C, H, W] behind bool [n, H, W], from the whole network."""
-        return cast(Tensor, self.network(torch.where(hidden[:, None], self.fill.to(steps), steps), hidden))
+        return cast(Tensor, self.network(torch.where(occluded[:, None], self.fill.to(steps), steps), occluded))
 
 
 class Asked:

@@ -30,13 +30,14 @@ from torch import Tensor
 
 from patchcert_cli import schema
 from patchcert_cli.errors import IntegrityError, PatchcertError, UnsupportedThreat, UsageError
+from patchcert_cli.layers.boxes import box_mask, box_sums
 from patchcert_cli.schema import Count
 from patchcert_cli.threats import Threat, parse_threat
 
 PER_AXIS = 6  # masks along each axis, as published
-MOST = 4096  # masks of a set: more than that nobody evaluates in pairs
-LARGEST = 1 << 28  # entries of a table of covers
-PIECE = 1024  # rows of a cover compared at a time
+MAX_MASKS = 4096  # masks of a set
+MAX_TABLE_ENTRIES = 1 << 28  # of the table of which masks hide which sets of locations
+ROWS_COMPARED = 1024  # rows of a coverage compared at a time
 
 Box = tuple[int, int, int, int]
 
@@ -87,7 +88,7 @@ class MaskSpec:
         """From the ``masks`` entry of a configuration.
 
         Raises:
-            IntegrityError: it cannot be meant so.
+            IntegrityError: the settings are invalid.
         """
         try:
             return schema.read(cls, values, "masks")
@@ -106,25 +107,30 @@ class MaskSpec:
             UsageError: a patch does not fit, or the budget of passes or memory is too small for any masks that leave something.
         """
         if not self.passes:
-            return self._with(height, width, per_axis=self.per_axis or PER_AXIS, stride=self.stride)
-        least = self._with(height, width, per_axis=2)
-        if least.passes > self.passes:
+            return self._set(height, width, self._unions(height, width, per_axis=self.per_axis or PER_AXIS, stride=self.stride))
+        best = self._set(height, width, self._unions(height, width, per_axis=2))
+        if best.passes > self.passes:
             raise UsageError(
                 f"{self.passes} passes are too few for masks against {', '.join(self.covers)}.",
-                hint=f"Allow {least.passes} or more.",
+                hint=f"Allow {best.passes} or more.",
             )
-        best, longest = least, max(height, width)
-        for per_axis in range(3, longest + 1):
-            try:
-                made = self._with(height, width, per_axis=per_axis)
-            except UsageError:  # too many to list
+        for per_axis in range(3, max(height, width) + 1):
+            unions = self._unions(height, width, per_axis=per_axis)
+            if unions is None or pairs(len(unions)) > self.passes:
                 break
-            if made.passes > self.passes:
-                break
-            best = made
+            best = MaskSet(height, width, unions)
         return best
 
-    def _with(self, height: int, width: int, *, per_axis: int = 0, stride: int = 0) -> MaskSet:
+    def _set(self, height: int, width: int, unions: tuple[tuple[Box, ...], ...] | None) -> MaskSet:
+        if unions is None:
+            raise UsageError(
+                f"more than {MAX_MASKS} masks are needed against {', '.join(self.covers)}.",
+                hint="Use fewer per axis, for example 3.",
+            )
+        return MaskSet(height, width, unions)
+
+    def _unions(self, height: int, width: int, *, per_axis: int, stride: int = 0) -> tuple[tuple[Box, ...], ...] | None:
+        """The boxes of each mask; None if there are more than :data:`MAX_MASKS`, which is known before they are listed."""
         found: dict[tuple[Box, ...], None] = {}
         for text in self.covers:
             threat = parse_threat(text)
@@ -133,20 +139,24 @@ class MaskSpec:
             for length, side in zip((height, width), sides, strict=True):
                 size, starts = axis_masks(length, side, stride=stride or -(-(length - side + 1) // per_axis), wider=self.wider)
                 axes.append([(start, size) for start in starts])
-            boxes = [(top, left, rows, columns) for (top, rows), (left, columns) in product(*axes)]
-            if (height, width) in ((rows, columns) for _, _, rows, columns in boxes):
+            (_, rows), (_, columns) = axes[0][0], axes[1][0]
+            if (rows, columns) == (height, width):
                 raise UsageError(
                     f"masks against {text} hide all of a {height}x{width} image.",
-                    hint="MaskCoverage a smaller patch, or use more masks along each axis.",
+                    hint="Cover a smaller patch, or use more masks along each axis.",
                 )
-            together = min(budget, len(boxes))
-            if len(found) + math.comb(len(boxes), together) > MOST:
-                raise UsageError(
-                    f"more than {MOST} masks are needed against {', '.join(self.covers)}.",
-                    hint="Use fewer per axis, for example 3.",
-                )
+            count = len(axes[0]) * len(axes[1])
+            together = min(budget, count)
+            if len(found) + math.comb(count, together) > MAX_MASKS:
+                return None
+            boxes = [(top, left, rows, columns) for (top, _), (left, _) in product(*axes)]
             found |= dict.fromkeys(combinations(boxes, together))
-        return MaskSet(height, width, tuple(found))
+        return tuple(found)
+
+
+def pairs(masks: int) -> int:
+    """How many pairs there are of so many masks, a mask with itself included: passes of the network for one image."""
+    return masks * (masks + 1) // 2
 
 
 @dataclass(frozen=True)
@@ -177,7 +187,7 @@ class MaskSet:
     @property
     def passes(self) -> int:
         """Pairs of masks, a mask with itself included: what evaluating all of them costs an image."""
-        return len(self) * (len(self) + 1) // 2
+        return pairs(len(self))
 
     @property
     def sizes(self) -> str:
@@ -187,22 +197,15 @@ class MaskSet:
         return ", ".join(f"{many} of {'' if each == 1 else f'{each} of '}{shape}" for (each, shape), many in found.items())
 
     @cached_property
-    def hidden(self) -> Tensor:
+    def occluded(self) -> Tensor:
         """bool [M, H, W], what each mask hides; shared, not to be written to."""
-        hidden = torch.zeros(len(self), self.height, self.width, dtype=torch.bool)
-        for at, union in enumerate(self.boxes):
-            for top, left, rows, columns in union:
-                hidden[at, top : top + rows, left : left + columns] = True
-        return hidden
+        each = [box_mask(torch.tensor(union), self.height, self.width).any(dim=0) for union in self.boxes]
+        return torch.stack(each)
 
     def hides(self, threat: Threat) -> Tensor:
         """Whether a mask hides all of a location of the threat: bool [A, M]."""
         (rows, columns), _ = _sides(threat, self.height, self.width)
-        sums = torch.zeros(len(self), self.height + 1, self.width + 1, dtype=torch.int64)
-        sums[:, 1:, 1:] = self.hidden.long().cumsum(1).cumsum(2)
-        top, left = threat.locations(self.height, self.width)[:, :2].T
-        bottom, right = top + rows, left + columns
-        inside = sums[:, bottom, right] - sums[:, top, right] - sums[:, bottom, left] + sums[:, top, left]  # [M, A]
+        inside = box_sums(self.occluded.long(), threat.locations(self.height, self.width))  # [M, A]
         return (inside == rows * columns).T
 
     def cover(self, threat: Threat) -> MaskCoverage:
@@ -217,7 +220,7 @@ class MaskSet:
         for _ in range(threat.budget - 1):
             if not bool(found.by.any(dim=1).all()):
                 break
-            if len(found.by) * len(one.by) * len(self) > LARGEST:
+            if len(found.by) * len(one.by) * len(self) > MAX_TABLE_ENTRIES:
                 raise UnsupportedThreat(f"{threat} is too many changes at once for masks.", hint="Two patches are possible.")
             first, second = torch.cartesian_prod(torch.arange(len(found.by)), torch.arange(len(one.by))).T
             found = _smallest(MaskCoverage(found.by[first] & one.by[second], found.location[first]))
@@ -243,7 +246,7 @@ def _smallest(cover: MaskCoverage) -> MaskCoverage:
     first = torch.full((len(different),), count).scatter_reduce_(0, where, torch.arange(count), "amin")
     number, size = different.float(), different.sum(dim=1)
     larger = torch.zeros(len(different), dtype=torch.bool)
-    for some in torch.split(torch.arange(len(different)), PIECE):
+    for some in torch.split(torch.arange(len(different)), ROWS_COMPARED):
         common = number[some] @ number.T  # [n, N], masks that both have
         larger[some] |= ((common == size) & (size < size[some, None])).any(dim=1)
     order = first[~larger].sort().values

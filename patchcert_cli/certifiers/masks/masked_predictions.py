@@ -85,13 +85,13 @@ def logit_margins(logits: Tensor, scale: Tensor) -> Tensor:
     return (best[:, 0] - best[:, 1]) / scale
 
 
-def logits_under_mask(network: nn.Module, x: Tensor, hidden: Tensor, fill: Tensor) -> Tensor:
+def logits_under_mask(network: nn.Module, x: Tensor, occluded: Tensor, fill: Tensor) -> Tensor:
     """Logits [B, K] of images [B, C, H, W] in which hidden pixels, bool [B, H, W], have the colour ``fill`` [C, 1, 1].
 
-    A network whose attribute ``takes_mask`` is true is also told which pixels are hidden, bool [B, 1, H, W].
+    A network whose attribute ``takes_mask`` is true is also told which pixels are occluded, bool [B, 1, H, W].
     """
-    seen = torch.where(hidden[:, None], fill, x)
-    return cast(Tensor, network(seen, hidden[:, None]) if getattr(network, "takes_mask", False) else network(seen))
+    seen = torch.where(occluded[:, None], fill, x)
+    return cast(Tensor, network(seen, occluded[:, None]) if getattr(network, "takes_mask", False) else network(seen))
 
 
 class MaskedPredictor:
@@ -234,9 +234,9 @@ class MaskedPredictor:
         return told, watch.scale(logits)
 
     def _behind(self, kind: str, network: nn.Module, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        hidden = self._masks[first.to(x.device)] | self._masks[second.to(x.device)]
+        occluded = self._masks[first.to(x.device)] | self._masks[second.to(x.device)]
         with exact_arithmetic(), torch.autocast(x.device.type, torch.bfloat16, enabled=kind == "bfloat16"):
-            return logits_under_mask(network, x.double() if kind == "float64" else x.float(), hidden, self._fill)
+            return logits_under_mask(network, x.double() if kind == "float64" else x.float(), occluded, self._fill)
 
     def _network(self, kind: str) -> nn.Module | None:
         """The copy in float64 is made when it is first needed; other people's code may not compute in float64."""

@@ -27,6 +27,7 @@ from patchcert_cli.defenses.ibp import losses, regularizers
 from patchcert_cli.defenses.ibp.guide import Guide
 from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.errors import IntegrityError, MachineError, UnsupportedThreat
+from patchcert_cli.layers.precision import first_largest
 from patchcert_cli.layers.supported_layers import rebuilt
 from patchcert_cli.threats import Patch, PatchPercent, Threat
 
@@ -82,8 +83,7 @@ class IntervalDefense(Defense):
             raise UnsupportedThreat(
                 f"logits of shape {tuple(logits.shape)} are not [B, K].", hint="End the network with Flatten."
             )
-        best = logits.amax(dim=1, keepdim=True)
-        return (logits == best).int().argmax(dim=1)
+        return first_largest(logits)
 
     @torch.no_grad()
     def certify_claims(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
@@ -146,7 +146,7 @@ class IntervalDefense(Defense):
     def note(self, threat: Threat) -> str:
         if not isinstance(threat, Patch | PatchPercent):
             return ""
-        layer = partition.joins(self.network, self.input_shape)
+        layer = partition.first_global_layer(self.network, self.input_shape)
         if layer is None:
             return ""
         return (

@@ -98,7 +98,7 @@ def _bounds(network: nn.Module, x: Tensor, label: Tensor, threat: Patch | Sparse
     epsilon = options.epsilon(step.progress)
     none = x.new_zeros(())
     if isinstance(threat, Sparse):
-        found = intervals.lower_margins(network, x, label, threat, epsilon=epsilon, visits=options.visits)
+        found = intervals.lower_margins(network, x, label, threat, epsilon=epsilon, topk_limit=options.visits)
         return Bounds(found.values, torch.zeros_like(found.worst), none)
     guide = step.auxiliary_network if options.picked == "guided" else None
     prediction = guide(x) if guide is not None else none  # under autocast: it decides where to look, and proves nothing

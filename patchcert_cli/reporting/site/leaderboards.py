@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from patchcert_cli.cards import Card, Measured, Published
-from patchcert_cli.threats import KINDS, UNITS, Guarantee, Patch, Patches, PatchPercent, Sparse, Threat, parse_threat
+from patchcert_cli.threats import KINDS, UNITS, Guarantee, Patch, Patches, PatchPercent, Sparse, Threat
+
+TITLES = {"cifar10": "CIFAR-10", "mnist": "MNIST"}
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,12 @@ class Leaderboard:
     dataset: str
     split: str
     threat: Threat
-    guarantee: str
+    guarantee: Guarantee
     entries: tuple[Entry, ...]
     own: bool
 
 
-Key = tuple[str, str, Threat, str]  # data set, split, threat, guarantee
+Key = tuple[str, str, Threat, Guarantee]  # data set, split, threat, guarantee
 
 
 def leaderboards(cards: Iterable[Card]) -> list[Leaderboard]:
@@ -49,13 +51,13 @@ def leaderboards(cards: Iterable[Card]) -> list[Leaderboard]:
     for card in cards:
         best: dict[Key, Measured] = {}
         for one in card.results:
-            key = (one.dataset, one.split, parse_threat(one.threat), one.guarantee)
+            key = (one.dataset, one.split, one.threat, one.guarantee)
             if key not in best or _share(one) > _share(best[key]):
                 best[key] = one
         for key, one in best.items():
             found.setdefault(key, []).append(Entry(card, one, paper_for(card, one)))
-    keys = sorted(found, key=lambda key: (key[0], difficulty(key[2]), key[1], list(Guarantee).index(Guarantee(key[3]))))
-    owned = {key for key in keys if any(parse_threat(entry.card.threat) == key[2] for entry in found[key])}
+    keys = sorted(found, key=lambda key: (key[0], difficulty(key[2]), key[1], list(Guarantee).index(key[3])))
+    owned = {key for key in keys if any(entry.card.threat == key[2] for entry in found[key])}
     for dataset in {key[0] for key in keys} - {key[0] for key in owned}:
         owned.add(max((key for key in keys if key[0] == dataset), key=lambda key: len(found[key])))
     return [Leaderboard(*key, entries=_ranked(found[key]), own=key in owned) for key in keys]
@@ -66,8 +68,7 @@ def paper_for(card: Card, result: Measured) -> Published | None:
 
     A published number does not say its guarantee: it stands beside nothing if the card has both for this threat.
     """
-    threat = parse_threat(result.threat)
-    promised = {one.guarantee for one in card.results if parse_threat(one.threat) == threat}
+    promised = {one.guarantee for one in card.results if one.threat == result.threat}
     return card.report(result.threat) if promised == {result.guarantee} and result.dataset == card.dataset else None
 
 
@@ -110,6 +111,11 @@ def describe(threat: Threat) -> str:
     return f"any {threat.budget} {things}"
 
 
+def title(dataset: str) -> str:
+    """A data set's name in headings."""
+    return TITLES.get(dataset, dataset)
+
+
 def own(card: Card) -> str:
     """The canonical name of the threat that a model was trained against."""
-    return str(parse_threat(card.threat))
+    return str(card.threat)

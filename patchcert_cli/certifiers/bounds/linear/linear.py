@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from patchcert_cli.certifiers.bounds.first_layer import Split, sparse_box, under_patch, window_sums
 from patchcert_cli.certifiers.bounds.intervals import Margins, resolve
 from patchcert_cli.certifiers.bounds.linear.relaxations import BENT, Form, Magnitudes, Slope, adaptive, backward, zero
-from patchcert_cli.certifiers.bounds.margin_chunks import Contrast, open_stream
+from patchcert_cli.certifiers.bounds.margin_chunks import ClassDifference, margin_iterator
 from patchcert_cli.certifiers.bounds.rules import Box, box, propagate
 from patchcert_cli.layers import passes
+from patchcert_cli.layers.boxes import box_mask
 from patchcert_cli.threats import Patch, Sparse, Threat
 
 SLOPES: tuple[Slope, ...] = (zero, adaptive)  # each gives a bound; the better one counts
@@ -131,12 +132,8 @@ class PatchSource:
     def _masks(self, location: Tensor) -> Tensor:
         """1 under the patch, 0 elsewhere: [U] -> [U, 1, H, W]."""
         height, width = self.x.shape[2:]
-        across = width - self.patch.width + 1
-        top, left = (location // across)[:, None], (location % across)[:, None]
-        row, column = torch.arange(height, device=location.device), torch.arange(width, device=location.device)
-        rows = (row >= top) & (row < top + self.patch.height)
-        columns = (column >= left) & (column < left + self.patch.width)
-        return (rows[:, None, :, None] & columns[:, None, None, :]).to(self.x.dtype)
+        boxes = self.patch.locations(height, width).to(location.device)[location]
+        return box_mask(boxes, height, width)[:, None].to(self.x.dtype)
 
     def _windows(self, image: Tensor, location: Tensor) -> Box:
         """Only the entries under the patch move a linear first layer; pairs that share a location share one product."""
@@ -193,7 +190,7 @@ class Engine:
         self.classes = network(x[:1]).shape[1]
         widths = [shape.numel() for shape in self.magnitudes.shapes]
         self.bytes = 8 * sum(widths)  # of all values of one image
-        self.first = len(self.layers) - len(self.split.rest)  # the layer whose input ``source.boxes`` gives
+        self.first = len(self.layers) - len(self.split.tail)  # the layer whose input ``source.boxes`` gives
 
     @property
     def loss(self) -> float:
@@ -247,11 +244,11 @@ class Engine:
     @torch.no_grad()
     def intervals(self, chosen: Tensor) -> Tensor:
         """Interval bounds at every location for some images, int64 [B'] -> [B', A, K]; infinite in the target's column."""
-        stream = open_stream(self.split, self.x[chosen], self.threat, 1.0)
+        stream = margin_iterator(self.split, self.x[chosen], self.threat, 1.0)
         target = self.target[chosen]
         table = self.x.new_empty(len(chosen), self.source.locations, self.classes)
         for group in stream.groups(target):
-            table[group] = torch.cat(list(stream.chunks(group, Contrast(stream.split, target[group])))).permute(2, 0, 1)
+            table[group] = torch.cat(list(stream.chunks(group, ClassDifference(stream.split, target[group])))).permute(2, 0, 1)
         return table.scatter_(2, target[:, None, None].expand(-1, table.shape[1], 1), float("inf"))
 
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from patchcert_cli.certifiers.bounds.rules import channel_affine
-from patchcert_cli.certifiers.bounds.windows.patch_windows import Reach, Slide, pair, slides
+from patchcert_cli.certifiers.bounds.windows.patch_windows import SlidingAxis, pair, slides
 from patchcert_cli.layers.supported_layers import IDENTITY, layers_of
-from patchcert_cli.threats import Patch
 
 
 def _flattens(layer: nn.Module) -> bool:
@@ -33,29 +32,29 @@ def _stays_in_windows(layer: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class Route:
+class Partition:
     """How a network is bounded.
 
     Attributes:
         layers: all of them.
         inner: the first layers, bounded in windows.
-        entry: the dense layer behind them, if that comes next.
-        rest: all further layers, bounded as a whole for each location.
+        dense_entry: the dense layer behind them, if that comes next.
+        tail: all further layers, bounded as a whole for each location.
         path: rows and columns of each sliding layer of ``inner``.
         shape: C, H, W behind ``inner``.
     """
 
     layers: list[nn.Module]
     inner: list[nn.Module]
-    entry: nn.Linear | None
-    rest: list[nn.Module]
-    path: list[tuple[Slide, Slide]]
+    dense_entry: nn.Linear | None
+    tail: list[nn.Module]
+    path: list[tuple[SlidingAxis, SlidingAxis]]
     shape: tuple[int, int, int]
 
     @classmethod
     @torch.no_grad()
-    def of(cls, layers: list[nn.Module], image: Tensor) -> Route:
-        """The route of images like ``image`` [1, C, H, W]."""
+    def of(cls, layers: list[nn.Module], image: Tensor) -> Partition:
+        """The partition of images like ``image`` [1, C, H, W]."""
         path, at = [], 0
         while at < len(layers) and _stays_in_windows(layers[at]):
             after = layers[at](image)
@@ -65,39 +64,23 @@ class Route:
         shape = cast(tuple[int, int, int], tuple(image.shape[1:]))
         dense = next((i for i in range(at, len(layers)) if isinstance(layers[i], nn.Linear)), at)
         between = layers[at:dense]
-        entry = layers[dense] if any(map(_flattens, between)) else None
-        if isinstance(entry, nn.Linear) and all(_flattens(layer) or isinstance(layer, IDENTITY) for layer in between):
-            return cls(layers, layers[:at], entry, layers[dense + 1 :], path, shape)
+        dense_entry = layers[dense] if any(map(_flattens, between)) else None
+        if isinstance(dense_entry, nn.Linear) and all(_flattens(layer) or isinstance(layer, IDENTITY) for layer in between):
+            return cls(layers, layers[:at], dense_entry, layers[dense + 1 :], path, shape)
         return cls(layers, layers[:at], None, layers[at:], path, shape)
 
 
-def joins(network: nn.Module, shape: tuple[int, int, int]) -> str | None:
+def first_global_layer(network: nn.Module, shape: tuple[int, int, int]) -> str | None:
     """The layer before which windows end although no dense layer takes them up, for images [C, H, W]; None if there is none.
 
     Raises:
         UnsupportedThreat: a layer has no rule; the message says which, and what to use instead.
     """
-    route = _route(network, shape)
-    first = next((layer for layer in route.rest if not (_flattens(layer) or isinstance(layer, IDENTITY))), None)
-    return None if route.entry is not None or first is None else type(first).__name__
+    partition = _partition_of(network, shape)
+    first = next((layer for layer in partition.tail if not (_flattens(layer) or isinstance(layer, IDENTITY))), None)
+    return None if partition.dense_entry is not None or first is None else type(first).__name__
 
 
-def _route(network: nn.Module, shape: tuple[int, int, int]) -> Route:
+def _partition_of(network: nn.Module, shape: tuple[int, int, int]) -> Partition:
     parameter = next(iter(network.parameters()), torch.zeros(()))
-    return Route.of(layers_of(network), torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device))
-
-
-def explain(network: nn.Module, shape: tuple[int, int, int], patch: Patch) -> str:
-    """One line about how a network is bounded on images [C, H, W] of this shape.
-
-    Raises:
-        UnsupportedThreat: a layer has no rule; the message says which, and what to use instead.
-    """
-    route = _route(network, shape)
-    reach = Reach(route.path, (shape[1], shape[2]), patch, clip=True)
-    rows, columns = (track.length.amax(dim=1).tolist() for track in reach.axes)
-    sizes = [f"{h}x{w} of {height}x{width}" for h, w, (height, width) in zip(rows, columns, reach.maps, strict=True)]
-    text = f"windows of {', '.join(sizes)}"
-    if route.entry is not None:
-        return f"{text}; then {route.entry.out_features} features"
-    return f"{text}; then whole maps, from {type(route.rest[0]).__name__} on" if route.rest else text
+    return Partition.of(layers_of(network), torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device))

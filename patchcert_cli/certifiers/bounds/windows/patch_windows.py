@@ -26,7 +26,7 @@ from patchcert_cli.threats import Patch
 
 
 @dataclass(frozen=True)
-class Slide:
+class SlidingAxis:
     """One axis of a sliding layer: output i sees inputs ``i * stride - padding + j * dilation``, j < kernel; i < size."""
 
     kernel: int
@@ -59,19 +59,19 @@ def is_sliding(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | nn.AdaptiveAvgPool2d)
 
 
-def slides(layer: nn.Module, before: Sequence[int], after: Sequence[int]) -> tuple[Slide, Slide] | None:
+def slides(layer: nn.Module, before: Sequence[int], after: Sequence[int]) -> tuple[SlidingAxis, SlidingAxis] | None:
     """Rows and columns of a layer between maps of height and width ``before`` and ``after``; None if it does not slide."""
     if isinstance(layer, nn.AdaptiveAvgPool2d):
-        return Slide(before[0], 1, 0, 1, 1), Slide(before[1], 1, 0, 1, 1)
+        return SlidingAxis(before[0], 1, 0, 1, 1), SlidingAxis(before[1], 1, 0, 1, 1)
     if not isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
         return None
     dilation = pair(getattr(layer, "dilation", 1))
     rows, columns = zip(pair(layer.kernel_size), pair(layer.stride), pair(layer.padding), dilation, after, strict=True)
-    return Slide(*rows), Slide(*columns)
+    return SlidingAxis(*rows), SlidingAxis(*columns)
 
 
 @dataclass(frozen=True)
-class Track:
+class AxisWindows:
     """Windows along one axis, for every start of the patch.
 
     Attributes:
@@ -85,7 +85,7 @@ class Track:
     offset: Tensor
 
     @classmethod
-    def of(cls, path: Sequence[Slide], starts: int, side: int, *, clip: bool) -> Track:
+    def of(cls, path: Sequence[SlidingAxis], starts: int, side: int, *, clip: bool) -> AxisWindows:
         """Follow ``starts`` patches of ``side`` pixels along ``path``.
 
         With ``clip`` windows end at the borders of their maps and so differ in length. Without, all have the length of the
@@ -122,14 +122,14 @@ class Track:
 
 
 @dataclass(frozen=True)
-class Piece:
+class AlignedGroup:
     """Consecutive pairs whose windows lie alike under the next layer: ``offset`` along rows and columns."""
 
     pairs: slice
     offset: tuple[int, int]
 
     def margins(
-        self, window: tuple[int, int], slides: tuple[Slide, Slide], size: tuple[int, int]
+        self, window: tuple[int, int], slides: tuple[SlidingAxis, SlidingAxis], size: tuple[int, int]
     ) -> tuple[tuple[int, int], tuple[int, int]]:
         """What ``size`` outputs see above and below, left and right of a window; negative if less than all of it."""
         rows, columns = (
@@ -139,25 +139,26 @@ class Piece:
         return rows, columns
 
 
-Run = tuple[slice, list[tuple[int, int]], tuple[slice, slice]]  # pairs; rows and columns of the window, and those of the map
+# pairs; rows of the window and of the map; columns of the window and of the map
+AlignedRun = tuple[slice, list[tuple[int, int]], tuple[slice, slice]]
 
 
 @dataclass(frozen=True)
-class Place:
+class WindowBatch:
     """Windows of N pairs (image, location), all of one size.
 
     Attributes:
         owner: int64 [N], the image.
         first: int64 [2, T + 1, N], first row and column of the windows.
         sizes: height and width of the windows, T + 1 of them.
-        pieces: for each sliding layer, the pairs in pieces of equal offsets.
+        groups: for each sliding layer, the pairs in groups of equal offsets.
         maps: height and width of the maps, T + 1 of them.
     """
 
     owner: Tensor
     first: Tensor
     sizes: list[tuple[int, int]]
-    pieces: list[list[Piece]]
+    groups: list[list[AlignedGroup]]
     maps: list[tuple[int, int]]
 
     def cells(self, t: int, grown: tuple[int, int, int, int] = (0, 0, 0, 0)) -> Tensor:
@@ -179,22 +180,22 @@ class Place:
             return self.owner[:0]
         return (out_row[:, :, None] | out_column[:, None, :]).flatten().nonzero()[:, 0]
 
-    def some(self, pairs: slice) -> Place:
+    def some(self, pairs: slice) -> WindowBatch:
         """These pairs, whose windows lie alike."""
-        return replace(self, owner=self.owner[pairs], first=self.first[:, :, pairs], pieces=[])
+        return replace(self, owner=self.owner[pairs], first=self.first[:, :, pairs], groups=[])
 
-    def numbered(self) -> Place:
+    def numbered(self) -> WindowBatch:
         """The same windows in maps of their own, one for each pair."""
         return replace(self, owner=torch.arange(len(self.owner), device=self.owner.device))
 
-    def runs(self) -> list[Run]:
+    def aligned_runs(self) -> list[AlignedRun]:
         """Consecutive pairs whose last windows lie at one place, and the rows and columns of these inside their map."""
         (h, w), (height, width), found = self.sizes[-1], self.maps[-1], []
-        for piece in _pieces(self.first[:, -1].cpu()):
-            top, left = piece.offset
+        for group in aligned_groups(self.first[:, -1].cpu()):
+            top, left = group.offset
             rows = [(i, top + i) for i in range(max(-top, 0), min(h, height - top))]
             begin, end = max(-left, 0), min(w, width - left)
-            found.append((piece.pairs, rows, (slice(begin, end), slice(left + begin, left + end))))
+            found.append((group.pairs, rows, (slice(begin, end), slice(left + begin, left + end))))
         return found
 
     def _lines(self, t: int, grown: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
@@ -205,13 +206,16 @@ class Place:
         return self.first[0, t][:, None] + rows, self.first[1, t][:, None] + columns
 
 
-class Reach:
+class PatchWindows:
     """The windows of a patch at every location of an image, behind every sliding layer of ``path``."""
 
-    def __init__(self, path: Sequence[tuple[Slide, Slide]], shape: tuple[int, int], patch: Patch, *, clip: bool) -> None:
+    def __init__(
+        self, path: Sequence[tuple[SlidingAxis, SlidingAxis]], shape: tuple[int, int], patch: Patch, *, clip: bool
+    ) -> None:
         sides = (patch.height, patch.width)
         self.axes = [
-            Track.of([both[axis] for both in path], shape[axis] - sides[axis] + 1, sides[axis], clip=clip) for axis in (0, 1)
+            AxisWindows.of([both[axis] for both in path], shape[axis] - sides[axis] + 1, sides[axis], clip=clip)
+            for axis in (0, 1)
         ]
         self.maps = [shape, *((rows.size, columns.size) for rows, columns in path)]
         self.columns = shape[1] - patch.width + 1
@@ -230,23 +234,25 @@ class Reach:
         if not len(location):
             return location
         top, left = location // self.columns, location % self.columns
-        rows, columns = (track.phase.to(location.device) for track in self.axes)
+        rows, columns = (axis.phase.to(location.device) for axis in self.axes)
         return ((rows[top] * (1 + columns.max()) + columns[left]) * (1 + location.max()) + location).argsort()
 
-    def place(self, owner: Tensor, location: Tensor) -> Place:
+    def batch(self, owner: Tensor, location: Tensor) -> WindowBatch:
         """The windows of pairs (image ``owner``, ``location``), int64 [N] each; all of one size."""
         starts = (location // self.columns).cpu(), (location % self.columns).cpu()
-        picked = [track.first[:, start] for track, start in zip(self.axes, starts, strict=True)]
-        sides = [track.length[:, start[0]].tolist() for track, start in zip(self.axes, starts, strict=True)]
-        offsets = torch.stack([track.offset[:, start] for track, start in zip(self.axes, starts, strict=True)])  # [2, T, N]
-        pieces = [_pieces(offsets[:, t]) for t in range(offsets.shape[1])]
+        picked = [axis.first[:, start] for axis, start in zip(self.axes, starts, strict=True)]
+        sides = [axis.length[:, start[0]].tolist() for axis, start in zip(self.axes, starts, strict=True)]
+        offsets = torch.stack([axis.offset[:, start] for axis, start in zip(self.axes, starts, strict=True)])  # [2, T, N]
+        groups = [aligned_groups(offsets[:, t]) for t in range(offsets.shape[1])]
         first = torch.stack(picked).to(owner.device)
-        return Place(owner, first, list(zip(*sides, strict=True)), pieces, self.maps)
+        return WindowBatch(owner, first, list(zip(*sides, strict=True)), groups, self.maps)
 
 
-def _pieces(offset: Tensor) -> list[Piece]:
+def aligned_groups(offset: Tensor) -> list[AlignedGroup]:
     """Runs of equal columns of ``offset`` [2, N]."""
     cuts = ((offset[:, 1:] != offset[:, :-1]).any(dim=0).nonzero()[:, 0] + 1).tolist()
     rows, columns = offset[:, [0, *cuts]].tolist()
     bounds = [0, *cuts, offset.shape[1]]
-    return [Piece(slice(a, b), (row, column)) for a, b, row, column in zip(bounds[:-1], bounds[1:], rows, columns, strict=True)]
+    return [
+        AlignedGroup(slice(a, b), (row, column)) for a, b, row, column in zip(bounds[:-1], bounds[1:], rows, columns, strict=True)
+    ]

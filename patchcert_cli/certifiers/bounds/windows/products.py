@@ -16,18 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers.bounds.windows.patch_windows import Piece, Slide, pair
+from patchcert_cli.certifiers.bounds.windows.patch_windows import AlignedGroup, SlidingAxis, pair
 
 Size = tuple[int, int]
-Slides = tuple[Slide, Slide]
+SlidingAxes = tuple[SlidingAxis, SlidingAxis]
 
 
 def convolve(
     layer: nn.Conv2d,
     weight: Tensor,
     v: Tensor,
-    pieces: Sequence[Piece],
-    slides: Slides,
+    groups: Sequence[AlignedGroup],
+    slides: SlidingAxes,
     size: Size,
     room: Tensor | None = None,
 ) -> Tensor:
@@ -37,13 +37,13 @@ def convolve(
     """
     if is_plain(layer, v.device):
         stride = (slides[0].stride, slides[1].stride)
-        out: Tensor = _Convolution.apply(v, weight, pieces, stride, size, room)
+        out: Tensor = _Convolution.apply(v, weight, groups, stride, size, room)
         return out
 
     def slide(seen: Tensor) -> Tensor:
         return F.conv2d(seen, weight.permute(0, 3, 1, 2), None, layer.stride, 0, layer.dilation, layer.groups)
 
-    return on_each_piece(slide, v, pieces, slides, size, len(weight))
+    return on_each_group(slide, v, groups, slides, size, len(weight))
 
 
 def is_plain(layer: nn.Conv2d, device: torch.device) -> bool:
@@ -63,15 +63,15 @@ def convolve_maps(layer: nn.Conv2d, weight: Tensor, maps: Tensor) -> Tensor:
     return torch.addmm(bias, seen, weight.flatten(1).t()).view(len(maps), *size, len(weight))
 
 
-def on_each_piece(
-    action: Callable[[Tensor], Tensor], v: Tensor, pieces: Sequence[Piece], slides: Slides, size: Size, channels: int
+def on_each_group(
+    action: Callable[[Tensor], Tensor], v: Tensor, groups: Sequence[AlignedGroup], slides: SlidingAxes, size: Size, channels: int
 ) -> Tensor:
     """``action`` on all that the outputs see, [n, C, H', W'], zero outside the windows: [N, *size, channels]."""
     if 0 in (len(v), *size):
         return v.new_zeros(len(v), *size, channels)
     parts = []
-    for piece in pieces:
-        seen = widened(v[piece.pairs], *piece.margins((v.shape[1], v.shape[2]), slides, size))
+    for group in groups:
+        seen = widened(v[group.pairs], *group.margins((v.shape[1], v.shape[2]), slides, size))
         parts.append(action(seen.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -88,7 +88,7 @@ Product = tuple[int, int, int]  # where its factors begin in a window and in a k
 
 
 @cache
-def _plan(window: Size, size: Size, kernel: tuple[int, int, int], stride: Size, offset: Size) -> list[list[Product]]:
+def _schedule(window: Size, size: Size, kernel: tuple[int, int, int], stride: Size, offset: Size) -> list[list[Product]]:
     """For each output, the products that it is the sum of: one for each row of the window that it sees."""
     kh, kw, channels = kernel
     found = []
@@ -125,14 +125,14 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, v: Tensor, weight: Tensor, pieces: Sequence[Piece], stride: Size, size: Size, room: Tensor | None
+        ctx: Any, v: Tensor, weight: Tensor, groups: Sequence[AlignedGroup], stride: Size, size: Size, room: Tensor | None
     ) -> Tensor:
         v, weight = v.contiguous(), weight.contiguous()
         ctx.save_for_backward(v, weight)
-        ctx.pieces, ctx.stride = pieces, stride
+        ctx.groups, ctx.stride = groups, stride
         out = v.new_empty(len(v), *size, len(weight)) if room is None else room
         window, parts = v[0].numel(), _Parts(weight)
-        for target, begin, products in _outputs(out, v.shape, weight.shape, pieces, stride):
+        for target, begin, products in _outputs(out, v.shape, weight.shape, groups, stride):
             if not products:
                 target.zero_()
             for at, (there, here, terms) in enumerate(products):  # what the memory held before is not a summand
@@ -145,7 +145,7 @@ class _Convolution(torch.autograd.Function):
         v_grad = torch.zeros_like(v) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         window, parts, part_grads = v[0].numel(), _Parts(weight), _Parts(weight_grad)
-        for target, begin, products in _outputs(grads[0].contiguous(), v.shape, weight.shape, ctx.pieces, ctx.stride):
+        for target, begin, products in _outputs(grads[0].contiguous(), v.shape, weight.shape, ctx.groups, ctx.stride):
             for there, here, terms in products:
                 where = (begin + there, len(target), window, terms)
                 if v_grad is not None:
@@ -156,14 +156,14 @@ class _Convolution(torch.autograd.Function):
 
 
 def _outputs(
-    out: Tensor, v: Sequence[int], weight: Sequence[int], pieces: Sequence[Piece], stride: Size
+    out: Tensor, v: Sequence[int], weight: Sequence[int], groups: Sequence[AlignedGroup], stride: Size
 ) -> Iterator[tuple[Tensor, int, list[Product]]]:
-    """Each output of each piece, [n, C'], where its windows begin, and its products."""
+    """Each output of each group, [n, C'], where its windows begin, and its products."""
     size, channels = (out.shape[1], out.shape[2]), out.shape[3]
     cells = size[0] * size[1]
-    for piece in pieces:
-        start, stop = (piece.pairs.start, piece.pairs.stop) if len(out) > 1 else (0, 1)
-        plan = _plan((v[1], v[2]), size, (weight[1], weight[2], weight[3]), stride, piece.offset)
+    for group in groups:
+        start, stop = (group.pairs.start, group.pairs.stop) if len(out) > 1 else (0, 1)
+        plan = _schedule((v[1], v[2]), size, (weight[1], weight[2], weight[3]), stride, group.offset)
         for cell, products in enumerate(plan):
             target = _block(out, (start * cells + cell) * channels, stop - start, cells * channels, channels)
             yield target, start * v[1] * v[2] * v[3], products

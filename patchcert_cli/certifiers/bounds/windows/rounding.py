@@ -41,7 +41,7 @@ from patchcert_cli.certifiers.bounds.rules import (
     overflow,
     terms_of,
 )
-from patchcert_cli.certifiers.bounds.windows.partition import Route
+from patchcert_cli.certifiers.bounds.windows.partition import Partition
 
 UNITS = UNIT[torch.float32], UNIT[torch.float64]
 FORMED = 16.0  # roundings of size S that bound the error of forming middle and radius anew
@@ -63,7 +63,7 @@ class Errors:
 
 @torch.no_grad()
 def errors(
-    route: Route,
+    partition: Partition,
     last: list[nn.Module],
     x: Tensor,
     highest: Mapping[int, Tensor] | None = None,
@@ -72,24 +72,24 @@ def errors(
     """Rounding errors of bounds in windows, and of the network itself.
 
     Args:
-        last: the layers behind the route, which the margins merge with a difference of classes.
+        last: the layers behind the partition, which the margins merge with a difference of classes.
         x: [B, C, H, W].
         highest: :attr:`Windows.highest` over all locations, computed in ``dtype``.
     """
     parts = []
     for rows in torch.split(torch.arange(len(x), device=x.device), IMAGES):
         some = {at: values[rows] for at, values in (highest or {}).items()}
-        parts.append(_errors(route, last, x[rows], some, UNITS.index(UNIT[dtype])))
+        parts.append(_errors(partition, last, x[rows], some, UNITS.index(UNIT[dtype])))
     return Errors(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _errors(route: Route, last: list[nn.Module], x: Tensor, highest: Mapping[int, Tensor], which: int) -> list[Tensor]:
+def _errors(partition: Partition, last: list[nn.Module], x: Tensor, highest: Mapping[int, Tensor], which: int) -> list[Tensor]:
     """Bounds for both types, where ``highest`` was computed in the type with number ``which``."""
     size = torch.ones_like(x, dtype=torch.float64)
     found = [unit * size for unit in UNITS]
-    inside, joined = len(route.inner), len(route.layers) - len(route.rest)
+    inside, joined = len(partition.inner), len(partition.layers) - len(partition.tail)
     signed = False  # pixels are not negative
-    for at, layer in enumerate([*route.layers, *last]):
+    for at, layer in enumerate([*partition.layers, *last]):
         if at <= inside:
             found = [error + FORMED * unit * (size + error) for error, unit in zip(found, UNITS, strict=True)]
         if at in highest:
@@ -97,7 +97,7 @@ def _errors(route: Route, last: list[nn.Module], x: Tensor, highest: Mapping[int
             top = top.double() + found[which]
             size = torch.minimum(size, top.clamp(min=0))
             found = [error.masked_fill(top + error <= 0, 0) for error in found]
-        products = 2.0 + signed + (layer is route.entry) if at < joined else 2.0
+        products = 2.0 + signed + (layer is partition.dense_entry) if at < joined else 2.0
         size, found = _through(layer, size, found, products)
         if not is_exact(layer) or isinstance(layer, nn.ReLU):
             signed = not isinstance(layer, nn.ReLU)

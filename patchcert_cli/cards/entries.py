@@ -1,4 +1,4 @@
-"""The small records that a model card is made of, with the limits of each field and the rules between them."""
+"""The entries of a model card, with the limits of each field and the rules between them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from patchcert_cli.arithmetic import Arithmetic
-from patchcert_cli.errors import PatchcertError
-from patchcert_cli.schema import Count, Must, NonNegative, Positive, Rule
+from patchcert_cli.errors import UsageError
+from patchcert_cli.schema import Count, Must, NonNegative, Parsed, Positive, Rule
 from patchcert_cli.storage import checksum_cache
 from patchcert_cli.storage.files import CONFIG, PUBLISHED_RECORDS, SAMPLE, WEIGHTS, weight_files
-from patchcert_cli.threats import parse_threat
+from patchcert_cli.threats import Guarantee, Threat, parse_threat
 
 STATUSES = ("measured", "trained", "recipe only", "public weights", "unreliable")
 UNTRAINED = ("recipe only", "public weights")
@@ -25,14 +25,6 @@ UNTRAINED = ("recipe only", "public weights")
 def valid_name(name: str) -> bool:
     """Whether ``name`` may name a model: lower-case words of letters and digits, joined by single ``-`` or ``.``."""
     return len(name) <= 96 and re.fullmatch(r"[a-z0-9]+(?:[.-][a-z0-9]+)*", name) is not None
-
-
-def _is_threat(text: str) -> bool:
-    try:
-        parse_threat(text)
-    except PatchcertError:
-        return False
-    return True
 
 
 def _is_date(text: str) -> bool:
@@ -52,7 +44,7 @@ def _full(pattern: str, text: str) -> bool:
 
 Text = Annotated[str, Must(bool, "a text of one character or more")]
 Name = Annotated[str, Must(valid_name, "lower-case letters, digits, '-' and '.'")]
-ThreatText = Annotated[str, Must(_is_threat, "a threat such as patch:5x5 or sparse:10")]
+ThreatField = Annotated[Threat, Parsed(parse_threat)]
 Date = Annotated[str, Must(_is_date, "a date such as 2026-01-31")]
 Seconds = NonNegative
 Share = Annotated[float, Must(lambda p: 0 <= p <= 1, "a fraction in [0, 1]")]
@@ -60,8 +52,6 @@ Split = Annotated[str, _match(r"[a-z]+\[\d+\]", "a split and how many of its ima
 Sha256 = Annotated[str, _match(r"[0-9a-f]{64}", "a sha256 of 64 hex digits")]
 Commit = Annotated[str, _match(r"[0-9a-f]{40}", "a commit of 40 hex digits")]
 Repo = Annotated[str, _match(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", "organization/name")]
-GuaranteeText = Annotated[str, Must(("recovery", "detection").__contains__, "recovery or detection")]
-ArithmeticText = Annotated[str, Must(list(Arithmetic).__contains__, f"one of {', '.join(Arithmetic)}")]
 SampleFile = Annotated[str, _match(SAMPLE, "a file such as sample-1.jsonl.gz")]
 Status = Annotated[str, Must(STATUSES.__contains__, f"one of {', '.join(STATUSES)}")]
 
@@ -130,14 +120,14 @@ class Measured:
     """One measurement with this code: counts, and the exact 95 % interval of the certified accuracy.
 
     Attributes:
-        arithmetic: what is known of the rounding behind the certificates; empty in cards that do not say it, whose defense does
+        arithmetic: what is known of rounding in the certificates; None in older cards, where it follows from the defense
             (:meth:`patchcert_cli.cards.Card.arithmetic`).
     """
 
     dataset: Text
     split: Text
     images: Positive
-    threat: ThreatText
+    threat: ThreatField
     clean: Count
     certified: Count
     certified_interval: tuple[Share, Share]
@@ -145,26 +135,26 @@ class Measured:
     date: Date
     command: Text
     patchcert: Text
-    guarantee: GuaranteeText = "recovery"
-    arithmetic: ArithmeticText = ""
+    guarantee: Guarantee = Guarantee.RECOVERY
+    arithmetic: Arithmetic | None = None
     rules: ClassVar[tuple[Rule, ...]] = (_ordered_counts, _interval_holds_the_share)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One measurement on pictures that are no test split: counts, and the exact 95 % interval of the certified accuracy.
+    """One measurement on images that are not a test split: counts, and the exact 95 % interval of the certified accuracy.
 
-    It speaks about pictures like these alone, so no board or table of the zoo holds it.
+    It is valid for such images only, so no leaderboard or table of the zoo holds it.
 
     Attributes:
-        pictures: what they are and where they come from.
+        pictures: what the images are and where they come from.
         masks: of a masked network, for example ``3 per axis``; empty if there are none.
         records: the file that holds the verdict on each of them.
     """
 
     pictures: Text
     images: Positive
-    threat: ThreatText
+    threat: ThreatField
     clean: Count
     certified: Count
     certified_interval: tuple[Share, Share]
@@ -173,8 +163,8 @@ class Sample:
     command: Text
     patchcert: Text
     records: SampleFile
-    guarantee: GuaranteeText = "recovery"
-    arithmetic: ArithmeticText = Arithmetic.MEASURED
+    guarantee: Guarantee = Guarantee.RECOVERY
+    arithmetic: Arithmetic = Arithmetic.MEASURED
     masks: str = ""
     rules: ClassVar[tuple[Rule, ...]] = (_ordered_counts, _interval_holds_the_share)
 
@@ -183,7 +173,7 @@ class Sample:
 class Published:
     """Numbers that a paper reports, as fractions, and which paper and table."""
 
-    threat: ThreatText
+    threat: ThreatField
     clean: Share
     certified: Share
     source: Text
@@ -246,17 +236,26 @@ def _classifier_fits(status: str, classifier: str, origin: str, files: dict[str,
         yield f"classifier is '{classifier}', not timm:NAME or hf-hub:ORG/REPO@COMMIT"
 
 
-def _recipe_agrees(recipe: dict[str, Any], dataset: str, defense: str, threat: str, seed: int) -> Iterable[str]:
-    said = {"dataset": dataset, "defense": defense, "threat": threat, "seed": seed}
+def _recipe_agrees(recipe: dict[str, Any], dataset: str, defense: str, threat: Threat, seed: int) -> Iterable[str]:
+    expected = {"dataset": dataset, "defense": defense, "threat": str(threat), "seed": seed}
+    given = {**recipe, "threat": _canonical(recipe.get("threat", str(threat)))}
     yield from (
-        f"recipe.{key} is {recipe[key]!r}, but the card says {value!r}"
-        for key, value in said.items()
-        if recipe.get(key, value) != value
+        f"recipe.{key} is {recipe[key]!r}, but the card has {value!r}"
+        for key, value in expected.items()
+        if given.get(key, value) != value
     )
 
 
+def _canonical(threat: Any) -> Any:
+    """The canonical text of a threat, such as ``patch:5x5`` of ``patch:5``; any other value as it is."""
+    try:
+        return str(parse_threat(threat)) if isinstance(threat, str) else threat
+    except UsageError:
+        return threat
+
+
 def _recipe_is_plain(recipe: Any) -> Iterable[str]:
-    """YAML reads ``1e-3`` as text, and so does whoever puts a number in quotes."""
+    """YAML reads ``1e-3`` as text, and so it reads a number in quotes."""
     todo = [("recipe", recipe)]
     while todo:
         at, value = todo.pop()
@@ -277,13 +276,15 @@ def _samples_fit(samples: tuple[Sample, ...], files: dict[str, File], status: st
     yield from (f"no sample names {name}" for name in sorted(held - named))
     if samples and status == "recipe only":
         yield "samples must be empty while status is recipe only"
-    keys = [(one.records, str(parse_threat(one.threat)), one.guarantee, one.method) for one in samples]
-    yield from (f"samples has {' '.join(key)} more than once" for key in sorted(set(keys)) if keys.count(key) > 1)
+    yield from _repeated("samples", [(one.records, str(one.threat), one.guarantee, one.method) for one in samples])
 
 
 def _one_result_each(results: tuple[Measured, ...]) -> Iterable[str]:
-    keys = [(one.dataset, one.split, str(parse_threat(one.threat)), one.guarantee, one.method) for one in results]
-    yield from (f"results has {' '.join(key)} more than once" for key in sorted(set(keys)) if keys.count(key) > 1)
+    yield from _repeated("results", [(one.dataset, one.split, str(one.threat), one.guarantee, one.method) for one in results])
+
+
+def _repeated(field: str, keys: list[tuple[str, ...]]) -> Iterable[str]:
+    yield from (f"{field} has {' '.join(key)} more than once" for key in sorted(set(keys)) if keys.count(key) > 1)
 
 
 CARD_RULES: tuple[Rule, ...] = (
