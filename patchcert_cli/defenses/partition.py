@@ -77,6 +77,7 @@ class PartitionOptions(Options):
     shift: Count = 3
     average: Fraction = 0.0
 
+    @property
     def ema_decay(self) -> float:
         return self.average
 
@@ -157,7 +158,7 @@ class Partition(VotingDefense):
         made, x = cls.from_config(config).eval(), torch.rand(64, 1, 4, 4)
         with torch.no_grad():  # scores around 0, so that sets differ in what they vote for
             made.network.head.weight.mul_(20)
-            made.network.head.bias.sub_(made.network(made.values(x)).mean(dim=(0, 2, 3)) - 0.5 * torch.randn(3))
+            cast(Tensor, made.network.head.bias).sub_(made.network(made.values(x)).mean(dim=(0, 2, 3)) - 0.5 * torch.randn(3))
         made.calibrate(x)
         return made
 
@@ -173,7 +174,8 @@ class Partition(VotingDefense):
     def values(self, x: Tensor) -> Tensor:
         """What the network is given of images [B, C, H, W]: the values of each set, 0 where it has fewer, [B, D, N, M]."""
         taken = F.pad(x.flatten(2), (0, 1))[:, :, self.members]  # [B, C, n, P]
-        return taken.permute(0, 1, 3, 2).flatten(1, 2).unflatten(2, (self.how.spacing, self.how.spacing))
+        size = self.members.shape[1] * x.shape[1]
+        return taken.permute(0, 1, 3, 2).reshape(len(x), size, self.how.spacing, self.how.spacing)
 
     def forward(self, x: Tensor) -> Tensor:
         """Smooth surrogate: the mean over sets of the softmax, or of the sigmoid of independent votes, [B, K]."""
@@ -218,10 +220,8 @@ class Partition(VotingDefense):
             raise UnsupportedThreat(
                 f"Random sets have no certificate against {patch}.", hint="Use a sparse threat, or sets of a lattice."
             )
-        height, width = self.input_shape[1:]
-        return CellCoverage(
-            *(_lattice(length, side, self.how.spacing) for length, side in ((height, patch.height), (width, patch.width)))
-        )
+        (height, width), spacing = self.input_shape[1:], self.how.spacing
+        return CellCoverage(_lattice(height, patch.height, spacing), _lattice(width, patch.width, spacing))
 
     def prove(self, said: Votes, cover: CellCoverage, claim: Claim) -> Proof:
         proof = super().prove(said, cover, claim)
