@@ -140,7 +140,7 @@ def train(
         model=model,
         weights=weights,
     )
-    resolved = overrides.resolved(recipe, changes, fetch=not dry_run)
+    resolved = overrides.resolved(recipe, changes, fetch=not dry_run, say=show.say)
     folder = out or Path("runs") / resolved.name
     if dry_run:
         cost = estimate.training(resolved, data_dir=data_dir, device=devices.resolve(device), beginning=run.begin(resolved))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -13,7 +13,7 @@ from patchcert_cli.data import datasets
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.threats import Threat
 from patchcert_cli.training import recipe_files
-from patchcert_cli.training.recipe import Recipe, default_entries, typed
+from patchcert_cli.training.recipe import Recipe, default_entries, typed, usual_defense
 
 FINE_TUNING: dict[str, Any] = {  # few steps at a low rate: the published course of networks that were trained before
     "epochs": 10,
@@ -80,13 +80,16 @@ def pairs(texts: list[str] | None, flag: str) -> dict[str, Any]:
     return table
 
 
-def resolved(basis: str | None, changes: Overrides, *, fetch: bool = True) -> Recipe:
+def resolved(
+    basis: str | None, changes: Overrides, *, fetch: bool = True, say: Callable[[str], None] = lambda text: None
+) -> Recipe:
     """The recipe of a run, checked as a whole.
 
     Args:
         basis: a recipe file, zoo model or run folder to begin with; None for the default recipe of the threat model.
         changes: what the user changes.
         fetch: whether published weights to begin with may be fetched now, to know what they are.
+        say: hears which defense was chosen, where it is not the one that is trained elsewhere.
 
     Raises:
         UsageError: no threat model is given, or the recipe is not valid; everything that is wrong is listed.
@@ -96,7 +99,9 @@ def resolved(basis: str | None, changes: Overrides, *, fetch: bool = True) -> Re
     if basis is not None:
         values = dict(recipe_files.entries_of(basis))
     elif changes.threat is not None:
-        values = default_entries(changes.threat, changes.defense or Recipe.defense, changes.dataset or "")
+        values = default_entries(
+            changes.threat, changes.defense or _usual_defense(changes.threat, changes, say), changes.dataset or ""
+        )
     else:
         raise UsageError("no threat model given.", hint="Use --patch 5, or --threat sparse --k 10, or --recipe NAME.")
     _begin_with_published(values, given, changes, fetch=fetch)
@@ -111,6 +116,19 @@ def resolved(basis: str | None, changes: Overrides, *, fetch: bool = True) -> Re
     if isinstance(values.get("start"), str) and values["start"]:
         values["start_sha256"] = hash_of_start(values["start"], str(values.get("start_sha256", "")))
     return Recipe.from_dict(values, where=f"the recipe of '{basis}'" if basis else "").fitted()
+
+
+def _usual_defense(threat: Threat, changes: Overrides, say: Callable[[str], None]) -> str:
+    """The defense for a threat model on a data set; ``say`` hears of it where it is another one than elsewhere."""
+    usual, elsewhere = usual_defense(threat, changes.dataset or ""), usual_defense(threat)
+    other_network = changes.model is not None or changes.network not in (None, defenses.by_name(usual).default_network)
+    if usual == elsewhere or other_network:
+        return elsewhere
+    say(
+        f"{threat} on {changes.dataset}: {usual} is trained, which certifies more here than {elsewhere};"
+        f" --defense {elsewhere} trains that"
+    )
+    return usual
 
 
 def hash_of_start(start: str, expected: str = "") -> str:
