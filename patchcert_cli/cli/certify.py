@@ -229,13 +229,15 @@ def _certify_picture(
     map_to: Path | None,
     json: str | None,
 ) -> None:
+    from patchcert_cli import data
     from patchcert_cli import device as devices
     from patchcert_cli.evaluation import single_image
     from patchcert_cli.reporting import margin_maps, text
 
     place = devices.resolve(device)
+    named = None if dataset is None else data.open_dataset(dataset)
     candidate = loading.found(model, dataset, request, place)
-    resize_crop = candidate.meant(dataset or "", image)
+    resize_crop = candidate.meant(named, image)
     shape = (candidate.channels, *resize_crop.size)
     meant = claims(candidate.threat, shape)
     evaluated = candidate.evaluated(shape, [claim.threat for claim in meant], place)
