@@ -115,7 +115,7 @@ def test_a_module_without_a_size_is_given_pictures_as_they_are(tmp_path: Path) -
         Image.fromarray(one.permute(1, 2, 0).numpy()).save(tmp_path / "own" / f"c{number}" / "a.png")
     own = candidate.fitted(data.open_dataset(f"imagefolder:{tmp_path}/own"))
     assert own.name == f"imagefolder:{tmp_path}/own@20x24" and candidate.shape(own) == (3, 20, 24)
-    assert torch.equal(data.load(own, "test").read(), pixels)
+    assert torch.equal(own.load("test").read(), pixels)
     assert candidate.meant(None, tmp_path / "own" / "c0" / "a.png") == ResizeCrop((20, 24))
     Image.new("RGB", (24, 21)).save(tmp_path / "own" / "c1" / "b.png")
     with pytest.raises(
