@@ -159,8 +159,8 @@ def _begin_with_published(values: dict[str, Any], given: dict[str, Any], changes
     beginning = addresses.beginning(changes.model, changes.weights, fetch=fetch)
     values |= {"network": "timm", "network_options": beginning.options, **FINE_TUNING}
     dataset = str(given.get("dataset", values.get("dataset", Recipe.dataset)))
-    if datasets.own(dataset):
-        given["dataset"] = datasets.fitted(dataset, beginning.source.resize_crop)
+    if datasets.is_custom(dataset):
+        given["dataset"] = data.open_dataset(dataset).resized(beginning.source.resize_crop).name
 
 
 def _let_shorthands_decide(values: dict[str, Any], changes: Overrides) -> None:
@@ -183,9 +183,10 @@ def _hold_out_fewer(values: dict[str, Any], given: dict[str, Any]) -> None:
     if type(held) is not int:  # which the recipe refuses
         return
     limit = given.get("limit", 0 if "validation" in values else values.get("limit", 0))
-    if datasets.own(dataset):
-        given["dataset"] = data.info(dataset).name
-        held = min(held, max(1, len(data.open_dataset(dataset).image_files("train")) // HELD_OUT))
+    if datasets.is_custom(dataset):
+        images = data.open_dataset(dataset)
+        given["dataset"] = images.name
+        held = min(held, max(1, len(images.image_files("train")) // HELD_OUT))
     if limit and type(limit) is int:
         held = min(held, max(1, limit // HELD_OUT))
     given.setdefault("validation", held)

@@ -233,7 +233,7 @@ def _read(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             problems.append(str(problem).rstrip("."))
             return None
 
-    images = attempt(lambda: data.info(entries["dataset"])) if "dataset" in entries else None
+    images = attempt(lambda: data.open_dataset(entries["dataset"])) if "dataset" in entries else None
     if images is not None:
         entries["images"] = images
         channels, height, width = images.shape
