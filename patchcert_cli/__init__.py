@@ -13,7 +13,10 @@ from patchcert_cli.version import __version__
 if TYPE_CHECKING:
     from patchcert_cli.attacks import Attack as Attack
     from patchcert_cli.attacks import AttackResult as AttackResult
+    from patchcert_cli.catalog.bundled import list_models as list_models
+    from patchcert_cli.catalog.resolve import LoadedModel as LoadedModel
     from patchcert_cli.catalog.resolve import load as load
+    from patchcert_cli.catalog.resolve import load_model as load_model
     from patchcert_cli.certificate import Certificate as Certificate
     from patchcert_cli.certificate import Tally as Tally
     from patchcert_cli.certifiers.masks.mask_sets import MaskSpec as MaskSpec
@@ -42,7 +45,8 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "attacks": ("Attack", "AttackResult"),
-    "catalog.resolve": ("load",),
+    "catalog.bundled": ("list_models",),
+    "catalog.resolve": ("LoadedModel", "load", "load_model"),
     "certificate": ("Certificate", "Tally"),
     "certifiers.masks.mask_sets": ("MaskSpec",),
     "defenses": ("Claim", "Defense"),
