@@ -184,7 +184,7 @@ def _recipe(
         basis = run.recipe_of(name)
         given |= {} if threat is None else {"threat": str(threat)}
     elif threat is not None:
-        basis = recipes.for_threat(threat, given.get("defense", "ibp"), given.get("dataset"))
+        basis = recipes.for_threat(threat, given.get("defense") or _usual_defense(threat, given), given.get("dataset"))
     else:
         raise UsageError("no threat model given.", hint="Use --patch 5, or --threat sparse --k 10, or --recipe NAME.")
     basis = _begun(basis, given, model, weights, fetch=fetch)
@@ -194,6 +194,21 @@ def _recipe(
     given |= {table: values | pairs[table] for table, values in tables.items()}
     given |= {"start_sha256": ""} if "start" in given else {}
     return run.started(replace(basis, **given).validate().fitted())
+
+
+def _usual_defense(threat: Threat, given: dict[str, Any]) -> str:
+    """The defense for a threat model on a data set; says so where it is another one than elsewhere."""
+    from patchcert_cli import defenses
+    from patchcert_cli.training import recipe as recipes
+
+    usual, elsewhere = recipes.usual_defense(threat, given.get("dataset")), recipes.usual_defense(threat)
+    if usual == elsewhere or given.get("network") not in (None, defenses.by_name(usual).default_network):
+        return elsewhere
+    show.say(
+        f"{threat} on {given['dataset']}: {usual} is trained, which certifies more here than {elsewhere};"
+        f" --defense {elsewhere} trains that"
+    )
+    return usual
 
 
 def _begun(basis: Recipe, given: dict[str, Any], model: str | None, weights: str | None, *, fetch: bool) -> Recipe:
