@@ -227,11 +227,12 @@ def _begun(basis: Recipe, given: dict[str, Any], model: str | None, weights: str
         if "network" in given:
             raise UsageError("--model and --network both name a network.", hint="Give one of them.")
         found = addresses.beginning(model, weights, fetch=fetch)
-        dataset = datasets.fitted(dataset, found.source.resize_crop)
+        dataset = data.open_dataset(dataset).resized(found.source.resize_crop).name
         basis = replace(basis, network="timm", network_options=found.options, **FINE_TUNING)
-    if datasets.own(dataset):
-        given["dataset"] = data.info(dataset).name
-        held = min(basis.validation, max(1, len(data.open_dataset(dataset).image_files("train")) // 10))
+    if datasets.is_custom(dataset):
+        images = data.open_dataset(dataset)
+        given["dataset"] = images.name
+        held = min(basis.validation, max(1, len(images.image_files("train")) // 10))
         basis = replace(basis, validation=held)
     return basis
 

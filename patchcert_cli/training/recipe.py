@@ -77,7 +77,7 @@ class Recipe:
             except PatchcertError as problem:
                 problems.append(str(problem))
 
-        facts = attempt(lambda: data.info(self.dataset))
+        facts = attempt(lambda: data.open_dataset(self.dataset))
         if facts is not None:
             channels, height, width = facts.shape
             attempt(lambda: self.threat_model.check(height, width, channels))
@@ -133,7 +133,7 @@ class Recipe:
 
     def config(self) -> dict[str, Any]:
         """The ``config.json`` of the defense that this recipe trains."""
-        ready, facts = self.validate(), data.info(self.dataset)
+        ready, facts = self.validate(), data.open_dataset(self.dataset)
         options = {"mean": list(facts.mean), "std": list(facts.std), **self.network_options}  # a network may have its own
         return {
             "format": 1,
@@ -158,7 +158,7 @@ class Recipe:
             tail = f"{threat.number}x{_patch_name(threat.each)}"
         else:
             tail = _patch_name(threat)
-        return f"{data.info(self.dataset).label}-{self.defense}-{tail}"
+        return f"{data.open_dataset(self.dataset).label}-{self.defense}-{tail}"
 
     @property
     def command(self) -> str:
