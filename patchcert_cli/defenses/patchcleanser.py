@@ -31,8 +31,8 @@ from patchcert_cli.certifiers.masks.exact_predictions import ExactMaskedPredicto
 from patchcert_cli.certifiers.masks.logit_scale import CalibrationCache
 from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage, MaskSpec
 from patchcert_cli.certifiers.masks.masked_predictions import PRECISIONS, MaskedPredictor
-from patchcert_cli.defenses import _recipes
 from patchcert_cli.defenses._base import Augment, Claim, Defense, Options, Surrogate, TrainingStep
+from patchcert_cli.defenses._recipes import MaskedRecipe
 from patchcert_cli.errors import UsageError
 from patchcert_cli.layers import fixed_point, precision
 from patchcert_cli.layers.boxes import box_mask
@@ -103,7 +103,7 @@ class MaskedSurrogate(Surrogate):
         return self._defense.behind(images, occluded).softmax(dim=1).reshape(len(x), count, -1).mean(dim=1)
 
 
-class PatchCleanser(Defense):
+class PatchCleanser(MaskedRecipe, Defense):
     """Any classifier, images [B, C, H, W] in [0, 1] -> logits [B, K], asked behind masks.
 
     A network whose attribute ``takes_mask`` is true is also told which pixels are occluded, bool [B, 1, H, W].
@@ -165,10 +165,6 @@ class PatchCleanser(Defense):
     def deploy_config(cls, threat: Threat, options: Options) -> dict[str, Any]:
         assert isinstance(options, MaskedOptions)
         return {"masks": MaskSpec((str(threat),), per_axis=options.per_axis).to_dict(), "labels": options.labels}
-
-    @classmethod
-    def default_recipe(cls, threat: Threat, dataset: str) -> dict[str, Any]:
-        return _recipes.masked(dataset)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> PatchCleanser:
