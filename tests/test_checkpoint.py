@@ -20,7 +20,7 @@ CONFIG = Recipe("patch:5x5", network_options={"hidden": [12]}).config()
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    checkpoint.save_defense(tmp_path / "run", defenses.build(CONFIG), CONFIG)
+    checkpoint.save_defense(tmp_path / "run", defenses.build(CONFIG["deployed"]), CONFIG)
     return tmp_path / "run"
 
 
@@ -104,7 +104,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_the_bytes_that_are_hashed_are_the_bytes_that_are_parsed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are swapped as soon as they were read or hashed: either the old ones load, or nothing does."""
-    other = defenses.build(CONFIG)
+    other = defenses.build(CONFIG["deployed"])
     checkpoint.save_defense(folder.parent / "other", other, {**CONFIG, "threat": "patch:2x2"})
     digest, config = files.sha256(folder / files.WEIGHTS), files.sha256(folder / files.CONFIG)
     wanted, _ = checkpoint.load_defense(folder)

@@ -245,7 +245,7 @@ def _certify_picture(
         found = single_image.certify(evaluated, image, meant, **more)
     values = found.values
     if map_to is not None and found.margins is not None:
-        margin_maps.single_map(values, found.pixels, found.margins, map_to, unit=evaluated.defense.unit)
+        margin_maps.single_map(values, found.pixels, found.margins, map_to, unit=found.unit)
         values |= {"map": str(map_to)}
         found.notes.append(f"drew {map_to}")
     show.say("\n".join(found.notes))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.examples import tiny
 from torch import Tensor, nn
 
 from patchcert_cli import models
@@ -52,7 +53,8 @@ def mlp() -> Callable[[int], IntervalDefense]:
     """The tiny member of the interval family, 1x4x4 images and 3 classes."""
 
     def build(seed: int) -> IntervalDefense:
-        torch.manual_seed(seed)
-        return IntervalDefense.tiny()
+        made = tiny("ibp", seed)
+        assert isinstance(made, IntervalDefense)
+        return made
 
     return build

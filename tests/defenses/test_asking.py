@@ -7,18 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.examples import tiny
 
 import patchcert_cli
 from patchcert_cli.defenses import Defense
-from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import DataError, PatchcertError, UsageError
 from patchcert_cli.threats import Patch
 
 
 @pytest.fixture
 def made() -> Defense:
-    torch.manual_seed(0)
-    return PatchCleanser.tiny()
+    return tiny("patchcleanser")
 
 
 def test_a_threat_may_be_given_as_text(made: Defense) -> None:
