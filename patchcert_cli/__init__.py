@@ -9,7 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from patchcert_cli.catalog.bundled import list_models as list_models
+    from patchcert_cli.catalog.resolve import LoadedModel as LoadedModel
     from patchcert_cli.catalog.resolve import load as load
+    from patchcert_cli.catalog.resolve import load_model as load_model
     from patchcert_cli.certificate import Certificate as Certificate
     from patchcert_cli.certificate import Tally as Tally
     from patchcert_cli.defenses import Defense as Defense
@@ -29,7 +32,10 @@ _HOMES = {
     "Tally": "certificate",
     "Defense": "defenses",
     "PatchcertError": "errors",
+    "list_models": "catalog.bundled",
     "load": "catalog.resolve",
+    "load_model": "catalog.resolve",
+    "LoadedModel": "catalog.resolve",
     "Patch": "threats",
     "PatchPercent": "threats",
     "Sparse": "threats",

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.examples import tiny
 from torch import Tensor, nn
 
 from patchcert_cli import models
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
+from tests.examples import tiny
 
 Shape = tuple[int, int, int]
 

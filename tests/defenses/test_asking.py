@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.examples import tiny
 
 import patchcert_cli
 from patchcert_cli.defenses import Defense
 from patchcert_cli.errors import DataError, PatchcertError, UsageError
 from patchcert_cli.threats import Patch
+from tests.examples import tiny
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.examples import tiny
 
 from patchcert_cli import defenses
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.defenses import Claim, Defense
 from patchcert_cli.errors import DataError, UnknownName, UnsupportedThreat, UsageError
 from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
+from tests.examples import tiny
 
 THREATS = [Patch(1, 1), Patch(2, 2), Patch(1, 4), Patch(4, 4), parse_threat("patch:7%"), Sparse(1), Sparse(3), Sparse(1, "value")]
 
