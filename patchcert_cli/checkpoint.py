@@ -29,6 +29,7 @@ TOP_ENTRIES_1 = ("masks", "fill", "labels", "threshold")  # of format 1: at the 
 OPTIONS_1 = {  # of format 1: among the options of training, and deployed
     "bagcert": ("aggregate",),
     "clipped": ("clip", "slope", "middle"),
+    "partition": ("layout", "spacing", "shuffle", "vote"),
     "patchguard": ("share",),
     "smoothing": ("ablation", "band", "stride", "vote", "threshold", "view"),
 }

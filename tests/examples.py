@@ -20,6 +20,7 @@ from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.clipped import Clip, Clipped
 from patchcert_cli.defenses.ibp import IntervalDefense
 from patchcert_cli.defenses.minority import Minority
+from patchcert_cli.defenses.partition import Division, Partition, divided, listed
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.defenses.patchguard import PatchGuard
 from patchcert_cli.defenses.smoothing import ABLATIONS, VOTES, Ablations, Smoothing, view_shape
@@ -102,6 +103,19 @@ def minority() -> Minority:
     return Minority(network, **_masks(), threshold=_one_of((0.0, 0.4))).eval()
 
 
+def partition() -> Partition:
+    how = Division(layout=_one_of(("lattice", "random")), spacing=3, vote=_one_of(("top-one", "independent")))
+    size = listed(divided(SHAPE, how), how.spacing**2).shape[1]
+    options = {"width": 6, "blocks": (4,), **SCALING, "input_shape": (size, how.spacing, how.spacing), "classes": 3}
+    network: Any = models.build("setwise", options)
+    defense, x = Partition(network, how, input_shape=SHAPE, classes=CLASSES).eval(), torch.rand(64, *SHAPE)
+    with torch.no_grad():  # scores around 0, so that sets differ in what they vote for
+        network.head.weight.mul_(20)
+        network.head.bias.sub_(network(defense.values(x)).mean(dim=(0, 2, 3)) - 0.5 * torch.randn(3))
+    defense.calibrate(x)
+    return defense
+
+
 def patchcleanser() -> PatchCleanser:
     return PatchCleanser(_mlp(), **_masks())
 
@@ -132,6 +146,7 @@ EXAMPLES: dict[str, Callable[[], Defense]] = {
     "clipped": clipped,
     "ibp": ibp,
     "minority": minority,
+    "partition": partition,
     "patchcleanser": patchcleanser,
     "patchguard": patchguard,
     "smoothing": smoothing,

@@ -20,6 +20,7 @@ from patchcert_cli.defenses.partition import Partition, PartitionOptions, divide
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.threats import Patch, Patches, Sparse, Threat
 from patchcert_cli.training.recipe import for_threat, usual_defense
+from tests.examples import section
 
 SHAPE = (2, 5, 7)
 LAYOUTS = ("lattice", "random")
@@ -36,7 +37,7 @@ def build(shape: tuple[int, int, int] = SHAPE, classes: int = 3, seed: int = 0, 
     }
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        defense = Partition.from_config(config).eval()
+        defense = Partition.from_config(section("partition", config)).eval()
         for name, buffer in defense.network.named_buffers():
             if name.endswith("running_mean"):
                 buffer.normal_(0, 0.1)
@@ -249,7 +250,9 @@ def test_bad_partitions_are_refused() -> None:
         build(layout="spiral")
     network = {"name": "mlp", "options": {"mean": [0.4], "std": [0.3]}}
     with pytest.raises(IntegrityError):
-        Partition.from_config({"input_shape": [1, 4, 4], "classes": ["a", "b"], "network": network, "options": {"spacing": 2}})
+        Partition.from_config(
+            section("partition", {"input_shape": [1, 4, 4], "classes": ["a", "b"], "network": network, "options": {"spacing": 2}})
+        )
 
 
 @pytest.mark.parametrize("vote", VOTES)
