@@ -125,8 +125,6 @@ def _zoo() -> Iterator[Finding]:
     broken = IntegrityError(f"{len(problems)} models of the bundled zoo are damaged: {problems[0]}") if problems else None
     counts = f"{intact} models with the sha256 of their cards, {recipes} recipes, {len(problems)} damaged"
     yield Finding("zoo", f"{zoo}: {counts}", broken)
-        "zoo", f"{zoo}: {intact} models with the sha256 of their cards, {recipes} recipes, {len(problems)} damaged", broken
-    )
 
 
 def _data(data_dir: Path | None) -> Iterator[Finding]:
@@ -140,6 +138,6 @@ def _data(data_dir: Path | None) -> Iterator[Finding]:
         except PatchcertError as problem:
             yield Finding(name, str(problem), problem if data_dir else None)
             continue
-        total = data.info(name).test_images
+        total = facts.test_images
         origin = "bundled with patchcert" if images.source == "bundled" else f"from '{images.source}'"
         yield Finding(name, f"{len(images)} of {total} test images, {origin}")
