@@ -7,6 +7,7 @@ import hashlib
 import html
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -485,3 +486,9 @@ def test_without_matplotlib_there_is_no_page_rather_than_one_without_charts(
     code, out, err = patchcert("report", "zoo")
     assert (code, out) == (7, "") and not Path("site/index.html").exists()
     check_refused(err, 7, "matplotlib", "pip install 'patchcert[plots]'")
+
+
+def test_the_readme_and_its_picture_show_the_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(__file__).parents[2] / "docs" / "make_zoo.py"
+    monkeypatch.setattr(sys, "argv", [str(path), "--check"])
+    assert runpy.run_path(str(path))["main"]() == 0
