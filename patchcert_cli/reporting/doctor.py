@@ -136,7 +136,7 @@ def _data(data_dir: Path | None) -> Iterator[Finding]:
         except PatchcertError as problem:
             yield Finding(name, str(problem), problem if data_dir else None)
             continue
-        of = data.info(name).test_images
+        of = facts.test_images
         where = "bundled with patchcert" if images.source == "bundled" else f"from '{images.source}'"
         yield Finding(name, f"{len(images)} of {of} test images, {where}")
 
