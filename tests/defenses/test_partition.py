@@ -259,7 +259,8 @@ def test_bad_partitions_are_refused() -> None:
 @pytest.mark.parametrize("drawn", [0, 4])
 def test_the_loss_is_that_of_the_votes_of_the_drawn_sets(vote: str, drawn: int) -> None:
     defense, x, label = build(vote=vote, drawn=drawn, margin_weight=0.5), images(6), torch.arange(6) % 3
-    step = TrainingStep(Sparse(2), defense.how, 0.0, 1, torch.Generator().manual_seed(3))
+    options = PartitionOptions(spacing=3, vote=vote, drawn=drawn, margin_weight=0.5)
+    step = TrainingStep(Sparse(2), options, 0.0, 1, torch.Generator().manual_seed(3))
     loss = defense.training_loss(x, label, step)
     drawing = torch.Generator().manual_seed(3)
     number = torch.rand(6, 9, generator=drawing).argsort(dim=1)[:, :4] if drawn else torch.arange(9).expand(6, -1)
