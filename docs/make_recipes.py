@@ -88,8 +88,8 @@ def page() -> str:
     """The whole page."""
     parts = [INTRODUCTION, "## Entries", of_class(Recipe)]
     for name in defenses.names():
-        options = defenses.by_name(name).options
-        parts += [f"## Options of `{name}`", f"Default network: `{defenses.by_name(name).default_network}`.", of_class(options)]
+        options = defenses.trainable(name).options
+        parts += [f"## Options of `{name}`", f"Default network: `{defenses.trainable(name).default_network}`.", of_class(options)]
     for name in models.names():
         rows = [(option, "", shown(default), "") for option, default in models.defaults(name).items()]
         listing = "\n".join(f"| `{option}` | {default} |" for option, _, default, _ in rows)

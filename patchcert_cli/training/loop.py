@@ -18,7 +18,7 @@ import torch
 from patchcert_cli import checkpoint
 from patchcert_cli.certificate import Tally
 from patchcert_cli.data.images import Images, to_float
-from patchcert_cli.defenses import Defense, TrainingStep
+from patchcert_cli.defenses import Trainable, TrainingStep
 from patchcert_cli.errors import IntegrityError, Interrupted, MachineError, UsageError
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage import files, locks
@@ -44,7 +44,7 @@ class Trained:
     """
 
     folder: Path
-    defense: Defense
+    defense: Trainable
     validation: Tally
     epochs_run: int
     seconds: float
@@ -115,7 +115,7 @@ def train(
     if rows:
         rows[-1] |= _validation_row(tally)
         _write_metrics(folder, rows)
-    checkpoint.save_defense(folder, state.deployed, config)
+    checkpoint.save_defense(folder, state.deployed, config, stored=recipe.stored)
     seconds, chance = sum(row["seconds"] for row in rows), float(held.labels.bincount().max()) / len(held)
     return Trained(folder, state.deployed.eval(), tally, recipe.epochs - start, seconds, len(kept), chance)
 
@@ -192,7 +192,7 @@ def _rate(recipe: Recipe, progress: float) -> float:
 
 
 @torch.no_grad()
-def _finish(recipe: Recipe, defense: Defense, images: Images, *, rounded: bool) -> None:
+def _finish(recipe: Recipe, defense: Trainable, images: Images, *, rounded: bool) -> None:
     """What a defense needs before it is validated; at the end its weights are rounded as they will be stored."""
     if rounded:
         defense.fuse()
@@ -259,7 +259,7 @@ def trial(recipe: Recipe, images: Images, *, device: str = "cpu", beginning: Beg
 
 
 @torch.no_grad()
-def monitor(defense: Defense, images: Images, recipe: Recipe, batch: int = 500) -> Tally:
+def monitor(defense: Trainable, images: Images, recipe: Recipe, batch: int = 500) -> Tally:
     """Clean and certified counts on held-out training images."""
     defense.eval()
     threat = recipe.threat

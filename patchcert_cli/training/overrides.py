@@ -121,7 +121,7 @@ def resolved(
 def _usual_defense(threat: Threat, changes: Overrides, say: Callable[[str], None]) -> str:
     """The defense for a threat model on a data set; ``say`` hears of it where it is another one than elsewhere."""
     usual, elsewhere = usual_defense(threat, changes.dataset or ""), usual_defense(threat)
-    other_network = changes.model is not None or changes.network not in (None, defenses.by_name(usual).default_network)
+    other_network = changes.model is not None or changes.network not in (None, defenses.trainable(usual).default_network)
     if usual == elsewhere or other_network:
         return elsewhere
     say(
@@ -168,7 +168,7 @@ def _let_shorthands_decide(values: dict[str, Any], changes: Overrides) -> None:
     defense = changes.defense or values.get("defense", Recipe.defense)
     network = changes.network or values.get("network")
     if not network and defense in defenses.names():
-        network = defenses.by_name(defense).default_network
+        network = defenses.trainable(defense).default_network
     if network not in models.names():  # which the recipe refuses
         return
     follows = {option for name, option in models.shorthands(network).items() if name in changes.network_options}

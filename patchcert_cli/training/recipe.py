@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from patchcert_cli import data, defenses, models, schema
+from patchcert_cli import checkpoint, data, defenses, models, schema
 from patchcert_cli.data import Dataset
 from patchcert_cli.defenses import Options
 from patchcert_cli.errors import PatchcertError, UsageError
@@ -122,19 +122,8 @@ class Recipe:
     def config(self) -> dict[str, Any]:
         """The ``config.json`` of the defense that this recipe trains."""
         statistics = {"mean": list(self.images.mean), "std": list(self.images.std)}
-        plain = self.to_dict()
-        return {
-            "format": 1,
-            "defense": self.defense,
-            "dataset": self.dataset,
-            "threat": plain["threat"],
-            "input_shape": list(self.images.shape),
-            "classes": list(self.images.classes),
-            "network": {"name": self.network, "options": {**statistics, **self.network_options}},  # a network may have its own
-            "options": plain["options"],
-            **defenses.by_name(self.defense).deploy_config(self.threat, self.options),
-            "recipe": plain,
-        }
+        network = {"name": self.network, "options": {**statistics, **self.network_options}}  # a network may have its own
+        return checkpoint.configuration(self.defense, network, self.images, self.threat, self.options, self.to_dict())
 
     @property
     def name(self) -> str:
@@ -186,7 +175,7 @@ def default_entries(threat: Threat, defense: str = Recipe.defense, dataset: str 
         UnknownName: no such defense.
     """
     chosen = {"dataset": dataset} if dataset else {}
-    return {"threat": str(threat), "defense": defense, **defenses.by_name(defense).default_recipe(threat, dataset), **chosen}
+    return {"threat": str(threat), "defense": defense, **defenses.trainable(defense).default_recipe(threat, dataset), **chosen}
 
 
 def usual_defense(threat: Threat, dataset: str = "") -> str:
@@ -239,7 +228,7 @@ def _read(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         channels, height, width = images.shape
         if "threat" in entries:
             attempt(lambda: entries["threat"].check(height, width, channels))
-    defense = attempt(lambda: defenses.by_name(entries["defense"])) if "defense" in entries else None
+    defense = attempt(lambda: defenses.trainable(entries["defense"])) if "defense" in entries else None
     if defense is not None:
         entries["network"] = entries.get("network") or defense.default_network
         options = _options(defense.options, values.get("options", {}), problems)

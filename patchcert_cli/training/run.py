@@ -12,7 +12,7 @@ from patchcert_cli import cards, checkpoint, data, models
 from patchcert_cli import device as devices
 from patchcert_cli.catalog import resolve
 from patchcert_cli.classifiers import addresses
-from patchcert_cli.defenses import Defense
+from patchcert_cli.defenses import Trainable
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage import files, locks
@@ -39,7 +39,7 @@ def begin(recipe: Recipe) -> Beginning:
         hash_of_start(recipe.start, recipe.start_sha256)
         initial = checkpoint.weights_for(beginning.defense, resolve.resolve(recipe.start).folder)
 
-    def load(defense: Defense) -> None:
+    def load(defense: Trainable) -> None:
         if recipe.network_options.get("weights"):  # published ones, all but the layers that give the classes
             network: Any = defense.network
             addresses.begin_with(network, recipe.network_options)

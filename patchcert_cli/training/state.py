@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from patchcert_cli import checkpoint, defenses
 from patchcert_cli.data.images import Images, to_float
-from patchcert_cli.defenses import Defense
+from patchcert_cli.defenses import Trainable
 from patchcert_cli.storage import files
 from patchcert_cli.training.average import Average
 from patchcert_cli.training.muon import Muon
@@ -30,9 +30,9 @@ class Beginning:
         load: puts the weights to begin with into the defense; None if it begins with the fresh ones.
     """
 
-    defense: Defense
+    defense: Trainable
     auxiliary: nn.Module
-    load: Callable[[Defense], None] | None = None
+    load: Callable[[Trainable], None] | None = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> Beginning:
@@ -43,7 +43,7 @@ class Beginning:
         """
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
-            defense = defenses.build(recipe.config())
+            defense = defenses.build_trainable(recipe.config())
             return cls(defense, defense.init_weights(recipe.options) or nn.Module())
 
 
@@ -51,7 +51,7 @@ class Beginning:
 class State:
     """What steps change: a defense, what trains along with it, the average of its weights if there is one, the optimizer."""
 
-    defense: Defense
+    defense: Trainable
     auxiliary: nn.Module
     average: Average | None
     optimizer: torch.optim.Optimizer
@@ -69,7 +69,7 @@ class State:
         return cls(defense, auxiliary, average, _optimizer([*defense.parameters(), *auxiliary.parameters()], recipe))
 
     @property
-    def deployed(self) -> Defense:
+    def deployed(self) -> Trainable:
         """What is validated and saved."""
         return self.average.defense if self.average else self.defense
 
@@ -113,7 +113,7 @@ def restore(folder: Path, state: State) -> int:
     return int(note["epoch"])
 
 
-def some_images(defense: Defense, images: Images) -> Tensor:
+def some_images(defense: Trainable, images: Images) -> Tensor:
     """A few training images, where the defense is."""
     count = min(FITTED, len(images))
     ordered = bool((images.labels.diff() >= 0).all())  # by class, as folders are: then the first ones do not stand for all
@@ -121,7 +121,7 @@ def some_images(defense: Defense, images: Images) -> Tensor:
     return to_float(images.read(some).to(defense.device))
 
 
-def _laid_out(defense: Defense, recipe: Recipe) -> Defense:
+def _laid_out(defense: Trainable, recipe: Recipe) -> Trainable:
     """Channels last where it is trained with bfloat16 convolutions, which are faster so."""
     return defense.to(memory_format=torch.channels_last) if recipe.precision == "bfloat16" else defense
 

@@ -108,7 +108,7 @@ def test_a_file_that_is_missing_or_names_a_public_model(tmp_path: Path) -> None:
 def test_no_recipe_is_invalid() -> None:
     with pytest.raises(UsageError, match=r"epochs.*flip"):
         Recipe(Patch(2, 2), epochs=0, options={"flip": 3})  # type: ignore[arg-type]
-    assert type(Recipe(Patch(2, 2)).options) is defenses.by_name("ibp").options
+    assert type(Recipe(Patch(2, 2)).options) is defenses.trainable("ibp").options
 
 
 @pytest.mark.parametrize("field", [1, 2, 5, 7, 9, 17, 33])
@@ -146,12 +146,12 @@ def test_defaults_are_those_of_the_defense() -> None:
     assert (default_recipe(Sparse(3), "ibp", "cifar10").dataset, default_recipe(Sparse(3)).dataset) == ("cifar10", "mnist")
     for name in defenses.names():
         recipe = default_recipe(Patch(2, 2), name)
-        assert recipe.defense == name and recipe.network == defenses.by_name(name).default_network
+        assert recipe.defense == name and recipe.network == defenses.trainable(name).default_network
 
 
 def test_the_document_lists_every_entry_and_option() -> None:
     text = (ROOT / "docs" / "recipes.md").read_text()
-    for kind in (Recipe, *(defenses.by_name(name).options for name in defenses.names())):
+    for kind in (Recipe, *(defenses.trainable(name).options for name in defenses.names())):
         for entry in schema.entries(kind):
             assert f"| `{entry.name}` | " in text, f"run {Path(sys.executable).name} docs/make_recipes.py"
     for name in models.names():
