@@ -202,7 +202,7 @@ def _usual_defense(threat: Threat, given: dict[str, Any]) -> str:
     from patchcert_cli.training import recipe as recipes
 
     usual, elsewhere = recipes.usual_defense(threat, given.get("dataset")), recipes.usual_defense(threat)
-    if usual == elsewhere or given.get("network") not in (None, defenses.by_name(usual).default_network):
+    if usual == elsewhere or given.get("network") not in (None, defenses.trainable(usual).default_network):
         return elsewhere
     show.say(
         f"{threat} on {given['dataset']}: {usual} is trained, which certifies more here than {elsewhere};"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from patchcert_cli import checkpoint, defenses
 from patchcert_cli.certificate import Tally
 from patchcert_cli.data.images import Images, to_float
-from patchcert_cli.defenses import Defense, TrainingStep
+from patchcert_cli.defenses import Trainable, TrainingStep
 from patchcert_cli.errors import IntegrityError, Interrupted, MachineError, UsageError
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage import files, locks
@@ -36,17 +36,17 @@ REPORTS = 10  # points of a run at which some validation images are certified; t
 class _State:
     """What steps change: a defense, what trains along with it, the average of its weights if there is one, the optimizer."""
 
-    defense: Defense
+    defense: Trainable
     aid: nn.Module
     average: Average | None
     optimizer: torch.optim.Optimizer
 
     @classmethod
-    def of(cls, recipe: Recipe, device: str, begin: Callable[[Defense], None] | None = None) -> _State:
+    def of(cls, recipe: Recipe, device: str, begin: Callable[[Trainable], None] | None = None) -> _State:
         """What a run of ``recipe`` starts with, after ``begin`` has been done to the defense."""
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
-            defense = defenses.build(recipe.config())
+            defense = defenses.build_trainable(recipe.config())
             aid = (defense.init_weights(recipe.training) or nn.Module()).to(device)
             defense = _laid_out(defense.to(device), recipe)
         if begin is not None:
@@ -55,7 +55,7 @@ class _State:
         return cls(defense, aid, average, _optimizer([*defense.parameters(), *aid.parameters()], recipe))
 
     @property
-    def made(self) -> Defense:
+    def made(self) -> Trainable:
         """What is validated and saved."""
         return self.average.defense if self.average else self.defense
 
@@ -89,7 +89,7 @@ class Trained:
     """
 
     folder: Path
-    defense: Defense
+    defense: Trainable
     validation: Tally
     epochs_run: int
     seconds: float
@@ -110,7 +110,7 @@ def train(
     device: str = "cpu",
     fresh: bool = False,
     progress: Progress | None = None,
-    prepare: Callable[[Defense], None] | None = None,
+    prepare: Callable[[Trainable], None] | None = None,
 ) -> Trained:
     """Train ``recipe`` on ``images`` (the training split) into ``folder``, continuing a stopped run of the same recipe.
 
@@ -128,7 +128,7 @@ def train(
     _claim(folder, config)
     kept, held = images.limit(recipe.limit or None, recipe.seed).hold_out(recipe.validation, recipe.seed)
 
-    def begin(defense: Defense) -> None:
+    def begin(defense: Trainable) -> None:
         if not (folder / files.STATE).exists():
             defense.fit_before(_some(defense, kept))
             if prepare is not None:
@@ -172,7 +172,7 @@ def train(
     if lines:
         lines[-1] |= _seen(tally)
         _note(folder, lines)
-    checkpoint.save_defense(folder, made, config)
+    checkpoint.save_defense(folder, made, config, stored=recipe.stored)
     seconds, chance = sum(line["seconds"] for line in lines), float(held.labels.bincount().max()) / len(held)
     return Trained(folder, made.eval(), tally, recipe.epochs - start, seconds, len(kept), chance)
 
@@ -210,7 +210,7 @@ def _claim(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _laid_out(defense: Defense, recipe: Recipe) -> Defense:
+def _laid_out(defense: Trainable, recipe: Recipe) -> Trainable:
     """Channels last where it is trained with bfloat16 convolutions, which are faster so."""
     return defense.to(memory_format=torch.channels_last) if recipe.precision == "bfloat16" else defense
 
@@ -231,7 +231,7 @@ def _rate(recipe: Recipe, progress: float) -> float:
 
 
 @torch.no_grad()
-def _finish(recipe: Recipe, defense: Defense, images: Images, *, rounded: bool) -> None:
+def _finish(recipe: Recipe, defense: Trainable, images: Images, *, rounded: bool) -> None:
     """What a defense needs before it is validated; at the end its weights are rounded as they will be stored."""
     if rounded:
         defense.fuse()
@@ -242,7 +242,7 @@ def _finish(recipe: Recipe, defense: Defense, images: Images, *, rounded: bool) 
     defense.calibrate(_some(defense, images))
 
 
-def _some(defense: Defense, images: Images) -> Tensor:
+def _some(defense: Trainable, images: Images) -> Tensor:
     """A few training images, where the defense is."""
     count = min(FITTED, len(images))
     ordered = bool((images.labels.diff() >= 0).all())  # by class, as folders are: then the first ones do not stand for all
@@ -306,7 +306,7 @@ def trial(recipe: Recipe, images: Images, *, device: str = "cpu") -> Trial:
 
 
 @torch.no_grad()
-def monitor(defense: Defense, images: Images, recipe: Recipe, batch: int = 500) -> Tally:
+def monitor(defense: Trainable, images: Images, recipe: Recipe, batch: int = 500) -> Tally:
     """Clean and certified counts on held-out training images."""
     defense.eval()
     threat = recipe.threat_model

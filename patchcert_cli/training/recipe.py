@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from patchcert_cli import data, defenses, models, schema
+from patchcert_cli import checkpoint, data, defenses, models, schema
 from patchcert_cli.defenses import Options
 from patchcert_cli.errors import PatchcertError, UsageError
 from patchcert_cli.threats import Patch, Patches, Sparse, Threat, as_options, parse_threat
@@ -83,7 +83,7 @@ class Recipe:
             attempt(lambda: self.threat_model.check(height, width, channels))
         else:
             attempt(lambda: self.threat_model)
-        defense = attempt(lambda: defenses.by_name(self.defense))
+        defense = attempt(lambda: defenses.trainable(self.defense))
         network = self.network or (defense.default_network if defense else "")
         if network not in models.names():
             problems.append(f"no network '{network}'; known: {', '.join(models.names())}.")
@@ -112,7 +112,7 @@ class Recipe:
     @property
     def training(self) -> Options:
         """The defense's own options."""
-        return _options(defenses.by_name(self.defense).options, self.options, self.defense)
+        return _options(defenses.trainable(self.defense).options, self.options, self.defense)
 
     def fitted(self) -> Recipe:
         """With phases shortened where the run is too short for them."""
@@ -135,18 +135,8 @@ class Recipe:
         """The ``config.json`` of the defense that this recipe trains."""
         ready, facts = self.validate(), data.open_dataset(self.dataset)
         options = {"mean": list(facts.mean), "std": list(facts.std), **self.network_options}  # a network may have its own
-        return {
-            "format": 1,
-            "defense": self.defense,
-            "dataset": self.dataset,
-            "threat": self.threat,
-            "input_shape": list(facts.shape),
-            "classes": list(facts.classes),
-            "network": {"name": ready.network, "options": options},
-            "options": ready.options,
-            **defenses.by_name(self.defense).deploy_config(ready.threat_model, ready.training),
-            "recipe": ready.to_dict(),
-        }
+        network = {"name": ready.network, "options": options}
+        return checkpoint.configuration(self.defense, network, facts, ready.threat_model, ready.training, ready.to_dict())
 
     @property
     def name(self) -> str:
@@ -252,7 +242,7 @@ def for_threat(threat: Threat, defense: str = "ibp", dataset: str | None = None)
             validation=2000,
             options={"drawn": 16} | ({"flip": False, "shift": 2} if dataset == "mnist" else {}),  # a mirrored digit is none
         )
-    if defenses.by_name(defense).default_network == "masked":
+    if defenses.trainable(defense).default_network == "masked":
         digits = dataset == "mnist"  # a mirrored digit is none, and small
         return Recipe(
             str(threat),

@@ -13,7 +13,7 @@ from patchcert_cli import cards, checkpoint, data, defenses, models
 from patchcert_cli import device as devices
 from patchcert_cli.catalog import bundled, resolve
 from patchcert_cli.classifiers import addresses
-from patchcert_cli.defenses import Defense
+from patchcert_cli.defenses import Trainable
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage import files, locks
@@ -49,7 +49,7 @@ def started(recipe: Recipe) -> Recipe:
     return replace(recipe, start_sha256=digest)
 
 
-def check(recipe: Recipe) -> Callable[[Defense], None]:
+def check(recipe: Recipe) -> Callable[[Trainable], None]:
     """What gives a fresh defense the weights to begin with; raises what building and preparing the recipe's network raises.
 
     Raises:
@@ -58,13 +58,13 @@ def check(recipe: Recipe) -> Callable[[Defense], None]:
     """
     with torch.random.fork_rng():
         try:
-            defense = defenses.build(recipe.config())
+            defense = defenses.build_trainable(recipe.config())
         except IntegrityError as problem:  # of a file it would be; here it is what the user typed
             raise UsageError(problem.message, hint=problem.hint or "See --network-option.") from problem
         defense.init_weights(recipe.training)
     initial = checkpoint.weights_for(defense, resolve.resolve(started(recipe).start).folder) if recipe.start else None
 
-    def prepare(defense: Defense) -> None:
+    def prepare(defense: Trainable) -> None:
         if recipe.network_options.get("weights"):  # published ones, all but the layers that give the classes
             network: Any = defense.network
             addresses.begin_with(network, recipe.network_options)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import yaml
 from model_folders import make_run, make_zoo, write_result
-from refusals import check_refused
 
 from patchcert_cli.cards import Card
 from patchcert_cli.cards.published import PublishedRecords
@@ -56,8 +55,9 @@ def held(hub: LoopbackHub, repo: str = TO, revision: str = "main") -> dict[str, 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, said: str) -> None:
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
-    check_refused(done.stderr[done.stderr.index("error[") :], code, said)
+    assert any(line.startswith(f"error[{code}]: ") for line in done.stderr.splitlines()[-2:])
     assert "Traceback" not in done.stderr
+    assert said in done.stderr
 
 
 def test_what_is_pushed_can_be_pulled_by_its_commit(hub: LoopbackHub, run: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_pull_request_leaves_main_and_the_card_alone(hub: LoopbackHub, run: Pa
 
 
 def test_dirty_claims_are_refused_before_anything_is_sent(hub: LoopbackHub, run: Path) -> None:
-    refused(push(hub, run), 8, "Make one: patchcert certify")
+    refused(push(hub, run), 8, "hint: Make one: patchcert certify")
     sample = write_result(run.parent / "certify-x", run, full_split=False, images=200)
     refused(push(hub, run), 8, "full test split (only 200 images of test)")
     refused(push(hub, run, "--result", sample), 8, "not about the full test split")

@@ -14,9 +14,8 @@ import torch
 
 from patchcert_cli import cards, checkpoint, data, defenses
 from patchcert_cli.certificate import Tally
-from patchcert_cli.defenses import Defense
+from patchcert_cli.defenses import Defense, MaskedOptions
 from patchcert_cli.defenses.ibp.defense import IntervalOptions
-from patchcert_cli.defenses.patchcleanser import MaskedOptions
 from patchcert_cli.errors import DataError, IntegrityError, Interrupted, UsageError
 from patchcert_cli.progress import Silent
 from patchcert_cli.storage import files
@@ -292,7 +291,7 @@ def test_training_raises_certified_accuracy(tmp_path: Path, threat: str, locatio
     made = loop.train(recipe, images(1100), tmp_path / "run")
     with torch.random.fork_rng():
         torch.manual_seed(9)
-        untrained = checkpoint.defenses.build(recipe.config())
+        untrained = checkpoint.defenses.build(recipe.config()["deployed"])
     held = images(1100).hold_out(recipe.validation, recipe.seed)[1]
     assert made.validation.certified > 2 * loop.monitor(untrained, held, recipe).certified
     assert made.validation.certified >= 20
@@ -375,14 +374,14 @@ def test_weights_to_begin_with_must_be_the_recipes_and_fit(tmp_path: Path) -> No
 def test_a_network_of_whole_numbers_may_begin_with_weights_that_have_no_grids(tmp_path: Path) -> None:
     """They are fitted when training ends; whatever else is missing is refused."""
     loop.train(MASKED, images(360), tmp_path / "floats")
-    fresh = defenses.build(WHOLE_NUMBERS.config())
+    fresh = defenses.build(WHOLE_NUMBERS.config()["deployed"])
     taken = checkpoint.weights_for(fresh, tmp_path / "floats")
     saved, _ = checkpoint.load_defense(tmp_path / "floats")
     assert taken.keys() == fresh.state_dict().keys() > saved.state_dict().keys()
     assert all(torch.equal(taken[name].to(value), value) for name, value in saved.state_dict().items())
     wider = replace(WHOLE_NUMBERS, network_options={**WHOLE_NUMBERS.network_options, "stem": 5})
     with pytest.raises(IntegrityError, match="shape"):
-        checkpoint.weights_for(defenses.build(wider.config()), tmp_path / "floats")
+        checkpoint.weights_for(defenses.build(wider.config()["deployed"]), tmp_path / "floats")
 
 
 def test_a_limit_takes_a_fixed_subset_and_chance_is_said(tmp_path: Path) -> None:
