@@ -212,7 +212,7 @@ def test_the_worst_pixel_is_in_a_set_of_the_largest_loss_and_every_k_comes_from_
             top, left, height, width = one.worst[b].tolist()
             assert (height, width) == (1, 1)
             ballots = votes.scores[b].int().flatten(1)
-            loss = 1 + ballots[one.prediction[b]] - ballots[one.rival[b]]
+            loss = 1 + ballots[one.prediction[b]] - ballots[one.runner_up[b]]
             assert int(loss[defense.sets[top, left]]) == int(loss.max())
 
 
