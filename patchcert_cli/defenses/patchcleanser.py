@@ -29,7 +29,7 @@ from patchcert_cli.certifiers.masks import double_masking, fingerprint, masked_p
 from patchcert_cli.certifiers.masks.double_masking import Table
 from patchcert_cli.certifiers.masks.exact_predictions import ExactMaskedPredictor, Predictor
 from patchcert_cli.certifiers.masks.logit_scale import CalibrationCache
-from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage, MaskSpec
+from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage, MaskSpec, Shape
 from patchcert_cli.certifiers.masks.masked_predictions import PRECISIONS, MaskedPredictor
 from patchcert_cli.defenses._base import Augment, Claim, Defense, Options, Surrogate, TrainingStep
 from patchcert_cli.errors import UsageError
@@ -53,6 +53,7 @@ class MaskedOptions(Options):
 
     Attributes:
         per_axis: masks of the deployed model along each axis, at most.
+        mask_shape: ``square``, ``column`` or ``row``, the shape of the deployed masks.
         sides: random masks are squares of one of these sides; empty for the shapes of the deployed masks.
         masks: random masks an image.
         greedy_from: part of the run after which masks are chosen by greedy cutout.
@@ -68,6 +69,7 @@ class MaskedOptions(Options):
     """
 
     per_axis: Positive = 6
+    mask_shape: Shape = "square"
     sides: tuple[Positive, ...] = ()
     masks: Count = 2
     greedy_from: Fraction = 0.0
@@ -163,7 +165,10 @@ class PatchCleanser(Defense):
     @classmethod
     def deploy_config(cls, threat: Threat, options: Options) -> dict[str, Any]:
         assert isinstance(options, MaskedOptions)
-        return {"masks": MaskSpec((str(threat),), per_axis=options.per_axis).to_dict(), "labels": options.labels}
+        return {
+            "masks": MaskSpec((str(threat),), per_axis=options.per_axis, shape=options.mask_shape).to_dict(),
+            "labels": options.labels,
+        }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> PatchCleanser:
