@@ -155,11 +155,11 @@ def attack(
 
     given: Any = {"dataset": dataset, "data_dir": data_dir, "limit": limit, "batch_size": batch_size, "device": device}
     if dry_run:
-        task, full = open_sample(model, claims, request, seed=seed, **given)
+        task, total = open_sample(model, claims, request, seed=seed, **given)
         attacker, settings = _attacker(task, saved, pasting if saved else searching, seed)
         folder = out or task.folder("attack", {"attack": settings, "joined": join})
         with show.progress() as progress:
-            value = estimate.evaluation(task, folder, attacker, full, join=join, progress=progress)
+            value = estimate.evaluation(task, folder, attacker, total, join=join, progress=progress)
         show.result(text.plain_rows(value), value, json)
         return
     task = open_task(model, claims, request, seed=seed, download=download, **given)

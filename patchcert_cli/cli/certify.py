@@ -183,9 +183,9 @@ def certify(
 
     given: Any = {"dataset": dataset, "data_dir": data_dir, "limit": limit, "batch_size": batch_size, "device": device}
     if dry_run:
-        task, full = open_sample(model, claims, request, seed=seed, **given)
+        task, total = open_sample(model, claims, request, seed=seed, **given)
         with show.progress() as progress:
-            value = estimate.evaluation(task, out or task.folder("certify", {}), None, full, progress=progress)
+            value = estimate.evaluation(task, out or task.folder("certify", {}), None, total, progress=progress)
         show.result(text.plain_rows(value), value, json)
         return
     task = open_task(model, claims, request, seed=seed, download=download, **given)

@@ -14,9 +14,9 @@ from patchcert_cli.cli.options import typed_command
 from patchcert_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
+    from patchcert_cli.data.datasets import Dataset
     from patchcert_cli.data.images import Images
     from patchcert_cli.defenses import Claim
-    from patchcert_cli.evaluation.estimate import FullRun
     from patchcert_cli.evaluation.models import DefenseRequest, ModelSource
     from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
 
@@ -124,12 +124,10 @@ def open_task(
     from patchcert_cli import data
 
     opened = _open(model, claims, request, dataset, data_dir, device)
-    with show.progress() as progress:
-        fetch = f"{typed_command()} --download"
-        whole = data.load(opened.dataset, "test", data_dir=data_dir, download=download, fetch=fetch, progress=progress)
-    total = data.whole_split(whole)
-    _tell(whole, len(whole), total)
-    return opened.task(whole.limit(limit, seed), total, batch_size, seed)
+    images = opened.dataset.load("test", download=download, fetch=f"{typed_command()} --download")
+    total = data.whole_split(images)
+    _tell(opened.dataset, images, total)
+    return opened.task(images.limit(limit, seed), total, batch_size, seed)
 
 
 def open_sample(
@@ -143,17 +141,19 @@ def open_sample(
     batch_size: int | None,
     device: str,
     seed: int,
-) -> tuple[EvaluationTask, FullRun]:
-    """As :func:`open_task`, but for a dry run: pictures that are not packed yet are not packed, and a few stand for all."""
+) -> tuple[EvaluationTask, int]:
+    """As :func:`open_task`, but for a dry run: of images in files only a few are opened. Returns how many the run has."""
     from patchcert_cli import data
     from patchcert_cli.evaluation import estimate
 
     opened = _open(model, claims, request, dataset, data_dir, device)
     fetch = typed_command().replace(" --dry-run", "") + " --download"
-    some = data.glance(opened.dataset, "test", estimate.MOST, seed, data_dir=data_dir, fetch=fetch)
-    _tell(some.images, some.there, some.total)
-    full = estimate.FullRun(min(limit or some.there, some.there), some.disk)
-    return opened.task(some.images.limit(limit, seed), some.total, batch_size, seed), full
+    images = opened.dataset.load("test", fetch=fetch)
+    total = data.whole_split(images)
+    _tell(opened.dataset, images, total)
+    chosen = images.limit(limit, seed)
+    sample = chosen if chosen.reader is None else chosen.limit(estimate.MOST, seed)
+    return opened.task(sample, total, batch_size, seed), len(chosen)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class _Opened:
         outputs: for each class of the data set the model's output of that name; None if the labels count outputs already.
     """
 
-    dataset: str
+    dataset: Dataset
     model: EvaluatedModel
     claims: tuple[Claim, ...]
     outputs: list[int] | None
@@ -174,6 +174,9 @@ class _Opened:
         from patchcert_cli.evaluation import task as tasks
 
         named = images if self.outputs is None else images.relabelled(self.outputs)
+        with show.progress() as progress:
+            named = named.checked(progress)
+        show.say("\n".join(named.remarks))
         size = tasks.batch_size(self.model.defense) if batch_size is None else batch_size
         task = tasks.EvaluationTask(self.model, named, self.claims, total, seed, size, typed_command())
         task.check()
@@ -198,17 +201,17 @@ def _open(
     meant = tuple(claims(candidate.threat, shape))
     evaluated = candidate.evaluated(shape, [claim.threat for claim in meant], place)
     show.say("\n".join(evaluated.notes))
-    facts = data.info(chosen)
-    if facts.shape != shape:
-        if facts.resize_crop is not None:  # before anything is packed
-            raise DataError(f"{chosen} images are {facts.shape}, but {candidate.name} takes {shape}.")
-        return _Opened(chosen, evaluated, meant, None)  # the task says so, if there are such images
-    names = data.classes_of(chosen, "test", data_dir=data_dir)
+    opened = data.open_dataset(chosen, data_dir=data_dir)
+    if opened.shape != shape:
+        if opened.in_folders:  # before an image is opened
+            raise DataError(f"{chosen} images are {opened.shape}, but {candidate.name} takes {shape}.")
+        return _Opened(opened, evaluated, meant, None)  # the task says so, if there are such images
+    names = opened.class_names("test")
     outputs = candidate.matched(names, chosen, evaluated)
     if outputs is not None:
         pairs = [f"{name} is output {at}" for name, at in zip(names, outputs, strict=True)]
         show.say(f"{len(names)} classes matched by name: {', '.join(pairs[:3])}{', ...' if len(pairs) > 3 else ''}")
-    return _Opened(chosen, evaluated, meant, outputs)
+    return _Opened(opened, evaluated, meant, outputs)
 
 
 def _foresee(model: str | None, claims: Claims, dataset: str | None, data_dir: Path | None) -> None:
@@ -227,8 +230,9 @@ def _foresee(model: str | None, claims: Claims, dataset: str | None, data_dir: P
     elif card is None or not card.classifier:
         return
     chosen = dataset or (card.dataset if card else "")
-    if data.info(chosen).resize_crop is not None:
-        data.classes_of(chosen, "test", data_dir=data_dir)
+    known = data.open_dataset(chosen, data_dir=data_dir)
+    if known.in_folders:
+        known.folder("test")
 
 
 def found(model: str | None, dataset: str | None, request: DefenseRequest | None, device: str) -> ModelSource:
@@ -243,16 +247,10 @@ def found(model: str | None, dataset: str | None, request: DefenseRequest | None
     return candidate
 
 
-def _tell(images: Images, there: int, total: int) -> None:
+def _tell(dataset: Dataset, images: Images, total: int) -> None:
     """Say where the images come from."""
-    from patchcert_cli import data
-
     where = "bundled with patchcert" if images.source == "bundled" else f"from '{images.source}'"
-    if there < total:
-        where += f": the first {there} of {total}; --data-dir or --download for all of them"
-    facts = data.info(images.name)
-    what = f"{there} pictures in {len(images.classes)} class folders" if facts.path else f"{images.name} test images"
+    if len(images) < total:
+        where += f": the first {len(images)} of {total}; --data-dir or --download for all of them"
+    what = f"{len(images)} images in {len(images.classes)} class folders" if dataset.custom else f"{images.name} test images"
     show.say(f"{what} {where}")
-    some = f"of {len(images)} of them that were looked at: " if images.mapped is None and facts.resize_crop else ""
-    for remark in images.remarks:
-        show.say(some + remark)

@@ -216,7 +216,7 @@ def _begun(basis: Recipe, given: dict[str, Any], model: str | None, weights: str
         basis = replace(basis, network="timm", network_options=found.options, **FINE_TUNING)
     if datasets.own(dataset):
         given["dataset"] = data.info(dataset).name
-        held = min(basis.validation, max(1, data.count(dataset) // 10))
+        held = min(basis.validation, max(1, len(data.open_dataset(dataset).image_files("train")) // 10))
         basis = replace(basis, validation=held)
     return basis
 

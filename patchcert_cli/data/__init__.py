@@ -10,18 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from patchcert_cli.data.datasets import DATASETS as DATASETS
+    from patchcert_cli.data.datasets import DEFAULT_DIRECTORY as DEFAULT_DIRECTORY
+    from patchcert_cli.data.datasets import ENVIRONMENT as ENVIRONMENT
     from patchcert_cli.data.datasets import Dataset as Dataset
+    from patchcert_cli.data.datasets import directory as directory
     from patchcert_cli.data.datasets import info as info
-    from patchcert_cli.data.images import DEFAULT_DIRECTORY as DEFAULT_DIRECTORY
-    from patchcert_cli.data.images import ENVIRONMENT as ENVIRONMENT
-    from patchcert_cli.data.images import STORE as STORE
-    from patchcert_cli.data.images import Glance as Glance
+    from patchcert_cli.data.datasets import open_dataset as open_dataset
     from patchcert_cli.data.images import Images as Images
-    from patchcert_cli.data.images import Rows as Rows
-    from patchcert_cli.data.images import classes_of as classes_of
-    from patchcert_cli.data.images import count as count
-    from patchcert_cli.data.images import directory as directory
-    from patchcert_cli.data.images import glance as glance
     from patchcert_cli.data.images import load as load
     from patchcert_cli.data.images import pixels_of as pixels_of
     from patchcert_cli.data.images import to_float as to_float
@@ -29,19 +24,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "DATASETS": "datasets",
-    "DEFAULT_DIRECTORY": "images",
+    "DEFAULT_DIRECTORY": "datasets",
     "Dataset": "datasets",
-    "ENVIRONMENT": "images",
-    "Glance": "images",
+    "ENVIRONMENT": "datasets",
     "Images": "images",
-    "Rows": "images",
-    "STORE": "images",
-    "classes_of": "images",
-    "count": "images",
-    "directory": "images",
-    "glance": "images",
+    "directory": "datasets",
     "info": "datasets",
     "load": "images",
+    "open_dataset": "datasets",
     "pixels_of": "images",
     "to_float": "images",
     "whole_split": "images",

@@ -33,49 +33,36 @@ STEADY = 1.3  # times the pace of the fastest batch up to which nothing was set 
 HOPE = 4  # times the patience that the most queries of an image may take for an attack to be tried
 
 
-@dataclass(frozen=True)
-class FullRun:
-    """The run that is meant.
-
-    Attributes:
-        images: how many.
-        disk: bytes that packing them takes before; 0 if they are packed or need not be.
-    """
-
-    images: int
-    disk: int = 0
-
-
 def evaluation(
     task: EvaluationTask,
     folder: Path,
     attacker: Attack | None = None,
-    full: FullRun | None = None,
+    total: int | None = None,
     *,
     join: bool = True,
     progress: Progress | None = None,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Any]:
-    """What certifying, or attacking, all images would take, where ``task`` holds them all or some of them.
+    """What certifying, or attacking, all images would take, where ``task`` holds them all, or some of ``total``.
 
     With ``join``, attacked images are certified first. Where not even one image is finished in :data:`PATIENCE` seconds, or an
     attack is hopelessly slow, the estimate is of the most that an image can take.
     """
     task.check()
-    full, defense = full or FullRun(len(task.images)), task.model.defense
+    total, defense = total or len(task.images), task.model.defense
     masks = getattr(defense, "set", None)
     said: dict[str, Any] = {
         "model": task.model.name,
         "threat": ", ".join(dict.fromkeys(str(claim.threat) for claim in task.claims)),
         "atoms": task.threat.count(*defense.input_shape[1:]),
         "dataset": task.images.name,
-        "images": full.images,
+        "images": total,
         **({"masks": f"{masks.sizes} pixels"} if isinstance(masks, MaskSet) else {}),
         "batch_size": task.batch_size,
     }
     order = torch.randperm(len(task.images), generator=torch.Generator().manual_seed(task.seed))  # class folders come sorted
     trial = _Trial(task.images, order, progress or Silent(), clock)
-    cost = _certifying(task, full, trial) if attacker is None else _attacking(task, full, trial, attacker, join)
+    cost = _certifying(task, total, trial) if attacker is None else _attacking(task, total, trial, attacker, join)
     return said | cost | {"device": str(defense.device), "hardware": _hardware(defense.device), "out": str(folder)}
 
 
@@ -191,7 +178,7 @@ def _error(values: list[int]) -> float:
     return math.sqrt(sum((one - mean) ** 2 for one in values) / (n - 1) / n) if n > 1 else math.inf
 
 
-def _certifying(task: EvaluationTask, full: FullRun, trial: _Trial) -> dict[str, Any]:
+def _certifying(task: EvaluationTask, total: int, trial: _Trial) -> dict[str, Any]:
     defense, cost = task.model.defense, task.model.defense.passes_per_image()
 
     def batch(part: Images) -> tuple[list[int], int]:
@@ -205,21 +192,21 @@ def _certifying(task: EvaluationTask, full: FullRun, trial: _Trial) -> dict[str,
         if cost is None or not made:
             return {"not_measured": f"not one image was finished in {seconds:.0f} s"}
         return {
-            **_bound(cost[1], seconds / made, 0.0, full.images),
-            "disk_bytes": full.disk,
+            **_bound(cost[1], seconds / made, 0.0, total),
+            "disk_bytes": 0,
             "measured_on": f"{made} passes of an image that was not finished in {seconds:.0f} s",
         }
     found: dict[str, Any] = {}
     counted, each = trial.counted, trial.pace
     if counted:
         each = trial.pace * _mean(counted)
-        found = {"passes_per_image": round(_mean(counted), 1), "passes": round(_mean(counted) * full.images)}
+        found = {"passes_per_image": round(_mean(counted), 1), "passes": round(_mean(counted) * total)}
         if len(counted) > 1:
             found["passes_per_image_error"] = round(_error(counted), 1)
-    found |= {"seconds_per_image": _digits(each), **_total(trial.once + each * full.images)}
+    found |= {"seconds_per_image": _digits(each), **_total(trial.once + each * total)}
     if counted and cost is not None:
-        found |= _bound(cost[1], trial.pace, trial.once, full.images)
-    found["disk_bytes"] = full.disk + round(trial.bytes_each * full.images)
+        found |= _bound(cost[1], trial.pace, trial.once, total)
+    found["disk_bytes"] = round(trial.bytes_each * total)
     return found | {"measured_on": f"{trial.images} images"}
 
 
@@ -233,7 +220,7 @@ def _bound(passes: int, pace: float, once: float, images: int) -> dict[str, Any]
     }
 
 
-def _attacking(task: EvaluationTask, full: FullRun, trial: _Trial, attacker: Attack, join: bool) -> dict[str, Any]:
+def _attacking(task: EvaluationTask, total: int, trial: _Trial, attacker: Attack, join: bool) -> dict[str, Any]:
     """What attacking takes: the most from one query, and from whole images where that is not hopeless."""
     defense = task.model.defense
     query = _one_query(task, trial.clock)
@@ -253,14 +240,14 @@ def _attacking(task: EvaluationTask, full: FullRun, trial: _Trial, attacker: Att
     if not hopeless:
         trial.run(Pace(task.batch_size, unit=attacker.together(defense)), batch)
     if trial.batches:
-        found |= {"seconds_per_image": _digits(trial.pace), **_total(trial.once + trial.pace * full.images)}
-        size = round(trial.bytes_each * full.images)
-        return found | {"disk_bytes": full.disk + size, "measured_on": f"{trial.images} images"}
+        found |= {"seconds_per_image": _digits(trial.pace), **_total(trial.once + trial.pace * total)}
+        size = round(trial.bytes_each * total)
+        return found | {"disk_bytes": size, "measured_on": f"{trial.images} images"}
     if effort is not None:
         most = effort.queries * query
-        found |= {"seconds_per_image_at_most": _digits(most), **_total(most * full.images, at_most=True)}
+        found |= {"seconds_per_image_at_most": _digits(most), **_total(most * total, at_most=True)}
     besides = "the deployed answers" + (" and certificates" if join else "")
-    return found | {"disk_bytes": full.disk, "measured_on": f"one query; {besides} come on top"}
+    return found | {"disk_bytes": 0, "measured_on": f"one query; {besides} come on top"}
 
 
 def _one_query(task: EvaluationTask, clock: Clock) -> float:

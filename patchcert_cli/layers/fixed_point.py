@@ -228,7 +228,7 @@ def freeze(network: Freezable) -> nn.Module:
 
 
 class FrozenNetworkCache:
-    """The frozen form of a network, made anew when its weights have changed (in place changes through ``.data`` go unnoticed)."""
+    """The frozen form of a network, made again when its weights have changed (changes through ``.data`` go unnoticed)."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network

@@ -68,7 +68,7 @@ class Level(nn.Module):
         return first * self.step - self.padding, count * self.step + self.kernel - 1
 
     def forward(self, q: Tensor) -> Tensor:
-        """What a part says of which all that it sees is given."""
+        """The outputs of a part whose whole receptive field is given."""
         found = self.whole(q)
         if self.pool:
             found = torch.maximum(found[:, :, 0::2], found[:, :, 1::2])
@@ -100,7 +100,7 @@ class Levels(nn.Module):
         levels: one after the other.
         head: exact, in float64, of the largest values over all positions.
         channels: of what the first level is given; hidden pixels may be one of them.
-        takes_mask: whether the last of the image's channels says what is occluded, 255 for occluded.
+        takes_mask: whether the last of the image's channels marks occluded pixels with 255.
         mirrored: whether logits are those of the image and of the mirrored image together.
     """
 
@@ -167,21 +167,21 @@ def gelu_table(step: int, out: int, zero: int) -> Tensor:
 
 
 def offset(step: int) -> int:
-    """The whole number of pre-activations that stands for 0."""
+    """The whole number that represents a pre-activation of 0."""
     return int(LOWEST * 2.0**-step)
 
 
 def whole(weight: Tensor, bias: Tensor, *, scale: int, zero: Tensor, step: int) -> tuple[Whole, int]:
-    """The convolution of whole numbers nearest to a real one, behind which pre-activations are in steps of 2^step or coarser.
+    """The convolution of whole numbers nearest to a real one, after which pre-activations are in steps of 2^step or coarser.
 
     Args:
         weight: float64 [O, C, k, k], of real inputs ``(q - zero) * 2^scale``.
         bias: float64 [O].
         scale: see ``weight``.
         zero: int64 [C].
-        step: what is wished for.
+        step: the wanted step.
 
-    Returns: the layer, and the step that it has: coarser than wished only where its weights are too large for that.
+    Returns: the layer, and the step that it has: coarser than wanted only where its weights are too large for that.
     """
     fine = _fine(weight)
     step = max(step, int(fine.max()) + scale)

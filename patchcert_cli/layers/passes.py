@@ -1,6 +1,6 @@
-"""Passes of a network, told while they are made to whoever listens: so an image that takes minutes shows that it goes on.
+"""Forward passes are reported to listeners while they are made, so that an image that takes minutes shows progress.
 
-Networks of proofs may not carry hooks, so the loops that ask them tell it. No torch here.
+Networks of proofs may not carry hooks, so the loops that call them report it. No torch here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _listeners: list[Callable[[int], None]] = []
 
 @contextmanager
 def heard(listener: Callable[[int], None]) -> Iterator[None]:
-    """Tell ``listener`` how many passes were made, each time some were; it may raise to stop the work."""
+    """Report to ``listener`` how many passes were made, each time; it may raise to stop the work."""
     _listeners.append(listener)
     try:
         yield
@@ -22,6 +22,6 @@ def heard(listener: Callable[[int], None]) -> Iterator[None]:
 
 
 def made(count: int) -> None:
-    """``count`` passes were made; 0 says that work goes on which is not counted in passes."""
+    """``count`` passes were made; 0 reports work that is not counted in passes."""
     for listener in tuple(_listeners):
         listener(count)

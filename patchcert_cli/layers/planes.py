@@ -106,7 +106,7 @@ class Operation:
         bias: float64 [O], in steps of the result.
         beside: number of a map that is added, or None.
         ratio: its step, in steps of the result.
-        gated: whether sums below 0 count as 0 before that; of no account where nothing is added.
+        gated: whether sums below 0 count as 0 before that; irrelevant where nothing is added.
         highest: of the whole numbers of the maps that are read.
         top: the highest step; 0 to return the sums as they are.
     """
@@ -135,7 +135,7 @@ class Operation:
         """In floating point; maps are of that type, too.
 
         Raises:
-            IntegrityError: the weights in these steps are no normal numbers of the type.
+            IntegrityError: the weights in these steps are not normal numbers of the type.
         """
         weights, bias = [term.weight.to(kind) for term in self.terms], self.bias.to(kind)
         for given, made in ((self.bias, bias), *zip((term.weight for term in self.terms), weights, strict=True)):

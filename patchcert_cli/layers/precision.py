@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from patchcert_cli.errors import MachineError, UsageError
 
-FAST_MATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")  # how oneDNN is told to compute in less than float32
+FAST_MATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")  # variables that let oneDNN compute in less than float32
 STRICT = "STRICT"
 
 
@@ -27,7 +27,7 @@ def exact_arithmetic() -> Iterator[None]:
     Also switches off NNPACK, whose convolutions are not plain sums of products.
 
     Raises:
-        MachineError: oneDNN was told by an environment variable to compute in less. It reads it once, so that cannot be undone.
+        MachineError: an environment variable lets oneDNN compute in less. It is read once, so that cannot be undone.
     """
     for name in FAST_MATH:
         if os.environ.get(name, STRICT).upper() not in (STRICT, ""):
@@ -90,7 +90,7 @@ def frozen(network: nn.Module) -> nn.Module:
         return network
     try:
         return copy.deepcopy(network).eval()
-    except Exception as problem:  # anybody's code can raise anything when it is copied
+    except Exception as problem:  # a user's code can raise anything when it is copied
         said = (str(problem).splitlines() or [""])[0]
         raise UsageError(
             f"the network cannot be copied ({type(problem).__name__}: {said}).",

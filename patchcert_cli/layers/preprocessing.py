@@ -52,14 +52,14 @@ class Centre(nn.Module):
 
 
 class WithPreprocessing(nn.Module):
-    """A classifier behind the preprocessing that it was made for: images [B, C, H, W] in [0, 1], of any size, to logits [B, K].
+    """A classifier after the preprocessing that it was made for: images [B, C, H, W] in [0, 1], of any size, to logits [B, K].
 
-    A defense masks the images as they are given to it. They are resized here, behind the masks, so that no pixel of a patch has
+    A defense masks the images as they are given to it. They are resized here, after the masks, so that no pixel of a patch has
     leaked into another one before it is covered.
 
     The mean is taken off before anything else. So what a mask of the mean colour hides is exactly zero for the classifier, in
     every precision; taken off last it would be what rounding left of the mean. Layers without biases, such as those of fresh
-    networks with layer normalization, hold such a remainder for a picture and enlarge it a thousand times a layer.
+    networks with layer normalization, take such a remainder for an image and enlarge it a thousand times a layer.
 
     Attributes:
         model: the classifier, normalized [B, C', H', W'] -> [B, K]; its parameters are all that is stored.
@@ -111,7 +111,7 @@ class WithPreprocessing(nn.Module):
 
     @property
     def description(self) -> str:
-        """What is put in front of the classifier, in words."""
+        """What happens before the classifier, in words."""
         said = (
             [] if self.size is None else [f"resized to {self.size[0]}x{self.size[1]} ({self.interpolation}) where they are not"]
         )

@@ -1,9 +1,9 @@
 """Frozen networks on the CPU, by the fastest way that gives the bits of the network itself: fewer passes, or integers.
 
-A frozen network (:mod:`patchcert_cli.layers.fixed_point`) says in :meth:`Planned.plan` what it does in whole numbers: operations
-(:class:`patchcert_cli.layers.planes.Operation`) on numbered maps. A :class:`Program` computes them in float32, in float64, or
-with 8-bit activations and planes of 7-bit weights; each of these is exact, by the theorems there. A :class:`Runner` tests and
-times them for the network at hand on this machine, and takes the fastest of those that are equal to float64.
+A frozen network (:mod:`patchcert_cli.layers.fixed_point`) describes in :meth:`Planned.plan` its operations in whole numbers:
+operations (:class:`patchcert_cli.layers.planes.Operation`) on numbered maps. A :class:`Program` computes them in float32, in
+float64, or with 8-bit activations and planes of 7-bit weights; each of these is exact, by the theorems there. A :class:`Runner`
+tests and times them for the network at hand on this machine, and takes the fastest of those that are equal to float64.
 
 Shapes: n maps, C channels in, H x W positions.
 """
@@ -35,7 +35,7 @@ PIECE = 1 << 22  # activations of a layer that are computed at a time, per threa
 
 
 def at_once(activations: int, device: torch.device, limit: int) -> int:
-    """How many maps with so many activations in their largest layer to compute at a time: at most ``limit`` activations."""
+    """How many maps with ``activations`` in their largest layer to compute at a time: at most ``limit`` activations."""
     room = PIECE * torch.get_num_threads() if device.type == "cpu" else limit
     return max(1, min(room, limit) // activations)
 
@@ -131,7 +131,7 @@ class Program:
         """Each operation in integers, or around floating point where they are not exact.
 
         Raises:
-            MachineError: there are no integers for any of them.
+            MachineError: none of them can be computed in integers.
         """
         key = (*shape, tested)
         if key not in self._bytes and any(operation.highest > BYTE for operation in self.operations):
@@ -147,7 +147,7 @@ class Program:
         return self._bytes[key]
 
     def _shapes(self, shape: tuple[int, ...]) -> list[torch.Size]:
-        """Of each map, for a few images of ``shape`` [C, H, W] behind :attr:`before`."""
+        """Of each map, for a few images of ``shape`` [C, H, W] after :attr:`before`."""
         maps: list[Tensor] = [torch.zeros(integers.TESTED, *shape)]
         for work in self._in_floats(torch.float32):
             maps.append(work(maps))
@@ -213,7 +213,7 @@ class Runner:
         if forced is not None:
             return program.run(steps, forced, tested=False)
         backend = self.backend(program, steps)
-        if backend == "int8" and not bool(((steps >= 0) & (steps <= 255)).all()):  # no picture, as in a self test with NaN
+        if backend == "int8" and not bool(((steps >= 0) & (steps <= 255)).all()):  # not an image, as in a self test with NaN
             backend = "float32"
         return program.run(steps, backend)
 

@@ -1,6 +1,7 @@
 """Which layers the interval proofs take, and the network that is deployed: rebuilt from their plain numbers.
 
-A proof is about a formula; a layer is code. The two are the same only if nobody has altered the code. So a layer is taken only if
+A proof is about a formula; a layer is code. The two are the same only if the code has not been altered. So a layer is taken only
+if
 
 * it is of exactly one of the types of :data:`KNOWN`: a subclass, which parametrized layers are too, may compute something else;
 * no attribute of the object replaces a method of its class, and it has no hooks (backward hooks do not alter what is computed);
@@ -62,7 +63,7 @@ def layers_of(network: nn.Module) -> list[nn.Module]:
     axes = 4  # of images [B, C, H, W]
     for layer in layers:
         if isinstance(layer, OF_MAPS) and axes != 4:
-            raise _refused(layer, "it comes behind a Flatten and would take images for channels", "put it in front of Flatten")
+            raise _refused(layer, "it comes after a Flatten and would take images for channels", "put it before Flatten")
         if isinstance(layer, nn.Flatten):
             end = layer.end_dim if layer.end_dim >= 0 else axes + layer.end_dim
             axes -= max(0, min(end, axes - 1) - layer.start_dim)
@@ -77,7 +78,7 @@ def _flat(network: nn.Module) -> list[nn.Module]:
 
 
 def rebuilt(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Sequential:
-    """The network that is deployed: the same layers, made anew from their plain numbers, in eval mode and without gradient.
+    """The network that is deployed: the same layers, made from their plain numbers, in eval mode and without gradient.
 
     Weights of the wanted type (by default their own) are shared, not copied.
 
@@ -168,7 +169,7 @@ def _wrong_option(layer: nn.Module) -> tuple[str, str] | None:
         return (
             None
             if fits
-            else ("stride, padding, dilation or groups are no whole numbers in range", "use 1 or more, padding 0 or more")
+            else ("stride, padding, dilation or groups are not whole numbers in range", "use 1 or more, padding 0 or more")
         )
     if isinstance(layer, nn.AvgPool2d) and not (layer.divisor_override is None or _whole(layer.divisor_override, 1)):
         return f"divisor_override is {layer.divisor_override}", "use a whole number of 1 or more, or None"
@@ -177,7 +178,7 @@ def _wrong_option(layer: nn.Module) -> tuple[str, str] | None:
     if isinstance(layer, nn.MaxPool2d | nn.AvgPool2d):
         fits = _sides(options.kernel_size, 1) and _sides(options.stride, 1) and _sides(options.padding, 0)
         fits = fits and _sides(getattr(options, "dilation", 1), 1)
-        return None if fits else ("kernel_size, stride or padding are no whole numbers in range", "use one whole number, or two")
+        return None if fits else ("kernel_size, stride or padding are not whole numbers in range", "use one whole number, or two")
     if isinstance(layer, nn.AdaptiveAvgPool2d):
         size = layer.output_size
         each = size if isinstance(size, tuple | list) and len(size) == 2 else (size,)

@@ -23,7 +23,7 @@ def build(
 ) -> nn.Sequential:
     """Normalize, a convolution per entry of ``channels`` (3x3, or 4x4 where it strides), dense: [B, C, H, W] -> [B, classes].
 
-    With ``norm`` there is a batch norm in front of each ReLU.
+    With ``norm`` there is a batch norm before each ReLU.
     """
     layers: list[nn.Module] = [Normalize(mean, std)]
     before = input_shape[0]

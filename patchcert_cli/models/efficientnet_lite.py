@@ -48,7 +48,7 @@ class Convolution(nn.Conv2d):
 
 
 def convolved(before: int, after: int, kernel: int = 1, stride: int = 1, *, groups: int = 1, norm: bool) -> list[nn.Module]:
-    """A convolution, and a batch norm behind it or a bias in it."""
+    """A convolution, and a batch norm after it or a bias in it."""
     convolution = Convolution(before, after, kernel, stride, groups=groups, bias=not norm)
     return [convolution, nn.BatchNorm2d(after, eps=NORM_EPS)] if norm else [convolution]
 
@@ -79,7 +79,7 @@ def build(
     std: Sequence[float],
     norm: bool = True,
 ) -> WithPreprocessing:
-    """EfficientNet-Lite behind its preprocessing: images [B, C, H, W] in [0, 1] -> logits [B, classes].
+    """EfficientNet-Lite after its preprocessing: images [B, C, H, W] in [0, 1] -> logits [B, classes].
 
     Args:
         input_shape: C, H and W of the images.
@@ -88,13 +88,13 @@ def build(
         size: what images are resized to, by default ``input_shape``; one number for a square.
         mean: per channel, of what the network takes.
         std: per channel.
-        norm: whether there are batch norms behind the convolutions; without, these have biases.
+        norm: whether there are batch norms after the convolutions; without, these have biases.
     """
     if not 0 <= variant < len(VARIANTS):
-        raise UsageError(f"variant {variant} is no EfficientNet-Lite.", hint=f"Allowed: 0 to {len(VARIANTS) - 1}.")
+        raise UsageError(f"variant {variant} is not an EfficientNet-Lite.", hint=f"Allowed: 0 to {len(VARIANTS) - 1}.")
     sides = tuple(size) * (2 if len(size) == 1 else 1) or tuple(input_shape[1:])
     if len(sides) != 2 or min(sides) < 1:
-        raise UsageError(f"size {list(size)} is no size of an image.", hint="Give one number, or height and width.")
+        raise UsageError(f"size {list(size)} is not an image size.", hint="Give one number, or height and width.")
     layers: list[nn.Module] = [*convolved(len(mean), STEM, 3, 2, norm=norm), nn.ReLU6()]
     before = STEM
     for number, (blocks, width, kernel, stride, widen) in enumerate(STAGES):

@@ -50,7 +50,7 @@ class Norm(nn.BatchNorm2d):
 
 
 class Gelu(nn.Module):
-    """GELU, behind the grid of what goes in, if the network is to be frozen."""
+    """GELU, after the quantizer of what goes in, if the network is to be frozen."""
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class MaskedNetwork(nn.Module):
     """[B, C, H, W] in [0, 1], its hidden pixels already filled, -> logits [B, K].
 
     Attributes:
-        takes_mask: whether it is also told which pixels are occluded, bool [B, 1, H, W], as a second argument.
+        takes_mask: whether it also gets which pixels are occluded, bool [B, 1, H, W], as a second argument.
         mirrored: whether its logits, except in training, are the mean of those of the image and of the mirrored image.
         most: activations of its largest layer per image.
     """
@@ -136,7 +136,7 @@ class MaskedNetwork(nn.Module):
     def _logits(self, x: Tensor, occluded: Tensor | None) -> Tensor:
         v = self.normalize(x).contiguous(memory_format=torch.channels_last)
         if self.takes_mask:
-            assert occluded is not None, "this network is to be told what is hidden"
+            assert occluded is not None, "this network needs to know which pixels are occluded"
             v = torch.cat([v, occluded.to(v)], dim=1)
         v = self.gelu(self.stem(v))
         v = self.stages(v if self.grid is None else self.grid(v))
@@ -217,7 +217,7 @@ class MaskedNetwork(nn.Module):
 
 
 def _folded(convolution: nn.Conv2d, norm: Norm) -> tuple[Tensor, Tensor]:
-    """Weight and bias, float64 on the CPU, of a convolution and the norm behind it."""
+    """Weight and bias, float64 on the CPU, of a convolution and the norm after it."""
     weight, _ = fixed_point.fold_batchnorm(convolution, None)
     mean, variance = (cast(Tensor, one).detach().double().cpu() for one in (norm.running_mean, norm.running_var))
     scale = 1 / torch.sqrt(variance + norm.eps)  # these operations are rounded alike on every machine

@@ -22,7 +22,7 @@ def build(
 ) -> nn.Sequential:
     """Normalize, flatten, then ``hidden`` ReLU layers and one linear layer: [B, C, H, W] -> [B, classes].
 
-    With ``norm`` there is a batch norm in front of each ReLU.
+    With ``norm`` there is a batch norm before each ReLU.
     """
     widths = [math.prod(input_shape), *hidden]
     layers: list[nn.Module] = [Normalize(mean, std), nn.Flatten()]

@@ -132,7 +132,7 @@ class RegionScorer(nn.Module):
         self.widest = max(self._per_pixel(widths, classes))
 
     def _steps(self, every: int) -> list[tuple[int, int]]:
-        """Stride and dilation of each stage's convolution, if only every so-manieth cell along both axes is wanted."""
+        """Stride and dilation of each stage's convolution, if only every ``stride``-th cell along both axes is wanted."""
         steps, spacing = [], 1
         for at, dilation in enumerate(self.dilations):
             apart = math.gcd(every * self.stride, *self.dilations[at + 1 :])  # later layers look at multiples of this alone
@@ -149,7 +149,7 @@ class RegionScorer(nn.Module):
         return [*counts, -(-classes // apart**2)]
 
     def cells(self, length: int) -> int:
-        """How many cells there are along an axis of so many pixels."""
+        """How many cells there are along an axis of ``length`` pixels."""
         return (length - self.receptive_field) // self.stride + 1
 
     @property

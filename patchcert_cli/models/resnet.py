@@ -58,7 +58,7 @@ class Block(nn.Module):
         return cast(Tensor, self.grid(F.relu(self.second_norm(self.second(inner)) + beside)))
 
     def freeze(self, value_range: ValueRange, precision: torch.dtype) -> tuple[nn.Module, int]:
-        """The exact block behind ``value_range``, and the fewest bits of a channel's largest weight; 0 where only float64 will
+        """The exact block after ``value_range``, and the fewest bits of a channel's largest weight; 0 where only float64 will
         do.
 
         The second convolution and the shortcut are one sum over the channels of both, to which the theorem applies as a whole;

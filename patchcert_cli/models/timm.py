@@ -1,4 +1,4 @@
-"""Networks of the timm library (the extra ``timm``), each behind the preprocessing that its published weights were made for.
+"""Networks of the timm library (the extra ``timm``), each after the preprocessing that its published weights were made for.
 
 Nothing here asks a network: weights come as tensors, from wherever they were verified (:mod:`patchcert_cli.classifiers`).
 """
@@ -26,19 +26,19 @@ USUAL = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # where p
 
 @dataclass(frozen=True)
 class Facts:
-    """What timm, or a repository in its format, says of published weights.
+    """What timm, or a repository in its format, states about published weights.
 
     Attributes:
         architecture: the network's name, without the tag of its weights.
         repo: the repository on the Hub that holds the weights; empty if there is none.
-        outputs: K, how many classes they tell apart.
+        outputs: K, the number of classes.
         channels: C of what the network takes.
         size: H and W of what it takes.
-        resize_crop: how a picture becomes such an image, to the pixel as timm's transform for evaluation makes it.
+        resize_crop: how an image file becomes such an image, to the pixel as timm's transform for evaluation makes it.
         mean, std: per channel.
-        interpolation: how pictures were resized when it was trained.
+        interpolation: how images were resized when it was trained.
         heads: names of the layers that give the classes.
-        labels: for each output the names that it goes by; empty if nobody says.
+        labels: for each output the names that it goes by; empty if unknown.
         arguments: further arguments of the network.
     """
 
@@ -83,7 +83,7 @@ def library() -> Any:
 
 
 def facts(name: str) -> Facts:
-    """What timm says of ``name``: an architecture, or one with the tag of published weights, such as ``resnet18.a1_in1k``.
+    """timm's facts about ``name``: an architecture, or one with the tag of published weights, such as ``resnet18.a1_in1k``.
 
     Raises:
         UnknownName: timm has no such network, or no such weights of it; says what is near.
@@ -133,7 +133,7 @@ def described(architecture: str, said: Mapping[str, Any], arguments: Mapping[str
 
 
 def _framed(said: Mapping[str, Any], size: tuple[int, int], interpolation: str, mean: tuple[float, ...]) -> ResizeCrop:
-    """How a ``pretrained_cfg`` wants pictures to be scaled and cut: ``crop_pct`` and ``crop_mode``."""
+    """How a ``pretrained_cfg`` wants images to be scaled and cropped: ``crop_pct`` and ``crop_mode``."""
     share, mode = float(said.get("crop_pct") or 0.875), str(said.get("crop_mode") or "center")
     scale = math.floor(size[0] / share), math.floor(size[1] / share)
     if interpolation not in resize_crop.INTERPOLATIONS:
@@ -189,7 +189,7 @@ def build(
     weights: str = "",
     weights_sha256: str = "",
 ) -> Any:
-    """A timm network with fresh weights and ``classes`` outputs behind its preprocessing: [B, C, H, W] -> [B, classes].
+    """A timm network with fresh weights and ``classes`` outputs after its preprocessing: [B, C, H, W] -> [B, classes].
 
     Args:
         input_shape: C, H and W of the images.
@@ -207,7 +207,7 @@ def build(
     check(architecture)
     sides = tuple(size) * (2 if len(size) == 1 else 1) or tuple(input_shape[1:])
     if len(sides) != 2 or min(sides) < 1:
-        raise UsageError(f"size {list(size)} is no size of an image.", hint="Give one number, or height and width.")
+        raise UsageError(f"size {list(size)} is not an image size.", hint="Give one number, or height and width.")
     channels, more = len(mean), _plain(arguments or {})
     said = timm.models.get_pretrained_cfg(architecture)
     made_for = None if said is None else tuple(said.input_size[1:])
@@ -247,16 +247,16 @@ def converted(source: Facts, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a network, which may come from a stranger, without those that would make timm look for weights."""
+    """Arguments of a network, which may be untrusted, without those that would make timm look for weights."""
     wrong = [name for name in arguments if name.startswith("pretrained") or name in ("checkpoint_path", "cache_dir")]
     if wrong:
-        raise ValueError(f"{wrong[0]} is no argument of a network")
+        raise ValueError(f"{wrong[0]} is not an argument of a network")
     return dict(arguments)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep timm's remarks about its own code from the user."""
+    """Silence timm's warnings about its own code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

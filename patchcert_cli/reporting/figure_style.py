@@ -44,7 +44,7 @@ PALETTE = (  # on a light page and on a dark one; the first six after Okabe and 
     ("#7a4a2b", "#c8a387"),
     ("#4f7a00", "#a5d64c"),
 )
-MARKERS = "osD^vP"
+MARKERS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚"}  # matplotlib's names, and the same as text
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.6, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],  # comes with matplotlib
@@ -77,14 +77,24 @@ class Look:
     index: int
 
     @property
+    def hue(self) -> int:
+        """The number of the colour in :data:`PALETTE`."""
+        return self.index % len(PALETTE)
+
+    @property
     def color(self) -> str:
-        """On a light page."""
-        return PALETTE[self.index % len(PALETTE)][0]
+        """The colour on a light page."""
+        return PALETTE[self.hue][0]
 
     @property
     def marker(self) -> str:
-        """One of :data:`MARKERS`."""
-        return MARKERS[(self.index + self.index // len(PALETTE)) % len(MARKERS)]
+        """matplotlib's name of the marker."""
+        return list(MARKERS)[(self.index + self.index // len(PALETTE)) % len(MARKERS)]
+
+    @property
+    def glyph(self) -> str:
+        """The marker as text."""
+        return MARKERS[self.marker]
 
 
 def require() -> None:

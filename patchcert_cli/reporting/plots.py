@@ -172,12 +172,12 @@ def model_curves(
         for one in series:
             x = [point.x for point in one.points]
             if len(series) <= MAX_CLEAN_LINES:
-                half = 0.015 * (positions[-1] - positions[0]) if len(x) == 1 else 0
+                half = 0.02 * (positions[-1] - positions[0]) if len(x) == 1 else 0
                 clean = [(point.x + shift, point.clean) for point in one.points for shift in ((-half, half) if half else (0,))]
                 axes.plot(*zip(*clean, strict=True), color=one.look.color, linewidth=1.3, linestyle=(0, (4, 3)), clip_on=False)
             axes.vlines(x, *_ends(one), colors=one.look.color, linewidth=1.3, clip_on=False)
             (line,) = axes.plot(x, [point.certified for point in one.points], color=one.look.color, linewidth=1.8, zorder=3)
-            line.set(marker=one.look.marker, markersize=7, markeredgecolor="white", clip_on=False, gid=one.name)
+            line.set(marker=one.look.marker, markersize=8, markeredgecolor="white", clip_on=False, gid=one.name)
         return figure_style.inline_svg(figure, about, titles)
 
 

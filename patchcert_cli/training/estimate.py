@@ -14,17 +14,17 @@ from patchcert_cli.training.recipe import Recipe
 def training(recipe: Recipe, *, data_dir: Path | None = None, device: str = "cpu") -> dict[str, Any]:
     """What training would take besides certifying held-out images, if the training images are there: steps, hours, disk."""
     try:
-        some = data.glance(recipe.dataset, "train", recipe.batch_size, recipe.seed, data_dir=data_dir)
+        images = data.open_dataset(recipe.dataset, data_dir=data_dir).load("train")
     except DataError as problem:
         return {"not_measured": str(problem)}
-    tried = loop.trial(recipe, some.images.limit(recipe.batch_size, recipe.seed), device=device)
-    steps = ((min(recipe.limit or some.there, some.there) - recipe.validation) // recipe.batch_size or 1) * recipe.epochs
+    tried = loop.trial(recipe, images.limit(recipe.batch_size, recipe.seed), device=device)
+    steps = ((min(recipe.limit or len(images), len(images)) - recipe.validation) // recipe.batch_size or 1) * recipe.epochs
     seconds = sum(tried.seconds) / len(tried.seconds) * steps
     return {
         "steps": steps,
         "estimated_seconds": round(seconds, 1),
         "estimated_hours": round(seconds / 3600, 2),
-        "disk_bytes": some.disk + tried.weights + tried.state,
+        "disk_bytes": tried.weights + tried.state,
         "measured_on": "a step of the first epoch and one of the last; validation not included",
         "device": device,
     }

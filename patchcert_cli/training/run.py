@@ -96,7 +96,8 @@ def train(
     progress = progress or Silent()
     place = devices.resolve(device)
     prepare = check(recipe)
-    images = data.load(recipe.dataset, "train", data_dir=data_dir, download=download, fetch=fetch, progress=progress)
+    images = data.open_dataset(recipe.dataset, data_dir=data_dir).load("train", download=download, fetch=fetch)
+    images = images.limit(recipe.limit or None, recipe.seed).checked(progress)
     for remark in images.remarks:
         progress.note(remark)
     with locks.held(folder, files.CONFIG):

@@ -152,7 +152,7 @@ def test_a_repository_in_timms_format(cached: Path) -> None:
         ({"architecture": "resnet19"}, UnknownName, "no timm network 'resnet19'"),
         ({"defense": "ibp"}, UsageError, f"somebody/net is a model of patchcert. Use somebody/net@{COMMIT}"),
         ({"pretrained_cfg": {"input_size": 3}}, IntegrityError, "does not describe a network of timm"),
-        ({"model_args": {"checkpoint_path": "w.pth"}}, IntegrityError, "checkpoint_path is no argument of a network"),
+        ({"model_args": {"checkpoint_path": "w.pth"}}, IntegrityError, "checkpoint_path is not an argument of a network"),
     ):
         (cached / files.CONFIG).write_text(json.dumps(said | change))
         with pytest.raises(kind, match=words):

@@ -119,7 +119,7 @@ def test_a_picture_is_resized_on_request_only(patchcert, model: str, picture: st
     with Image.open(picture) as opened:
         opened.resize((100, 64)).save("wide.png")
     done = patchcert("certify", model, "--image", "wide.png", "--patch", "5", "--resize")
-    assert done.code == 0 and "'wide.png' is 64x100 (height x width): the shorter side is scaled to 32 (bicubic)" in done.err
+    assert done.code == 0 and "'wide.png' is 64x100 (height x width): the shorter side is resized to 32 (bicubic)" in done.err
 
 
 @pytest.mark.parametrize(
@@ -131,8 +131,8 @@ def test_a_picture_is_resized_on_request_only(patchcert, model: str, picture: st
         ("--patch-area 25 --patch 5", 2, "--patch-area describes every shape itself"),
         ("--patch 5 --condition 4", 2, "no condition '4'."),
         ("--patch 5 --map m.png", 2, "--map draws one picture."),
-        ("--patch 5 --image none.png", 6, "there is no picture 'none.png'"),
-        ("--patch 5 --image text.png", 6, "is not a picture that can be read"),
+        ("--patch 5 --image none.png", 6, "there is no image 'none.png'"),
+        ("--patch 5 --image text.png", 6, "is not an image that can be read"),
         ("--patch 5 --image cat.png --plot p.png", 2, "--plot does not go with --image"),
         ("--patch 5 --image cat.png --limit 4", 2, "--limit does not go with --image."),
         ("--patch 5 --image cat.png --fresh --out x", 2, "--out does not go with --image"),

@@ -27,7 +27,7 @@ def put(*paths: str, size: tuple[int, int] = (5, 4)) -> None:
 
 
 def names(found: class_folders.ClassFolders) -> list[str]:
-    return [one.split("\0", 1)[0] for one in found.pictures]
+    return list(found.files)
 
 
 def test_pictures_are_those_of_imagefolder_in_its_order() -> None:
@@ -38,7 +38,7 @@ def test_pictures_are_those_of_imagefolder_in_its_order() -> None:
     put("d/a/z.png", "d/a/deep/er/a.png", "d/a/deep/b.png", "d/a/deep-b/c.png", "d/a/B.png", "d/c c/x/y/z/1.png", "d/a/notes.txt")
     found, wanted = class_folders.scan(Path("d")), ImageFolder("d")
     assert names(found) == [str(Path(path).relative_to("d")) for path, _ in wanted.samples]
-    assert found.labels.tolist() == wanted.targets and found.classes == tuple(wanted.classes)
+    assert list(found.labels) == wanted.targets and found.classes == tuple(wanted.classes)
     assert found.skipped == {".txt": 1} and len(found) == 15
 
 
@@ -55,15 +55,15 @@ def test_other_kinds_are_read_and_what_is_skipped_is_counted() -> None:
     found = class_folders.scan(Path("d"))
     assert len(found) == len(image_files.EXTENSIONS) == 14 and found.classes == ("a",)
     assert found.skipped == {"hidden": 2, "without an ending": 1, ".heic": 2, ".csv": 1, ".png": 1}
-    assert class_folders.skipped_text(found.skipped) == "; 7 other files skipped (2 .heic, 2 hidden, 1 .csv, ...)"
-    images = data.load("imagefolder:d@8", "test")
+    assert class_folders.skipped_text(found.skipped) == "7 other files skipped (2 .heic, 2 hidden, 1 .csv, ...)"
+    images = data.load("imagefolder:d@8", "test").checked()
     assert len(images) == 14 and images.remarks == (
-        "14 of 14 pictures resampled, from 4x5 pixels (height x width), to 8x8:"
-        " the shorter side is scaled to 9 (bicubic), and the middle 8x8 is taken",
+        "14 of 14 images resampled, from 4x5 pixels (height x width), to 8x8:"
+        " the shorter side is resized to 9 (bicubic), and the middle 8x8 is cropped",
         "7 other files skipped (2 .heic, 2 hidden, 1 .csv, ...) in 'd'",
     )
-    assert data.load("imagefolder:d@8", "test").remarks == images.remarks  # packed before
-    assert data.glance("imagefolder:d@7", "test", 3, 0).images.remarks[0].startswith("3 of 3 pictures resampled")
+    some = data.load("imagefolder:d@7", "test").limit(3, 0).checked()
+    assert some.remarks[0].startswith("3 of 3 images resampled")
 
 
 def test_gtsrb_and_tiny_imagenet_are_read_as_they_come() -> None:
@@ -73,19 +73,36 @@ def test_gtsrb_and_tiny_imagenet_are_read_as_they_come() -> None:
     for name in ("n02124075", "n04067472"):
         put(f"tiny/train/{name}/{name}_boxes.txt", *(f"tiny/train/{name}/images/{name}_{at}.JPEG" for at in (0, 1)))
     train = class_folders.scan(Path("tiny/train"))
-    assert train.classes == ("n02124075", "n04067472") and train.labels.tolist() == [0, 0, 1, 1]
+    assert train.classes == ("n02124075", "n04067472") and list(train.labels) == [0, 0, 1, 1]
     put(*(f"tiny/val/images/val_{at}.JPEG" for at in range(4)))
     notes = Path("tiny/val/val_annotations.txt")
     notes.write_text("".join(f"val_{at}.JPEG\t{('n04067472', 'n02124075')[at % 2]}\t0\t0\t9\t9\n" for at in range(4)))
     val = class_folders.scan(Path("tiny/val"))
     assert val.classes == train.classes == class_folders.class_names(Path("tiny/val"))
-    assert names(val) == [f"images/val_{at}.JPEG" for at in (1, 3, 0, 2)] and val.labels.tolist() == [0, 0, 1, 1]
+    assert names(val) == [f"images/val_{at}.JPEG" for at in (1, 3, 0, 2)] and list(val.labels) == [0, 0, 1, 1]
     put("tiny/val/images/val_9.JPEG")
-    with pytest.raises(DataError, match="val_annotations.txt does not say the class of 'val_9.JPEG'. Remove the picture, or add"):
+    with pytest.raises(DataError, match="the class of 'tiny/val/images/val_9.JPEG' is not stated. Remove the image, or add"):
         class_folders.scan(Path("tiny/val"))
     notes.write_text("val_0.JPEG\n")
-    with pytest.raises(DataError, match="Each line is PICTURE, a tab, CLASS"):
+    with pytest.raises(DataError, match="does not state the class of each image"):
         class_folders.scan(Path("tiny/val"))
+
+
+def test_gtsrbs_test_images_are_read_with_their_list() -> None:
+    put(*(f"Final_Test/Images/{at:05}.ppm" for at in range(4)), "Final_Test/Images/GT-final_test.test.csv")
+    header = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId\n"
+    rows = "".join(f"{at:05}.ppm;53;54;6;5;48;49;{(16, 1, 38, 1)[at]}\n" for at in range(4))
+    for place in ("Final_Test/Images/GT-final_test.csv", "Final_Test/GT-final_test.csv"):
+        Path(place).write_text(header + rows)
+        found = class_folders.scan(Path("Final_Test"))
+        assert found.classes == ("00001", "00016", "00038") == class_folders.class_names(Path("Final_Test"))
+        assert [Path(name).stem for name in found.files] == ["00001", "00003", "00000", "00002"]
+        assert list(found.labels) == [0, 0, 1, 2]
+        Path(place).write_text(header)
+        with pytest.raises(DataError, match="GT-final_test.csv' is empty"):
+            class_folders.scan(Path("Final_Test"))
+        Path(place).unlink()
+    assert class_folders.scan(Path("Final_Test")).classes == ("Images",)
 
 
 def test_links_are_followed_but_not_in_circles() -> None:
@@ -98,8 +115,10 @@ def test_links_are_followed_but_not_in_circles() -> None:
 
 def test_a_class_without_pictures_says_what_is_there_instead() -> None:
     put("d/a/p.png", "d/b/q.heic", "d/b/r.heic")
-    with pytest.raises(DataError, match=r"'d/b' has no pictures \(.jpg, .*\); 2 other files skipped \(2 .heic\). Every class"):
+    with pytest.raises(DataError, match=r"'d/b' has no images \(.jpg, .*\); 2 other files skipped \(2 .heic\). Every class"):
         class_folders.scan(Path("d"))
+    with pytest.raises(DataError, match="'d/b' has no images"):
+        data.open_dataset("imagefolder:d@8")  # known before anything else is done
 
 
 def test_the_size_of_pictures_that_agree() -> None:
@@ -114,8 +133,8 @@ def test_the_size_of_pictures_that_agree() -> None:
     with pytest.raises(DataError) as caught:
         class_folders.common_size(class_folders.scan(Path("d")))
     assert str(caught.value) == (
-        "the pictures are of many sizes ('d/a/p.png' is 4x5, 'd/b/s.png' is 7x7), and nothing says which size the model takes."
-        " Use --data imagefolder:d@SIDE, or state it in the attribute size of your module."
+        "the images have different sizes ('d/a/p.png' is 4x5, 'd/b/s.png' is 7x7), and the model does not state its size."
+        " Use --data imagefolder:d@SIZE, or state it: the attribute size of your module."
     )
 
 
@@ -124,9 +143,9 @@ def test_accounts_add_up() -> None:
     both = sum([one, ImageChanges(3), two], ImageChanges())
     assert both == ImageChanges(5, 1, 1, 1, 1, (9, 2), (4, 5)) == ImageChanges.from_list(both.to_list())
     assert both.lines(ResizeCrop((4, 4))) == [
-        "1 of 5 pictures resampled, from 9x2 to 4x5 pixels (height x width), to 4x4:"
-        " the shorter side is scaled to 5 (bicubic), and the middle 4x4 is taken",
-        "1 of 5 pictures turned as their EXIF says",
-        "1 of 5 pictures have transparent pixels: alpha dropped, colours as stored",
+        "1 of 5 images resampled, from 9x2 to 4x5 pixels (height x width), to 4x4:"
+        " the shorter side is resized to 5 (bicubic), and the middle 4x4 is cropped",
+        "1 of 5 images rotated by their EXIF orientation",
+        "1 of 5 images have transparent pixels: alpha dropped, colours as stored",
     ]
     assert ImageChanges(7).lines(ResizeCrop((4, 4))) == []

@@ -67,7 +67,7 @@ def test_subsets_are_seeded_nested_and_in_order() -> None:
 
 def test_images_in_memory_are_read_as_they_lie() -> None:
     images = data.load("mnist", "test").limit(30, 0)
-    assert images.mapped is None
+    assert images.reader is None
     assert images.read().data_ptr() == images.pixels.data_ptr() and torch.equal(images.read(), images.pixels)
     assert images.read(slice(4, 9)).data_ptr() == images.pixels[4:].data_ptr()
     some = torch.tensor([7, 7, 2])
@@ -83,7 +83,7 @@ def test_every_data_set_is_described_whole(name: str) -> None:
     assert facts.name == name and len(facts.mean) == len(facts.std) == facts.shape[0]
     assert len(set(facts.classes)) == len(facts.classes) >= 10
     assert 0 <= facts.bundled <= facts.test_images
-    assert bool(facts.folders) == bool(facts.page)
+    assert bool(facts.folder_pattern) == bool(facts.page)
 
 
 def test_missing_damaged_and_unknown_data_are_told_apart(tmp_path: Path) -> None:

@@ -58,21 +58,21 @@ def test_names_of_one_data_set_are_recognized() -> None:
     ) == ResizeCrop.square(224, 256)
     assert datasets.own("imagefolder:a") and not datasets.own("cifar10")
     assert datasets.info("imagenet@64").label == "imagenet" and datasets.info("imagenet@64").classes[999] == "999"
-    assert datasets.info("imagenet@224/256") is datasets.info("imagenet")
+    assert datasets.info("imagenet@224/256").name == datasets.info("imagenet").name == "imagenet"
 
 
 @pytest.mark.parametrize(
     ("given", "kind", "said"),
     [
-        ("imagefolder:", UsageError, "names no data set. Use, for example, cifar10 or imagefolder:./val"),
-        ("", UsageError, "names no data set"),
+        ("imagefolder:", UsageError, "is not a data set. Use, for example, cifar10 or imagefolder:./val"),
+        ("", UsageError, "is not a data set"),
         ("imagefolder:none", DataError, "there is no folder 'none'"),
         ("imagefolder:flat", DataError, "'flat' has no class folders"),
-        ("pets", UnknownName, "no data set 'pets'. For the pictures in its class folders say imagefolder:pets"),
+        ("pets", UnknownName, "no data set 'pets'. For the images in its class folders use imagefolder:pets"),
         ("cifar", UnknownName, "Did you mean cifar10"),
         ("mnist@32", UsageError, "mnist images are 28x28 as they are. Use --data mnist"),
-        ("imagefolder:pets@0", UsageError, "cannot be meant. Give NAME@SIDE or NAME@SIDE/SHORT"),
-        ("imagefolder:pets@64/32", UsageError, "SHORT at least SIDE"),
+        ("imagefolder:pets@0", UsageError, "is not a valid size. Use NAME@SIZE or NAME@SIZE/RESIZE"),
+        ("imagefolder:pets@64/32", UsageError, "RESIZE at least SIZE"),
         ("imagefolder:pets@9999", UsageError, "1 to 4096"),
     ],
 )
@@ -87,7 +87,9 @@ def test_the_folder_given_is_what_is_used(val: Path) -> None:
     name = f"imagefolder:{val}@16/20"
     images = data.load(name, "train")
     assert (len(images), images.split, images.source, images.name) == (6, "folder", str(val), name)
-    assert images.classes == data.classes_of(name, "test") == ("cat", "dog", "red_fox") and data.count(name) == 6
+    dataset = data.open_dataset(name)
+    assert images.classes == dataset.class_names("test") == ("cat", "dog", "red_fox")
+    assert len(dataset.image_files("train")) == 6
     assert images.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert (
         images.read()[3].numpy().tobytes()
@@ -96,20 +98,6 @@ def test_the_folder_given_is_what_is_used(val: Path) -> None:
     assert data.whole_split(images) == 6
     with pytest.raises(UsageError, match="is a folder of yours. Leave --download out"):
         data.load(name, "test", download=True)
-
-
-def test_a_glance_packs_nothing_and_shows_the_very_pictures(val: Path) -> None:
-    name = f"imagefolder:{val}@16/20"
-    some = data.glance(name, "test", 4, 3)
-    assert not (val.parent / data.STORE).exists()
-    assert (some.there, some.total, some.disk, len(some.images)) == (6, 6, 6 * 3 * 16 * 16, 4)
-    whole = data.load(name, "test")
-    wanted = whole.limit(4, 3)
-    assert some.images.read().equal(wanted.read()) and some.images.labels.equal(wanted.labels)
-    assert some.images.index.equal(wanted.index) and some.images.classes == whole.classes
-    again = data.glance(name, "test", 4, 3)
-    assert (again.disk, len(again.images)) == (0, 6) and again.images.mapped is not None
-    assert (data.glance("mnist", "test", 4, 0).total, data.glance("cifar10", "test", 4, 0).there) == (10_000, 1_000)
 
 
 def test_labels_become_outputs(val: Path) -> None:

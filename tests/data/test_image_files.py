@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from patchcert_cli.data import folders, image_files
+from patchcert_cli import data
+from patchcert_cli.data import image_files
 from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.errors import DataError
 
@@ -48,7 +49,7 @@ def test_pictures_are_turned_as_their_exif_says(tmp_path: Path, number: int, end
     Image.fromarray(np.ascontiguousarray(STORED[number])).save(tmp_path / f"a{ending}", exif=exif, **more)
     assert image_files.size_of(tmp_path / f"a{ending}") == (20, 30)
     assert np.array_equal(as_is(tmp_path / f"a{ending}"), UPRIGHT.transpose(2, 0, 1))
-    assert image_files.decode(tmp_path / f"a{ending}", ResizeCrop((20, 30))).turned == (number != 1)
+    assert image_files.decode(tmp_path / f"a{ending}", ResizeCrop((20, 30))).rotated == (number != 1)
 
 
 def test_a_photograph_is_turned_too(tmp_path: Path) -> None:
@@ -98,7 +99,9 @@ def test_pixels_are_those_of_torchvisions_loader(tmp_path: Path, ending: str, mo
     picture.save(path, **more)
     taken = image_files.decode(path, ResizeCrop(image_files.size_of(path)))
     assert np.array_equal(taken.pixels, loaded(path)) and taken.pixels.float().std() > 1
-    assert taken.clear == (mode in ("RGBA", "LA", "clear")) and taken.grey == (mode in ("L", "1", "LA") and ending != ".gif")
+    assert taken.transparent == (mode in ("RGBA", "LA", "clear")) and taken.grey == (
+        mode in ("L", "1", "LA") and ending != ".gif"
+    )
 
 
 def test_an_opaque_alpha_channel_is_nothing_to_speak_of(tmp_path: Path) -> None:
@@ -127,8 +130,8 @@ def test_a_picture_alone_is_what_it_is_in_a_folder(tmp_path: Path, text: str) ->
         exif = Image.Exif()
         exif[image_files.ORIENTATION] = number % 9
         picture.convert("RGBA" if number % 5 == 0 else "RGB").save(tmp_path / "d" / "a" / f"{number:02}.png", exif=exif)
-    packed = folders.load(tmp_path / "d", resize_crop, stores=[tmp_path / "store"])
-    for number, row in enumerate(packed.pixels):
+    folder = data.load(f"imagefolder:{tmp_path / 'd'}@{resize_crop}", "test").read()
+    for number, row in enumerate(folder):
         pixels, _ = image_files.read(tmp_path / "d" / "a" / f"{number:02}.png", resize_crop, resize=True)
         assert torch.equal(row, pixels), number
 
@@ -136,15 +139,15 @@ def test_a_picture_alone_is_what_it_is_in_a_folder(tmp_path: Path, text: str) ->
 def test_what_was_done_to_a_picture_is_said(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(UPRIGHT).save(path)
-    with pytest.raises(DataError, match=r"is 20x30 \(height x width\), but the model takes 16x16. --resize makes it fit as the"):
+    with pytest.raises(DataError, match=r"is 20x30 \(height x width\), but the model takes 16x16. --resize makes it fit"):
         image_files.read(path, ResizeCrop.square(16))
     _, notes = image_files.read(path, ResizeCrop.square(16), resize=True)
     assert notes == [
-        f"'{path}' is 20x30 (height x width): the shorter side is scaled to 18 (bicubic), and the middle 16x16 is taken;"
-        " the patch is meant in the result"
+        f"'{path}' is 20x30 (height x width): the shorter side is resized to 18 (bicubic), and the middle 16x16 is cropped;"
+        " patch sizes are those in the result"
     ]
     fits = ResizeCrop((20, 30), (25, 35))
-    assert "fits and is taken as it is; in a folder each is scaled until it covers 25x35" in image_files.read(path, fits)[1][0]
+    assert "is not resized; in a folder each is resized until it covers 25x35" in image_files.read(path, fits)[1][0]
     assert np.array_equal(image_files.read(path, fits)[0], UPRIGHT.transpose(2, 0, 1))
     assert image_files.read(path, fits, resize=True)[0].shape == (3, 20, 30)
 
@@ -153,7 +156,7 @@ def test_what_was_done_to_a_picture_is_said(tmp_path: Path) -> None:
 def test_files_that_are_no_pictures_are_refused_in_one_line(tmp_path: Path, how: str) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(np.full((20, 20), 40_000, np.uint16) if how == "deep" else UPRIGHT).save(path)
-    said = {"deep": "has more than 8 bits per channel", "missing": "there is no picture"}.get(how, "is not a picture that can be")
+    said = {"deep": "has more than 8 bits per channel", "missing": "there is no image"}.get(how, "is not an image that can be")
     if how == "truncated":
         path.write_bytes(path.read_bytes()[:400])
     elif how != "deep":

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from patchcert_cli.data import image_files
-from patchcert_cli.data.resize_crop import ResizeCrop, shorter
+from patchcert_cli.data.resize_crop import ResizeCrop, usual_resize
 from patchcert_cli.errors import UsageError
 
 SHAPES = [(61, 97), (90, 43), (64, 64), (7, 5), (50, 201), (1, 3)]  # height x width
@@ -64,7 +64,9 @@ def test_text_and_framing_are_inverse(text: str) -> None:
     ],
 )
 def test_text_that_means_nothing_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match=r"cannot be meant. Give NAME@SIDE or NAME@SIDE/SHORT, 1 to 4096, SHORT at least SIDE"):
+    with pytest.raises(
+        UsageError, match=r"is not a valid size. Use NAME@SIZE or NAME@SIZE/RESIZE, 1 to 4096, RESIZE at least SIZE"
+    ):
         ResizeCrop.parse(text)
 
 
@@ -76,10 +78,12 @@ def test_pictures_that_fit_are_not_touched_and_others_are_made_as_torchvision_do
 
     picture = noise(*shape)
     bicubic = transforms.InterpolationMode.BICUBIC
-    usual = transforms.Compose([transforms.Resize(shorter(16), bicubic), transforms.CenterCrop(16), transforms.PILToTensor()])
+    usual = transforms.Compose(
+        [transforms.Resize(usual_resize(16), bicubic), transforms.CenterCrop(16), transforms.PILToTensor()]
+    )
     wanted = np.asarray(picture).transpose(2, 0, 1) if shape == (16, 16) else usual(picture).numpy()
     assert np.array_equal(taken(picture, ResizeCrop.square(16), tmp_path / "a.png"), wanted)
-    assert np.array_equal(taken(picture, ResizeCrop.square(16, shorter(16)), tmp_path / "a.png"), usual(picture).numpy())
+    assert np.array_equal(taken(picture, ResizeCrop.square(16, usual_resize(16)), tmp_path / "a.png"), usual(picture).numpy())
 
 
 def published() -> list[tuple[tuple[int, int, int], float, str, str, tuple[float, ...]]]:

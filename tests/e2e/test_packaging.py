@@ -23,6 +23,7 @@ def test_a_wheel_holds_code_zoo_samples_and_types(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {"patchcert_cli/py.typed", "patchcert_cli/samples/mnist-test-images.idx.gz", "patchcert_cli/zoo/__init__.py"}
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "patchcert_cli").rglob("*.py")}
+    code |= {str(path.relative_to(ROOT)) for path in (ROOT / "patchcert_cli/reporting/site/templates").iterdir()}
     zoo = {f"patchcert_cli/zoo/{name}/{file}" for name in bundled.names() for file in bundled.card(name).files}
     assert wanted | code | zoo <= names
     assert not any(name.startswith(("zoo/", "tests/")) for name in names)

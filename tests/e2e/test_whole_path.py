@@ -86,7 +86,9 @@ class Labels:
 def check_path(candidate: Any, defense: PatchCleanser, name: str, threat: Patch, patches: Path, count: int) -> dict[str, int]:
     """Hold everything against naive code on ``count`` pictures of a folder; returns counts."""
     images = data.load(name, "test")
-    outputs = candidate.matched(data.classes_of(name, "test"), name, type("EvaluatedModel", (), {"defense": defense}))
+    outputs = candidate.matched(
+        data.open_dataset(name).class_names("test"), name, type("EvaluatedModel", (), {"defense": defense})
+    )
     images = images if outputs is None else images.relabelled(outputs)
     plain = torch.cat([defense.plain(data.to_float(part)) for part in images.read().split(10)])
     some = images.limit(count, 0)
@@ -158,7 +160,7 @@ def test_the_whole_path_on_made_up_pictures(tmp_path: Path) -> None:
 @pytest.mark.skipif(not (PICTURES / "imagenette-50").is_dir(), reason=f"no pictures in '{PICTURES}'")
 @pytest.mark.skipif(not cards.weights_of(bundled.folder() / NAME), reason="no weights")
 def test_the_whole_path_on_photographs(tmp_path: Path) -> None:
-    folder = tmp_path / "imagenette-50"  # what is packed lies beside it
+    folder = tmp_path / "imagenette-50"
     folder.symlink_to((PICTURES / "imagenette-50").resolve())
     threat = parse_threat("patch:50")
     assert isinstance(threat, Patch)

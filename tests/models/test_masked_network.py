@@ -63,7 +63,7 @@ def test_what_is_hidden_is_one_more_channel() -> None:
     v = torch.cat([(x - 0.4) / 0.25, something.float()], dim=1)
     expected = made.head(made.stages(F.gelu(made.stem(v))).amax(dim=(2, 3)) / HEAD)
     assert torch.allclose(made(x, something), expected, atol=1e-5)
-    with pytest.raises(AssertionError, match="is to be told what is hidden"):
+    with pytest.raises(AssertionError, match="needs to know which pixels are occluded"):
         made(x)
 
 

@@ -78,14 +78,14 @@ def test_names_that_timm_does_not_have(name: str, said: str) -> None:
 
 
 def test_options_that_cannot_be_meant() -> None:
-    with pytest.raises(UsageError, match=r"size \[1, 2, 3\] is no size of an image"):
+    with pytest.raises(UsageError, match=r"size \[1, 2, 3\] is not an image size"):
         build(size=[1, 2, 3])
     with pytest.raises(UnknownName, match="no timm network 'none'"):
         build(architecture="none")
     with pytest.raises(IntegrityError, match="cannot be built from its options"):
         build(arguments={"colour": "red"})
     for name in ("pretrained", "pretrained_cfg", "checkpoint_path", "cache_dir"):  # a stranger's config fetches nothing
-        with pytest.raises(IntegrityError, match=f"{name} is no argument of a network"):
+        with pytest.raises(IntegrityError, match=f"{name} is not an argument of a network"):
             build(arguments={name: "/tmp/weights.pth"})
     assert build(arguments={"global_pool": "avg"})(torch.rand(1, 3, 20, 20)).shape == (1, 4)
 

@@ -36,12 +36,12 @@ NORM_ROUNDINGS = 6  # of a batch norm's scale: the variance plus eps, its root, 
 
 @dataclass(frozen=True)
 class Split:
-    """A network cut behind its first linear or convolutional layer.
+    """A network cut after its first linear or convolutional layer.
 
     Attributes:
-        before: per-channel affine layers and flattening in front of it.
+        before: per-channel affine layers and flattening before it.
         first: the first affine layer; None if something else comes first.
-        tail: all layers after ``first`` (or behind ``before`` if there is none).
+        tail: all layers after ``first`` (or after ``before`` if there is none).
         scale: float64 [C], the product of the scales in ``before``: weights times this are rounded once, whatever is in it.
     """
 
@@ -154,7 +154,7 @@ def sparse_box(split: Split, x: Tensor, threat: Sparse, *, epsilon: float = 1.0,
     if split.first is None:
         raise UnsupportedThreat(
             f"no certificate against {threat}: the network must begin with a linear or convolutional layer.",
-            hint="Put pooling behind it.",
+            hint="Put pooling after it.",
         )
     clean = split.clean(x)
     if isinstance(split.first, nn.Linear):
@@ -178,7 +178,7 @@ def _convolution_gains(split: Split, x: Tensor, threat: Sparse, clean: Tensor) -
         unfolded = F.unfold(image, layer.kernel_size, layer.dilation, cast(tuple[int, int], layer.padding), layer.stride)
         return unfolded.reshape(image.shape[0], channels, taps, -1)  # [B, C, T, L]
 
-    content, present = columns(x), columns(torch.ones_like(x[:1]))  # padding is no pixel: it cannot change
+    content, present = columns(x), columns(torch.ones_like(x[:1]))  # padding is not a pixel: it cannot change
     up: list[Tensor] = []
     down: list[Tensor] = []
     for weight in kernel.reshape(-1, 1, channels, taps, 1):

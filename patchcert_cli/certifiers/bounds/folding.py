@@ -1,4 +1,4 @@
-"""Batch norm folded into the layer in front of it, so that bounds see one affine layer.
+"""Batch norm folded into the layer before it, so that bounds see one affine layer.
 
 Shapes: B images, C channels, N outputs of a layer.
 
@@ -42,7 +42,7 @@ def fold(network: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor | None]:
 
 
 def _joined(affine: nn.Linear | nn.Conv2d, norm: nn.Module, z: Tensor) -> nn.Module:
-    """One affine layer for ``affine`` and the batch norm behind it, whose input is ``z``; its weights are not parameters."""
+    """One affine layer for ``affine`` and the batch norm after it, whose input is ``z``; its weights are not parameters."""
     norm = cast(nn.BatchNorm2d, norm)
     if norm.training or norm.running_mean is None or norm.running_var is None:
         axes = [0, *range(2, z.ndim)]

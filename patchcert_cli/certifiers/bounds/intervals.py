@@ -134,14 +134,14 @@ def margins_table(network: nn.Module, x: Tensor, target: Tensor, patch: Patch, c
 def _contrasted(
     network: nn.Module, x: Tensor, target: Tensor, patch: Patch, chosen: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor, Box]:
-    """The last layer merged with ``e_target - e_class``, and the box in front of it at ``chosen`` locations [B, R].
+    """The last layer merged with ``e_target - e_class``, and the box before it at ``chosen`` locations [B, R].
 
     Returns: its weights for lower and for upper ends [B, K, N], its bias [B, K], and the box [B, R, N].
     """
     split = Split.of(network, x.shape[1])
     final = split.tail[-1] if split.tail else None
     if not isinstance(final, nn.Linear):
-        raise UnsupportedThreat("training on patches needs a network that ends in a linear layer behind another layer.")
+        raise UnsupportedThreat("training on patches needs a network that ends in a linear layer after another layer.")
     locations = patch.count(x.shape[2], x.shape[3])
     image = torch.arange(len(x), device=x.device)[:, None].expand_as(chosen)
     pairs, back = (image * locations + chosen).unique(return_inverse=True)  # type: ignore[no-untyped-call]  # distinct (image, location)
@@ -152,7 +152,7 @@ def _contrasted(
 
 
 def _at_pairs(split: Split, x: Tensor, patch: Patch, owner: Tensor, location: Tensor, epsilon: float) -> Box:
-    """Bounds in front of the last layer for U pairs (image ``owner``, ``location``), [U, N] each, with gradient."""
+    """Bounds before the last layer for U pairs (image ``owner``, ``location``), [U, N] each, with gradient."""
     if not split.is_dense:
         windows = Windows(split.layers[:-1], x, patch, epsilon, clip=False)
         order = windows.patch_windows.order(location)

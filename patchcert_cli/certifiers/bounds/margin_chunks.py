@@ -227,7 +227,7 @@ class WindowMargins(PatchMargins):
                 bounds = windows.everywhere(locations)
                 lower, upper = (part.reshape(len(locations), len(x), *part.shape[1:]) for part in bounds)
                 found = contrast.rows(lower, upper)
-                if margins is None:  # a location that nobody looks at would not be certified
+                if margins is None:  # a location that is never asked for would not be certified
                     margins = found.new_full((self.locations, *found.shape[1:]), float("-inf"))
                 margins[locations] = found
         assert margins is not None

@@ -45,7 +45,7 @@ def relu_boxes(
     Args:
         location: int64 [B].
 
-    Returns: the mean radius of the normalized input, and the boxes in front of the ReLUs, [B, ...] each.
+    Returns: the mean radius of the normalized input, and the boxes before the ReLUs, [B, ...] each.
     """
     split = Split.of(network, x.shape[1])
     area = x.shape[2] * x.shape[3]
@@ -62,7 +62,7 @@ def relu_boxes(
 def _entry(
     split: Split, x: Tensor, threat: Patch | Sparse, owner: Tensor, location: Tensor, epsilon: float
 ) -> tuple[list[nn.Module], Box]:
-    """Layers, and the box in front of the first of them for each pair (image ``owner``, ``location``), [U, ...] each."""
+    """Layers, and the box before the first of them for each pair (image ``owner``, ``location``), [U, ...] each."""
     if isinstance(threat, Sparse):
         lower, upper = sparse_box(split, x, threat, epsilon=epsilon)
         return split.tail, (lower[owner], upper[owner])
@@ -125,7 +125,7 @@ def linear_margins(
 
 
 def _under_relu(form: Tensor, bounds: Box, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients [R, N] in front of a ReLU from those behind it, and what the lines above take off: [R]."""
+    """Coefficients [R, N] before a ReLU from those after it, and what the lines above take off: [R]."""
     lower, upper = bounds  # [U, N]
     open_ = (lower < 0) & (upper > 0)
     on = (lower >= 0).to(lower.dtype)
@@ -145,7 +145,7 @@ def _smallest_change(least: Tensor, threat: Patch | Sparse, location: Tensor, x:
 
 
 def _inner_boxes(layers: list[nn.Module], bounds: Box) -> list[Box]:
-    """The boxes in front of the ReLUs among ``layers``."""
+    """The boxes before the ReLUs among ``layers``."""
     found = []
     for layer in layers:
         if isinstance(layer, nn.ReLU):

@@ -48,11 +48,11 @@ def bound_error(split: Split, x: Tensor, threat: Patch | Sparse) -> Tensor:
         # a sum over a window, or of the largest gains, has at most as many terms as the layer itself
         rate = gamma(terms_of(split.first, x) + _folded(split, unit), unit)
         return _difference_error(split.tail, size + reach, error + 2 * rate * (size + reach), unit)
-    raise AssertionError("without an affine first layer there is no sparse stream")
+    raise AssertionError("without an affine first layer there are no sparse margins")
 
 
 def _folded(split: Split, unit: float) -> int:
-    """Roundings of unit roundoff ``unit`` in the weights of the first layer times the scales in front of it, besides the last.
+    """Roundings of unit roundoff ``unit`` in the weights of the first layer times the scales before it, besides the last.
 
     In float32 that is one at most: scales are multiplied in float64, whose roundings together are less than one of float32.
     """
@@ -67,7 +67,7 @@ def _reach(split: Split, x: Tensor, threat: Patch | Sparse) -> Tensor:
 
 
 def _dense_first(split: Split, x: Tensor, threat: Patch | Sparse, unit: float) -> tuple[list[nn.Module], Tensor, Tensor]:
-    """Layers still to come, and size and error [B, N] in front of them, for a linear first layer."""
+    """Layers still to come, and size and error [B, N] before them, for a linear first layer."""
     weight = split.dense_weight((x.shape[1], x.shape[2], x.shape[3])).flatten(1).double()
     bias, exact, reach = split.dense_bias(x).double(), x.flatten(1).double(), _reach(split, x, threat)
     terms = F.linear(exact, weight.abs(), bias.abs()) + reach
@@ -168,7 +168,7 @@ def _prove_pairs(
 
     Where the location that looks worst has no sufficient margin in float64, an image stays uncertified. Of the others, with m
     the smallest margin found and e the bound of its error, the exact minimum is at most m + e, so it is not attained where
-    m + 2 e is exceeded. Of an image with a margin that is no number, every location is asked.
+    m + 2 e is exceeded. Of an image with a margin that is NaN, every location is asked.
     """
     assert stream.errors is not None
     tolerance = stream.errors.double[close] + stream.errors.double[close].clamp(max=deployed)
@@ -187,7 +187,7 @@ def _prove_pairs(
 
 
 def _at_pairs(wide: WindowMargins, owner: Tensor, location: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest margin over rivals of each pair (image, location), minus infinity if one is no number, and the rival: [N]."""
+    """The smallest margin over rivals of each pair (image, location), minus infinity if one is NaN, and the rival: [N]."""
     if not len(owner):
         return owner.double(), owner
     margins = wide.at_pairs(owner, location, target[owner])

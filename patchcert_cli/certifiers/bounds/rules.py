@@ -12,7 +12,7 @@ Each rule states two things about a layer f:
   plain forward pass: a bound of |W| |v| + |b| also bounds each half of midpoint-radius arithmetic. Where a value may overflow,
   the error is infinite.
 
-Which layers have rules, and how they are told from layers that only look like them: :mod:`supported_layers`.
+Which layers have rules, and how look-alikes are recognized: :mod:`supported_layers`.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def is_exact(layer: nn.Module) -> bool:
 
 
 def carry(layer: nn.Module, error: Tensor) -> Tensor:
-    """Largest errors behind a layer that rounds nothing, float64 [N, ...], from those in front of it."""
+    """Largest errors after a layer that rounds nothing, float64 [N, ...], from those before it."""
     affine = channel_affine(layer)
     if affine is not None:
         return error * per_channel(affine[0].double().abs(), error)
@@ -175,10 +175,10 @@ def carry(layer: nn.Module, error: Tensor) -> Tensor:
         return error.relu()
     if not isinstance(layer, (*IDENTITY, *MONOTONE)):
         raise no_rule(layer)
-    behind: Tensor = layer(error)
+    outputs: Tensor = layer(error)
     if isinstance(layer, nn.MaxPool2d):  # the largest of nothing, where a dilated window lies in the padding alone
-        behind = behind.masked_fill(behind.isneginf(), float("inf"))
-    return behind
+        outputs = outputs.masked_fill(outputs.isneginf(), float("inf"))
+    return outputs
 
 
 def terms_of(layer: nn.Module, size: Tensor) -> int:
@@ -192,13 +192,13 @@ def terms_of(layer: nn.Module, size: Tensor) -> int:
 
 def magnitude(layer: nn.Module, size: Tensor) -> Tensor:
     """Sums of the magnitudes of the terms of each output, float64 [N, ...], from the largest magnitudes of the inputs."""
-    behind, affine = carry(layer, size), channel_affine(layer)
+    outputs, affine = carry(layer, size), channel_affine(layer)
     if affine is not None:
-        return behind + per_channel(affine[2].double(), size)
+        return outputs + per_channel(affine[2].double(), size)
     bias = layer.bias if isinstance(layer, nn.Linear | nn.Conv2d) else None
     if bias is None:
-        return behind
-    return behind + (per_channel(bias.double().abs(), behind) if isinstance(layer, nn.Conv2d) else bias.double().abs())
+        return outputs
+    return outputs + (per_channel(bias.double().abs(), outputs) if isinstance(layer, nn.Conv2d) else bias.double().abs())
 
 
 def noise(layer: nn.Module, size: Tensor, error: Tensor, unit: float) -> tuple[Tensor, Tensor]:

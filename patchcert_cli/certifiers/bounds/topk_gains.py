@@ -6,7 +6,7 @@ Changing pixel p of image b to anything in [0, 1] raises neuron n by at most ``g
 ``sum_c max(w, 0) - w x``, and lowers it by at most ``loss = sum_c |w| - gain``. Neither exceeds the reach ``sum_c |w|``.
 
 **Claim.** Visit the pixels of a neuron in the order of falling reach and keep the k largest gains seen. Once the smallest kept
-gain is at least the reach of the next pixel, no pixel behind it can enter, so the kept ones are the k largest of all. All images
+gain is at least the reach of the next pixel, no later pixel can enter, so the kept ones are the k largest of all. All images
 and neurons are visited together, one pixel rank at a time, and a neuron leaves when every image is settled. Keeping k sorted
 values takes k maxima and minima a visit.
 """
@@ -48,7 +48,7 @@ class _Visit:
 
 
 class _Order:
-    """Pixels of each neuron by falling reach, found in pieces so that settled neurons cost no sorting."""
+    """Pixels of each neuron by falling largest change, found in pieces so that settled neurons cost no sorting."""
 
     def __init__(self, weight: Tensor, k: int) -> None:
         self.weight, self.pixels = weight, weight.shape[2]
@@ -57,7 +57,7 @@ class _Order:
         self.sorted, self.order = self.patch_windows.topk(self.count, dim=1)
 
     def extend(self) -> None:
-        """Sort the rest behind the first piece: called only if a neuron needs more than that."""
+        """Sort the rest after the first piece: called only if a neuron needs more than that."""
         if self.count < self.pixels:
             left = self.patch_windows.scatter(1, self.order, -1.0)  # equal reaches must not be taken twice, nor missed
             reach, order = left.topk(self.pixels - self.count, dim=1)

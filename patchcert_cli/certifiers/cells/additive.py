@@ -7,23 +7,25 @@ owns the cells A(L) that see a pixel of L, and no other.
 Shapes: B images, K classes, N x M cells, P x Q locations. Cell i gives class c the whole number ``s_ic`` in [0, w_i], with a
 whole weight ``w_i >= 0`` that is 1 for votes. ``S_c = sum_i s_ic``; the answer y is the class of the largest S, the lowest index
 among equals. Sums stay below 2^24, so float32 holds them exactly.
-A score that is no number makes margins that are none, and these certify nothing.
+A score that is NaN makes margins that are NaN, and these certify nothing.
 
-**Theorem.** Let an attacker replace the scores of the cells in A(L), for one location L of his choice, by any numbers in
-[0, w_i]. For a rival j let
+**Theorem.** Let an attacker replace the scores of the cells in A(L), for one location L of the attacker's choice, by any numbers
+in [0, w_i]. For a rival j let
 
     m_j(L) = S_y - S_j - sum_{i in A(L)} (w_i + s_iy - s_ij) + [y < j].
 
-He cannot change the answer iff m_j(L) > 0 for every L and every j != y.
+The attacker cannot change the answer iff m_j(L) > 0 for every L and every j != y.
 Proof: the scores outside A(L) stay. Of all replacements, ``s_iy = 0, s_ij = w_i`` for all i in A(L) minimizes S'_y - S'_j, which
 becomes m_j(L) - [y < j]. The answer stays y against j iff S'_y - S'_j > 0, or = 0 and y < j: iff m_j(L) > 0, for whole numbers.
-If the cells can be set independently he can reach that minimum, so the condition is also necessary; the same if each cell votes
-for exactly one class, since the minimizing cell votes for j alone. (The published conditions below drop the tie's credit.)
+If the cells can be set independently, the attacker can reach that minimum, so the condition is also necessary; the same if each
+cell votes for exactly one class, since the minimizing cell votes for j alone. (The published conditions below drop the tie's
+credit.)
 
 **Budgets.** For an attacker with k locations, the loss is at most the sum of the k largest losses of single locations, since each
 cell's loss is non-negative; this is sufficient, not necessary.
 
-**Unknown scores.** Where rounding could have decided a score, it is the attacker's wherever he is: s_iy counts as 0, s_ij as w_i.
+**Unknown scores.** Where rounding could have decided a score, it is the attacker's at every location: s_iy counts as 0, s_ij as
+w_i.
 
 **Published conditions** (Metzen & Yatsura, section 3), for comparison:
 3.1, any monotone aggregation g per class: ``g_y(worst) > g_j(worst)`` for all L and j, where the worst case has 0 for y and w for
@@ -127,7 +129,7 @@ def _swept(scores: Tensor, rows: Axis, columns: Axis) -> Tensor:
 
 
 def _windows(row: Tensor, width: int, apart: int) -> Tensor:
-    """Sums of ``width`` entries that lie ``apart`` along the last axis, from every entry that has so many behind it.
+    """Sums of ``width`` entries that lie ``apart`` along the last axis, from every entry that has as many after it.
 
     Windows of 2, 4, 8, ... entries are made of two of half the width.
     """

@@ -1,7 +1,7 @@
 """Robust masking: every class loses its heaviest window of evidence before classes are compared.
 
 PatchGuard (Xiang et al., PatchGuard: A Provably Robust Defense against Adversarial Patches via Small Receptive Fields and
-Masking, USENIX Security 2021). Few cells see a patch, so whatever they say without bound in favour of a class lies in one window,
+Masking, USENIX Security 2021). Few cells see a patch, so whatever they claim without bound for a class lies in one window,
 and the window that is taken away from the class holds at least as much.
 
 Shapes: B images, K classes, N x M cells, P x Q locations of the attacker, R x S masks: the windows of h x w cells wholly inside
@@ -12,16 +12,16 @@ X, S_c that of all cells, and H_c the largest ``U_c(m)`` of a mask m. With a sha
 
 and the answer y is the class of the largest r, the lowest index among equals. The published default is T = 0.
 
-**Theorem.** An attacker at a location L of his choice replaces the evidence of the cells A = A(L) by any whole numbers >= 0. Let
+**Theorem.** An attacker at a freely chosen location L replaces the evidence of the cells A = A(L) by any whole numbers >= 0. Let
 
     low(L)    = U_y(outside A) - max_m U_y(m without A)
     high_j(L) = min over masks m that hold all of A of U_j(outside m),  infinite where no mask does.
 
-For T = 0 he cannot change the answer iff ``low(L) - high_j(L) + [y < j] > 0`` for every L and every j != y.
+For T = 0 the attacker cannot change the answer iff ``low(L) - high_j(L) + [y < j] > 0`` for every L and every j != y.
 Proof: for T = 0, r_c is the minimum over masks m of U'_c(outside m), since S_c = 0 where H_c = 0, and it never falls when
-evidence grows. So r_y is smallest with zeros in A, where it is low(L). A mask that holds A leaves nothing of his, so
+evidence grows. So r_y is smallest with zeros in A, where it is low(L). A mask that holds A leaves nothing of the attacker's, so
 r_j <= high_j(L), and with every cell of A large enough this is attained, since all other masks leave one of them. Classes have
-evidence of their own, so he can have both at once. The answer stays y against j iff r_y > r_j, or r_y = r_j and y < j; all
+evidence of their own, so both can be had at once. The answer stays y against j iff r_y > r_j, or r_y = r_j and y < j; all
 numbers are whole.
 
 **T > 0.** Write R for ``U_y(outside A)``. The condition above is sufficient with
@@ -29,12 +29,13 @@ numbers are whole.
     low(L)    = R - max_m U_y(m without A)  if that maximum exceeds T R, else R - the same maximum over masks that meet A
     high_j(L) = the whole part of 1 / (1 - T) times the above.
 
-Proof: let him give y the sum a >= 0 inside A. A mask m has U'_y(m) <= U_y(m without A) + a, so if the heaviest is taken away,
+Proof: let the attacker give y the sum a >= 0 inside A. A mask m has U'_y(m) <= U_y(m without A) + a, so if the heaviest is taken
+    away,
 r_y >= R - max_m U_y(m without A). Let this maximum be at most T R. A heaviest mask that does not meet A has at most T R <= T S'_y
 and is not taken away, so if one is, it meets A. If none is, r_y = R + a >= R. For the rival, let m hold A. If the heaviest mask
 is taken away, r_j <= U_j(outside m) as before. Else U'_j(m) <= H'_j <= T S'_j, and S'_j = U'_j(m) + U_j(outside m), so that
 r_j = S'_j <= U_j(outside m) / (1 - T).
-(Taking nothing away in the second case of low is not sound: what he adds where A meets a heavy mask makes it exceed T, and the
+(Taking nothing away in the second case of low is not sound: what is added where A meets a heavy mask makes it exceed T, and the
 mask goes. Linyi Li found this in the published code, which was then corrected.)
 
 Where A is itself a mask, as for the patch that the masks are made for, these are the published conditions; smaller patches gain

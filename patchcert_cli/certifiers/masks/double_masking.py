@@ -15,7 +15,7 @@ Otherwise a k with d = f(k, k) != y fails in round two: its entry f(k, i) = f(i,
 with f(k, k) = y. If M = y, either is y. If M != y, i itself passes round two, so some k is answered, and its label is y. QED.
 
 Neither the order of ties nor the unmasked image plays a role. The published condition, f(i, j) = y for all pairs, implies this
-one, and asks for more than is needed where a location lies behind several masks.
+one, and asks for more than is needed where several masks hide a location.
 
 **Rounding.** The theorem is about one function f of the image. Of a network that computes exactly
 (:mod:`patchcert_cli.layers.fixed_point`) there is one. Of any other network f is what is computed, and a label counts as y only
@@ -39,7 +39,7 @@ from patchcert_cli.errors import UsageError
 from patchcert_cli.layers.precision import first_largest
 
 METHODS = ("rows", "pairs")  # the theorem, and the published condition
-MOST_CLASSES = 2**31  # classes that a table can tell apart
+MOST_CLASSES = 2**31  # classes that a table can hold
 FIRST = 6  # pairs of an image that are asked for first; then twice as many each time
 
 
@@ -52,7 +52,7 @@ class Table:
     Attributes:
         label: int32, -1 where unknown.
         rival: int32.
-        logit_margin: float32; 0 where it is no finite number, which certifies nothing.
+        logit_margin: float32; 0 where it is not finite, which certifies nothing.
         passes: int64 [B], how many pairs were asked for.
     """
 
@@ -87,7 +87,7 @@ class Table:
         return self.label.diagonal(dim1=1, dim2=2).long()
 
     def towards(self, label: Tensor) -> Tensor:
-        """How much each single mask speaks for ``label`` [B], float32 [B, M]; negative where it speaks for another."""
+        """Signed logit margin of ``label`` [B] for each single mask, float32 [B, M]; negative where another class wins."""
         logit_margin = self.logit_margin.diagonal(dim1=1, dim2=2)
         return torch.where(self.one() == label[:, None], logit_margin, -logit_margin)
 
@@ -192,7 +192,7 @@ def _few(alive: Tensor, score: Tensor, missing: Tensor, by: Tensor) -> Tensor:
     Greedily the row that serves the most sets for each pair of it that is ``missing`` [b, M]; of equals the one of the highest
     ``score`` [b, M].
     """
-    if bool((by.sum(dim=1) == 1).all()):  # each location lies behind one mask
+    if bool((by.sum(dim=1) == 1).all()):  # one mask hides each location
         return alive & by.any(dim=0)
     chosen, sets = torch.zeros_like(alive), by.float()
     rank = score.argsort(dim=1).argsort(dim=1) / alive.shape[1]  # [b, M] in [0, 1)

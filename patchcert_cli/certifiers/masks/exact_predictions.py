@@ -1,4 +1,4 @@
-"""What a network of whole numbers says of images behind pairs of masks: exact, and computed once where two masks share it.
+"""Predictions of integer networks for pairs of masks: exact, and computed once where two masks share them.
 
 **Theorem.** Level by level (:mod:`patchcert_cli.layers.levels`), let Z(i) be the positions of a map that see a pixel that mask i
 hides. Behind masks i and j a position outside Z(j) has the value that it has behind i alone, and a position outside Z(i) the

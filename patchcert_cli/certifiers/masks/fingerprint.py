@@ -1,4 +1,4 @@
-"""Whether a network is still the function that it was: a few of its answers, told apart from what rounding does to them.
+"""Whether a network is still the function that it was: a few of its answers, compared within what rounding does to them.
 
 Shapes: K classes.
 """
@@ -11,13 +11,13 @@ import torch
 
 from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE, MaskedPredictor
 
-SUMS = 4  # of the logits of a picture
+SUMS = 4  # of the logits of an image
 
 
 def answers(views: MaskedPredictor) -> dict[str, Any]:
-    """What the network says of three fixed pictures behind masks, each computed in one way.
+    """The network's answers on three fixed masked images, each computed in one way.
 
-    Of each picture there are a few sums of its logits with fixed signs, [3 * SUMS], divided by K and the scale; ``near`` is how
+    For each image there are a few sums of its logits with fixed signs, [3 * SUMS], divided by K and the scale; ``near`` is how
     far they may be apart on machines that round differently.
     """
     x, first, second = views.probe_images()

@@ -1,11 +1,11 @@
 """How large the numbers are that a network's logits are made of, and whether its float64 is float64.
 
-What rounding does to logits goes with the size of what is added up in them, not with the size of the logits: a picture can be
+Rounding errors of logits grow with the terms that are added up, not with the logits themselves: an image can be
 made whose logits nearly vanish behind some masks, while their terms are as large as ever. So a logit margin is measured against a
-**scale** that such a picture does not shrink:
+**scale** that such an image does not shrink:
 
 - where the last layer is known, the largest ``sum_j |w_kj v_j| + |b_k|`` of the pass, with w and b its weights and v its input;
-- everywhere at least the largest scale met on some fixed pictures (:class:`Calibration`, ``least``), or the largest logit met
+- everywhere at least the largest scale met on some fixed images (:class:`Calibration`, ``least``), or the largest logit met
 there
   if no last layer is known.
 
@@ -73,7 +73,7 @@ class CalibrationCache:
 
 @dataclass
 class HeadRecorder:
-    """What a layer did in one call of its network; nothing is told if it was not called exactly once.
+    """What a layer did in one call of its network; nothing is reported if it was not called exactly once.
 
     Attributes:
         calls: for each call its output, [n, ...], and its largest sum of terms, [n].
@@ -157,7 +157,7 @@ def responds(logits: Callable[[Tensor], Tensor], x: Tensor) -> bool:
 
     For images x and random directions d, ``f(x + s d) - f(x)`` is all but proportional to s where f is smooth. Results that
     passed through float32 anywhere jump in steps of 2^-24, which hides the response to steps of :data:`NEAR`. A network that
-    does not respond at all is not believed either.
+    does not respond at all is rejected too.
 
     Args:
         logits: float64 images [n, C, H, W] to logits [n, K].

@@ -1,4 +1,4 @@
-"""Mask sets: rectangles such that every location of a patch lies wholly behind one of them.
+"""Mask sets: rectangles such that every location of a patch is hidden completely by one of them.
 
 **Theorem.** Along an axis of n pixels let a patch of side p start anywhere from 0 to n - p. Let masks be m >= p + s - 1 pixels
 long, or n if that is less, and start at 0, s, 2s, ... as far as n - m, and at n - m. Then every patch lies inside a mask.
@@ -73,9 +73,9 @@ class MaskSpec:
 
     Attributes:
         covers: the threats that they cover, such as ``patch:5x5``; several are covered one at a time.
-        per_axis: at most so many along each axis; 6 if none of the three is given.
+        per_axis: at most this many along each axis; 6 if none of the three is given.
         stride: pixels from each to the next; the smaller, the more and the smaller they are.
-        passes: as many as let all pairs be evaluated in so many passes of the network.
+        passes: the largest mask set whose pairs fit into this many forward passes.
         wider: pixels by which each side exceeds what covers the threat, so that masks overlap more.
         shape: ``square`` for rectangles of a length of their own along both axes, ``column`` for strips over the whole height,
             ``row`` for strips over the whole width; a strip has one axis, so pairs of strips are few.
@@ -165,7 +165,7 @@ class MaskSpec:
 
 
 def pairs(masks: int) -> int:
-    """How many pairs there are of so many masks, a mask with itself included: passes of the network for one image."""
+    """The number of pairs of masks, a mask with itself included: forward passes for one image."""
     return masks * (masks + 1) // 2
 
 
@@ -223,7 +223,7 @@ class MaskSet:
 
         Raises:
             UsageError: the threat does not fit the image.
-            UnsupportedThreat: something that it may touch lies behind no mask.
+            UnsupportedThreat: no mask hides something that the threat may touch.
         """
         hides = self.hides(threat)
         one = found = _smallest(MaskCoverage(hides, torch.arange(len(hides))))

@@ -14,7 +14,8 @@ whatever the attack writes into L.
 
 *Proof.* f_i and p_i never see L, so they are the same under attack. If the whole image now has another label than y, mask i
 contradicts it with enough confidence: an alarm. If it has the label y, the answer is y or an alarm. QED.
-It is also necessary if the attacker at L can choose what is seen wherever a mask does not hide all of L: he shows j != y there.
+It is also necessary if the attacker at L can choose what is seen wherever a mask does not hide all of L: the attacker shows j !=
+    y there.
 Masks that hide L and say y lack the confidence, and so do those that say something else, or the clean image would have raised an
 alarm. So there is none, and the answer is j.
 

@@ -1,14 +1,14 @@
-"""What a classifier says of images behind masks, of a network that cannot be made to compute exactly.
+"""Masked predictions of classifiers whose arithmetic rounds: what is measured of that, and what is recomputed in float64.
 
-A label is decided by how far the largest logit is ahead of the next, as a share of a scale that no picture shrinks
+A label is decided by how far the largest logit is ahead of the next, as a share of a scale that no image can shrink
 (:mod:`patchcert_cli.certifiers.masks.logit_scale`). Where this logit margin is above what rounding is allowed in a quick
 precision (:data:`TOLERANCE`), it decides, in whatever batch. Every other pass is **in doubt**, and is computed the same way each
 time: in float64, each image alone, in one memory format, on one thread of a CPU. So on one machine ``predict`` and ``certify``
     ask one
 function of the image, as long as quick passes err by less than they are allowed.
 
-**This is measured, not proven**: nothing bounds the rounding errors of a network of others. :meth:`MaskedPredictor.test` measures
-them, on ordinary pictures and on ones whose logits were driven together, and refuses a network that uses a quarter of its
+**This is measured, not proven**: nothing bounds the rounding errors of an arbitrary network. :meth:`MaskedPredictor.test`
+measures them, on ordinary images and on ones whose logits were driven together, and refuses a network that uses a quarter of its
 allowance. A result in float64 counts only if it follows steps of the input that float32 cannot see; else what is in doubt is
 computed in float32, and certifies nothing. Two machines may differ where they round differently: labels that a pass in float64
 leaves within ``tolerance`` certify nothing.
@@ -37,7 +37,7 @@ from patchcert_cli.layers import passes, precision
 from patchcert_cli.layers.precision import exact_arithmetic
 
 TOLERANCE = {"bfloat16": 2.0**-4, "float32": 2.0**-13, "float64": 2.0**-40}  # shares of the scale
-ROOM = 4  # a measured error may be this part of it: two logits make a logit margin, and a measurement is no bound
+ROOM = 4  # a measured error may be this part of it: two logits make a logit margin, and a measurement is not a bound
 PRECISIONS = ("float32", "bfloat16")  # in which labels may be computed at first
 PASSES, PIXELS, LARGER = 256, 1 << 20, 64  # passes at a time on a CPU, their values, and how many times that on a GPU
 GATHERED = 4  # times as many passes have their images copied at once
@@ -48,7 +48,7 @@ LARGE = {"bfloat16": 64, "float32": PASSES}  # and the largest one
 
 
 class MaskedPredictions(NamedTuple):
-    """What the classifier says of n masked images.
+    """Predictions for n masked images.
 
     Attributes:
         label: int64 [n], the class with the largest logit, ties to the lowest index.
@@ -68,7 +68,7 @@ class MaskedLogits(NamedTuple):
     Attributes:
         logits: float64 [n, K].
         scale: float64 [n], what logit margins are measured against.
-        known: bool [n], beyond doubt, or computed in a float64 that is believed.
+        known: bool [n], beyond doubt, or computed in a float64 that was verified.
     """
 
     logits: Tensor
@@ -88,7 +88,7 @@ def logit_margins(logits: Tensor, scale: Tensor) -> Tensor:
 def logits_under_mask(network: nn.Module, x: Tensor, occluded: Tensor, fill: Tensor) -> Tensor:
     """Logits [B, K] of images [B, C, H, W] in which hidden pixels, bool [B, H, W], have the colour ``fill`` [C, 1, 1].
 
-    A network whose attribute ``takes_mask`` is true is also told which pixels are occluded, bool [B, 1, H, W].
+    A network whose attribute ``takes_mask`` is true also gets which pixels are occluded, bool [B, 1, H, W].
     """
     seen = torch.where(occluded[:, None], fill, x)
     return cast(Tensor, network(seen, occluded[:, None]) if getattr(network, "takes_mask", False) else network(seen))
@@ -139,7 +139,7 @@ class MaskedPredictor:
     def quick(self) -> tuple[str, ...]:
         """The precisions that decide in batches.
 
-        bfloat16 is one of them only where the last layer says how large its terms are, where the processor computes in it, and
+        bfloat16 is one of them only where the size of the last layer's terms is known, where the processor computes in it, and
         where there are fewer than :data:`MANY` classes.
         """
         wished = self._first == "bfloat16" and self.classes < MANY and computes_in_bfloat16(self._masks.device)
@@ -160,7 +160,7 @@ class MaskedPredictor:
         return MaskedPredictions(ranked[:, 0], ranked[:, 1], torch.where(seen.known, logit_margins(seen.logits, seen.scale), 0))
 
     def masked_logits(self, x: Tensor, image: Tensor, first: Tensor, second: Tensor, clear: Clear) -> MaskedLogits:
-        """Logits of n passes, as :meth:`ask` takes them, in which ``clear`` says what is beyond doubt."""
+        """Logits of n passes, as :meth:`ask` takes them, where ``clear`` decides which are beyond doubt."""
         together = torch.split(torch.arange(len(image)), GATHERED * self._size(x))
         parts = [self._look(x[image[some].to(x.device)], first[some], second[some], clear) for some in together]
         return MaskedLogits(*(torch.cat(column) for column in zip(*parts, strict=True))) if parts else self._nothing(0)
@@ -239,7 +239,7 @@ class MaskedPredictor:
             return logits_under_mask(network, x.double() if kind == "float64" else x.float(), occluded, self._fill)
 
     def _network(self, kind: str) -> nn.Module | None:
-        """The copy in float64 is made when it is first needed; other people's code may not compute in float64."""
+        """The copy in float64 is made when it is first needed; a user's code may not compute in float64."""
         if kind not in self._networks:
             grey = torch.full((1, *self._shape), 0.5, dtype=torch.float64, device=self._masks.device)
             try:
@@ -248,7 +248,7 @@ class MaskedPredictor:
                     kept = logits_under_mask(network, grey, self._masks[:1], self._fill).dtype == torch.float64
             except (torch.OutOfMemoryError, MemoryError):
                 raise
-            except Exception:  # anybody's code can raise anything when it is copied or asked in float64
+            except Exception:  # a user's code can raise anything when it is copied or asked in float64
                 kept = False
             self._networks[kind] = network if kept else None
         return self._networks[kind]
@@ -260,11 +260,11 @@ class MaskedPredictor:
         return x.to(self._masks.device), first, second
 
     def _measure(self) -> Calibration:
-        """Find the last layer, the smallest scale, and whether float64 is to be believed."""
+        """Find the last layer, the smallest scale, and whether float64 is really float64."""
         x, first, second = self.probe_images()
         quick = cast(nn.Module, self._networks["float32"])
         with torch.no_grad(), _one_way(x.device):
-            self._run("float32", x, first, second, None)  # refuses what are no logits
+            self._run("float32", x, first, second, None)  # refuses what are not logits
             head = logit_scale.head_of(quick, lambda: self._behind("float32", quick, x, first, second))
             _, scale = self._each("float32", x, first, second, head)
             least = logit_scale.power_above(float(scale.amax()))
@@ -291,7 +291,7 @@ class MaskedPredictor:
         return steady and logit_scale.responds(logits, x.double())
 
     def test(self) -> None:
-        """Measure what rounding does, on ordinary pictures and on ones whose logits were driven together.
+        """Measure what rounding does, on ordinary images and on ones whose logits were driven together.
 
         A network that fails with channels last is tested, and used, without.
 
@@ -314,9 +314,7 @@ class MaskedPredictor:
         if near is not None:
             x, first, second = torch.cat([x, near]), first.repeat(2)[: len(x) + 3], second.repeat(2)[: len(x) + 3]
         best, scale = self.reference_logits(x, first, second)
-        some = torch.tensor(
-            sorted({0, 2, len(x) - 1})
-        )  # noise, squares, and if there is one a picture of vanishing logit margins
+        some = torch.tensor(sorted({0, 2, len(x) - 1}))  # noise, squares, and if there is one an image of vanishing logit margins
         self._check_steady(x[some.to(x.device)], first[some], second[some], best[some])
         if not self.calibration.double and self._network("float64") is not None:  # good enough to find errors with
             best, _ = self._each("float64", x, first, second, None)

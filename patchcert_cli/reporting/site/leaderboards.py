@@ -9,6 +9,8 @@ from fractions import Fraction
 from patchcert_cli.cards import Card, Measured, Published
 from patchcert_cli.threats import KINDS, UNITS, Guarantee, Patch, Patches, PatchPercent, Sparse, Threat
 
+TITLES = {"cifar10": "CIFAR-10", "mnist": "MNIST"}
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -107,6 +109,11 @@ def describe(threat: Threat) -> str:
         return f"{threat.number} at once, each {describe(threat.each)}"
     things = "single channel values" if isinstance(threat, Sparse) and threat.unit == "value" else "pixels"
     return f"any {threat.budget} {things}"
+
+
+def title(dataset: str) -> str:
+    """A data set's name in headings."""
+    return TITLES.get(dataset, dataset)
 
 
 def own(card: Card) -> str:

@@ -1,71 +1,113 @@
 """The whole page, and writing it.
 
-It loads nothing: style and script stand in it, and its Content-Security-Policy allows these two alone, by their hashes.
-Equal cards and an equal version give equal bytes; the date is that of the newest measurement.
+The page loads nothing: its style and its script are inside, and its Content-Security-Policy allows these two alone, by their
+hashes. Equal cards and an equal version give equal bytes; the date is that of the newest measurement. Every text of a card is
+escaped by the templates.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+import yaml
+from markupsafe import Markup
 
 from patchcert_cli.arithmetic import Arithmetic
-from patchcert_cli.cards import Card
+from patchcert_cli.cards import Card, Measured, Published
 from patchcert_cli.errors import UsageError
-from patchcert_cli.reporting.site import curves, models, tables
-from patchcert_cli.reporting.site.leaderboards import Leaderboard, difficulty, leaderboards
-from patchcert_cli.reporting.site.markup import Html, facts, fragment, tag
-from patchcert_cli.reporting.site.script import SCRIPT
-from patchcert_cli.reporting.site.style import STYLE
+from patchcert_cli.reporting import figure_style, numbers
+from patchcert_cli.reporting.site.charts import Chart, charts
+from patchcert_cli.reporting.site.leaderboards import describe, difficulty, leaderboards, own, paper_for, title
 from patchcert_cli.storage import files
-from patchcert_cli.threats import Guarantee
+from patchcert_cli.threats import Guarantee, as_options
 from patchcert_cli.version import __version__
 
 INDEX = "index.html"
 GENERATOR = "patchcert report zoo"
-TITLE = "Certified defenses against adversarial patches and sparse attacks"
-LEAD = (
-    "Certified accuracy is the share of test images for which the model's answer is right and a proof shows that no change"
-    " the attacker is allowed to make can alter it: every place of the patch or choice of pixels, with any content. It is a"
-    " lower bound that no future attack can break, up to rounding where the arithmetic is called measured; accuracy under attack"
-    " is not shown here."
+# Controls, lone surrogates and marks that change the direction of writing: a card could hide or reorder text with them.
+UNSHOWABLE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufffe\uffff]"
 )
-READING = (
-    "Each accuracy is in percent, with the count it was made from; below a certified accuracy stands its exact (Clopper and"
-    " Pearson) 95 % interval. A guarantee of recovery says that the answer stays right; one of detection only that it stays right"
-    " or an alarm is raised. As they promise different things, they never share a table. Published numbers are those of the named"
-    " papers, for the papers' own weights; nothing here was measured on those."
-)
+
+
+@dataclass(frozen=True)
+class Unmeasured:
+    """A table of models without a test measurement.
+
+    Attributes:
+        id: its address.
+        name: its heading.
+        about: its caption.
+        threat: the heading of the column of threats.
+        command: what the command on the card does with the model; empty if it is not shown.
+        cards: the models.
+    """
+
+    id: str
+    name: str
+    about: str
+    threat: str
+    command: str
+    cards: tuple[Card, ...]
 
 
 def render(cards: Iterable[Card], *, version: str = __version__) -> str:
-    """The page about these cards."""
-    shown = sorted(cards, key=lambda card: card.name)
-    found = leaderboards(shown)
-    body = tag("body", _header(shown, version), _controls(found), tag("main", *_main(shown, found)), _footer(), "\n", _script())
-    return f"<!DOCTYPE html>\n{tag('html', _head(version), body, lang='en')}\n"
+    """The page about these cards.
+
+    Raises:
+        MachineError: matplotlib is not installed.
+    """
+    figure_style.require()
+    models = sorted(cards, key=lambda card: card.name)
+    boards = leaderboards(models)
+    environment = _environment()
+    style = Markup(environment.get_template("style.css").render(palette=figure_style.PALETTE))
+    script = Markup(_source(environment, "script.js"))
+    return environment.get_template("page.html").render(
+        policy=policy(style, script),
+        style=style,
+        script=script,
+        generator=GENERATOR,
+        version=version,
+        cards=models,
+        measured=sum(bool(card.results) for card in models),
+        newest=max((one.date for card in models for one in card.results), default=""),
+        boards=boards,
+        datasets=list(dict.fromkeys(board.dataset for board in boards)),
+        threats=list(dict.fromkeys(str(board.threat) for board in sorted(boards, key=lambda board: difficulty(board.threat)))),
+        charts=charts(boards),
+        unmeasured=unmeasured(models),
+        arithmetics=list(Arithmetic),
+    )
 
 
 def write(cards: Iterable[Card], folder: Path, *, force: bool = False) -> Path:
-    """Write the page as ``index.html`` into a folder, which is made if need be; returns its path.
+    """Write the page as ``index.html`` into a folder, which is made if it does not exist; returns its path.
 
     Raises:
-        UsageError: the folder is a file or below one, or holds an ``index.html`` that is not such a page, without ``force``.
-        MachineError: it cannot be written.
+        UsageError: the folder is a file or below one, or has an ``index.html`` that is not such a page, without ``force``.
+        MachineError: it cannot be written, or matplotlib is not installed.
     """
     path = folder / INDEX
     files.check_folder(folder, "--out")
     if path.exists() and not path.is_file():
-        raise UsageError(f"'{path}' is no regular file.", hint="Choose another --out.")
-    if path.exists() and not force and not _ours(path):
+        raise UsageError(f"'{path}' is not a regular file.", hint="Choose another --out.")
+    if path.exists() and not force and not _is_page(path):
         raise UsageError(f"'{path}' was not written by this command.", hint="Choose another --out, or replace it with --force.")
     files.write_named(path, render(cards).encode())
     return path
 
 
-def _ours(path: Path) -> bool:
+def _is_page(path: Path) -> bool:
     try:
         with path.open("rb") as stream:
             return f'content="{GENERATOR}'.encode() in stream.read(2000)
@@ -73,90 +115,120 @@ def _ours(path: Path) -> bool:
         return False
 
 
-def policy() -> str:
+def policy(style: str, script: str) -> str:
     """The Content-Security-Policy: nothing but this style and this script."""
-    allowed = {"style-src": STYLE, "script-src": SCRIPT}
     parts = ["default-src 'none'"]
-    for name, text in allowed.items():
+    for name, text in (("style-src", style), ("script-src", script)):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         parts.append(f"{name} 'sha256-{digest}'")
     return "; ".join([*parts, "base-uri 'none'", "form-action 'none'"])
 
 
-def _head(version: str) -> Html:
-    return tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy()),
-        tag("meta", name="generator", content=f"{GENERATOR} {version}"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="referrer", content="no-referrer"),
-        tag("title", f"patchcert zoo: {TITLE.lower()}"),
-        tag("style", Html(STYLE)),
+def unmeasured(cards: Sequence[Card]) -> list[Unmeasured]:
+    """Recipes without weights, public weights, and models without a test measurement, a table each."""
+    recipes = tuple(card for card in cards if card.status == "recipe only")
+    public = tuple(card for card in cards if card.public)
+    others = tuple(card for card in cards if card not in (*recipes, *public) and not card.results)
+    return [
+        Unmeasured(
+            "recipes/",
+            "Recipes only",
+            "Recipes that were not run: there are no weights, and nothing is claimed for them.",
+            "To be trained against",
+            "Train",
+            recipes,
+        ),
+        Unmeasured(
+            "public/",
+            "Public weights",
+            "Classifiers with public weights, with a defense around them; not measured on a test split.",
+            "Made for",
+            "Measure",
+            public,
+        ),
+        Unmeasured("waiting/", "Not measured yet", "Trained, but not measured on test images.", "Trained against", "", others),
+    ]
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    """The templates, with everything that they call."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("patchcert_cli.reporting.site"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_showable,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.globals |= {"share": numbers.share, "guarantees": list(Guarantee)}
+    environment.filters |= {
+        "percent": numbers.percent,
+        "interval": numbers.interval,
+        "file_size": files.file_size,
+        "title": title,
+        "describe": describe,
+        "own": own,
+        "words": search_words,
+        "fragment": fragment,
+        "quote": quote,
+        "prose": prose,
+        "letters": letters,
+        "as_options": as_options,
+        "recipe": recipe,
+        "results": results_of,
+        "sources": sources,
+        "paper": lambda card: card.report() if card.guarantee is Guarantee.RECOVERY else None,
+        "paper_for": lambda result, card: paper_for(card, result),
+        "draw": lambda chart: Markup(_showable(Chart.draw(chart))),
+    }
+    return environment
 
 
-def _script() -> Html:
-    return tag("script", Html(SCRIPT))
+def _source(environment: jinja2.Environment, name: str) -> str:
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
 
 
-def newest(cards: Iterable[Card]) -> str | None:
-    """The date of the newest measurement."""
-    return max((one.date for card in cards for one in card.results), default=None)
+def _showable(value: Any) -> Any:
+    """A text without characters that cannot be shown; other values as they are."""
+    return UNSHOWABLE.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _header(cards: Sequence[Card], version: str) -> Html:
-    date = newest(cards)
-    measured = sum(bool(card.results) for card in cards)
-    said = [f"patchcert {version}", f"{measured} of {len(cards)} models measured"]
-    said.append(f"newest measurement {date}" if date else "no measurement yet")
-    return tag(
-        "header",
-        tag("h1", TITLE),
-        tag("p", LEAD, class_="lead"),
-        tag("p", READING),
-        tag("p", " · ".join(said), class_="meta"),
-    )
+def fragment(*parts: str) -> str:
+    """An ``id`` without blanks, which after a ``#`` is its own address: the quoted parts, joined by slashes."""
+    return "/".join(quote(str(part), safe=":", errors="surrogatepass") for part in parts)
 
 
-def _controls(found: Sequence[Leaderboard]) -> Html:
-    """Selectors and the filter; hidden until the script makes them work."""
-    datasets = dict.fromkeys(board.dataset for board in found)
-    threats = dict.fromkeys(str(board.threat) for board in sorted(found, key=lambda board: difficulty(board.threat)))
-    first = [tag("option", "all", value="all"), *(tag("option", tables.title(one), value=fragment(one)) for one in datasets)]
-    second = [tag("option", "those trained against", value=""), tag("option", "all", value="all")]
-    second += [tag("option", one, value=fragment(one)) for one in threats]
-    return tag(
-        "div",
-        tag("label", "Data set", tag("select", *first, id="dataset", autocomplete="off")),
-        tag("label", "Threat", tag("select", *second, id="threat", autocomplete="off")),
-        tag("label", "Filter by name, defense, network", tag("input", id="filter", type="search", autocomplete="off")),
-        tag("p", id="status", role="status"),
-        id="controls",
-        class_="controls",
-        role="search",
-        hidden="",
-    )
+def prose(text: str) -> Markup:
+    """A card's paragraph: text between two backticks is code."""
+    parts = re.split(r"`([^`\n]+)`", _showable(text))
+    return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
 
 
-def _main(cards: Sequence[Card], found: Sequence[Leaderboard]) -> Iterable[Html]:
-    drawn = curves.charts(found)
-    for dataset in dict.fromkeys(board.dataset for board in found):
-        seen: set[str] = set()
-        parts = []
-        for board in found:
-            if board.dataset == dataset:
-                address = tables.board_id(board)
-                parts.append(tables.leaderboard(board, first=address not in seen))
-                seen.add(address)
-        charts = curves.section(dataset, drawn)
-        yield tag("section", tag("h2", tables.title(dataset)), *parts, charts, class_="data", id=fragment(dataset))
-    yield tables.unmeasured(cards)
-    yield tag("section", tag("h2", "Model cards"), *map(models.section, cards), id="models/")
+def letters(index: int) -> str:
+    """a to z, then aa, ab and so on."""
+    return (letters(index // 26 - 1) if index >= 26 else "") + chr(ord("a") + index % 26)
 
 
-def _footer() -> Html:
-    promises = facts((str(one), f"{one.phrase}, whatever the attacker does within the threat.") for one in Guarantee)
-    words = facts((str(one), f"{one.meaning}.") for one in Arithmetic)
-    text = "Made by patchcert from its model cards. Each number can be measured again with the command on the model's card."
-    return tag("footer", tag("p", text), promises, tag("p", "Arithmetic of a certificate:"), words)
+def sources(papers: Iterable[Published | None]) -> list[str]:
+    """The papers below a table, in the order of their letters."""
+    return list(dict.fromkeys(paper.source for paper in papers if paper))
+
+
+def search_words(card: Card, *more: str) -> str:
+    """The text that the filter searches."""
+    return " ".join((card.name, card.defense, card.network, card.license, card.status, *more, own(card))).lower()
+
+
+def recipe(card: Card) -> str:
+    """The recipe as YAML."""
+    return yaml.safe_dump(
+        card.to_dict()["recipe"], sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
+    ).rstrip()
+
+
+def results_of(card: Card, guarantee: Guarantee) -> list[Measured]:
+    """The measurements of one guarantee, by data set and threat, the best proof first."""
+    results = [one for one in card.results if one.guarantee is guarantee]
+    return sorted(results, key=lambda one: (one.dataset, difficulty(one.threat), one.split, -one.certified))

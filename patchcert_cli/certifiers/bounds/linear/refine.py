@@ -1,4 +1,4 @@
-"""Deciding by linear bounds what interval bounds left open: cheap questions first, dear ones only for what they leave.
+"""Deciding by linear bounds what interval bounds left open: cheap bounds first, expensive ones only for undecided images.
 
 Shapes: B images, A locations, K classes.
 
@@ -26,7 +26,7 @@ from patchcert_cli.threats import Patch, Threat
 
 SIDES = (4,)  # sides of the tiles; a union of many locations is too loose to pay, and one location is cheap
 FEW = 4  # pairs of an image that are bounded alone before the tiles
-WAVE = 32  # and behind them, at first
+WAVE = 32  # and after them, at first
 GROWTH = 4  # the next such wave is this many times as large
 
 
@@ -100,7 +100,7 @@ class _Search:
             size *= GROWTH
 
     def _open(self) -> Tensor:
-        """Pairs without a sufficient bound, bool [B, A, K]; a bound that is no number is none."""
+        """Pairs without a sufficient bound, bool [B, A, K]; NaN counts as no bound."""
         return ~(self.table > self.tolerance[:, None, None]) & self.alive[:, None, None]
 
     def _alone(self, size: int) -> None:

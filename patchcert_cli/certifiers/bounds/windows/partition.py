@@ -1,4 +1,4 @@
-"""Which layers of a network are bounded in windows, and what happens behind them.
+"""Which layers of a network are bounded in windows, and what happens after them.
 
 A layer is bounded in windows if its outputs have windows (:mod:`patch_windows`) and its weights are the same everywhere. The
 first dense layer takes its columns under the window. Any other layer gets whole maps, filled in for each location, which is
@@ -38,10 +38,10 @@ class Partition:
     Attributes:
         layers: all of them.
         inner: the first layers, bounded in windows.
-        dense_entry: the dense layer behind them, if that comes next.
+        dense_entry: the dense layer after them, if that comes next.
         tail: all further layers, bounded as a whole for each location.
         path: rows and columns of each sliding layer of ``inner``.
-        shape: C, H, W behind ``inner``.
+        shape: C, H, W after ``inner``.
     """
 
     layers: list[nn.Module]

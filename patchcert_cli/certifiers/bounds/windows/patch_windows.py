@@ -1,4 +1,4 @@
-"""Where a patch can be felt behind each layer of a network: the windows of all its locations.
+"""What a patch can change after each layer of a network: the windows of all its locations.
 
 Shapes: S starts of a patch along one axis, T sliding layers (convolution, pooling), L locations, N pairs (image, location).
 
@@ -7,7 +7,7 @@ outputs that see the window (:func:`patchcert_cli.certifiers.geometry.touched_ra
 change inside the window alone. So windows of windows hold all that a patch can change, and rows and columns are independent. A
 larger window is as right as the smallest one, as long as the change is taken as 0 wherever it is not computed.
 
-``first[t]`` and ``length[t]`` are the window in front of sliding layer t, ``first[T]`` and ``length[T]`` that behind the last.
+``first[t]`` and ``length[t]`` are the window before sliding layer t, ``first[T]`` and ``length[T]`` that after the last.
 ``offset[t]`` is where the first output of window t + 1 begins to look, counted from the beginning of window t.
 """
 
@@ -207,7 +207,7 @@ class WindowBatch:
 
 
 class PatchWindows:
-    """The windows of a patch at every location of an image, behind every sliding layer of ``path``."""
+    """The windows of a patch at every location of an image, after every sliding layer of ``path``."""
 
     def __init__(
         self, path: Sequence[tuple[SlidingAxis, SlidingAxis]], shape: tuple[int, int], patch: Patch, *, clip: bool

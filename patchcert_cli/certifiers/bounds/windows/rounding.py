@@ -2,9 +2,9 @@
 
 Shapes: B images, maps [B, C, H, W], features [B, F]; u the unit roundoff.
 
-**Claim.** Let every exact value (clean, lower, upper) in front of a layer be at most ``size``, and let the computed clean value c
+**Claim.** Let every exact value (clean, lower, upper) before a layer be at most ``size``, and let the computed clean value c
 and the computed ends of the box, the real numbers ``c + d - r`` and ``c + d + r``, be off by at most ``error``, cell by cell and
-at every location. Then the same holds behind the layer with what is carried here. Proof, with S = size + 2 error:
+at every location. Then the same holds after the layer with what is carried here. Proof, with S = size + 2 error:
 
 * Affine ``W v + b``. Take c, d, r as they were computed: ``W c + b + W d -/+ |W| r`` weighs each entry's lower end with one sign
   of w and its upper end with the other, as plain interval arithmetic does (c cancels, because the clean values that d was
@@ -13,10 +13,10 @@ at every location. Then the same holds behind the layer with what is carried her
   Where values have no signs, r is half of that. So they are at most those of 2 products of size S, or of 3 if values have signs,
   and of one more in the dense layer, which adds the clean value as one more term of the sum. Where windows and clean maps are
   multiplied as plain matrices, no fast convolution algorithm makes them larger.
-* ReLU and max pooling. The ends are formed (two roundings each), cut or compared (none), and middle, r and d are formed anew:
+* ReLU and max pooling. The ends are formed (two roundings each), cut or compared (none), and middle, r and d are formed again:
   five roundings of numbers of at most 2 S. Together less than 16 u S. Both layers are monotone and carry errors unchanged.
 * An exact pre-activation is at most the largest computed upper end of all locations plus ``error``: if that is not positive, the
-  neuron is 0 at all locations, exactly, computed or not; else it bounds the size behind the ReLU.
+  neuron is 0 at all locations, exactly, computed or not; else it bounds the size after the ReLU.
 
 The deployed float64 pass at an attacked input has exact activations inside the boxes, so the same sizes bound its rounding. Its
 error and that of margins in float64 share one bound.
@@ -44,7 +44,7 @@ from patchcert_cli.certifiers.bounds.rules import (
 from patchcert_cli.certifiers.bounds.windows.partition import Partition
 
 UNITS = UNIT[torch.float32], UNIT[torch.float64]
-FORMED = 16.0  # roundings of size S that bound the error of forming middle and radius anew
+FORMED = 16.0  # roundings of size S that bound the error of forming middle and radius again
 IMAGES = 16  # at a time
 
 
@@ -72,7 +72,7 @@ def errors(
     """Rounding errors of bounds in windows, and of the network itself.
 
     Args:
-        last: the layers behind the partition, which the margins merge with a difference of classes.
+        last: the layers after the partition, which the margins merge with a difference of classes.
         x: [B, C, H, W].
         highest: :attr:`Windows.highest` over all locations, computed in ``dtype``.
     """
@@ -105,7 +105,7 @@ def _errors(partition: Partition, last: list[nn.Module], x: Tensor, highest: Map
 
 
 def _through(layer: nn.Module, size: Tensor, errors: list[Tensor], products: float) -> tuple[Tensor, list[Tensor]]:
-    """Largest magnitude and errors behind a layer, of which ``products`` of size S are computed."""
+    """Largest magnitude and errors after a layer, of which ``products`` of size S are computed."""
     carried = carry(layer, torch.cat(errors)).chunk(len(errors))
     if is_exact(layer):
         return carry(layer, size), list(carried)

@@ -2,9 +2,9 @@
 
 Shapes: B images, N pairs (image, location), maps of C channels and H x W cells, windows [N, h, w, C], channels last, F features.
 
-**Theorem.** Let c be the clean activations in front of a layer, and let the box of location L be c outside the window that L
+**Theorem.** Let c be the clean activations before a layer, and let the box of location L be c outside the window that L
 reaches (:mod:`patch_windows`), and inside it ``c + d - r`` to ``c + d + r``: d is the *deviation* of the box's middle from the
-clean value, r its radius, both 0 outside the window. Then interval arithmetic (:func:`rules.box`) gives the same form behind the
+clean value, r its radius, both 0 outside the window. Then interval arithmetic (:func:`rules.box`) gives the same form after the
 layer:
 
 * affine ``W v + b`` (linear, convolution, average pooling, normalization): the clean value is ``W c + b``, the deviation ``W d``
@@ -60,7 +60,7 @@ class DeviationBox:
 
 
 class Windows:
-    """Bounds of some images' activations behind ``layers``, at any location of a patch.
+    """Bounds of some images' activations after ``layers``, at any location of a patch.
 
     Args:
         layers: in eval mode, for images [B, C, H, W] in [0, 1].
@@ -79,17 +79,17 @@ class Windows:
         self.x, self.epsilon, self.clip = x, epsilon, clip
         self.partition = Partition.of(layers, x[:1])
         self.patch_windows = PatchWindows(self.partition.path, (x.shape[2], x.shape[3]), patch, clip=clip)
-        self.clean = [x.contiguous(memory_format=torch.channels_last)]  # in front of each inner layer, and behind the last
+        self.clean = [x.contiguous(memory_format=torch.channels_last)]  # before each inner layer, and after the last
         for layer in self.partition.inner:
             self.clean.append(self._clean(layer, self.clean[-1]))
         self.highest: dict[int, Tensor] | None = {} if watch else None
         self._memory: dict[str, Tensor] = {}
 
     def _clean(self, layer: nn.Module, v: Tensor) -> Tensor:
-        """Clean activations behind a layer; without gradient by plain matrix products, whose rounding errors are smaller."""
+        """Clean activations after a layer; without gradient by plain matrix products, whose rounding errors are smaller."""
         if torch.is_grad_enabled() or not isinstance(layer, nn.Conv2d) or not is_plain(layer, v.device):
-            behind: Tensor = layer(v)
-            return behind
+            clean: Tensor = layer(v)
+            return clean
         maps = v.permute(0, 2, 3, 1).contiguous()
         parts = [convolve_maps(layer, self._weights[layer][0], part) for part in torch.split(maps, UNFOLDED)]
         return torch.cat(parts).permute(0, 3, 1, 2)
@@ -116,7 +116,7 @@ class Windows:
         return self._bounds(owner.repeat(len(location)), location.repeat_interleave(len(self.x)))
 
     def bounds(self, owner: Tensor, location: Tensor) -> Box:
-        """Lower and upper activations behind the last layer, [N, ...], of images ``owner`` at ``location``, int64 [N] each.
+        """Lower and upper activations after the last layer, [N, ...], of images ``owner`` at ``location``, int64 [N] each.
 
         All locations must belong to one of the classes of :meth:`PatchWindows.classes`; :meth:`PatchWindows.order` is the best
         order.
@@ -150,7 +150,7 @@ class Windows:
         return DeviationBox((0.5 - pixels) * self.epsilon, torch.full_like(pixels[:1], self.epsilon / 2))
 
     def _watch(self, at: int, upper: Tensor, batch: WindowBatch, t: int) -> None:
-        """Take note of the upper ends [N, h, w, C] of :meth:`everywhere` in front of layer ``at``."""
+        """Take note of the upper ends [N, h, w, C] of :meth:`everywhere` before layer ``at``."""
         assert self.highest is not None
         if at not in self.highest:
             self.highest[at] = self.clean[at].permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
@@ -170,7 +170,7 @@ class Windows:
         return self._memory[name][:size].view(shape)
 
     def _rows(self, at: int) -> Tensor:
-        """Clean activations in front of layer ``at`` as rows, one for each cell of each image: [B*H*W, C]."""
+        """Clean activations before layer ``at`` as rows, one for each cell of each image: [B*H*W, C]."""
         return self.clean[at].permute(0, 2, 3, 1).reshape(-1, self.clean[at].shape[1])
 
     def _gather(self, at: int, cells: Tensor, name: str) -> Tensor:
@@ -180,7 +180,7 @@ class Windows:
         return torch.index_select(rows, 0, cells.flatten(), out=out).reshape(*cells.shape, rows.shape[1])
 
     def _rectify(self, field: DeviationBox, at: int, batch: WindowBatch, t: int) -> DeviationBox:
-        """Behind a ReLU. Outside its map a window's clean value is taken as minus infinity, so that it is 0 there again."""
+        """After a ReLU. Outside its map a window's clean value is taken as minus infinity, so that it is 0 there again."""
         cells, outside, deviation, radius = batch.cells(t), batch.outside(t), field.deviation, field.radius
         if torch.is_grad_enabled():
             return DeviationBox(*_Rectified.apply(deviation, radius, self._rows(at), cells, outside))
@@ -196,7 +196,7 @@ class Windows:
 
     @cached_property
     def _weights(self) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-        """Weight and its magnitude of each convolution, [C', kh, kw, C/groups], and of the dense layer behind, [F, H, W, C]."""
+        """Weight and its magnitude of each convolution, [C', kh, kw, C/groups], and of the next dense layer, [F, H, W, C]."""
         found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         for layer in (*self.partition.inner, self.partition.dense_entry):
             if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -206,7 +206,7 @@ class Windows:
         return found
 
     def _slide(self, layer: nn.Module, field: DeviationBox, at: int, batch: WindowBatch, t: int) -> DeviationBox:
-        """Behind a convolution or pooling, whose input is 0 outside of the maps; ``t`` counts such layers."""
+        """After a convolution or pooling, whose input is 0 outside of the maps; ``t`` counts such layers."""
         size, groups, path = batch.sizes[t + 1], batch.groups[t], self.partition.path[t]
         deviation, radius = field.deviation, field.radius
         if len(radius) != len(deviation) and (len(groups) > 1 or isinstance(layer, nn.MaxPool2d)):
@@ -232,7 +232,7 @@ class Windows:
         return DeviationBox(parts[0], parts[1], closed=self.clip)
 
     def _largest(self, layer: nn.MaxPool2d, field: DeviationBox, at: int, batch: WindowBatch, t: int) -> DeviationBox:
-        """Behind max pooling: the ends of the box need all that the outputs see, and padding is minus infinity."""
+        """After max pooling: the ends of the box need all that the outputs see, and padding is minus infinity."""
         size, path, parts = batch.sizes[t + 1], self.partition.path[t], []
         channels = field.deviation.shape[3]
         for group in batch.groups[t] if 0 not in size else ():
@@ -251,19 +251,17 @@ class Windows:
             parts.append((middle - clean, upper - middle))
         none = field.deviation.new_zeros(len(batch.owner), *size, channels)
         deviation, radius = (torch.cat(part) for part in zip(*parts, strict=True)) if parts else (none, none)
-        return DeviationBox(deviation, radius, closed=False).close(
-            batch, t + 1
-        )  # at once: outside of the map they are no numbers
+        return DeviationBox(deviation, radius, closed=False).close(batch, t + 1)  # at once: outside of the map they are NaN
 
     @cached_property
     def _dense(self) -> Tensor:
-        """Clean activations behind the first dense layer, [B, F]."""
+        """Clean activations after the first dense layer, [B, F]."""
         assert self.partition.dense_entry is not None
         features: Tensor = self.partition.dense_entry(self.clean[-1].flatten(1))
         return features
 
     def _enter(self, field: DeviationBox, batch: WindowBatch) -> Box:
-        """Lower and upper features behind the first dense layer, [N, F] each."""
+        """Lower and upper features after the first dense layer, [N, F] each."""
         assert self.partition.dense_entry is not None
         fields = (field.deviation, field.radius.expand_as(field.deviation))
         clean, runs = self._dense.index_select(0, batch.owner), batch.aligned_runs()
@@ -304,7 +302,7 @@ class Windows:
 
 
 class _Rectified(torch.autograd.Function):
-    """Deviation and radius behind a ReLU, from those before it and from the clean activations' rows [M, C]."""
+    """Deviation and radius after a ReLU, from those before it and from the clean activations' rows [M, C]."""
 
     @staticmethod
     def forward(

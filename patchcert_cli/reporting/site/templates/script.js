@@ -1,6 +1,3 @@
-"""The page's only script: sorting, filtering and addresses. Without it everything is visible in its first order."""
-
-SCRIPT = """
 "use strict";
 (() => {
   const all = (what, from = document) => [...from.querySelectorAll(what)];
@@ -48,7 +45,7 @@ SCRIPT = """
 
   // What is shown.
   function show() {
-    const asked = filter.value.toLowerCase().split(/\\s+/).filter(Boolean);
+    const asked = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
     const named = (each) => asked.every((word) => each.dataset.words.includes(word));
     const ours = (each) => dataset.value === "all" || each.dataset.dataset === dataset.value;
     const meant = (board) => threat.value === "all" || (threat.value ? board.dataset.threat === threat.value : board.dataset.own);
@@ -75,7 +72,7 @@ SCRIPT = """
     }
     const cards = all("details.card");
     cards.forEach((card) => { card.hidden = !(named(card) && ours(card)); });
-    one("#models\\\\/").hidden = cards.every((card) => card.hidden);
+    one("#models\\/").hidden = cards.every((card) => card.hidden);
     status.textContent = seen.size === 1 ? "1 model in these tables" : (seen.size || "No") + " models in these tables";
   }
 
@@ -144,4 +141,3 @@ SCRIPT = """
   show();
   arrive();
 })();
-"""
