@@ -293,14 +293,34 @@ def parse_patch(text: str) -> Patch | PatchPercent:
 
 
 def parse_patches(text: str) -> list[Patch | PatchPercent]:
-    """Read what :func:`parse_patch` reads, or a range of square patches such as ``1..10``."""
+    """Read patches between commas, each as :func:`parse_patch` reads it or a range of squares: ``1..10``, ``2x5,5x2``."""
+    found: list[Patch | PatchPercent] = []
+    for part in text.split(","):
+        sides = _range(part)
+        found += [parse_patch(part)] if sides is None else [Patch(side, side) for side in sides]
+    return found
+
+
+def parse_budgets(text: str, unit: str) -> list[Sparse]:
+    """Read numbers of changed pixels or values between commas, or ranges of them: ``1..10``, ``1,2,4``."""
+    found: list[Sparse] = []
+    for part in text.split(","):
+        budgets = _range(part)
+        if budgets is None and not re.fullmatch(r"0*[1-9]\d{0,8}", part):
+            raise UsageError(f"invalid sparse budget '{part}'.", hint="Use a whole number k of 1 or more, for example 10.")
+        found += [Sparse(k, unit) for k in budgets or [int(part)]]
+    return found
+
+
+def _range(text: str) -> range | None:
+    """The numbers of ``FIRST..LAST``; None if the text is something else."""
     match = re.fullmatch(r"(\d{1,4})\.\.(\d{1,4})", text)
     if not match:
-        return [parse_patch(text)]
+        return None
     first, last = int(match[1]), int(match[2])
     if not 1 <= first <= last:
-        raise UsageError(f"invalid range of patches '{text}'.", hint="Use FIRST..LAST, both 1 or more, for example 1..10.")
-    return [Patch(side, side) for side in range(first, last + 1)]
+        raise UsageError(f"invalid range '{text}'.", hint="Use FIRST..LAST, both 1 or more, for example 1..10.")
+    return range(first, last + 1)
 
 
 def patches_of_area(area: int, height: int, width: int) -> list[Patch]:

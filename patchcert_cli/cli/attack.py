@@ -2,193 +2,283 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import show
-from patchcert_cli.cli.loading import (
-    ClassesOption,
-    DefenseOption,
-    LabelsOption,
-    MasksOption,
-    PassesOption,
-    ThresholdOption,
-    WeightsOption,
-    open_sample,
-    open_task,
-    wish_of,
-)
+from patchcert_cli.cli import loading, several, show
+from patchcert_cli.cli.groups import grouped
 from patchcert_cli.cli.options import (
     RUN,
-    BatchOption,
-    DataDirOption,
-    DatasetOption,
-    DeviceOption,
-    DownloadOption,
+    ClassifierOptions,
+    DataOptions,
     DryRunOption,
-    FreshOption,
-    JsonOption,
-    KOption,
-    LimitOption,
-    ModelArgument,
-    OutOption,
-    PatchOption,
-    SeedOption,
-    ThreatOption,
-    UnitOption,
-    own_threat,
-    threat_from,
+    ModelsArgument,
+    OutputOptions,
+    RunOptions,
+    ThreatOptions,
 )
 from patchcert_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from patchcert_cli.attacks import Attack
+    from patchcert_cli.cli.loading import Claims
+    from patchcert_cli.evaluation.models import DefenseRequest
     from patchcert_cli.evaluation.task import EvaluationTask
 
 EXAMPLES = (
     "Examples:  patchcert attack mnist-ibp-p5 --patch 5 --limit 500   |   patchcert attack runs/x --threat sparse --k 4"
-    "   |   patchcert attack NAME --patch 50 --saved ./patches --data imagefolder:./val"
+    "   |   patchcert attack NAME --patch 50 --saved ./patches --data imagefolder:./val   |   patchcert attack --attack list"
 )
+OLD = {"--labels": "--precision"}  # spellings of earlier versions
+ATTACK, SAVED = "Attack", "Images to paste"
+COLUMNS = ("model", "threat", "right under attack", "certified", "flipped")  # where there is little room
+LIST = "list"
 
-ATTACK = "Attack"
-StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Gradient steps.", rich_help_panel=ATTACK)]
-RestartsOption = Annotated[
-    int | None, typer.Option("--restarts", min=0, help="Random restarts per location (patch).", rich_help_panel=ATTACK)
-]
-LocationsOption = Annotated[
-    int | None,
-    typer.Option("--locations", min=1, help="How many of the most damaging locations to attack (patch).", rich_help_panel=ATTACK),
-]
-IterationsOption = Annotated[
-    int | None, typer.Option("--iterations", min=0, help="Rounds of random search (sparse).", rich_help_panel=ATTACK)
-]
-MaxSecondsOption = Annotated[
-    float | None,
+AttackOption = Annotated[
+    str | None,
     typer.Option(
-        "--max-seconds",
-        metavar="S",
-        help="Stop after so many seconds, and say which images are left; the same command goes on with them.",
-        rich_help_panel=RUN,
-    ),
-]
-SAVED = "Pictures to paste"
-SavedOption = Annotated[
-    Path | None,
-    typer.Option("--saved", metavar="FOLDER", help="Paste these pictures at random places instead.", rich_help_panel=SAVED),
-]
-PlacesOption = Annotated[
-    int | None, typer.Option("--places", min=1, help="How often each is pasted on an image. Default: 1.", rich_help_panel=SAVED)
-]
-TurnOption = Annotated[
-    float | None,
-    typer.Option("--turn", metavar="DEGREES", help="Turn each by up to so much to either side.", rich_help_panel=SAVED),
-]
-ShrinkOption = Annotated[
-    float | None,
-    typer.Option("--shrink", metavar="SHARE", help="Scale each by a factor between this and 1.", rich_help_panel=SAVED),
-]
-JoinOption = Annotated[
-    bool,
-    typer.Option(
-        "--certify/--no-certify", help="Certify the same images; exit 8 if a certified one is flipped.", rich_help_panel=RUN
+        "--attack",
+        metavar="NAME|list",
+        help="Attack by name; list prints all names with the threats they know. Default: the documented one of the threat.",
+        rich_help_panel=ATTACK,
     ),
 ]
 
 
+@dataclass(frozen=True)
+class SearchOptions:
+    """Which attack searches, and how long."""
+
+    attack: AttackOption = None
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Gradient steps.", rich_help_panel=ATTACK)] = None
+    restarts: Annotated[
+        int | None, typer.Option("--restarts", min=0, help="Random restarts per location (patch).", rich_help_panel=ATTACK)
+    ] = None
+    locations: Annotated[
+        int | None,
+        typer.Option(
+            "--locations", min=1, help="How many of the most damaging locations to attack (patch).", rich_help_panel=ATTACK
+        ),
+    ] = None
+    iterations: Annotated[
+        int | None, typer.Option("--iterations", min=0, help="Rounds of random search (sparse).", rich_help_panel=ATTACK)
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """What is given of the attack's own options."""
+        own = ("steps", "restarts", "locations", "iterations")
+        return {name: value for name in own if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class SavedOptions:
+    """Given images that are pasted in the place of a search."""
+
+    saved: Annotated[
+        Path | None,
+        typer.Option("--saved", metavar="FOLDER", help="Paste these images at random places instead.", rich_help_panel=SAVED),
+    ] = None
+    places: Annotated[
+        int | None,
+        typer.Option("--places", min=1, help="How often each is pasted on an image. Default: 1.", rich_help_panel=SAVED),
+    ] = None
+    turn: Annotated[
+        float | None,
+        typer.Option("--turn", metavar="DEGREES", help="Turn each by up to DEGREES to either side.", rich_help_panel=SAVED),
+    ] = None
+    shrink: Annotated[
+        float | None,
+        typer.Option("--shrink", metavar="SHARE", help="Scale each by a factor between SHARE and 1.", rich_help_panel=SAVED),
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """What is given of how they are pasted."""
+        return {name: value for name in ("places", "turn", "shrink") if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class JoinOptions:
+    """How long, and whether certificates are checked against it."""
+
+    join: Annotated[
+        bool,
+        typer.Option(
+            "--certify/--no-certify", help="Certify the same images; exit 8 if a certified one is flipped.", rich_help_panel=RUN
+        ),
+    ] = True
+    max_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--max-seconds",
+            metavar="S",
+            help="Stop after S seconds and report which images are left; the same command goes on with them.",
+            rich_help_panel=RUN,
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Refuse a time that is none."""
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise UsageError(f"--max-seconds {self.max_seconds:g} must be more than 0.")
+
+
+@grouped
 def attack(
-    model: ModelArgument = None,
-    patch: PatchOption = None,
-    threat: ThreatOption = None,
-    k: KOption = None,
-    unit: UnitOption = None,
-    steps: StepsOption = None,
-    restarts: RestartsOption = None,
-    locations: LocationsOption = None,
-    iterations: IterationsOption = None,
-    saved: SavedOption = None,
-    places: PlacesOption = None,
-    turn: TurnOption = None,
-    shrink: ShrinkOption = None,
-    join: JoinOption = True,
-    max_seconds: MaxSecondsOption = None,
-    defense: DefenseOption = None,
-    masks: MasksOption = None,
-    passes: PassesOption = None,
-    weights: WeightsOption = None,
-    classes: ClassesOption = None,
-    labels: LabelsOption = None,
-    threshold: ThresholdOption = None,
-    dataset: DatasetOption = None,
-    data_dir: DataDirOption = None,
-    download: DownloadOption = False,
-    limit: LimitOption = None,
-    batch_size: BatchOption = None,
-    device: DeviceOption = "auto",
-    seed: SeedOption = 0,
-    out: OutOption = None,
-    fresh: FreshOption = False,
-    json: JsonOption = None,
+    models: ModelsArgument = None,
+    *,
+    threat: ThreatOptions,
+    search: SearchOptions,
+    saved: SavedOptions,
+    classifier: ClassifierOptions,
+    data: DataOptions,
+    run: RunOptions,
+    join: JoinOptions,
     dry_run: DryRunOption = False,
+    output: OutputOptions,
 ) -> None:
-    """Try to flip predictions within the threat model, and hold the result against the certificates.
+    """Try to flip predictions within the threat model, and compare with the certificates.
 
-    An attack is empirical: what it does not break is not thereby safe. What certify proves, no attack may break.
+    An attack is empirical: one that fails proves nothing. A flipped certified image is a bug, with exit code 8.
     """
-    chosen = threat_from(threat=threat, patch=patch, k=k, unit=unit)
-    wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
-    request = wish_of(**wanted, labels=labels, dry_run=dry_run, download=download, threshold=threshold)
-    if max_seconds is not None and not max_seconds > 0:
-        raise UsageError(f"--max-seconds {max_seconds:g} must be more than 0.")
-
-    searching: dict[str, Any] = {"steps": steps, "restarts": restarts, "locations": locations, "iterations": iterations}
-    pasting: dict[str, Any] = {"places": places, "turn": turn, "shrink": shrink}
-    _check_options(saved, searching, pasting)
+    if search.attack == LIST:
+        print_attacks(output.json)
+        return
+    chosen = threat.one()
+    request = classifier.request(dry_run=dry_run, download=data.download)
+    several.alone(models or [], {"--out": run.out})
+    join.check()
+    _check_options(search, saved)
 
     from patchcert_cli.defenses import Claim
-    from patchcert_cli.evaluation import estimate, evaluate, results
+    from patchcert_cli.evaluation import results
     from patchcert_cli.reporting import text
 
     def claims(own: str, shape: tuple[int, int, int]) -> list[Claim]:
-        return [Claim(chosen or own_threat(own, threat=threat, unit=unit))]
+        return [Claim(chosen or threat.own(own))]
 
-    given: Any = {"dataset": dataset, "data_dir": data_dir, "limit": limit, "batch_size": batch_size, "device": device}
+    def one(model: str | None, command: str) -> several.Value:
+        work = _estimate if dry_run else _attack
+        return work(model, claims, request, data, run, command, search, saved, join)
+
     if dry_run:
-        task, total = open_sample(model, claims, request, seed=seed, **given)
-        attacker, settings = _attacker(task, saved, pasting if saved else searching, seed)
-        folder = out or task.folder("attack", {"attack": settings, "joined": join})
-        with show.progress() as progress:
-            value = estimate.evaluation(task, folder, attacker, total, join=join, progress=progress)
-        show.result(text.plain_rows(value), value, json)
-        return
-    task = open_task(model, claims, request, seed=seed, download=download, **given)
-    attacker, settings = _attacker(task, saved, pasting if saved else searching, seed)
-    with show.progress() as progress:
-        more: Any = {"join": join, "fresh": fresh, "progress": progress, "max_seconds": max_seconds}
-        found = evaluate.attack(task, attacker, settings, out, **more)
-    show.result(text.attack_rows(found), found, json)
-    results.check_claim(found)
-
-
-def _check_options(saved: Path | None, searching: dict[str, Any], pasting: dict[str, Any]) -> None:
-    """Refuse options of the attack that is not meant."""
-    strange = [name for name, value in (searching if saved else pasting).items() if value is not None]
-    if strange and saved:
-        raise UsageError(
-            f"--{strange[0]} is for an attack that searches, and --saved only pastes.", hint="Leave one of them out."
+        several.run(models, one, several.estimates, output.json, one_table=several.in_two_columns(text.plain_rows))
+    else:
+        several.run(
+            models, one, _table, output.json, one_table=several.in_two_columns(text.attack_rows), check=results.check_claim
         )
-    if strange:
-        raise UsageError(f"--{strange[0]} is about pictures to paste.", hint="Add --saved FOLDER.")
 
 
-def _attacker(task: EvaluationTask, saved: Path | None, asked: dict[str, Any], seed: int) -> tuple[Attack, dict[str, Any]]:
-    """The attack that the options name, and what a manifest says of it."""
+def print_attacks(json_to: str | None) -> None:
+    """Print the names of all attacks with the kinds of threat that each knows."""
     from patchcert_cli import attacks
 
-    settings = {name: value for name, value in asked.items() if value is not None}
-    if saved is None:
-        made = attacks.for_threat(task.threat, seed=seed, **settings)
-        return made, settings | {"name": type(made).__name__, "seed": seed}
-    pasted, pictures = attacks.pasted(saved, task.threat, task.model.defense.input_shape, seed=seed, **settings)
+    value = {name: {"threats": list(kinds), "default_for": attacks.default_for(name)} for name, kinds in attacks.kinds().items()}
+    rows = [
+        {"attack": name, "threats": ", ".join(one["threats"]), "default for": ", ".join(one["default_for"]) or "-"}
+        for name, one in value.items()
+    ]
+    show.printed(lambda: show.table(rows), value, json_to)
+
+
+def _attack(
+    model: str | None,
+    claims: Claims,
+    request: DefenseRequest,
+    data: DataOptions,
+    run: RunOptions,
+    command: str,
+    search: SearchOptions,
+    saved: SavedOptions,
+    join: JoinOptions,
+) -> several.Value:
+    from patchcert_cli.evaluation import evaluate
+
+    task = loading.open_task(model, claims, data, run, command, request)
+    attacker, settings = _attacker(task, search, saved, run.seed)
+    with show.progress() as progress:
+        return evaluate.attack(
+            task,
+            attacker,
+            settings,
+            run.out,
+            join=join.join,
+            fresh=run.fresh,
+            progress=progress,
+            max_seconds=join.max_seconds,
+        )
+
+
+def _estimate(
+    model: str | None,
+    claims: Claims,
+    request: DefenseRequest,
+    data: DataOptions,
+    run: RunOptions,
+    command: str,
+    search: SearchOptions,
+    saved: SavedOptions,
+    join: JoinOptions,
+) -> several.Value:
+    from patchcert_cli.evaluation import estimate
+
+    task, total = loading.open_sample(model, claims, data, run, command, request)
+    attacker, settings = _attacker(task, search, saved, run.seed)
+    folder = run.out or task.folder("attack", {"attack": settings, "joined": join.join})
+    with show.progress() as progress:
+        return estimate.evaluation(task, folder, attacker, total, join=join.join, progress=progress)
+
+
+def _check_options(search: SearchOptions, saved: SavedOptions) -> None:
+    """Refuse options of the attack that is not chosen, and unknown names."""
+    if saved.saved is None:
+        if saved.settings() or search.attack == "saved":
+            flag = f"--{next(iter(saved.settings()))}" if saved.settings() else "--attack saved"
+            raise UsageError(f"{flag} is about images to paste.", hint="Add --saved FOLDER.")
+    elif search.settings() or search.attack not in (None, "saved"):
+        flag = f"--{next(iter(search.settings()))}" if search.settings() else f"--attack {search.attack}"
+        raise UsageError(f"{flag} is for an attack that searches, and --saved only pastes.", hint="Leave one of them out.")
+    if search.attack is not None:
+        from patchcert_cli import attacks
+
+        attacks.check_name(search.attack)
+
+
+def _attacker(task: EvaluationTask, search: SearchOptions, saved: SavedOptions, seed: int) -> tuple[Attack, dict[str, Any]]:
+    """The attack that the options name, and its settings for the manifest."""
+    from patchcert_cli import attacks
+
+    if saved.saved is None:
+        settings = search.settings()
+        chosen = attacks.for_threat(task.threat, search.attack, seed=seed, **settings)
+        return chosen, settings | {"name": type(chosen).__name__, "seed": seed}
+    settings = saved.settings()
+    shape = task.model.defense.input_shape
+    pasted, pictures = attacks.pasted(saved.saved, task.threat, shape, seed=seed, **settings)
     return pasted, settings | {"name": type(pasted).__name__, "seed": seed, "pictures": pictures}
+
+
+def _table(results: Sequence[several.Value]) -> None:
+    """One row for each model."""
+    from patchcert_cli.reporting.numbers import share
+
+    rows = []
+    for result in results:
+        images, counts = result["images"], result["counts"]
+        survived = round(result["attacked_accuracy"] * images)
+        certified = [claim["counts"]["certified"] for claim in result["claims"]]
+        rows.append(
+            {
+                "model": str(result["model"]),
+                "threat": result["threat"],
+                "clean": share(counts["clean"], images),
+                "right under attack": share(survived, images),
+                "certified": share(certified[0], images) if certified else "-",
+                "flipped": f"{len(result['broken'])} certified images" if certified else f"{result['flipped']} images",
+                "time": f"{result['seconds']:.1f} s",
+            }
+        )
+    several.by_guarantee(rows, [result.get("guarantee", "recovery") for result in results], COLUMNS)

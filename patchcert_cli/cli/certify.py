@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import loading, show
-from patchcert_cli.cli.loading import (
-    ClassesOption,
-    DefenseOption,
-    LabelsOption,
-    MasksOption,
-    PassesOption,
-    ThresholdOption,
-    WeightsOption,
-    open_sample,
-    open_task,
-    wish_of,
-)
+from patchcert_cli.cli import loading, several, show
+from patchcert_cli.cli.groups import grouped
 from patchcert_cli.cli.options import (
-    RUN,
-    THREAT,
-    BatchOption,
-    DataDirOption,
-    DatasetOption,
-    DeviceOption,
-    DownloadOption,
+    ClassifierOptions,
+    DataOptions,
     DryRunOption,
-    FreshOption,
-    JsonOption,
-    KOption,
-    LimitOption,
-    ModelArgument,
-    OutOption,
-    SeedOption,
-    ThreatOption,
-    UnitOption,
+    ModelsArgument,
+    OutputOptions,
+    RunOptions,
+    ThreatsOptions,
     file_to_write,
-    own_threat,
-    threat_from,
 )
 from patchcert_cli.errors import UsageError
-from patchcert_cli.threats import Threat, parse_patches, patches_of_area
+from patchcert_cli.threats import patches_of_area
 
 if TYPE_CHECKING:
     from patchcert_cli.cli.loading import Claims
@@ -51,251 +30,264 @@ if TYPE_CHECKING:
     from patchcert_cli.evaluation.models import DefenseRequest
 
 EXAMPLES = (
-    "Examples:  patchcert certify --patch 5   |   patchcert certify --patch 1..10 --plot curve.png"
-    "   |   patchcert certify --image cat.png --patch 5 --map map.png"
+    "Examples:  patchcert certify --patch 5   |   patchcert certify cifar-bagcert-rf7 cifar-smoothing-column --patch 5"
+    "   |   patchcert certify --patch 1..10 --plot curve.png   |   patchcert certify --image cat.png --patch 5 --map map.png"
 )
+OLD = {"--labels": "--precision"}  # spellings of earlier versions
 CONDITIONS = ("exact", "3.1", "3.2", "3.3")
 BOUNDS = ("interval", "linear", "best")
-PICTURE = "One picture, and plots"
-
-PatchesOption = Annotated[
-    str | None,
-    typer.Option(
-        "--patch",
-        metavar="N|HxW|P%|N..M",
-        help="One patch of this size in pixels, or share of the image; N..M for every size.",
-        rich_help_panel=THREAT,
-    ),
-]
-AreaOption = Annotated[
-    int | None,
-    typer.Option("--patch-area", help="Every aspect ratio of a patch of at most this many pixels.", rich_help_panel=THREAT),
-]
-ConditionOption = Annotated[
-    str | None,
-    typer.Option(
-        "--condition",
-        metavar="exact|3.1|3.2|3.3|all",
-        help="Proof for votes: exact, or a published looser condition, or all side by side.",
-        rich_help_panel=RUN,
-    ),
-]
-BoundsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--bounds",
-        metavar="interval|linear|best|all",
-        help="Bounds for networks: interval, or linear ones added where they leave something open (best, the default).",
-        rich_help_panel=RUN,
-    ),
-]
-PlotOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--plot",
-        callback=file_to_write("--plot"),
-        help="Draw accuracy over patch sizes or shapes into this file.",
-        rich_help_panel=PICTURE,
-    ),
-]
-PlotThresholdsOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--plot-thresholds",
-        callback=file_to_write("--plot-thresholds"),
-        help="Certified detection: draw alarms on unattacked images and certified answers over the threshold into this file.",
-        rich_help_panel=PICTURE,
-    ),
-]
-ImageOption = Annotated[
-    Path | None, typer.Option("--image", help="Certify this one picture instead of test images.", rich_help_panel=PICTURE)
-]
-MapOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--map",
-        callback=file_to_write("--map"),
-        help="Draw its margin at every location of the patch into this file.",
-        rich_help_panel=PICTURE,
-    ),
-]
-ResizeOption = Annotated[
-    bool, typer.Option("--resize", help="Make the picture fit, as the pictures of a folder are.", rich_help_panel=PICTURE)
-]
+PROOF, IMAGE = "Proof", "One image, and plots"
+COLUMNS = ("model", "threat", "certified", "clean", "95 % interval")  # where there is little room
 
 
+@dataclass(frozen=True)
+class ProofOptions:
+    """Which of a defense's proofs."""
+
+    condition: Annotated[
+        str | None,
+        typer.Option(
+            "--condition",
+            metavar="exact|3.1|3.2|3.3|all",
+            help="Proof for votes: exact, or a published looser condition, or all side by side.",
+            rich_help_panel=PROOF,
+        ),
+    ] = None
+    bounds: Annotated[
+        str | None,
+        typer.Option(
+            "--bounds",
+            metavar="interval|linear|best|all",
+            help="Bounds for networks: interval, or linear ones added where they leave something open (best, the default).",
+            rich_help_panel=PROOF,
+        ),
+    ] = None
+
+    def methods(self) -> list[str | None]:
+        """The names of the proofs; None is the defense's best."""
+        if self.bounds is not None and self.condition is not None:
+            raise UsageError("--condition is for votes and --bounds for networks.", hint="Give one of them.")
+        for kind, given, known in (("bounds", self.bounds, BOUNDS), ("condition", self.condition, CONDITIONS)):
+            if given not in (None, *known, "all"):
+                raise UsageError(f"no {kind} '{given}'.", hint=f"Use one of {', '.join(known)}, or all.")
+        if self.bounds == "all":
+            return ["interval", "linear"]
+        return list(CONDITIONS) if self.condition == "all" else [self.bounds or self.condition]
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """One image in the place of test images, and what is drawn."""
+
+    image: Annotated[
+        Path | None, typer.Option("--image", help="Certify this one image instead of test images.", rich_help_panel=IMAGE)
+    ] = None
+    resize: Annotated[
+        bool, typer.Option("--resize", help="Resize and crop it, as the images of a folder are.", rich_help_panel=IMAGE)
+    ] = False
+    map_: Annotated[
+        Path | None,
+        typer.Option(
+            "--map",
+            callback=file_to_write("--map"),
+            help="Draw its margin at every location of the patch into this file.",
+            rich_help_panel=IMAGE,
+        ),
+    ] = None
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            callback=file_to_write("--plot"),
+            help="Draw accuracy over patch sizes or shapes into this file.",
+            rich_help_panel=IMAGE,
+        ),
+    ] = None
+    plot_thresholds: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot-thresholds",
+            callback=file_to_write("--plot-thresholds"),
+            help="Certified detection: draw alarms on unattacked images and certified answers over the threshold into this file.",
+            rich_help_panel=IMAGE,
+        ),
+    ] = None
+
+    @property
+    def drawn(self) -> dict[str, Path | None]:
+        """Files to draw into, by flag."""
+        return {"--plot": self.plot, "--plot-thresholds": self.plot_thresholds, "--map": self.map_}
+
+    def check(self, data: DataOptions, run: RunOptions, dry_run: bool) -> None:
+        """Refuse what does not go together, and what cannot be drawn, before anything is computed."""
+        if self.image is None and self.map_ is not None:
+            raise UsageError("--map draws one image.", hint="Add --image FILE.")
+        if self.image is None and self.resize:
+            raise UsageError("--resize goes with --image.", hint="The images of a folder are always resized and cropped.")
+        if self.image is not None:
+            of_many: dict[str, Any] = {"--limit": data.limit, "--batch-size": run.batch_size, "--out": run.out}
+            of_many |= {
+                "--dry-run": dry_run,
+                "--fresh": run.fresh,
+                "--plot": self.plot,
+                "--plot-thresholds": self.plot_thresholds,
+            }
+            given = [flag for flag, value in of_many.items() if value not in (None, False)]
+            if given:
+                hint = "It is about one image: leave one of them out."
+                raise UsageError(f"{given[0]} does not go with --image.", hint=hint)
+        for path in filter(None, self.drawn.values()):
+            from patchcert_cli.reporting import plots
+
+            plots.require()
+            plots.check_path(path)
+
+
+@grouped
 def certify(
-    model: ModelArgument = None,
-    patch: PatchesOption = None,
-    patch_area: AreaOption = None,
-    threat: ThreatOption = None,
-    k: KOption = None,
-    unit: UnitOption = None,
-    condition: ConditionOption = None,
-    bounds: BoundsOption = None,
-    defense: DefenseOption = None,
-    masks: MasksOption = None,
-    passes: PassesOption = None,
-    weights: WeightsOption = None,
-    classes: ClassesOption = None,
-    labels: LabelsOption = None,
-    threshold: ThresholdOption = None,
-    dataset: DatasetOption = None,
-    data_dir: DataDirOption = None,
-    download: DownloadOption = False,
-    limit: LimitOption = None,
-    image: ImageOption = None,
-    resize: ResizeOption = False,
-    map_: MapOption = None,
-    plot: PlotOption = None,
-    plot_thresholds: PlotThresholdsOption = None,
-    batch_size: BatchOption = None,
-    device: DeviceOption = "auto",
-    seed: SeedOption = 0,
-    out: OutOption = None,
-    fresh: FreshOption = False,
-    json: JsonOption = None,
+    models: ModelsArgument = None,
+    *,
+    threat: ThreatsOptions,
+    proof: ProofOptions,
+    classifier: ClassifierOptions,
+    data: DataOptions,
+    image: ImageOptions,
+    run: RunOptions,
     dry_run: DryRunOption = False,
+    output: OutputOptions,
 ) -> None:
     """Prove how many predictions no allowed change can alter.
 
     The run folder holds result.json, records.jsonl (one line per image) and manifest.json.
     The same command resumes a stopped run.
     """
-    claims = _claims(_methods(condition, bounds), patch, patch_area, threat, k, unit)
-    wanted: Any = {"defense": defense, "masks": masks, "passes": passes, "weights": weights, "classes": classes}
-    compare = plot_thresholds is not None
-    request = wish_of(**wanted, labels=labels, dry_run=dry_run, download=download, threshold=threshold, compare=compare)
-    _check_pictures(image, {"--plot": plot, "--plot-thresholds": plot_thresholds}, map_)
-    if image is None and resize:
-        raise UsageError("--resize goes with --image.", hint="The pictures of a folder are always made to fit.")
-    if image is not None:
-        folder = {"--limit": limit, "--batch-size": batch_size, "--out": out}
-        switches = {"--dry-run": dry_run, "--fresh": fresh}
-        _check_alone(
-            *(flag for flag, value in folder.items() if value is not None), *(flag for flag, on in switches.items() if on)
-        )
-        _certify_picture(model, claims, request, dataset, device, image, resize, map_, json)
-        return
+    claims = _claims(threat, proof)
+    request = classifier.request(dry_run=dry_run, download=data.download, compare=image.plot_thresholds is not None)
+    several.alone(models or [], {"--out": run.out, "--image": image.image, **image.drawn})
+    image.check(data, run, dry_run)
 
-    from patchcert_cli.evaluation import estimate, evaluate
-    from patchcert_cli.reporting import plots, text
+    from patchcert_cli.reporting import text
 
-    given: Any = {"dataset": dataset, "data_dir": data_dir, "limit": limit, "batch_size": batch_size, "device": device}
+    def one(model: str | None, command: str) -> several.Value:
+        if image.image is not None:
+            return _certify_image(model, claims, request, data.dataset, run.device, image)
+        if dry_run:
+            return _estimate(model, claims, request, data, run, command)
+        return _certify(model, claims, request, data, run, command, image, threat.patch_area)
+
     if dry_run:
-        task, total = open_sample(model, claims, request, seed=seed, **given)
-        with show.progress() as progress:
-            value = estimate.evaluation(task, out or task.folder("certify", {}), None, total, progress=progress)
-        show.result(text.plain_rows(value), value, json)
-        return
-    task = open_task(model, claims, request, seed=seed, download=download, **given)
-    with show.progress() as progress:
-        found = evaluate.certify(task, out, fresh=fresh, progress=progress)
-    show.say("\n".join(filter(None, dict.fromkeys(task.model.defense.note(claim.threat) for claim in task.claims))))
-    found |= {} if patch_area is None else {"patch_area": patch_area}
-    if plot is not None:
-        plots.plot(text.claim_list(found), plot, title=text.plot_title(found), area=patch_area)
-        show.say(f"drew {plot}")
-    if plot_thresholds is not None:
-        plots.thresholds(text.compared(found), plot_thresholds, title=text.plot_title(found))
-        show.say(f"drew {plot_thresholds}")
-    show.result(text.certify_rows(found), found, json)
+        several.run(models, one, several.estimates, output.json, one_table=several.in_two_columns(text.plain_rows))
+    else:
+        rows = text.certify_rows if image.image is None else text.single_rows
+        several.run(models, one, _table, output.json, one_table=several.in_two_columns(rows))
 
 
-def _claims(
-    methods: list[str | None], patch: str | None, area: int | None, threat: str | None, k: int | None, unit: str | None
-) -> Claims:
+def _claims(threat: ThreatsOptions, proof: ProofOptions) -> Claims:
     """What is to be certified of a model, made from its own threat and the shape of its images."""
-    given = _threats(patch, area, threat, k, unit)
+    given, methods = threat.several(), proof.methods()
 
     def claims(own: str, shape: tuple[int, int, int]) -> list[Claim]:
         from patchcert_cli.defenses import Claim
 
-        shapes = [] if area is None else patches_of_area(area, *shape[1:])
-        threats = [*given, *shapes] or [own_threat(own, threat=threat, unit=unit)]
+        shapes = [] if threat.patch_area is None else patches_of_area(threat.patch_area, *shape[1:])
+        threats = [*given, *shapes] or [threat.own(own)]
         return [Claim(one, method) for one in threats for method in methods]
 
     return claims
 
 
-def _certify_picture(
+def _certify(
     model: str | None,
     claims: Claims,
     request: DefenseRequest,
-    dataset: str | None,
-    device: str,
-    image: Path,
-    resize: bool,
-    map_to: Path | None,
-    json: str | None,
-) -> None:
+    data: DataOptions,
+    run: RunOptions,
+    command: str,
+    image: ImageOptions,
+    area: int | None,
+) -> several.Value:
+    """Certify test images, and draw what is asked for."""
+    from patchcert_cli.evaluation import evaluate
+    from patchcert_cli.reporting import plots, text
+
+    task = loading.open_task(model, claims, data, run, command, request)
+    with show.progress() as progress:
+        found = evaluate.certify(task, run.out, fresh=run.fresh, progress=progress)
+    show.say("\n".join(filter(None, dict.fromkeys(task.model.defense.note(claim.threat) for claim in task.claims))))
+    found |= {} if area is None else {"patch_area": area}
+    if image.plot is not None:
+        plots.plot(text.claim_list(found), image.plot, title=text.plot_title(found), area=area)
+        show.say(f"drew {image.plot}")
+    if image.plot_thresholds is not None:
+        plots.thresholds(text.compared(found), image.plot_thresholds, title=text.plot_title(found))
+        show.say(f"drew {image.plot_thresholds}")
+    return found
+
+
+def _estimate(
+    model: str | None, claims: Claims, request: DefenseRequest, data: DataOptions, run: RunOptions, command: str
+) -> several.Value:
+    """What certifying would take, measured on a few images."""
+    from patchcert_cli.evaluation import estimate
+
+    task, total = loading.open_sample(model, claims, data, run, command, request)
+    with show.progress() as progress:
+        return estimate.evaluation(task, run.out or task.folder("certify", {}), None, total, progress=progress)
+
+
+def _certify_image(
+    model: str | None, claims: Claims, request: DefenseRequest, dataset: str | None, device: str, image: ImageOptions
+) -> several.Value:
+    """Certify one image, and draw its map if asked."""
     from patchcert_cli import device as devices
     from patchcert_cli.evaluation import single_image
-    from patchcert_cli.reporting import margin_maps, text
+    from patchcert_cli.reporting import margin_maps
 
+    assert image.image is not None
     place = devices.resolve(device)
-    candidate = loading.found(model, dataset, request, place)
-    resize_crop = candidate.meant(dataset or "", image)
+    candidate = loading.find(model, dataset, request, place)
+    resize_crop = candidate.meant(dataset or "", image.image)
     shape = (candidate.channels, *resize_crop.size)
-    meant = claims(candidate.threat, shape)
-    evaluated = candidate.evaluated(shape, [claim.threat for claim in meant], place)
+    claimed = claims(candidate.threat, shape)
+    evaluated = candidate.evaluated(shape, [claim.threat for claim in claimed], place)
     show.say("\n".join(evaluated.notes))
     with show.progress() as progress:
-        more: Any = {"resize_crop": resize_crop, "resize": resize, "mapped": map_to is not None, "progress": progress}
-        found = single_image.certify(evaluated, image, meant, **more)
+        found = single_image.certify(
+            evaluated,
+            image.image,
+            claimed,
+            resize_crop=resize_crop,
+            resize=image.resize,
+            mapped=image.map_ is not None,
+            progress=progress,
+        )
     values = found.values
-    if map_to is not None and found.margins is not None:
-        margin_maps.single_map(values, found.pixels, found.margins, map_to, unit=evaluated.defense.unit)
-        values |= {"map": str(map_to)}
-        found.notes.append(f"drew {map_to}")
+    if image.map_ is not None and found.margins is not None:
+        margin_maps.single_map(values, found.pixels, found.margins, image.map_, unit=evaluated.defense.unit)
+        values |= {"map": str(image.map_)}
+        found.notes.append(f"drew {image.map_}")
     show.say("\n".join(found.notes))
-    show.result(text.single_rows(values), values, json)
+    return values
 
 
-def _methods(condition: str | None, bounds: str | None) -> list[str | None]:
-    """The proofs that --condition or --bounds names; None is the defense's best."""
-    if bounds is not None:
-        if condition is not None:
-            raise UsageError("--condition is for votes and --bounds for networks.", hint="Give one of them.")
-        if bounds not in (*BOUNDS, "all"):
-            raise UsageError(f"no bounds '{bounds}'.", hint=f"Use one of {', '.join(BOUNDS)}, or all.")
-        return ["interval", "linear"] if bounds == "all" else [bounds]
-    if condition is None:
-        return [None]
-    if condition not in (*CONDITIONS, "all"):
-        raise UsageError(f"no condition '{condition}'.", hint=f"Use one of {', '.join(CONDITIONS)}, or all.")
-    return list(CONDITIONS) if condition == "all" else [condition]
+def _table(results: Sequence[several.Value]) -> None:
+    """One row for each model and claim."""
+    from patchcert_cli.reporting import text
+    from patchcert_cli.reporting.numbers import interval, share
 
-
-def _threats(patch: str | None, area: int | None, threat: str | None, k: int | None, unit: str | None) -> list[Threat]:
-    """What --patch, --threat and --k name; empty if --patch-area or the model's own threat is meant."""
-    if area is not None:
-        if patch is not None or k is not None or threat not in (None, "patch"):
-            raise UsageError("--patch-area describes every shape itself.", hint="Leave --patch, --threat and --k out.")
-        if area < 1:
-            raise UsageError(f"--patch-area {area} must be 1 or more.")
-        return []
-    if patch is not None and ".." in patch:
-        threat_from(threat=threat, patch="1", k=k, unit=unit)
-        return list(parse_patches(patch))
-    one = threat_from(threat=threat, patch=patch, k=k, unit=unit)
-    return [] if one is None else [one]
-
-
-def _check_alone(*given: str) -> None:
-    """Refuse options of a whole data set that were given with one picture."""
-    if given:
-        raise UsageError(f"{given[0]} does not go with --image.", hint="It is about one picture: leave one of them out.")
-
-
-def _check_pictures(image: Path | None, drawings: dict[str, Path | None], map_: Path | None) -> None:
-    """Refuse what cannot be drawn before anything is computed."""
-    from patchcert_cli.reporting import plots
-
-    if map_ is not None and image is None:
-        raise UsageError("--map draws one picture.", hint="Add --image FILE.")
-    if image is not None:
-        _check_alone(*(flag for flag, path in drawings.items() if path is not None))
-    for path in filter(None, (*drawings.values(), map_)):
-        plots.require()
-        plots.check_path(path)
+    claims = [(result, claim) for result in results for claim in text.claim_list(result)]
+    methods = len({claim["method"] for _, claim in claims}) > 1
+    rows = [
+        {
+            "model": str(result["model"]),
+            "threat": claim["threat"],
+            **({"proof": claim["method"]} if methods else {}),
+            "clean": share(claim["clean"], claim["images"]),
+            "certified": share(claim["certified"], claim["images"]),
+            "95 % interval": interval(claim["certified_interval"]),
+            "arithmetic": claim["arithmetic"],
+            "time": f"{result['seconds']:.1f} s",
+        }
+        for result, claim in claims
+    ]
+    several.by_guarantee(rows, [claim["guarantee"] for _, claim in claims], COLUMNS)

@@ -7,17 +7,20 @@ from typing import Annotated
 import typer
 
 from patchcert_cli.cli import show
-from patchcert_cli.cli.options import DataDirOption, JsonOption
+from patchcert_cli.cli.groups import grouped
+from patchcert_cli.cli.options import DataDirOption, OutputOptions
 
 EXAMPLES = "Examples:  patchcert doctor   |   patchcert doctor --offline --json -"
 
 
+@grouped
 def doctor(
+    *,
     data_dir: DataDirOption = None,
     offline: Annotated[bool, typer.Option("--offline", help="Do not ask the Hub anything.")] = False,
-    json: JsonOption = None,
+    output: OutputOptions,
 ) -> None:
-    """Say what this machine has: versions, devices, the Hub, cache, disk, zoo, data. The first problem decides the exit code."""
+    """Report versions, devices, the Hub, cache, disk, zoo and data of this machine. The first problem decides the exit code."""
     from patchcert_cli.reporting import doctor
 
     findings = doctor.examine(data_dir=data_dir, offline=offline)
@@ -26,6 +29,6 @@ def doctor(
         "facts": {finding.name: finding.value for finding in findings},
         "problems": [{"code": problem.code, "problem": str(problem)} for problem in problems],
     }
-    show.result([(finding.name, finding.value) for finding in findings], value, json)
+    show.result([(finding.name, finding.value) for finding in findings], value, output.json)
     if problems:
         raise problems[0]

@@ -9,7 +9,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from patchcert_cli.cli import attack, certify, convert, doctor, report, streams, train, zoo
+from patchcert_cli.cli import attack, certify, convert, doctor, report, show, streams, train, zoo
+from patchcert_cli.cli.groups import command
 from patchcert_cli.errors import PatchcertError, UsageError
 from patchcert_cli.version import __version__
 
@@ -26,11 +27,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("train", epilog=train.EXAMPLES)(train.train)
-app.command("certify", epilog=certify.EXAMPLES)(certify.certify)
-app.command("attack", epilog=attack.EXAMPLES)(attack.attack)
-app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
-app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
+app.command("train", cls=command(), epilog=train.EXAMPLES)(train.train)
+app.command("certify", cls=command(certify.OLD), epilog=certify.EXAMPLES)(certify.certify)
+app.command("attack", cls=command(attack.OLD), epilog=attack.EXAMPLES)(attack.attack)
+app.command("convert", cls=command(convert.OLD), epilog=convert.EXAMPLES)(convert.convert)
+app.command("doctor", cls=command(), epilog=doctor.EXAMPLES)(doctor.doctor)
 app.add_typer(zoo.app, name="zoo")
 app.add_typer(report.app, name="report")
 
@@ -44,7 +45,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Options of patchcert itself."""
@@ -67,9 +68,7 @@ def run() -> None:
 
 
 def _fail(problem: PatchcertError) -> NoReturn:
-    typer.echo(f"error[{problem.code}]: {problem.message}", err=True)
-    if problem.hint:
-        typer.echo(f"hint: {problem.hint}", err=True)
+    show.error(problem)
     sys.exit(problem.code)
 
 

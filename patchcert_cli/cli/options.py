@@ -1,22 +1,30 @@
-"""Options that several subcommands share, and what they mean together."""
+"""Options that several commands share: each flag has one meaning, one type and one help text."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.errors import UnsupportedThreat, UsageError
+from patchcert_cli.cli import show
+from patchcert_cli.cli.threat_options import own_threat, threats_from
+from patchcert_cli.cli.threat_options import threat_from as threat_from
+from patchcert_cli.errors import UsageError
 from patchcert_cli.schema import LARGEST_SEED
 from patchcert_cli.storage import files
-from patchcert_cli.threats import KINDS, UNITS, Sparse, Threat, parse_patch, parse_sparse, parse_threat
 
-THREAT, DATA, RUN = "Threat model", "Data", "Run"
+if TYPE_CHECKING:
+    from patchcert_cli.evaluation.models import DefenseRequest
+    from patchcert_cli.threats import Threat
+
+THREAT, DATA, RUN, OUTPUT = "Threat model", "Data", "Run", "Output"
+CLASSIFIER = "Plain classifiers and masks"
+PRECISIONS = ("float32", "bfloat16")
 
 
 def file_to_write(flag: str) -> Callable[[Any], Any]:
@@ -41,32 +49,51 @@ def folder_to_write(flag: str) -> Callable[[Any], Any]:
     return check
 
 
+MODEL_HELP = (
+    "Zoo model, run folder, or a plain classifier: timm:NAME, torchvision:NAME, hf-hub:ORG/REPO@COMMIT, "
+    "onnx:FILE, PACKAGE.MODULE:FUNCTION. Several give one table. Default: the documented default model of the data set."
+)
+ModelsArgument = Annotated[list[str] | None, typer.Argument(metavar="NAME|PATH|ADDRESS", help=MODEL_HELP)]
 PatchOption = Annotated[
     str | None,
     typer.Option(
         "--patch", metavar="N|HxW|P%", help="One patch of this size in pixels, or share of the image.", rich_help_panel=THREAT
     ),
 ]
-ModelArgument = Annotated[
+PatchesOption = Annotated[
     str | None,
-    typer.Argument(
-        metavar="NAME|PATH|ADDRESS",
-        help="Zoo model, run folder, or a plain classifier: timm:NAME, torchvision:NAME, hf-hub:ORG/REPO@COMMIT, "
-        "onnx:FILE, PACKAGE.MODULE:FUNCTION. "
-        "Default: the data set's documented default.",
+    typer.Option(
+        "--patch",
+        metavar="N|HxW|P%|N..M|LIST",
+        help="One patch of this size in pixels, or share of the image. Several from one pass: 1..10, or 1,2,5, or 2x5,5x2.",
+        rich_help_panel=THREAT,
     ),
+]
+AreaOption = Annotated[
+    int | None,
+    typer.Option("--patch-area", metavar="N", help="Every aspect ratio of a patch of at most N pixels.", rich_help_panel=THREAT),
 ]
 ThreatOption = Annotated[
     str | None,
     typer.Option(
         "--threat",
         metavar="patch|sparse|KIND:...",
-        help="Kind of attacker, or all of it, such as patches:2:5x5. Default: what the other options say, else the model's own.",
+        help="Threat kind, or a full threat such as patches:2:5x5. Default: from --patch or --k, else the model's own.",
         rich_help_panel=THREAT,
     ),
 ]
 KOption = Annotated[
-    int | None, typer.Option("--k", help="How many pixels or values a sparse attacker changes.", rich_help_panel=THREAT)
+    str | None,
+    typer.Option("--k", metavar="K", help="How many pixels or values a sparse attack changes.", rich_help_panel=THREAT),
+]
+BudgetsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--k",
+        metavar="K|N..M|LIST",
+        help="How many pixels or values a sparse attack changes. Several from one pass: 1..10, or 1,2,4.",
+        rich_help_panel=THREAT,
+    ),
 ]
 UnitOption = Annotated[
     str | None,
@@ -83,7 +110,7 @@ DatasetOption = Annotated[
         "--data",
         "--dataset",
         metavar="NAME|imagefolder:PATH",
-        help="Data set, or a folder of class folders with pictures, @SIDE or @HxW for images of that size. "
+        help="Data set, or a folder of class folders; add @SIDE or @HxW for images of that size. "
         "Default: the model's own, else cifar10.",
         rich_help_panel=DATA,
     ),
@@ -98,10 +125,12 @@ DownloadOption = Annotated[
     bool, typer.Option("--download", help="Fetch the data set into the data directory first.", rich_help_panel=DATA)
 ]
 LimitOption = Annotated[
-    int | None, typer.Option("--limit", help="Only this many images: a fixed subset chosen by --seed.", rich_help_panel=DATA)
+    int | None,
+    typer.Option("--limit", metavar="N", help="Only N images: a fixed subset chosen by --seed.", rich_help_panel=DATA),
 ]
 BatchOption = Annotated[
-    int | None, typer.Option("--batch-size", help="Images at a time, at most; results do not depend on it.", rich_help_panel=RUN)
+    int | None,
+    typer.Option("--batch-size", metavar="N", help="At most N images at a time; no result depends on it.", rich_help_panel=RUN),
 ]
 DeviceOption = Annotated[
     str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to compute.", rich_help_panel=RUN)
@@ -119,64 +148,183 @@ OutOption = Annotated[
     ),
 ]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming the run folder.", rich_help_panel=RUN)]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Report what would be done and how long it takes; write nothing.", rich_help_panel=RUN),
+]
 JsonOption = Annotated[
     str | None,
     typer.Option(
         "--json",
         metavar="PATH|-",
         callback=file_to_write("--json"),
-        help="Also write the result as one JSON object; - means stdout, and then nothing else is printed there.",
-        rich_help_panel=RUN,
+        help="Also write the result as JSON to a file; - means stdout, and then nothing else is printed there.",
+        rich_help_panel=OUTPUT,
     ),
 ]
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Say what would be done and how long it would take; write nothing.", rich_help_panel=RUN)
+QuietOption = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", "-q", callback=show.set_quiet, help="No progress and no remarks; errors are printed.", rich_help_panel=OUTPUT
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
+
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Use what is on this disk; ask no network.")]
+DatasetFilter = Annotated[str | None, typer.Option("--data", "--dataset", metavar="NAME", help="Only models for this data set.")]
 
 
-def print_json(value: Any) -> None:
-    """A value as JSON on stdout."""
-    typer.echo(json.dumps(value, indent=2))
+@dataclass(frozen=True)
+class ThreatOptions:
+    """One threat model."""
+
+    patch: PatchOption = None
+    threat: ThreatOption = None
+    k: KOption = None
+    unit: UnitOption = None
+
+    def one(self) -> Threat | None:
+        """The threat model that is given; None for the model's own."""
+        return threat_from(threat=self.threat, patch=self.patch, k=self.k, unit=self.unit)
+
+    def own(self, text: str) -> Threat:
+        """The threat model ``text`` that a model was trained for, if it is of the kind that is asked for."""
+        return own_threat(text, threat=self.threat, unit=self.unit)
 
 
-def threat_from(*, threat: str | None, patch: str | None, k: int | None, unit: str | None) -> Threat | None:
-    """The threat model that the options name, or None if the model's own is meant."""
-    if threat is not None and ":" in threat:
-        if patch is not None or k is not None or unit is not None:
-            raise UsageError(f"--threat {threat} is complete.", hint="Leave --patch, --k and --unit out.")
-        return parse_threat(threat)
-    if threat is not None and threat not in KINDS:
-        raise UnsupportedThreat(f"no threat '{threat}'.", hint=f"Use one of: {', '.join(KINDS)}.")
-    if threat == "patches":
-        raise UsageError("--threat patches does not say how many, or how large.", hint="Use --threat patches:2:5x5.")
-    if unit is not None and unit not in UNITS:
-        raise UsageError(f"invalid unit '{unit}'.", hint=f"Use one of {', '.join(UNITS)}.")
-    if patch is not None and (threat == "sparse" or k is not None):
-        raise UsageError("--patch and --k describe different attackers.", hint="Give one of them.")
-    if k is not None and threat == "patch":
-        raise UsageError("--k does not go with --threat patch.", hint="Use --threat sparse, or --patch.")
-    if unit is not None and (patch is not None or threat == "patch"):
-        raise UsageError("--unit goes with --k only.", hint="A patch always changes whole pixels.")
-    if patch is not None:
-        return parse_patch(patch)
-    if k is None:
-        return None
-    if k < 1:
-        raise UsageError(f"--k {k} must be 1 or more.")
-    return parse_sparse(f"{k}:{unit or 'pixel'}")
+@dataclass(frozen=True)
+class ThreatsOptions(ThreatOptions):
+    """One threat model or several, certified from one pass."""
+
+    patch: PatchesOption = None
+    k: BudgetsOption = None
+    patch_area: AreaOption = None
+
+    def several(self) -> list[Threat]:
+        """The threat models that are given; empty for the model's own, and with ``--patch-area``, whose shapes need an image."""
+        if self.patch_area is None:
+            return threats_from(threat=self.threat, patch=self.patch, k=self.k, unit=self.unit)
+        if self.patch is not None or self.k is not None or self.threat not in (None, "patch"):
+            raise UsageError("--patch-area describes every shape itself.", hint="Leave --patch, --threat and --k out.")
+        if self.patch_area < 1:
+            raise UsageError(f"--patch-area {self.patch_area} must be 1 or more.")
+        return []
 
 
-def own_threat(own: str, *, threat: str | None, unit: str | None) -> Threat:
-    """The threat model that a model was trained for, if it is of the kind asked for."""
-    if not own:
-        raise UsageError("a plain classifier is made for no threat.", hint="Choose one: --patch 32, or --patch 2%.")
-    meant = parse_threat(own)
-    if (threat is not None and meant.kind != threat) or (unit is not None and not isinstance(meant, Sparse)):
-        raise UsageError(f"this model's own threat is {meant}.", hint="Choose one: --patch 5, or --threat sparse --k 10.")
-    return Sparse(meant.k, unit) if unit is not None and isinstance(meant, Sparse) else meant
+@dataclass(frozen=True)
+class ClassifierOptions:
+    """Which defense is put around a plain classifier, and how."""
+
+    defense: Annotated[
+        str | None,
+        typer.Option(
+            "--defense", help="Put this defense around the classifier, such as patchcleanser.", rich_help_panel=CLASSIFIER
+        ),
+    ] = None
+    masks: Annotated[
+        int | None,
+        typer.Option("--masks", metavar="N", help="At most N masks along each axis. Default: 6.", rich_help_panel=CLASSIFIER),
+    ] = None
+    passes: Annotated[
+        int | None,
+        typer.Option(
+            "--passes",
+            metavar="N",
+            help="The largest mask set whose pairs of masks take at most N passes of the network.",
+            rich_help_panel=CLASSIFIER,
+        ),
+    ] = None
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="FILE|none",
+            help="Safetensors in place of the published weights; none: random ones, to measure the cost with --dry-run.",
+            rich_help_panel=CLASSIFIER,
+        ),
+    ] = None
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--classes",
+            metavar="FILE|imagenet",
+            help="What the model's outputs are called: a text file, one line per output.",
+            rich_help_panel=CLASSIFIER,
+        ),
+    ] = None
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            "--precision",
+            metavar="float32|bfloat16",
+            help="Precision of masked predictions; those of low margin are computed again in higher precision.",
+            rich_help_panel=CLASSIFIER,
+        ),
+    ] = None
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold",
+            metavar="P",
+            help="Certified detection: a masked prediction that differs raises an alarm from confidence P on. Default: 0.",
+            rich_help_panel=CLASSIFIER,
+        ),
+    ] = None
+
+    def request(self, *, dry_run: bool, download: bool, compare: bool = False) -> DefenseRequest:
+        """What is to be made of the model.
+
+        Raises:
+            UsageError: a value is out of range, or two options contradict each other.
+        """
+        if self.masks is not None and self.passes is not None:
+            raise UsageError("--masks and --passes both choose how many masks there are.", hint="Give one of them.")
+        for flag, value in (("--masks", self.masks), ("--passes", self.passes)):
+            if value is not None and value < 1:
+                raise UsageError(f"{flag} {value} must be 1 or more.")
+        if self.threshold is not None and not 0 <= self.threshold < 1:
+            hint = "Allowed: from 0 (any contradiction) to below 1."
+            raise UsageError(f"--threshold {self.threshold:g} is not a confidence.", hint=hint)
+        if self.precision not in (None, *PRECISIONS):
+            raise UsageError(f"invalid --precision '{self.precision}'.", hint=f"Use {' or '.join(PRECISIONS)}.")
+        if self.weights == "none" and not dry_run:
+            raise UsageError("--weights none means random weights, whose answers mean nothing.", hint="Add --dry-run.")
+
+        from patchcert_cli.evaluation.models import DefenseRequest
+
+        made = (self.defense, self.masks, self.passes, self.weights, self.classes, self.precision)
+        return DefenseRequest(*made, download, self.threshold, compare)
 
 
-def typed_command() -> str:
-    """What the user typed, for manifests and cards."""
-    return shlex.join(["patchcert", *sys.argv[1:]])
+@dataclass(frozen=True)
+class DataOptions:
+    """Which images."""
+
+    dataset: DatasetOption = None
+    data_dir: DataDirOption = None
+    download: DownloadOption = False
+    limit: LimitOption = None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How and where an evaluation runs."""
+
+    batch_size: BatchOption = None
+    device: DeviceOption = "auto"
+    seed: SeedOption = 0
+    out: OutOption = None
+    fresh: FreshOption = False
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is printed."""
+
+    json: JsonOption = None
+    quiet: QuietOption = False
+
+
+def typed_command(model: str | None = None, models: Sequence[str] = ()) -> str:
+    """What the user typed, for manifests and cards; of several models as if only ``model`` had been typed."""
+    others = set(models) - {model}
+    return shlex.join(["patchcert", *(word for word in sys.argv[1:] if word not in others)])

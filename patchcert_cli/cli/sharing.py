@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from patchcert_cli.cli import show
-from patchcert_cli.cli.options import AsJson, folder_to_write, print_json
+from patchcert_cli.cli.groups import grouped
+from patchcert_cli.cli.options import OutputOptions, folder_to_write
 
 if TYPE_CHECKING:
     from patchcert_cli.cards import Published
@@ -18,35 +19,40 @@ ADD = (
     "Examples:\n\n patchcert zoo add runs/p5 --name mnist-ibp-p5 --result runs/certify-p5/result.json"
     " --published patch:5x5=0.92/0.60 --source 'Author et al., Venue 2020, table 1'"
 )
+OLD = {"--to": "--out"}  # of zoo add, in earlier versions
 PUSH = "Examples:\n\n patchcert zoo push runs/x --to org/name --dry-run\n\n patchcert zoo push runs/x --to org/name --create-pr"
 
 
+@grouped
 def add(
     run: Annotated[Path, typer.Argument(help="The folder of a finished training run.", metavar="RUN")],
-    name: Annotated[str, typer.Option(help="Its name in the zoo.")],
+    *,
+    name: Annotated[str, typer.Option("--name", help="Its name in the zoo.")],
     result: Annotated[
-        list[Path] | None, typer.Option(help="A result.json of certify on the full test split; repeatable.")
+        list[Path] | None, typer.Option("--result", help="A result.json of certify on the full test split; repeatable.")
     ] = None,
     sample: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FILE=PICTURES",
-            help="A result.json of certify on pictures that are no test split, and what they are and come from; repeatable.",
+            "--sample",
+            metavar="FILE=IMAGES",
+            help="A result.json of certify on images that are not a test split, and what they are and come from; repeatable.",
         ),
     ] = None,
     published: Annotated[
-        list[str] | None, typer.Option(help="THREAT=CLEAN/CERTIFIED that a paper reports, as fractions; repeatable.")
+        list[str] | None,
+        typer.Option("--published", help="THREAT=CLEAN/CERTIFIED of a paper, as fractions; repeatable."),
     ] = None,
-    source: Annotated[str | None, typer.Option(help="Where --published numbers stand; the run's own source by default.")] = None,
-    notes: Annotated[str | None, typer.Option(help="A paragraph for the card.")] = None,
-    to: Annotated[
+    source: Annotated[str | None, typer.Option("--source", help="Where these were published. Default: the run's source.")] = None,
+    notes: Annotated[str | None, typer.Option("--notes", help="A paragraph for the card.")] = None,
+    out: Annotated[
         Path | None,
-        typer.Option(callback=folder_to_write("--to"), help="The zoo folder; that of the source tree by default."),
+        typer.Option("--out", callback=folder_to_write("--out"), help="The zoo folder. Default: that of the source tree."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a model of this name.")] = False,
-    as_json: AsJson = False,
+    output: OutputOptions,
 ) -> None:
-    """Copy a finished training run into the zoo, with a card that tells what certify measured."""
+    """Copy a finished training run into the zoo, with a card that states what certify measured."""
     from patchcert_cli import cards
     from patchcert_cli.catalog import add_to_zoo
     from patchcert_cli.storage import files
@@ -62,24 +68,22 @@ def add(
         notes=notes,
         samples={path: files.read_json(Path(path)) for path in pictures},
         pictures=pictures,
-        to=to,
+        to=out,
         force=force,
     )
-    if as_json:
-        print_json(card.to_dict())
-    else:
-        said = f"{len(card.results)} results" + (f", {len(card.samples)} on other pictures" if card.samples else "")
-        typer.echo(f"{card.name}: {card.status}, {said}, sha256 {cards.weights_sha256(card.files)[:12]}…")
+    counts = f"{len(card.results)} results" + (f", {len(card.samples)} on other images" if card.samples else "")
+    line = f"{card.name}: {card.status}, {counts}, sha256 {cards.weights_sha256(card.files)[:12]}…"
+    show.printed(lambda: typer.echo(line), card.to_dict(), output.json)
 
 
 def _pictures(text: str) -> tuple[str, str]:
-    """Read ``FILE=PICTURES``."""
+    """Read ``FILE=IMAGES``."""
     from patchcert_cli.errors import UsageError
 
     path, _, words = text.partition("=")
     if not path or not words.strip():
-        hint = "Use FILE=PICTURES, such as result.json='100 photographs of birds, example.org/birds'."
-        raise UsageError(f"--sample '{text}' does not say what the pictures are.", hint=hint)
+        hint = "Use FILE=IMAGES, such as result.json='100 photographs of birds, example.org/birds'."
+        raise UsageError(f"--sample '{text}' does not say what the images are.", hint=hint)
     return path, words.strip()
 
 
@@ -103,19 +107,23 @@ def _published(text: str, source: str) -> Published:
     return Published(parse_threat(threat), clean, certified, source)
 
 
+@grouped
 def push(
     model: Annotated[str, typer.Argument(help="The folder of a finished run, or a model of the zoo.", metavar="RUN|NAME")],
+    *,
     to: Annotated[
-        str | None, typer.Option("--to", metavar="ORG/NAME", help="The repository; by default the one that the card names.")
+        str | None, typer.Option("--to", metavar="ORG/NAME", help="The repository. Default: the one that the card names.")
     ] = None,
     result: Annotated[
         list[Path] | None,
-        typer.Option(help="A result.json of certify on the full test split; found under runs/ if not given; repeatable."),
+        typer.Option(
+            "--result", help="A result.json of certify on the full test split; repeatable. Default: those found under runs/."
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, ask no network, send nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report what would be sent; do not use the network.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing to main.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private if it has to be made.")] = False,
-    as_json: AsJson = False,
+    output: OutputOptions,
 ) -> None:
     """Publish a model on the Hub: card, weights, configuration, records of every test image, evaluation metadata.
 
@@ -128,22 +136,18 @@ def push(
     given = {str(path): files.read_json(path) for path in result or []}
     release = publish.prepare(found, to, given, [Path("runs"), found.folder.parent])
     plan = {**release.plan(), "create_pr": create_pr, "dry_run": dry_run}
-    if not as_json:
+    if output.json != "-":
         _print_plan(release, create_pr)
     if dry_run:
-        if as_json:
-            print_json(plan)
-        else:
-            show.say("dry run: nothing was sent")
+        show.say("dry run: nothing was sent")
+        show.printed(lambda: None, plan, output.json)
         return
     done = publish.publish(release, create_pr=create_pr, private=private)
-    if as_json:
-        print_json({**plan, "commit": done.commit, "url": done.url, "pull_request": done.request})
-    elif done.request:
-        typer.echo(f"pull request {done.request}")
-    else:
-        typer.echo(f"pushed {release.repo} @ {done.commit}")
-        show.say(f"the commit is written into {release.source / files.CARD}; anybody can now type:")
+    value = {**plan, "commit": done.commit, "url": done.url, "pull_request": done.request}
+    line = f"pull request {done.request}" if done.request else f"pushed {release.repo} @ {done.commit}"
+    show.printed(lambda: typer.echo(line), value, output.json)
+    if not done.request and output.json != "-":
+        show.say(f"the commit is written into {release.source / files.CARD}; anyone can now type:")
         show.say(f"  patchcert zoo pull {release.repo}@{done.commit}")
 
 

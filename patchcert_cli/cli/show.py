@@ -1,26 +1,39 @@
-"""Progress and results on the terminal."""
+"""Progress, results and errors on the terminal: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from patchcert_cli.errors import PatchcertError
 from patchcert_cli.evaluation.pace import Clock, Left, spoken
+from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage.files import json_bytes, write_named
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
+    Rows = Sequence[tuple[str, str]]
+
 PATIENCE = 1.0  # seconds before any progress is shown
 PLAIN_EVERY = 10.0  # seconds between plain progress lines
+_quiet = False
+
+
+def set_quiet(value: bool) -> bool:
+    """Callback of ``--quiet``: from now on :func:`progress` and :func:`say` print nothing, or again what there is."""
+    global _quiet
+    _quiet = value
+    return value
 
 
 class TerminalProgress:
@@ -74,8 +87,11 @@ class TerminalProgress:
 
 
 @contextmanager
-def progress() -> Iterator[TerminalProgress]:
-    """A :class:`TerminalProgress` that is removed at the end, whatever happens."""
+def progress() -> Iterator[Progress]:
+    """Progress on the terminal, removed at the end, whatever happens; none with ``--quiet``."""
+    if _quiet:
+        yield Silent()
+        return
     shown = TerminalProgress()
     try:
         yield shown
@@ -84,34 +100,76 @@ def progress() -> Iterator[TerminalProgress]:
 
 
 def say(text: str) -> None:
-    """A remark on stderr; nothing if it is empty."""
-    if text:
+    """A remark on stderr; nothing if it is empty, and nothing with ``--quiet``."""
+    if text and not _quiet:
         typer.echo(text, err=True)
 
 
-def result(rows: Sequence[tuple[str, str]], value: dict[str, Any], json_to: str | None) -> None:
-    """Print a result as a table on stdout, or as JSON there, and write JSON to a file if asked."""
+def error(problem: PatchcertError, about: str = "") -> None:
+    """An error on stderr, on one line, and its hint on another; ``about`` names what it concerns."""
+    prefix = f"{about}: " if about and about not in problem.message else ""
+    typer.echo(f"error[{problem.code}]: {prefix}{problem.message}", err=True)
+    if problem.hint:
+        typer.echo(f"hint: {problem.hint}", err=True)
+
+
+def result(rows: Rows, value: Any, json_to: str | None) -> None:
+    """Print a result as two columns on stdout, or as JSON there, and write JSON to a file if asked."""
+    printed(lambda: pairs(rows), value, json_to)
+
+
+def printed(table: Callable[[], None], value: Any, json_to: str | None) -> None:
+    """Print something on stdout, or ``value`` as JSON in its place (``-``), and write that to a file if asked."""
     if json_to == "-":
         typer.echo(json.dumps(value, indent=2))
         return
     try:  # a table that cannot be printed must not cost the file
-        _print_rows(rows)
+        table()
     finally:
         if json_to is not None:
             write_named(Path(json_to), json_bytes(value))
 
 
-def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
+def table(rows: Sequence[Mapping[str, str]], first: Sequence[str] = ()) -> None:
+    """Print rows under their column names: all columns, or on a terminal as many of ``first`` as there is room for.
+
+    No cell is ever shortened.
+    """
+    columns = list(rows[0])
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
+    if not sys.stdout.isatty():
+        for cells in (columns, *([row[name] for name in columns] for row in rows)):
+            typer.echo("  ".join(cell.ljust(widths[name]) for cell, name in zip(cells, columns, strict=True)).rstrip())
+        return
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    console = Console()
+    order = [*first, *(name for name in columns if name not in first)]
+    room = accumulate(widths[name] + 2 for name in order)
+    fitting = {name for name, end in zip(order, room, strict=True) if end <= console.width} or set(order[:1])
+    shown = [name for name in columns if name in fitting]
+    drawn = Table(*(Column(name, no_wrap=True, overflow="ignore") for name in shown), box=None)
+    for row in rows:
+        drawn.add_row(*(row[name] for name in shown))
+    console.width = max(console.width, widths[order[0]] + 2)  # the terminal may break a line, but nothing is cut off
+    console.print(drawn, crop=False)
+    if len(shown) < len(columns):
+        say(f"not shown: {', '.join(name for name in columns if name not in shown)}; widen the terminal, or see --json")
+
+
+def pairs(rows: Rows) -> None:
+    """Print names and texts in two columns."""
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(show_header=False, box=None, padding=(0, 2))
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
+        drawn = Table(show_header=False, box=None, padding=(0, 2))
+        drawn.add_column(style="bold", no_wrap=True)
+        drawn.add_column(overflow="fold")
         for row in rows:
-            table.add_row(*row)
-        Console().print(table)
+            drawn.add_row(*row)
+        Console().print(drawn)
     else:
         width = max(len(name) for name, _ in rows)
         for name, text in rows:

@@ -3,43 +3,36 @@
 from __future__ import annotations
 
 import sys
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import sharing, verify
-from patchcert_cli.cli import show as said
-from patchcert_cli.cli.options import AsJson, print_json
+from patchcert_cli.cli import several, sharing, verify
+from patchcert_cli.cli import show as terminal
+from patchcert_cli.cli.groups import command, grouped
+from patchcert_cli.cli.options import DatasetFilter, OfflineOption, OutputOptions
 from patchcert_cli.storage.files import file_size
-from patchcert_cli.threats import Guarantee
 
 if TYPE_CHECKING:
     from patchcert_cli.cards import Card
 
 app = typer.Typer(name="zoo", help="List, show, pull, verify and publish models.", no_args_is_help=True)
-COLUMNS = ("name", "defense", "threat", "clean", "certified", "published", "arithmetic", "size", "licence", "where")
-FIRST = (
-    "name",
-    "threat",
-    "clean",
-    "certified",
-    "defense",
-    "published",
-    "arithmetic",
-    "size",
-    "where",
-    "licence",
-)  # in little room
+COLUMNS = ("name", "threat", "clean", "certified", "defense", "published", "arithmetic", "size", "where")  # in little room
 NONE = "-"
+LIST = "Examples:\n\n patchcert zoo list\n\n patchcert zoo list --data mnist --threat patch --json -"
+SHOW = "Examples:\n\n patchcert zoo show mnist-ibp-p5\n\n patchcert zoo show mnist-ibp-p5 --json -"
 
 
-@app.command("list", epilog="Examples:\n\n patchcert zoo list\n\n patchcert zoo list --dataset mnist --threat patch --json")
+@app.command("list", cls=command(), epilog=LIST)
+@grouped
 def list_(
-    dataset: Annotated[str | None, typer.Option(help="Only models for this data set.")] = None,
-    threat: Annotated[str | None, typer.Option(help="Only models for this kind of threat: patch or sparse.")] = None,
-    as_json: AsJson = False,
+    *,
+    dataset: DatasetFilter = None,
+    threat: Annotated[
+        str | None, typer.Option("--threat", help="Only models for this threat: patch, sparse, or one such as patch:5x5.")
+    ] = None,
+    output: OutputOptions,
 ) -> None:
     """List the models of the zoo, from their cards alone.
 
@@ -49,68 +42,79 @@ def list_(
 
     zoo = bundled.folder()
     found = [(card, _where(card, zoo)) for card in bundled.cards(dataset=dataset, threat=threat).values()]
-    if as_json:
-        print_json([_summary(card, where) for card, where in found])
-    elif not found:
-        typer.echo("no model fits", err=True)
-    else:
-        for guarantee in Guarantee:  # never in one table
-            rows = [_row(card, where) for card, where in found if card.guarantee is guarantee]
-            if rows:
-                if guarantee is not Guarantee.RECOVERY:
-                    typer.echo(f"Certified {guarantee}: {guarantee.phrase}.")
-                _print_table(rows)
+    value = [_summary(card, where) for card, where in found]
+    if not found:
+        terminal.say("no model fits")
+    rows, guarantees = [_row(card, where) for card, where in found], [card.guarantee for card, _ in found]
+    terminal.printed(lambda: several.by_guarantee(rows, guarantees, COLUMNS), value, output.json)
 
 
-@app.command("show", epilog="Examples:\n\n patchcert zoo show mnist-ibp-p5\n\n patchcert zoo show mnist-ibp-p5 --json")
-def show(name: Annotated[str, typer.Argument(help="A model of the zoo.", metavar="NAME")], as_json: AsJson = False) -> None:
+@app.command("show", cls=command(), epilog=SHOW)
+@grouped
+def show(name: Annotated[str, typer.Argument(help="A model of the zoo.", metavar="NAME")], *, output: OutputOptions) -> None:
     """Show a model's card: facts, measured beside published accuracy, command, recipe, provenance, what is proven."""
     from patchcert_cli import cards
     from patchcert_cli.catalog import bundled
 
     card = bundled.card(name)
-    if as_json:
-        print_json(card.to_dict())
-    elif sys.stdout.isatty():
+
+    def prose() -> None:
+        if not sys.stdout.isatty():
+            typer.echo(cards.prose(card), nl=False)
+            return
         from rich.console import Console
         from rich.markdown import Markdown
 
         Console().print(Markdown(cards.prose(card)))
-    else:
-        typer.echo(cards.prose(card), nl=False)
+
+    terminal.printed(prose, card.to_dict(), output.json)
 
 
 @app.command(
     "pull",
-    epilog="Examples:\n\n patchcert zoo pull mnist-ibp-p5\n\n patchcert zoo pull mnist-ibp-p5 --offline"
+    cls=command(),
+    epilog="Examples:\n\n patchcert zoo pull mnist-ibp-p5 cifar-bagcert-rf7\n\n patchcert zoo pull mnist-ibp-p5 --offline"
     "\n\n patchcert zoo pull org/model@COMMIT",
 )
+@grouped
 def pull(
-    name: Annotated[str, typer.Argument(help="A model of the zoo, or anybody's: org/model@COMMIT.", metavar="NAME")],
+    names: Annotated[
+        list[str],
+        typer.Argument(help="Models of the zoo, or of the Hub: org/model@COMMIT. Several give one table.", metavar="NAME"),
+    ],
+    *,
     revision: Annotated[
-        str | None, typer.Option(metavar="COMMIT", help="Another commit than the card's, checked against its own card.")
+        str | None,
+        typer.Option("--revision", metavar="COMMIT", help="Another commit than the card's, checked against its own card."),
     ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Use what is on this disk, without a network.")] = False,
+    offline: OfflineOption = False,
     force: Annotated[bool, typer.Option("--force", help="Fetch it again even if it is in the cache.")] = False,
-    as_json: AsJson = False,
+    output: OutputOptions,
 ) -> None:
-    """Fetch a model from the Hub at its pinned commit, or use the cached or bundled copy, and check the sha256 of every file."""
+    """Fetch models from the Hub at pinned commits, or use cached or bundled copies, and check the sha256 of every file."""
+    several.alone(names, {"--revision": revision})
+
     from patchcert_cli.catalog import resolve
 
-    found = resolve.pull(name, offline=offline, force=force, revision=revision)
-    assert found.card is not None
-    if as_json:
-        print_json(resolve.facts(found))
-        return
-    typer.echo(found.note, err=True)
-    typer.echo(str(found.folder))
-    count = len(found.card.files)
-    typer.echo(f"{count} files · {file_size(found.card.size)} · sha256 ok ({found.sha256[:12]}…) · licence {found.card.license}")
+    def one(name: str | None, _: str) -> several.Value:
+        assert name is not None
+        found = resolve.pull(name, offline=offline, force=force, revision=revision)
+        assert found.card is not None
+        terminal.say(found.note)
+        return {**resolve.facts(found), "licence": found.card.license}
+
+    def lines(value: several.Value) -> None:
+        facts = _pulled(value)
+        typer.echo(value["folder"])
+        typer.echo(f"{facts['files']} files · {facts['size']} · sha256 ok ({facts['sha256']}) · licence {value['licence']}")
+
+    several.run(names, one, lambda values: terminal.table([_pulled(value) for value in values]), output.json, one_table=lines)
 
 
-@app.command("remove", epilog="Examples:\n\n patchcert zoo remove mnist-ibp-p5\n\n patchcert zoo remove org/model")
+@app.command("remove", cls=command(), epilog="Examples:\n\n patchcert zoo remove mnist-ibp-p5\n\n patchcert zoo remove org/model")
+@grouped
 def remove(
-    name: Annotated[str, typer.Argument(help="A model of the zoo, or org/model.", metavar="NAME")], as_json: AsJson = False
+    name: Annotated[str, typer.Argument(help="A model of the zoo, or org/model.", metavar="NAME")], *, output: OutputOptions
 ) -> None:
     """Take a model, all its revisions, out of the Hub's cache. Copies that are bundled with patchcert stay."""
     from patchcert_cli.catalog import bundled, resolve
@@ -120,16 +124,26 @@ def remove(
     card = None if address else bundled.card(name)
     repo = card.hub.repo if card else address["repo"] if address else name
     freed = client.remove(repo)
-    if as_json:
-        print_json({"name": name, "repo": repo, "freed": freed})
-        return
-    said = f"{repo}: freed {file_size(freed)}" if freed else f"{repo} is not in the Hub's cache: nothing to remove"
-    typer.echo(said + ("; the bundled copy stays" if card and card.files else ""))
+    text = f"{repo}: freed {file_size(freed)}" if freed else f"{repo} is not in the Hub's cache: nothing to remove"
+    text += "; the bundled copy stays" if card and card.files else ""
+    terminal.printed(lambda: typer.echo(text), {"name": name, "repo": repo, "freed": freed}, output.json)
 
 
-app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
-app.command("add", epilog=sharing.ADD)(sharing.add)
-app.command("push", epilog=sharing.PUSH)(sharing.push)
+app.command("verify", cls=command(verify.OLD), epilog=verify.EXAMPLES)(verify.verify)
+app.command("add", cls=command(sharing.OLD), epilog=sharing.ADD)(sharing.add)
+app.command("push", cls=command(), epilog=sharing.PUSH)(sharing.push)
+
+
+def _pulled(value: several.Value) -> dict[str, str]:
+    """A row about a model that was pulled."""
+    files = value["files"]
+    return {
+        "model": str(value["name"]),
+        "files": str(len(files)),
+        "size": file_size(sum(file["size"] for file in files.values())),
+        "sha256": f"{value['sha256'][:12]}…",
+        "folder": str(value["folder"]),
+    }
 
 
 def _where(card: Card, zoo: Path) -> str:
@@ -166,41 +180,20 @@ def _summary(card: Card, where: str) -> dict[str, Any]:
     }
 
 
-def _row(card: Card, where: str) -> list[str]:
+def _row(card: Card, where: str) -> dict[str, str]:
     facts = _summary(card, where)
-    shares = [NONE if facts[key] is None else f"{facts[key]:.2%}" for key in ("clean", "certified", "published")]
-    name = card.name if card.status != "unreliable" else f"{card.name} (unreliable)"
-    return [
-        name,
-        card.defense,
-        str(card.threat),
-        *shares,
-        facts["arithmetic"] or NONE,
-        file_size(card.size) if card.size else NONE,
-        card.license,
-        where,
-    ]
-
-
-def _print_table(rows: list[list[str]]) -> None:
-    """A table of the columns that the terminal has room for; elsewhere plain lines. No name is ever shortened."""
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Column, Table
-
-        console = Console()
-        room = accumulate(widths[COLUMNS.index(name)] + 2 for name in FIRST)
-        shown = [name for name, end in zip(FIRST, room, strict=True) if end <= console.width] or FIRST[:1]
-        at = [index for index, name in enumerate(COLUMNS) if name in shown]
-        table = Table(*(Column(COLUMNS[index], no_wrap=True, overflow="ignore") for index in at), box=None)
-        for row in rows:
-            table.add_row(*(row[index] for index in at))
-        console.width = max(console.width, widths[0] + 2)  # the terminal may break a line, but nothing is cut off
-        console.print(table, crop=False)
-        if len(at) < len(COLUMNS):
-            left = ", ".join(name for name in COLUMNS if name not in shown)
-            said.say(f"not shown: {left}; widen the terminal, or see --json")
-        return
-    for row in (list(COLUMNS), *rows):
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    clean, certified, published = (
+        NONE if facts[key] is None else f"{facts[key]:.2%}" for key in ("clean", "certified", "published")
+    )
+    return {
+        "name": card.name if card.status != "unreliable" else f"{card.name} (unreliable)",
+        "defense": card.defense,
+        "threat": str(card.threat),
+        "clean": clean,
+        "certified": certified,
+        "published": published,
+        "arithmetic": facts["arithmetic"] or NONE,
+        "size": file_size(card.size) if card.size else NONE,
+        "licence": card.license,
+        "where": where,
+    }

@@ -291,7 +291,7 @@ def put_around(
     """
     if numbers == "bfloat16" and len(classes) >= MANY:
         raise UsageError(
-            f"with {len(classes)} classes --labels bfloat16 gains nothing: most labels are in doubt and computed again.",
+            f"with {len(classes)} classes --precision bfloat16 gains nothing: most labels are in doubt and computed again.",
             hint="Leave it out.",
         )
     fill = tuple(mean or ())

@@ -95,5 +95,5 @@ def test_bfloat16_is_not_offered_where_it_gains_nothing(monkeypatch: pytest.Monk
     many = around(classes=masked_predictions.MANY)
     many.labels = "bfloat16"
     assert many.views().quick == ("float32",)  # type: ignore[union-attr]
-    with pytest.raises(UsageError, match="with 1000 classes --labels bfloat16 gains nothing"):
+    with pytest.raises(UsageError, match="with 1000 classes --precision bfloat16 gains nothing"):
         models.put_around(many.network, "patchcleanser", SHAPE, many.classes, many.plan, None, "bfloat16")

@@ -26,23 +26,6 @@ def model(tmp_path: Path) -> str:
     return "runs/m"
 
 
-class Outcome:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def patchcert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    def call(*words: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["patchcert", *words])
-        with pytest.raises(SystemExit) as stop:
-            main.run()
-        captured = capsys.readouterr()
-        return Outcome(int(stop.value.code or 0), captured.out, captured.err)
-
-    return call
-
-
 def test_certify_prints_a_table_and_leaves_a_run_folder(patchcert, model: str) -> None:  # type: ignore[no-untyped-def]
     done = patchcert("certify", model, "--patch", "5", "--limit", "20")
     assert done.code == 0
@@ -92,7 +75,7 @@ def test_a_dry_run_writes_nothing(patchcert, model: str) -> None:  # type: ignor
         ("certify M --patch 0", 2, "invalid patch '0'"),
         ("certify M --patch 29", 2, "patch 29x29 does not fit a 28x28 image."),
         ("certify M --patch 3x29", 2, "patch 3x29 does not fit"),
-        ("certify M --threat sparse --k 0", 2, "--k 0 must be 1 or more"),
+        ("certify M --threat sparse --k 0", 2, "invalid sparse budget '0'"),
         ("certify M --threat sparse --k 785", 2, "--k 785 exceeds the 784 pixels of a 28x28 image."),
         ("certify M --threat sparse", 2, "this model's own threat is patch:5x5"),
         ("certify M --threat blur", 2, "Use one of: patch, sparse, patches."),

@@ -15,8 +15,6 @@ from patchcert_cli.classifiers import convert
 from patchcert_cli.errors import DataError, IntegrityError, UsageError
 from patchcert_cli.storage import files
 
-from .test_commands import patchcert  # noqa: F401
-
 WEIGHTS = OrderedDict({"fc.weight": torch.arange(6.0).reshape(2, 3), "fc.bias": torch.tensor([1.0, -1.0])})
 
 
@@ -82,7 +80,7 @@ def test_what_is_no_file_of_weights(tmp_path: Path) -> None:
             convert.read(tmp_path / name)
 
 
-def test_the_command_says_what_it_did_and_replaces_nothing(patchcert, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_the_command_says_what_it_did_and_replaces_nothing(patchcert, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     torch.save({"state_dict": prefixed("module.")}, tmp_path / "w.pth")
     done = patchcert("convert", "w.pth", "--to", "w.safetensors")
     assert done.code == 0 and done.err.splitlines() == ["taken from its entry state_dict", "prefix module. taken off every name"]

@@ -23,8 +23,6 @@ from patchcert_cli.hub import client
 from patchcert_cli.reporting import text
 from patchcert_cli.storage import files
 
-from .test_commands import patchcert  # noqa: F401
-
 DEFENSE = ["--defense", "patchcleanser", "--masks", "3", "--patch", "3", "--device", "cpu"]
 VAL = ["--data", "imagefolder:./val"]
 CLASSES = ["--classes", "names.txt"]
@@ -66,7 +64,7 @@ def records(found: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(found["records"]).read_text().splitlines()]
 
 
-def test_an_own_model_on_own_pictures(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_an_own_model_on_own_pictures(patchcert) -> None:  # type: ignore[no-untyped-def]
     done = patchcert("certify", "mine:build", *DEFENSE, *VAL, *CLASSES)
     assert done.code == 0, done.err
     for word in ("mine:build (patchcleanser, code", "12 images (whole split", "patch:3x3", "100.00 % (12/12)"):
@@ -89,7 +87,7 @@ def test_an_own_model_on_own_pictures(patchcert) -> None:  # type: ignore[no-unt
     assert manifest["setting"]["preprocessing"]["mean"] == [0.5, 0.5, 0.5] and manifest["setting"]["code_sha256"]
 
 
-def test_labels_follow_names_and_not_positions(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_labels_follow_names_and_not_positions(patchcert) -> None:  # type: ignore[no-untyped-def]
     """A model that says that its first output is the dog is wrong about cats and dogs, wherever their folders stand."""
     done = patchcert("certify", "mine:turned", *DEFENSE, *VAL, "--json", "-")
     found = json.loads(done.out)
@@ -100,11 +98,11 @@ def test_labels_follow_names_and_not_positions(patchcert) -> None:  # type: igno
     assert [row["label"] for row in records(json.loads(done.out))] == [0] * 4 + [2] * 4
 
 
-def test_masks_and_weights_make_another_run(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_masks_and_weights_make_another_run(patchcert) -> None:  # type: ignore[no-untyped-def]
     files.write_atomically(Path("w.safetensors"), checkpoint.pack({"centre": torch.tensor([0.1, 0.5, 0.9])}, {}))
     said = ["certify", "mine:build", "--defense", "patchcleanser", "--patch", "3", *VAL, *CLASSES, "--json", "-"]
     places = []
-    for more in ([], ["--masks", "3"], ["--passes", "50"], ["--weights", "w.safetensors"], ["--labels", "bfloat16"]):
+    for more in ([], ["--masks", "3"], ["--passes", "50"], ["--weights", "w.safetensors"], ["--precision", "bfloat16"]):
         done = patchcert(*said, *more)
         assert done.code == 0, done.err
         places.append(json.loads(done.out)["records"])
@@ -116,7 +114,7 @@ def test_masks_and_weights_make_another_run(patchcert) -> None:  # type: ignore[
     assert len(counts) == 4 and counts == sorted(counts, reverse=True)
 
 
-def test_a_dry_run_counts_passes_hours_and_disk_and_writes_nothing(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_a_dry_run_counts_passes_hours_and_disk_and_writes_nothing(patchcert) -> None:  # type: ignore[no-untyped-def]
     before = sorted(map(str, Path().rglob("*")))
     done = patchcert("certify", "mine:build", *DEFENSE, *VAL, *CLASSES, "--dry-run", "--json", "-")
     assert done.code == 0, done.err
@@ -134,7 +132,7 @@ def test_a_dry_run_counts_passes_hours_and_disk_and_writes_nothing(patchcert) ->
     assert after["disk_bytes"] < 12 * 400 and after["out"] == str(Path(packed["records"]).parent)
 
 
-def test_one_picture_and_an_attack(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_one_picture_and_an_attack(patchcert) -> None:  # type: ignore[no-untyped-def]
     done = patchcert("certify", "mine:named", *DEFENSE, "--image", "val/dog/0.png", "--resize", "--json", "-")
     assert done.code == 0, done.err
     assert json.loads(done.out)["class"] == "dog"
@@ -195,9 +193,9 @@ def test_one_picture_and_an_attack(patchcert) -> None:  # type: ignore[no-untype
             "5 passes are too few for masks against patch:9x9.",
         ),
         ("mine:build --defense patchcleanser --patch 2 --masks 90 --data imagefolder:./val@224 C", 2, "more than 4096 masks"),
-        ("mine:build D V C --passes 9", 2, "--masks and --passes both say how many masks there are."),
+        ("mine:build D V C --passes 9", 2, "--masks and --passes both choose how many masks there are."),
         ("mine:build --defense patchcleanser --patch 3 --masks 0 V C", 2, "--masks 0 must be 1 or more."),
-        ("mine:build D V C --labels int8", 2, "invalid --labels 'int8'."),
+        ("mine:build D V C --labels int8", 2, "invalid --precision 'int8'."),
         (
             "mnist-ibp-p5 --patch 5 --masks 3",
             2,
@@ -212,7 +210,7 @@ def test_one_picture_and_an_attack(patchcert) -> None:  # type: ignore[no-untype
         ("mnist-ibp-p5 --patch 5 V", 6, "images are (3, 28, 28), but mnist-ibp-p5 takes (1, 28, 28)"),
     ],
 )
-def test_bad_input_is_one_clear_line(patchcert, words: str, code: int, said: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_bad_input_is_one_clear_line(patchcert, words: str, code: int, said: str) -> None:  # type: ignore[no-untyped-def]
     pictures(Path("empty"), 0, {"cat": 0})
     files.write_atomically(Path("w.safetensors"), checkpoint.pack({"body": torch.zeros(3)}, {}))
     short = {"D": DEFENSE, "V": VAL, "C": CLASSES}
@@ -222,7 +220,7 @@ def test_bad_input_is_one_clear_line(patchcert, words: str, code: int, said: str
     check_refused(wrong, code, said)
 
 
-def test_names_of_timm_and_weights_that_cannot_be_had(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_names_of_timm_and_weights_that_cannot_be_had(patchcert) -> None:  # type: ignore[no-untyped-def]
     pytest.importorskip("timm")
     for address, code, said in (
         ("timm:test_resnett", 3, "Did you mean test_resnet"),
@@ -235,7 +233,7 @@ def test_names_of_timm_and_weights_that_cannot_be_had(patchcert) -> None:  # typ
         assert done.code == code and said in done.err.splitlines()[-1], done.err
 
 
-def test_without_timm_it_is_said_what_to_type(patchcert, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_without_timm_it_is_said_what_to_type(patchcert, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     done = patchcert("certify", "timm:resnet18", *DEFENSE, *VAL)
     assert done.code == 7
@@ -251,7 +249,7 @@ def imagenet(folder: Path) -> list[str]:
     return names
 
 
-def test_imagenet_with_a_card_whose_weights_are_public(patchcert, served: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_imagenet_with_a_card_whose_weights_are_public(patchcert, served: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     """The whole path of the card of the zoo, with timm's smallest network in the place of the large one."""
     card = bundled.card("imagenet-patchcleanser-vit-b16", Path(__file__).parents[2] / "zoo")
     small = replace(card, name="small", classifier=f"timm:{TINY}", recipe=card.recipe | {"masks": {"per_axis": 2}})
@@ -281,7 +279,7 @@ def test_imagenet_with_a_card_whose_weights_are_public(patchcert, served: Path, 
     assert "public weights" in patchcert("zoo", "list").out
 
 
-def test_a_network_of_timm_is_trained_on_own_pictures_and_certified(patchcert, served: Path) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_a_network_of_timm_is_trained_on_own_pictures_and_certified(patchcert, served: Path) -> None:  # type: ignore[no-untyped-def]
     weights(served / files.WEIGHTS)
     pictures(Path("pets/train"), 10)
     said = f"train --defense patchcleanser --model timm:{TINY} --data imagefolder:./pets/train@32 --patch 2% --device cpu".split()
@@ -333,14 +331,14 @@ def test_a_network_of_timm_is_trained_on_own_pictures_and_certified(patchcert, s
         ("--model timm:test_resnet --data imagefolder:./val", 4, "Or begin with random weights: --weights none"),
     ],
 )
-def test_training_that_cannot_begin_is_one_clear_line(patchcert, words: str, code: int, said: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_training_that_cannot_begin_is_one_clear_line(patchcert, words: str, code: int, said: str) -> None:  # type: ignore[no-untyped-def]
     pytest.importorskip("timm")
     done = patchcert("train", "--defense", "patchcleanser", "--patch", "2%", *words.split())
     assert (done.code, done.out) == (code, "")
     check_refused(done.err, code, said)
 
 
-def test_a_certified_model_with_another_defense_around_it(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_a_certified_model_with_another_defense_around_it(patchcert) -> None:  # type: ignore[no-untyped-def]
     done = patchcert(
         "certify", "mnist-ibp-p5", "--defense", "patchcleanser", "--masks", "2", "--patch", "3", "--limit", "4", "--json", "-"
     )
@@ -351,7 +349,7 @@ def test_a_certified_model_with_another_defense_around_it(patchcert) -> None:  #
     assert manifest["setting"]["classifier"] == "the class scores of ibp" and manifest["setting"]["fill"] == [0.1307]
 
 
-def test_the_hub_is_not_asked_before_the_rest_is_right(patchcert, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_the_hub_is_not_asked_before_the_rest_is_right(patchcert, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     pytest.importorskip("timm")
 
     def never(*_: Any, **__: Any) -> None:
@@ -369,7 +367,7 @@ def test_the_hub_is_not_asked_before_the_rest_is_right(patchcert, monkeypatch: p
     assert "asked" in patchcert("certify", address, *DEFENSE, *VAL).err
 
 
-def test_the_page_about_own_models_keeps_its_word(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_the_page_about_own_models_keeps_its_word(patchcert) -> None:  # type: ignore[no-untyped-def]
     page = (Path(__file__).parents[2] / "docs" / "own-models.md").read_text(encoding="utf-8")
     blocks = [part.split("```")[0] for part in page.split("```python\n")[1:]]
     assert len(blocks) == 2 and blocks[0].startswith("# mine.py")
@@ -381,11 +379,11 @@ def test_the_page_about_own_models_keeps_its_word(patchcert) -> None:  # type: i
     scope: dict[str, Any] = {"images": torch.rand(2, 3, 48, 48)}
     exec(compile("\n".join(blocks), "own-models.md", "exec"), scope)
     assert scope["certificate"].certified.shape == (2,) and str(scope["certificate"].threat) == "patch:5x5"
-    for option in ("--defense", "--masks", "--passes", "--weights", "--classes", "--labels", "--data", "--dry-run", "--limit"):
+    for option in ("--defense", "--masks", "--passes", "--weights", "--classes", "--precision", "--data", "--dry-run", "--limit"):
         assert option in page and option in patchcert("certify", "--help").out
 
 
-def test_plain_accuracy_and_what_is_in_front_stand_in_every_result(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_plain_accuracy_and_what_is_in_front_stand_in_every_result(patchcert) -> None:  # type: ignore[no-untyped-def]
     done = patchcert("certify", "mine:named", *DEFENSE, *VAL)
     front = (
         "pixels in [0, 1], resized to 16x16 (bicubic) where they are not, minus mean 0.5 0.5 0.5, divided by std 0.25 0.25 0.25"
@@ -437,7 +435,7 @@ def changing(name: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["certify", f"{name}:build", *DEFENSE, *VAL, "--out", "run"]
 
 
-def test_a_changed_helper_or_file_is_another_run(patchcert, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_a_changed_helper_or_file_is_another_run(patchcert, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     said = changing("first", monkeypatch)
     assert patchcert(*said).code == 0 and "is complete" in patchcert(*said).err
     manifest = json.loads(Path("run/manifest.json").read_text())
@@ -455,7 +453,7 @@ def test_a_changed_helper_or_file_is_another_run(patchcert, monkeypatch: pytest.
     assert patchcert(*said, "--fresh").code == 0
 
 
-def test_a_file_that_changes_in_the_middle_of_a_run_gives_no_result(patchcert, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_a_file_that_changes_in_the_middle_of_a_run_gives_no_result(patchcert, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     said = changing("second", monkeypatch)
     append = Run.append
 
@@ -470,7 +468,7 @@ def test_a_file_that_changes_in_the_middle_of_a_run_gives_no_result(patchcert, m
     assert patchcert(*said).code == 2
 
 
-def test_random_weights_measure_the_cost_of_any_pictures(patchcert, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_random_weights_measure_the_cost_of_any_pictures(patchcert, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     """Neither the names of classes nor the self-test stop a dry run with weights whose answers mean nothing."""
     pytest.importorskip("timm")
 
@@ -489,7 +487,7 @@ def test_random_weights_measure_the_cost_of_any_pictures(patchcert, monkeypatch:
 DETECT = ["--defense", "minority", "--masks", "3", "--patch", "3", "--device", "cpu"]
 
 
-def test_a_threshold_of_certified_detection_and_the_picture_of_all(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_a_threshold_of_certified_detection_and_the_picture_of_all(patchcert) -> None:  # type: ignore[no-untyped-def]
     pytest.importorskip("matplotlib")
     said = ["certify", "mine:build", *DETECT, *VAL, *CLASSES]
     done = patchcert(*said, "--threshold", "0.5", "--plot-thresholds", "t.png", "--json", "-")
@@ -512,17 +510,17 @@ def test_a_threshold_of_certified_detection_and_the_picture_of_all(patchcert) ->
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--threshold", "1"], "--threshold 1 is no confidence."),
-        (["--threshold", "-0.1"], "--threshold -0.1 is no confidence"),
-        (["--threshold", "nan"], "--threshold nan is no confidence"),
+        (["--threshold", "1"], "--threshold 1 is not a confidence."),
+        (["--threshold", "-0.1"], "--threshold -0.1 is not a confidence"),
+        (["--threshold", "nan"], "--threshold nan is not a confidence"),
     ],
 )
-def test_what_is_no_threshold_is_refused(patchcert, more: list[str], words: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_what_is_no_threshold_is_refused(patchcert, more: list[str], words: str) -> None:  # type: ignore[no-untyped-def]
     done = patchcert("certify", "mine:build", *DETECT, *VAL, *CLASSES, *more)
     assert done.code == 2 and words in done.err
 
 
-def test_a_defense_that_raises_no_alarms_has_no_threshold(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_a_defense_that_raises_no_alarms_has_no_threshold(patchcert) -> None:  # type: ignore[no-untyped-def]
     for more, flag in ((["--threshold", "0.5"], "--threshold"), (["--plot-thresholds", "t.png"], "--plot-thresholds")):
         done = patchcert("certify", "mine:build", *DEFENSE, *VAL, *CLASSES, *more)
         assert done.code == 2 and f"patchcleanser raises no alarms, so {flag} means nothing." in done.err
@@ -530,7 +528,7 @@ def test_a_defense_that_raises_no_alarms_has_no_threshold(patchcert) -> None:  #
     assert done.code == 2 and "ibp raises no alarms" in done.err
 
 
-def test_given_pictures_are_pasted_and_counted(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_given_pictures_are_pasted_and_counted(patchcert) -> None:  # type: ignore[no-untyped-def]
     from PIL import Image
 
     Path("patches").mkdir()
@@ -565,6 +563,6 @@ def test_given_pictures_are_pasted_and_counted(patchcert) -> None:  # type: igno
         (["--saved", "val/cat", "--places", "0"], 2, "--places"),
     ],
 )
-def test_what_cannot_be_pasted(patchcert, more: list[str], code: int, words: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_what_cannot_be_pasted(patchcert, more: list[str], code: int, words: str) -> None:  # type: ignore[no-untyped-def]
     done = patchcert("attack", "mine:build", *DEFENSE, *VAL, *CLASSES, *more)
     assert done.code == code and words in done.err, done.err

@@ -14,8 +14,6 @@ from refusals import check_refused
 from patchcert_cli import checkpoint, data, defenses
 from patchcert_cli.training.recipe import Recipe
 
-from .test_commands import patchcert  # noqa: F401
-
 SMALL = {"widths": [6, 6, 6], "mixes": [0, 0, 1]}
 
 
@@ -41,7 +39,7 @@ def picture() -> str:
     return "cat.png"
 
 
-def test_every_size_comes_from_one_run(patchcert, model: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_every_size_comes_from_one_run(patchcert, model: str) -> None:  # type: ignore[no-untyped-def]
     done = patchcert("certify", model, "--patch", "1..10", "--limit", "40", "--json", "-", "--plot", "curve.png")
     found = json.loads(done.out)
     assert [claim["threat"] for claim in found["claims"]] == [f"patch:{n}x{n}" for n in range(1, 11)]
@@ -55,27 +53,27 @@ def test_every_size_comes_from_one_run(patchcert, model: str) -> None:  # type: 
     assert "patch:10x10" in table and "95 % interval" in table
 
 
-def test_every_shape_of_an_area(patchcert, model: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_every_shape_of_an_area(patchcert, model: str) -> None:  # type: ignore[no-untyped-def]
     done = patchcert("certify", model, "--patch-area", "25", "--limit", "10", "--json", "-", "--plot", "shapes.png")
     threats = [claim["threat"] for claim in json.loads(done.out)["claims"]]
     assert threats == [f"patch:{s}" for s in ["1x25", "2x12", "3x8", "4x6", "5x5", "6x4", "8x3", "12x2", "25x1"]]
     assert Path("shapes.png").stat().st_size > 1000
 
 
-def test_conditions_side_by_side(patchcert, model: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_conditions_side_by_side(patchcert, model: str) -> None:  # type: ignore[no-untyped-def]
     done = patchcert("certify", model, "--patch", "5", "--condition", "all", "--limit", "60", "--json", "-")
     rows = {claim["method"]: claim["counts"]["certified"] for claim in json.loads(done.out)["claims"]}
     assert list(rows) == ["additive", "condition 3.1", "condition 3.2", "condition 3.3"]
     assert rows["additive"] >= rows["condition 3.2"] == rows["condition 3.1"] >= rows["condition 3.3"]
 
 
-def test_a_patch_too_large_is_a_note_and_not_a_crash(patchcert, model: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_a_patch_too_large_is_a_note_and_not_a_crash(patchcert, model: str) -> None:  # type: ignore[no-untyped-def]
     done = patchcert("certify", model, "--patch", "30", "--limit", "10", "--json", "-")
     assert done.code == 0 and json.loads(done.out)["claims"][0]["counts"]["certified"] == 0
     assert "no image can be certified" in done.err
 
 
-def test_one_picture_with_its_map(patchcert, model: str, picture: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_one_picture_with_its_map(patchcert, model: str, picture: str) -> None:  # type: ignore[no-untyped-def]
     done = patchcert("certify", model, "--image", picture, "--patch", "5", "--map", "map.png", "--json", "-")
     found = json.loads(done.out)
     assert found["class"] in data.info("cifar10").classes and found["locations"] == 784
@@ -98,7 +96,7 @@ def test_one_picture_with_its_map(patchcert, model: str, picture: str) -> None: 
         (lambda p: p.resize((64, 48)), "is 48x64 (height x width), but the model takes 32x32.", 6),
     ],
 )
-def test_pictures_of_other_modes(patchcert, model: str, picture: str, make, said: str, code: int) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_pictures_of_other_modes(patchcert, model: str, picture: str, make, said: str, code: int) -> None:  # type: ignore[no-untyped-def]
     with Image.open(picture) as opened:
         make(opened).save("other.png")
     done = patchcert("certify", model, "--image", "other.png", "--patch", "5")
@@ -115,7 +113,7 @@ def _clear(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def test_a_picture_is_resized_on_request_only(patchcert, model: str, picture: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_a_picture_is_resized_on_request_only(patchcert, model: str, picture: str) -> None:  # type: ignore[no-untyped-def]
     with Image.open(picture) as opened:
         opened.resize((100, 64)).save("wide.png")
     done = patchcert("certify", model, "--image", "wide.png", "--patch", "5", "--resize")
@@ -125,12 +123,12 @@ def test_a_picture_is_resized_on_request_only(patchcert, model: str, picture: st
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        ("--patch 5..2", 2, "invalid range of patches '5..2'."),
+        ("--patch 5..2", 2, "invalid range '5..2'."),
         ("--patch 1..40", 2, "patch 33x33 does not fit a 32x32 image"),
         ("--patch-area 0", 2, "--patch-area 0 must be 1 or more"),
         ("--patch-area 25 --patch 5", 2, "--patch-area describes every shape itself"),
         ("--patch 5 --condition 4", 2, "no condition '4'."),
-        ("--patch 5 --map m.png", 2, "--map draws one picture."),
+        ("--patch 5 --map m.png", 2, "--map draws one image."),
         ("--patch 5 --image none.png", 6, "there is no image 'none.png'"),
         ("--patch 5 --image text.png", 6, "is not an image that can be read"),
         ("--patch 5 --image cat.png --plot p.png", 2, "--plot does not go with --image"),
@@ -144,7 +142,7 @@ def test_a_picture_is_resized_on_request_only(patchcert, model: str, picture: st
         ("--k 2 --condition 3.1", 2, "condition 3.1 is not for sparse:2"),
     ],
 )
-def test_bad_input_is_one_clear_line(patchcert, model: str, picture: str, words: str, code: int, said: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_bad_input_is_one_clear_line(patchcert, model: str, picture: str, words: str, code: int, said: str) -> None:  # type: ignore[no-untyped-def]
     Path("text.png").write_text("not a picture")
     done = patchcert("certify", model, *([] if "--image" in words else ["--limit", "4"]), *words.split())
     assert said in done.err, done.err
@@ -152,21 +150,21 @@ def test_bad_input_is_one_clear_line(patchcert, model: str, picture: str, words:
     assert "Traceback" not in done.err
 
 
-def test_a_map_says_what_its_margins_count(patchcert, model: str, picture: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_a_map_says_what_its_margins_count(patchcert, model: str, picture: str) -> None:  # type: ignore[no-untyped-def]
     for name, unit in ((model, "votes"), ("mnist-masked-cnn", "of the logit scale")):
         done = patchcert("certify", name, "--image", picture, "--resize", "--patch", "5", "--map", "map.svg")
         assert done.code == 0, done.err
         assert f"<!-- margin, {unit} -->" in Path("map.svg").read_text(encoding="utf-8")
 
 
-def test_intervals_have_no_conditions_and_no_map(patchcert, picture: str) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_intervals_have_no_conditions_and_no_map(patchcert, picture: str) -> None:  # type: ignore[no-untyped-def]
     done = patchcert("certify", "mnist-ibp-p5", "--patch", "5", "--condition", "3.3", "--limit", "4")
     assert done.code == 2 and "this defense has no proof '3.3'." in done.err
     done = patchcert("certify", "mnist-ibp-p5", "--patch", "5", "--image", picture, "--resize", "--map", "m.png")
     assert done.code == 2 and "--map is for models with votes or masks" in done.err
 
 
-def test_a_receptive_field_larger_than_the_image_is_refused(patchcert) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_a_receptive_field_larger_than_the_image_is_refused(patchcert) -> None:  # type: ignore[no-untyped-def]
     words = "train --defense bagcert --dataset mnist --patch 5 --network-option kernels=3,9,9 --network-option dilations=1,2,2"
     done = patchcert(*words.split(), "--data-dir", str(Path()))
     assert done.code != 0 and "larger than the 28x28 image" in done.err, done.err

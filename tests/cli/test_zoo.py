@@ -78,7 +78,7 @@ def test_a_terminal_gets_the_columns_that_it_has_room_for(
     monkeypatch.setenv("NO_COLOR", "1")
     for names in ((NAME,), (NAME, "a-model-with-a-name-that-is-far-longer-than-any-column-of-a-terminal-would-be")):
         make_zoo(zoo, names[-1])
-        list_(None, None, False)
+        list_(dataset=None, threat=None, json=None, quiet=False)
         captured = capsys.readouterr()
         lines = re.sub(r"\x1b\[[0-9;]*m", "", captured.out).splitlines()
         assert {line.split()[0] for line in lines[1:] if line} == set(names)

@@ -33,7 +33,7 @@ def shortened(command: str) -> list[str]:
     """The command with a bound on its work: full runs take minutes, training hours."""
     words = shlex.split(command)[1:]
     if words[:2] == ["zoo", "verify"]:
-        return [*words[: words.index("--sample")], "--sample", "8", "--no-attack"]
+        return [*words[: words.index("--limit")], "--limit", "8", "--attack", "none"]
     if words[0] == "train":
         return [*words, "--dry-run"]
     if words[0] in ("certify", "attack") and "--image" not in words:
