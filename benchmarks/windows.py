@@ -119,7 +119,7 @@ def training(network: nn.Module, batch: int, count: int) -> None:
     scale = 1e-4  # random weights have margins so large that a softmax would forget all but one
 
     def fast() -> list[Tensor]:
-        margins = intervals.margins_at(network, x, label, PATCH, chosen, per_class=False)
+        margins = intervals.smallest_margins(network, x, label, PATCH, chosen)
         return list(torch.autograd.grad(F.cross_entropy(-scale * margins, label), parameters))
 
     def slow(part: int) -> list[Tensor]:

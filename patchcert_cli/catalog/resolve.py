@@ -1,7 +1,8 @@
 """From a name, a folder or an address on the Hub to files whose sha256 was checked.
 
 A zoo model is looked for in the Hub's cache, on the Hub at its card's commit, and in the bundled zoo, in this order; each file
-must have the sha256 of the bundled card. A stranger's model, ``org/name`` or ``org/name@revision``, is held against its own card.
+must have the sha256 of the bundled card. A third-party model, ``org/name`` or ``org/name@revision``, is checked against its own
+card.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ class ResolvedModel:
         folder: holds the files of the card.
         card: None for a folder without one.
         source: ``folder``, ``bundled``, ``cache`` or ``hub``.
-        note: one line saying what served the files and why.
+        note: one line: where the files came from and why.
         sha256: of the weights, see :func:`patchcert_cli.cards.weights_sha256`.
+        revision: the commit on the Hub that the files are of; None for those of a folder or of the bundled zoo.
     """
 
     folder: Path
@@ -43,17 +45,46 @@ class ResolvedModel:
     source: str
     note: str
     sha256: str
+    revision: str | None = None
 
     @property
     def config_sha256(self) -> str | None:
-        """Of the configuration, as the card says; None without a card."""
-        held = self.card.files.get(files.CONFIG) if self.card else None
-        return held.sha256 if held else None
+        """Sha256 of the configuration by the card; None without a card."""
+        listed = self.card.files.get(files.CONFIG) if self.card else None
+        return listed.sha256 if listed else None
 
     @property
     def name(self) -> str:
         """The card's name, else the folder's."""
         return self.card.name if self.card else self.folder.resolve().name
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to certify, with the card of its weights.
+
+    Attributes:
+        defense: in eval mode, on the device that was asked for.
+        files: where the weights came from and their sha256.
+    """
+
+    defense: Defense
+    files: ResolvedModel
+
+    @property
+    def name(self) -> str:
+        """The card's name, else the folder's."""
+        return self.files.name
+
+    @property
+    def card(self) -> Card | None:
+        """What is claimed about the weights; None for a folder without a card."""
+        return self.files.card
+
+    @property
+    def revision(self) -> str | None:
+        """The commit on the Hub that the weights are of; None for those of a folder or of the bundled zoo."""
+        return self.files.revision
 
 
 def resolve(
@@ -65,7 +96,7 @@ def resolve(
 
     Raises:
         UnknownName: no such model or folder.
-        IntegrityError: a pickle, a damaged card, or files that are not what the card says.
+        IntegrityError: a pickle, a damaged card, or files with another sha256 than in the card.
         HubError: the weights are not on this disk and the Hub is out of reach or refuses.
     """
     text = os.fspath(name_or_path)
@@ -81,12 +112,12 @@ def resolve(
 def pull(
     name: str, *, offline: bool = False, force: bool = False, revision: str | None = None, zoo: Path | None = None
 ) -> ResolvedModel:
-    """As :func:`resolve`, but for names and addresses alone. A ``revision`` other than its card's is held against its own card.
+    """As :func:`resolve`, but for names and addresses alone. Files of another ``revision`` are checked against the card there.
 
     Raises:
         UnknownName: no such model.
-        UsageError: a zoo model's revision that is no whole commit.
-        IntegrityError: files that are not what the card says, from wherever they came.
+        UsageError: the revision of a zoo model is not a full commit.
+        IntegrityError: files have another sha256 than in the card.
         HubError: the weights are not on this disk and the Hub is out of reach or refuses.
         MachineError: the cache cannot be written.
     """
@@ -116,17 +147,17 @@ def pull(
     return ResolvedModel(folder, card, "bundled", note, card.verify(folder))
 
 
-def _from_hub(card: Card, repo: str, commit: str, called: str, *, offline: bool, force: bool) -> ResolvedModel:
+def _from_hub(card: Card, repo: str, commit: str, name: str, *, offline: bool, force: bool) -> ResolvedModel:
     digest = cards.weights_sha256(card.files)
     found = None if force and not offline else client.cached(repo, commit, card.files)
     if found:
-        return ResolvedModel(found, card, "cache", f"{called}: {repo} @ {commit[:7]}, from the Hub's cache", digest)
+        return ResolvedModel(found, card, "cache", f"{name}: {repo} @ {commit[:7]}, from the Hub's cache", digest, commit)
     found = client.fetch(repo, commit, card.files, offline=offline, force=force)
-    return ResolvedModel(found, card, "hub", f"{called}: {repo} @ {commit[:7]}, fetched from the Hub", digest)
+    return ResolvedModel(found, card, "hub", f"{name}: {repo} @ {commit[:7]}, fetched from the Hub", digest, commit)
 
 
 def _foreign(repo: str, revision: str | None, *, offline: bool, force: bool) -> ResolvedModel:
-    """A model that no bundled card describes: its own card says what its files must be."""
+    """A model without a bundled card: its own card lists the sha256 of its files."""
     commit, folder = client.fetch_card(repo, revision, offline=offline)
     card = Card.read(folder)
     if not card.files:
@@ -134,7 +165,7 @@ def _foreign(repo: str, revision: str | None, *, offline: bool, force: bool) -> 
     return _from_hub(card, repo, commit, repo, offline=offline, force=force)
 
 
-def load(
+def load_model(
     name_or_path: str | Path,
     device: str = "cpu",
     *,
@@ -142,14 +173,34 @@ def load(
     force: bool = False,
     revision: str | None = None,
     zoo: Path | None = None,
-) -> Defense:
-    """The defense of a model or folder, in eval mode; arguments and errors are those of :func:`resolve`."""
+) -> LoadedModel:
+    """A model of the zoo, of the Hub or of a folder, with its card.
+
+    Args:
+        name_or_path: a name that :func:`patchcert_cli.list_models` returns, ``org/name@revision`` on the Hub, or the folder of a
+            finished training run.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ...
+        offline: do not use the network.
+        force: fetch again what is in the Hub's cache.
+        revision: a commit of the Hub instead of the one that the card names.
+        zoo: used instead of the bundled zoo.
+
+    Raises:
+        UnknownName, UsageError, HubError, MachineError: as :func:`resolve`.
+        IntegrityError: the files are not those of the card, or no defense can be built from them.
+    """
     from patchcert_cli import checkpoint
 
     found = resolve(name_or_path, offline=offline, force=force, revision=revision, zoo=zoo)
-    return checkpoint.load_defense(
+    defense, _ = checkpoint.load_defense(
         found.folder, device=device, expected_sha256=found.sha256, expected_config=found.config_sha256
-    )[0]
+    )
+    return LoadedModel(defense, found)
+
+
+def load(name_or_path: str | Path, device: str = "cpu", **options: Any) -> Defense:
+    """The defense of :func:`load_model`, without its card."""
+    return load_model(name_or_path, device, **options).defense
 
 
 def _folder(path: Path) -> ResolvedModel:
@@ -173,7 +224,7 @@ def _folder(path: Path) -> ResolvedModel:
 
 
 def facts(found: ResolvedModel) -> dict[str, Any]:
-    """What a pull found, as plain values for JSON."""
+    """A resolved model as plain values for JSON."""
     files = {name: asdict(file) for name, file in found.card.files.items()} if found.card else {}
     return {
         "name": found.name,

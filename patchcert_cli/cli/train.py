@@ -184,7 +184,7 @@ def _recipe(
         basis = run.recipe_of(name)
         given |= {} if threat is None else {"threat": str(threat)}
     elif threat is not None:
-        basis = recipes.for_threat(threat, given.get("defense", "ibp"), given.get("dataset"))
+        basis = recipes.for_threat(threat, given.get("defense") or _usual_defense(threat, given), given.get("dataset"))
     else:
         raise UsageError("no threat model given.", hint="Use --patch 5, or --threat sparse --k 10, or --recipe NAME.")
     basis = _begun(basis, given, model, weights, fetch=fetch)
@@ -194,6 +194,21 @@ def _recipe(
     given |= {table: values | pairs[table] for table, values in tables.items()}
     given |= {"start_sha256": ""} if "start" in given else {}
     return run.started(replace(basis, **given).validate().fitted())
+
+
+def _usual_defense(threat: Threat, given: dict[str, Any]) -> str:
+    """The defense for a threat model on a data set; says so where it is another one than elsewhere."""
+    from patchcert_cli import defenses
+    from patchcert_cli.training import recipe as recipes
+
+    usual, elsewhere = recipes.usual_defense(threat, given.get("dataset")), recipes.usual_defense(threat)
+    if usual == elsewhere or given.get("network") not in (None, defenses.by_name(usual).default_network):
+        return elsewhere
+    show.say(
+        f"{threat} on {given['dataset']}: {usual} is trained, which certifies more here than {elsewhere};"
+        f" --defense {elsewhere} trains that"
+    )
+    return usual
 
 
 def _begun(basis: Recipe, given: dict[str, Any], model: str | None, weights: str | None, *, fetch: bool) -> Recipe:
@@ -212,11 +227,12 @@ def _begun(basis: Recipe, given: dict[str, Any], model: str | None, weights: str
         if "network" in given:
             raise UsageError("--model and --network both name a network.", hint="Give one of them.")
         found = addresses.beginning(model, weights, fetch=fetch)
-        dataset = datasets.fitted(dataset, found.source.resize_crop)
+        dataset = data.open_dataset(dataset).resized(found.source.resize_crop).name
         basis = replace(basis, network="timm", network_options=found.options, **FINE_TUNING)
-    if datasets.own(dataset):
-        given["dataset"] = data.info(dataset).name
-        held = min(basis.validation, max(1, len(data.open_dataset(dataset).image_files("train")) // 10))
+    if datasets.is_custom(dataset):
+        images = data.open_dataset(dataset)
+        given["dataset"] = images.name
+        held = min(basis.validation, max(1, len(images.image_files("train")) // 10))
         basis = replace(basis, validation=held)
     return basis
 

@@ -26,7 +26,7 @@ from patchcert_cli.evaluation.task import EvaluationTask
 from patchcert_cli.layers import passes
 from patchcert_cli.progress import Progress, Silent
 
-MOST = 64  # pictures that are opened for it, where they are not packed yet
+MOST = 64  # images in files that are opened for it
 SECONDS, PATIENCE = 5.0, 60.0  # that measuring takes at least, if there are enough images, and at most
 KNOWN = 0.1  # relative standard error of the mean passes of an image that is good enough
 STEADY = 1.3  # times the pace of the fastest batch up to which nothing was set up in a batch

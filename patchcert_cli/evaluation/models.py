@@ -26,8 +26,9 @@ from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.certifiers.masks.masked_predictions import MANY
 from patchcert_cli.classifiers import addresses, loaders
 from patchcert_cli.classifiers.addresses import Classifier
-from patchcert_cli.data import class_folders, class_names, datasets, image_files
+from patchcert_cli.data import class_names, datasets, image_files
 from patchcert_cli.data.class_names import Names
+from patchcert_cli.data.datasets import Dataset
 from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.minority import GRID, Minority
@@ -101,41 +102,37 @@ class ModelSource(ABC):
     def resize_crop(self) -> ResizeCrop | None:
         """How pictures become the images that the model was made for; None if nobody says."""
 
-    def fitted(self, dataset: str) -> str:
-        """A data set's name with how its pictures become images, unless it says so itself: as the model was made for.
+    def fitted(self, dataset: Dataset) -> Dataset:
+        """A data set resized and cropped as the model was made for, unless its name states how.
 
         Raises:
-            DataError: nobody says, and the pictures are of many sizes.
+            DataError: neither does, and the images have different sizes.
         """
-        if (meant := self.resize_crop()) is not None:
-            return datasets.fitted(dataset, meant)
-        if not datasets.own(dataset) or datasets.resize_crop(dataset) is not None:
-            return dataset
-        path = datasets.info(dataset).path
-        assert path is not None
-        return datasets.fitted(dataset, ResizeCrop(class_folders.common_size(class_folders.scan(path))))
+        if (own := self.resize_crop()) is not None:
+            return dataset.resized(own)
+        return dataset.resized(dataset.common_size()) if dataset.custom and not dataset.stated else dataset
 
-    def meant(self, dataset: str, path: Path) -> ResizeCrop:
-        """How one picture becomes an image: as the data set's name says, else as the model was made for, else as it is."""
-        said = datasets.resize_crop(self.fitted(dataset)) if dataset else None
-        return said or self.resize_crop() or ResizeCrop(image_files.size_of(path))
+    def meant(self, dataset: Dataset | None, path: Path) -> ResizeCrop:
+        """How a single image is resized and cropped: as images of the data set, else as the model was made for, else not."""
+        stated = None if dataset is None else self.fitted(dataset).resize_crop
+        return stated or self.resize_crop() or ResizeCrop(image_files.size_of(path))
 
     @abstractmethod
-    def shape(self, dataset: str) -> tuple[int, int, int]:
+    def shape(self, dataset: Dataset) -> tuple[int, int, int]:
         """C, H and W of the images that it is to be given, if they are of this data set."""
 
     @abstractmethod
     def evaluated(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> EvaluatedModel:
         """The model with its defense, for images of this shape."""
 
-    def matched(self, classes: Sequence[str], data: str, evaluated: EvaluatedModel) -> list[int] | None:
+    def matched(self, classes: Sequence[str], dataset: Dataset, evaluated: EvaluatedModel) -> list[int] | None:
         """For each class of a data set the model's output of that name; None if the labels already count its outputs.
 
         Raises:
             DataError: the names do not fit; says what to type.
         """
         count = len(evaluated.defense.classes)
-        return class_names.match(classes, self.names, data=data, model=self.name, count=count)
+        return class_names.match(classes, self.names, data=dataset.name, model=self.name, count=count)
 
 
 class ZooModel(ModelSource):
@@ -159,9 +156,9 @@ class ZooModel(ModelSource):
     def resize_crop(self) -> ResizeCrop:
         """That of its training images; if they were no pictures in folders, the whole middle of a picture."""
         size = self.defense.input_shape[1:]
-        return datasets.resize_crop(self.dataset) or ResizeCrop(size, size)
+        return datasets.stated_resize_crop(self.dataset) or ResizeCrop(size, size)
 
-    def shape(self, dataset: str) -> tuple[int, int, int]:
+    def shape(self, dataset: Dataset) -> tuple[int, int, int]:
         return self.defense.input_shape
 
     def evaluated(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> EvaluatedModel:
@@ -186,11 +183,11 @@ class ZooModel(ModelSource):
             setting["classifier"] = f"the class scores of {kind}"
         return EvaluatedModel(defense, self.name, asked, self.found.sha256, self.found.source, setting)
 
-    def matched(self, classes: Sequence[str], data: str, evaluated: EvaluatedModel) -> list[int] | None:
+    def matched(self, classes: Sequence[str], dataset: Dataset, evaluated: EvaluatedModel) -> list[int] | None:
         """No names are compared if it is the data set that the model was trained on, whose labels it knows."""
-        if self.request.classes is None and not datasets.own(data) and datasets.same(self.dataset, data):
+        if self.request.classes is None and not dataset.custom and datasets.base_name(self.dataset) == dataset.base:
             return None
-        return super().matched(classes, data, evaluated)
+        return super().matched(classes, dataset, evaluated)
 
 
 class WrappedClassifier(ModelSource):
@@ -210,8 +207,8 @@ class WrappedClassifier(ModelSource):
     def resize_crop(self) -> ResizeCrop | None:
         return self.classifier.resize_crop
 
-    def shape(self, dataset: str) -> tuple[int, int, int]:
-        return datasets.info(dataset).shape
+    def shape(self, dataset: Dataset) -> tuple[int, int, int]:
+        return dataset.shape
 
     def evaluated(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> EvaluatedModel:
         plan = self.request.plan(threats, shape)
@@ -233,9 +230,9 @@ class WrappedClassifier(ModelSource):
         said = (f"in front of {about.name}: {in_front}", *notes)
         return EvaluatedModel(defense, self.name, self.kind, about.sha256, about.source, setting, in_front, said)
 
-    def matched(self, classes: Sequence[str], data: str, evaluated: EvaluatedModel) -> list[int] | None:
+    def matched(self, classes: Sequence[str], dataset: Dataset, evaluated: EvaluatedModel) -> list[int] | None:
         """Outputs with random weights have no meaning that a name could fit."""
-        return None if self.classifier.random else super().matched(classes, data, evaluated)
+        return None if self.classifier.random else super().matched(classes, dataset, evaluated)
 
 
 def find(model: str | None, dataset: str | None, request: DefenseRequest, device: str) -> ModelSource:

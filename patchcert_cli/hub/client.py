@@ -1,8 +1,8 @@
-"""The Hugging Face Hub through its own client, and nothing believed that was not hashed.
+"""Wrapper of the Hugging Face Hub's client: every downloaded file is verified by its hash.
 
-The client compares sizes alone: wrong bytes of the right size stay in its cache for good. Here every file is hashed after it
-came, what is wrong is taken out of the cache again, and only then is the folder given away. One process at a time fetches a
-repository; those that waited find it in the cache. Whatever the client raises leaves this module as one line.
+The client itself compares sizes only: wrong bytes of the right size would stay in its cache. Here every file is hashed after the
+download, and a wrong one is removed from the cache before the folder is returned. One process at a time fetches a repository;
+processes that waited find the files in the cache. Exceptions of the client become errors of this package.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from patchcert_cli.storage.files import CARD, write_atomically
 from patchcert_cli.storage.hub_cache import repository, snapshot
 from patchcert_cli.version import __version__
 
-TRIES, PAUSE = 3, 0.5  # for the first answer of a Hub that has a problem of its own
+MAX_TRIES, FIRST_PAUSE = 3, 0.5  # of the first request if the server answers with an error; seconds, doubled each time
 AGENT: dict[str, Any] = {"library_name": "patchcert", "library_version": __version__}
 
 
@@ -51,17 +51,17 @@ def _is(path: Path, facts: File) -> bool:
 
 
 def cached(repo: str, commit: str, expected: Mapping[str, File]) -> Path | None:
-    """The folder of the cache with all these files, hashed, or None. Needs no network and no client."""
+    """The folder of the cache with all these files, verified by hash, or None. Uses neither network nor client."""
     folder = snapshot(repo, commit)
     return None if wrong(folder, expected) else folder
 
 
 def fetch(repo: str, commit: str, expected: Mapping[str, File], *, offline: bool = False, force: bool = False) -> Path:
-    """The folder of the cache that holds exactly these files of ``repo`` at ``commit``, fetched if need be.
+    """The folder of the cache that holds exactly these files of ``repo`` at ``commit``, fetched if necessary.
 
     Raises:
-        HubError: it is not in the cache, and the Hub is out of reach, refuses, or may not be asked.
-        IntegrityError: the Hub sent something else; the cache does not keep it.
+        HubError: it is not in the cache, and the Hub is out of reach, refuses, or must not be used.
+        IntegrityError: the Hub sent files with another hash; the cache does not keep them.
         MachineError: the cache cannot be written.
     """
     found = None if force and not offline else cached(repo, commit, expected)
@@ -85,7 +85,7 @@ def fetch(repo: str, commit: str, expected: Mapping[str, File], *, offline: bool
         if bad:
             raise IntegrityError(
                 f"the Hub sent {', '.join(bad)} of {repo} @ {commit[:7]} with another sha256 than its card says; not kept.",
-                hint="Try again; if it stays so, tell the author.",
+                hint="Try again; if it fails again, ask the author.",
             )
     return folder
 
@@ -100,13 +100,13 @@ def fetch_unlisted(
 ) -> tuple[str, Path]:
     """The commit that ``revision`` means (a commit, branch or tag; by default main), and the folder that holds its ``names``.
 
-    No hash of these files is known in advance: their bytes must have the hash that git or its large-file storage gave them, which
-    the Hub tells apart from the files. It is remembered, so that what was checked once needs no network. ``hint`` is what an
-    error says to type if the Hub has no such file.
+    No hash of these files is known in advance: their bytes must have the hash of git or its large-file storage, which the Hub
+    lists. The sha256 is remembered, so that files that were checked once need no network. ``hint`` is for the error if the Hub
+    has no such file.
 
     Raises:
-        HubError: they are not in the cache, and the Hub is out of reach, refuses, has none, or may not be asked.
-        IntegrityError: the Hub sent something else, or a model has no card; the cache does not keep it.
+        HubError: they are not in the cache, and the Hub is out of reach, refuses, has none, or must not be used.
+        IntegrityError: the Hub sent files with another hash, or a model has no card; the cache does not keep them.
         MachineError: the cache cannot be written.
     """
     whole = revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
@@ -117,7 +117,7 @@ def fetch_unlisted(
     with translate_errors(repo), _alone(repo):
         if not whole:
             commit = _commit(repo, revision or "main")
-            _remember(_note("refs", repo, revision or "main"), commit)
+            write_atomically(_note("refs", repo, revision or "main"), commit.encode())
         for name in names:
             if not _checked(repo, commit, name):
                 _fetch_checked(repo, commit, name, hint)
@@ -125,7 +125,7 @@ def fetch_unlisted(
 
 
 def _fetch_checked(repo: str, commit: str, name: str, hint: str) -> None:
-    """Download one file and hold it against the hash that the Hub tells of it."""
+    """Download one file and compare it with the hash that the Hub lists."""
     path = snapshot(repo, commit) / name
     _discard(path)
     _download(repo, commit, [name], force=False)
@@ -140,15 +140,15 @@ def _fetch_checked(repo: str, commit: str, name: str, hint: str) -> None:
         _discard(path)
         what = "card" if name == CARD else name
         raise IntegrityError(f"the Hub sent a damaged {what} of {repo} @ {commit[:7]}: not used, not kept.", hint="Try again.")
-    _remember(_checked_note(repo, commit, name), checksum_cache.sha256(path))
+    write_atomically(_checked_note(repo, commit, name), checksum_cache.sha256(path).encode())
 
 
 def push(repo: str, files: Mapping[str, bytes | Path], message: str, *, create_pr: bool, private: bool) -> Pushed:
-    """Commit these files to ``repo``, which is made if it is not there, and check what arrived.
+    """Commit these files to ``repo``, which is created if it does not exist, and check what arrived.
 
     Raises:
         HubError: out of reach or refused.
-        IntegrityError: the Hub holds something else than what was sent.
+        IntegrityError: the Hub holds other content than was sent.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -177,7 +177,7 @@ def evaluation(entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def remove(repo: str) -> int:
-    """Take ``repo`` out of the cache, all revisions; returns the bytes freed."""
+    """Remove all revisions of ``repo`` from the cache; returns the bytes freed."""
     import shutil
 
     folder = repository(repo)
@@ -207,7 +207,7 @@ def reachable(timeout: float = 3.0) -> str:
 
 
 def facts() -> dict[str, Any]:
-    """What the client goes by, for ``patchcert doctor``; a token is never shown."""
+    """Settings of the client, for ``patchcert doctor``; a token is never shown."""
     import huggingface_hub
     from huggingface_hub import constants, get_token
 
@@ -233,7 +233,7 @@ def _api() -> Any:
 
 
 def _download(repo: str, commit: str, names: list[str], force: bool) -> None:
-    """One plain request says at once whether the Hub answers: the download itself would try for long."""
+    """Download files into the cache; one plain request first, since the download itself would retry for a long time."""
     from huggingface_hub import snapshot_download
 
     _commit(repo, commit)
@@ -241,37 +241,33 @@ def _download(repo: str, commit: str, names: list[str], force: bool) -> None:
 
 
 def _commit(repo: str, revision: str) -> str:
-    """The commit that ``revision`` means on the Hub, which may take a moment to come to itself."""
+    """The commit that ``revision`` means on the Hub; retries server errors (5xx)."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    for again in range(TRIES):
+    for attempt in range(MAX_TRIES):
         try:
             return str(_api().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha or "")
         except HfHubHTTPError as problem:
-            if problem.response.status_code < 500 or again + 1 == TRIES:
+            if problem.response.status_code < 500 or attempt + 1 == MAX_TRIES:
                 raise
-            time.sleep(PAUSE * 2**again)
+            time.sleep(FIRST_PAUSE * 2**attempt)
     raise AssertionError("unreachable")
 
 
 def _known_commit(repo: str, revision: str) -> str:
-    """The commit that a branch or tag had when it was last looked up; empty if it never was."""
+    """The commit of a branch or tag when it was last looked up; empty if it never was."""
     path = _note("refs", repo, revision)
     return path.read_text().strip() if path.is_file() else ""
 
 
 def _note(kind: str, repo: str, revision: str) -> Path:
-    """Where it is remembered what a branch meant, or what a card that was checked is."""
+    """The file that remembers the commit of a branch, or the sha256 of a checked file."""
     return hub_cache.home() / "patchcert" / kind / repo.replace("/", "--") / revision.replace("/", "--")
 
 
-def _remember(note: Path, text: str) -> None:
-    write_atomically(note, text.encode())
-
-
 def _checked(repo: str, commit: str, name: str) -> bool:
-    """Whether a file in the cache is the one that was checked when it came."""
+    """Whether a file in the cache is the one that was checked after its download."""
     try:
         return checksum_cache.sha256(snapshot(repo, commit) / name) == _checked_note(repo, commit, name).read_text()
     except OSError:
@@ -279,17 +275,17 @@ def _checked(repo: str, commit: str, name: str) -> bool:
 
 
 def _checked_note(repo: str, commit: str, name: str) -> Path:
-    """Where the sha256 of a file that was checked is remembered."""
+    """The file that remembers the sha256 of a checked file."""
     return _note("cards", repo, commit) if name == CARD else _note("files", repo, f"{commit}/{name}")
 
 
 def _names(content: bytes) -> tuple[str, str]:
-    """How git and its large-file storage call this content."""
+    """The hashes by which git and its large-file storage name this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), hashlib.sha256(content).hexdigest()
 
 
 def _discard(path: Path) -> None:
-    """Take a file out of the cache: what it points to first."""
+    """Remove a file from the cache: the blob that it links to first."""
     blob = Path(os.path.realpath(path))
     checksum_cache.forget(blob)
     for each in (blob, path):
@@ -297,7 +293,7 @@ def _discard(path: Path) -> None:
 
 
 def _forbidden() -> bool:
-    """Whether the environment forbids asking the Hub."""
+    """Whether the environment forbids requests to the Hub."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
@@ -309,8 +305,6 @@ def _allowed(repo: str, offline: bool) -> None:
         raise HubError(f"{repo} is not in the Hub's cache and {said} forbids fetching it.", hint="Fetch it once while online.")
 
 
-@contextmanager
-def _alone(repo: str) -> Iterator[None]:
+def _alone(repo: str) -> AbstractContextManager[None]:
     """One process at a time fetches, or removes, a repository."""
-    with locks.waiting(hub_cache.home() / "patchcert" / "locks" / f"{repo.replace('/', '--')}.lock"):
-        yield
+    return locks.waiting(hub_cache.folder() / "patchcert" / "locks" / f"{repo.replace('/', '--')}.lock")

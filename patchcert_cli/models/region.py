@@ -218,7 +218,7 @@ class RegionScorer(nn.Module):
         fewest, value_range = 53, fixed_point.PIXELS
         scale, shift = self.normalize.scale.double().cpu() / 255, self.normalize.shift.double().cpu()
         if self.places is not None:
-            layers.append(_Placed(self.places))
+            layers.append(Placed(self.places))
             scale, shift = torch.cat([scale, scale.new_full((2,), 1 / 127.5)]), torch.cat([shift, shift.new_full((2,), -1.0)])
         for at, stage in enumerate(cast(list[Stage], list(self.stages))):
             weight, bias = fixed_point.fold_batchnorm(stage.convolution, stage.norm)
@@ -251,8 +251,8 @@ def coordinates(height: int, width: int) -> Tensor:
     return torch.stack([row[:, None].expand(height, width), column[None, :].expand(height, width)])[None]
 
 
-class _Placed(nn.Module):
-    """Pixels in whole steps, with their coordinates in whole steps."""
+class Placed(nn.Module):
+    """Pixels in whole steps, with maps beside them that are the same for every image, such as coordinates in whole steps."""
 
     places: Tensor
 

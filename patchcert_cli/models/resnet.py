@@ -38,13 +38,17 @@ def strided(size: tuple[int, int], stride: int) -> tuple[int, int]:
 
 
 class Block(nn.Module):
-    """``relu(norm(conv(relu(norm(conv(v))))) + shortcut(v))``; the shortcut is a projection where the shape changes."""
+    """``relu(norm(conv(relu(norm(conv(v))))) + shortcut(v))``; the shortcut is a projection where the shape changes.
 
-    def __init__(self, before: int, width: int, size: tuple[int, int], stride: int, bits: int) -> None:
+    ``inner`` is the width between the two convolutions, by default that of the result.
+    """
+
+    def __init__(self, before: int, width: int, size: tuple[int, int], stride: int, bits: int, inner: int = 0) -> None:
         super().__init__()
-        self.first = convolution(before, width, size, stride)
-        self.first_norm, self.first_grid = nn.BatchNorm2d(width), Quantizer(bits)
-        self.second = convolution(width, width, strided(size, stride))
+        inner = inner or width
+        self.first = convolution(before, inner, size, stride)
+        self.first_norm, self.first_grid = nn.BatchNorm2d(inner), Quantizer(bits)
+        self.second = convolution(inner, width, strided(size, stride))
         self.second_norm, self.grid = nn.BatchNorm2d(width), Quantizer(bits)
         straight = before == width and stride == 1
         self.projection = None if straight else nn.Conv2d(before, width, 1, stride, bias=False)
@@ -134,7 +138,7 @@ class ResNet(nn.Module):
         weight, bias = fixed_point.fold_batchnorm(self.stem, self.norm)
         stem, fewest = fixed_point.affine(weight / 255, bias, self.stem, fixed_point.PIXELS, precision)
         value_range = self.grid.value_range
-        layers: list[nn.Module] = [_Stem(stem, value_range)]
+        layers: list[nn.Module] = [ExactStem(stem, value_range)]
         for block in cast(list[Block], list(self.blocks)):
             layer, bits = block.freeze(value_range, precision)
             layers.append(layer)
@@ -145,7 +149,7 @@ class ResNet(nn.Module):
         return nn.Sequential(*layers, _Head(head)), fewest
 
 
-class _Stem(nn.Module):
+class ExactStem(nn.Module):
     """Exact convolution, ReLU, onto a grid."""
 
     def __init__(self, layer: fixed_point.Affine, value_range: ValueRange) -> None:

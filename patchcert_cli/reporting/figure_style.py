@@ -142,14 +142,15 @@ def blank_figure(width: float, height: float, **settings: Any) -> Iterator[Figur
 
 
 @contextmanager
-def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A :func:`blank_figure`, written to ``path`` when the block ends, atomically."""
+def figure(path: Path, width: float, height: float, *, digest: str = "") -> Iterator[Figure]:
+    """A :func:`blank_figure`, written to ``path`` when the block ends, atomically; ``digest`` goes into the metadata of SVG."""
     require()
     check_path(path)
     with blank_figure(width, height) as drawing:
         yield drawing
         content, ending = io.BytesIO(), path.suffix.lower()
-        drawing.savefig(content, format=ending[1:], dpi=DPI, metadata=METADATA[ending])
+        metadata = METADATA[ending] | ({"Description": digest} if digest else {})
+        drawing.savefig(content, format=ending[1:], dpi=DPI, metadata=metadata)
     files.write_named(path, content.getvalue())
 
 

@@ -161,13 +161,13 @@ def model_curves(
         titles: for each model, a tooltip for each of its points.
         salt: different for each drawing on one page, so that no two elements have the same id.
     """
-    with figure_style.blank_figure(7.6, 4.1, **{"svg.fonttype": "none", "svg.hashsalt": f"patchcert {salt}"}) as figure:
+    with figure_style.blank_figure(7.6, 4.2, **{"svg.fonttype": "none", "svg.hashsalt": f"patchcert {salt}"}) as figure:
         figure.patch.set_visible(False)
-        axes = _style_axes(axes_at(figure, 0.62, 0.72, 6.84, 3.05))
+        axes = _style_axes(axes_at(figure, 0.62, 0.88, 6.84, 2.85))
         axes.patch.set_visible(False)
         axes.tick_params(pad=8)
-        axes.set_xlabel(xlabel, labelpad=8)
-        axes.set_title("certified accuracy, %", loc="left", fontsize=9.5, color=INK, pad=12, x=-0.07)
+        axes.set_xlabel(xlabel, labelpad=15)
+        axes.set_title("certified accuracy, %", loc="left", fontsize=9.5, color=INK, pad=10, x=-0.07)
         positions = _set_positions(axes, series)
         for one in series:
             x = [point.x for point in one.points]

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from patchcert_cli import attacks
 from patchcert_cli.attacks import AttackResult, Start, Target
-from patchcert_cli.attacks.patch_pgd import PatchPGD, _around, _grid, _inside, _moved
+from patchcert_cli.attacks.patch_pgd import PatchPGD, _around, _grid, _moved
 from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import UsageError
+from patchcert_cli.layers.boxes import box_mask
 from patchcert_cli.threats import Patch, Sparse, Threat
 from tests.attacks.test_attack_strength import check
 from tests.soundness import arena
@@ -90,7 +91,7 @@ def test_near_and_rest_make_the_whole(more: dict[str, Any], size: tuple[int, int
     defense, x = scorer(**more), images(2, SHAPE, 3)
     locations = Patch(*size).locations(*SHAPE[1:])
     boxes = locations[torch.randperm(len(locations), generator=torch.Generator().manual_seed(0))[:12]].expand(2, -1, -1)
-    inside = _inside(boxes, x)
+    inside = box_mask(boxes, *x.shape[2:])[:, :, None]
     changed = torch.where(inside, images(inside.shape[1], SHAPE, 4), x[:, None]).flatten(0, 1)
     for surrogate in defense.surrogates():
         assert surrogate.rest(x, boxes).shape == (*boxes.shape[:2], 4)

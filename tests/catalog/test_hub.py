@@ -77,6 +77,30 @@ def test_load_rebuilds_the_defense(zoo: Path, run: Path) -> None:
         assert not defense.training
 
 
+def test_a_model_is_loaded_with_its_card(zoo: Path, run: Path) -> None:
+    model = patchcert_cli.load_model(NAME, zoo=zoo)
+    assert model.card == Card.read(zoo / NAME) and (model.name, model.revision) == (NAME, None)
+    assert model.files.sha256 == files.sha256(zoo / NAME / files.WEIGHTS)
+    (run / files.CARD).unlink()
+    assert patchcert_cli.load_model(run).card is None
+
+
+def test_models_are_listed_by_pattern_data_set_and_threat(zoo: Path) -> None:
+    make_zoo(zoo, "other-model")
+    assert patchcert_cli.list_models(zoo=zoo) == ["other-model", NAME]
+    assert patchcert_cli.list_models("small*", zoo=zoo) == [NAME] == patchcert_cli.list_models("*p2", dataset="mnist", zoo=zoo)
+    assert patchcert_cli.list_models("*", threat="sparse", zoo=zoo) == [] == patchcert_cli.list_models("SMALL*", zoo=zoo)
+
+
+def test_a_card_is_decoded_again_only_if_its_file_changes(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, text = bundled.card(NAME, zoo), (zoo / NAME / files.CARD).read_text()
+    assert bundled.card(NAME, zoo) is first
+    (zoo / NAME / files.CARD).write_text(replace(first, notes="changed").render())
+    assert bundled.card(NAME, zoo).notes == "changed"
+    (zoo / NAME / files.CARD).write_text(text)
+    assert bundled.card(NAME, zoo) == first
+
+
 @pytest.mark.parametrize(("given", "near"), [("small-ibp-p3", NAME), ("small", NAME), ("Small_IBP_p2", NAME), ("", "zoo list")])
 def test_unknown_names_come_with_suggestions(zoo: Path, given: str, near: str) -> None:
     for action in (resolve.resolve, resolve.pull):

@@ -116,7 +116,7 @@ def test_margins_at_the_worst_locations_are_the_minimum(name: str, epsilon: floa
     target, patch = targets(classes, 5), Patch(2, 3)
     worst = margins(net, x, target, patch, epsilon).worst
     direction = torch.rand(5, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    fast = intervals.margins_at(net, x, target, patch, worst, per_class=True, epsilon=epsilon)
+    fast = intervals.margins_at(net, x, target, patch, worst, epsilon=epsilon)
     slow = torch.stack([boxed_margins(net, x, target, mask, epsilon) for mask in masks(shape, patch)]).amin(dim=0)
     assert close(fast.detach(), slow.detach())
     assert close(fast.detach(), margins(net, x, target, patch, epsilon).values)
@@ -133,7 +133,7 @@ def test_margins_at_chosen_locations_takes_the_smallest_of_them() -> None:
     shape, net = LAYOUTS["mlp-rgb"].shape, precision.double(network("mlp-rgb"))
     x, target, patch = images(shape, 4).double(), targets(3, 4), Patch(2, 2)
     chosen = torch.randint(12, (4, 5), generator=torch.Generator().manual_seed(0))
-    found = intervals.margins_at(net, x, target, patch, chosen, per_class=False)
+    found = intervals.smallest_margins(net, x, target, patch, chosen)
     path = reference.steps(net, shape)  # type: ignore[arg-type]
     for i, image in enumerate(x):
         table = torch.tensor(reference.patch_margins(path, reference.numbers(image), shape, (2, 2), int(target[i])))

@@ -75,7 +75,7 @@ def test_the_loss_and_both_gradients() -> None:
     loss = losses.training_loss(net, x, label, step(aid, locations=2, seed=4))
     chosen = sample(aid(x), PATCH, 2, torch.Generator().manual_seed(4))
     assert chosen.shape == (6, 3 * 2)
-    margins = intervals.margins_at(net, x, label, PATCH, chosen, per_class=False)
+    margins = intervals.smallest_margins(net, x, label, PATCH, chosen)
     expected = torch.nn.functional.cross_entropy(-margins, label)
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     error = torch.nn.functional.mse_loss(

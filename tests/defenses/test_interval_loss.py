@@ -71,7 +71,7 @@ def test_the_table_of_margins_and_its_gradient(name: str, epsilon: float) -> Non
     slow = slow_table(network, x, label, epsilon).gather(1, chosen[:, :, None].expand(-1, -1, CLASSES))
     assert torch.allclose(fast, slow, atol=1e-5)
     assert torch.allclose(pairwise.screen(network, x, label, PATCH, chosen, epsilon=epsilon), slow, atol=1e-5)
-    together = intervals.margins_at(network, x, label, PATCH, chosen, per_class=False, epsilon=epsilon)
+    together = intervals.smallest_margins(network, x, label, PATCH, chosen, epsilon=epsilon)
     assert torch.allclose(fast.amin(dim=1), together, atol=1e-5)
     weights, parameters = torch.rand_like(slow), list(network.parameters())
     pairs = (torch.autograd.grad((weights * table).sum(), parameters) for table in (fast, slow))

@@ -229,10 +229,10 @@ class Counting(dict[str, Any]):
 
 def test_accuracy_so_far_reads_each_record_once() -> None:
     """As many reads for many batches as for one."""
-    rows = [Counting(index=i, label=i % 3, prediction=0, certified=i % 2 == 0) for i in range(300)]
+    rows = [Counting(index=i, label=i % 3, prediction=0, claims=[{"certified": i % 2 == 0}]) for i in range(300)]
     for size in (300, 1):
         Counting.reads = 0
-        standing = results.Standing()
+        standing = results.RunningCounts()
         for at in range(0, 300, size):
             standing.add(rows[at : at + size])
             assert str(standing)

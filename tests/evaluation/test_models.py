@@ -81,8 +81,8 @@ def opened(folder: Path) -> models.WrappedClassifier:
 
 def test_a_network_owns_its_resize_and_masks_lie_on_what_comes_in(tmp_path: Path) -> None:
     candidate = opened(tmp_path)
-    assert (candidate.resize_crop(), candidate.fitted("cifar10")) == (ResizeCrop((16, 16)), "cifar10")
-    assert candidate.shape("cifar10") == (3, 32, 32)
+    assert (candidate.resize_crop(), candidate.fitted(data.open_dataset("cifar10")).name) == (ResizeCrop((16, 16)), "cifar10")
+    assert candidate.shape(data.open_dataset("cifar10")) == (3, 32, 32)
     model = candidate.evaluated((3, 32, 40), [Patch(3, 3)], "cpu")
     defense: Any = model.defense
     assert defense.input_shape == (3, 32, 40) and defense.masks.shape == (4, 32, 40)
@@ -97,7 +97,7 @@ def test_pictures_that_fit_a_model_of_the_zoo_are_not_touched(tmp_path: Path) ->
         (tmp_path / "val" / images.classes[label]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "val" / images.classes[label] / f"{number}.png")
     candidate = models.find("cifar-bagcert-rf7", None, DefenseRequest(), "cpu")
-    name = candidate.fitted(f"imagefolder:{tmp_path}/val")
+    name = candidate.fitted(data.open_dataset(f"imagefolder:{tmp_path}/val")).name
     found = data.load(name, "test")
     order = images.labels.argsort(stable=True)
     assert name.endswith("val@32/32") and torch.equal(found.read(), images.read(order)) and found.checked().remarks == ()
@@ -113,16 +113,16 @@ def test_a_module_without_a_size_is_given_pictures_as_they_are(tmp_path: Path) -
     for number, one in enumerate(pixels):
         (tmp_path / "own" / f"c{number}").mkdir(parents=True)
         Image.fromarray(one.permute(1, 2, 0).numpy()).save(tmp_path / "own" / f"c{number}" / "a.png")
-    own = candidate.fitted(f"imagefolder:{tmp_path}/own")
-    assert own == f"imagefolder:{tmp_path}/own@20x24" and candidate.shape(own) == (3, 20, 24)
-    assert torch.equal(data.load(own, "test").read(), pixels)
-    assert candidate.meant("", tmp_path / "own" / "c0" / "a.png") == ResizeCrop((20, 24))
+    own = candidate.fitted(data.open_dataset(f"imagefolder:{tmp_path}/own"))
+    assert own.name == f"imagefolder:{tmp_path}/own@20x24" and candidate.shape(own) == (3, 20, 24)
+    assert torch.equal(own.load("test").read(), pixels)
+    assert candidate.meant(None, tmp_path / "own" / "c0" / "a.png") == ResizeCrop((20, 24))
     Image.new("RGB", (24, 21)).save(tmp_path / "own" / "c1" / "b.png")
     with pytest.raises(
         DataError, match=r"'.*a.png' is 20x24, '.*b.png' is 21x24.* Use --data imagefolder:.*own@SIZE, or state it"
     ):
-        candidate.fitted(f"imagefolder:{tmp_path}/own")
-    assert candidate.fitted(f"imagefolder:{tmp_path}/own@16") == f"imagefolder:{tmp_path}/own@16"
+        candidate.fitted(data.open_dataset(f"imagefolder:{tmp_path}/own"))
+    assert candidate.fitted(data.open_dataset(f"imagefolder:{tmp_path}/own@16")).name == f"imagefolder:{tmp_path}/own@16"
 
 
 def test_a_dry_run_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

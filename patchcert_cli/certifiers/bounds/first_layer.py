@@ -145,6 +145,16 @@ def location_masks(patch: Patch, x: Tensor) -> Tensor:
     return box_mask(patch.locations(height, width).to(x.device), height, width).to(x.dtype)
 
 
+def dense_box(split: Split, x: Tensor, patch: Patch, owner: Tensor, location: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Lower and upper pre-activation [U, N] of a linear first layer for pairs (image ``owner``, ``location``), int64 [U] each."""
+    moved = location_masks(patch, x)[location, None] * epsilon  # [U, 1, H, W]
+    weight = split.dense_weight((x.shape[1], x.shape[2], x.shape[3]))  # [N, C, H, W]
+    content = (0.5 - x)[owner] * moved
+    middle = split.clean(x)[owner] + content.flatten(1) @ weight.flatten(1).t()
+    radius = (epsilon / 2) * window_sums(weight.abs(), patch)[:, location].t()
+    return middle - radius, middle + radius
+
+
 def sparse_box(split: Split, x: Tensor, threat: Sparse, *, epsilon: float = 1.0, topk_limit: int = 0) -> tuple[Tensor, Tensor]:
     """Lower and upper pre-activation of the first layer when ``threat.k`` pixels or values change (claim above).
 

@@ -11,7 +11,7 @@ section 3.3): gradients flow through both. In eval mode m and s are the running 
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +53,8 @@ def _joined(affine: nn.Linear | nn.Conv2d, norm: nn.Module, z: Tensor) -> nn.Mod
     scale = scale * norm.weight if norm.affine else scale
     shift = -mean if affine.bias is None else affine.bias - mean
     shift = shift * scale + norm.bias if norm.affine else shift * scale
-    twin = copy.copy(affine)
-    twin._parameters = {}
-    weight = affine.weight * scale.reshape(-1, *([1] * (affine.weight.ndim - 1)))
-    object.__setattr__(twin, "weight", weight)
-    object.__setattr__(twin, "bias", shift)
-    return twin
+    folded: Any = copy.copy(affine)
+    folded._parameters = {}  # the copy's own: weight and bias are plain tensors, through which gradients flow
+    folded.weight = affine.weight * scale.reshape(-1, *([1] * (affine.weight.ndim - 1)))
+    folded.bias = shift
+    return cast(nn.Module, folded)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers.bounds.first_layer import Split, location_masks, window_sums
+from patchcert_cli.certifiers.bounds.first_layer import Split, dense_box
 from patchcert_cli.certifiers.bounds.margin_chunks import ClassDifference, MarginIterator, margin_iterator
 from patchcert_cli.certifiers.bounds.rules import Box, propagate
 from patchcert_cli.certifiers.bounds.windows.windows import Windows
@@ -99,24 +99,33 @@ def _smallest(chunks: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
     return values, worst
 
 
-def margins_at(
-    network: nn.Module, x: Tensor, target: Tensor, patch: Patch, chosen: Tensor, *, per_class: bool, epsilon: float = 1.0
-) -> Tensor:
-    """The interval lower bounds of ``f_target - f_class`` at chosen locations, with gradient.
+def margins_at(network: nn.Module, x: Tensor, target: Tensor, patch: Patch, chosen: Tensor, *, epsilon: float = 1.0) -> Tensor:
+    """The interval lower bounds of ``f_target - f_class``, each class at a location of its own, with gradient.
 
     Where ``chosen`` is the worst location of each class, this is the minimum over all locations and has its gradient (the
     gradient of a minimum is that of its minimizer), at the cost of the few distinct locations instead of all.
 
     Args:
-        chosen: int64, indices of locations: [B, K], one for each class, if ``per_class``; else [B, R], each for all classes, of
-            which the smallest margin is returned.
+        chosen: int64 [B, K], the index of a location for each class.
 
     Returns: [B, K]; 0 in the target's column.
     """
     better, worse, offset, (lower, upper) = _contrasted(network, x, target, patch, chosen, epsilon)
-    if not per_class:
-        return (lower @ better.transpose(1, 2) + upper @ worse.transpose(1, 2)).amin(dim=1) + offset
     return (better * lower + worse * upper).sum(dim=2) + offset
+
+
+def smallest_margins(
+    network: nn.Module, x: Tensor, target: Tensor, patch: Patch, chosen: Tensor, *, epsilon: float = 1.0
+) -> Tensor:
+    """The smallest interval lower bounds of ``f_target - f_class`` over R locations of each image, with gradient.
+
+    Args:
+        chosen: int64 [B, R], indices of locations.
+
+    Returns: [B, K]; 0 in the target's column.
+    """
+    better, worse, offset, (lower, upper) = _contrasted(network, x, target, patch, chosen, epsilon)
+    return (lower @ better.transpose(1, 2) + upper @ worse.transpose(1, 2)).amin(dim=1) + offset
 
 
 def margins_table(network: nn.Module, x: Tensor, target: Tensor, patch: Patch, chosen: Tensor, *, epsilon: float = 1.0) -> Tensor:
@@ -159,9 +168,4 @@ def _at_pairs(split: Split, x: Tensor, patch: Patch, owner: Tensor, location: Te
         back = order.argsort()
         lower, upper = windows.bounds(owner[order], location[order])
         return lower[back], upper[back]
-    moved = location_masks(patch, x)[location, None] * epsilon  # [U, 1, H, W]
-    weight = split.dense_weight((x.shape[1], x.shape[2], x.shape[3]))  # [N, C, H, W]
-    content = (0.5 - x)[owner] * moved
-    middle = split.clean(x)[owner] + content.flatten(1) @ weight.flatten(1).t()
-    radius = (epsilon / 2) * window_sums(weight.abs(), patch)[:, location].t()
-    return propagate(split.tail[:-1], (middle - radius, middle + radius))
+    return propagate(split.tail[:-1], dense_box(split, x, patch, owner, location, epsilon))

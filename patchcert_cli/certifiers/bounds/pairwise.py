@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.certifiers.bounds.first_layer import Split, location_masks, sparse_box, window_sums
+from patchcert_cli.certifiers.bounds.first_layer import Split, dense_box, location_masks, sparse_box
 from patchcert_cli.certifiers.bounds.intervals import margins_table
 from patchcert_cli.certifiers.bounds.rules import Box, box
 from patchcert_cli.errors import UsageError
@@ -66,14 +66,11 @@ def _entry(
     if isinstance(threat, Sparse):
         lower, upper = sparse_box(split, x, threat, epsilon=epsilon)
         return split.tail, (lower[owner], upper[owner])
+    if split.is_dense:
+        return split.tail, dense_box(split, x, threat, owner, location, epsilon)
     moved = location_masks(threat, x)[location, None] * epsilon  # [U, 1, H, W]
-    if not split.is_dense:
-        lower = x[owner] * (1 - moved)
-        return split.layers, (lower, lower + moved)
-    weight = split.dense_weight((x.shape[1], x.shape[2], x.shape[3]))  # [N, C, H, W]
-    middle = split.clean(x)[owner] + ((0.5 - x)[owner] * moved).flatten(1) @ weight.flatten(1).t()
-    radius = (epsilon / 2) * window_sums(weight.abs(), threat)[:, location].t()
-    return split.tail, (middle - radius, middle + radius)
+    lower = x[owner] * (1 - moved)
+    return split.layers, (lower, lower + moved)
 
 
 def require_dense(network: nn.Module, channels: int) -> Split:

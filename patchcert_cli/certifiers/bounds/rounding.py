@@ -153,7 +153,8 @@ def _prove(stream: MarginIterator, x: Tensor, target: Tensor, threat: Patch | Sp
     margin, rival = margins.values.scatter(1, target[:, None], float("inf")).min(dim=1)
     worst = stream.worst_location(target, rival, margins.worst.gather(1, rival[:, None])[:, 0])
     if stream.errors is None:
-        error, tolerance = (found := bound_error(stream.split, x, threat)), found + deployed
+        error = bound_error(stream.split, x, threat)
+        tolerance = error + deployed
     else:
         error = stream.errors.single if x.dtype == torch.float32 else stream.errors.double
         tolerance = error + stream.errors.double.clamp(max=deployed)

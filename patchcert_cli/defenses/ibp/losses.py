@@ -105,7 +105,8 @@ def _bounds(network: nn.Module, x: Tensor, label: Tensor, threat: Patch | Sparse
     with _in_float32(x):
         chosen, per_class = pick(network, x, label, threat, step, prediction)
         if per_class or not (guide or options.linear or options.tightness or options.balance):
-            margins = intervals.margins_at(network, x, label, threat, chosen, per_class=per_class, epsilon=epsilon)
+            bound = intervals.margins_at if per_class else intervals.smallest_margins
+            margins = bound(network, x, label, threat, chosen, epsilon=epsilon)
             return Bounds(margins, chosen if per_class else chosen[:, :1].expand_as(margins), none)
         table = intervals.margins_table(network, x, label, threat, chosen, epsilon=epsilon)
         margins, index = table.min(dim=1)
