@@ -18,7 +18,7 @@ from torch import Tensor
 
 from patchcert_cli.attacks._base import Attack, Effort, require
 from patchcert_cli.attacks._target import Target
-from patchcert_cli.defenses._base import Defense
+from patchcert_cli.defenses import Defense
 from patchcert_cli.threats import Sparse, Threat
 
 FIRST_STREAM = 1 << 24  # random numbers of the first round

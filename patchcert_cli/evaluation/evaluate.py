@@ -97,7 +97,7 @@ def attack(
     def batch(part: Images) -> list[Record]:
         x = to_float(part.read()).to(defense.device)
         certificate = defense.certify(x, task.threat) if join else None
-        start = None if certificate is None else Start(certificate.worst, certificate.rival)
+        start = None if certificate is None else Start(certificate.worst, certificate.runner_up)
         outcome = attacker(defense, x, task.threat, index=part.index, start=start)
         plain = task.model.plain(x)
         if certificate:
