@@ -337,13 +337,13 @@ def test_the_attacker_grows_and_the_learning_rate_falls() -> None:
     assert (short.natural_epochs, short.ramp_epochs, short.bounded_epochs) == (0, 1, 1)
 
 
-def test_a_session_leaves_a_folder_with_a_valid_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_leaves_a_folder_with_a_valid_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     some = images()
-    monkeypatch.setattr(data, "load", lambda *args, **options: some)
+    monkeypatch.setattr(data.Dataset, "load", lambda *args, **options: some)
     found = run.train(replace(TINY, epochs=1), tmp_path / "small")
     card = cards.Card.read(tmp_path / "small")
     assert card.verify(tmp_path / "small") == found["model_sha256"]
-    assert (card.threat, card.network, card.status) == ("patch:5x5", "MLP 784-12-10", "trained")
+    assert (str(card.threat), card.network, card.status) == ("patch:5x5", "MLP 784-12-10", "trained")
     assert recipe_files.recipe_of(str(tmp_path / "small")) == replace(TINY, epochs=1)
     assert parse_threat(str(found["threat"])).budget == 1
 
