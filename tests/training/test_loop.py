@@ -228,7 +228,8 @@ def test_a_stopped_run_with_averaged_weights_ends_with_those_of_an_uninterrupted
     tensors, note = checkpoint.unpack(tmp_path / "cut" / files.STATE)
     assert note["averaged"] == 14
     saved, config = checkpoint.load_defense(tmp_path / "cut")
-    assert config["masks"] == {"covers": ["patch:5x5"], "per_axis": 3} and config["labels"] == "bfloat16"
+    deployed = config["deployed"]
+    assert deployed["masks"] == {"covers": ["patch:5x5"], "per_axis": 3} and deployed["prediction_dtype"] == "bfloat16"
     last = False
     for name, value in saved.state_dict().items():
         assert torch.equal(value, tensors[f"average.{name}"].to(value)), "the average is what is saved"
