@@ -90,7 +90,7 @@ def test_a_run_stopped_in_its_last_validation_only_validates_again(tmp_path: Pat
         return honest(defense, held, recipe, batch)
 
     monkeypatch.setattr(loop, "monitor", stop)
-    monkeypatch.setattr(loop.Defense, "validation_size", 50)
+    monkeypatch.setattr(Trainable, "validation_size", 50)
     with pytest.raises(Interrupted, match="after 3 of 3 epochs"):
         loop.train(TINY, images(), tmp_path / "cut")
     monkeypatch.setattr(loop, "monitor", honest)
