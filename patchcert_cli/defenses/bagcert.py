@@ -105,9 +105,9 @@ class BagCert(RegionDefense[Votes], VotingDefense):
         return cls(cls.scorer_of(config), input_shape=shape, classes=classes, aggregate=aggregate)
 
     @classmethod
-    def tiny(cls) -> BagCert:
+    def tiny(cls, kernel: int = 2) -> BagCert:
         shape = (1, 4, 4)
-        plan = {"widths": (4, 6), "kernels": (2, 1), "dilations": (1, 1), "mixes": (0, 1)}
+        plan = {"widths": (4, 6), "kernels": (kernel, 1), "dilations": (1, 1), "mixes": (0, 1)}
         options = {"input_shape": shape, "classes": 3, "mean": (0.4,), "std": (0.5,), **plan}
         scorer: Any = models.build("region", options)
         made = cls(scorer, input_shape=shape, classes=("a", "b", "c")).eval()
