@@ -29,6 +29,8 @@ KNOWN = {
     "smoothing": "exact",
     "clipped": "exact",
     "patchguard": "exact",
+    "partition": "exact",
+    "roots": "exact",
     "ibp": "bounded",
     "patchcleanser": "measured",
     "minority": "measured",

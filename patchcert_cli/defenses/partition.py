@@ -145,8 +145,7 @@ class Partition(VotingDefense):
     @classmethod
     def tiny(cls) -> Partition:
         how = PartitionOptions(
-            layout=("lattice", "random")[int(torch.randint(2, ()))],
-            spacing=3,
+            spacing=int(torch.randint(3, 5, ())),
             vote=("top-one", "independent")[int(torch.randint(2, ()))],
         )
         config = {
