@@ -1,4 +1,4 @@
-"""Choosing where to compute."""
+"""The device that a command computes on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def resolve(text: str) -> str:
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether convolutions in bfloat16 are computed by the hardware; else they take many times as long as in float32."""
+    """Whether the hardware computes convolutions in bfloat16; if not, they are many times slower than in float32."""
     if device.type != "cpu":
         return True
     try:

@@ -1,4 +1,4 @@
-"""How long-running library functions tell what they are doing, without printing."""
+"""How long-running library functions report progress, without printing."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told by the engine, shown by whoever called it."""
+    """Called by the library, implemented by the caller, such as the command line."""
 
     def update(self, done: int, total: int, text: str) -> None:
-        """``done`` of ``total`` steps are finished; ``text`` says what stands."""
+        """``done`` of ``total`` steps are finished; ``text`` is the status line."""
         ...
 
     def note(self, text: str) -> None:
-        """A line worth keeping: a finished epoch, a smaller batch, a resumed run."""
+        """A line to keep on the screen: a finished epoch, a smaller batch, a resumed run."""
         ...
 
 

@@ -41,7 +41,7 @@ from patchcert_cli.storage import checksum_cache
 from patchcert_cli.storage.files import CARD, CONFIG, weight_files
 from patchcert_cli.threats import Guarantee, Threat
 
-NODES, DEPTH = 20_000, 32  # the most values of the front matter, and how deep they are nested
+MAX_VALUES, MAX_DEPTH = 20_000, 32  # of the front matter, which may come from an unknown server
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 DEFAULT_LICENSE = "apache-2.0"
 
@@ -56,14 +56,14 @@ class Card:
         guarantee: what the defense promises, which the published numbers and those on held-out images are about.
         split: what it was trained on, with the count of images kept, for example ``train[55000]``.
         command: the ``patchcert train`` command that made it; of public weights the one that measures them.
-        classifier: the address of somebody's public weights that the defense is put around, if that is what the model is.
-        origin: of public weights that lie in the model's own files: who published them, under which licence, what was changed.
+        classifier: the address of public weights of others, if the model is a defense around them.
+        origin: for public weights in the model's own files: who published them, under which licence, what was changed.
         source: the paper that the defense comes from; may be empty.
         files: sha256 and size of every file but the card.
         status: ``measured``, ``trained`` (no test measurement yet), ``recipe only``, ``public weights`` (of others, not measured
             here) or ``unreliable`` (for ``reason``).
         notes: free text, a paragraph of the prose.
-        samples: what was measured on pictures that are no test split.
+        samples: what was measured on images that are not a test split.
     """
 
     name: Name
@@ -117,7 +117,7 @@ class Card:
         try:
             _check_yaml(match[1])
             front = yaml.load(match[1], _Loader)
-        except (yaml.YAMLError, ValueError, RecursionError) as problem:  # ValueError: a date or a number that is none
+        except (yaml.YAMLError, ValueError, RecursionError) as problem:  # ValueError: an impossible date or number
             raise IntegrityError(f"'{where}' is not a model card: {' '.join(str(problem).split())}.") from problem
         if not isinstance(front, dict) or "patchcert" not in front:
             raise IntegrityError(f"'{where}' is not a model card: its front matter has no patchcert table.")
@@ -166,7 +166,7 @@ class Card:
         return max(found, key=lambda one: one.certified, default=None)
 
     def arithmetic(self, result: Measured) -> Arithmetic:
-        """What is known of the rounding behind one of the measurements."""
+        """What is known of rounding in one of the measurements."""
         return result.arithmetic or former(self.defense)
 
     def report(self, threat: Threat | None = None) -> Published | None:
@@ -175,7 +175,7 @@ class Card:
 
     @property
     def public(self) -> bool:
-        """Whether the weights are somebody's public ones, with a defense around them."""
+        """Whether the weights are public ones of others, with a defense around them."""
         return self.status == "public weights"
 
     @property
@@ -200,14 +200,14 @@ class Card:
 
 
 def _check_yaml(text: str) -> None:
-    """Raise ``ValueError`` unless the text is small, flat and without aliases, which could make it as large as they like."""
+    """Raise ``ValueError`` unless the text is small, flat and without aliases, with which a small text could become huge."""
     depth = 0
     for number, event in enumerate(yaml.parse(text, _Loader)):
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"it has an alias, *{event.anchor}; write the value itself in its place")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if number >= NODES or depth > DEPTH:
-            raise ValueError(f"it has more than {NODES} values, or they are nested more than {DEPTH} deep")
+        if number >= MAX_VALUES or depth > MAX_DEPTH:
+            raise ValueError(f"it has more than {MAX_VALUES} values, or they are nested more than {MAX_DEPTH} deep")
 
 
 class _Dumper(yaml.SafeDumper):

@@ -232,7 +232,7 @@ def _classifier_fits(status: str, classifier: str, origin: str, files: dict[str,
         yield f"files of public weights are {WEIGHTS} and {CONFIG}"
     if bool(origin) != (public and bool(files)):
         yield "origin is for public weights in files, which need one"
-    if classifier and not re.fullmatch(r"(timm:|hf-hub:)\S+", classifier):  # no card makes anybody import code
+    if classifier and not re.fullmatch(r"(timm:|hf-hub:)\S+", classifier):  # a card never causes code to be imported
         yield f"classifier is '{classifier}', not timm:NAME or hf-hub:ORG/REPO@COMMIT"
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 HUB_DATASETS = {"mnist": "ylecun/mnist", "cifar10": "uoft-cs/cifar10", "imagenet": "ILSVRC/imagenet-1k"}
 CHANGES = {
     "patch": "replaces the pixels of one such patch, wherever it lies wholly inside the image, by any values in [0, 1]",
-    "sparse": "changes at most so many pixels (single channel values where the threat ends in `:value`) to any values in [0, 1]",
+    "sparse": "changes at most k pixels (k single channel values where the threat ends in `:value`) to any values in [0, 1]",
 }
 
 
@@ -25,7 +25,7 @@ def hub_metadata(card: Card) -> dict[str, Any]:
         "library_name": "patchcert",
         "pipeline_tag": "image-classification",
         "license": card.license,
-        **({} if ":" in card.dataset else {"datasets": [HUB_DATASETS.get(card.dataset, card.dataset)]}),  # not somebody's folder
+        **({} if ":" in card.dataset else {"datasets": [HUB_DATASETS.get(card.dataset, card.dataset)]}),  # not a local folder
         "tags": ["certified-robustness", f"{card.threat.kind}-attack", card.defense],
     }
     if card.results:
@@ -98,7 +98,7 @@ def _summary(card: Card) -> str:
 
 def _unpinned(card: Card) -> str:
     if card.classifier:
-        return f"{card.hub.repo}, public weights of others; the commit that serves is told and recorded"
+        return f"{card.hub.repo}, public weights of others; the commit used is printed and recorded"
     return f"not published yet ({card.hub.repo})"
 
 
@@ -108,7 +108,7 @@ def percent(count: int, images: int) -> str:
 
 
 def _comparison(card: Card) -> list[str]:
-    """A table for each guarantee that was measured; published numbers are about the card's own."""
+    """A table for each guarantee that was measured; published numbers are of the card's own guarantee."""
     others = sorted({one.guarantee for one in card.results} - {card.guarantee})
     parts = _compared(card, card.guarantee)
     for guarantee in others:
@@ -151,26 +151,25 @@ def _compared(card: Card, guarantee: Guarantee) -> list[str]:
 
 
 def _samples(card: Card) -> list[str]:
-    """What was measured on pictures that are no test split, with their number and origin in each line."""
+    """What was measured on images that are not a test split, with their number and origin in each line."""
     if not card.samples:
         return []
-    lines = ["| pictures | n | threat | masks | arithmetic | clean | certified | 95 % interval |", "|" + " --- |" * 8]
+    lines = ["| images | n | threat | masks | arithmetic | clean | certified | 95 % interval |", "|" + " --- |" * 8]
     for one in card.samples:
         low, high = one.certified_interval
         shares = [percent(one.clean, one.images), percent(one.certified, one.images), f"{low:.2%} to {high:.2%}"]
         about = [one.pictures, str(one.images), f"`{one.threat}`, {one.guarantee} ({one.method})", one.masks, one.arithmetic]
         lines.append("| " + " | ".join([*about, *shares]) + " |")
-    known = "These are no figures for the test split"
+    known = "These are not figures for the test split: they hold for images like these only."
     if not card.results:
-        known = f"No figure for the test split of {card.dataset} is known, and these are none"
-    known += ": they speak about pictures like these alone."
+        known = f"No figure for the test split of {card.dataset} is known; these hold for images like theirs only."
     made = dict.fromkeys(f"- `{one.command}` (patchcert {one.patchcert}, {one.date}; {one.records})" for one in card.samples)
-    return ["## Measured on other pictures", known, "\n".join(lines), "Measured with:", "\n".join(made)]
+    return ["## Measured on other images", known, "\n".join(lines), "Measured with:", "\n".join(made)]
 
 
 def _row(cells: list[str], report: Published | None) -> str:
-    told = [f"{report.clean:.2%}", f"{report.certified:.2%}"] if report else ["", ""]
-    return "| " + " | ".join([*cells, *told]) + " |"
+    shares = [f"{report.clean:.2%}", f"{report.certified:.2%}"] if report else ["", ""]
+    return "| " + " | ".join([*cells, *shares]) + " |"
 
 
 def _use(card: Card) -> list[str]:
@@ -194,7 +193,7 @@ def _use(card: Card) -> list[str]:
 def _making(card: Card) -> list[str]:
     parts = [] if card.public else [_code("bash", card.command)]
     text = f"Trained on `{card.split}` of {card.dataset}"
-    text += ", by those who published it. How the defense is put around it:" if card.public else f", seed {card.seed}."
+    text += ", by those who published the weights. The defense around them:" if card.public else f", seed {card.seed}."
     if card.validation:
         held = card.validation
         text += f" On {held.images} held-out training images: clean {percent(held.clean, held.images)},"
@@ -210,21 +209,21 @@ def _proof(card: Card) -> list[str]:
     change = CHANGES.get(card.threat.kind, "makes any change that the threat allows")
     detects = card.guarantee is Guarantee.DETECTION
     proven = (
-        f"An image counts as certified only if its answer is right and a proof shows that no attacker who {change} can alter that"
-        f" answer{' without raising an alarm' if detects else ''} (here `{card.threat}`; guarantee: {card.guarantee})."
-        " The proof is made anew for each image and threat."
+        "An image counts as certified only if its answer is right and a proof shows that no attacker that"
+        f" {change} can alter that answer{' without raising an alarm' if detects else ''}"
+        f" (here `{card.threat}`; guarantee: {card.guarantee}). Each image and threat is proven separately."
     )
     if detects:
-        proven += " An image that raises an alarm unattacked counts as answered wrong. This is less than a guarantee of recovery."
+        proven += " An image that raises an alarm without an attack counts as a wrong answer. This guarantees less than recovery."
     elif any(one.guarantee is Guarantee.DETECTION for one in card.results):
-        proven += " Where the guarantee is detection, the attacker may alter the answer but not without raising an alarm."
+        proven += " Where the guarantee is detection, the attacker can alter the answer, but not without raising an alarm."
     words = dict.fromkeys(card.arithmetic(one) for one in card.results)
     return [
         proven,
         *(f"Arithmetic: **{one}**. That is: {one.meaning}." for one in words),
         "Not proven: anything about images that are not certified, about larger or additional patches, more pixels or other"
-        " threat models, or about changes outside them such as rotation or noise. The interval speaks about images drawn like"
-        " the test images, not about other data. Success rates of attacks are empirical and are no part of this card.",
+        " threat models, or about changes outside them such as rotation or noise. The interval holds for images drawn like"
+        " the test images, not for other data. Success rates of attacks are empirical and are not part of this card.",
     ]
 
 

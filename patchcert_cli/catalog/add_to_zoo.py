@@ -30,13 +30,13 @@ def add(
 ) -> Card:
     """Copy a finished training run into the zoo as ``name``, with measured results and their records; returns its card.
 
-    ``results`` are certify's results by the file they come from, beside which their records lie; ``samples`` are such results on
-    pictures that are no test split, which the card tells apart, and ``pictures`` says of each what they are and where they come
-    from. ``to`` is the zoo folder, by default that of the source tree; ``force`` replaces a model that is there, which keeps its
-    Hub revision if its files are the same.
+    ``results`` are certify's results by the path of their file, in whose folder the records are. ``samples`` are such results on
+    images that are not a test split; the card lists them apart, and ``pictures`` describes the images of each and their origin.
+    ``to`` is the zoo folder, by default that of the source tree; ``force`` replaces an existing model, which keeps its Hub
+    revision if its files are the same.
 
     Raises:
-        ClaimError: a result is about other weights or a part of the test split, or its records do not bear it out.
+        ClaimError: a result is about other weights or a part of the test split, or has counts that its records do not have.
         IntegrityError: the run or a result is not complete.
     """
     zoo = to or source_zoo()

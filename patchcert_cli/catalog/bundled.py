@@ -107,6 +107,6 @@ def default_model(dataset: str = DEFAULT_DATASET) -> str:
     if dataset not in DEFAULT_MODELS:
         raise UnknownName(
             f"no default model for data set '{dataset}'.",
-            hint=f"List those that there are: patchcert zoo list --dataset {dataset}",
+            hint=f"List those that there are: patchcert zoo list --data {dataset}",
         )
     return DEFAULT_MODELS[dataset]

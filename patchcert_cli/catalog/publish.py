@@ -32,8 +32,8 @@ class Release:
     Attributes:
         source: the model folder that it comes from.
         repo: where it goes.
-        card: as it will stand there.
-        contents: every file, in the order of the plan.
+        card: as it will be there.
+        contents: every file, in the order in which it is shown and sent.
         evidence: the results that were found, one line each.
     """
 
@@ -43,7 +43,7 @@ class Release:
     contents: Mapping[str, bytes | Path]
     evidence: Sequence[str]
 
-    def plan(self) -> dict[str, Any]:
+    def preview(self) -> dict[str, Any]:
         """Every file with size and sha256, and what the card claims, as plain values."""
         rows = {}
         for name, content in self.contents.items():
@@ -58,14 +58,14 @@ class Release:
 
 
 def prepare(found: ResolvedModel, repo: str | None, results: Results, places: Sequence[Path] = ()) -> Release:
-    """What a push of this model would send; asks no network.
+    """What a push of this model would send; does not use the network.
 
-    A zoo folder brings its measurements along. For a training run they are ``results``, by the path of their ``result.json``, or
-    else those found in ``places``.
+    A zoo folder has its measurements. For a training run they are ``results``, by the path of their ``result.json``, or else
+    those found in ``places``.
 
     Raises:
-        ClaimError: no result on the full test split for these very weights, records missing, or records that say otherwise.
-        IntegrityError: a file is not what its card says.
+        ClaimError: no result on the full test split for these very weights, records missing, or records with other counts.
+        IntegrityError: a file has another sha256 than in its card.
         UsageError: no valid repository.
     """
     card = found.card
@@ -102,7 +102,7 @@ def publish(release: Release, *, create_pr: bool = False, private: bool = False)
 
     Raises:
         HubError: the Hub is out of reach or refuses.
-        IntegrityError: the Hub holds something else than was sent, or a file has changed since the plan was made.
+        IntegrityError: the Hub holds other content than was sent, or a file has changed since :func:`prepare`.
     """
     for name, facts in release.card.files.items():
         content = release.contents[name]

@@ -240,13 +240,15 @@ def _certify_image(
 ) -> several.Value:
     """Certify one image, and draw its map if asked."""
     from patchcert_cli import device as devices
+    from patchcert_cli.data.datasets import open_dataset
     from patchcert_cli.evaluation import single_image
     from patchcert_cli.reporting import margin_maps
 
     assert image.image is not None
     place = devices.resolve(device)
+    images = None if dataset is None else open_dataset(dataset)
     candidate = loading.find(model, dataset, request, place)
-    resize_crop = candidate.meant(dataset or "", image.image)
+    resize_crop = candidate.meant(images, image.image)
     shape = (candidate.channels, *resize_crop.size)
     claimed = claims(candidate.threat, shape)
     evaluated = candidate.evaluated(shape, [claim.threat for claim in claimed], place)
@@ -263,7 +265,7 @@ def _certify_image(
         )
     values = found.values
     if image.map_ is not None and found.margins is not None:
-        margin_maps.single_map(values, found.pixels, found.margins, image.map_, unit=evaluated.defense.unit)
+        margin_maps.single_map(values, found.pixels, found.margins, image.map_, unit=found.unit)
         values |= {"map": str(image.map_)}
         found.notes.append(f"drew {image.map_}")
     show.say("\n".join(found.notes))

@@ -91,29 +91,29 @@ def _open(model: str | None, claims: Claims, request: DefenseRequest | None, giv
 
     dataset, data_dir = given.dataset, given.data_dir
     place = devices.resolve(device)
-    _check_early(model, claims, dataset, data_dir)
+    named = None if dataset is None else data.open_dataset(dataset, data_dir=data_dir)
+    _check_early(model, claims, named, data_dir)
     candidate = find(model, dataset, request, place)
-    if dataset is None and datasets.own(candidate.dataset):
+    if named is None and datasets.is_custom(candidate.dataset):
         raise UsageError(f"{candidate.name} was trained on {candidate.dataset}.", hint=NAME_DATA)
-    chosen = candidate.fitted(dataset or candidate.dataset)
-    shape = candidate.shape(chosen)
+    opened = candidate.fitted(named or data.open_dataset(candidate.dataset, data_dir=data_dir))
+    shape = candidate.shape(opened)
     meant = tuple(claims(candidate.threat, shape))
     evaluated = candidate.evaluated(shape, [claim.threat for claim in meant], place)
     show.say("\n".join(evaluated.notes))
-    opened = data.open_dataset(chosen, data_dir=data_dir)
     if opened.shape != shape:
         if opened.in_folders:  # before an image is opened
-            raise DataError(f"{chosen} images are {opened.shape}, but {candidate.name} takes {shape}.")
+            raise DataError(f"{opened.name} images are {opened.shape}, but {candidate.name} takes {shape}.")
         return _Opened(opened, evaluated, meant, None)  # the task refuses it, if there are such images
     names = opened.class_names("test")
-    outputs = candidate.matched(names, chosen, evaluated)
+    outputs = candidate.matched(names, opened, evaluated)
     if outputs is not None:
         pairs = [f"{name} is output {at}" for name, at in zip(names, outputs, strict=True)]
         show.say(f"{len(names)} classes matched by name: {', '.join(pairs[:3])}{', ...' if len(pairs) > 3 else ''}")
     return _Opened(opened, evaluated, meant, outputs)
 
 
-def _check_early(model: str | None, claims: Claims, dataset: str | None, data_dir: Path | None) -> None:
+def _check_early(model: str | None, claims: Claims, dataset: Dataset | None, data_dir: Path | None) -> None:
     """Check threat and images before weights are downloaded."""
     from patchcert_cli import data
     from patchcert_cli.catalog import bundled
@@ -125,22 +125,18 @@ def _check_early(model: str | None, claims: Claims, dataset: str | None, data_di
     if addresses.is_address(model):
         if dataset is None:
             raise UsageError(f"{model} comes without images.", hint=NAME_DATA)
-        claims("", data.info(dataset).shape)
+        claims("", dataset.shape)
     elif card is None or not card.classifier:
         return
-    chosen = dataset or (card.dataset if card else "")
-    known = data.open_dataset(chosen, data_dir=data_dir)
+    known = dataset or data.open_dataset(card.dataset if card else "", data_dir=data_dir)
     if known.in_folders:
         known.folder("test")
 
 
 def find(model: str | None, dataset: str | None, request: DefenseRequest | None, device: str) -> ModelSource:
-    """The model that is named, and a line on stderr about where it came from; an unknown data set fails first."""
-    from patchcert_cli import data
+    """The model that is named, and a line on stderr about where it came from."""
     from patchcert_cli.evaluation import models
 
-    if dataset is not None:
-        data.info(dataset)
     candidate = models.find(model, dataset, request or models.DefenseRequest(), device)
     show.say(candidate.note)
     return candidate

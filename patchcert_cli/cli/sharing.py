@@ -135,7 +135,7 @@ def push(
     found = resolve.resolve(Path(model) if Path(model).is_dir() else model)
     given = {str(path): files.read_json(path) for path in result or []}
     release = publish.prepare(found, to, given, [Path("runs"), found.folder.parent])
-    plan = {**release.plan(), "create_pr": create_pr, "dry_run": dry_run}
+    plan = {**release.preview(), "create_pr": create_pr, "dry_run": dry_run}
     if output.json != "-":
         _print_plan(release, create_pr)
     if dry_run:
@@ -152,7 +152,7 @@ def push(
 
 
 def _print_plan(release: Release, create_pr: bool) -> None:
-    plan = release.plan()
+    plan = release.preview()
     typer.echo(f"to {plan['repo']}, {'as a pull request' if create_pr else 'branch main'}: model {plan['model']}")
     for name, facts in plan["files"].items():
         typer.echo(f"  {name:<28} {facts['size']:>12} bytes  sha256 {facts['sha256']}")

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from patchcert_cli.data.datasets import ENVIRONMENT as ENVIRONMENT
     from patchcert_cli.data.datasets import Dataset as Dataset
     from patchcert_cli.data.datasets import directory as directory
-    from patchcert_cli.data.datasets import info as info
     from patchcert_cli.data.datasets import open_dataset as open_dataset
     from patchcert_cli.data.images import Images as Images
     from patchcert_cli.data.images import load as load
@@ -29,7 +28,6 @@ _HOMES = {
     "ENVIRONMENT": "datasets",
     "Images": "images",
     "directory": "datasets",
-    "info": "datasets",
     "load": "images",
     "open_dataset": "datasets",
     "pixels_of": "images",

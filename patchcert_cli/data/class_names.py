@@ -1,7 +1,7 @@
-"""Which output of a model each class of a data set is: told by names, never by position alone.
+"""Which output of a model each class of a data set is: matched by names, never by position alone.
 
-Class folders are sorted by name, and a model's outputs are in the order in which it was trained: that both count from 0 means
-nothing. An output may go by several names, such as a WordNet id and the words for it.
+Class folders are sorted by name, and a model's outputs are in the order of its training data: equal positions mean nothing. An
+output may have several names, such as a WordNet id and the words for it.
 
 Shapes: K outputs.
 """
@@ -15,10 +15,10 @@ from pathlib import Path
 
 from patchcert_cli.errors import DataError
 
-WNID = re.compile(r"n\d{8}")  # a synset of WordNet, as ImageNet's folders are called
-SHOWN = 3  # names in an error message
+WNID = re.compile(r"n\d{8}")  # a WordNet id, the name of an ImageNet folder
+MAX_SHOWN = 3  # names in an error message
 
-Names = tuple[tuple[str, ...], ...]  # for each output the names that it goes by
+Names = tuple[tuple[str, ...], ...]  # the names of each output
 
 
 def read(path: Path) -> Names:
@@ -49,14 +49,14 @@ def match(classes: Sequence[str], outputs: Names, *, data: str, model: str, coun
     """For each class of a data set the output of the model that has its name.
 
     Args:
-        classes: names of the classes, as their folders are called.
-        outputs: the model's names; empty if nobody knows them.
-        data: what the data set is called, for messages.
-        model: what the model is called.
+        classes: names of the classes, those of their folders.
+        outputs: the names of the model's outputs; empty if they are unknown.
+        data: name of the data set, for messages.
+        model: name of the model, for messages.
         count: K.
 
     Raises:
-        DataError: names are unknown, missing, ambiguous or not as many as outputs; says what to type.
+        DataError: names are unknown, missing or ambiguous, or their number is not K; the message says what to type.
     """
     remedy = "Pass --classes names.txt (one line per output)"
     remedy += f", or --weights with a {len(classes)}-way head." if len(classes) != count else "."
@@ -92,7 +92,7 @@ def match(classes: Sequence[str], outputs: Names, *, data: str, model: str, coun
 
 
 def words(outputs: Names) -> tuple[str, ...]:
-    """What each output is called for people: its first name that is no WordNet id, with the id where several share it."""
+    """The name of each output for people: its first one that is not a WordNet id, with the id where several share it."""
     spoken = [next((name for name in names if not WNID.fullmatch(name)), names[0]) for names in outputs]
     count = Counter(spoken)
     return tuple(
@@ -115,4 +115,4 @@ def _index(outputs: Names, key: Callable[[str], str]) -> Mapping[str, set[int]]:
 
 def _some(names: Iterable[str]) -> str:
     listed = list(names)
-    return ", ".join(listed[:SHOWN]) + (", ..." if len(listed) > SHOWN else "")
+    return ", ".join(listed[:MAX_SHOWN]) + (", ..." if len(listed) > MAX_SHOWN else "")

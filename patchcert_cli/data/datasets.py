@@ -71,7 +71,7 @@ class Dataset:
     @property
     def base(self) -> str:
         """The name without resize and crop."""
-        return _parse(self.name)[0]
+        return base_name(self.name)
 
     @property
     def label(self) -> str:
@@ -90,10 +90,6 @@ class Dataset:
     def in_folders(self) -> bool:
         """Whether it comes as image files in class folders."""
         return self.resize_crop is not None
-
-    def same_images(self, other: Dataset) -> bool:
-        """Whether another data set has the same image files, perhaps resized to another size."""
-        return self.base == other.base
 
     def resized(self, default: ResizeCrop) -> Dataset:
         """This data set with resize and crop ``default``, if it consists of image files and its name does not state them."""
@@ -232,6 +228,11 @@ def open_dataset(name: str, *, data_dir: Path | None = None) -> Dataset:
     return replace(known, name=f"{base}@{given}", shape=(3, *given.size), resize_crop=given)
 
 
+def base_name(name: str) -> str:
+    """A data set's name without resize and crop, the same for all sizes of the same images; the data set is not looked at."""
+    return _parse(name)[0]
+
+
 def is_custom(name: str) -> bool:
     """Whether a name means a folder of the user's, which is not looked at."""
     return name.startswith(PREFIX)
@@ -249,26 +250,3 @@ def _parse(name: str) -> tuple[str, ResizeCrop | None]:
     if match is None or match["base"] == PREFIX:
         raise UsageError(f"--data '{name}' is not a data set.", hint=f"Use, for example, cifar10 or {PREFIX}./val")
     return match["base"], None if match["size"] is None else ResizeCrop.parse(match["size"])
-
-
-# The same by a name, for code that holds no data set yet.
-
-
-def info(name: str) -> Dataset:
-    """:func:`open_dataset` with the default data directory."""
-    return open_dataset(name)
-
-
-def fitted(name: str, default: ResizeCrop) -> str:
-    """The name of :meth:`Dataset.resized`; an unknown name stays as it is."""
-    base, given = _parse(name)
-    known = is_custom(name) or base in DATASETS
-    return open_dataset(name).resized(default).name if known and given is None else name
-
-
-own, resize_crop = is_custom, stated_resize_crop
-
-
-def same(one: str, other: str) -> bool:
-    """Whether two names mean the same images, of any size."""
-    return _parse(one)[0] == _parse(other)[0]

@@ -210,12 +210,12 @@ def _bundled(name: str) -> Images:
 
 
 def pixels_of(file: Any) -> Tensor:
-    """The 8-bit pixels of a picture file, uint8 [C, H, W]."""
+    """The 8-bit pixels of an image file, uint8 [C, H, W]."""
     import numpy
     from PIL import Image
 
-    with Image.open(file) as picture:
-        return torch.from_numpy(numpy.array(picture)).permute(2, 0, 1).contiguous()
+    with Image.open(file) as image:
+        return torch.from_numpy(numpy.array(image)).permute(2, 0, 1).contiguous()
 
 
 def _checked(pixels: Tensor, labels: Tensor, facts: Dataset, split: str, source: str) -> Images:

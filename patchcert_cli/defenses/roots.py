@@ -23,14 +23,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchcert_cli import schema
+from patchcert_cli.certificate import Claim
 from patchcert_cli.certifiers.cells import additive
-from patchcert_cli.certifiers.cells.additive import Proof, Votes
+from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.certifiers.geometry import CellCoverage
-from patchcert_cli.defenses._base import Claim, Surrogate
+from patchcert_cli.defenses._attackable import Surrogate
+from patchcert_cli.defenses._base import own_entries, size_and_classes
+from patchcert_cli.defenses._training import Options
 from patchcert_cli.defenses.bagcert import BagCert, BagCertOptions, Step
-from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
+from patchcert_cli.errors import UnsupportedThreat, UsageError
 from patchcert_cli.models.region import RegionScorer
 from patchcert_cli.schema import Positive
+from patchcert_cli.threats import Threat
 
 FINE = 8  # binary digits of a root after the point
 SMALL = 1e-2  # added to shares before their root is taken in training, where a root of 0 would have no slope
@@ -42,14 +46,20 @@ def _sum_only(aggregate: str) -> Iterable[str]:
 
 
 @dataclass(frozen=True)
-class RootsOptions(BagCertOptions):
-    """Training of BagCert, with regions.
+class Regions:
+    """How cells are divided, as it is deployed.
 
     Attributes:
         regions: R; there are R x R regions.
     """
 
     regions: Positive = 3
+
+
+@dataclass(frozen=True)
+class RootsOptions(Regions, BagCertOptions):
+    """Training of BagCert, with regions."""
+
     rules: ClassVar[tuple[schema.Rule, ...]] = (_sum_only,)
 
 
@@ -73,18 +83,14 @@ class Roots(BagCert):
         self.register_buffer("table", torch.tensor(roots, dtype=torch.float64), persistent=False)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Roots:
-        try:
-            how = schema.read(RootsOptions, config.get("options", {}), "options")
-        except schema.Invalid as problem:
-            raise IntegrityError(f"roots cannot be built: {problem}.") from problem
-        shape, classes = tuple(config["input_shape"]), tuple(config["classes"])
-        return cls(cls.scorer_of(config), input_shape=shape, classes=classes, regions=how.regions)
+    def deploy_config(cls, threat: Threat, options: Options) -> dict[str, Any]:
+        assert isinstance(options, RootsOptions)
+        return {"regions": options.regions}
 
     @classmethod
-    def tiny(cls, kernel: int = 1) -> BagCert:
-        """With cells of one pixel: with larger ones a patch reaches too many of so few for a certificate."""
-        return super().tiny(kernel)
+    def from_config(cls, deployed: Mapping[str, Any]) -> Roots:
+        own = own_entries(Regions, deployed)
+        return cls(cls.scorer_of(deployed), **size_and_classes(deployed), regions=own.regions)
 
     def worth(self, votes: Tensor) -> Tensor:
         """What votes float64 [..., N, M], whole numbers, are worth: [...]."""
@@ -96,24 +102,24 @@ class Roots(BagCert):
         """Which cells along an axis are in which region, 0 or 1, [R, length]."""
         return F.one_hot(torch.arange(length) * self.regions // length, self.regions).t()
 
-    def answer(self, said: Votes) -> Tensor:
-        return additive.first_largest(self.worth(said.scores.double()))
+    def answer(self, outputs: Votes) -> Tensor:
+        return additive.first_largest(self.worth(outputs.scores.double()))
 
-    def prove(self, said: Votes, cover: CellCoverage, claim: Claim) -> Proof:
+    def prove(self, outputs: Votes, cover: CellCoverage, claim: Claim) -> additive.Proof:
         if cover.budget > 1:
             raise UnsupportedThreat(f"condition 3.1 is not for {claim.threat}.", hint="It is for one patch or one pixel.")
-        return additive.prove_aggregate(said, cover, self.worth)
+        return additive.prove_aggregate(outputs, cover, self.worth)
 
-    def margins(self, said: Votes, cover: CellCoverage) -> Tensor:
+    def margins(self, outputs: Votes, cover: CellCoverage) -> Tensor:
         raise UsageError("this defense has no margins by location.", hint="Use bagcert for maps.")
 
-    def note(self, threat: Any) -> str:
+    def note(self, threat: Threat) -> str:
         return ""
 
     def surrogates(self) -> tuple[Surrogate, ...]:
         """Roots of votes with the gradient of sigmoids (straight-through), and their smooth form."""
         votes = Surrogate(lambda x: self._share(Step.apply(self.scorer(x))))
-        votes.slack = 0.1  # the deployed network is rounded, and SMALL is added
+        votes.tolerance = 0.1  # the deployed network is rounded, and SMALL is added
         return votes, Surrogate(self)
 
     def _share(self, votes: Tensor, down: int = 0, right: int = 0, every: int = 1) -> Tensor:

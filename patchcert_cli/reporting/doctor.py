@@ -1,4 +1,4 @@
-"""What this machine has for patchcert, and what is wrong with it: one row per fact, none of them a secret."""
+"""A check of the installation and the machine: one row per fact, none of them a secret."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from pathlib import Path
 
 from patchcert_cli import data
 from patchcert_cli.catalog import bundled
-from patchcert_cli.errors import IntegrityError, MachineError, PatchcertError
+from patchcert_cli.errors import IntegrityError, MachineError, PatchcertError, first_line
 from patchcert_cli.hub import client
 from patchcert_cli.storage import files, hub_cache
 from patchcert_cli.version import __version__
 
 EXTRAS = {"matplotlib": "plots", "timm": "timm"}
+MIN_FREE_BYTES = 100e6
 REPAIR = "pip install --force-reinstall torch torchvision"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A fact, or with ``problem`` the error that it is."""
+    """A fact about the machine; with ``problem`` it is an error."""
 
     name: str
     value: str
@@ -31,7 +32,7 @@ class Finding:
 
 
 def examine(*, data_dir: Path | None = None, offline: bool = False) -> list[Finding]:
-    """Everything that decides whether commands will work here; asks the Hub one question unless ``offline``."""
+    """Everything that commands depend on. Sends one request to the Hub unless ``offline``."""
     checks: list[Callable[[], Iterator[Finding]]] = [
         _software,
         _torch,
@@ -46,9 +47,9 @@ def examine(*, data_dir: Path | None = None, offline: bool = False) -> list[Find
 def _software() -> Iterator[Finding]:
     yield Finding("patchcert", f"{__version__} in {Path(__file__).parents[1]}")
     yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores")
-    there = {name: _version(name) for name in EXTRAS}
-    said = [f"{name} {version}" if version else f"no {name} (extra {EXTRAS[name]})" for name, version in there.items()]
-    yield Finding("extras", ", ".join(said))
+    versions = {name: _version(name) for name in EXTRAS}
+    extras = [f"{name} {version}" if version else f"no {name} (extra {EXTRAS[name]})" for name, version in versions.items()]
+    yield Finding("extras", ", ".join(extras))
 
 
 def _version(package: str) -> str:
@@ -65,7 +66,7 @@ def _torch() -> Iterator[Finding]:
         yield Finding(
             "torch",
             "cannot be imported",
-            MachineError(f"torch cannot be imported: {_first(problem)}.", hint=f"Repair it: {REPAIR}"),
+            MachineError(f"torch cannot be imported: {first_line(problem)}.", hint=f"Repair it: {REPAIR}"),
         )
         return
     yield Finding("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
@@ -80,8 +81,8 @@ def _torch() -> Iterator[Finding]:
     try:
         import torchvision  # type: ignore[import-untyped]
     except (ImportError, OSError, RuntimeError) as problem:  # mixed builds raise RuntimeError: no operator torchvision::nms
-        said = f"torch {torch.__version__} and torchvision {_version('torchvision') or '(none)'} do not fit together"
-        yield Finding("torchvision", said, MachineError(f"{said}: {_first(problem)}.", hint=f"Repair it: {REPAIR}"))
+        mismatch = f"torch {torch.__version__} and torchvision {_version('torchvision') or '(none)'} do not fit together"
+        yield Finding("torchvision", mismatch, MachineError(f"{mismatch}: {first_line(problem)}.", hint=f"Repair it: {REPAIR}"))
         return
     yield Finding("torchvision", str(torchvision.__version__))
 
@@ -90,18 +91,18 @@ def _hub(offline: bool) -> Iterator[Finding]:
     facts = client.facts()
     yield Finding("huggingface_hub", str(facts["version"]))
     reason = "not asked" if offline else client.reachable()
-    yield Finding("hub", f"{facts['endpoint']}: {reason or 'answers'}")  # being offline is no fault: the zoo is bundled
+    yield Finding("hub", f"{facts['endpoint']}: {reason or 'answers'}")  # being offline is not an error: the zoo is bundled
     yield Finding("token", "set" if facts["token"] else "none: public models only")
 
 
 def _disk() -> Iterator[Finding]:
     cache = hub_cache.folder()
-    place = files.nearest(cache)
-    held = [path for path in cache.rglob("*") if path.is_file() and not path.is_symlink()] if place == cache else []
-    yield Finding("cache", f"{cache}: {files.file_size(sum(path.stat().st_size for path in held))} in {len(held)} files")
-    free = shutil.disk_usage(place).free
+    existing = files.nearest(cache)
+    cached = [path for path in cache.rglob("*") if path.is_file() and not path.is_symlink()] if existing == cache else []
+    yield Finding("cache", f"{cache}: {files.file_size(sum(path.stat().st_size for path in cached))} in {len(cached)} files")
+    free = shutil.disk_usage(existing).free
     full = MachineError(f"less than 100 MB are free on the disk of '{cache}'.", hint="Free some space, or set HF_HOME.")
-    yield Finding("free", f"{free / 1e9:.1f} GB", full if free < 100e6 else None)
+    yield Finding("free", f"{free / 1e9:.1f} GB", full if free < MIN_FREE_BYTES else None)
     try:
         files.check_folder(cache, "the cache")
     except PatchcertError as problem:
@@ -110,36 +111,33 @@ def _disk() -> Iterator[Finding]:
 
 def _zoo() -> Iterator[Finding]:
     zoo = bundled.folder()
-    good, recipes, wrong = 0, 0, []
+    intact, recipes, problems = 0, 0, []
     for name in bundled.names(zoo):
         try:
             card = bundled.card(name, zoo)
             if card.files:
                 card.verify(zoo / name)
-                good += 1
+                intact += 1
             else:
                 recipes += 1
         except PatchcertError as problem:
-            wrong.append(str(problem))
-    broken = IntegrityError(f"{len(wrong)} models of the bundled zoo are damaged: {wrong[0]}") if wrong else None
-    yield Finding("zoo", f"{zoo}: {good} models with the sha256 of their cards, {recipes} recipes, {len(wrong)} damaged", broken)
+            problems.append(str(problem))
+    broken = IntegrityError(f"{len(problems)} models of the bundled zoo are damaged: {problems[0]}") if problems else None
+    counts = f"{intact} models with the sha256 of their cards, {recipes} recipes, {len(problems)} damaged"
+    yield Finding("zoo", f"{zoo}: {counts}", broken)
 
 
 def _data(data_dir: Path | None) -> Iterator[Finding]:
     for name, facts in data.DATASETS.items():
         if facts.in_folders:  # listing it takes a while
-            there = (data.directory(data_dir) / name).is_dir()
-            yield Finding(name, f"in '{data.directory(data_dir) / name}'" if there else "none; see " + facts.page)
+            exists = (data.directory(data_dir) / name).is_dir()
+            yield Finding(name, f"in '{data.directory(data_dir) / name}'" if exists else "none; see " + facts.page)
             continue
         try:
             images = data.load(name, "test", data_dir=data_dir)
         except PatchcertError as problem:
             yield Finding(name, str(problem), problem if data_dir else None)
             continue
-        of = data.info(name).test_images
-        where = "bundled with patchcert" if images.source == "bundled" else f"from '{images.source}'"
-        yield Finding(name, f"{len(images)} of {of} test images, {where}")
-
-
-def _first(problem: BaseException) -> str:
-    return (str(problem).splitlines() or [type(problem).__name__])[0]
+        total = facts.test_images
+        origin = "bundled with patchcert" if images.source == "bundled" else f"from '{images.source}'"
+        yield Finding(name, f"{len(images)} of {total} test images, {origin}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from patchcert_cli.arithmetic import Arithmetic, former
-from patchcert_cli.data.datasets import own
+from patchcert_cli.data.datasets import is_custom
 from patchcert_cli.reporting.numbers import interval, percent, share
 
 Rows = list[tuple[str, str]]
@@ -235,7 +235,7 @@ def train_rows(result: dict[str, Any]) -> Rows:
             "certified",
             f"{share(counts['certified'], images)}{alarm} of the held-out training images",
         ),
-        ("next", f"patchcert certify {result['out']}" + (" --data imagefolder:..." if own(result["dataset"]) else "")),
+        ("next", f"patchcert certify {result['out']}" + (" --data imagefolder:..." if is_custom(result["dataset"]) else "")),
         *([("remark", AT_CHANCE.format(100 * result["chance"]))] if result.get("at_chance") else []),
     ]
 

@@ -1,4 +1,4 @@
-"""The files of a model folder: their names, hashes, and writing them so that a crash loses nothing. No torch here."""
+"""Files of models and runs: their names and hashes, atomic writes, and checks of paths that the user names. No torch here."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def unwritten(path: Path, problem: OSError) -> MachineError:
 
 
 def check_file(path: Path, option: str) -> None:
-    """Refuse a file that ``option`` names and that :func:`write_named` could not write. Nothing is made or changed.
+    """Refuse a file that ``option`` names and that :func:`write_named` could not write. Nothing is created or changed.
 
     Raises:
         UsageError: it is a folder, a disk, stdout or below a file, or its name is too long.
@@ -144,7 +144,7 @@ def check_file(path: Path, option: str) -> None:
 
 
 def check_folder(path: Path, option: str) -> None:
-    """Refuse a folder that ``option`` names and that could not be made or written into. Nothing is made or changed.
+    """Refuse a folder that ``option`` names and that could not be created or written into. Nothing is created or changed.
 
     Raises:
         UsageError: it is a file or below one, or its name is too long.
@@ -157,12 +157,12 @@ def check_folder(path: Path, option: str) -> None:
 
 
 def nearest(path: Path) -> Path:
-    """The path itself, or the nearest of the folders that it is in which is there and can be looked at."""
+    """The path itself, or the nearest of its parent folders that exists and can be read."""
     return next(one for one in (path, *path.absolute().parents) if _status(one) is not None)
 
 
 def _check_place(path: Path, option: str, suffix: str = "") -> None:
-    """Refuse a place for a file or folder that does not exist yet, by the nearest folder that does."""
+    """Refuse a path that does not exist yet, by the nearest parent folder that does."""
     most, real = MAX_NAME_BYTES - len(suffix), Path(os.path.realpath(path))
     if any(len(os.fsencode(part)) > most for part in real.parts):
         raise UsageError(f"{option} '{_brief(path)}' has too long a name.", hint=f"Use at most {most} bytes.")
@@ -181,7 +181,7 @@ def _check_place(path: Path, option: str, suffix: str = "") -> None:
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """What is at a path, links followed; None where nothing is, or nothing that can be looked at."""
+    """The status of a path, links followed; None if it does not exist or cannot be read."""
     try:
         return path.stat()
     except OSError:
@@ -232,7 +232,7 @@ def read(path: Path) -> bytes:
 
 
 def unpacked(path: Path) -> bytes:
-    """What a file holds, unpacked if its name says that it is packed; damage is a :class:`DataError`."""
+    """The content of a file, decompressed if its name ends in ``.gz``; a damaged file is a :class:`DataError`."""
     try:
         content = path.read_bytes()
         return gzip.decompress(content) if path.suffix == ".gz" else content
@@ -262,7 +262,7 @@ def refuse_pickle(path: Path) -> None:
     if path.suffix.lower() in PICKLES:
         raise IntegrityError(
             f"'{path}' looks like a pickle, which could run code: it was not opened.",
-            hint=f"Convert it to safetensors first: patchcert convert {path} --to {path.with_suffix('.safetensors').name}",
+            hint=f"Convert it to safetensors first: patchcert convert {path} --out {path.with_suffix('.safetensors').name}",
         )
     if path.is_file() and path.suffix == ".safetensors":
         with path.open("rb") as stream:

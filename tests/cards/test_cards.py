@@ -281,7 +281,7 @@ def test_a_card_in_a_folder_of_another_name_is_refused(card: Card, tmp_path: Pat
 def test_defaults() -> None:
     assert bundled.default_model() == bundled.default_model("cifar10") == "cifar-bagcert-rf7"
     assert bundled.default_model("mnist") == "mnist-ibp-p5"
-    with pytest.raises(UnknownName, match="patchcert zoo list --dataset svhn"):
+    with pytest.raises(UnknownName, match="patchcert zoo list --data svhn"):
         bundled.default_model("svhn")
 
 

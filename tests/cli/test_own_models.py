@@ -262,7 +262,7 @@ def test_imagenet_with_a_card_whose_weights_are_public(patchcert, served: Path, 
     assert tried.code == 0, tried.err
     value = json.loads(tried.out)
     assert value["images"] == 1000 and value["dataset"] == "imagenet@160/168,bilinear" and value["threat"] == "patch:2%"
-    assert 4 <= value["passes_per_image"] <= 10 and value["disk_bytes"] > 1000 * 3 * 160 * 160
+    assert 4 <= value["passes_per_image"] <= 10 and 0 < value["disk_bytes"] < 1000 * 400
     done = patchcert("certify", "small", "--limit", "3", "--json", "-")
     assert done.code == 0, done.err
     assert f"pin it with timm:{TINY}@{COMMIT}" in done.err and "1000 classes matched by name: n01440764 is output 0" in done.err
@@ -559,7 +559,7 @@ def test_given_pictures_are_pasted_and_counted(patchcert) -> None:  # type: igno
         (["--saved", "val"], 6, "'val' has no pictures"),
         (["--saved", "val/cat", "--patch", "2"], 2, "larger than patch:2x2."),
         (["--saved", "val/cat", "--steps", "3"], 2, "--steps is for an attack that searches"),
-        (["--turn", "3"], 2, "--turn is about pictures to paste."),
+        (["--turn", "3"], 2, "--turn is about images to paste."),
         (["--saved", "val/cat", "--places", "0"], 2, "--places"),
     ],
 )

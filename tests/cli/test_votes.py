@@ -23,7 +23,7 @@ def model(tmp_path: Path) -> str:
     recipe = Recipe("patch:5x5", "cifar10", "bagcert", network_options=SMALL)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        defense = defenses.build(recipe.config())
+        defense = defenses.build(recipe.config()["deployed"])
         with torch.no_grad():
             defense.scorer.head.bias.copy_(torch.tensor([-0.5, -0.5, 0.6, 0.0, -0.5, -0.5, -0.5, -0.5, -0.5, -0.5]))
         defense.calibrate(torch.rand(8, 3, 32, 32))
@@ -76,7 +76,7 @@ def test_a_patch_too_large_is_a_note_and_not_a_crash(patchcert, model: str) -> N
 def test_one_picture_with_its_map(patchcert, model: str, picture: str) -> None:  # type: ignore[no-untyped-def]
     done = patchcert("certify", model, "--image", picture, "--patch", "5", "--map", "map.png", "--json", "-")
     found = json.loads(done.out)
-    assert found["class"] in data.info("cifar10").classes and found["locations"] == 784
+    assert found["class"] in data.open_dataset("cifar10").classes and found["locations"] == 784
     (claim,) = found["claims"]
     assert claim["certified"] is (found["weak_locations"] == 0) is (claim["margin"] > 0)
     assert Path("map.png").stat().st_size > 1000

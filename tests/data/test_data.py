@@ -79,7 +79,7 @@ def test_images_in_memory_are_read_as_they_lie() -> None:
 
 @pytest.mark.parametrize("name", data.DATASETS)
 def test_every_data_set_is_described_whole(name: str) -> None:
-    facts = data.info(name)
+    facts = data.open_dataset(name)
     assert facts.name == name and len(facts.mean) == len(facts.std) == facts.shape[0]
     assert len(set(facts.classes)) == len(facts.classes) >= 10
     assert 0 <= facts.bundled <= facts.test_images

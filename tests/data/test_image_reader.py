@@ -251,12 +251,14 @@ def test_ctrl_c_while_images_are_checked(tmp_path: Path, opened: list[str]) -> N
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ImageNet of three classes and 16x16 pixels."""
     how = ResizeCrop.square(SIZE, 18)
-    facts = replace(data.info("imagenet"), shape=(3, SIZE, SIZE), classes=("0", "1", "2"), test_images=15, resize_crop=how)
+    facts = replace(
+        data.open_dataset("imagenet"), shape=(3, SIZE, SIZE), classes=("0", "1", "2"), test_images=15, resize_crop=how
+    )
     monkeypatch.setitem(data.DATASETS, "imagenet", facts)
 
 
 def test_imagenet_is_described_as_published() -> None:
-    facts = data.info("imagenet")
+    facts = data.open_dataset("imagenet")
     assert (facts.shape, len(facts.classes), facts.test_images, facts.bundled) == ((3, 224, 224), 1000, 50_000, 0)
     assert facts.classes[0] == "0" and facts.classes[999] == "999"
 

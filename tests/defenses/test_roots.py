@@ -6,20 +6,20 @@ from itertools import product
 
 import pytest
 import torch
-from soundness.arena import Arena, check, draw_images
 
+from patchcert_cli.certificate import Claim
 from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
-from patchcert_cli.defenses._base import Claim
-from patchcert_cli.defenses.roots import Roots
-from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
+from patchcert_cli.defenses.roots import Roots, RootsOptions
+from patchcert_cli.errors import UnsupportedThreat, UsageError
+from patchcert_cli.schema import Invalid, read
 from patchcert_cli.threats import Patch, Sparse
+from tests.examples import tiny
+from tests.soundness.arena import Arena, check, draw_images
 
 
 def made(seed: int = 0) -> Roots:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        defense = Roots.tiny()
+    defense = tiny("roots", seed)
     assert isinstance(defense, Roots)
     return defense
 
@@ -78,5 +78,5 @@ def test_what_it_cannot_do_is_refused() -> None:
         defense.margin_map(x, Patch(1, 1))
     with pytest.raises(UsageError, match="9x9 regions"):
         Roots(defense.scorer, input_shape=(1, 4, 4), classes=("a", "b", "c"), regions=9)
-    with pytest.raises(IntegrityError, match="aggregate"):
-        Roots.from_config({"input_shape": [1, 4, 4], "classes": ["a"], "network": {}, "options": {"aggregate": "weighted"}})
+    with pytest.raises(Invalid, match="aggregate"):
+        read(RootsOptions, {"aggregate": "weighted"})

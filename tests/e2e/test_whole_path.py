@@ -86,9 +86,8 @@ class Labels:
 def check_path(candidate: Any, defense: PatchCleanser, name: str, threat: Patch, patches: Path, count: int) -> dict[str, int]:
     """Hold everything against naive code on ``count`` pictures of a folder; returns counts."""
     images = data.load(name, "test")
-    outputs = candidate.matched(
-        data.open_dataset(name).class_names("test"), name, type("EvaluatedModel", (), {"defense": defense})
-    )
+    dataset = data.open_dataset(name)
+    outputs = candidate.matched(dataset.class_names("test"), dataset, type("EvaluatedModel", (), {"defense": defense}))
     images = images if outputs is None else images.relabelled(outputs)
     plain = torch.cat([defense.plain(data.to_float(part)) for part in images.read().split(10)])
     some = images.limit(count, 0)
@@ -167,5 +166,6 @@ def test_the_whole_path_on_photographs(tmp_path: Path) -> None:
     candidate = models.find(NAME, None, DefenseRequest(masks=3), "cpu")
     made: Any = candidate.evaluated((3, 224, 224), [threat], "cpu").defense
     assert len(made.masks) == 9  # and 45 pairs
-    found = check_path(candidate, made, candidate.fitted(f"imagefolder:{folder}"), threat, PICTURES / "patches", 3)
+    name = candidate.fitted(data.open_dataset(f"imagefolder:{folder}")).name
+    found = check_path(candidate, made, name, threat, PICTURES / "patches", 3)
     assert found["plain"] == 37 and found["pasted"] == 10

@@ -196,7 +196,7 @@ def test_no_image_takes_more_queries_than_foretold(
     attacker: Any = attacks.for_threat(threat, **{"steps": 2, "carried": 4, "rounds": 1, **options})
     x = world.task.images.pixels.float() / 255
     certificate = world.defense.certify(x, threat)
-    start = attacks.Start(certificate.worst, certificate.rival) if hinted else None
+    start = attacks.Start(certificate.worst, certificate.runner_up) if hinted else None
     effort = attacker.most(world.defense, threat, hinted=hinted)
     found = attacker(world.defense, x, threat, start=start)
     assert int(found.queries.max()) <= effort.queries + effort.answers
@@ -229,10 +229,10 @@ class Counting(dict[str, Any]):
 
 def test_accuracy_so_far_reads_each_record_once() -> None:
     """As many reads for many batches as for one."""
-    rows = [Counting(index=i, label=i % 3, prediction=0, certified=i % 2 == 0) for i in range(300)]
+    rows = [Counting(index=i, label=i % 3, prediction=0, claims=[{"certified": i % 2 == 0}]) for i in range(300)]
     for size in (300, 1):
         Counting.reads = 0
-        standing = results.Standing()
+        standing = results.RunningCounts()
         for at in range(0, 300, size):
             standing.add(rows[at : at + size])
             assert str(standing)

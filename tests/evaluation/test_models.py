@@ -10,7 +10,7 @@ import torch
 from own_models import module, pictures
 from PIL import Image
 
-from patchcert_cli import data, defenses
+from patchcert_cli import data
 from patchcert_cli.certifiers.masks import masked_predictions
 from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.classifiers import addresses
@@ -24,6 +24,7 @@ from patchcert_cli.evaluation.task import EvaluationTask
 from patchcert_cli.threats import Patch, Sparse, parse_threat
 from patchcert_cli.training import estimate as training_estimate
 from patchcert_cli.training.recipe import Recipe
+from tests.examples import tiny
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_the_masks_cover_every_threat_that_was_asked_for(threats: list[Any], ask
 def test_masks_have_the_mean_colour_or_grey(mean: tuple[float, ...] | None, channels: int, wanted: list[float]) -> None:
     network, masks = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16 * channels, 2)), MaskSpec(("patch:2x2",))
     defense: Any = models.put_around(network, "patchcleanser", (channels, 4, 4), ("a", "b"), masks, mean, "bfloat16")
-    assert defense.fill.flatten().tolist() == pytest.approx(wanted) and defense.labels == "bfloat16"
+    assert defense.fill.flatten().tolist() == pytest.approx(wanted) and defense.prediction_dtype == "bfloat16"
     assert not defense.training and defense.predict(torch.rand(2, channels, 4, 4)).shape == (2,)
 
 
@@ -65,7 +66,7 @@ def test_a_batch_is_small_where_images_take_many_passes(per_axis: int, side: int
     masks = MaskSpec(("patch:2x2",), per_axis=per_axis)
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(side * side, 2))
     assert task.batch_size(models.put_around(network, "patchcleanser", (1, side, side), ("a", "b"), masks, None)) == size
-    assert task.batch_size(defenses.by_name("ibp").tiny()) == task.BATCH_SIZE
+    assert task.batch_size(tiny("ibp")) == task.BATCH_SIZE
 
 
 def test_what_can_be_put_around_a_classifier() -> None:
@@ -81,8 +82,8 @@ def opened(folder: Path) -> models.WrappedClassifier:
 
 def test_a_network_owns_its_resize_and_masks_lie_on_what_comes_in(tmp_path: Path) -> None:
     candidate = opened(tmp_path)
-    assert (candidate.resize_crop(), candidate.fitted("cifar10")) == (ResizeCrop((16, 16)), "cifar10")
-    assert candidate.shape("cifar10") == (3, 32, 32)
+    assert (candidate.resize_crop(), candidate.fitted(data.open_dataset("cifar10")).name) == (ResizeCrop((16, 16)), "cifar10")
+    assert candidate.shape(data.open_dataset("cifar10")) == (3, 32, 32)
     model = candidate.evaluated((3, 32, 40), [Patch(3, 3)], "cpu")
     defense: Any = model.defense
     assert defense.input_shape == (3, 32, 40) and defense.masks.shape == (4, 32, 40)
@@ -97,7 +98,7 @@ def test_pictures_that_fit_a_model_of_the_zoo_are_not_touched(tmp_path: Path) ->
         (tmp_path / "val" / images.classes[label]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "val" / images.classes[label] / f"{number}.png")
     candidate = models.find("cifar-bagcert-rf7", None, DefenseRequest(), "cpu")
-    name = candidate.fitted(f"imagefolder:{tmp_path}/val")
+    name = candidate.fitted(data.open_dataset(f"imagefolder:{tmp_path}/val")).name
     found = data.load(name, "test")
     order = images.labels.argsort(stable=True)
     assert name.endswith("val@32/32") and torch.equal(found.read(), images.read(order)) and found.checked().remarks == ()
@@ -113,16 +114,16 @@ def test_a_module_without_a_size_is_given_pictures_as_they_are(tmp_path: Path) -
     for number, one in enumerate(pixels):
         (tmp_path / "own" / f"c{number}").mkdir(parents=True)
         Image.fromarray(one.permute(1, 2, 0).numpy()).save(tmp_path / "own" / f"c{number}" / "a.png")
-    own = candidate.fitted(f"imagefolder:{tmp_path}/own")
-    assert own == f"imagefolder:{tmp_path}/own@20x24" and candidate.shape(own) == (3, 20, 24)
-    assert torch.equal(data.load(own, "test").read(), pixels)
-    assert candidate.meant("", tmp_path / "own" / "c0" / "a.png") == ResizeCrop((20, 24))
+    own = candidate.fitted(data.open_dataset(f"imagefolder:{tmp_path}/own"))
+    assert own.name == f"imagefolder:{tmp_path}/own@20x24" and candidate.shape(own) == (3, 20, 24)
+    assert torch.equal(own.load("test").read(), pixels)
+    assert candidate.meant(None, tmp_path / "own" / "c0" / "a.png") == ResizeCrop((20, 24))
     Image.new("RGB", (24, 21)).save(tmp_path / "own" / "c1" / "b.png")
     with pytest.raises(
         DataError, match=r"'.*a.png' is 20x24, '.*b.png' is 21x24.* Use --data imagefolder:.*own@SIZE, or state it"
     ):
-        candidate.fitted(f"imagefolder:{tmp_path}/own")
-    assert candidate.fitted(f"imagefolder:{tmp_path}/own@16") == f"imagefolder:{tmp_path}/own@16"
+        candidate.fitted(data.open_dataset(f"imagefolder:{tmp_path}/own"))
+    assert candidate.fitted(data.open_dataset(f"imagefolder:{tmp_path}/own@16")).name == f"imagefolder:{tmp_path}/own@16"
 
 
 def test_a_dry_run_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,10 +169,10 @@ def test_a_dry_run_of_a_slow_network_measures_passes_alone(tmp_path: Path, monke
 def test_what_training_takes_is_measured_where_there_are_images(tmp_path: Path) -> None:
     pictures(tmp_path / "own", 10)
     recipe = Recipe("patch:5x5", f"imagefolder:{tmp_path}/own@28", "ibp", network_options={"hidden": [8]}, batch_size=7)
-    recipe = Recipe.from_dict(recipe.validate().to_dict() | {"validation": 2, "epochs": 3})
+    recipe = Recipe.from_dict(recipe.to_dict() | {"validation": 2, "epochs": 3})
     value = training_estimate.training(recipe)
     weights = (3 * 28 * 28 + 1) * 8 * 4 + 9 * 3 * 4
     assert value["steps"] == 3 * (28 // 7) and value["estimated_seconds"] >= 0
     assert 3 * weights < value["disk_bytes"] < 5 * weights  # the model, and with Adam's moments the state
-    missing = training_estimate.training(Recipe("patch:5x5").validate(), data_dir=tmp_path)
+    missing = training_estimate.training(Recipe("patch:5x5"), data_dir=tmp_path)
     assert list(missing) == ["not_measured"] and "no mnist train data" in missing["not_measured"]

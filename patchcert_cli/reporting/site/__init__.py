@@ -1,4 +1,4 @@
-"""The zoo as one web page, made from the model cards alone: no torch, no network, and nothing is loaded by the page."""
+"""The zoo as one web page, made from the model cards alone. Needs no torch and no network; the page loads nothing."""
 
 from patchcert_cli.reporting.site.page import INDEX, render, write
 

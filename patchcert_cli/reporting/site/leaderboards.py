@@ -1,4 +1,4 @@
-"""Who stands in which table, and where: one board for each data set, split, threat and guarantee that was measured."""
+"""The ranking of models: one leaderboard for each data set, split, threat and guarantee that was measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TITLES = {"cifar10": "CIFAR-10", "mnist": "MNIST"}
 
 @dataclass(frozen=True)
 class Entry:
-    """A model on a board: its best measurement there, and what the paper reports for its own weights.
+    """A model in a leaderboard: its best measurement there, and the numbers that the paper reports for its own weights.
 
     ``rank`` is None if the model was found unreliable. Equal certified accuracies share a rank.
     """
@@ -32,7 +32,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """Models measured alike, the best first. ``own``: shown first, since one of them was trained against this threat."""
+    """Comparable measurements, the best first. ``own``: shown by default, as a model was trained against this threat."""
 
     dataset: str
     split: str
@@ -46,7 +46,7 @@ Key = tuple[str, str, Threat, Guarantee]  # data set, split, threat, guarantee
 
 
 def leaderboards(cards: Iterable[Card]) -> list[Leaderboard]:
-    """All boards, by data set, threat, split and guarantee; recovery and detection never meet."""
+    """All leaderboards, by data set, threat, split and guarantee; recovery and detection are never in one."""
     found: dict[Key, list[Entry]] = {}
     for card in cards:
         best: dict[Key, Measured] = {}
@@ -64,9 +64,9 @@ def leaderboards(cards: Iterable[Card]) -> list[Leaderboard]:
 
 
 def paper_for(card: Card, result: Measured) -> Published | None:
-    """What stands beside a measurement.
+    """The published numbers to show beside a measurement, if any.
 
-    A published number does not say its guarantee: it stands beside nothing if the card has both for this threat.
+    Papers do not say their guarantee, so none are shown if the card has measurements of both for this threat.
     """
     promised = {one.guarantee for one in card.results if one.threat == result.threat}
     return card.report(result.threat) if promised == {result.guarantee} and result.dataset == card.dataset else None
