@@ -32,6 +32,7 @@ from patchcert_cli.defenses._base import own_entries, size_and_classes
 from patchcert_cli.defenses._training import Options
 from patchcert_cli.defenses.bagcert import BagCert, BagCertOptions, Step
 from patchcert_cli.errors import UnsupportedThreat, UsageError
+from patchcert_cli.layers.precision import first_largest
 from patchcert_cli.models.region import RegionScorer
 from patchcert_cli.schema import Positive
 from patchcert_cli.threats import Threat
@@ -103,7 +104,7 @@ class Roots(BagCert):
         return F.one_hot(torch.arange(length) * self.regions // length, self.regions).t()
 
     def answer(self, outputs: Votes) -> Tensor:
-        return additive.first_largest(self.worth(outputs.scores.double()))
+        return first_largest(self.worth(outputs.scores.double()))
 
     def prove(self, outputs: Votes, cover: CellCoverage, claim: Claim) -> additive.Proof:
         if cover.budget > 1:
