@@ -105,15 +105,6 @@ def read_fields(kind: Any, values: Mapping[str, Any], at: str = "") -> tuple[dic
     return valid, problems
 
 
-def decode(kind: Any, value: Any, at: str, problems: list[str]) -> Any:
-    """The former door, for callers that have not moved to :func:`read` yet."""
-    try:
-        return read(kind, value, at)
-    except Invalid as invalid:
-        problems += invalid.problems
-        return None
-
-
 def plain(value: Any) -> Any:
     """Inverse of :func:`read`: dataclasses as tables, tuples as lists, and as text what has a text form of its own."""
     if isinstance(value, Enum):

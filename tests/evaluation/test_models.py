@@ -10,7 +10,7 @@ import torch
 from own_models import module, pictures
 from PIL import Image
 
-from patchcert_cli import data
+from patchcert_cli import data, defenses
 from patchcert_cli.certifiers.masks import masked_predictions
 from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.classifiers import addresses
@@ -70,9 +70,9 @@ def test_a_batch_is_small_where_images_take_many_passes(per_axis: int, side: int
 
 
 def test_what_can_be_put_around_a_classifier() -> None:
-    assert "patchcleanser" in models.around() and not {"ibp", "bagcert", "smoothing"} & set(models.around())
+    assert "patchcleanser" in defenses.around() and not {"ibp", "bagcert", "smoothing"} & set(defenses.around())
     with pytest.raises(UsageError, match=r"ibp cannot be put around a classifier. Allowed: .*patchcleanser"):
-        models.check_around("ibp")
+        defenses.wrapping("ibp")
 
 
 def opened(folder: Path) -> models.WrappedClassifier:
