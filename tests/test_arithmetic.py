@@ -31,7 +31,6 @@ KNOWN = {
     "clipped": "exact",
     "partition": "exact",
     "patchguard": "exact",
-    "partition": "exact",
     "roots": "exact",
     "ibp": "bounded",
     "patchcleanser": "measured",
