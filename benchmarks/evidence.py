@@ -25,7 +25,7 @@ from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 from patchcert_cli.defenses import Claim, TrainingStep
 from patchcert_cli.defenses.bagcert import BagCert
-from patchcert_cli.defenses.smoothing import Smoothing
+from patchcert_cli.defenses.smoothing import Smoothing, SmoothingOptions
 from patchcert_cli.layers import fixed_point, integers, precision
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch
@@ -125,11 +125,12 @@ def smoothing(defense: Smoothing, recipe: dict[str, Any], x: Tensor) -> None:
     print(f"  given the band alone, as deployed: {len(x) / quick:.1f} images/s")
     network = {**recipe["network_options"], "bits": 6}  # random weights need them more evenly spread than trained ones
     changed = {**recipe, "network_options": network, "options": {**recipe["options"], "view": "full"}}
-    frames = cast(Smoothing, defenses.build(Recipe.from_dict(changed).config()))  # the same layers
+    frames = cast(Smoothing, defenses.build_trainable(Recipe.from_dict(changed).config()))  # the same layers
     for layer in frames.train().modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 1.0
-    frames.training_loss(x, torch.zeros(len(x), dtype=torch.int64), TrainingStep(PATCH, frames.how, 0.0, 1, torch.Generator()))
+    step = TrainingStep(PATCH, SmoothingOptions(), 0.0, 1, torch.Generator())
+    frames.training_loss(x, torch.zeros(len(x), dtype=torch.int64), step)
     frames.calibrate(x[:8])
     whole = seconds(lambda: frames.certify(x, PATCH), 1)
     print(f"  given whole frames, as published: {len(x) / whole:.1f} images/s")

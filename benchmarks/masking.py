@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from torch import Tensor
 
-from patchcert_cli import data, defenses
+from patchcert_cli import checkpoint, data, defenses
 from patchcert_cli.catalog import resolve
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers.masks import mask_influence
@@ -39,7 +39,7 @@ def opened(name: str) -> PatchCleanser:
 def with_masks(defense: PatchCleanser, plan: MaskSpec, labels: str) -> PatchCleanser:
     fill = defense.fill.flatten().tolist()
     return PatchCleanser(
-        defense.network, input_shape=defense.input_shape, classes=defense.classes, masks=plan, fill=fill, labels=labels
+        defense.network, input_shape=defense.input_shape, classes=defense.classes, masks=plan, fill=fill, prediction_dtype=labels
     ).eval()
 
 
@@ -87,9 +87,10 @@ def loop(defense: PatchCleanser, x: Tensor, *, at_once: bool) -> float:
 
 def in_floats(name: str) -> PatchCleanser:
     """The model's weights in a network that computes in floating point."""
-    config = files.read_json(resolve.resolve(name).folder / files.CONFIG)
-    config["network"]["options"]["bits"] = 0
-    made = defenses.build(config)
+    path = resolve.resolve(name).folder / files.CONFIG
+    deployed = checkpoint.upgraded(files.read_json(path), path)["deployed"]
+    deployed["network"]["options"]["bits"] = 0
+    made = defenses.build(deployed)
     missing = made.load_state_dict(opened(name).state_dict(), strict=False)
     assert isinstance(made, PatchCleanser) and not missing.missing_keys
     return made.eval()
@@ -144,7 +145,7 @@ def two_processes(name: str, count: int) -> None:
         parts = list(pool.map(half, [name] * 2, [count] * 2, range(2)))
     same = {
         field: all(torch.equal(getattr(alone, field)[start::2], getattr(part, field)) for start, part in enumerate(parts))
-        for field in ("prediction", "certified", "worst", "rival")
+        for field in ("prediction", "certified", "worst", "runner_up")
     }
     print(f"two processes, half of {count} images each: " + ", ".join(f"{name} equal: {ok}" for name, ok in same.items()))
 
@@ -162,7 +163,7 @@ def main() -> None:
     x = images(options.model, options.images)
     print(f"{options.model}, {threat}, torch {torch.__version__}, {options.threads} threads, {len(x)} images")
     passes(defense, x, threat, "the model's masks")
-    passes(with_masks(defense, overlapping(defense, threat), defense.labels), x, threat, "masks that overlap")
+    passes(with_masks(defense, overlapping(defense, threat), defense.prediction_dtype), x, threat, "masks that overlap")
     speed(options.model, defense, x, threat, options.loop)
     two_processes(options.model, min(options.images, 40))
 

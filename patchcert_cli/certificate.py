@@ -6,7 +6,9 @@ Shapes: B images.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,22 +21,64 @@ from patchcert_cli.threats import Threat
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What is to be certified: a threat model, and the name of a proof, by default the defense's best."""
+
+    threat: Threat
+    method: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What a defense proved about one claim; :meth:`patchcert_cli.defenses.Defense.certify_claims` makes a certificate of it.
+
+    An image is certified where ``margin`` exceeds ``tolerance``.
+
+    Attributes:
+        answer: int64 [B], what the deployed defense answers.
+        margin: float64 [B], lower bound of how far the nearest allowed change stays from altering it, in the proof's own unit.
+        location: int64 [B], which of the threat's locations comes nearest, by its position in ``threat.locations(H, W)``.
+        runner_up: int64 [B], the class that comes nearest.
+        tolerance: float64 [B] or one number, see :class:`Certificate`.
+        method: the name of the proof in records; empty for the claim's.
+        arithmetic: what is known of its rounding.
+        passes, thresholds, plain: see :class:`Certificate`.
+    """
+
+    answer: Tensor
+    margin: Tensor
+    location: Tensor
+    runner_up: Tensor
+    tolerance: Tensor | float = 0.0
+    method: str = ""
+    arithmetic: Arithmetic = Arithmetic.MEASURED
+    passes: Tensor | None = None
+    thresholds: Tensor | None = None
+    plain: Tensor | None = None
+
+    @classmethod
+    def cat(cls, parts: Sequence[Proof]) -> Proof:
+        """Join proofs of one claim about consecutive images."""
+        return _joined(parts)
+
+
+@dataclass(frozen=True)
 class Certificate:
-    """One proof for each image of a batch. It knows no labels: "certified correct" is computed by :class:`Tally`.
+    """One claim, image by image. It knows no labels: "certified correct" is computed by :class:`Tally`.
 
     Attributes:
         prediction: int64 [B], what the deployed defense answers; :data:`ALERT` for an alarm, which is never certified.
         certified: bool [B], no allowed change can alter that answer, or with ``detection`` not without an alarm.
         margin: float64 [B], lower bound of how far the nearest allowed change stays from altering the answer, in the proof's
-            own unit; an image is certified only if it exceeds the rounding error ``slack``.
-        slack: float64 [B], bound of the rounding error of ``margin`` and of the deployed prediction; where ``arithmetic`` is
+            own unit; an image is certified only if it exceeds ``tolerance``.
+        tolerance: float64 [B], bound of the rounding error of ``margin`` and of the deployed prediction; where ``arithmetic`` is
             measured, what is allowed for it.
         worst: int64 [B, 4], the location (top, left, height, width) that comes nearest to altering the answer.
-        rival: int64 [B], the class that comes nearest.
+        runner_up: int64 [B], the class that comes nearest.
         threat: the threat model of the claim.
         method: the name of the proof.
         guarantee: recovery or detection.
-        arithmetic: what is known of the rounding behind it; the least unless the proof says more.
+        arithmetic: what is known of its rounding; the least unless the proof says more.
         passes: int64 [B], how often the network was asked for the answer and for all claims of the call, where that differs from
             image to image; else None.
         thresholds: float64 [B, 2] of a defense that raises alarms from a confidence on, else None. With any threshold above the
@@ -45,9 +89,9 @@ class Certificate:
     prediction: Tensor
     certified: Tensor
     margin: Tensor
-    slack: Tensor
+    tolerance: Tensor
     worst: Tensor
-    rival: Tensor
+    runner_up: Tensor
     threat: Threat
     method: str
     guarantee: Guarantee = Guarantee.RECOVERY
@@ -57,28 +101,47 @@ class Certificate:
     plain: Tensor | None = None
 
     @classmethod
-    def cat(cls, parts: list[Certificate]) -> Certificate:
-        """Join certificates of consecutive batches of one threat and method."""
-        first = parts[0]
-        joined = {
-            name: torch.cat([getattr(part, name) for part in parts])
-            for name in ("prediction", "certified", "margin", "slack", "worst", "rival")
-        }
+    def of(cls, proof: Proof, claim: Claim, guarantee: Guarantee, *, size: tuple[int, int], device: torch.device) -> Certificate:
+        """The certificate of a proof about images of ``size`` H x W: certified where the margin exceeds the tolerance."""
+        tolerance = torch.as_tensor(proof.tolerance, dtype=torch.float64, device=proof.margin.device).expand_as(proof.margin)
+        locations = claim.threat.locations(*size).to(proof.location.device)
 
-        def perhaps(name: str) -> Tensor | None:
-            found = [one for part in parts if (one := getattr(part, name)) is not None]
-            return torch.cat(found) if found else None
+        def moved(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device)
 
         return cls(
-            **joined,
-            threat=first.threat,
-            method=first.method,
-            guarantee=first.guarantee,
-            arithmetic=weakest(part.arithmetic for part in parts),
-            passes=perhaps("passes"),
-            thresholds=perhaps("thresholds"),
-            plain=perhaps("plain"),
+            prediction=proof.answer.to(device),
+            certified=(proof.margin > tolerance).to(device),
+            margin=proof.margin.to(device),
+            tolerance=tolerance.to(device),
+            worst=locations[proof.location].to(device),
+            runner_up=proof.runner_up.to(device),
+            threat=claim.threat,
+            method=proof.method or str(claim.method),
+            guarantee=guarantee,
+            arithmetic=proof.arithmetic,
+            passes=moved(proof.passes),
+            thresholds=moved(proof.thresholds),
+            plain=moved(proof.plain),
         )
+
+    @classmethod
+    def cat(cls, parts: Sequence[Certificate]) -> Certificate:
+        """Join certificates of consecutive batches of one threat and method."""
+        return _joined(parts)
+
+
+Joined = TypeVar("Joined", Proof, Certificate)
+
+
+def _joined(parts: Sequence[Joined]) -> Joined:
+    """Tensors one after the other, the weakest arithmetic, and all else as in the first part."""
+    joined: dict[str, Any] = {"arithmetic": weakest(part.arithmetic for part in parts)}
+    for item in fields(parts[0]):
+        tensors = [value for part in parts if isinstance(value := getattr(part, item.name), Tensor)]
+        if tensors:
+            joined[item.name] = torch.cat(tensors)
+    return replace(parts[0], **joined)
 
 
 @dataclass(frozen=True)

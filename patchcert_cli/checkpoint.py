@@ -15,13 +15,24 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from patchcert_cli import cards, defenses
-from patchcert_cli.defenses import Defense
+from patchcert_cli.data.datasets import Dataset
+from patchcert_cli.defenses import Defense, Options
 from patchcert_cli.errors import IntegrityError, first_line
 from patchcert_cli.layers.fixed_point import Quantizer
 from patchcert_cli.storage import files
 from patchcert_cli.storage.files import CONFIG, INDEX, WEIGHTS, parse_json, refuse_pickle, shard, write_atomically, write_json
+from patchcert_cli.threats import Threat
 
 HALF = (torch.float16, torch.bfloat16)
+FORMAT = 2  # of a configuration
+TOP_ENTRIES_1 = ("masks", "fill", "labels", "threshold")  # of format 1: at the top, and deployed
+OPTIONS_1 = {  # of format 1: among the options of training, and deployed
+    "bagcert": ("aggregate",),
+    "clipped": ("clip", "slope", "middle"),
+    "partition": ("layout", "spacing", "shuffle", "vote"),
+    "patchguard": ("share",),
+    "smoothing": ("ablation", "band", "stride", "vote", "threshold", "view"),
+}
 SHARD_BYTES = 5_000_000_000  # the most that one weight file holds
 CONFIG_BYTES = 1 << 20  # the most that a configuration holds
 ENTRIES = 256  # the most entries of a list among the options of a network: it has at most so many layers
@@ -50,13 +61,72 @@ def unpack(path: Path, content: bytes | None = None) -> tuple[dict[str, Tensor],
     return tensors, note
 
 
-def save_defense(folder: Path, defense: Defense, config: Mapping[str, Any], *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write ``config.json`` and ``model.safetensors``, or several files and their index if they exceed ``shard_bytes``."""
+def configuration(
+    kind: str, network: Mapping[str, Any], info: Dataset, threat: Threat, options: Options, recipe: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The ``config.json`` of what is trained: all that is deployed in one section, and how it was trained beside it.
+
+    Args:
+        kind: name of the defense.
+        network: its name and its options.
+        info: the data set of its training images.
+        threat: the threat model it is trained against.
+        options: the defense's own options.
+        recipe: as plain values.
+    """
+    return {
+        "format": FORMAT,
+        "deployed": {
+            "defense": kind,
+            "input_shape": list(info.shape),
+            "classes": list(info.classes),
+            "network": dict(network),
+            **defenses.trainable(kind).deploy_config(threat, options),
+        },
+        "dataset": recipe["dataset"],
+        "threat": str(threat),
+        "recipe": dict(recipe),
+    }
+
+
+def upgraded(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A configuration in the format of today.
+
+    Format 1 had no section ``deployed``: its entries were at the top, and among the options of training.
+
+    Raises:
+        IntegrityError: a format that this version does not know.
+    """
+    known = config.get("format", 1)
+    if known == FORMAT:
+        return dict(config)
+    if known != 1:
+        raise IntegrityError(
+            f"'{path}' is a configuration of format {_short(known)}.", hint="Update patchcert: it reads 1 and 2."
+        )
+    deployed = {name: config[name] for name in (*defenses.COMMON_ENTRIES, *TOP_ENTRIES_1) if name in config}
+    options = config.get("options")
+    if isinstance(options, dict):
+        deployed |= {name: options[name] for name in OPTIONS_1.get(str(config.get("defense")), ()) if name in options}
+    if config.get("defense") == "patchguard" and isinstance(masks := deployed.pop("masks", None), dict):
+        deployed |= {"covers": masks.get("covers")}
+    if "labels" in deployed:
+        deployed["prediction_dtype"] = deployed.pop("labels")
+    beside = {name: value for name, value in config.items() if name not in (*deployed, *TOP_ENTRIES_1, "format", "options")}
+    return {"format": FORMAT, "deployed": deployed, **beside}
+
+
+def save_defense(
+    folder: Path, defense: Defense, config: Mapping[str, Any], *, stored: str = "float32", shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write ``config.json`` and ``model.safetensors``, or several files and their index if they exceed ``shard_bytes``.
+
+    Weights that are numbers of type ``stored`` take the space of this type.
+    """
     write_json(folder / CONFIG, config)
-    stored = getattr(torch, config.get("recipe", {}).get("stored", "float32"))
-    tensors = {name: _stored(tensor, stored) for name, tensor in defense.state_dict().items()}
+    tensors = {name: _stored(tensor, getattr(torch, stored)) for name, tensor in defense.state_dict().items()}
     parts = _shards(tensors, shard_bytes)
-    note = {"defense": config["defense"]}
+    note = {"defense": config["deployed"]["defense"]}
     for number, part in enumerate(parts, 1):
         write_atomically(folder / (shard(number, len(parts)) if len(parts) > 1 else WEIGHTS), pack(part, note))
     if len(parts) > 1:
@@ -128,7 +198,7 @@ def load_defense(
     where = f"'{folder / CONFIG}' does not describe a defense"
     _check_size(config, sum(tensor.numel() for tensor in tensors.values()), where)
     try:
-        defense = defenses.build(config)
+        defense = defenses.build(config["deployed"])
     except (KeyError, TypeError, ValueError, RuntimeError, MemoryError, OverflowError, RecursionError) as problem:
         raise IntegrityError(f"{where}: {' '.join(repr(problem).split())}.") from problem
     _check_weights(defense, tensors, folder, names)
@@ -157,8 +227,10 @@ def _configuration(path: Path, expected: str | None) -> dict[str, Any]:
     _expect(path, files.sha256_of(content), expected)
     if len(content) > CONFIG_BYTES:
         raise IntegrityError(f"'{path}' has {len(content)} bytes.", hint=f"A configuration has at most {CONFIG_BYTES}.")
-    config = parse_json(content, path)
-    shape, network = config.get("input_shape"), config.get("network")
+    config = upgraded(parse_json(content, path), path)
+    deployed = config.get("deployed")
+    deployed = deployed if isinstance(deployed, dict) else {}
+    shape, network = deployed.get("input_shape"), deployed.get("network")
     problems = []
     if not (isinstance(shape, list) and len(shape) == 3 and all(type(side) is int and 1 <= side <= SIDE for side in shape)):
         problems.append(f"input_shape is {_short(shape)}, not three whole numbers from 1 to {SIDE}")
@@ -187,7 +259,7 @@ def _check_size(config: Mapping[str, Any], held: int, where: str) -> None:
     """Raise unless the defense has room in its weights, before memory is taken for it: it is built without any first."""
     try:
         with torch.device("meta"):
-            wanted = sum(weight.numel() for weight in defenses.build(config).parameters())
+            wanted = sum(weight.numel() for weight in defenses.build(config["deployed"]).parameters())
     except Exception:  # what is wrong is told when it is built in earnest
         return
     if wanted > held + MODEST:  # fewer missing ones are told by name later

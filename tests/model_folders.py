@@ -33,7 +33,7 @@ CONFIG: dict[str, Any] = {
 def make_run(folder: Path) -> Card:
     """What a finished training run leaves: configuration, weights, a first card."""
     torch.manual_seed(3)
-    checkpoint.save_defense(folder, defenses.build(CONFIG), CONFIG)
+    checkpoint.save_defense(folder, defenses.build(CONFIG["deployed"]), CONFIG)
     card = cards.card_for_run(
         CONFIG["recipe"],
         folder,

@@ -23,6 +23,7 @@ from patchcert_cli.reporting import text
 from patchcert_cli.schema import read
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch
+from tests.examples import tiny
 
 KNOWN = {
     "bagcert": "exact",
@@ -37,15 +38,13 @@ KNOWN = {
 
 @pytest.mark.parametrize("name", defenses.names())
 def test_every_defense_says_what_its_certificates_are(name: str) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = defenses.by_name(name).tiny().eval()
+    made = tiny(name)
     certificate = made.certify(torch.rand(3, *made.input_shape, generator=torch.Generator().manual_seed(0)), Patch(1, 1))
     assert certificate.arithmetic == former(name) == KNOWN[name]
 
 
 def test_joined_certificates_keep_the_least() -> None:
-    made = defenses.by_name("ibp").tiny().eval()
+    made = tiny("ibp")
     one = made.certify(torch.zeros(1, 1, 4, 4), Patch(1, 1))
     assert Certificate.cat([one, one]).arithmetic is Arithmetic.BOUNDED
     assert Certificate.cat([one, replace(one, arithmetic=Arithmetic.MEASURED)]).arithmetic is Arithmetic.MEASURED

@@ -112,6 +112,6 @@ def test_certificates_join_in_order() -> None:
     assert joined.prediction.tolist() == [0, 1, 2, 3, 4]
     assert joined.certified.tolist() == [False, False, True, True, True]
     assert joined.margin.tolist() == [0, 1, 2, 3, 4]
-    assert joined.slack.tolist() == [0, 0.125, 0.25, 0.375, 0.5]
+    assert joined.tolerance.tolist() == [0, 0.125, 0.25, 0.375, 0.5]
     assert joined.worst.shape == (5, 4)
     assert (joined.threat, joined.method, joined.guarantee) == (Patch(2, 2), "m", Guarantee.RECOVERY)

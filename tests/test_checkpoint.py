@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,14 @@ from patchcert_cli.training.recipe import Recipe
 CONFIG = Recipe("patch:5x5", network_options={"hidden": [12]}).config()
 
 
+def with_(**entries: object) -> dict[str, object]:
+    """The configuration with other entries in what it deploys."""
+    return {**CONFIG, "deployed": {**CONFIG["deployed"], **entries}}
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    checkpoint.save_defense(tmp_path / "run", defenses.build(CONFIG), CONFIG)
+    checkpoint.save_defense(tmp_path / "run", defenses.build(CONFIG["deployed"]), CONFIG)
     return tmp_path / "run"
 
 
@@ -82,8 +88,8 @@ def test_a_broken_configuration_is_refused(folder: Path) -> None:
     for content, message in (
         ("{", "not readable JSON"),
         ("[1]", "does not hold a JSON object"),
-        (json.dumps({**CONFIG, "network": {}}), "does not describe a defense"),
-        (json.dumps({**CONFIG, "network": {"name": "mlp", "options": {"depth": 3}}}), "cannot be built"),
+        (json.dumps(with_(network={})), "does not describe a defense"),
+        (json.dumps(with_(network={"name": "mlp", "options": {"depth": 3}})), "cannot be built"),
     ):
         config.write_text(content)
         with pytest.raises(IntegrityError, match=message):
@@ -104,7 +110,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_the_bytes_that_are_hashed_are_the_bytes_that_are_parsed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are swapped as soon as they were read or hashed: either the old ones load, or nothing does."""
-    other = defenses.build(CONFIG)
+    other = defenses.build(CONFIG["deployed"])
     checkpoint.save_defense(folder.parent / "other", other, {**CONFIG, "threat": "patch:2x2"})
     digest, config = files.sha256(folder / files.WEIGHTS), files.sha256(folder / files.CONFIG)
     wanted, _ = checkpoint.load_defense(folder)
@@ -175,11 +181,54 @@ def _refused(folder: Path, content: str, said: str) -> None:
     ids=lambda value: str(value)[:30],
 )
 def test_options_that_nobody_trained_with_are_refused_at_once(folder: Path, options: dict[str, object], said: str) -> None:
-    network = CONFIG["network"]
-    config = {**CONFIG, "network": {**network, "options": {**network["options"], **options}}}
-    _refused(folder, json.dumps(config), said)
+    network = CONFIG["deployed"]["network"]
+    _refused(folder, json.dumps(with_(network={**network, "options": {**network["options"], **options}})), said)
 
 
 @pytest.mark.parametrize("shape", [[1, 28], [1, 28, 10**9], [1, 28, -28], "big", [1, 28, 28.0]], ids=str)
 def test_image_shapes_that_are_none_are_refused(folder: Path, shape: object) -> None:
-    _refused(folder, json.dumps({**CONFIG, "input_shape": shape}), "input_shape is .*, not three whole numbers")
+    _refused(folder, json.dumps(with_(input_shape=shape)), "input_shape is .*, not three whole numbers")
+
+
+FORMER: dict[str, dict[str, Any]] = {  # format 1: by defense, what was deployed besides the network, and where it was
+    "bagcert": {"options": {"margin": 0.5, "aggregate": "weighted", "shift": 4}},
+    "clipped": {"options": {"clip": "linear", "slope": 0.5, "middle": 2.0, "flip": True}},
+    "ibp": {"options": {"linear": 0.0}},
+    "minority": {"masks": {"covers": ["patch:2x2"]}, "labels": "bfloat16", "threshold": 0.25, "options": {"threshold": 0.9}},
+    "patchcleanser": {"masks": {"covers": ["patch:2x2"]}, "labels": "bfloat16", "fill": [0.5], "options": {"labels": "float32"}},
+    "patchguard": {"masks": {"covers": ["patch:2x2"]}, "options": {"covers": "5", "share": 0.25}},
+    "smoothing": {"options": {"ablation": "row", "band": 5, "threshold": 0.3, "vote": "threshold", "shift": 4}},
+}
+NOW: dict[str, dict[str, Any]] = {
+    "bagcert": {"aggregate": "weighted"},
+    "clipped": {"clip": "linear", "slope": 0.5, "middle": 2.0},
+    "ibp": {},
+    "minority": {"masks": {"covers": ["patch:2x2"]}, "prediction_dtype": "bfloat16", "threshold": 0.25},
+    "patchcleanser": {"masks": {"covers": ["patch:2x2"]}, "prediction_dtype": "bfloat16", "fill": [0.5]},
+    "patchguard": {"covers": ["patch:2x2"], "share": 0.25},
+    "smoothing": {"ablation": "row", "band": 5, "threshold": 0.3, "vote": "threshold"},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(FORMER))
+def test_the_former_format_is_converted(kind: str) -> None:
+    common = {"defense": kind, "input_shape": [1, 8, 8], "classes": ["a", "b"], "network": {"name": "mlp", "options": {}}}
+    beside = {"dataset": "mnist", "threat": "patch:2x2", "recipe": {"threat": "patch:2x2"}, "names": [["a"], ["b"]]}
+    for given in ({"format": 1}, {}):
+        now = checkpoint.upgraded({**given, **common, **beside, **FORMER[kind]}, Path("config.json"))
+        assert now == {"format": 2, "deployed": {**common, **NOW[kind]}, **beside}
+    assert checkpoint.upgraded(now, Path("config.json")) == now
+
+
+def test_every_published_configuration_is_read() -> None:
+    paths = sorted((Path(__file__).parents[1] / "zoo").glob("*/config.json"))
+    assert len(paths) > 10
+    for path in paths:
+        deployed = checkpoint.upgraded(files.read_json(path), path)["deployed"]
+        if deployed["input_shape"] != [3, 224, 224]:  # large networks take their time
+            assert defenses.by_name(deployed["defense"]).from_config(deployed).classes == tuple(deployed["classes"])
+
+
+def test_an_unknown_format_or_entry_is_refused_in_one_line(folder: Path) -> None:
+    _refused(folder, json.dumps({**CONFIG, "format": 3}), "is a configuration of format 3")
+    _refused(folder, json.dumps(with_(depth=3)), "ibp cannot be built: depth is not a known entry")

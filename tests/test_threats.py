@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchcert_cli.cli.options import threat_from
+from patchcert_cli.cli.threat_options import threat_from
 from patchcert_cli.errors import UsageError
 from patchcert_cli.threats import (
     Patch,
@@ -251,5 +251,7 @@ def test_options_name_the_same_threat(text: str, options: str) -> None:
     typed: dict[str, str] = dict(zip(words[::2], words[1::2], strict=True))
     meant = parse_threat(text)
     assert as_options(meant) == options
-    k = int(typed["--k"]) if "--k" in typed else None
-    assert threat_from(threat=typed.get("--threat"), patch=typed.get("--patch"), k=k, unit=typed.get("--unit")) == meant
+    assert (
+        threat_from(threat=typed.get("--threat"), patch=typed.get("--patch"), k=typed.get("--k"), unit=typed.get("--unit"))
+        == meant
+    )

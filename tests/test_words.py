@@ -56,7 +56,7 @@ WORDS = {
 }
 # a file and a pattern in it that has its reason
 ALLOWED: dict[tuple[str, str], str] = {}
-NOT_YET = ("patchcert_cli/",)
+NOT_YET = ("patchcert_cli/", "docs/recipes.md")
 DOCS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from patchcert_cli.attacks._target import Start, Target, rows_at_once
-from patchcert_cli.defenses import Defense
+from patchcert_cli.defenses import Defense, activations
 from patchcert_cli.errors import PatchcertError, UsageError
 from patchcert_cli.threats import Threat
 
@@ -102,7 +102,7 @@ class Attack(ABC):
 
     def together(self, defense: Defense) -> int:
         """Images that it works on together: in batches of multiples of it, every image meets the same numbers to the bit."""
-        rows = rows_at_once(defense.device, math.prod(defense.input_shape), defense.activations)
+        rows = rows_at_once(defense.device, math.prod(defense.input_shape), activations(defense))
         return max(1, rows // self.candidates)
 
     def most(self, defense: Defense, threat: Threat, *, hinted: bool) -> Effort | None:

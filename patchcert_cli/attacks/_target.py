@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from patchcert_cli.certificate import ALERT
-from patchcert_cli.defenses import Defense, Surrogate
+from patchcert_cli.defenses import Defense, Surrogate, activations, surrogates
 from patchcert_cli.errors import UsageError
 from patchcert_cli.layers import passes
 from patchcert_cli.threats import Threat
@@ -95,8 +95,8 @@ class Target:
 
     def __init__(self, defense: Defense, x: Tensor, start: Start | None = None) -> None:
         self._defense, self.start = defense, start
-        self.surrogates = defense.surrogates()
-        self.activations = defense.activations
+        self.surrogates = surrogates(defense)
+        self.activations = activations(defense)
         self.queries = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.rows = rows_at_once(x.device, x[:1].numel(), self.activations)
         everyone = torch.arange(len(x), device=x.device)
@@ -221,7 +221,7 @@ class Target:
         self.best[image] = candidates[better, pick[better]]
         if boxes is not None:
             self.box[image] = boxes[better, pick[better]]
-        ask = image[score >= -self.surrogates[0].slack]  # in a tie the lowest class wins, which may be the rival
+        ask = image[score >= -self.surrogates[0].tolerance]  # in a tie the lowest class wins, which may be the rival
         if len(ask):
             self.done[ask] = self.flipped(self.answers(self.best[ask], ask), ask)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from patchcert_cli.attacks._base import Attack, Effort, require
 from patchcert_cli.attacks._target import Target
-from patchcert_cli.defenses import Defense
+from patchcert_cli.defenses import Defense, activations, surrogates
 from patchcert_cli.layers.boxes import box_mask, box_sums
 from patchcert_cli.threats import Threat
 
@@ -82,11 +82,11 @@ class PatchPGD(Attack):
         return max(BLOCK * CONTENTS, self.locations)
 
     def most(self, defense: Defense, threat: Threat, *, hinted: bool) -> Effort:
-        locations, surrogates = threat.locations(*defense.input_shape[1:]), len(defense.surrogates())
-        screen = self._screens(len(locations), defense.activations)
+        locations, count = threat.locations(*defense.input_shape[1:]), len(surrogates(defense))
+        screen = self._screens(len(locations), activations(defense))
         parts = [Effort(0, 2)]  # the clean answer and the last one
         if hinted or not screen:
-            sizes = [2 + self.restarts] + [2] * (2 * surrogates - 1)
+            sizes = [2 + self.restarts] + [2] * (2 * count - 1)
             parts += [self._climbing(size, which=number // 2) for number, size in enumerate(sizes)]
         if screen or not hinted:
             parts.append(Effort(1 + 2 * min(self.rivals, len(defense.classes) - 1), 0))

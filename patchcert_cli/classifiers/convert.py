@@ -109,9 +109,9 @@ def write(found: Found, to: Path, *, force: bool = False) -> None:
 def check(to: Path, *, force: bool = False) -> None:
     """Raise, as :func:`write` would, before anything is read."""
     if to.suffix != ".safetensors":
-        raise UsageError(f"--to '{to}' must end in .safetensors.")
+        raise UsageError(f"--out '{to}' must end in .safetensors.")
     if to.exists() and not (force and to.is_file()):
-        raise DataError(f"'{to}' exists.", hint="Use another --to, or --force to replace it.")
+        raise DataError(f"'{to}' exists.", hint="Use another --out, or --force to replace it.")
 
 
 def _inner(path: Path, held: Any, key: str | None) -> str | None:

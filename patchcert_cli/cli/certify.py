@@ -265,7 +265,7 @@ def _certify_image(
         )
     values = found.values
     if image.map_ is not None and found.margins is not None:
-        margin_maps.single_map(values, found.pixels, found.margins, image.map_, unit=evaluated.defense.unit)
+        margin_maps.single_map(values, found.pixels, found.margins, image.map_, unit=found.unit)
         values |= {"map": str(image.map_)}
         found.notes.append(f"drew {image.map_}")
     show.say("\n".join(found.notes))

@@ -1,4 +1,4 @@
-"""What defenses share whose cells each see a known part of the image.
+"""Defenses whose cells each see a known part of the image.
 
 :class:`LocalFeatureDefense` knows which cells a threat reaches, and checks it. :class:`VotingDefense` adds up what cells say, so
 one exact proof serves BagCert, clipped BagNet and derandomized smoothing: :mod:`patchcert_cli.certifiers.cells.additive`.
@@ -17,12 +17,13 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from patchcert_cli import models
-from patchcert_cli.certificate import Arithmetic, Certificate
+from patchcert_cli.certificate import Arithmetic, Claim, Proof
 from patchcert_cli.certifiers.cells import additive
-from patchcert_cli.certifiers.cells.additive import Proof, Votes
+from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
-from patchcert_cli.defenses._base import Claim, Defense, Surrogate
+from patchcert_cli.defenses._attackable import Surrogate
+from patchcert_cli.defenses._base import MarginMaps, build_network
+from patchcert_cli.defenses._training import Trainable
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.layers import fixed_point, programs
 from patchcert_cli.layers.programs import Runner
@@ -32,7 +33,7 @@ from patchcert_cli.threats import Patch, Patches, PatchPercent, Sparse, Threat
 CellOutputs = TypeVar("CellOutputs")
 
 
-class LocalFeatureDefense(Defense, Generic[CellOutputs]):
+class LocalFeatureDefense(Trainable, MarginMaps, Generic[CellOutputs]):
     """A classifier that answers by what its cells say, kept in a form that its proof reads."""
 
     precision: Mapping[str, str] = {"votes": "exact"}
@@ -46,15 +47,15 @@ class LocalFeatureDefense(Defense, Generic[CellOutputs]):
         """What scores [B, K, N, M] mean, cell by cell."""
 
     @abstractmethod
-    def answer(self, said: CellOutputs) -> Tensor:
+    def answer(self, outputs: CellOutputs) -> Tensor:
         """The deployed answer, int64 [B]."""
 
     @abstractmethod
-    def prove(self, said: CellOutputs, cover: CellCoverage, claim: Claim) -> Proof:
+    def prove(self, outputs: CellOutputs, cover: CellCoverage, claim: Claim) -> additive.Proof:
         """The proof that a claim names, about that answer; ``cover`` is of the claim's threat."""
 
     @abstractmethod
-    def margins(self, said: CellOutputs, cover: CellCoverage) -> Tensor:
+    def margins(self, outputs: CellOutputs, cover: CellCoverage) -> Tensor:
         """The best proof's margin at every location, float64 [B, P, Q]."""
 
     @abstractmethod
@@ -71,29 +72,22 @@ class LocalFeatureDefense(Defense, Generic[CellOutputs]):
         self.test_once()
         return self.answer(self.count(self.scores(x)))
 
-    @torch.no_grad()
-    def certify_claims(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
+    def _certify(self, x: Tensor, claims: Sequence[Claim]) -> list[Proof]:
         """All claims from one evaluation of the cells."""
-        self.check_input(x)
-        for claim in claims:
-            self.check_method(claim.method)
-        self.test_once()
-        said = self.count(self.scores(x))
-        return [self._certificate(self.prove(said, self.cover_of(claim.threat), claim), claim) for claim in claims]
-
-    def _certificate(self, proof: Proof, claim: Claim) -> Certificate:
-        height, width = self.input_shape[1:]
-        return Certificate(
-            prediction=proof.answer,
-            certified=proof.margin > 0,
-            margin=proof.margin,
-            slack=torch.zeros_like(proof.margin),  # whole numbers; what rounding may decide is the attacker's
-            worst=claim.threat.locations(height, width).to(proof.worst.device)[proof.worst],
-            rival=proof.rival,
-            threat=claim.threat,
-            method=self.title(claim.method or self.methods[0]),
-            arithmetic=Arithmetic.EXACT,
-        )
+        covers = [self.cover_of(claim.threat) for claim in claims]
+        outputs = self.count(self.scores(x))
+        proofs = [(self.prove(outputs, cover, claim), claim) for claim, cover in zip(claims, covers, strict=True)]
+        return [
+            Proof(  # whole numbers, so no tolerance; the attacker decides what rounding may decide
+                answer=proof.answer,
+                margin=proof.margin,
+                location=proof.worst,
+                runner_up=proof.rival,
+                method=self.title(str(claim.method)),
+                arithmetic=Arithmetic.EXACT,
+            )
+            for proof, claim in proofs
+        ]
 
     @torch.no_grad()
     def margin_map(self, x: Tensor, patch: Threat) -> Tensor:
@@ -150,17 +144,17 @@ class VotingDefense(LocalFeatureDefense[Votes]):
         """What the cells say about images [B, C, H, W] in [0, 1]."""
         return self.count(self.scores(x))
 
-    def answer(self, said: Votes) -> Tensor:
-        return said.answer()
+    def answer(self, outputs: Votes) -> Tensor:
+        return outputs.answer()
 
-    def prove(self, said: Votes, cover: CellCoverage, claim: Claim) -> Proof:
-        method = claim.method or self.methods[0]
+    def prove(self, outputs: Votes, cover: CellCoverage, claim: Claim) -> additive.Proof:
+        method = str(claim.method)
         if method == "3.1" and cover.budget > 1:
             raise UnsupportedThreat(f"condition 3.1 is not for {claim.threat}.", hint="It is for one patch or one pixel.")
-        return additive.prove(said, cover, method)
+        return additive.prove(outputs, cover, method)
 
-    def margins(self, said: Votes, cover: CellCoverage) -> Tensor:
-        return additive.margin_map(said, cover)
+    def margins(self, outputs: Votes, cover: CellCoverage) -> Tensor:
+        return additive.margin_map(outputs, cover)
 
     def title(self, method: str) -> str:
         return "additive" if method == "exact" else f"condition {method}"
@@ -191,14 +185,12 @@ class RegionDefense(LocalFeatureDefense[CellOutputs]):
         self.run = Runner(self.deployed)
 
     @staticmethod
-    def scorer_of(config: Mapping[str, Any]) -> RegionScorer:
-        """The network that ``config.json`` names, with fresh weights."""
-        shape, network = tuple(config["input_shape"]), config["network"]
-        options = {**network["options"], "input_shape": shape, "classes": len(config["classes"])}
-        scorer: Any = models.build(network["name"], options)
+    def scorer_of(deployed: Mapping[str, Any]) -> RegionScorer:
+        """The region scorer of a configuration, with fresh weights."""
+        scorer: Any = build_network(deployed)
         if not isinstance(scorer, RegionScorer):
             raise IntegrityError(
-                f"{config.get('defense', 'bagcert')} needs a region scorer, not '{network['name']}'.", hint="Use network region."
+                f"{deployed['defense']} needs a region scorer, not '{deployed['network']['name']}'.", hint="Use network region."
             )
         return scorer
 
@@ -240,17 +232,17 @@ class CellSurrogate(Surrogate):
     Attributes:
         vote: what a cell says, from scores [B, K, n, m], with gradients.
         weight: how much each cell counts, [N, M]; None for 1.
-        slack: the deployed network is rounded, and some cells say something else.
+        tolerance: the deployed network is rounded, and some cells say something else.
     """
 
     def __init__(
-        self, defense: RegionDefense[Any], vote: Callable[[Tensor], Tensor], weight: Tensor | None = None, slack: float = 2.0
+        self, defense: RegionDefense[Any], vote: Callable[[Tensor], Tensor], weight: Tensor | None = None, tolerance: float = 2.0
     ) -> None:
         self._scorer, self._vote, self._reach = defense.scorer, vote, defense.receptive_field - 1
         self._stride = defense.scorer.stride
         cells = [defense.scorer.cells(side) for side in defense.input_shape[1:]]
         self._weight = torch.ones(cells, device=defense.device) if weight is None else weight.float()
-        self.slack = slack
+        self.tolerance = tolerance
 
     def whole(self, x: Tensor) -> Tensor:
         return (self._vote(self._scorer(x)) * self._weight).sum(dim=(2, 3))

@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchcert_cli import models
 from patchcert_cli.certifiers.cells.additive import Votes
-from patchcert_cli.defenses._base import Augment, Options, Surrogate, TrainingStep
+from patchcert_cli.defenses._attackable import Surrogate
+from patchcert_cli.defenses._base import own_entries, size_and_classes
 from patchcert_cli.defenses._cells import CellSurrogate, RegionDefense, VotingDefense
+from patchcert_cli.defenses._training import AugmentedOptions, Options, TrainingStep
 from patchcert_cli.models.region import RegionScorer
 from patchcert_cli.schema import Count, Fraction, Must, NonNegative, Positive
+from patchcert_cli.threats import Threat
 
 STEPS = 255  # the largest weight of a position
 
@@ -42,8 +44,18 @@ class Step(torch.autograd.Function):
         return cast(Tensor, slope * likelihood * (1 - likelihood))
 
 
+Aggregate = Annotated[str, Must(("sum", "weighted").__contains__, "sum or weighted")]
+
+
 @dataclass(frozen=True)
-class BagCertOptions(Options):
+class Aggregation:
+    """How cells count, as it is deployed; see :class:`BagCertOptions`."""
+
+    aggregate: Aggregate = "sum"
+
+
+@dataclass(frozen=True)
+class BagCertOptions(AugmentedOptions):
     """Training of BagCert.
 
     Attributes:
@@ -67,7 +79,7 @@ class BagCertOptions(Options):
     warm_up_epochs: Count = 0
     warm_up: Annotated[str, Must(("mean", "cells").__contains__, "mean or cells")] = "mean"
     every: Positive = 2
-    aggregate: Annotated[str, Must(("sum", "weighted").__contains__, "sum or weighted")] = "sum"
+    aggregate: Aggregate = "sum"
     flip: bool = True
     shift: Count = 4
     average: Fraction = 0.0
@@ -75,9 +87,6 @@ class BagCertOptions(Options):
     @property
     def ema_decay(self) -> float:
         return self.average
-
-    def augment(self, progress: float, epochs: int) -> Augment:
-        return Augment(flip=self.flip, shift=self.shift)
 
 
 class BagCert(RegionDefense[Votes], VotingDefense):
@@ -99,25 +108,14 @@ class BagCert(RegionDefense[Votes], VotingDefense):
         self.position = nn.Parameter(torch.ones(cells)) if aggregate == "weighted" else None
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> BagCert:
-        shape, classes = tuple(config["input_shape"]), tuple(config["classes"])
-        aggregate = str(config.get("options", {}).get("aggregate", "sum"))
-        return cls(cls.scorer_of(config), input_shape=shape, classes=classes, aggregate=aggregate)
+    def deploy_config(cls, threat: Threat, options: Options) -> dict[str, Any]:
+        assert isinstance(options, BagCertOptions)
+        return {"aggregate": options.aggregate}
 
     @classmethod
-    def tiny(cls) -> BagCert:
-        shape = (1, 4, 4)
-        plan = {"widths": (4, 6), "kernels": (2, 1), "dilations": (1, 1), "mixes": (0, 1)}
-        options = {"input_shape": shape, "classes": 3, "mean": (0.4,), "std": (0.5,), **plan}
-        scorer: Any = models.build("region", options)
-        made = cls(scorer, input_shape=shape, classes=("a", "b", "c")).eval()
-        sample = torch.rand(64, *shape)
-        made.calibrate(sample)
-        with torch.no_grad():  # a class is mostly, sometimes or hardly ever voted for
-            scores = scorer(sample)
-            spread, middle = scores.std(dim=(0, 2, 3)), scores.mean(dim=(0, 2, 3))
-            scorer.head.bias += 6 * torch.randn(3) * spread - middle
-        return made
+    def from_config(cls, deployed: Mapping[str, Any]) -> BagCert:
+        own = own_entries(Aggregation, deployed)
+        return cls(cls.scorer_of(deployed), **size_and_classes(deployed), aggregate=own.aggregate)
 
     def forward(self, x: Tensor) -> Tensor:
         """Smooth surrogate: the (weighted) mean over cells of the sigmoid of the scores, [B, K]."""
@@ -126,8 +124,8 @@ class BagCert(RegionDefense[Votes], VotingDefense):
     def surrogates(self) -> tuple[Surrogate, ...]:
         """Votes with the gradient of sigmoids (straight-through), and the plain scores."""
         weights = self.weights
-        slack = 2.0 if weights is None else 2 * float(weights.amax())
-        return CellSurrogate(self, Step.apply, weights, slack), CellSurrogate(self, lambda scores: scores, weights, slack)
+        tolerance = 2.0 if weights is None else 2 * float(weights.amax())
+        return CellSurrogate(self, Step.apply, weights, tolerance), CellSurrogate(self, lambda scores: scores, weights, tolerance)
 
     def _share(self, votes: Tensor, down: int = 0, right: int = 0, every: int = 1) -> Tensor:
         """The mean of votes [B, K, n, m] of every so-manieth cell from (down, right) on, by the weights of positions: [B, K]."""

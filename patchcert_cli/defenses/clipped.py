@@ -14,20 +14,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchcert_cli import models, schema
 from patchcert_cli.certifiers.cells.additive import Votes
-from patchcert_cli.defenses._base import Augment, Options, Surrogate, TrainingStep
+from patchcert_cli.defenses._attackable import Surrogate
+from patchcert_cli.defenses._base import own_entries, size_and_classes
 from patchcert_cli.defenses._cells import CellSurrogate, RegionDefense, VotingDefense
-from patchcert_cli.errors import IntegrityError
+from patchcert_cli.defenses._training import AugmentedOptions, Options, TrainingStep
 from patchcert_cli.models.region import RegionScorer
 from patchcert_cli.schema import Count, Must
+from patchcert_cli.threats import Threat
 
 STEPS = 255  # of a clipped score, from one end of its interval to the other
 FINE = 2.0**-20  # thresholds are multiples of it, so that they are the same numbers on every machine
@@ -36,8 +37,8 @@ Positive = Annotated[float, Must(lambda v: v > 0, "more than 0")]
 
 
 @dataclass(frozen=True)
-class ClippedOptions(Options):
-    """How scores are clipped, when it is trained and when it is deployed, and its training.
+class Clip:
+    """How scores are clipped, as it is deployed.
 
     Attributes:
         clip: ``tanh``, a score u becomes ``tanh(slope * (u - middle))``; or ``linear``, the same without tanh,
@@ -45,20 +46,26 @@ class ClippedOptions(Options):
         slope: of the clipped score at ``middle``; the paper has 0.05, and 20 for ``middle``, for a network that was trained
             without clipping.
         middle: the score that becomes 0.
-        sharpness: the training loss is the cross-entropy of the mean clipped scores times this.
-        flip: mirror images at random.
-        shift: move images by up to this many pixels.
     """
 
     clip: Annotated[str, Must(("tanh", "linear").__contains__, "tanh or linear")] = "tanh"
     slope: Positive = 1.0
     middle: float = 0.0
+
+
+@dataclass(frozen=True)
+class ClippedOptions(Clip, AugmentedOptions):
+    """How scores are clipped, see :class:`Clip`, and the training.
+
+    Attributes:
+        sharpness: the training loss is the cross-entropy of the mean clipped scores times this.
+        flip: mirror images at random.
+        shift: move images by up to this many pixels.
+    """
+
     sharpness: Positive = 4.0
     flip: bool = True
     shift: Count = 4
-
-    def augment(self, progress: float, epochs: int) -> Augment:
-        return Augment(flip=self.flip, shift=self.shift)
 
 
 class Clipped(RegionDefense[Votes], VotingDefense):
@@ -73,37 +80,18 @@ class Clipped(RegionDefense[Votes], VotingDefense):
     options = ClippedOptions
     thresholds: Tensor
 
-    def __init__(
-        self, scorer: RegionScorer, how: ClippedOptions, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]
-    ) -> None:
+    def __init__(self, scorer: RegionScorer, how: Clip, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
         super().__init__(scorer, input_shape=input_shape, classes=classes)
         self.how = how
         self.register_buffer("thresholds", torch.tensor(thresholds(how), dtype=torch.float64), persistent=False)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Clipped:
-        try:
-            how = schema.read(ClippedOptions, config.get("options", {}), "options")
-        except schema.Invalid as problem:
-            raise IntegrityError(f"clipped cannot be built: {problem}.") from problem
-        shape, classes = tuple(config["input_shape"]), tuple(config["classes"])
-        return cls(cls.scorer_of(config), how, input_shape=shape, classes=classes)
+    def deploy_config(cls, threat: Threat, options: Options) -> dict[str, Any]:
+        return {item.name: getattr(options, item.name) for item in fields(Clip)}
 
     @classmethod
-    def tiny(cls) -> Clipped:
-        clip = ("tanh", "linear")[int(torch.randint(2, ()))]
-        shape, plan = (1, 4, 4), {"widths": (4, 6), "kernels": (1, 1), "dilations": (1, 1), "mixes": (0, 1)}
-        scorer: Any = models.build("region", {"input_shape": shape, "classes": 3, "mean": (0.4,), "std": (0.5,), **plan})
-        how = ClippedOptions(clip=clip, slope=2.0)
-        made = cls(scorer, how, input_shape=shape, classes=("a", "b", "c")).eval()
-        sample = torch.rand(64, *shape)
-        made.calibrate(sample)
-        with torch.no_grad():  # scores reach from one end of the interval to the other
-            scores = scorer(sample)
-            grow = 0.8 / scores.std(dim=(0, 2, 3))
-            scorer.head.weight.mul_(grow[:, None, None, None])
-            scorer.head.bias.copy_(grow * (scorer.head.bias - scores.mean(dim=(0, 2, 3))) + 0.4 * torch.randn(3))
-        return made
+    def from_config(cls, deployed: Mapping[str, Any]) -> Clipped:
+        return cls(cls.scorer_of(deployed), own_entries(Clip, deployed), **size_and_classes(deployed))
 
     def clipped(self, scores: Tensor) -> Tensor:
         """Scores of any shape, clipped to -1 to 1."""
@@ -117,7 +105,7 @@ class Clipped(RegionDefense[Votes], VotingDefense):
     def surrogates(self) -> tuple[Surrogate, ...]:
         """Clipped scores in steps, and the plain ones, whose gradients never vanish."""
         return (
-            CellSurrogate(self, lambda scores: STEPS / 2 * (self.clipped(scores) + 1), slack=2.0 * STEPS),
+            CellSurrogate(self, lambda scores: STEPS / 2 * (self.clipped(scores) + 1), tolerance=2.0 * STEPS),
             CellSurrogate(self, lambda scores: scores),
         )
 
@@ -133,7 +121,7 @@ class Clipped(RegionDefense[Votes], VotingDefense):
         return F.cross_entropy(options.sharpness * cast(Tensor, self(x)), label)
 
 
-def thresholds(how: ClippedOptions) -> list[float]:
+def thresholds(how: Clip) -> list[float]:
     """The scores from which on a clipped score is nearer to step k than to step k - 1, for k from 1 to STEPS."""
     ends = [2 * (k - 0.5) / STEPS - 1 for k in range(1, STEPS + 1)]
     undo = math.atanh if how.clip == "tanh" else float

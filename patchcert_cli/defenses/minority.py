@@ -14,25 +14,24 @@ Shapes: B images, C channels, H x W pixels, K classes, M masks, V = M + 1 views,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchcert_cli.arithmetic import Arithmetic
-from patchcert_cli.certificate import Certificate, Guarantee
+from patchcert_cli.certificate import Claim, Proof
 from patchcert_cli.certifiers.masks import masked_detection
 from patchcert_cli.certifiers.masks.exact_predictions import Predictor
 from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage
 from patchcert_cli.certifiers.masks.masked_detection import MaskedOutputs
 from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE
-from patchcert_cli.defenses._base import Claim, Options
-from patchcert_cli.defenses.patchcleanser import MaskedOptions, PatchCleanser
-from patchcert_cli.errors import IntegrityError
+from patchcert_cli.defenses._masked import MaskedClassifier, MaskedOptions, Masking
+from patchcert_cli.defenses._training import Options
 from patchcert_cli.schema import Count, Fraction
-from patchcert_cli.threats import Threat
+from patchcert_cli.threats import Guarantee, Threat
 
 VALUES = 1 << 24  # pixel values of the views of a group of images
 GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # thresholds to compare
@@ -51,7 +50,14 @@ class MinorityOptions(MaskedOptions):
     threshold: Fraction = 0.0
 
 
-class Minority(PatchCleanser):
+@dataclass(frozen=True)
+class MinorityMasking(Masking):
+    """What is deployed besides the network; see :class:`MinorityOptions`."""
+
+    threshold: Fraction = 0.0
+
+
+class Minority(MaskedClassifier):
     """Any classifier behind one mask at a time; contradictions raise an alarm.
 
     Attributes:
@@ -63,33 +69,26 @@ class Minority(PatchCleanser):
     methods = masked_detection.METHODS
     guarantee = Guarantee.DETECTION
     options = MinorityOptions
-    threshold: float = 0.0
+    deployed_entries = MinorityMasking
     grid: tuple[float, ...] = ()
+
+    def __init__(self, network: nn.Module, *, threshold: float = 0.0, **given: Any) -> None:
+        super().__init__(network, **given)
+        self.threshold = threshold
 
     @classmethod
     def deploy_config(cls, threat: Threat, options: Options) -> dict[str, Any]:
         assert isinstance(options, MinorityOptions)
         return {**super().deploy_config(threat, options), "threshold": options.threshold}
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Minority:
-        made = cast(Minority, super().from_config(config))
-        made.threshold = float(config.get("threshold", 0.0))
-        if not 0 <= made.threshold < 1:
-            raise IntegrityError(f"threshold is {made.threshold}, not in [0, 1).")
-        return made
-
-    @classmethod
-    def tiny(cls) -> Minority:
-        made = cast(Minority, super().tiny())
-        made.threshold = (0.0, 0.4)[int(torch.randint(2, ()))]
-        return made
+    def alarm_settings(self) -> dict[str, Any]:
+        return {"threshold": self.threshold} | ({"compared": list(self.grid)} if self.grid else {})
 
     def views(self) -> Predictor:
         """The network as it is now, behind no mask and behind each of the masks."""
         return self._behind(torch.cat([torch.zeros_like(self.masks[:1]), self.masks]))  # nothing is hidden in the first view
 
-    def _reports(self, x: Tensor, views: Predictor) -> MaskedOutputs:
+    def _outputs(self, x: Tensor, views: Predictor) -> MaskedOutputs:
         """What is seen of images [B, C, H, W], as sure as the network can make it, on the CPU."""
         self.test_once()
         count = len(self.set) + 1
@@ -139,48 +138,35 @@ class Minority(PatchCleanser):
     def predict(self, x: Tensor) -> Tensor:
         """The label of the whole image, or :data:`patchcert_cli.certificate.ALERT`."""
         self.check_input(x)
-        return masked_detection.answer(self._reports(x, self.views())).to(x.device)
+        return masked_detection.answer(self._outputs(x, self.views())).to(x.device)
 
-    @torch.no_grad()
-    def certify_claims(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
-        """All claims from one look at every view."""
-        self.check_input(x)
-        for claim in claims:
-            self.check_method(claim.method)
+    def _certify(self, x: Tensor, claims: Sequence[Claim]) -> list[Proof]:
+        """All claims from one pass behind every mask."""
         covers, views = [self.set.cover(claim.threat) for claim in claims], self.views()
-        reports = self._reports(x, views)
-        return [self._proven(reports, views, claim, cover) for claim, cover in zip(claims, covers, strict=True)]
+        outputs = self._outputs(x, views)
+        return [self._proof(outputs, views, claim, cover) for claim, cover in zip(claims, covers, strict=True)]
 
-    def _proven(self, reports: MaskedOutputs, views: Predictor, claim: Claim, cover: MaskCoverage) -> Certificate:
-        method = claim.method or self.methods[0]
-        by, location = cover.by, cover.location
-        if method == "all":
-            by = torch.eye(len(self.set), dtype=torch.bool)
-            location = cover.location[cover.by.int().argmax(dim=0)]
-        proof, device = masked_detection.prove(reports, by), self.masks.device
+    def _proof(self, outputs: MaskedOutputs, views: Predictor, claim: Claim, cover: MaskCoverage) -> Proof:
+        by, location = self.sets(cover, whole=claim.method == "all")
+        found = masked_detection.prove(outputs, by)
         exact = self.threshold == 0  # of a confidence the logarithm is rounded
-        tolerance = torch.full_like(proof.margin, views.tolerance if exact else TOLERANCE["float64"])
-        return Certificate(
-            prediction=masked_detection.answer(reports).to(device),
-            certified=(proof.margin > tolerance).to(device),
-            margin=proof.margin.to(device),
-            slack=tolerance.to(device),
-            worst=claim.threat.locations(*self.input_shape[1:])[location[proof.weakest]].to(device),
-            rival=proof.rival.to(device),
-            threat=claim.threat,
-            method=method,
-            guarantee=self.guarantee,
+        return Proof(
+            answer=masked_detection.answer(outputs),
+            margin=found.margin,
+            location=location[found.weakest],
+            runner_up=found.rival,
+            tolerance=views.tolerance if exact else TOLERANCE["float64"],
             arithmetic=views.arithmetic if exact else Arithmetic.MEASURED,
-            thresholds=masked_detection.thresholds(reports, by, TOLERANCE["float64"]).to(device) if self.grid else None,
-            plain=reports.whole.to(device) if self.grid else None,
+            thresholds=masked_detection.thresholds(outputs, by, TOLERANCE["float64"]) if self.grid else None,
+            plain=outputs.whole if self.grid else None,
         )
 
     def passes_per_image(self) -> tuple[int, int]:
         return (len(self.set) + 1,) * 2
 
-    def _by_mask(self, x: Tensor) -> Tensor:
+    def mask_margins(self, x: Tensor) -> Tensor:
         """By how much each mask agrees with the answer, float64 [B, M]."""
-        return masked_detection.mask_margins(self._reports(x, self.views()))
+        return masked_detection.mask_margins(self._outputs(x, self.views()))
 
 
 def _sure(logits: Tensor) -> Tensor:

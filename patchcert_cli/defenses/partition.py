@@ -21,18 +21,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchcert_cli import models, schema
-from patchcert_cli.certifiers.cells.additive import Proof, Votes
+from patchcert_cli import schema
+from patchcert_cli.certificate import Claim
+from patchcert_cli.certifiers.cells import additive
+from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
-from patchcert_cli.defenses._base import Augment, Claim, Options, Surrogate, TrainingStep
+from patchcert_cli.defenses._attackable import Surrogate
+from patchcert_cli.defenses._base import build_network, own_entries, size_and_classes
 from patchcert_cli.defenses._cells import VotingDefense
+from patchcert_cli.defenses._training import AugmentedOptions, Options, TrainingStep
 from patchcert_cli.defenses.bagcert import Step
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.layers import fixed_point, programs
@@ -45,8 +49,8 @@ PIECE = 1 << 25  # activations of one layer that are computed at a time, at most
 
 
 @dataclass(frozen=True)
-class PartitionOptions(Options):
-    """How pixels are divided and sets vote, when it is trained and when it is deployed, and its training.
+class Division:
+    """How pixels are divided and sets vote.
 
     Attributes:
         layout: ``lattice``, pixels (i, j) with equal i and j modulo ``spacing`` are a set; or ``random``, as many sets of random
@@ -55,6 +59,19 @@ class PartitionOptions(Options):
         shuffle: seed of random sets.
         vote: ``top-one``, a set votes for the class of its largest score; or ``independent``, for each class whose score is
             positive, which may be several or none.
+    """
+
+    layout: Literal["lattice", "random"] = "lattice"
+    spacing: Positive = 8
+    shuffle: Count = 0
+    vote: Literal["top-one", "independent"] = "top-one"
+
+
+@dataclass(frozen=True)
+class PartitionOptions(Division, AugmentedOptions):
+    """How pixels are divided and sets vote, see :class:`Division`, the same in training and deployed; and the training.
+
+    Attributes:
         drawn: sets of each image that a training step looks at, drawn for each image; 0 for all.
         margin: M; besides the cross-entropy of votes there is the loss ``max(0, M - D)`` with D the smallest difference between
             the label's share of the votes and a rival's. k pixels that are certified take about D > 2 k / n.
@@ -65,10 +82,6 @@ class PartitionOptions(Options):
         average: what a step keeps of the running average of weights that becomes the model; 0 for none.
     """
 
-    layout: Literal["lattice", "random"] = "lattice"
-    spacing: Positive = 8
-    shuffle: Count = 0
-    vote: Literal["top-one", "independent"] = "top-one"
     drawn: Count = 0
     margin: NonNegative = 0.5
     margin_weight: NonNegative = 0.0
@@ -80,9 +93,6 @@ class PartitionOptions(Options):
     @property
     def ema_decay(self) -> float:
         return self.average
-
-    def augment(self, progress: float, epochs: int) -> Augment:
-        return Augment(flip=self.flip, shift=self.shift)
 
 
 class TopOne(torch.autograd.Function):
@@ -115,9 +125,7 @@ class Partition(VotingDefense):
     sets: Tensor
     members: Tensor
 
-    def __init__(
-        self, network: Setwise, how: PartitionOptions, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]
-    ) -> None:
+    def __init__(self, network: Setwise, how: Division, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
         super().__init__(input_shape=input_shape, classes=classes)
         self.network, self.how = network, how
         self.register_buffer("sets", divided(input_shape, how), persistent=False)
@@ -126,41 +134,33 @@ class Partition(VotingDefense):
         self.run = Runner(self.deployed)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Partition:
-        try:
-            how = schema.read(PartitionOptions, config.get("options", {}), "options")
-        except schema.Invalid as problem:
-            raise IntegrityError(f"Partition cannot be built: {problem}.") from problem
-        shape, classes = tuple(config["input_shape"]), tuple(config["classes"])
-        size = listed(divided(shape, how), how.spacing**2).shape[1]
-        views = (shape[0] * size, how.spacing, how.spacing)
-        options = {**config["network"]["options"], "input_shape": views, "classes": len(classes)}
-        network: Any = models.build(config["network"]["name"], options)
-        if not isinstance(network, Setwise):
-            raise IntegrityError(
-                f"Partition needs a network of sets, not '{config['network']['name']}'.", hint="Use network setwise."
-            )
-        return cls(network, how, input_shape=shape, classes=classes)
+    def default_recipe(cls, threat: Threat, dataset: str) -> dict[str, Any]:
+        augmented = {"flip": False, "shift": 2} if dataset == "mnist" else {}  # a mirrored digit is not a digit
+        return {
+            "dataset": "cifar10",
+            "epochs": 56,
+            "batch_size": 512,
+            "learning_rate": 0.02,
+            "optimizer": "muon",
+            "stored": "float16",
+            "validation": 2000,
+            "options": {"drawn": 16, **augmented},
+        }
 
     @classmethod
-    def tiny(cls) -> Partition:
-        how = PartitionOptions(
-            layout=("lattice", "random")[int(torch.randint(2, ()))],
-            spacing=3,
-            vote=("top-one", "independent")[int(torch.randint(2, ()))],
-        )
-        config = {
-            "input_shape": (1, 4, 4),
-            "classes": ("a", "b", "c"),
-            "network": {"name": "setwise", "options": {"width": 6, "blocks": (4,), "mean": (0.4,), "std": (0.5,)}},
-            "options": schema.plain(how),
-        }
-        made, x = cls.from_config(config).eval(), torch.rand(64, 1, 4, 4)
-        with torch.no_grad():  # scores around 0, so that sets differ in what they vote for
-            made.network.head.weight.mul_(20)
-            cast(Tensor, made.network.head.bias).sub_(made.network(made.values(x)).mean(dim=(0, 2, 3)) - 0.5 * torch.randn(3))
-        made.calibrate(x)
-        return made
+    def deploy_config(cls, threat: Threat, options: Options) -> dict[str, Any]:
+        return {item.name: getattr(options, item.name) for item in fields(Division)}
+
+    @classmethod
+    def from_config(cls, deployed: Mapping[str, Any]) -> Partition:
+        how, shape = own_entries(Division, deployed), tuple(deployed["input_shape"])
+        size = listed(divided(shape, how), how.spacing**2).shape[1]
+        network: Any = build_network(deployed, (shape[0] * size, how.spacing, how.spacing))
+        if not isinstance(network, Setwise):
+            raise IntegrityError(
+                f"partition needs a network of sets, not '{deployed['network']['name']}'.", hint="Use network setwise."
+            )
+        return cls(network, how, **size_and_classes(deployed))
 
     @property
     def count_of_sets(self) -> int:
@@ -186,7 +186,7 @@ class Partition(VotingDefense):
     def surrogates(self) -> tuple[Surrogate, ...]:
         """Votes with the gradient of likelihoods (straight-through), and their smooth form."""
         votes = Surrogate(lambda x: self._ballots(self.network(self.values(x)).permute(0, 2, 3, 1)).sum(dim=(1, 2)))
-        votes.slack = 2.0  # the deployed network is rounded, and some sets say something else
+        votes.tolerance = 2.0  # the deployed network is rounded, and some sets say something else
         return votes, Surrogate(self)
 
     def _ballots(self, scores: Tensor) -> Tensor:
@@ -223,8 +223,8 @@ class Partition(VotingDefense):
         (height, width), spacing = self.input_shape[1:], self.how.spacing
         return CellCoverage(_lattice(height, patch.height, spacing), _lattice(width, patch.width, spacing))
 
-    def prove(self, said: Votes, cover: CellCoverage, claim: Claim) -> Proof:
-        proof = super().prove(said, cover, claim)
+    def prove(self, outputs: Votes, cover: CellCoverage, claim: Claim) -> additive.Proof:
+        proof = super().prove(outputs, cover, claim)
         if isinstance(claim.threat, Sparse):  # the worst set -> its first pixel
             return replace(proof, worst=self.members[:, 0].to(proof.worst.device)[proof.worst])
         return proof
@@ -284,7 +284,7 @@ class Partition(VotingDefense):
         return loss
 
 
-def divided(shape: tuple[int, ...], how: PartitionOptions) -> Tensor:
+def divided(shape: tuple[int, ...], how: Division) -> Tensor:
     """The number of each pixel's set on images of ``shape`` (C, H, W), int64 [H, W].
 
     Random sets are dealt in the order of a hash of the seed and the pixel, which no version of a library changes.

@@ -14,366 +14,77 @@ Shapes: B images, C channels, H x W pixels, K classes, M masks, n passes, A loca
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, cast
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from patchcert_cli import models
-from patchcert_cli.certificate import Certificate
-from patchcert_cli.certifiers.masks import double_masking, fingerprint, masked_predictions
+from patchcert_cli.certificate import Claim, Proof
+from patchcert_cli.certifiers.masks import double_masking
 from patchcert_cli.certifiers.masks.double_masking import Table
 from patchcert_cli.certifiers.masks.exact_predictions import ExactMaskedPredictor, Predictor
-from patchcert_cli.certifiers.masks.logit_scale import CalibrationCache
-from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage, MaskSpec
-from patchcert_cli.certifiers.masks.masked_predictions import PRECISIONS, MaskedPredictor
-from patchcert_cli.defenses._base import Augment, Claim, Defense, Options, Surrogate, TrainingStep
-from patchcert_cli.errors import UsageError
-from patchcert_cli.layers import fixed_point, precision
-from patchcert_cli.layers.boxes import box_mask
-from patchcert_cli.layers.levels import Levels
-from patchcert_cli.schema import Count, Fraction, Must, Positive
-from patchcert_cli.threats import Patch, PatchPercent, Threat
+from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage
+from patchcert_cli.defenses._masked import MaskedClassifier
 
-CELLS = 1 << 23  # entries of the tables of a group of images
-BYTES = 1 << 28  # of the maps behind single masks of a group of images
-LOOKED = 12  # masks that an attack looks through
-
-Share = Annotated[float, Must(lambda p: 0 <= p <= 1, "in [0, 1]")]
-Labels = Annotated[str, Must(PRECISIONS.__contains__, " or ".join(PRECISIONS))]
+TABLE_ENTRIES = 1 << 23  # of the tables of a group of images, at most
+MAP_BYTES = 1 << 28  # of the maps behind single masks of a group of images, at most
 
 
-@dataclass(frozen=True)
-class MaskedOptions(Options):
-    """Training behind masks.
-
-    Attributes:
-        per_axis: masks of the deployed model along each axis, at most.
-        sides: random masks are squares of one of these sides; empty for the shapes of the deployed masks.
-        masks: random masks an image.
-        greedy_from: part of the run after which masks are chosen by greedy cutout.
-        greedy_share: part of the images of which they are chosen so; the others have random ones.
-        greedy_per_axis: masks along each axis, at most, of the set that greedy cutout takes them from; 0 for the deployed set.
-            Fewer masks are larger ones, and harder.
-        candidates: masks of that set, drawn at random, of which the one with the highest loss is taken, twice; 0 for all.
-        smoothing: label smoothing.
-        labels: what labels are computed in where it is beyond doubt, ``float32``, or ``bfloat16`` where that is faster.
-        average: what a step keeps of the running average of weights that becomes the model; 0 for none.
-        flip: mirror images at random.
-        shift: move images by up to this many pixels.
-    """
-
-    per_axis: Positive = 6
-    sides: tuple[Positive, ...] = ()
-    masks: Count = 2
-    greedy_from: Fraction = 0.0
-    greedy_share: Share = 0.0
-    greedy_per_axis: Count = 0
-    candidates: Count = 0
-    smoothing: Fraction = 0.1
-    labels: Labels = "float32"
-    average: Fraction = 0.998
-    flip: bool = False
-    shift: Count = 0
-
-    def augment(self, progress: float, epochs: int) -> Augment:
-        return Augment(flip=self.flip, shift=self.shift)
-
-    @property
-    def ema_decay(self) -> float:
-        return self.average
-
-
-class MaskedSurrogate(Surrogate):
-    """The mean class probabilities behind some single masks; the deployed answer may turn well before they do."""
-
-    slack = 0.5
-
-    def __init__(self, defense: PatchCleanser, which: Tensor) -> None:
-        self._defense, self._hidden = defense, defense.masks[which]
-
-    def whole(self, x: Tensor) -> Tensor:
-        count = len(self._hidden)
-        images, occluded = x.repeat_interleave(count, dim=0), self._hidden.repeat(len(x), 1, 1)
-        return self._defense.behind(images, occluded).softmax(dim=1).reshape(len(x), count, -1).mean(dim=1)
-
-
-class PatchCleanser(Defense):
-    """Any classifier, images [B, C, H, W] in [0, 1] -> logits [B, K], asked behind masks.
-
-    A network whose attribute ``takes_mask`` is true is also told which pixels are occluded, bool [B, 1, H, W].
-
-    Attributes:
-        plan: which masks it has.
-        set: these masks.
-        masks: bool [M, H, W], what each of them hides.
-        fill: [C, 1, 1] in [0, 1], the colour of hidden pixels.
-    """
+class PatchCleanser(MaskedClassifier):
+    """Any classifier behind pairs of masks."""
 
     source = "Xiang, Mahloujifar & Mittal, PatchCleanser, USENIX Security 2022"
     methods = double_masking.METHODS
-    options = MaskedOptions
-    precision: Mapping[str, str] = {"labels in doubt": "float64, one image at a time"}
-    default_network = "masked"
-    validation_size = 50
-    unit = "of the logit scale"
-
-    masks: Tensor
-    fill: Tensor
-
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        input_shape: tuple[int, int, int],
-        classes: tuple[str, ...],
-        masks: MaskSpec,
-        fill: Sequence[float],
-        labels: str = "float32",
-    ) -> None:
-        """Put the defense around ``network``.
-
-        Args:
-            network: [B, C, H, W] in [0, 1] -> logits [B, K].
-            input_shape: C, H and W of the images; masks are laid over them as they are, whatever the network does to them.
-            classes: K names.
-            masks: which masks.
-            fill: the colour of hidden pixels, per channel in [0, 1].
-            labels: what labels are computed in where they are beyond doubt, ``float32`` or ``bfloat16``.
-
-        Raises:
-            UsageError: there are no such masks for images of this size.
-        """
-        super().__init__(input_shape=input_shape, classes=classes)
-        self.network, self.plan, self.labels = network, masks, labels
-        self.set, self._memory = masks.masks(*input_shape[1:]), CalibrationCache()
-        self.deployed = fixed_point.FrozenNetworkCache(network) if getattr(network, "freezable", False) else None
-        self._exact: ExactMaskedPredictor | None = None
-        if self.deployed is not None:
-            self.precision = {"labels": "exact"}
-        self.register_buffer("masks", self.set.occluded, persistent=False)
-        self.register_buffer("fill", torch.tensor(list(fill), dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
-        if len(self.fill) != input_shape[0]:
-            raise UsageError(f"a colour of {len(self.fill)} channels does not fit images of {input_shape[0]}.")
-
-    @classmethod
-    def deploy_config(cls, threat: Threat, options: Options) -> dict[str, Any]:
-        assert isinstance(options, MaskedOptions)
-        return {"masks": MaskSpec((str(threat),), per_axis=options.per_axis).to_dict(), "labels": options.labels}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> PatchCleanser:
-        shape, classes = tuple(config["input_shape"]), tuple(config["classes"])
-        options = {**config["network"]["options"], "input_shape": shape, "classes": len(classes)}
-        network = models.build(config["network"]["name"], options)
-        plan, fill = MaskSpec.read(config["masks"]), config.get("fill", options["mean"])
-        labels = str(config.get("labels", "float32"))
-        return cls(network, input_shape=shape, classes=classes, masks=plan, fill=fill, labels=labels)
-
-    @classmethod
-    def tiny(cls) -> PatchCleanser:
-        shape, plan = (1, 4, 4), MaskSpec(("patch:2x3",), stride=1)
-        options = {"input_shape": shape, "classes": 3, "hidden": (6,), "mean": (0.4,), "std": (0.5,)}
-        return cls(models.build("mlp", options), input_shape=shape, classes=("a", "b", "c"), masks=plan, fill=(0.4,)).eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of the whole image."""
-        return self.behind(x, torch.zeros(len(x), *x.shape[2:], dtype=torch.bool, device=x.device))
-
-    def behind(self, x: Tensor, occluded: Tensor) -> Tensor:
-        """Logits [B, K] of images [B, C, H, W] in which hidden pixels, bool [B, H, W], have the colour of the masks."""
-        return masked_predictions.logits_under_mask(self.network, x, occluded, self.fill)
-
-    def surrogates(self) -> tuple[Surrogate, ...]:
-        """Class probabilities behind a few of the masks, and the logits of the whole image."""
-        count = min(LOOKED, len(self.set))
-        which = torch.linspace(0, len(self.set) - 1, count).round().long().to(self.masks.device)
-        return MaskedSurrogate(self, which), Surrogate(self)
-
-    @property
-    def activations(self) -> int:
-        return min(LOOKED, len(self.set)) * int(getattr(self.network, "most", 16 * math.prod(self.input_shape)))
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """The published two-round answer; see :mod:`patchcert_cli.certifiers.masks.double_masking`."""
         self.check_input(x)
-        found = [double_masking.answer(table, len(self.classes)) for table in self._tables(x, self.views())]
-        return torch.cat([torch.zeros(0, dtype=torch.int64), *found]).to(x.device)
+        answers = [double_masking.answer(table, len(self.classes)) for table in self._tables(x, self.views())]
+        return torch.cat([torch.zeros(0, dtype=torch.int64), *answers]).to(x.device)
 
-    @torch.no_grad()
-    def certify_claims(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
+    def _certify(self, x: Tensor, claims: Sequence[Claim]) -> list[Proof]:
         """All claims from the same passes: what one of them asked is known to the next."""
-        self.check_input(x)
-        for claim in claims:
-            self.check_method(claim.method)
         covers = [self.set.cover(claim.threat) for claim in claims]
-        found: list[list[Certificate]] = [[] for _ in claims]
+        parts: list[list[Proof]] = [[] for _ in claims]
         views = self.views()
-        for table in self._tables(x, views) if claims else ():
+        for table in self._tables(x, views):
             answer = double_masking.answer(table, len(self.classes))
-            seen = table.label >= 0
-            certificates = [self._certificate(table, answer, seen, views, *pair) for pair in zip(claims, covers, strict=True)]
-            for mine, one in zip(found, certificates, strict=True):
-                mine.append(replace(one, passes=table.passes.to(x.device)))
-        return [Certificate.cat(parts) for parts in found]
+            known = table.label >= 0
+            proofs = [self._proof(table, answer, known, views, *pair) for pair in zip(claims, covers, strict=True)]
+            for mine, proof in zip(parts, proofs, strict=True):
+                mine.append(replace(proof, passes=table.passes))  # of all claims
+        return [Proof.cat(mine) for mine in parts]
 
-    def _certificate(
-        self, table: Table, answer: Tensor, seen: Tensor, views: Predictor, claim: Claim, cover: MaskCoverage
-    ) -> Certificate:
-        method = claim.method or self.methods[0]
-        by, location = cover.by, cover.location
-        if method == "pairs":  # every mask is to have a whole row
-            by = torch.eye(len(self.set), dtype=torch.bool)
-            location = cover.location[cover.by.int().argmax(dim=0)]
-        proof, device = double_masking.prove(table, answer, by, views.tolerance, seen), self.masks.device
-        return Certificate(
-            prediction=answer.to(device),
-            certified=proof.certified.to(device),
-            margin=proof.margin.to(device),
-            slack=torch.full_like(proof.margin, views.tolerance, device=device),
-            worst=claim.threat.locations(*self.input_shape[1:])[location[proof.weakest]].to(device),
-            rival=proof.rival.to(device),
-            threat=claim.threat,
-            method=method,
+    def _proof(self, table: Table, answer: Tensor, known: Tensor, views: Predictor, claim: Claim, cover: MaskCoverage) -> Proof:
+        by, location = self.sets(cover, whole=claim.method == "pairs")  # "pairs": every mask is to have a whole row
+        found = double_masking.prove(table, answer, by, views.tolerance, known)
+        return Proof(
+            answer=answer,
+            margin=torch.where(found.certified, found.margin, found.margin.clamp(max=views.tolerance)),
+            location=location[found.weakest],
+            runner_up=found.rival,
+            tolerance=views.tolerance,
             arithmetic=views.arithmetic,
         )
 
     def _tables(self, x: Tensor, views: Predictor) -> Iterator[Table]:
         """What is known of the images, a group at a time; an empty batch is one group."""
         self.test_once()
-        size = max(1, CELLS // len(self.set) ** 2)
+        size = max(1, TABLE_ENTRIES // len(self.set) ** 2)
         if isinstance(views, ExactMaskedPredictor):
-            size = max(1, min(size, BYTES // max(views.bytes_each(), 1)))
+            size = max(1, min(size, MAP_BYTES // max(views.bytes_each(), 1)))
         for part in torch.split(x, size):
             yield Table(views.for_images(part), len(part), len(self.set))
 
     def views(self) -> Predictor:
-        """The network as it is now, behind the masks."""
         return self._behind(self.masks)
-
-    def _behind(self, masks: Tensor) -> Predictor:
-        """The same behind masks of one's own, bool [M, H, W]."""
-        if self.deployed is None:
-            return MaskedPredictor(self.network, masks, self.fill, self.input_shape, len(self.classes), self.labels, self._memory)
-        frozen = cast(Levels, self.deployed())
-        if self._exact is None or self._exact.network is not frozen or not torch.equal(self._exact.masks, masks):
-            self._exact = ExactMaskedPredictor(frozen, masks, self.fill)
-        return self._exact
 
     def passes_per_image(self) -> tuple[int, int]:
         return len(self.set), self.set.passes
 
-    def note(self, threat: Threat) -> str:
-        """What it costs."""
-        least, most = self.passes_per_image()
-        passes = f"{least}" if least == most else f"{least} to {most}"
-        return f"masks: {self.set.sizes} pixels; {passes} passes of the network an image, with the proof"
-
-    @torch.no_grad()
-    def margin_map(self, x: Tensor, patch: Threat) -> Tensor:
-        """At each location the margin of the best mask that hides it."""
-        self.check_input(x)
-        height, width = self.input_shape[1:]
-        if not isinstance(patch, Patch | PatchPercent):
-            raise UsageError(f"a map needs one patch, not {patch}.", hint="Use --patch, for example --patch 5.")
-        self.set.cover(patch)
-        hides, sides = self.set.hides(patch), patch.resolve(height, width)
-        best = torch.stack([torch.where(hides, one, -torch.inf).amax(dim=1) for one in self._by_mask(x)])  # [B, A]
-        return best.reshape(-1, height - sides.height + 1, width - sides.width + 1).to(x.device)
-
-    def _by_mask(self, x: Tensor) -> Tensor:
-        """The margin of each mask, from all pairs, float64 [B, M]."""
+    def mask_margins(self, x: Tensor) -> Tensor:
+        """From all pairs."""
         tables = self._tables(x, self.views())
         return torch.cat([double_masking.lowest(table, double_masking.answer(table, len(self.classes))) for table in tables])
-
-    def self_test(self) -> None:
-        self.views().test()
-
-    @torch.no_grad()
-    def plain(self, x: Tensor) -> Tensor:
-        """What the network alone says of images [B, C, H, W], without masks and without a defense: int64 [B]."""
-        self.check_input(x)
-        with precision.exact_arithmetic():
-            together = min(masked_predictions.PASSES, masked_predictions.PIXELS // math.prod(self.input_shape))
-            parts = torch.split(x, max(1, together))
-            return (
-                torch.cat([self.forward(part).argmax(dim=1) for part in parts]) if len(x) else x.new_zeros(0, dtype=torch.int64)
-            )
-
-    def fingerprint(self) -> dict[str, Any] | None:
-        """What tells whether the network is the same (:mod:`patchcert_cli.certifiers.masks.fingerprint`); None where its weights
-        do."""
-        seen = self.views()
-        return fingerprint.answers(seen) if isinstance(seen, MaskedPredictor) else None
-
-    def fit_before(self, x: Tensor) -> None:
-        """Let a network that can begin with the whitening of the training images do so."""
-        whiten = getattr(self.network, "whiten", None)
-        if whiten is not None:
-            whiten(x)
-
-    @torch.no_grad()
-    def calibrate(self, x: Tensor) -> None:
-        """Choose the steps of a network that is to be frozen, from training images behind two random masks and behind none."""
-        if self.deployed is None:
-            return
-        self.eval()
-        generator = torch.Generator().manual_seed(0)
-        with fixed_point.observing(self.network):
-            for part in torch.split(x, 250):
-                occluded = self.masks[torch.randint(len(self.masks), (2, len(part)), generator=generator).to(self.masks.device)]
-                self.behind(part, occluded[0] | occluded[1])
-                self.forward(part)
-
-    def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:
-        """Cross-entropy behind random masks, or behind masks chosen by greedy cutout."""
-        options = step.options
-        assert isinstance(options, MaskedOptions)
-        occluded = self._random(x, options, step.generator)
-        if step.progress >= options.greedy_from * step.epochs and options.greedy_share > 0:
-            chosen = (torch.rand(len(x), generator=step.generator) < options.greedy_share).nonzero()[:, 0].to(x.device)
-            occluded[chosen] = self._greedy(x[chosen], label[chosen], options, step.generator)
-        return F.cross_entropy(self.behind(x, occluded).float(), label, label_smoothing=options.smoothing)
-
-    def _random(self, x: Tensor, options: MaskedOptions, generator: torch.Generator) -> Tensor:
-        """Random masks wholly inside the images, bool [B, H, W]."""
-        shapes = [(side, side) for side in options.sides] or sorted({box[2:] for union in self.set.boxes for box in union})
-        occluded = torch.zeros(len(x), *x.shape[2:], dtype=torch.bool, device=x.device)
-        for _ in range(options.masks):
-            drawn = torch.tensor(shapes)[torch.randint(len(shapes), (len(x),), generator=generator)]  # [B, 2]
-            sides = torch.minimum(drawn, torch.tensor(x.shape[2:]))
-            room = torch.tensor(x.shape[2:]) - sides + 1
-            starts = torch.stack([torch.rand(len(x), generator=generator) for _ in range(2)], dim=1) * room
-            occluded |= box_mask(torch.cat([starts.long(), sides], dim=1), *x.shape[2:]).to(x.device)
-        return occluded
-
-    @torch.no_grad()
-    def _greedy(self, x: Tensor, label: Tensor, options: MaskedOptions, generator: torch.Generator) -> Tensor:
-        """The mask of the highest loss among some, then a second one with the first in place: bool [B, H, W]."""
-        masks = self._harder(options.greedy_per_axis)
-        count = min(options.candidates or len(masks), len(masks))
-        occluded = torch.zeros(len(x), *x.shape[2:], dtype=torch.bool, device=x.device)
-        training = self.training
-        self.eval()  # a sweep leaves no trace in the statistics
-        for _ in range(2):
-            drawn = torch.rand(len(x), len(masks), generator=generator).argsort(dim=1)[:, :count].to(x.device)  # [B, c]
-            losses = [
-                F.cross_entropy(self.behind(x, occluded | masks[drawn[:, at]]).float(), label, reduction="none")
-                for at in range(count)
-            ]
-            worst = torch.stack(losses, dim=1).argmax(dim=1, keepdim=True)
-            occluded = occluded | masks[drawn.gather(1, worst)[:, 0]]
-        self.train(training)
-        return occluded
-
-    def _harder(self, per_axis: int) -> Tensor:
-        """The masks that cover the same threats with so many along each axis, bool [m, H, W]; for 0 the deployed ones."""
-        if not per_axis:
-            return self.masks
-        plan = replace(self.plan, per_axis=per_axis, stride=0, passes=0)
-        return plan.masks(*self.input_shape[1:]).occluded.to(self.masks.device)

@@ -19,17 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchcert_cli import models
-from patchcert_cli.certifiers.cells import robust_masking
-from patchcert_cli.certifiers.cells.additive import Proof
+from patchcert_cli.certificate import Claim
+from patchcert_cli.certifiers.cells import additive, robust_masking
 from patchcert_cli.certifiers.cells.robust_masking import FINEST, MOST, Masking
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
-from patchcert_cli.defenses._base import Augment, Claim, Options, Surrogate, TrainingStep
+from patchcert_cli.defenses._attackable import Surrogate
+from patchcert_cli.defenses._base import own_entries, size_and_classes
 from patchcert_cli.defenses._cells import RegionDefense
+from patchcert_cli.defenses._training import AugmentedOptions, Options, TrainingStep
 from patchcert_cli.errors import PatchcertError, UnsupportedThreat, UsageError
 from patchcert_cli.models.region import RegionScorer
-from patchcert_cli.schema import Count, Must
-from patchcert_cli.threats import Patch, Threat, parse_patch, parse_threat
+from patchcert_cli.schema import Count, Must, Parsed
+from patchcert_cli.threats import Threat, parse_patch, parse_threat
 
 STEPS = 256.0  # of evidence, for one of the network's units
 DOUBT = 0.02  # how far a cell of the deployed network may be from the trained one, in the network's units, for attacks
@@ -43,13 +44,24 @@ def _is_patch(text: str) -> bool:
     return True
 
 
+Share = Annotated[float, Must(lambda t: 0 <= t < 1, "in [0, 1)")]
+
+
 @dataclass(frozen=True)
-class PatchGuardOptions(Options):
+class RobustMasking:
+    """What is deployed: the threats whose largest windows of cells a class loses, and ``share`` of :class:`PatchGuardOptions`."""
+
+    covers: tuple[Annotated[Threat, Parsed(parse_threat)], ...]
+    share: Share = 0.0
+
+
+@dataclass(frozen=True)
+class PatchGuardOptions(AugmentedOptions):
     """What PatchGuard takes away, when it is trained and when it is deployed, and its training.
 
     Attributes:
         covers: the largest patch that a mask is to hold, as N, HxW or P%; by default the patch that it is trained against. It
-            decides the deployed answer, as ``masks.covers`` in config.json; what reaches more cells is never certified.
+            decides the deployed answer, as ``deployed.covers`` in config.json; what reaches more cells is never certified.
         share: T; a class loses its heaviest window only if this holds more than so much of its evidence, in thousandths.
         warm_up_epochs: first epochs, in which the true class keeps all its evidence; later ones take its heaviest window away
             (the paper's provable adversarial training).
@@ -58,13 +70,10 @@ class PatchGuardOptions(Options):
     """
 
     covers: Annotated[str, Must(_is_patch, "a patch such as 5, 3x7 or 2%")] = ""
-    share: Annotated[float, Must(lambda t: 0 <= t < 1, "in [0, 1)")] = 0.0
+    share: Share = 0.0
     warm_up_epochs: Count = 1
     flip: bool = True
     shift: Count = 4
-
-    def augment(self, progress: float, epochs: int) -> Augment:
-        return Augment(flip=self.flip, shift=self.shift)
 
 
 class PatchGuard(RegionDefense[Tensor]):
@@ -102,31 +111,12 @@ class PatchGuard(RegionDefense[Tensor]):
     @classmethod
     def deploy_config(cls, threat: Threat, options: Options) -> dict[str, Any]:
         assert isinstance(options, PatchGuardOptions)
-        return {"masks": {"covers": [f"patch:{options.covers}" if options.covers else str(threat)]}}
+        return {"covers": [f"patch:{options.covers}" if options.covers else str(threat)], "share": options.share}
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> PatchGuard:
-        return cls(
-            cls.scorer_of(config),
-            input_shape=tuple(config["input_shape"]),
-            classes=tuple(config["classes"]),
-            covers=[parse_threat(text) for text in config["masks"]["covers"]],
-            share=float(config.get("options", {}).get("share", 0.0)),
-        )
-
-    @classmethod
-    def tiny(cls) -> PatchGuard:
-        shape, plan = (1, 4, 4), {"widths": (4, 6), "kernels": (1, 1), "dilations": (1, 1), "mixes": (0, 1)}
-        scorer: Any = models.build("region", {"input_shape": shape, "classes": 3, "mean": (0.4,), "std": (0.5,), **plan})
-        share = (0.0, 0.2)[int(torch.randint(2, ()))]
-        made = cls(scorer, input_shape=shape, classes=("a", "b", "c"), covers=[Patch(2, 2)], share=share).eval()
-        sample = torch.rand(64, *shape)
-        made.calibrate(sample)
-        with torch.no_grad():  # a class has evidence in most, some or hardly any cells
-            scores = scorer(sample)
-            spread, middle = scores.std(dim=(0, 2, 3)), scores.mean(dim=(0, 2, 3))
-            scorer.head.bias += 4 * torch.randn(3) * spread - middle
-        return made
+    def from_config(cls, deployed: Mapping[str, Any]) -> PatchGuard:
+        own = own_entries(RobustMasking, deployed)
+        return cls(cls.scorer_of(deployed), **size_and_classes(deployed), covers=own.covers, share=own.share)
 
     def forward(self, x: Tensor) -> Tensor:
         """Smooth surrogate: what each class is left, in the network's units, [B, K]."""
@@ -142,21 +132,21 @@ class PatchGuard(RegionDefense[Tensor]):
     def surrogates(self) -> tuple[Surrogate, ...]:
         """What is left, and all evidence."""
         left, whole = Surrogate(self), Surrogate(lambda x: F.relu(self.scorer(x)).sum(dim=(2, 3)))
-        left.slack = DOUBT * self.scorer.cells(self.input_shape[1]) * self.scorer.cells(self.input_shape[2])
+        left.tolerance = DOUBT * self.scorer.cells(self.input_shape[1]) * self.scorer.cells(self.input_shape[2])
         return left, whole
 
     def count(self, scores: Tensor) -> Tensor:
         """Evidence in whole steps, int64 [B, K, N, M]: positive scores, exactly rounded."""
         return (scores.double() * STEPS).round().clamp(0, MOST).long()
 
-    def answer(self, said: Tensor) -> Tensor:
-        return robust_masking.answer(said, self.masking)
+    def answer(self, outputs: Tensor) -> Tensor:
+        return robust_masking.answer(outputs, self.masking)
 
-    def prove(self, said: Tensor, cover: CellCoverage, claim: Claim) -> Proof:
-        return robust_masking.prove(said, self.masking, cover)
+    def prove(self, outputs: Tensor, cover: CellCoverage, claim: Claim) -> additive.Proof:
+        return robust_masking.prove(outputs, self.masking, cover)
 
-    def margins(self, said: Tensor, cover: CellCoverage) -> Tensor:
-        return robust_masking.margin_map(said, self.masking, cover)
+    def margins(self, outputs: Tensor, cover: CellCoverage) -> Tensor:
+        return robust_masking.margin_map(outputs, self.masking, cover)
 
     def cover_of(self, threat: Threat) -> CellCoverage:
         """The cover of one patch or one pixel."""

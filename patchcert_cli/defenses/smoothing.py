@@ -14,7 +14,7 @@ Shapes: B images, C channels, H x W pixels, K classes, N x M cells, V views (abl
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, cast
 
 import torch
@@ -22,17 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from patchcert_cli import models, schema
 from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
-from patchcert_cli.defenses._base import Augment, Options, TrainingStep
+from patchcert_cli.defenses._base import build_network, own_entries, size_and_classes
 from patchcert_cli.defenses._cells import VotingDefense
+from patchcert_cli.defenses._training import AugmentedOptions, Options, TrainingStep
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.layers import fixed_point, programs
 from patchcert_cli.layers.programs import Runner
 from patchcert_cli.models.resnet import ResNet
 from patchcert_cli.schema import Count, Must, Positive
-from patchcert_cli.threats import Patch
+from patchcert_cli.threats import Patch, Threat
 
 PIECE = 1 << 22  # activations of one layer that are computed at a time, at most
 ROUNDING = 1e-9  # far more than the rounding error of a softmax in float64
@@ -48,21 +48,19 @@ def one_of(names: tuple[str, ...]) -> Must:
 
 
 @dataclass(frozen=True)
-class SmoothingOptions(Options):
-    """What derandomized smoothing keeps of an image and how it votes, when it is trained and when it is deployed.
+class Ablations:
+    """What derandomized smoothing keeps of an image and how it votes.
 
     Attributes:
         ablation: what is kept, a band of ``band`` columns over the full height, a band of rows over the full width, or a block of
             ``band`` x ``band`` pixels; all wrap around the borders.
         band: width of a band or side of a block, in pixels.
-        stride: bands start at every so-manieth pixel; the last may overlap the first where this does not divide the image.
+        stride: bands start at every ``stride``-th pixel; the last may overlap the first where this does not divide the image.
         vote: ``top-one``, each cell votes for its most likely class, or ``threshold``, for each class whose softmax is at least
             ``threshold``, which may be several or none.
         threshold: see ``vote``; not used by ``top-one``.
         view: ``full``, the network is given a whole frame with the kept pixels in place and all else absent, as published; or
             ``crop``, it is given the kept pixels alone, put together where they wrap around, which costs about band / W as much.
-        flip: mirror training images at random.
-        shift: move training images by up to this many pixels.
     """
 
     ablation: Annotated[str, one_of(ABLATIONS)] = "column"
@@ -71,11 +69,19 @@ class SmoothingOptions(Options):
     vote: Annotated[str, one_of(VOTES)] = "top-one"
     threshold: Annotated[float, Must(lambda share: 0 < share < 1, "between 0 and 1")] = 0.2
     view: Annotated[str, one_of(VIEWS)] = "crop"
+
+
+@dataclass(frozen=True)
+class SmoothingOptions(Ablations, AugmentedOptions):
+    """Ablations and votes, see :class:`Ablations`, the same in training and deployed; and changes of training images.
+
+    Attributes:
+        flip: mirror training images at random.
+        shift: move training images by up to this many pixels.
+    """
+
     flip: bool = True
     shift: Count = 4
-
-    def augment(self, progress: float, epochs: int) -> Augment:
-        return Augment(flip=self.flip, shift=self.shift)
 
 
 class Smoothing(VotingDefense):
@@ -93,9 +99,7 @@ class Smoothing(VotingDefense):
     rows: Tensor
     columns: Tensor
 
-    def __init__(
-        self, network: ResNet, how: SmoothingOptions, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]
-    ) -> None:
+    def __init__(self, network: ResNet, how: Ablations, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
         super().__init__(input_shape=input_shape, classes=classes)
         self.network, self.how = network, how
         self.register_buffer("rows", kept(input_shape[1], how, along=("row", "block")), persistent=False)
@@ -104,32 +108,18 @@ class Smoothing(VotingDefense):
         self.run = Runner(self.deployed)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Smoothing:
-        shape, classes = tuple(config["input_shape"]), tuple(config["classes"])
-        try:
-            how = schema.read(SmoothingOptions, config.get("options", {}), "options")
-        except schema.Invalid as problem:
-            raise IntegrityError(f"smoothing cannot be built: {problem}.") from problem
-        options = {**config["network"]["options"], "input_shape": view_shape(shape, how), "classes": len(classes)}
-        network: Any = models.build(config["network"]["name"], options)
-        if not isinstance(network, ResNet):
-            raise IntegrityError(
-                f"smoothing needs a residual network, not '{config['network']['name']}'.", hint="Use network resnet."
-            )
-        return cls(network, how, input_shape=shape, classes=classes)
+    def deploy_config(cls, threat: Threat, options: Options) -> dict[str, Any]:
+        return {item.name: getattr(options, item.name) for item in fields(Ablations)}
 
     @classmethod
-    def tiny(cls) -> Smoothing:
-        ablation, vote = (words[int(torch.randint(2, ()))] for words in (ABLATIONS, VOTES))  # a band, of columns or of rows
-        shape, how = (1, 4, 4), SmoothingOptions(ablation=ablation, band=1, vote=vote, threshold=0.4)
-        options = {"widths": (4,), "blocks": (1,), "strides": (1,), "mean": (0.4,), "std": (0.5,)}
-        network: Any = models.build("resnet", {**options, "input_shape": view_shape(shape, how), "classes": 3})
-        made, x = cls(network, how, input_shape=shape, classes=("a", "b", "c")).eval(), torch.rand(64, *shape)
-        with torch.no_grad():  # logits around 0, so that cells differ in what they vote for
-            network.head.weight.mul_(20)
-            network.head.bias.sub_(network(made._drawn(x, torch.Generator().manual_seed(0))).mean(dim=0))
-        made.calibrate(x)
-        return made
+    def from_config(cls, deployed: Mapping[str, Any]) -> Smoothing:
+        how = own_entries(Ablations, deployed)
+        network: Any = build_network(deployed, view_shape(tuple(deployed["input_shape"]), how))
+        if not isinstance(network, ResNet):
+            raise IntegrityError(
+                f"smoothing needs a residual network, not '{deployed['network']['name']}'.", hint="Use network resnet."
+            )
+        return cls(network, how, **size_and_classes(deployed))
 
     @property
     def cells(self) -> int:
@@ -208,13 +198,13 @@ class Smoothing(VotingDefense):
         with fixed_point.observing(self.network):
             for part in torch.split(x, 250):
                 for _ in range(OBSERVED):
-                    self.network(self._drawn(part, generator))
+                    self.network(self.drawn(part, generator))
 
     def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:
         """Cross-entropy of one ablation of each image, of a cell drawn for each image on its own."""
-        return F.cross_entropy(self.network(self._drawn(x, step.generator)).float(), label)
+        return F.cross_entropy(self.network(self.drawn(x, step.generator)).float(), label)
 
-    def _drawn(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def drawn(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """One view of each image, of a random cell."""
         cell = torch.randint(self.cells, (len(x),), generator=generator).to(x.device)
         return self.views(x, torch.arange(len(x), device=x.device), cell)
@@ -226,7 +216,7 @@ class Smoothing(VotingDefense):
         return zip(torch.split(image, size), torch.split(cell, size), strict=True)
 
 
-def kept(length: int, how: SmoothingOptions, *, along: tuple[str, ...]) -> Tensor:
+def kept(length: int, how: Ablations, *, along: tuple[str, ...]) -> Tensor:
     """The pixels along one axis that each cell keeps, int64: bands if the ablation is one of ``along``, else [1, length], all."""
     every = torch.arange(length)
     if how.ablation not in along:
@@ -234,7 +224,7 @@ def kept(length: int, how: SmoothingOptions, *, along: tuple[str, ...]) -> Tenso
     return (every[:: how.stride, None] + torch.arange(how.band)) % length
 
 
-def view_shape(shape: tuple[int, ...], how: SmoothingOptions) -> tuple[int, int, int]:
+def view_shape(shape: tuple[int, ...], how: Ablations) -> tuple[int, int, int]:
     """2C, h and w of what the network is given of images of ``shape`` (C, H, W)."""
     channels, height, width = shape
     least = {"column": width, "row": height, "block": min(height, width)}[how.ablation]

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from patchcert_cli import defenses
 from patchcert_cli.attacks import Attack, Start
-from patchcert_cli.certifiers.masks.mask_sets import MaskSet
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.evaluation import results
 from patchcert_cli.evaluation.pace import Clock, Pace
@@ -50,14 +50,14 @@ def evaluation(
     """
     task.check()
     total, defense = total or len(task.images), task.model.defense
-    masks = getattr(defense, "set", None)
+    masks = defense.set if isinstance(defense, defenses.MaskedClassifier) else None
     said: dict[str, Any] = {
         "model": task.model.name,
         "threat": ", ".join(dict.fromkeys(str(claim.threat) for claim in task.claims)),
         "atoms": task.threat.count(*defense.input_shape[1:]),
         "dataset": task.images.name,
         "images": total,
-        **({"masks": f"{masks.sizes} pixels"} if isinstance(masks, MaskSet) else {}),
+        **({"masks": f"{masks.sizes} pixels"} if masks else {}),
         "batch_size": task.batch_size,
     }
     order = torch.randperm(len(task.images), generator=torch.Generator().manual_seed(task.seed))  # class folders come sorted
@@ -232,7 +232,7 @@ def _attacking(task: EvaluationTask, total: int, trial: _Trial, attacker: Attack
     def batch(part: Images) -> tuple[list[int], int]:
         x = to_float(part.read()).to(defense.device)
         certificate = defense.certify(x, task.threat) if join else None
-        start = None if certificate is None else Start(certificate.worst, certificate.rival)
+        start = None if certificate is None else Start(certificate.worst, certificate.runner_up)
         attacker(defense, x, task.threat, index=part.index, start=start)
         return [], 0 if certificate is None else _bytes(part, [certificate])
 
@@ -258,7 +258,7 @@ def _one_query(task: EvaluationTask, clock: Clock) -> float:
         began = clock()
         with torch.enable_grad():
             point = x.detach().clone().requires_grad_()
-            slope = torch.autograd.grad(defense.surrogates()[0].whole(point).amax(), point)[0]
+            slope = torch.autograd.grad(defenses.surrogates(defense)[0].whole(point).amax(), point)[0]
         slope.sum().item()  # to the host, so that a device has finished
         spent = min(spent, clock() - began)
         if spent > SECONDS:

@@ -9,9 +9,8 @@ Shapes: C channels, H x W pixels, K classes.
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from patchcert_cli.data import class_names, datasets, image_files
 from patchcert_cli.data.class_names import Names
 from patchcert_cli.data.datasets import Dataset
 from patchcert_cli.data.resize_crop import ResizeCrop
-from patchcert_cli.defenses import Defense
+from patchcert_cli.defenses import Defense, MaskedClassifier
 from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.evaluation.task import EvaluatedModel
@@ -53,6 +52,7 @@ class DefenseRequest:
         labels: what labels behind masks are computed in, ``float32`` or ``bfloat16``; None for the model's own.
         threshold: confidence from which on certified detection raises an alarm; None for the model's own.
         compare: whether other thresholds are to be compared with it.
+        mask_shape: ``square``, ``column`` or ``row``.
     """
 
     defense: str | None = None
@@ -64,16 +64,17 @@ class DefenseRequest:
     download: bool = False
     threshold: float | None = None
     compare: bool = False
+    mask_shape: str | None = None
 
     @property
     def masked(self) -> bool:
         """Whether it says which masks to use."""
-        return self.masks is not None or self.passes is not None
+        return self.masks is not None or self.passes is not None or self.mask_shape is not None
 
     def plan(self, threats: Sequence[Threat], shape: Sequence[int]) -> MaskSpec:
         """The masks that cover all of these threats on images [C, H, W]."""
         covers = tuple(map(str, largest(threats, shape)))
-        return MaskSpec(covers, per_axis=self.masks or 0, passes=self.passes or 0)
+        return MaskSpec(covers, per_axis=self.masks or 0, passes=self.passes or 0, shape=self.mask_shape or "square")
 
 
 class ModelSource(ABC):
@@ -162,23 +163,23 @@ class ZooModel(ModelSource):
         return self.defense.input_shape
 
     def evaluated(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> EvaluatedModel:
-        kind = str(self.config["defense"])
+        kind = str(self.config["deployed"]["defense"])
         defense: Any = self.defense
         asked, request = self.request.defense or kind, self.request
         if asked != kind or request.masked or request.labels:
-            if self.request.defense is None and kind not in around():
-                hint = f"Choose a defense that has them: --defense {' or '.join(around())}."
+            if self.request.defense is None and kind not in defenses.around():
+                hint = f"Choose a defense that has them: --defense {' or '.join(defenses.around())}."
                 raise UsageError(f"{self.name} is a model of {kind}, which has no masks to choose.", hint=hint)
-            check_around(asked)
+            defenses.wrapping(asked)
             inner: nn.Module = defense
-            mean: Sequence[float] | None = self.config.get("network", {}).get("options", {}).get("mean")
-            if kind in around():
+            mean: Sequence[float] | None = self.config["deployed"]["network"]["options"].get("mean")
+            if isinstance(defense, MaskedClassifier):
                 inner, mean = defense.network, defense.fill.flatten().tolist()
             plan = defense.plan if asked == kind and not request.masked else request.plan(threats, shape)
-            numbers = request.labels or str(getattr(defense, "labels", ""))
+            numbers = request.labels or str(getattr(defense, "prediction_dtype", ""))
             defense = put_around(inner, asked, shape, defense.classes, plan, mean, numbers).to(torch.device(device))
         alarming(defense, asked, request, getattr(self.defense, "threshold", None))
-        setting = _masks_of(defense)
+        setting = defense.settings()
         if asked != kind:
             setting["classifier"] = f"the class scores of {kind}"
         return EvaluatedModel(defense, self.name, asked, self.found.sha256, self.found.source, setting)
@@ -225,7 +226,7 @@ class WrappedClassifier(ModelSource):
                 raise
             notes.append(f"random weights fail the self-test, which is of no consequence for what they cost: {problem}")
             defense.trust()
-        setting = {"classifier": about.name, "input_shape": list(shape), **about.setting, **_masks_of(defense)}
+        setting = {"classifier": about.name, "input_shape": list(shape), **about.setting, **defense.settings()}
         in_front = about.in_front
         said = (f"in front of {about.name}: {in_front}", *notes)
         return EvaluatedModel(defense, self.name, self.kind, about.sha256, about.source, setting, in_front, said)
@@ -245,8 +246,10 @@ def find(model: str | None, dataset: str | None, request: DefenseRequest, device
     name = model or bundled.default_model(dataset or bundled.DEFAULT_DATASET)
     if addresses.is_address(name):
         if request.defense is None:
-            raise UsageError(f"{name} is a plain classifier.", hint=f"Choose a defense: --defense {' or '.join(around())}.")
-        check_around(request.defense)
+            raise UsageError(
+                f"{name} is a plain classifier.", hint=f"Choose a defense: --defense {' or '.join(defenses.around())}."
+            )
+        defenses.wrapping(request.defense)
         opened = addresses.open_(name, weights=request.weights, classes=request.classes, typed=True, download=request.download)
         return WrappedClassifier(opened, request)
     card = bundled.card(name) if name in bundled.names() else None
@@ -259,18 +262,6 @@ def find(model: str | None, dataset: str | None, request: DefenseRequest, device
     if model is None:
         made.note = f"no model given: {name}, the default for {dataset or bundled.DEFAULT_DATASET}. {made.note}"
     return made
-
-
-def around() -> list[str]:
-    """Defenses that can be put around any classifier: those that are made of a network, masks and their colour."""
-    return [name for name in defenses.names() if {"network", "masks", "fill"} <= set(_parameters(name))]
-
-
-def check_around(kind: str) -> None:
-    """Raise :class:`UsageError` unless defense ``kind`` can be put around any classifier."""
-    defenses.by_name(kind)  # an unknown name says so itself
-    if kind not in around():
-        raise UsageError(f"{kind} cannot be put around a classifier.", hint=f"Allowed: {', '.join(around())}.")
 
 
 def put_around(
@@ -294,10 +285,8 @@ def put_around(
     fill = tuple(mean or ())
     if len(fill) != shape[0]:
         fill = (sum(fill) / len(fill) if fill and shape[0] == 1 else GREY,) * shape[0]
-    maker: Any = defenses.by_name(kind)
-    more = {"labels": numbers} if numbers and "labels" in _parameters(kind) else {}
-    made: Defense = maker(network, input_shape=shape, classes=classes, masks=plan, fill=fill, **more)
-    return made.eval()
+    more = {"prediction_dtype": numbers} if numbers else {}
+    return defenses.wrapping(kind).wrap(network, input_shape=shape, classes=classes, masks=plan, fill=fill, **more).eval()
 
 
 def alarming(defense: Defense, kind: str, request: DefenseRequest, own: float | None = None) -> None:
@@ -327,18 +316,3 @@ def largest(threats: Sequence[Threat], shape: Sequence[int]) -> list[Threat]:
         return inside and (one != two or other < at)
 
     return [one for at, one in enumerate(threats) if not any(beneath(at, other) for other in range(len(threats)))]
-
-
-def _masks_of(defense: Defense) -> dict[str, Any]:
-    """The masks of a defense that has some, as a manifest tells them."""
-    plan, fill = getattr(defense, "plan", None), getattr(defense, "fill", None)
-    said: dict[str, Any] = {"masks": plan.to_dict()} if isinstance(plan, MaskSpec) else {}
-    numbers = getattr(defense, "labels", None)
-    said |= {"labels": numbers} if isinstance(numbers, str) else {}
-    if isinstance(defense, Minority):
-        said |= {"threshold": defense.threshold} | ({"compared": list(defense.grid)} if defense.grid else {})
-    return said | ({"fill": [round(value, 6) for value in fill.flatten().tolist()]} if isinstance(fill, torch.Tensor) else {})
-
-
-def _parameters(kind: str) -> Mapping[str, Any]:
-    return inspect.signature(defenses.by_name(kind)).parameters

@@ -49,7 +49,7 @@ def certify_records(part: Images, certificates: Sequence[Certificate], plain: Te
 
 
 def _verdicts(certificate: Certificate) -> Iterable[dict[str, Any]]:
-    parts = (certificate.certified, certificate.margin, certificate.worst, certificate.rival)
+    parts = (certificate.certified, certificate.margin, certificate.worst, certificate.runner_up)
     same = (certificate.method, str(certificate.arithmetic))
     between = None if certificate.thresholds is None else certificate.thresholds.tolist()
     for at, values in enumerate(zip(*(part.tolist() for part in parts), strict=True)):

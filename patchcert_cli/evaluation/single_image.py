@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from patchcert_cli.certificate import Certificate
 from patchcert_cli.data import class_names, image_files
 from patchcert_cli.data.images import to_float
 from patchcert_cli.data.resize_crop import ResizeCrop
-from patchcert_cli.defenses import Claim, Defense
+from patchcert_cli.defenses import Claim, Defense, MarginMaps
 from patchcert_cli.errors import UsageError
 from patchcert_cli.evaluation.task import EvaluatedModel
 from patchcert_cli.layers import passes
@@ -29,12 +30,14 @@ class Single(NamedTuple):
         notes: what was done to the picture, line by line.
         pixels: uint8 [C, H, W], what the model was given.
         margins: float64 [H - h + 1, W - w + 1], the margin at every location of the first claim's patch, if it was asked for.
+        unit: what they count.
     """
 
     values: dict[str, Any]
     notes: list[str]
     pixels: Tensor
     margins: Tensor | None
+    unit: str = ""
 
 
 def certify(
@@ -68,19 +71,6 @@ def certify(
     with _counted(defense, progress or Silent()):
         certificates = defense.certify_claims(x, claims)
     answer = int(certificates[0].prediction[0])
-    rows = [
-        {
-            "threat": str(certificate.threat),
-            "method": certificate.method,
-            "guarantee": str(certificate.guarantee),
-            "arithmetic": str(certificate.arithmetic),
-            "certified": bool(certificate.certified[0]),
-            "margin": float(certificate.margin[0]),
-            "worst": certificate.worst[0].tolist(),
-            "runner_up": _called(defense, int(certificate.rival[0])),
-        }
-        for certificate in certificates
-    ]
     found: dict[str, Any] = {
         "image": str(path),
         "image_sha256": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(),
@@ -90,7 +80,7 @@ def certify(
         "defense": model.kind,
         "prediction": answer,
         "class": _called(defense, answer),
-        "claims": rows,
+        "claims": [_claim_row(defense, certificate) for certificate in certificates],
     }
     plain = model.plain(x)
     if plain is not None:
@@ -98,10 +88,26 @@ def certify(
     margins = None
     if mapped:
         with _counted(defense, progress or Silent(), whole=True):
+            if not isinstance(defense, MarginMaps):
+                raise UsageError("this defense has no margins by location.", hint="--map is for models with votes or masks.")
             margins = defense.margin_map(x, claims[0].threat)[0].cpu()
         found |= {"locations": margins.numel(), "weak_locations": int((margins <= 0).sum())}
     notes += [text for text in dict.fromkeys(defense.note(claim.threat) for claim in claims) if text]
-    return Single(found, notes, pixels, margins)
+    return Single(found, notes, pixels, margins, defense.unit if isinstance(defense, MarginMaps) else "")
+
+
+def _claim_row(defense: Defense, certificate: Certificate) -> dict[str, Any]:
+    """What a certificate of one image says, as plain values."""
+    return {
+        "threat": str(certificate.threat),
+        "method": certificate.method,
+        "guarantee": str(certificate.guarantee),
+        "arithmetic": str(certificate.arithmetic),
+        "certified": bool(certificate.certified[0]),
+        "margin": float(certificate.margin[0]),
+        "worst": certificate.worst[0].tolist(),
+        "runner_up": _called(defense, int(certificate.runner_up[0])),
+    }
 
 
 @contextmanager

@@ -8,12 +8,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
 from patchcert_cli.data.images import Images
-from patchcert_cli.defenses import Claim, Defense
+from patchcert_cli.defenses import Claim, Defense, WrapsClassifier
 from patchcert_cli.errors import DataError, UsageError
 from patchcert_cli.threats import Threat
 from patchcert_cli.version import __version__
@@ -56,8 +56,7 @@ class EvaluatedModel:
 
     def fingerprint(self) -> dict[str, Any] | None:
         """MaskedPredictions of a plain classifier that tell whether it is still the same; None if it is none."""
-        found = getattr(self.defense, "fingerprint", None)
-        return cast("dict[str, Any] | None", found()) if self.in_front and found is not None else None
+        return self.defense.fingerprint() if self.in_front and isinstance(self.defense, WrapsClassifier) else None
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,7 @@ def refuse_pickle(path: Path) -> None:
     if path.suffix.lower() in PICKLES:
         raise IntegrityError(
             f"'{path}' looks like a pickle, which could run code: it was not opened.",
-            hint=f"Convert it to safetensors first: patchcert convert {path} --to {path.with_suffix('.safetensors').name}",
+            hint=f"Convert it to safetensors first: patchcert convert {path} --out {path.with_suffix('.safetensors').name}",
         )
     if path.is_file() and path.suffix == ".safetensors":
         with path.open("rb") as stream:

@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from patchcert_cli.defenses import Defense
+from patchcert_cli.defenses import Trainable
 
 
 class Average:
@@ -17,11 +17,11 @@ class Average:
         steps: how many steps it has seen.
     """
 
-    def __init__(self, defense: Defense) -> None:
+    def __init__(self, defense: Trainable) -> None:
         self.defense, self.steps = copy.deepcopy(defense).eval(), 0
 
     @torch.no_grad()
-    def follow(self, defense: Defense, keep: float) -> None:
+    def follow(self, defense: Trainable, keep: float) -> None:
         """One step: ``keep`` of what was, the rest from ``defense``; fewer at the beginning, when what was is old."""
         self.steps += 1
         share = 1 - min(keep, (self.steps + 1) / (self.steps + 10))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from patchcert_cli import models
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
+from tests.examples import tiny
 
 Shape = tuple[int, int, int]
 
@@ -52,7 +53,8 @@ def mlp() -> Callable[[int], IntervalDefense]:
     """The tiny member of the interval family, 1x4x4 images and 3 classes."""
 
     def build(seed: int) -> IntervalDefense:
-        torch.manual_seed(seed)
-        return IntervalDefense.tiny()
+        made = tiny("ibp", seed)
+        assert isinstance(made, IntervalDefense)
+        return made
 
     return build

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from patchcert_cli import attacks
-from patchcert_cli.attacks import AttackResult
-from patchcert_cli.attacks._target import Start
+from patchcert_cli.attacks import AttackResult, Start
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import UsageError
 from patchcert_cli.threats import parse_threat

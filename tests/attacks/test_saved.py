@@ -21,6 +21,7 @@ from patchcert_cli.defenses.minority import Minority
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import DataError, UnsupportedThreat, UsageError
 from patchcert_cli.threats import Patch, Sparse, parse_threat
+from tests.examples import tiny
 
 
 def picture(height: int, width: int, value: float = 1.0, channels: int = 1) -> Picture:
@@ -32,9 +33,7 @@ def save(path: Path, pixels: Tensor) -> None:
 
 
 def made(kind: type[Defense], seed: int = 3) -> Defense:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return kind.tiny()
+    return tiny({PatchCleanser: "patchcleanser", Minority: "minority", IntervalDefense: "ibp"}[kind], seed)
 
 
 @pytest.mark.parametrize("kind", [PatchCleanser, Minority, IntervalDefense])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchcert_cli import attacks
+from patchcert_cli import attacks, defenses
 from patchcert_cli.attacks import AttackResult, Start, Target
 from patchcert_cli.attacks.patch_pgd import PatchPGD, _around, _grid, _moved
 from patchcert_cli.defenses.bagcert import BagCert
@@ -17,6 +17,7 @@ from patchcert_cli.errors import UsageError
 from patchcert_cli.layers.boxes import box_mask
 from patchcert_cli.threats import Patch, Sparse, Threat
 from tests.attacks.test_attack_strength import check
+from tests.examples import section, tiny
 from tests.soundness import arena
 
 SHAPE = (2, 13, 11)
@@ -33,12 +34,15 @@ def scorer(aggregate: str = "sum", seed: int = 0, lean: float = 0.0, **more: Any
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         made = BagCert.from_config(
-            {
-                "input_shape": SHAPE,
-                "classes": ["a", "b", "c", "d"],
-                "network": {"name": "region", "options": options},
-                "options": {"aggregate": aggregate},
-            }
+            section(
+                "bagcert",
+                {
+                    "input_shape": SHAPE,
+                    "classes": ["a", "b", "c", "d"],
+                    "network": {"name": "region", "options": options},
+                    "options": {"aggregate": aggregate},
+                },
+            )
         ).eval()
         scores = made.scorer(images(32, SHAPE))
         made.scorer.head.weight.mul_(3 / scores.std())
@@ -52,7 +56,7 @@ def scorer(aggregate: str = "sum", seed: int = 0, lean: float = 0.0, **more: Any
 
 def start_of(defense: Any, x: Tensor, threat: Threat) -> Start:
     certificate = defense.certify(x, threat)
-    return Start(certificate.worst, certificate.rival)
+    return Start(certificate.worst, certificate.runner_up)
 
 
 @pytest.mark.parametrize("aggregate", ["sum", "weighted"])
@@ -68,7 +72,7 @@ def test_surrogates_have_shapes_and_gradients_and_the_first_is_the_vote(aggregat
         assert (slope.flatten(1) != 0).float().mean() > 0.9
     votes = straight.whole(x)
     assert torch.equal(votes, votes.round())
-    assert ((votes - defense.votes(x).sums()).abs().amax(dim=1) <= 3 * straight.slack).all()
+    assert ((votes - defense.votes(x).sums()).abs().amax(dim=1) <= 3 * straight.tolerance).all()
     assert (votes.argmax(dim=1) == defense.predict(x)).float().mean() > 0.6
 
 
@@ -104,12 +108,12 @@ def test_near_and_rest_make_the_whole(more: dict[str, Any], size: tuple[int, int
 
 
 def test_a_defense_that_says_nothing_offers_its_forward() -> None:
-    defense, x = IntervalDefense.tiny().eval(), images(5, (1, 4, 4))
-    (surrogate,) = defense.surrogates()
+    defense, x = tiny("ibp"), images(5, (1, 4, 4))
+    (surrogate,) = defenses.surrogates(defense)
     boxes = torch.tensor([[0, 1, 2, 2]]).expand(5, 1, 4)
     assert torch.equal(surrogate.whole(x), defense(x))
     assert torch.equal(surrogate.rest(x, boxes) + surrogate.near(x, boxes[:, 0])[:, None], defense(x)[:, None])
-    assert defense.activations == 16
+    assert defenses.activations(defense) == 16
 
 
 def test_a_network_of_large_layers_goes_image_by_image() -> None:
@@ -133,7 +137,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("location", "rival"), WRONG.values(), ids=WRONG)
 def test_a_start_that_does_not_fit_is_refused_in_one_line(location: Tensor, rival: Tensor) -> None:
-    defense, x = BagCert.tiny(), images(2, (1, 4, 4))
+    defense, x = tiny("bagcert"), images(2, (1, 4, 4))
     with pytest.raises(UsageError, match=r"^a start [^\n]*$"):
         attacks.for_threat(Patch(2, 2))(defense, x, Patch(2, 2), start=Start(location, rival))
 
@@ -148,7 +152,7 @@ def test_votes_are_flipped_within_the_rules_and_certificates_hold(screen: bool, 
         attack = PatchPGD(screen=screen, locations=4, steps=15, rounds=2, carried=20)
         for allowed in (threat, Patch(1, 1)):
             proof = defense.certify(x, allowed)
-            start = Start(proof.worst, proof.rival) if hinted else None
+            start = Start(proof.worst, proof.runner_up) if hinted else None
             result = attack(defense, x, allowed, start=start)
             check(defense, x, allowed, result)
             assert not (proof.certified & result.success).any()
@@ -176,7 +180,7 @@ def test_tiny_votes_are_attacked_nearly_as_well_as_by_trying_everything(
     best = found = certified = 0
     for one in arena.registered_arenas("bagcert"):
         breakable, proof = one.breakable(threat), one.defense.certify(one.images, threat)
-        result = attack(one.defense, one.images, threat, start=Start(proof.worst, proof.rival))
+        result = attack(one.defense, one.images, threat, start=Start(proof.worst, proof.runner_up))
         assert not (proof.certified & result.success).any()
         best += int(breakable.sum())
         found += int((result.success & breakable).sum())
@@ -231,7 +235,7 @@ def test_a_content_is_carried_to_where_it_works() -> None:
     stay, go = 0, 0
     for seed in range(2):
         defense = scorer(seed=seed)
-        start = Start(torch.tensor([[0, 0, 3, 3]]).expand(12, 4), start_of(defense, x, threat).rival)  # a corner: few cells
+        start = Start(torch.tensor([[0, 0, 3, 3]]).expand(12, 4), start_of(defense, x, threat).runner_up)  # a corner: few cells
         common: dict[str, Any] = {"screen": False, "hope": 1.0, "steps": 15, "locations": 4, "carried": 30}
         stay += int(PatchPGD(**common, rounds=0)(defense, x, threat, start=start).success.sum())
         go += int(PatchPGD(**common, rounds=2)(defense, x, threat, start=start).success.sum())

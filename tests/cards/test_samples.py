@@ -31,10 +31,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = Recipe("patch:1x1", network_options={"hidden": [4]}, epochs=1, options={"ramp_epochs": 1, "bounded_epochs": 0})
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        defense, folder = defenses.build(recipe.config()).eval(), place / "zoo" / NAME
+        defense, folder = defenses.build(recipe.config()["deployed"]).eval(), place / "zoo" / NAME
     checkpoint.save_defense(folder, defense, recipe.config())
     card = cards.card_for_run(
-        recipe.validate().to_dict(),
+        recipe.to_dict(),
         folder,
         network="MLP 784-4-10",
         kept=55000,

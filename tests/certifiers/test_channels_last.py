@@ -90,7 +90,7 @@ def test_other_networks_stay_as_they_are() -> None:
 def test_bfloat16_is_not_offered_where_it_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masked_predictions, "computes_in_bfloat16", lambda device: True)
     made = around(classes=3)
-    made.labels = "bfloat16"
+    made.prediction_dtype = "bfloat16"
     assert made.views().quick == ("bfloat16", "float32")  # type: ignore[union-attr]
     many = around(classes=masked_predictions.MANY)
     many.labels = "bfloat16"

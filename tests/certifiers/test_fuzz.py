@@ -154,11 +154,11 @@ def check(seed: int) -> tuple[int, int]:
             except UnsupportedThreat:  # sparse, where no affine layer comes first
                 assert isinstance(threat, Sparse) and (Split.of(exact, shape[0]).first is None or _grouped(exact, shape))
                 continue
-            assert torch.equal(certificate.prediction, answers) and bool((certificate.slack >= 0).all())
+            assert torch.equal(certificate.prediction, answers) and bool((certificate.tolerance >= 0).all())
             if isinstance(threat, Patch) and method == "interval":
-                clear = worst.abs() > certificate.slack
+                clear = worst.abs() > certificate.tolerance
                 assert torch.equal(certificate.certified[clear], (worst > 0)[clear])
-                assert bool((certificate.margin <= worst + certificate.slack).all())
+                assert bool((certificate.margin <= worst + certificate.tolerance).all())
             certified += int(certificate.certified.sum())
             for moved in _places(threat, shape, rng):
                 hidden = torch.from_numpy(moved).expand(x.shape)
@@ -166,7 +166,7 @@ def check(seed: int) -> tuple[int, int]:
                 logits = exact(changed.flatten(0, 1)).reshape(len(changed), IMAGES, CLASSES)
                 own = answers.expand(len(changed), -1)[:, :, None]
                 lead = (logits.gather(2, own) - logits).scatter(2, own, torch.inf).amin(dim=2)
-                assert bool((lead >= certificate.margin - certificate.slack - 1e-9 * scale).all()), (threat, method)
+                assert bool((lead >= certificate.margin - certificate.tolerance - 1e-9 * scale).all()), (threat, method)
                 moved_answers = made.predict(changed.flatten(0, 1)).reshape(len(changed), IMAGES) != answers
                 assert not bool(moved_answers[:, certificate.certified].any()), (threat, method)
     return certified, int(others.sum())

@@ -23,7 +23,7 @@ SHAPE = (1, 4, 4)
 
 def around(network: nn.Module, labels: str = "float32") -> PatchCleanser:
     plan = MaskSpec(("patch:2x2",), per_axis=3)
-    made = PatchCleanser(network, input_shape=SHAPE, classes=("a", "b", "c"), masks=plan, fill=(0.25,), labels=labels)
+    made = PatchCleanser(network, input_shape=SHAPE, classes=("a", "b", "c"), masks=plan, fill=(0.25,), prediction_dtype=labels)
     return made.eval()
 
 

@@ -62,7 +62,7 @@ def test_the_certificate_is_about_the_deployed_answer(name: str) -> None:
             assert torch.equal(certificate.prediction, judge.predict(x))
             assert torch.equal(certificate.prediction, expected)
             assert bool((certificate.certified <= (certificate.margin > 0)).all())
-            assert bool((certificate.rival != certificate.prediction).all())
+            assert bool((certificate.runner_up != certificate.prediction).all())
             assert broken(judge, x, certificate) == []
             assert certificate.worst.shape == (9, 4)
 
@@ -81,7 +81,7 @@ def test_nothing_is_certified_whose_exact_margin_is_not_positive(threat: Threat)
             else:
                 rows = [reference.sparse_margins(path, v, (1, 4, 5), 2, "pixel", y)]
             exact = min(row[c] for row in rows for c in range(3) if c != y)
-            assert abs(Fraction(float(certificate.margin[i])) - exact) <= Fraction(float(certificate.slack[i]))
+            assert abs(Fraction(float(certificate.margin[i])) - exact) <= Fraction(float(certificate.tolerance[i]))
             assert exact > 0 or not bool(certificate.certified[i])
             certified += int(certificate.certified[i])
     assert certified > 0
@@ -110,7 +110,7 @@ def test_ties_go_to_the_lowest_class_and_are_never_certified() -> None:
         certificate = judge.certify(x, threat)
         assert certificate.prediction.tolist() == [1] * 8
         assert certificate.margin.tolist() == [0.0] * 8
-        assert certificate.rival.tolist() == [2] * 8
+        assert certificate.runner_up.tolist() == [2] * 8
         assert not bool(certificate.certified.any())
 
 
@@ -256,8 +256,8 @@ def test_precision_set_through_the_newer_interface() -> None:
     """In a process of its own, since mixing torch's two precision interfaces cannot be undone."""
     code = (
         "import torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
-        "from patchcert_cli.defenses.ibp import IntervalDefense; from patchcert_cli.threats import Patch\n"
-        "print(len(IntervalDefense.tiny().certify(torch.rand(2, 1, 4, 4), Patch(2, 2)).certified))"
+        "from tests.examples import tiny; from patchcert_cli.threats import Patch\n"
+        "print(len(tiny('ibp').certify(torch.rand(2, 1, 4, 4), Patch(2, 2)).certified))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "2"), done.stderr[-300:]

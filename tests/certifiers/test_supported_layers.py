@@ -181,7 +181,7 @@ def test_layers_in_place_change_neither_verdicts_nor_images() -> None:
             for method in ("interval", "linear"):
                 one, other = plainly.certify(pixels, Patch(1, 1), method), in_place.certify(pixels, Patch(1, 1), method)
                 assert torch.equal(one.certified, other.certified)
-                assert torch.equal(one.margin, other.margin) and torch.equal(one.slack, other.slack)
+                assert torch.equal(one.margin, other.margin) and torch.equal(one.tolerance, other.tolerance)
             assert torch.equal(in_place.predict(pixels), plainly.predict(pixels))
             assert torch.equal(pixels, kept)
     assert int(one.certified.sum()) > 0

@@ -22,7 +22,7 @@ def model(tmp_path: Path) -> str:
     recipe = Recipe("patch:5x5", network_options={"hidden": [12]})
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        checkpoint.save_defense(tmp_path / "runs" / "m", defenses.build(recipe.config()), recipe.config())
+        checkpoint.save_defense(tmp_path / "runs" / "m", defenses.build(recipe.config()["deployed"]), recipe.config())
     return "runs/m"
 
 

@@ -89,6 +89,6 @@ def test_the_command_says_what_it_did_and_replaces_nothing(patchcert, tmp_path: 
     assert again.code == 6
     check_refused(again.err, 6, "'w.safetensors' exists", "--force")
     assert patchcert("convert", "w.pth", "--to", "w.safetensors", "--force").code == 0
-    check_refused(patchcert("convert", "w.pth", "--to", "w.pt").err, 2, "--to 'w.pt' must end in .safetensors")
+    check_refused(patchcert("convert", "w.pth", "--to", "w.pt").err, 2, "--out 'w.pt' must end in .safetensors")
     with pytest.raises(DataError):
         convert.check(tmp_path / "w.safetensors")

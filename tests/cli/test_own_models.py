@@ -306,9 +306,10 @@ def test_a_network_of_timm_is_trained_on_own_pictures_and_certified(patchcert, s
     assert dict(text.train_rows(json.loads(done.out)))["next"] == f"patchcert certify {run} --data imagefolder:..."
     assert run == "runs/pets-patchcleanser-p2pct"
     config = files.read_json(Path(run) / files.CONFIG)
-    assert config["classes"] == list(COLOURS) and config["dataset"] == "imagefolder:./pets/train@32"
-    assert config["network"]["options"]["weights"] == f"timm/{TINY}@{COMMIT}" and config["network"]["options"]["size"] == [32]
-    assert config["network"]["options"]["mean"] == [0.5] * 3  # the network's own, not the data set's
+    assert config["deployed"]["classes"] == list(COLOURS) and config["dataset"] == "imagefolder:./pets/train@32"
+    options = config["deployed"]["network"]["options"]
+    assert options["weights"] == f"timm/{TINY}@{COMMIT}" and options["size"] == [32]
+    assert options["mean"] == [0.5] * 3  # the network's own, not the data set's
     card = cards.Card.read(Path(run))
     assert "datasets:" not in card.render()  # the Hub is not told what somebody's folders are called
     assert "--network-option architecture=test_resnet" in card.command and "imagefolder:./pets/train@32" in card.command
@@ -559,7 +560,7 @@ def test_given_pictures_are_pasted_and_counted(patchcert) -> None:  # type: igno
         (["--saved", "val"], 6, "'val' has no pictures"),
         (["--saved", "val/cat", "--patch", "2"], 2, "larger than patch:2x2."),
         (["--saved", "val/cat", "--steps", "3"], 2, "--steps is for an attack that searches"),
-        (["--turn", "3"], 2, "--turn is about pictures to paste."),
+        (["--turn", "3"], 2, "--turn is about images to paste."),
         (["--saved", "val/cat", "--places", "0"], 2, "--places"),
     ],
 )

@@ -21,7 +21,7 @@ def two(tmp_path: Path) -> tuple[str, str]:
     for seed, name in enumerate("ab"):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            checkpoint.save_defense(tmp_path / "runs" / name, defenses.build(recipe.config()), recipe.config())
+            checkpoint.save_defense(tmp_path / "runs" / name, defenses.build(recipe.config()["deployed"]), recipe.config())
     return "runs/a", "runs/b"
 
 

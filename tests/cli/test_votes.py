@@ -23,7 +23,7 @@ def model(tmp_path: Path) -> str:
     recipe = Recipe("patch:5x5", "cifar10", "bagcert", network_options=SMALL)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        defense = defenses.build(recipe.config())
+        defense = defenses.build(recipe.config()["deployed"])
         with torch.no_grad():
             defense.scorer.head.bias.copy_(torch.tensor([-0.5, -0.5, 0.6, 0.0, -0.5, -0.5, -0.5, -0.5, -0.5, -0.5]))
         defense.calibrate(torch.rand(8, 3, 32, 32))

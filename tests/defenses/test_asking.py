@@ -10,15 +10,14 @@ import torch
 
 import patchcert_cli
 from patchcert_cli.defenses import Defense
-from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import DataError, PatchcertError, UsageError
 from patchcert_cli.threats import Patch
+from tests.examples import tiny
 
 
 @pytest.fixture
 def made() -> Defense:
-    torch.manual_seed(0)
-    return PatchCleanser.tiny()
+    return tiny("patchcleanser")
 
 
 def test_a_threat_may_be_given_as_text(made: Defense) -> None:

@@ -22,6 +22,7 @@ from patchcert_cli.layers import fixed_point, precision
 from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
 from patchcert_cli.training import loop
 from patchcert_cli.training.recipe import Recipe
+from tests.examples import file_of, section
 
 PLANS: dict[int, dict[str, Any]] = {
     5: {"widths": [4, 5], "kernels": [3, 3], "dilations": [1, 1], "mixes": [0, 1]},
@@ -48,7 +49,7 @@ def build(given: Mapping[str, Any] | None = None, seed: int = 0, lean: float = 0
     """Random weights and statistics; each class votes in about half of the cells, or with more ``lean`` in most or few."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        defense = BagCert.from_config(given or config()).eval()
+        defense = BagCert.from_config(section("bagcert", given or config())).eval()
         for name, buffer in defense.scorer.named_buffers():
             if name.endswith("running_mean"):
                 buffer.normal_(0, 0.1)
@@ -195,10 +196,10 @@ TINY = Recipe(
 
 def test_training_raises_certified_accuracy(tmp_path: Path) -> None:
     some = data.load("mnist", "test").limit(1350, 0)
-    made = loop.train(TINY.validate(), some, tmp_path / "run")
+    made = loop.train(TINY, some, tmp_path / "run")
     with torch.random.fork_rng():
         torch.manual_seed(9)
-        untrained = checkpoint.defenses.build(TINY.config())
+        untrained = checkpoint.defenses.build(TINY.config()["deployed"])
     kept, held = some.hold_out(TINY.validation, TINY.seed)
     untrained.calibrate(kept.pixels[:100].float() / 255)
     before = loop.monitor(untrained, held, TINY)
@@ -213,7 +214,7 @@ def same(one: Certificate, other: Certificate) -> None:
     assert torch.equal(one.margin, other.margin)
     assert torch.equal(one.certified, other.certified)
     assert torch.equal(one.worst, other.worst)
-    assert torch.equal(one.rival, other.rival)
+    assert torch.equal(one.runner_up, other.runner_up)
 
 
 @pytest.mark.parametrize("threat", [Patch(2, 3), Sparse(1), Sparse(3)], ids=str)
@@ -228,7 +229,7 @@ def test_batches_do_not_matter(threat: Threat, monkeypatch: pytest.MonkeyPatch) 
     same(defense.certify(x, threat), whole)
     same(defense.train().certify(x, threat), whole)  # its norms are frozen in the deployed network
     assert torch.equal(whole.prediction, answers)
-    assert not bool(whole.slack.any())
+    assert not bool(whole.tolerance.any())
 
 
 def test_reduced_precision_around_it_changes_nothing() -> None:
@@ -306,7 +307,7 @@ def test_what_it_cannot_do_is_said() -> None:
     other = config()
     other["network"] = {"name": "mlp", "options": {"hidden": [3], "mean": [0.5, 0.5], "std": [1, 1]}}
     with pytest.raises(IntegrityError, match="needs a region scorer, not 'mlp'"):
-        BagCert.from_config(other)
+        BagCert.from_config(section("bagcert", other))
 
 
 def test_condition_3_1_holds_for_a_single_pixel() -> None:
@@ -322,7 +323,8 @@ def test_storage_changes_nothing(tmp_path: Path, stored: str) -> None:
         for weight in defense.parameters():  # as training does at its end
             weight.copy_(weight.to(getattr(torch, stored)) if weight.ndim > 1 else weight)
     defense.calibrate(images(32, seed=98))
-    checkpoint.save_defense(tmp_path, defense, given)
+    given = file_of("bagcert", given)
+    checkpoint.save_defense(tmp_path, defense, given, stored=stored)
     again, read = checkpoint.load_defense(tmp_path)
     assert read == given
     assert isinstance(again, BagCert)

@@ -21,6 +21,7 @@ from patchcert_cli.errors import IntegrityError
 from patchcert_cli.threats import Patch, Patches, Sparse
 from patchcert_cli.training import loop
 from patchcert_cli.training.recipe import Recipe
+from tests.examples import file_of, section
 
 from .test_bagcert import SHAPE, images, same
 
@@ -43,7 +44,7 @@ def config(**options: Any) -> dict[str, Any]:
 def build(given: dict[str, Any] | None = None, seed: int = 7, lean: float = 1.0) -> Clipped:
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        defense = Clipped.from_config(given or config()).eval()
+        defense = Clipped.from_config(section("clipped", given or config())).eval()
         x = images(32, SHAPE, 99)
         defense.scorer.head.weight *= 0.5 / defense.scorer(x).std()
         scores = defense.scorer(x)
@@ -80,7 +81,9 @@ def test_the_published_certificate_is_refuted() -> None:
 def one_cell_each() -> Clipped:
     plan = {"widths": [2], "kernels": [1], "dilations": [1], "mixes": [0], "mean": [0.0], "std": [1.0]}
     made = config() | {"input_shape": [1, 1, 5], "classes": ["a", "b", "c"], "network": {"name": "region", "options": plan}}
-    return Clipped.from_config(made | {"options": {"clip": UNIT.clip, "slope": UNIT.slope, "middle": UNIT.middle}})
+    return Clipped.from_config(
+        section("clipped", made | {"options": {"clip": UNIT.clip, "slope": UNIT.slope, "middle": UNIT.middle}})
+    )
 
 
 @pytest.mark.parametrize("clip", ["tanh", "linear"])
@@ -129,7 +132,7 @@ def test_margins_ask_every_rival_at_every_location() -> None:
         assert certificate.margin.tolist() == [worst_margin(image, defense.cover(Patch(2, 1))) for image in steps]
         certified += int(certificate.certified.sum())
         second = steps.sum(dim=(2, 3)).scatter(1, certificate.prediction[:, None], -1).argmax(dim=1)
-        others += int((certificate.rival != second).sum())
+        others += int((certificate.runner_up != second).sum())
     assert 0 < certified < 90
     assert others, "the clean runner-up was always the worst rival"
 
@@ -150,7 +153,7 @@ def test_surrogates_follow_the_deployed_answer() -> None:
     defense, x = build(), images(30)
     first, second = defense.surrogates()
     defense.requires_grad_(False)
-    assert float((first.whole(x) - defense.votes(x).sums()).abs().max()) <= first.slack
+    assert float((first.whole(x) - defense.votes(x).sums()).abs().max()) <= first.tolerance
     boxes = torch.tensor([[2, 3, 2, 2]]).expand(30, 4)
     for surrogate in (first, second):
         parts = surrogate.near(x, boxes) + surrogate.rest(x, boxes[:, None])[:, 0]
@@ -170,11 +173,12 @@ def test_the_loss_is_the_cross_entropy_of_mean_clipped_scores() -> None:
 def test_storage_changes_nothing(tmp_path: Path) -> None:
     given = config(clip="linear")
     defense, x = build(given), images(16)
+    given = file_of("clipped", given)
     checkpoint.save_defense(tmp_path, defense, given)
     again, _ = checkpoint.load_defense(tmp_path)
     same(again.certify(x, Patch(2, 2)), defense.certify(x, Patch(2, 2)))
-    with pytest.raises(IntegrityError, match="clipped cannot be built: options.slope is -1"):
-        Clipped.from_config(config(slope=-1))
+    with pytest.raises(IntegrityError, match="clipped cannot be built: slope is -1"):
+        Clipped.from_config(section("clipped", config(slope=-1)))
 
 
 TINY = Recipe(
@@ -191,5 +195,5 @@ TINY = Recipe(
 
 def test_training_raises_certified_accuracy(tmp_path: Path) -> None:
     some = data.load("mnist", "test").limit(750, 0)
-    made = loop.train(TINY.validate(), some, tmp_path / "run")
+    made = loop.train(TINY, some, tmp_path / "run")
     assert made.validation.clean >= 60 and made.validation.certified >= 3

@@ -16,6 +16,7 @@ from patchcert_cli.defenses.ibp.defense import IntervalDefense, IntervalOptions
 from patchcert_cli.errors import IntegrityError, MachineError
 from patchcert_cli.layers import precision
 from patchcert_cli.threats import Patch, Sparse, Threat
+from tests.examples import section, tiny
 
 CONFIG = {
     "defense": "ibp",
@@ -28,7 +29,7 @@ CONFIG = {
 def build(classes: int = 5) -> IntervalDefense:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return IntervalDefense.from_config({**CONFIG, "classes": list("abcdefgh"[:classes])})
+        return IntervalDefense.from_config(section("ibp", {**CONFIG, "classes": list("abcdefgh"[:classes])}))
 
 
 def batch(count: int = 7, classes: int = 5) -> tuple[Tensor, Tensor]:
@@ -138,7 +139,7 @@ def test_the_answer_is_the_argmax_in_float64() -> None:
 
 
 def test_less_than_float32_is_found_when_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = IntervalDefense.tiny()
+    made = tiny("ibp")
     made.self_test()
     rebuilt = defense.rebuilt
 

@@ -13,6 +13,7 @@ from patchcert_cli.defenses.ibp import regularizers as regularizers
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.threats import Patch, Sparse, Threat
+from tests.examples import section
 
 NETWORKS = {
     "mlp": {"hidden": (300, 300, 300, 300)},
@@ -61,7 +62,7 @@ def test_the_input_width_is_that_of_a_boxed_image() -> None:
 def test_the_options_decide_the_start() -> None:
     config = {"input_shape": [1, 4, 4], "classes": list("abc")}
     network = {"name": "mlp", "options": {"hidden": [6], "mean": [0.3], "std": [0.4]}}
-    defense = IntervalDefense.from_config({**config, "network": network})
+    defense = IntervalDefense.from_config(section("ibp", {**config, "network": network}))
     before = {name: value.clone() for name, value in defense.state_dict().items()}
     assert defense.init_weights(IntervalOptions()) is None
     assert all(torch.equal(value, before[name]) for name, value in defense.state_dict().items())

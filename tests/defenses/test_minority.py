@@ -31,6 +31,7 @@ from patchcert_cli.schema import read
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch, Sparse, Threat
 from patchcert_cli.training.recipe import Recipe
+from tests.examples import minority, section
 from tests.soundness.arena import Arena, check, draw_images
 
 SHAPE = (1, 4, 4)
@@ -124,7 +125,7 @@ def test_confidence_at_the_threshold_raises_an_alarm_and_certifies_nothing() -> 
 
 
 def test_what_rounding_may_decide_is_not_certified() -> None:
-    """A logit margin of half the slack, and the same image a little clearer."""
+    """A logit margin of half the tolerance, and the same image a little clearer."""
 
     class Barely(Sums):
         def forward(self, x: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ def test_what_rounding_may_decide_is_not_certified() -> None:
         network.sharp = nn.Parameter(torch.tensor(logit_margin, dtype=torch.float64))
         certificate = made(network).certify(HALF, Patch(1, 1))
         assert certificate.certified.tolist() == [certified], logit_margin
-        assert torch.equal(certificate.certified, certificate.margin > certificate.slack)
+        assert torch.equal(certificate.certified, certificate.margin > certificate.tolerance)
 
 
 class Single(Sums):
@@ -182,13 +183,13 @@ def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("patchcert_cli.certifiers.masks.masked_predictions.computes_in_bfloat16", lambda device: True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        defense = Minority.tiny()
+        defense = minority()
     x = torch.rand(30, *SHAPE, generator=torch.Generator().manual_seed(2))
     whole = defense.certify(x, Patch(2, 2))
     alone = Certificate.cat([defense.certify(image[None], Patch(2, 2)) for image in x])
     assert torch.equal(whole.prediction, alone.prediction) and torch.equal(whole.certified, alone.certified)
     assert len({ALERT, 0, 1, 2} & set(whole.prediction.tolist())) >= 2
-    defense.labels = "bfloat16"
+    defense.prediction_dtype = "bfloat16"
     again = defense.certify(x, Patch(2, 2))
     assert torch.equal(again.prediction, whole.prediction) and torch.equal(again.certified, whole.certified)
 
@@ -197,7 +198,7 @@ def test_smaller_patches_are_certified_too() -> None:
     for seed in range(4):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            defense = Minority.tiny()
+            defense = minority()
         x = draw_images(SHAPE, 20, seed)
         margins = {(h, w): defense.certify(x, Patch(h, w)).margin for h in (1, 2) for w in (1, 2, 3)}
         for (h, w), margin in margins.items():
@@ -214,12 +215,13 @@ def test_what_it_cannot_do_is_said() -> None:
     with pytest.raises(IntegrityError, match="NaN"):
         made(broken).predict(HALF)
     config = Recipe("patch:5x5", "mnist", "minority", options={"threshold": 0.25}).config()
-    assert (config["threshold"], config["masks"]["covers"]) == (0.25, ["patch:5x5"])
-    assert cast(Minority, Minority.from_config(config)).threshold == 0.25
+    deployed = config["deployed"]
+    assert (deployed["threshold"], deployed["masks"]["covers"]) == (0.25, ["patch:5x5"])
+    assert cast(Minority, Minority.from_config(section("minority", config))).threshold == 0.25
     with pytest.raises(IntegrityError, match=r"threshold is 1.5, not in \[0, 1\)"):
-        Minority.from_config({**config, "threshold": 1.5})
+        Minority.from_config({**deployed, "threshold": 1.5})
     with pytest.raises(UsageError, match=r"threshold is 1.0, not in \[0, 1\)"):
-        Recipe("patch:5x5", "mnist", "minority", options={"threshold": 1.0}).validate()
+        Recipe("patch:5x5", "mnist", "minority", options={"threshold": 1.0})
 
 
 def test_it_certifies_more_than_a_corrected_answer() -> None:
@@ -277,7 +279,7 @@ def digits() -> Minority:
     config = Recipe("patch:2x2", "mnist", "minority", "mlp", {"hidden": [12]}, options={"per_axis": 2}).config()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return cast(Minority, Minority.from_config(config).eval())
+        return cast(Minority, Minority.from_config(section("minority", config)).eval())
 
 
 def test_results_and_reports_say_detection(digits: Minority, tmp_path: Path) -> None:
@@ -462,7 +464,7 @@ def test_masks_that_leave_something_out_are_caught(change: Any, monkeypatch: pyt
     for seed in range(12):
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
-            defense = Minority.tiny()
+            defense = minority()
             defense.network[-1].weight.mul_(3)  # type: ignore[operator, index, union-attr]
         defense.set, cover = change(defense.set, defense.set.cover(Patch(2, 2)))
         defense.masks = defense.set.occluded

@@ -15,12 +15,12 @@ from patchcert_cli import attacks
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.certifiers.geometry import CellCoverage
-from patchcert_cli.defenses import partition
-from patchcert_cli.defenses._base import Claim, TrainingStep
+from patchcert_cli.defenses import Claim, TrainingStep, partition
 from patchcert_cli.defenses.partition import Partition, PartitionOptions, divided
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.threats import Patch, Patches, Sparse, Threat
-from patchcert_cli.training.recipe import for_threat, usual_defense
+from patchcert_cli.training.recipe import Recipe, default_recipe, usual_defense
+from tests.examples import section
 
 SHAPE = (2, 5, 7)
 LAYOUTS = ("lattice", "random")
@@ -37,7 +37,7 @@ def build(shape: tuple[int, int, int] = SHAPE, classes: int = 3, seed: int = 0, 
     }
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        defense = Partition.from_config(config).eval()
+        defense = Partition.from_config(section("partition", config)).eval()
         for name, buffer in defense.network.named_buffers():
             if name.endswith("running_mean"):
                 buffer.normal_(0, 0.1)
@@ -212,7 +212,7 @@ def test_the_worst_pixel_is_in_a_set_of_the_largest_loss_and_every_k_comes_from_
             top, left, height, width = one.worst[b].tolist()
             assert (height, width) == (1, 1)
             ballots = votes.scores[b].int().flatten(1)
-            loss = 1 + ballots[one.prediction[b]] - ballots[one.rival[b]]
+            loss = 1 + ballots[one.prediction[b]] - ballots[one.runner_up[b]]
             assert int(loss[defense.sets[top, left]]) == int(loss.max())
 
 
@@ -250,14 +250,17 @@ def test_bad_partitions_are_refused() -> None:
         build(layout="spiral")
     network = {"name": "mlp", "options": {"mean": [0.4], "std": [0.3]}}
     with pytest.raises(IntegrityError):
-        Partition.from_config({"input_shape": [1, 4, 4], "classes": ["a", "b"], "network": network, "options": {"spacing": 2}})
+        Partition.from_config(
+            section("partition", {"input_shape": [1, 4, 4], "classes": ["a", "b"], "network": network, "options": {"spacing": 2}})
+        )
 
 
 @pytest.mark.parametrize("vote", VOTES)
 @pytest.mark.parametrize("drawn", [0, 4])
 def test_the_loss_is_that_of_the_votes_of_the_drawn_sets(vote: str, drawn: int) -> None:
     defense, x, label = build(vote=vote, drawn=drawn, margin_weight=0.5), images(6), torch.arange(6) % 3
-    step = TrainingStep(Sparse(2), defense.how, 0.0, 1, torch.Generator().manual_seed(3))
+    options = PartitionOptions(spacing=3, vote=vote, drawn=drawn, margin_weight=0.5)
+    step = TrainingStep(Sparse(2), options, 0.0, 1, torch.Generator().manual_seed(3))
     loss = defense.training_loss(x, label, step)
     drawing = torch.Generator().manual_seed(3)
     number = torch.rand(6, 9, generator=drawing).argsort(dim=1)[:, :4] if drawn else torch.arange(9).expand(6, -1)
@@ -297,5 +300,5 @@ def test_pixels_of_cifar_are_for_partition_and_the_rest_is_as_before() -> None:
         == "ibp"
     )
     assert usual_defense(Sparse(10), "cifar10") == "partition"
-    assert for_threat(Sparse(10), "partition").command == "patchcert train --threat sparse --k 10 --defense partition"
-    assert "--defense ibp" in for_threat(Sparse(10), "ibp").__class__("sparse:10", "cifar10").command
+    assert default_recipe(Sparse(10), "partition").command == "patchcert train --threat sparse --k 10 --defense partition"
+    assert "--defense ibp" in Recipe(Sparse(10), "cifar10").command

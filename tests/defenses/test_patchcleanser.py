@@ -15,11 +15,12 @@ from patchcert_cli import checkpoint, models
 from patchcert_cli.certifiers.masks import masked_predictions
 from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE
-from patchcert_cli.defenses import Claim, TrainingStep
+from patchcert_cli.defenses import Claim, MaskedOptions, TrainingStep
 from patchcert_cli.defenses.minority import Minority
-from patchcert_cli.defenses.patchcleanser import MaskedOptions, PatchCleanser
+from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
+from tests.examples import file_of, section
 from tests.soundness.arena import Arena, Attack, Score, check, draw_images
 
 CLASSES = ("a", "b", "c")
@@ -37,7 +38,9 @@ def defense(
 ) -> PatchCleanser:
     plan = plan or MaskSpec(("patch:2x2",), per_axis=3)
     fill = tuple(0.3 + 0.1 * c for c in range(shape[0]))
-    return PatchCleanser(network(shape, seed), input_shape=shape, classes=CLASSES, masks=plan, fill=fill, labels=labels).eval()
+    return PatchCleanser(
+        network(shape, seed), input_shape=shape, classes=CLASSES, masks=plan, fill=fill, prediction_dtype=labels
+    ).eval()
 
 
 def images(shape: tuple[int, int, int] = (1, 4, 4), count: int = 12, seed: int = 0) -> Tensor:
@@ -49,6 +52,7 @@ PLANS: list[tuple[MaskSpec, list[Attack]]] = [
     (MaskSpec(("patch:1x2",), stride=1), [Patch(1, 2), Patch(1, 1)]),
     (MaskSpec(("patch:1x1",), stride=1, wider=1), [Patch(1, 1), Sparse(1), Sparse(1, "value")]),
     (MaskSpec(("patch:1x2", "patch:2x1"), per_axis=3), [Patch(1, 2), Patch(2, 1)]),
+    (MaskSpec(("patch:1x2",), stride=1, shape="column"), [Patch(3, 1), Patch(2, 2), Patch(1, 1)]),
     (MaskSpec(("sparse:2",), per_axis=2), [Sparse(2), Sparse(1), Patch(1, 2)]),
 ]
 
@@ -262,7 +266,7 @@ def test_ties_and_labels_that_nobody_can_tell_are_never_certified() -> None:
 
     x = images()
     certificate = around(Tie()).certify(x, Patch(2, 2))
-    assert certificate.prediction.tolist() == [1] * 12 and certificate.rival.tolist() == [2] * 12
+    assert certificate.prediction.tolist() == [1] * 12 and certificate.runner_up.tolist() == [2] * 12
     assert not bool(certificate.certified.any()) and float(certificate.margin.abs().max()) == 0
     assert bool(around(Close("fine")).certify(x, Patch(2, 2)).certified.all())
     assert not bool(around(Close("single")).certify(x, Patch(2, 2)).certified.any())
@@ -284,10 +288,10 @@ def test_results_do_not_depend_on_how_passes_and_images_are_grouped(monkeypatch:
     assert whole.passes is not None and len(made.set) == 9
     assert bool((whole.passes >= 9).all()) and bool((whole.passes <= 45).all()) and len(whole.passes.unique()) > 1
     monkeypatch.setattr(masked_predictions, "PASSES", 7)
-    monkeypatch.setattr("patchcert_cli.defenses.patchcleanser.CELLS", 200)
+    monkeypatch.setattr("patchcert_cli.defenses.patchcleanser.TABLE_ENTRIES", 200)
     parts = made.certify(x, Patch(2, 2))
     assert parts.passes is not None and torch.equal(parts.passes, whole.passes)
-    for name in ("prediction", "certified", "worst", "rival"):
+    for name in ("prediction", "certified", "worst", "runner_up"):
         assert torch.equal(getattr(whole, name), getattr(parts, name))
     assert torch.allclose(whole.margin, parts.margin, atol=1e-6)
     assert torch.equal(made.predict(x), whole.prediction)
@@ -350,20 +354,21 @@ def test_a_folder_rebuilds_the_defense_with_its_masks(tmp_path: Path) -> None:
         config = {**CONFIG, **more}
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            made = PatchCleanser.from_config(config).eval()
+            made = PatchCleanser.from_config(section("patchcleanser", config)).eval()
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        checkpoint.save_defense(folder, made, config)
+        checkpoint.save_defense(folder, made, file_of("patchcleanser", config))
         again, _ = checkpoint.load_defense(folder)
         assert isinstance(again, PatchCleanser)
         assert again.plan == made.plan == MaskSpec.read(config["masks"])
-        assert again.labels == config.get("labels", "float32")
+        assert again.prediction_dtype == config.get("labels", "float32")
         assert torch.equal(again.fill.flatten(), torch.tensor(config.get("fill", [0.3])))
         x = images((1, 8, 8), 8)
         assert torch.equal(again.certify(x, Patch(2, 2)).margin, made.certify(x, Patch(2, 2)).margin)
+    masks = {"covers": ["patch:2x2"], "stride": 2, "per_axis": 2}
     with pytest.raises(IntegrityError, match="exclude each other"):
-        PatchCleanser.from_config({**CONFIG, "masks": {"covers": ["patch:2x2"], "stride": 2, "per_axis": 2}})
+        PatchCleanser.from_config(section("patchcleanser", {**CONFIG, "masks": masks}))
     entries = PatchCleanser.deploy_config(Patch(2, 2), MaskedOptions(per_axis=4))
-    assert entries == {"masks": {"covers": ["patch:2x2"], "per_axis": 4}, "labels": "float32"}
+    assert entries == {"masks": {"covers": ["patch:2x2"], "per_axis": 4}, "prediction_dtype": "float32"}
 
 
 def step(seed: int = 0, *, progress: float = 0.0, epochs: int = 10, **options: Any) -> TrainingStep:
@@ -429,7 +434,7 @@ def test_greedy_cutout_takes_the_worst_masks() -> None:
 
 
 def test_greedy_cutout_can_practise_with_larger_masks() -> None:
-    made, x = PatchCleanser.from_config(CONFIG), images((1, 8, 8), 12)
+    made, x = PatchCleanser.from_config(section("patchcleanser", CONFIG)), images((1, 8, 8), 12)
     label, generator = torch.arange(12) % 3, torch.Generator().manual_seed(0)
     few = made._greedy(x, label, MaskedOptions(greedy_per_axis=2), generator).flatten(1).sum(dim=1)
     larger = made._harder(2)
@@ -439,7 +444,7 @@ def test_greedy_cutout_can_practise_with_larger_masks() -> None:
 
 
 def test_a_greedy_sweep_leaves_no_trace_in_the_statistics() -> None:
-    made = PatchCleanser.from_config(CONFIG)
+    made = PatchCleanser.from_config(section("patchcleanser", CONFIG))
     x, label = images((1, 8, 8), 12), torch.arange(12) % 3
     with torch.no_grad():
         before = {name: value.clone() for name, value in made.state_dict().items()}
@@ -456,6 +461,6 @@ def test_options_are_kept_and_checked() -> None:
 
 
 def test_attacks_know_how_large_the_layers_are() -> None:
-    made = PatchCleanser.from_config(CONFIG)
+    made = PatchCleanser.from_config(section("patchcleanser", CONFIG))
     assert made.activations == min(12, len(made.set)) * 7 * 7 * 6
     assert defense().activations == 9 * 16 * 16

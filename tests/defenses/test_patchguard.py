@@ -20,6 +20,7 @@ from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.threats import Patch, Sparse, parse_threat
 from patchcert_cli.training import loop
 from patchcert_cli.training.recipe import Recipe
+from tests.examples import file_of, section
 from tests.soundness import relations
 
 from .test_bagcert import PLANS, SHAPE, images, same
@@ -42,7 +43,7 @@ def build(given: dict[str, Any] | None = None, seed: int = 2, lean: float = 0.3)
     """Random weights; the larger ``lean``, the more classes differ in their evidence."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        defense = PatchGuard.from_config(given or config()).eval()
+        defense = PatchGuard.from_config(section("patchguard", given or config())).eval()
         x = images(32, SHAPE, 99)
         scores = defense.scorer(x)
         defense.scorer.head.weight *= 3 / scores.std()
@@ -109,7 +110,7 @@ def test_masks_are_made_for_the_patch_that_it_is_trained_against() -> None:
     assert build(config(share=0.25)).masking.share == Fraction(1, 4)
     for options, covers in (({}, "patch:5x5"), ({"covers": "2x3"}, "patch:2x3"), ({"covers": "1%"}, "patch:1%")):
         made = Recipe("patch:5x5", "cifar10", "patchguard", options=options).config()
-        assert made["masks"] == {"covers": [covers]}
+        assert made["deployed"]["covers"] == [covers]
 
 
 def test_what_masks_do_not_hold_is_not_certified() -> None:
@@ -141,7 +142,7 @@ def test_weaker_attackers_and_other_batches_never_make_it_worse(share: float, se
     made = config(covers="patch:2x2", share=share) | {"input_shape": [1, 6, 6], "classes": ["a", "b", "c"]}
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        defense = PatchGuard.from_config(made | {"network": {"name": "region", "options": options}}).eval()
+        defense = PatchGuard.from_config(section("patchguard", made | {"network": {"name": "region", "options": options}})).eval()
         x = torch.rand(12, 1, 6, 6)
         scores = defense.scorer(x)
         defense.scorer.head.bias += 2 * torch.randn(3) * scores.std(dim=(0, 2, 3)) - scores.mean(dim=(0, 2, 3))
@@ -208,7 +209,7 @@ def test_surrogates_follow_the_deployed_answer(share: float) -> None:
         scores = first.whole(x)
     deployed = defense.answer(defense.count(defense.scores(x)))
     sums = [left(image, (7, 7), Fraction(round(share * 1000), 1000)) for image in defense.count(defense.scores(x))]
-    assert float((scores - torch.tensor(sums) / STEPS).abs().max()) <= first.slack
+    assert float((scores - torch.tensor(sums) / STEPS).abs().max()) <= first.tolerance
     assert float((scores.argmax(dim=1) == deployed).float().mean()) > 0.9
     assert second.whole(x).shape == (40, 4)
     point = x.clone().requires_grad_()
@@ -224,19 +225,20 @@ def test_batches_do_not_matter(share: float) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         same(defense.certify(x, Patch(2, 3)), whole)
     assert torch.equal(defense.predict(x), whole.prediction)
-    assert whole.method == "masking" and not bool(whole.slack.any())
+    assert whole.method == "masking" and not bool(whole.tolerance.any())
 
 
 def test_storage_changes_nothing(tmp_path: Path) -> None:
     given = config(7, "patch:2x2", share=0.1)
     defense, x = build(given), images(16)
+    given = file_of("patchguard", given)
     checkpoint.save_defense(tmp_path, defense, given)
     again, _ = checkpoint.load_defense(tmp_path)
     same(again.certify(x, Patch(2, 2)), defense.certify(x, Patch(2, 2)))
     other = config()
     other["network"] = {"name": "mlp", "options": {"hidden": [3], "mean": [0.5, 0.5], "std": [1, 1]}}
     with pytest.raises(IntegrityError, match="patchguard needs a region scorer, not 'mlp'"):
-        PatchGuard.from_config(other)
+        PatchGuard.from_config(section("patchguard", other))
 
 
 def test_options_are_checked() -> None:
@@ -245,7 +247,7 @@ def test_options_are_checked() -> None:
         ({"share": 1.0}, r"share is 1.0, not in \[0, 1\)"),
     ):
         with pytest.raises(UsageError, match=said):
-            Recipe("patch:3x3", defense="patchguard", options=options).validate()
+            Recipe("patch:3x3", defense="patchguard", options=options)
 
 
 TINY = Recipe(
@@ -262,6 +264,6 @@ TINY = Recipe(
 
 def test_training_raises_certified_accuracy(tmp_path: Path) -> None:
     some = data.load("mnist", "test").limit(750, 0)
-    made = loop.train(TINY.validate(), some, tmp_path / "run")
+    made = loop.train(TINY, some, tmp_path / "run")
     assert made.defense.certify(torch.zeros(1, 1, 28, 28), Patch(1, 1)).method == "masking"
     assert made.validation.clean >= 35 and made.validation.certified >= 5

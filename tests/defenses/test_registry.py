@@ -12,6 +12,7 @@ from patchcert_cli.certificate import Certificate
 from patchcert_cli.defenses import Claim, Defense
 from patchcert_cli.errors import DataError, UnknownName, UnsupportedThreat, UsageError
 from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
+from tests.examples import tiny
 
 THREATS = [Patch(1, 1), Patch(2, 2), Patch(1, 4), Patch(4, 4), parse_threat("patch:7%"), Sparse(1), Sparse(3), Sparse(1, "value")]
 
@@ -43,9 +44,7 @@ def knows(defense: Defense, x: torch.Tensor, threat: Threat) -> bool:
 @pytest.mark.parametrize("name", defenses.names())
 class TestEveryDefense:
     def tiny(self, name: str) -> Defense:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return defenses.by_name(name).tiny()
+        return tiny(name)
 
     def test_tiny_is_a_defense_in_eval_mode(self, name: str) -> None:
         defense = self.tiny(name)
@@ -61,17 +60,17 @@ class TestEveryDefense:
         assert defense(x).shape == (5, 3)
         assert defense.predict(x).dtype == certificate.prediction.dtype == torch.int64
         assert certificate.certified.dtype == torch.bool
-        assert certificate.margin.dtype == certificate.slack.dtype == torch.float64
+        assert certificate.margin.dtype == certificate.tolerance.dtype == torch.float64
         assert certificate.worst.shape == (5, 4)
         assert certificate.threat == Patch(2, 2)
-        assert torch.equal(certificate.certified, certificate.margin > certificate.slack)
+        assert torch.equal(certificate.certified, certificate.margin > certificate.tolerance)
 
     @pytest.mark.parametrize("count", [0, 1])
     def test_empty_and_single_batches(self, name: str, count: int) -> None:
         defense, x = self.tiny(name), torch.rand(count, 1, 4, 4)
         certificate = defense.certify(x, Patch(2, 2))
         assert defense.predict(x).shape == certificate.prediction.shape == (count,)
-        assert certificate.certified.shape == certificate.margin.shape == certificate.slack.shape == (count,)
+        assert certificate.certified.shape == certificate.margin.shape == certificate.tolerance.shape == (count,)
         assert certificate.worst.shape == (count, 4)
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.uint8])
@@ -119,11 +118,11 @@ class TestEveryDefense:
                 continue
             supported += 1
             assert torch.equal(certificate.prediction, defense.predict(x))
-            assert torch.equal(certificate.certified, certificate.margin > certificate.slack)
+            assert torch.equal(certificate.certified, certificate.margin > certificate.tolerance)
             assert certificate.threat == threat and certificate.guarantee is defense.guarantee
             locations = {tuple(location) for location in threat.locations(4, 4).tolist()}
             assert {tuple(worst) for worst in certificate.worst.tolist()} <= locations
-            assert bool((certificate.rival != certificate.prediction).all())
+            assert bool((certificate.runner_up != certificate.prediction).all())
             if isinstance(threat, Patch) and threat.height == threat.width == 4:
                 assert not bool(certificate.certified.all()) or count == 0
         fits = isinstance(threat, Patch) and (not hasattr(defense, "masks") or (threat.height <= 2 and threat.width <= 3))

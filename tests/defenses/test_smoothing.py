@@ -18,7 +18,7 @@ from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers.cells import additive
 from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.defenses import TrainingStep, smoothing
-from patchcert_cli.defenses.smoothing import ABLATIONS, ROUNDING, VIEWS, VOTES, Smoothing, SmoothingOptions
+from patchcert_cli.defenses.smoothing import ABLATIONS, ROUNDING, VIEWS, VOTES, Ablations, Smoothing, SmoothingOptions
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.layers import fixed_point, precision
 from patchcert_cli.layers.fixed_point import ValueRange
@@ -26,6 +26,7 @@ from patchcert_cli.models.resnet import ResNet, convolution
 from patchcert_cli.threats import Patch, Sparse
 from patchcert_cli.training import loop
 from patchcert_cli.training.recipe import Recipe
+from tests.examples import file_of, section
 
 SHAPE = (2, 6, 10)
 CASES = [(ablation, view, stride) for ablation, view in product(ABLATIONS, VIEWS) for stride in (1, 3)]  # 3 does not divide 10
@@ -59,7 +60,7 @@ def roughen(network: ResNet, sample: Tensor) -> None:
 def build(given: dict[str, Any] | None = None, seed: int = 0) -> Smoothing:
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        defense = Smoothing.from_config(given or config()).eval()
+        defense = Smoothing.from_config(section("smoothing", given or config())).eval()
         x = images(24, defense.input_shape, 99)
         cell = torch.arange(24) % defense.cells
         roughen(defense.network, defense.views(x, torch.arange(24), cell))
@@ -185,7 +186,7 @@ def test_counts_along_an_axis_are_those_of_sets_of_pixels(length: int, band: int
 
 
 def same(one: Certificate, other: Certificate) -> None:
-    for name in ("prediction", "margin", "certified", "worst", "rival"):
+    for name in ("prediction", "margin", "certified", "worst", "runner_up"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
@@ -352,13 +353,13 @@ TINY = Recipe(
 
 def test_training_learns_and_all_of_it_is_stored(tmp_path: Path) -> None:
     some = data.load("mnist", "test").limit(800, 0)
-    made = loop.train(TINY.validate(), some, tmp_path / "run")
+    made = loop.train(TINY, some, tmp_path / "run")
     _, held = some.hold_out(TINY.validation, TINY.seed)
     assert made.validation.clean >= 30
     again, read = checkpoint.load_defense(made.folder)
     assert isinstance(again, Smoothing)
-    assert again.how == SmoothingOptions(band=20, stride=9, flip=False, shift=1)
-    assert read["options"] == TINY.config()["options"]
+    assert again.how == Ablations(band=20, stride=9)
+    assert read == TINY.config()
     assert loop.monitor(again, held, TINY) == made.validation
 
 
@@ -370,7 +371,8 @@ def test_storage_changes_nothing(tmp_path: Path, stored: str) -> None:
         for weight in defense.parameters():  # as training does at its end
             weight.copy_(weight.to(getattr(torch, stored)) if weight.ndim > 1 else weight)
     defense.calibrate(images(8, seed=98))
-    checkpoint.save_defense(tmp_path, defense, given)
+    given = file_of("smoothing", given)
+    checkpoint.save_defense(tmp_path, defense, given, stored=stored)
     again, read = checkpoint.load_defense(tmp_path)
     assert read == given and isinstance(again, Smoothing) and again.how == defense.how
     assert torch.equal(again.scores(x), defense.scores(x))
@@ -380,8 +382,10 @@ def test_storage_changes_nothing(tmp_path: Path, stored: str) -> None:
 def test_without_options_it_is_the_default() -> None:
     given = config((1, 5, 6))
     del given["options"]
-    assert Smoothing.from_config(given).how == SmoothingOptions() == SmoothingOptions("column", 4, 1, "top-one", 0.2, "crop")
-    assert set(Recipe("patch:5x5", "cifar10", "smoothing").config()["options"]) == set(SmoothingOptions.__dataclass_fields__)
+    how = Smoothing.from_config(section("smoothing", given)).how
+    assert how == Ablations() == Ablations("column", 4, 1, "top-one", 0.2, "crop")
+    options = Recipe("patch:5x5", "cifar10", "smoothing").config()["recipe"]["options"]
+    assert set(options) == set(SmoothingOptions.__dataclass_fields__)
 
 
 def test_the_deployed_network_follows_the_weights() -> None:
@@ -404,11 +408,11 @@ def test_what_it_cannot_do_is_said_in_one_line() -> None:
         with pytest.raises(UsageError) as caught:
             build(config(**options))
         assert str(caught.value) == message
-    with pytest.raises(IntegrityError, match="smoothing cannot be built: options.band is 0, not 1 or more"):
+    with pytest.raises(IntegrityError, match="smoothing cannot be built: band is 0, not 1 or more"):
         build(config(band=0))
     wrong = {"ablation": "diagonal", "vote": "all", "view": "half", "threshold": 1.0, "stride": 0, "bend": 4}
     with pytest.raises(UsageError) as caught:
-        Recipe("patch:5x5", "cifar10", "smoothing", options=wrong).validate()
+        Recipe("patch:5x5", "cifar10", "smoothing", options=wrong)
     said = str(caught.value)
     assert "\n" not in said and "known: ablation, band, stride, vote, threshold, view, flip, shift." in said
     for part in ("bend is not", "'diagonal', not one of column, row, block", "'all', not one of top-one, threshold"):
@@ -418,7 +422,7 @@ def test_what_it_cannot_do_is_said_in_one_line() -> None:
     other = config()
     other["network"] = {"name": "mlp", "options": {"hidden": [3], "mean": [0.5, 0.5], "std": [1, 1]}}
     with pytest.raises(IntegrityError, match="needs a residual network, not 'mlp'"):
-        Smoothing.from_config(other)
+        Smoothing.from_config(section("smoothing", other))
     with pytest.raises(UnsupportedThreat, match="votes have no certificate"):
         build().certify(images(1), Sparse(1, "value"))
 

@@ -28,7 +28,7 @@ def make_task(count: int = 40, **changes: Any) -> EvaluationTask:
     recipe = Recipe("patch:5x5", network_options={"hidden": [12]})
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        defense = defenses.build(recipe.config())
+        defense = defenses.build(recipe.config()["deployed"])
     whole = data.load("mnist", "test")
     model = EvaluatedModel(defense, "random", "ibp", "0" * 64, "folder")
     task = EvaluationTask(model, whole.limit(count, 0), (Claim(Patch(2, 2)),), len(whole), batch_size=16, command="test")
@@ -126,7 +126,7 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(tmp_path: Path, monk
 
         return certify
 
-    monkeypatch.setattr(task.model.defense, "certify_each", short_of_memory(5))
+    monkeypatch.setattr(task.model.defense, "certify_claims", short_of_memory(5))
     assert evaluate.certify(task, tmp_path / "small", clock=no_time)["claims"] == reference["claims"]
     assert sizes[:4] == [1, 8, 4, 4] and max(sizes[2:]) == 4
     assert verdicts(read(tmp_path / "small")) == verdicts(read(tmp_path / "reference"))

@@ -196,7 +196,7 @@ def test_no_image_takes_more_queries_than_foretold(
     attacker: Any = attacks.for_threat(threat, **{"steps": 2, "carried": 4, "rounds": 1, **options})
     x = world.task.images.pixels.float() / 255
     certificate = world.defense.certify(x, threat)
-    start = attacks.Start(certificate.worst, certificate.rival) if hinted else None
+    start = attacks.Start(certificate.worst, certificate.runner_up) if hinted else None
     effort = attacker.most(world.defense, threat, hinted=hinted)
     found = attacker(world.defense, x, threat, start=start)
     assert int(found.queries.max()) <= effort.queries + effort.answers

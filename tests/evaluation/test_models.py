@@ -24,6 +24,7 @@ from patchcert_cli.evaluation.task import EvaluationTask
 from patchcert_cli.threats import Patch, Sparse, parse_threat
 from patchcert_cli.training import estimate as training_estimate
 from patchcert_cli.training.recipe import Recipe
+from tests.examples import tiny
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_the_masks_cover_every_threat_that_was_asked_for(threats: list[Any], ask
 def test_masks_have_the_mean_colour_or_grey(mean: tuple[float, ...] | None, channels: int, wanted: list[float]) -> None:
     network, masks = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16 * channels, 2)), MaskSpec(("patch:2x2",))
     defense: Any = models.put_around(network, "patchcleanser", (channels, 4, 4), ("a", "b"), masks, mean, "bfloat16")
-    assert defense.fill.flatten().tolist() == pytest.approx(wanted) and defense.labels == "bfloat16"
+    assert defense.fill.flatten().tolist() == pytest.approx(wanted) and defense.prediction_dtype == "bfloat16"
     assert not defense.training and defense.predict(torch.rand(2, channels, 4, 4)).shape == (2,)
 
 
@@ -65,13 +66,13 @@ def test_a_batch_is_small_where_images_take_many_passes(per_axis: int, side: int
     masks = MaskSpec(("patch:2x2",), per_axis=per_axis)
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(side * side, 2))
     assert task.batch_size(models.put_around(network, "patchcleanser", (1, side, side), ("a", "b"), masks, None)) == size
-    assert task.batch_size(defenses.by_name("ibp").tiny()) == task.BATCH_SIZE
+    assert task.batch_size(tiny("ibp")) == task.BATCH_SIZE
 
 
 def test_what_can_be_put_around_a_classifier() -> None:
-    assert "patchcleanser" in models.around() and not {"ibp", "bagcert", "smoothing"} & set(models.around())
+    assert "patchcleanser" in defenses.around() and not {"ibp", "bagcert", "smoothing"} & set(defenses.around())
     with pytest.raises(UsageError, match=r"ibp cannot be put around a classifier. Allowed: .*patchcleanser"):
-        models.check_around("ibp")
+        defenses.wrapping("ibp")
 
 
 def opened(folder: Path) -> models.WrappedClassifier:
@@ -168,10 +169,10 @@ def test_a_dry_run_of_a_slow_network_measures_passes_alone(tmp_path: Path, monke
 def test_what_training_takes_is_measured_where_there_are_images(tmp_path: Path) -> None:
     pictures(tmp_path / "own", 10)
     recipe = Recipe("patch:5x5", f"imagefolder:{tmp_path}/own@28", "ibp", network_options={"hidden": [8]}, batch_size=7)
-    recipe = Recipe.from_dict(recipe.validate().to_dict() | {"validation": 2, "epochs": 3})
+    recipe = Recipe.from_dict(recipe.to_dict() | {"validation": 2, "epochs": 3})
     value = training_estimate.training(recipe)
     weights = (3 * 28 * 28 + 1) * 8 * 4 + 9 * 3 * 4
     assert value["steps"] == 3 * (28 // 7) and value["estimated_seconds"] >= 0
     assert 3 * weights < value["disk_bytes"] < 5 * weights  # the model, and with Adam's moments the state
-    missing = training_estimate.training(Recipe("patch:5x5").validate(), data_dir=tmp_path)
+    missing = training_estimate.training(Recipe("patch:5x5"), data_dir=tmp_path)
     assert list(missing) == ["not_measured"] and "no mnist train data" in missing["not_measured"]

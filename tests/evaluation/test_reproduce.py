@@ -32,7 +32,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = Recipe("patch:1x1", network_options={"hidden": [16]}, epochs=1, options={"ramp_epochs": 1, "bounded_epochs": 0})
     config = recipe.config()
     torch.manual_seed(0)
-    defense = defenses.build(config)
+    defense = defenses.build(config["deployed"])
     images = data.load("mnist", "test")
     optimizer = torch.optim.Adam(defense.parameters(), 3e-3)
     for start in range(0, 6000, 100):  # a few steps on bundled images: what is tested here is bookkeeping, not accuracy
@@ -43,7 +43,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = place / "zoo" / NAME
     checkpoint.save_defense(folder, defense.eval(), config)
     card = cards.card_for_run(
-        recipe.validate().to_dict(),
+        recipe.to_dict(),
         folder,
         network="MLP 784-16-10",
         kept=55000,

@@ -18,8 +18,9 @@ from patchcert_cli.defenses.bagcert import BagCert, BagCertOptions
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.layers import fixed_point, precision
 from patchcert_cli.threats import Patch, Sparse
-from patchcert_cli.training.recipe import Recipe, read, written
+from patchcert_cli.training.recipe import Recipe, typed, written
 from tests.attacks import test_surrogates
+from tests.examples import section
 from tests.soundness import arena
 
 PLANS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
@@ -37,7 +38,7 @@ def build(name: str, stride: int = 1, aggregate: str = "sum") -> BagCert:
     config = {"input_shape": shape, "classes": list("abcd"), "network": {"name": "region", "options": options}}
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(3)
-        defense = BagCert.from_config({**config, "options": {"aggregate": aggregate}}).eval()
+        defense = BagCert.from_config(section("bagcert", {**config, "options": {"aggregate": aggregate}})).eval()
         if defense.position is not None:
             defense.position.normal_()
         if stride > 1:
@@ -205,14 +206,14 @@ def test_a_single_number_is_a_list_of_one(name: str) -> None:
 
 
 def test_recipes_spell_single_numbers_so_that_they_are_read_back() -> None:
-    typed = replace(Recipe("patch:5x5"), network_options={"hidden": read("300")}).validate()
-    assert typed.network_options == {"hidden": [300]}
-    assert typed == replace(Recipe("patch:5x5"), network_options={"hidden": [300]}).validate()
-    assert typed.command.endswith("--network-option hidden=300")
+    one = replace(Recipe("patch:5x5"), network_options={"hidden": typed("300")})
+    assert one.network_options == {"hidden": [300]}
+    assert one == replace(Recipe("patch:5x5"), network_options={"hidden": [300]})
+    assert one.command.endswith("--network-option hidden=300")
     for value in (300, [300], [512, 256]):
-        again = replace(Recipe("patch:5x5"), network_options={"hidden": read(written(value))}).validate()
-        assert again == replace(Recipe("patch:5x5"), network_options={"hidden": value}).validate()
-        assert defenses.build(again.config()).input_shape == (1, 28, 28)
+        again = replace(Recipe("patch:5x5"), network_options={"hidden": typed(written(value))})
+        assert again == replace(Recipe("patch:5x5"), network_options={"hidden": value})
+        assert defenses.build(again.config()["deployed"]).input_shape == (1, 28, 28)
 
 
 def test_every_combination_of_stride_and_dilations_adds_up() -> None:

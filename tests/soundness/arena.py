@@ -13,12 +13,12 @@ from itertools import combinations, product
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli import defenses
 from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import UnsupportedThreat
 from patchcert_cli.threats import Patch, Sparse
+from tests.examples import section, tiny
 
 Attack = Patch | Sparse
 ALARM = -1
@@ -192,9 +192,7 @@ def registered_arenas(name: str) -> list[Arena]:
     """The defense ``name`` with several random weights."""
     arenas = []
     for seed in range(10):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            defense = defenses.by_name(name).tiny().eval()
+        defense = tiny(name, seed)
         arenas.append(Arena(f"{name} {seed}", defense, draw_images(defense.input_shape, 16, seed)))
     return arenas
 
@@ -214,7 +212,7 @@ def random_region(name: str, seed: int, *, classes: int = 3, lean: float = 2.0) 
     made = {"input_shape": shape, "classes": list("abcd")[:classes], "network": {"name": "region", "options": options}}
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        defense = BagCert.from_config(made).eval()
+        defense = BagCert.from_config(section("bagcert", made)).eval()
         x = draw_images(shape, 64, seed + 1000)
         scores = defense.scorer(x)
         spread, middle = scores.std(dim=(0, 2, 3)), scores.mean(dim=(0, 2, 3))
@@ -227,7 +225,7 @@ def pixel_votes(bias: float = 0.5) -> BagCert:
     """Cells of one pixel each: a bright one votes for b, a dark one for a, and all can be set independently."""
     options = {"widths": [2], "kernels": [1], "dilations": [1], "mixes": [0], "mean": [0.0], "std": [1.0]}
     made = {"input_shape": (1, 4, 4), "classes": ["a", "b"], "network": {"name": "region", "options": options}}
-    defense = BagCert.from_config(made).eval()
+    defense = BagCert.from_config(section("bagcert", made)).eval()
     stage, head = defense.scorer.stages[0], defense.scorer.head
     with torch.no_grad():
         stage.convolution.weight.copy_(torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1))

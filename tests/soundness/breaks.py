@@ -196,7 +196,7 @@ COMMON_BREAKS: dict[str, Break] = {
     "wrong side": wrong_side,
     "runner-up only": _margins(_runner_up_only),
     "a margin of zero is enough": _judged(lambda c: c.margin >= 0),
-    "slack with the wrong sign": _judged(lambda c: c.margin > -c.slack),
+    "tolerance with the wrong sign": _judged(lambda c: c.margin > -c.tolerance),
     "margin a little below zero": _judged(lambda c: c.margin > -0.1),
 }
 

@@ -19,7 +19,7 @@ from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
 def _implied(strong: Certificate, weak: Certificate) -> list[str]:
     """Breaches of "certified against the stronger attacker implies certified against the weaker"."""
     lost = strong.certified & ~weak.certified
-    lower = weak.margin < strong.margin - strong.slack - weak.slack
+    lower = weak.margin < strong.margin - strong.tolerance - weak.tolerance
     if "linear" in (strong.method, weak.method):  # its margins are asked for only as far as a verdict needs them
         lower = torch.zeros_like(lower)
     return [
@@ -84,7 +84,7 @@ def percent_is_a_square(defense: Defense, x: Tensor, percent: int) -> list[str]:
 
 
 def _same(whole: Certificate, other: Certificate, what: str) -> list[str]:
-    apart = (whole.margin - other.margin).abs() > whole.slack + other.slack
+    apart = (whole.margin - other.margin).abs() > whole.tolerance + other.tolerance
     wrong = apart | (whole.certified != other.certified) | (whole.prediction != other.prediction)
     return [f"image {i}: {whole.threat} {what}" for i in wrong.nonzero()[:, 0].tolist()]
 
@@ -99,6 +99,6 @@ def batches_do_not_matter(defense: Defense, x: Tensor, threat: Threat, order: Te
 
 
 def _at(certificate: Certificate, index: int) -> Certificate:
-    names = ("prediction", "certified", "margin", "slack", "worst", "rival")
+    names = ("prediction", "certified", "margin", "tolerance", "worst", "runner_up")
     one = {name: getattr(certificate, name)[index : index + 1] for name in names}
     return Certificate(**one, threat=certificate.threat, method=certificate.method)

@@ -149,17 +149,17 @@ def asked(
 ) -> dict[str, tuple[int, bool]]:
     """Answer and verdict for one float32 picture [C, H, W] in every way, in words; ``predict`` is asked too."""
     found: dict[str, tuple[int, bool]] = {}
-    before = defense.labels
+    before = defense.prediction_dtype
     try:
-        for defense.labels in precisions:
+        for defense.prediction_dtype in precisions:
             for way, batch, place, count in ways(x, sizes):
                 with threads(count):
                     certificate = defense.certify(batch, threat)
                     verdict = bool(certificate.certified[place])
-                    found[f"{defense.labels}, {way}"] = (int(certificate.prediction[place]), verdict)
-                    found[f"{defense.labels}, {way}, predict"] = (int(defense.predict(batch)[place]), verdict)
+                    found[f"{defense.prediction_dtype}, {way}"] = (int(certificate.prediction[place]), verdict)
+                    found[f"{defense.prediction_dtype}, {way}, predict"] = (int(defense.predict(batch)[place]), verdict)
     finally:
-        defense.labels = before
+        defense.prediction_dtype = before
     return found
 
 
@@ -173,18 +173,18 @@ def quick_look(
 ) -> dict[str, tuple[int, bool]]:
     """Label of one pair of masks, and whether it is sure, in every way: what :func:`asked` rests on, for few passes."""
     found: dict[str, tuple[int, bool]] = {}
-    before = defense.labels
+    before = defense.prediction_dtype
     try:
-        for defense.labels in precisions:
+        for defense.prediction_dtype in precisions:
             for way, batch, place, count in ways(x, sizes):
                 views: Any = defense.views()
                 tolerance = getattr(views, "tolerance", 2.0**-40)
                 n = len(batch)
                 with threads(count):
                     told = views.ask(batch, torch.arange(n), torch.full((n,), first), torch.full((n,), second))
-                found[f"{defense.labels}, {way}"] = (int(told.label[place]), bool(told.logit_margin[place] > tolerance))
+                found[f"{defense.prediction_dtype}, {way}"] = (int(told.label[place]), bool(told.logit_margin[place] > tolerance))
     finally:
-        defense.labels = before
+        defense.prediction_dtype = before
     return found
 
 

@@ -124,7 +124,7 @@ def test_the_device_does_not_matter(kind: str, threat: Threat) -> None:
         there = defense.to("cuda").certify(x.to("cuda"), threat)
         assert torch.equal(here.prediction, there.prediction.cpu())
         assert torch.equal(here.certified, there.certified.cpu())
-        assert bool(((here.margin - there.margin.cpu()).abs() <= here.slack + there.slack.cpu()).all())
+        assert bool(((here.margin - there.margin.cpu()).abs() <= here.tolerance + there.tolerance.cpu()).all())
 
 
 Relation = Callable[[Defense, torch.Tensor], list[str]]

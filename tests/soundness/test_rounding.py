@@ -60,7 +60,7 @@ def foreign(name: str) -> PatchCleanser:
         classes=made.classes,
         masks=made.plan,
         fill=made.fill.flatten().tolist(),
-        labels=made.labels,
+        prediction_dtype=made.prediction_dtype,
     )
     return around.eval()
 

@@ -154,7 +154,7 @@ def test_the_device_does_not_matter() -> None:
         arena.defense.to("cpu")
         assert torch.equal(here.prediction, there.prediction.cpu())
         assert torch.equal(here.certified, there.certified.cpu())
-        assert bool(((here.margin - there.margin.cpu()).abs() <= here.slack + there.slack.cpu()).all())
+        assert bool(((here.margin - there.margin.cpu()).abs() <= here.tolerance + there.tolerance.cpu()).all())
 
 
 @pytest.mark.parametrize("broken", WINDOW_BREAKS)

@@ -129,7 +129,7 @@ def test_the_cache_is_where_the_client_has_it(variables: dict[str, str]) -> None
 def test_weights_in_several_files(tmp_path: Path) -> None:
     make_run(tmp_path / "whole")
     torch.manual_seed(3)
-    defense = defenses.build(CONFIG)
+    defense = defenses.build(CONFIG["deployed"])
     folder = tmp_path / "parts"
     checkpoint.save_defense(folder, defense, CONFIG, shard_bytes=200)
     names = cards.weights_of(folder)

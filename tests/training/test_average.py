@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from patchcert_cli import defenses
 from patchcert_cli.defenses import Defense
 from patchcert_cli.training.average import Average
+from tests.examples import tiny
 
 
 def build() -> Defense:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = defenses.by_name("patchcleanser").tiny()
+    made: Any = tiny("patchcleanser")
     made.network = nn.Sequential(made.network, nn.BatchNorm1d(3))
     return made
 

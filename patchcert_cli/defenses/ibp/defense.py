@@ -14,25 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli import models
-from patchcert_cli.certificate import Arithmetic, Certificate
+from patchcert_cli.certificate import Arithmetic, Claim, Proof
 from patchcert_cli.certifiers.bounds import pairwise, rounding
 from patchcert_cli.certifiers.bounds.first_layer import Split
 from patchcert_cli.certifiers.bounds.folding import fold
 from patchcert_cli.certifiers.bounds.linear import refine
 from patchcert_cli.certifiers.bounds.rules import plain_sums
 from patchcert_cli.certifiers.bounds.windows import partition
-from patchcert_cli.defenses._base import Claim, Defense, Options, TrainingStep
+from patchcert_cli.defenses._base import NoEntries, build_network, own_entries, size_and_classes
+from patchcert_cli.defenses._training import Options, Trainable, TrainingStep
 from patchcert_cli.defenses.ibp import losses, regularizers
 from patchcert_cli.defenses.ibp.guide import Guide
 from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.errors import IntegrityError, MachineError, UnsupportedThreat
 from patchcert_cli.layers.precision import first_largest
 from patchcert_cli.layers.supported_layers import rebuilt
-from patchcert_cli.threats import Patch, PatchPercent, Threat
+from patchcert_cli.threats import Patch, PatchPercent, Sparse, Threat
 
 
-class IntervalDefense(Defense):
+class IntervalDefense(Trainable):
     """A plain classifier certified by interval and linear bounds, against patches and sparse changes."""
 
     source = "Chiang et al., Certified Defenses for Adversarial Patches, ICLR 2020"
@@ -51,16 +51,16 @@ class IntervalDefense(Defense):
         self.network = network
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> IntervalDefense:
-        shape, classes = tuple(config["input_shape"]), tuple(config["classes"])
-        options = {**config["network"]["options"], "input_shape": shape, "classes": len(classes)}
-        return cls(models.build(config["network"]["name"], options), input_shape=shape, classes=classes)
+    def default_recipe(cls, threat: Threat, dataset: str) -> dict[str, Any]:
+        if isinstance(threat, Sparse):
+            schedule = {"ramp_epochs": 8, "bounded_epochs": 12}
+            return {"network_options": {"hidden": [512]}, "epochs": 32, "options": schedule}
+        return {"network_options": {"hidden": [255]}}
 
     @classmethod
-    def tiny(cls) -> IntervalDefense:
-        shape = (1, 4, 4)
-        options = {"input_shape": shape, "classes": 3, "hidden": (6,), "mean": (0.4,), "std": (0.5,)}
-        return cls(models.build("mlp", options), input_shape=shape, classes=("a", "b", "c")).eval()
+    def from_config(cls, deployed: Mapping[str, Any]) -> IntervalDefense:
+        own_entries(NoEntries, deployed)
+        return cls(build_network(deployed), **size_and_classes(deployed))
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.network(x)
@@ -85,25 +85,32 @@ class IntervalDefense(Defense):
             )
         return first_largest(logits)
 
-    @torch.no_grad()
-    def certify_claims(self, x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
-        self.check_input(x)
-        for claim in claims:
-            self.check_method(claim.method)
-        exact, found = rebuilt(self.network, torch.float64), []
+    def _certify(self, x: Tensor, claims: Sequence[Claim]) -> list[Proof]:
+        exact = rebuilt(self.network, torch.float64)
         with plain_sums():
             prediction = self._predict(exact, x)
             network = exact if x.dtype == torch.float64 else rebuilt(self.network)
-            proofs = {
+            bounds = {
                 threat: rounding.prove(network, exact, x, prediction, threat)
                 for threat in dict.fromkeys(claim.threat for claim in claims)
             }
+            proofs = []
             for claim in claims:
-                proof, linear = proofs[claim.threat], (claim.method or self.methods[0]) != "interval"
+                found, linear = bounds[claim.threat], claim.method != "interval"
                 if linear:
-                    proof = refine.improve(exact, x, prediction, claim.threat, proof)
-                found.append(self._certificate(prediction, proof, claim.threat, "linear" if linear else "interval"))
-        return found
+                    found = refine.improve(exact, x, prediction, claim.threat, found)
+                proofs.append(
+                    Proof(
+                        answer=prediction,
+                        margin=found.margin,
+                        location=found.worst,
+                        runner_up=found.rival,
+                        tolerance=found.tolerance,
+                        method="linear" if linear else "interval",
+                        arithmetic=Arithmetic.BOUNDED,
+                    )
+                )
+        return proofs
 
     @torch.no_grad()
     def self_test(self) -> None:
@@ -128,20 +135,6 @@ class IntervalDefense(Defense):
                 f"in float32 logits are off by {off:.1e}, and rounding explains {allowed:.1e}.",
                 hint="A setting makes this machine compute in less than float32: undo it, or use another --device.",
             )
-
-    def _certificate(self, prediction: Tensor, proof: rounding.Proof, threat: Threat, method: str) -> Certificate:
-        height, width = self.input_shape[1:]
-        return Certificate(
-            prediction=prediction,
-            certified=proof.margin > proof.tolerance,
-            margin=proof.margin,
-            slack=proof.tolerance,
-            worst=threat.locations(height, width).to(prediction.device)[proof.worst],
-            rival=proof.rival,
-            threat=threat,
-            method=method,
-            arithmetic=Arithmetic.BOUNDED,
-        )
 
     def note(self, threat: Threat) -> str:
         if not isinstance(threat, Patch | PatchPercent):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from patchcert_cli.certifiers.bounds import intervals, pairwise
 from patchcert_cli.certifiers.bounds.folding import fold
-from patchcert_cli.defenses._base import TrainingStep
+from patchcert_cli.defenses._training import TrainingStep
 from patchcert_cli.defenses.ibp.guide import guided, sample
 from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.defenses.ibp.regularizers import imbalance, widening

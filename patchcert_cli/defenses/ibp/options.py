@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
-from patchcert_cli.defenses._base import Augment, Options
+from patchcert_cli.defenses._training import Augment, Options
 from patchcert_cli.schema import Count, Fraction, Must, NonNegative, Positive, Rule
 
 PICKS = ("auto", "worst", "random", "guided", "mined")

@@ -1,0 +1,136 @@
+"""What ``patchcert train`` needs of a defense.
+
+Shapes: B images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from patchcert_cli.defenses._base import Defense
+from patchcert_cli.threats import Threat
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of training images: mirrored left to right with probability 1/2, and moved by up to ``shift`` pixels."""
+
+    flip: bool = False
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a defense is trained, besides what every run has; each defense names its own subclass.
+
+    Limits of single fields are in their annotations, as :mod:`patchcert_cli.schema` reads them.
+    """
+
+    def fitted(self, epochs: int) -> Options:
+        """These options with phases shortened where a run is too short for them."""
+        return self
+
+    def lr_multiplier(self, progress: float, epochs: int) -> float:
+        """Share of the peak learning rate after ``progress`` of ``epochs`` epochs: a short climb, then linearly to zero."""
+        at = progress / epochs
+        return min(at / 0.1, 1.0, (1 - at) / 0.9) + 1e-3
+
+    def augment(self, progress: float, epochs: int) -> Augment:
+        """What is done to training images after ``progress`` epochs."""
+        return Augment()
+
+    @property
+    def ema_decay(self) -> float:
+        """How much a step keeps of the running average of weights that becomes the model; 0 takes the last weights."""
+        return 0.0
+
+
+class AugmentedOptions(Options):
+    """Options of defenses whose images are changed alike in all epochs; a subclass has the fields ``flip`` and ``shift``.
+
+    Attributes:
+        flip: mirror images at random.
+        shift: move images by up to this many pixels.
+    """
+
+    flip: bool
+    shift: int
+
+    def augment(self, progress: float, epochs: int) -> Augment:
+        return Augment(flip=self.flip, shift=self.shift)
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """How far a training run has come, as far as a loss needs to know.
+
+    Attributes:
+        threat: the threat model to train against.
+        options: the defense's own :class:`Options`.
+        progress: epochs done; a fraction inside an epoch counts.
+        epochs: epochs of the whole run.
+        generator: source of all randomness, on the CPU.
+        auxiliary_network: what is trained along, as :meth:`Trainable.init_weights` made it; None if the loss needs nothing.
+    """
+
+    threat: Threat
+    options: Options
+    progress: float
+    epochs: int
+    generator: torch.Generator
+    auxiliary_network: nn.Module | None = None
+
+
+class Trainable(Defense):
+    """A defense that ``patchcert train`` can train, save and load.
+
+    Attributes:
+        options: its own options of training.
+        default_network: the network that it is trained with unless the recipe names another one.
+        validation_size: validation images certified now and then during training; at the end it is all of them.
+    """
+
+    options: ClassVar[type[Options]] = Options
+    default_network: ClassVar[str] = ""
+    validation_size: ClassVar[int] = 1000
+
+    @classmethod
+    def deploy_config(cls, threat: Threat, options: Options) -> Mapping[str, Any]:
+        """What :meth:`from_config` reads of a model trained so, besides the entries that all defenses have."""
+        return {}
+
+    @classmethod
+    def default_recipe(cls, threat: Threat, dataset: str) -> dict[str, Any]:
+        """The entries of a recipe that trains this defense against ``threat`` unless the user says otherwise.
+
+        Entries that are left out have the defaults of :class:`patchcert_cli.training.recipe.Recipe`.
+
+        Args:
+            threat: the threat model to train against.
+            dataset: the data set that the user chose; empty for the defense's default.
+        """
+        low_precision = {"precision": "bfloat16", "stored": "float16"}
+        return {"dataset": "cifar10", **low_precision, "optimizer": "adamw", "weight_decay": 1e-4}
+
+    def init_weights(self, options: Options) -> nn.Module | None:
+        """Start a training run: set fresh weights as ``options`` say, and return what is trained along but not deployed."""
+        return None
+
+    def fit_before(self, x: Tensor) -> None:
+        """Fit what training starts from to some training images [B, C, H, W], before the first epoch."""
+
+    @abstractmethod
+    def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:
+        """The scalar to minimize on a batch, [B, C, H, W] in [0, 1] and int64 [B]."""
+
+    def fuse(self) -> None:
+        """Merge into the weights what only training keeps apart from them, once, after the last step."""
+
+    def calibrate(self, x: Tensor) -> None:
+        """Fit what training leaves open to some training images [B, C, H, W], before validation and before saving."""
