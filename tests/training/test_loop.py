@@ -14,7 +14,7 @@ import torch
 
 from patchcert_cli import cards, checkpoint, data, defenses, schema
 from patchcert_cli.certificate import Tally
-from patchcert_cli.defenses import Defense, MaskedOptions
+from patchcert_cli.defenses import Defense, MaskedOptions, Trainable
 from patchcert_cli.defenses.ibp.defense import IntervalOptions
 from patchcert_cli.errors import DataError, IntegrityError, Interrupted, UsageError
 from patchcert_cli.progress import Silent
