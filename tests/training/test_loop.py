@@ -14,7 +14,7 @@ import torch
 
 from patchcert_cli import cards, checkpoint, data, defenses, schema
 from patchcert_cli.certificate import Tally
-from patchcert_cli.defenses import Defense, MaskedOptions
+from patchcert_cli.defenses import Defense, MaskedOptions, Trainable
 from patchcert_cli.defenses.ibp.defense import IntervalOptions
 from patchcert_cli.errors import DataError, IntegrityError, Interrupted, UsageError
 from patchcert_cli.progress import Silent
@@ -90,7 +90,7 @@ def test_a_run_stopped_in_its_last_validation_only_validates_again(tmp_path: Pat
         return honest(defense, held, recipe, batch)
 
     monkeypatch.setattr(loop, "monitor", stop)
-    monkeypatch.setattr(loop.Defense, "validation_size", 50)
+    monkeypatch.setattr(Trainable, "validation_size", 50)
     with pytest.raises(Interrupted, match="after 3 of 3 epochs"):
         loop.train(TINY, images(), tmp_path / "cut")
     monkeypatch.setattr(loop, "monitor", honest)
