@@ -36,7 +36,7 @@ class EvaluatedModel:
         kind: name of the defense.
         sha256: of the weights.
         source: where the weights came from.
-        setting: what besides the weights decides its answers, where no zoo says so: masks, preprocessing, own code.
+        setting: what besides the weights decides its answers, where no zoo states it: masks, preprocessing, user code.
         in_front: of a plain classifier its preprocessing as text; empty for a model that was trained as a defense.
         notes: lines about it for the user, known once the images are.
     """

@@ -14,7 +14,7 @@ Rows = list[tuple[str, str]]
 EMPIRICAL = " (empirical: a stronger attack may find more)"
 ANYWHERE = "anywhere in the image, any content in [0, 1]"
 PROOFS = {  # descriptions of proofs
-    "best": "interval bounds, and linear ones where these leave something open",
+    "best": "interval bounds, and linear ones for images that these leave undecided",
     "interval": "interval bounds",
     "linear": "linear bounds",
     "exact": "the exact worst case of the votes",
