@@ -84,7 +84,7 @@ def read_fields(kind: Any, values: Mapping[str, Any], at: str = "") -> tuple[dic
     For a dataclass that checks itself when it is made; everything else uses :func:`read`.
     """
     prefix = f"{at}." if at else ""
-    hints, known = _hints(kind), {item.name: item for item in fields(kind)}
+    hints, known = _hints(kind), {item.name: item for item in fields(kind) if item.init}
     problems = [f"{prefix}{name} is not a known entry" for name in values if name not in known]
     valid: dict[str, Any] = {}
     for name, item in known.items():
@@ -105,15 +105,6 @@ def read_fields(kind: Any, values: Mapping[str, Any], at: str = "") -> tuple[dic
     return valid, problems
 
 
-def decode(kind: Any, value: Any, at: str, problems: list[str]) -> Any:
-    """The former door, for callers that have not moved to :func:`read` yet."""
-    try:
-        return read(kind, value, at)
-    except Invalid as invalid:
-        problems += invalid.problems
-        return None
-
-
 def plain(value: Any) -> Any:
     """Inverse of :func:`read`: dataclasses as tables, tuples as lists, and as text what has a text form of its own."""
     if isinstance(value, Enum):
@@ -121,7 +112,7 @@ def plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         if type(value).__str__ is not object.__str__:
             return str(value)
-        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value) if item.init}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
@@ -141,7 +132,7 @@ def entries(kind: Any) -> list[Entry]:
     """The fields of a dataclass, for documents and listings."""
     hints = _hints(kind)
     listed = []
-    for item in fields(kind):
+    for item in (one for one in fields(kind) if one.init):
         default = item.default_factory() if item.default_factory is not MISSING else item.default
         required = default is MISSING
         listed.append(Entry(item.name, allowed(hints[item.name]), None if required else plain(default), required))

@@ -16,12 +16,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from patchcert_cli.attacks._base import Attack, Effort, require
+from patchcert_cli.attacks._random_search import FIRST_STREAM, RandomSearch, share
 from patchcert_cli.attacks._target import Target
-from patchcert_cli.defenses import Defense
 from patchcert_cli.threats import Threat
 
-FIRST_STREAM = 1 << 24  # random numbers of the first round
 LARGEST_SQUARE = 0.8  # side of the first squares, as a share of the patch's
 MOVING_SHARE = 0.25  # of the proposals of a round
 FRESH_SHARE = 0.125  # of the proposals of a round: new patches at random locations
@@ -35,35 +33,10 @@ SIDES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchRS(Attack):
-    """Random search that begins at the hint, if there is one, and at random locations with stripes of corner colors.
+class PatchRS(RandomSearch):
+    """Random search that begins at the hint, if there is one, and at random locations with stripes of corner colors."""
 
-    Attributes:
-        seed: source of all randomness, together with each image's number.
-        budget: candidates of an image, 10,000 in the paper.
-        proposals: candidates of a round; more of them keep a GPU busy, fewer climb in more rounds.
-    """
-
-    budget: int = 3000
-    proposals: int = 16
     kinds: ClassVar[tuple[str, ...]] = ("patch",)
-
-    def __post_init__(self) -> None:
-        require("budget", self.budget, 1)
-        require("proposals", self.proposals, 1, 4096)
-
-    @property
-    def candidates(self) -> int:
-        return min(self.proposals, self.budget)
-
-    @property
-    def rounds(self) -> int:
-        """How many rounds follow the first one."""
-        return max(0, -(-self.budget // self.candidates) - 1)
-
-    def most(self, defense: Defense, threat: Threat, *, hinted: bool) -> Effort:
-        rounds = 1 + self.rounds
-        return Effort(rounds * (self.candidates + 1), 2 + rounds)
 
     def run(self, target: Target, x: Tensor, threat: Threat, index: Tensor) -> Tensor:
         """Work through the images in groups whose proposals make one chunk."""
@@ -90,7 +63,7 @@ class PatchRS(Attack):
             live = live[~target.done[owner[live]]]
             if not len(live) or number == self.rounds:
                 return
-            part = number / max(1, self.rounds)
+            part = self.part(number)
             corner, content = self._propose(index[owner[live]], number, part, held_corner[live], held[live], locations)
 
     def _begin(self, target: Target, x: Tensor, owner: Tensor, index: Tensor, locations: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +91,7 @@ class PatchRS(Attack):
         n, channels, height, width = content.shape
         count = self.candidates
         drawn = self.draw(index, FIRST_STREAM + number, count * (4 + channels)).reshape(n, count, 4 + channels)
-        side = [max(1, round(LARGEST_SQUARE * length * _share(part))) for length in (height, width)]
+        side = [max(1, round(LARGEST_SQUARE * length * share(part, SIDES))) for length in (height, width)]
         inside = []
         for axis, length in enumerate((height, width)):
             begin = (drawn[..., axis] * (length - side[axis] + 1)).floor()[..., None]
@@ -153,7 +126,3 @@ class PatchRS(Attack):
         margin = target.gap(target.logits(rows, owners, evaluator), owners).reshape(n, count)
         target.offer(rows.reshape(n, count, *x.shape[1:]), margin, owner, boxes)
         return margin
-
-
-def _share(part: float) -> float:
-    return next(share for until, share in SIDES if part < until)

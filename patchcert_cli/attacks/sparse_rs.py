@@ -16,45 +16,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from patchcert_cli.attacks._base import Attack, Effort, require
+from patchcert_cli.attacks._random_search import FIRST_STREAM, RandomSearch, share
 from patchcert_cli.attacks._target import Target
-from patchcert_cli.defenses import Defense
 from patchcert_cli.threats import Sparse, Threat
 
-FIRST_STREAM = 1 << 24  # random numbers of the first round
 SHARES = ((0.05, 1.0), (0.2, 0.5), (0.4, 0.25), (0.7, 0.12), (1.1, 0.0))  # until which part of the run, share of pixels exchanged
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseRS(Attack):
-    """Random search over which entries are changed, and to which corner of [0, 1].
+class SparseRS(RandomSearch):
+    """Random search over which entries are changed, and to which corner of [0, 1]."""
 
-    Attributes:
-        seed: source of all randomness, together with each image's number.
-        budget: candidates of an image, 10,000 in the paper.
-        proposals: candidates of a round; more of them keep a GPU busy, fewer climb in more rounds.
-    """
-
-    budget: int = 3000
-    proposals: int = 16
     kinds: ClassVar[tuple[str, ...]] = ("sparse",)
-
-    def __post_init__(self) -> None:
-        require("budget", self.budget, 1)
-        require("proposals", self.proposals, 1, 4096)
-
-    @property
-    def candidates(self) -> int:
-        return min(self.proposals, self.budget)
-
-    @property
-    def rounds(self) -> int:
-        """How many rounds follow the first one."""
-        return max(0, -(-self.budget // self.candidates) - 1)
-
-    def most(self, defense: Defense, threat: Threat, *, hinted: bool) -> Effort:
-        rounds = 1 + self.rounds
-        return Effort(rounds * self.candidates, 2 + rounds)
 
     def run(self, target: Target, x: Tensor, threat: Threat, index: Tensor) -> Tensor:
         """Work through the images in groups whose proposals make one chunk."""
@@ -72,8 +45,8 @@ class SparseRS(Attack):
         best, held = torch.full((len(owner),), -torch.inf, device=x.device), x[owner].clone()
         live = torch.arange(len(owner), device=x.device)
         for number in range(1 + self.rounds):
-            part = number / max(1, self.rounds)
-            exchanged = k if number == 0 else max(1, round(k * _share(part)))
+            part = self.part(number)
+            exchanged = k if number == 0 else max(1, round(k * share(part, SHARES)))
             drawn = self.draw(index[owner[live]], FIRST_STREAM + number, count * (entries + x[0].numel()))
             lot, bits = torch.split(drawn.reshape(len(live), count, -1), [entries, x[0].numel()], dim=2)
             before = chosen[live, None].expand(-1, count, -1)
@@ -93,10 +66,6 @@ class SparseRS(Attack):
             live = live[~target.done[owner[live]]]
             if not len(live):
                 return
-
-
-def _share(part: float) -> float:
-    return next(share for until, share in SHARES if part < until)
 
 
 def _as_values(entries: Tensor, x: Tensor, threat: Sparse) -> Tensor:

@@ -233,6 +233,15 @@ class ClassifierOptions:
             rich_help_panel=CLASSIFIER,
         ),
     ] = None
+    mask_shape: Annotated[
+        str | None,
+        typer.Option(
+            "--mask-shape",
+            metavar="square|column|row",
+            help="column: strips over the whole height, which cover patches of any height; row: over the width.",
+            rich_help_panel=CLASSIFIER,
+        ),
+    ] = None
     weights: Annotated[
         str | None,
         typer.Option(
@@ -289,10 +298,13 @@ class ClassifierOptions:
         if self.weights == "none" and not dry_run:
             raise UsageError("--weights none means random weights, whose answers mean nothing.", hint="Add --dry-run.")
 
+        from patchcert_cli.certifiers.masks.mask_sets import SHAPES
         from patchcert_cli.evaluation.models import DefenseRequest
 
+        if self.mask_shape not in (None, *SHAPES):
+            raise UsageError(f"invalid --mask-shape '{self.mask_shape}'.", hint=f"Use {', '.join(SHAPES[:-1])} or {SHAPES[-1]}.")
         made = (self.defense, self.masks, self.passes, self.weights, self.classes, self.precision)
-        return DefenseRequest(*made, download, self.threshold, compare)
+        return DefenseRequest(*made, download, self.threshold, compare, self.mask_shape)
 
 
 @dataclass(frozen=True)

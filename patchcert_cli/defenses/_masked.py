@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from patchcert_cli.certifiers.masks import fingerprint, masked_predictions
 from patchcert_cli.certifiers.masks.exact_predictions import ExactMaskedPredictor, Predictor
 from patchcert_cli.certifiers.masks.logit_scale import CalibrationCache
-from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage, MaskSpec
+from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage, MaskSpec, Shape
 from patchcert_cli.certifiers.masks.masked_predictions import PRECISIONS, MaskedPredictor
 from patchcert_cli.defenses._attackable import Surrogate
 from patchcert_cli.defenses._base import MarginMaps, WrapsClassifier, build_network, own_entries, size_and_classes
@@ -46,6 +46,7 @@ class MaskedOptions(AugmentedOptions):
 
     Attributes:
         per_axis: masks of the deployed model along each axis, at most.
+        mask_shape: ``square``, ``column`` or ``row``, the shape of the deployed masks.
         sides: random masks are squares of one of these sides; empty for the shapes of the deployed masks.
         masks: random masks an image.
         greedy_from: part of the run after which masks are chosen by greedy cutout.
@@ -61,6 +62,7 @@ class MaskedOptions(AugmentedOptions):
     """
 
     per_axis: Positive = 6
+    mask_shape: Shape = "square"
     sides: tuple[Positive, ...] = ()
     masks: Count = 2
     greedy_from: Fraction = 0.0
@@ -171,9 +173,26 @@ class MaskedClassifier(Trainable, MarginMaps, WrapsClassifier):
         return cls(network, **given)
 
     @classmethod
+    def default_recipe(cls, threat: Threat, dataset: str) -> dict[str, Any]:
+        digits = dataset == "mnist"  # a mirrored digit is not a digit, and digits need a smaller network
+        small = {"stem": 16, "widths": [32, 64, 128], "takes_mask": True} if digits else {}
+        return {
+            "dataset": "cifar10",
+            "network_options": {"bits": 8, **small},
+            "epochs": 20,
+            "learning_rate": 0.25,
+            "optimizer": "sgd",
+            "weight_decay": 5e-4,
+            "precision": "bfloat16",
+            "stored": "float16",
+            "validation": 500,  # certifying them costs the most here
+            "options": {"flip": not digits, "shift": 1 if digits else 2},
+        }
+
+    @classmethod
     def deploy_config(cls, threat: Threat, options: Options) -> dict[str, Any]:
         assert isinstance(options, MaskedOptions)
-        masks = MaskSpec((str(threat),), per_axis=options.per_axis).to_dict()
+        masks = MaskSpec((str(threat),), per_axis=options.per_axis, shape=options.mask_shape).to_dict()
         return {"masks": masks, "prediction_dtype": options.labels}
 
     @classmethod

@@ -105,6 +105,19 @@ class Trainable(Defense):
         """What :meth:`from_config` reads of a model trained so, besides the entries that all defenses have."""
         return {}
 
+    @classmethod
+    def default_recipe(cls, threat: Threat, dataset: str) -> dict[str, Any]:
+        """The entries of a recipe that trains this defense against ``threat`` unless the user says otherwise.
+
+        Entries that are left out have the defaults of :class:`patchcert_cli.training.recipe.Recipe`.
+
+        Args:
+            threat: the threat model to train against.
+            dataset: the data set that the user chose; empty for the defense's default.
+        """
+        low_precision = {"precision": "bfloat16", "stored": "float16"}
+        return {"dataset": "cifar10", **low_precision, "optimizer": "adamw", "weight_decay": 1e-4}
+
     def init_weights(self, options: Options) -> nn.Module | None:
         """Start a training run: set fresh weights as ``options`` say, and return what is trained along but not deployed."""
         return None

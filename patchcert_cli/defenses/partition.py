@@ -134,6 +134,20 @@ class Partition(VotingDefense):
         self.run = Runner(self.deployed)
 
     @classmethod
+    def default_recipe(cls, threat: Threat, dataset: str) -> dict[str, Any]:
+        augmented = {"flip": False, "shift": 2} if dataset == "mnist" else {}  # a mirrored digit is not a digit
+        return {
+            "dataset": "cifar10",
+            "epochs": 56,
+            "batch_size": 512,
+            "learning_rate": 0.02,
+            "optimizer": "muon",
+            "stored": "float16",
+            "validation": 2000,
+            "options": {"drawn": 16, **augmented},
+        }
+
+    @classmethod
     def deploy_config(cls, threat: Threat, options: Options) -> dict[str, Any]:
         return {item.name: getattr(options, item.name) for item in fields(Division)}
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from patchcert_cli import checkpoint
-from patchcert_cli.attacks import Attack, Start
+from patchcert_cli.attacks import Attack, AttackResult, Start
 from patchcert_cli.cards.results import read_result
+from patchcert_cli.certificate import Certificate
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.errors import Interrupted, MachineError, UsageError
 from patchcert_cli.evaluation import results, run_folder
@@ -99,37 +101,9 @@ def attack(
         certificate = defense.certify(x, task.threat) if join else None
         start = None if certificate is None else Start(certificate.worst, certificate.runner_up)
         outcome = attacker(defense, x, task.threat, index=part.index, start=start)
-        plain = task.model.plain(x)
-        if certificate:
-            records: Iterable[Record] = results.certify_records(part, [certificate], plain)
-        else:
-            alone = [{}] * len(part) if plain is None else [{"plain": one} for one in plain.tolist()]
-            named = [{"picture": part.files[i]} if part.files else {} for i in part.index.tolist()]
-            none: Record = {"claims": []}
-            records = [{"index": i} | a | b | none for i, a, b in zip(part.index.tolist(), named, alone, strict=True)]
-        columns = zip(
-            part.labels.tolist(),
-            outcome.clean_prediction.tolist(),
-            outcome.prediction.tolist(),
-            outcome.success.tolist(),
-            outcome.queries.tolist(),
-            strict=True,
-        )
-        merged = []
-        for record, (label, clean, attacked, flipped, queries) in zip(records, columns, strict=True):
-            merged.append(
-                {**record, "label": label, "prediction": clean, "attacked": attacked, "flipped": flipped, "queries": queries}
-            )
-        if attacker.judges_each:
-            merged = [
-                record | judged
-                for record, judged in zip(merged, results.judged(outcome, defense.plain(x[:0]) is not None), strict=True)
-            ]
-        if certificate is not None and bool((certificate.certified & outcome.success).any()):
-            broken = (certificate.certified & outcome.success).nonzero()[:, 0].cpu()
-            tensors = {"index": part.index[broken], "adversarial": outcome.adversarial.cpu()[broken]}
-            files.write_atomically(folder / f"{int(part.index[0])}-{BROKEN}", checkpoint.pack(tensors, {}))
-        return merged
+        if certificate is not None:
+            _keep_broken(folder, part, certificate, outcome)
+        return _attack_records(task, part, attacker, outcome, certificate, task.model.plain(x))
 
     def result(seconds: float, resumed: int) -> dict[str, Any]:
         found = _attacked(task, run, settings, join, seconds, resumed)
@@ -138,6 +112,48 @@ def attack(
     with _opened(task, "attack", extra, folder, fresh) as run:
         pace = Pace(task.batch_size, unit=attacker.together(defense))
         return _Work(task, run, pace, progress or Silent(), clock, max_seconds=max_seconds).finish(batch, result)
+
+
+def _attack_records(
+    task: EvaluationTask,
+    part: Images,
+    attacker: Attack,
+    outcome: AttackResult,
+    certificate: Certificate | None,
+    plain: Tensor | None,
+) -> list[Record]:
+    """A record for each image of a batch: what was certified of it, if it was, and what the attack did."""
+    if certificate is not None:
+        records: Iterable[Record] = results.certify_records(part, [certificate], plain)
+    else:
+        alone = [{}] * len(part) if plain is None else [{"plain": one} for one in plain.tolist()]
+        named = [{"picture": part.files[i]} if part.files else {} for i in part.index.tolist()]
+        none: Record = {"claims": []}
+        records = [{"index": i} | a | b | none for i, a, b in zip(part.index.tolist(), named, alone, strict=True)]
+    columns = zip(
+        part.labels.tolist(),
+        outcome.clean_prediction.tolist(),
+        outcome.prediction.tolist(),
+        outcome.success.tolist(),
+        outcome.queries.tolist(),
+        strict=True,
+    )
+    merged = [
+        {**record, "label": label, "prediction": clean, "attacked": attacked, "flipped": flipped, "queries": queries}
+        for record, (label, clean, attacked, flipped, queries) in zip(records, columns, strict=True)
+    ]
+    if not attacker.judges_each:
+        return merged
+    judged = results.judged(outcome, task.model.defense.plain(outcome.adversarial[:0]) is not None)
+    return [record | counts for record, counts in zip(merged, judged, strict=True)]
+
+
+def _keep_broken(folder: Path, part: Images, certificate: Certificate, outcome: AttackResult) -> None:
+    """Keep the adversarial images of certified ones that were flipped: there is a bug in the proof."""
+    broken = (certificate.certified & outcome.success).nonzero()[:, 0].cpu()
+    if len(broken):
+        tensors = {"index": part.index[broken], "adversarial": outcome.adversarial.cpu()[broken]}
+        files.write_atomically(folder / f"{int(part.index[0])}-{BROKEN}", checkpoint.pack(tensors, {}))
 
 
 def _attacked(

@@ -52,6 +52,7 @@ class DefenseRequest:
         labels: what labels behind masks are computed in, ``float32`` or ``bfloat16``; None for the model's own.
         threshold: confidence from which on certified detection raises an alarm; None for the model's own.
         compare: whether other thresholds are to be compared with it.
+        mask_shape: ``square``, ``column`` or ``row``.
     """
 
     defense: str | None = None
@@ -63,16 +64,17 @@ class DefenseRequest:
     download: bool = False
     threshold: float | None = None
     compare: bool = False
+    mask_shape: str | None = None
 
     @property
     def masked(self) -> bool:
         """Whether it says which masks to use."""
-        return self.masks is not None or self.passes is not None
+        return self.masks is not None or self.passes is not None or self.mask_shape is not None
 
     def plan(self, threats: Sequence[Threat], shape: Sequence[int]) -> MaskSpec:
         """The masks that cover all of these threats on images [C, H, W]."""
         covers = tuple(map(str, largest(threats, shape)))
-        return MaskSpec(covers, per_axis=self.masks or 0, passes=self.passes or 0)
+        return MaskSpec(covers, per_axis=self.masks or 0, passes=self.passes or 0, shape=self.mask_shape or "square")
 
 
 class ModelSource(ABC):

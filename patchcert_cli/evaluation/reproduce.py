@@ -54,18 +54,7 @@ def reproduce(
     known = method in task.model.defense.methods  # else it is what the defense calls its best
     task = replace(task, claims=(Claim(task.threat, method if known else None),))
     folder = folder or task.folder("verify", {"published": str(published.claims[at])})
-    if published.model_sha256 != task.model.sha256:
-        raise IntegrityError(
-            f"the published records are about other weights (sha256 {published.model_sha256[:12]}…,"
-            f" not {task.model.sha256[:12]}…)."
-        )
-    if (published.dataset, published.split) != (task.images.name, task.images.split):
-        raise DataError(
-            f"the published records are about {published.dataset} {published.split}, not {task.images.name} {task.images.split}."
-        )
-    missing = [index for index in task.images.index.tolist() if index not in published.rows]
-    if missing:
-        raise DataError(f"the published records lack {len(missing)} of the images (indices {shown(missing)}).")
+    _check_subject(task, published)
     certified = evaluate.certify(task, folder / "certify", fresh=fresh, progress=progress)
     records = read_records(folder / "certify" / files.RECORDS)
     verdicts = {record["index"]: record["claims"][0]["certified"] for record in records}
@@ -101,6 +90,22 @@ def reproduce(
     outcome["holds"] = not outcome["different"] and not outcome["broken"] and not outcome["overstated"]
     files.write_json(folder / "verdict.json", outcome)
     return {**outcome, "out": str(folder), "result": str(folder / "certify" / files.RESULT)}
+
+
+def _check_subject(task: EvaluationTask, published: PublishedRecords) -> None:
+    """Raise unless the published records are about these weights and hold these images."""
+    if published.model_sha256 != task.model.sha256:
+        raise IntegrityError(
+            f"the published records are about other weights (sha256 {published.model_sha256[:12]}…,"
+            f" not {task.model.sha256[:12]}…)."
+        )
+    if (published.dataset, published.split) != (task.images.name, task.images.split):
+        raise DataError(
+            f"the published records are about {published.dataset} {published.split}, not {task.images.name} {task.images.split}."
+        )
+    missing = [index for index in task.images.index.tolist() if index not in published.rows]
+    if missing:
+        raise DataError(f"the published records lack {len(missing)} of the images (indices {shown(missing)}).")
 
 
 def among(indices: Sequence[int], held: Sequence[int], limit: int | None) -> Tensor:

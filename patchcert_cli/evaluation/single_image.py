@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from patchcert_cli.certificate import Certificate
 from patchcert_cli.data import class_names, image_files
 from patchcert_cli.data.images import to_float
 from patchcert_cli.data.resize_crop import ResizeCrop
@@ -70,19 +71,6 @@ def certify(
     with _counted(defense, progress or Silent()):
         certificates = defense.certify_claims(x, claims)
     answer = int(certificates[0].prediction[0])
-    rows = [
-        {
-            "threat": str(certificate.threat),
-            "method": certificate.method,
-            "guarantee": str(certificate.guarantee),
-            "arithmetic": str(certificate.arithmetic),
-            "certified": bool(certificate.certified[0]),
-            "margin": float(certificate.margin[0]),
-            "worst": certificate.worst[0].tolist(),
-            "runner_up": _called(defense, int(certificate.runner_up[0])),
-        }
-        for certificate in certificates
-    ]
     found: dict[str, Any] = {
         "image": str(path),
         "image_sha256": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(),
@@ -92,7 +80,7 @@ def certify(
         "defense": model.kind,
         "prediction": answer,
         "class": _called(defense, answer),
-        "claims": rows,
+        "claims": [_claim_row(defense, certificate) for certificate in certificates],
     }
     plain = model.plain(x)
     if plain is not None:
@@ -106,6 +94,20 @@ def certify(
         found |= {"locations": margins.numel(), "weak_locations": int((margins <= 0).sum())}
     notes += [text for text in dict.fromkeys(defense.note(claim.threat) for claim in claims) if text]
     return Single(found, notes, pixels, margins, defense.unit if isinstance(defense, MarginMaps) else "")
+
+
+def _claim_row(defense: Defense, certificate: Certificate) -> dict[str, Any]:
+    """What a certificate of one image says, as plain values."""
+    return {
+        "threat": str(certificate.threat),
+        "method": certificate.method,
+        "guarantee": str(certificate.guarantee),
+        "arithmetic": str(certificate.arithmetic),
+        "certified": bool(certificate.certified[0]),
+        "margin": float(certificate.margin[0]),
+        "worst": certificate.worst[0].tolist(),
+        "runner_up": _called(defense, int(certificate.runner_up[0])),
+    }
 
 
 @contextmanager

@@ -35,11 +35,28 @@ def listed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def shorthands(name: str) -> dict[str, str]:
+    """Further options of network ``name``, each with the option of ``build`` that follows from it: ``rf`` gives ``kernels``."""
+    return dict(getattr(registry.entry("network", __name__, name, names()), "SHORTHANDS", {}))
+
+
+def expanded(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of network ``name`` with every shorthand replaced by what follows from it.
+
+    Raises:
+        UsageError: nothing follows from a shorthand, or it contradicts another option.
+    """
+    if not shorthands(name).keys() & options.keys():
+        return dict(options)
+    module = registry.entry("network", __name__, name, names())
+    return cast(dict[str, Any], module.expanded({**defaults(name), **listed(name, options)}, listed(name, options)))
+
+
 def problems(name: str, options: Mapping[str, Any]) -> list[str]:
     """What is wrong with options of network ``name``: those that it does not have, and values of another type."""
     kinds = get_type_hints(registry.entry("network", __name__, name, names()).build)
     known = {key: kind for key, kind in kinds.items() if key not in ("input_shape", "classes", "return")}
-    shown = ", ".join(sorted(known.keys() - {"mean", "std"}))  # these two come with the data set
+    shown = ", ".join(sorted((known.keys() - {"mean", "std"}) | shorthands(name).keys()))  # these two come with the data set
     found = [f"network '{name}' has no option '{key}'; known: {shown}." for key in options if key not in known]
     wrong: list[str] = []
     for key, value in listed(name, options).items():

@@ -10,7 +10,7 @@ Shapes: B images, C channels, H x W pixels, K classes, N x M cells, N = (H - rec
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
@@ -25,6 +25,8 @@ from patchcert_cli.layers.preprocessing import Normalize
 from patchcert_cli.layers.programs import Program
 
 LEAST_BITS, MOST_BITS = 4, 16  # of limited weights; with 7 one plane of integers holds them (:mod:`patchcert_cli.layers.planes`)
+SHORTHANDS = {"rf": "kernels"}  # options that are not of `build`, and what follows from them
+LARGEST_FIELD = 1 << 12  # pixels; more than the side of any image here
 WHITE = 1e-2  # added to the variances that whitening divides by; normalized pixels have a variance of 1
 
 
@@ -284,6 +286,42 @@ class _Step(nn.Module):
     def forward(self, v: Tensor) -> Tensor:
         out = self.layer(v).relu_()
         return fixed_point.quantize_(out.add_(v) if self.residual else out, self.value_range)
+
+
+def expanded(every: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` with ``rf``, a receptive field in pixels, replaced by the most even kernels that give it.
+
+    Kernels grow in turn, the first ones first, while the field that they give is not larger than ``rf``.
+
+    Args:
+        every: all options, defaults included; widths and dilations are taken from here.
+        options: those that were given; ``kernels`` among them must give the same field.
+
+    Raises:
+        UsageError: no kernels give this field, or those that were given give another one.
+    """
+    field, dilations = options["rf"], list(every["dilations"])
+    if type(field) is not int or not 1 <= field <= LARGEST_FIELD:
+        raise UsageError(f"rf is {field!r}.", hint=f"Give a whole number of pixels from 1 to {LARGEST_FIELD}.")
+    others = {name: value for name, value in options.items() if name != "rf"}
+    numbers = [*dilations, *options.get("kernels", ())]
+    if not all(type(number) is int and number >= 1 for number in numbers):  # which the types of the options refuse
+        return others
+    if "kernels" in options:
+        given = list(options["kernels"])
+        actual = 1 + sum((kernel - 1) * dilation for kernel, dilation in zip(given, dilations, strict=False))
+        if actual != field:
+            raise UsageError(f"rf is {field}, but the kernels {given} see {actual} pixels.", hint="Leave one of them out.")
+        return others
+    kernels, left = [1] * len(dilations), field - 1
+    while left:
+        fitting = [stage for stage, dilation in enumerate(dilations) if dilation <= left]
+        if not fitting:
+            raise UsageError(f"no kernels give rf {field} with the dilations {dilations}.", hint="Give kernels and dilations.")
+        smallest = min(fitting, key=lambda stage: kernels[stage])
+        kernels[smallest] += 1
+        left -= dilations[smallest]
+    return {**others, "kernels": kernels}
 
 
 def build(

@@ -9,15 +9,18 @@ from patchcert_cli import data
 from patchcert_cli.errors import DataError
 from patchcert_cli.training import loop
 from patchcert_cli.training.recipe import Recipe
+from patchcert_cli.training.state import Beginning
 
 
-def training(recipe: Recipe, *, data_dir: Path | None = None, device: str = "cpu") -> dict[str, Any]:
+def training(
+    recipe: Recipe, *, data_dir: Path | None = None, device: str = "cpu", beginning: Beginning | None = None
+) -> dict[str, Any]:
     """What training would take besides certifying held-out images, if the training images are there: steps, hours, disk."""
     try:
         images = data.open_dataset(recipe.dataset, data_dir=data_dir).load("train")
     except DataError as problem:
         return {"not_measured": str(problem)}
-    tried = loop.trial(recipe, images.limit(recipe.batch_size, recipe.seed), device=device)
+    tried = loop.trial(recipe, images.limit(recipe.batch_size, recipe.seed), device=device, beginning=beginning)
     steps = ((min(recipe.limit or len(images), len(images)) - recipe.validation) // recipe.batch_size or 1) * recipe.epochs
     seconds = sum(tried.seconds) / len(tried.seconds) * steps
     return {

@@ -1,163 +1,149 @@
-"""Recipes: everything that decides a training run, validated as a whole before anything is loaded."""
+"""Recipes: everything that decides a training run, validated as a whole when one is made."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from patchcert_cli import checkpoint, data, defenses, models, schema
+from patchcert_cli.data import Dataset
 from patchcert_cli.defenses import Options
 from patchcert_cli.errors import PatchcertError, UsageError
+from patchcert_cli.schema import Count, Must, NonNegative, Parsed, Positive, Rule, Seed
 from patchcert_cli.threats import Patch, Patches, Sparse, Threat, as_options, parse_threat
 
-OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
-PRECISIONS = ("float32", "bfloat16")
-STORED = ("float32", "float16", "bfloat16")
+Result = TypeVar("Result")
+
+
+def _more_than_validation(limit: int, validation: int) -> Iterator[str]:
+    if 0 < limit <= validation:
+        yield f"limit is {limit}, not more than the {validation} images of validation"
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A training run. Two runs with equal recipes on the same machine give the same weights.
 
+    Every recipe that exists is valid: making one checks all of it, reads the threat and the options from the text and tables of a
+    file where they are given as such, and fills in the defaults.
+
     Attributes:
         threat: threat model to train against, for example ``patch:5x5`` or ``sparse:10``.
         dataset: data set name, or ``imagefolder:PATH``.
         defense: defense name.
         network: network name; empty for the defense's default.
-        network_options: keywords of the network's ``build`` besides shapes and normalization.
+        network_options: options of the network besides shapes and normalization; those left out have the network's defaults.
         epochs: passes over the training images.
         batch_size: images per step.
-        learning_rate: the highest; its course is the defense's.
+        learning_rate: the highest; the defense's options say how it rises and falls.
         optimizer: ``adam``, ``adamw``, ``muon`` (matrices; AdamW at a tenth of the rate for the rest) or ``sgd`` (Nesterov
             momentum 0.9).
         weight_decay: of every parameter.
         precision: what the network computes in while it trains; ``bfloat16`` means autocast.
         stored: what the weights of the finished model are rounded to; it is validated and certified as stored.
         validation: training images held out.
-        limit: only so many training images, the held-out ones included: a fixed subset; 0 for all.
+        limit: training images to use, the held-out ones included: a fixed subset; 0 for all.
         seed: of weights, held-out images, order of images and all else that is random.
         start: the model whose weights the run begins with, as ``--start`` names it; empty for fresh ones.
-        start_sha256: those weights' digest, so that equal recipes begin alike.
-        options: the defense's own, see its ``Options``; those left out have their defaults.
+        start_sha256: the hash of those weights, so that equal recipes begin alike.
+        options: the defense's own; those left out have the defense's defaults.
+        images: what is known of the data set; follows from ``dataset``.
+
+    Raises:
+        UsageError: lists everything that is wrong.
     """
 
-    threat: str
+    threat: Annotated[Threat, Parsed(parse_threat)]
     dataset: str = "mnist"
     defense: str = "ibp"
     network: str = ""
     network_options: dict[str, Any] = field(default_factory=dict)
-    epochs: int = 80
-    batch_size: int = 256
-    learning_rate: float = 1e-3
-    optimizer: str = "adam"
-    weight_decay: float = 0.0
-    precision: str = "float32"
-    stored: str = "float32"
-    validation: int = 5000
-    limit: int = 0
-    seed: int = 0
+    epochs: Positive = 80
+    batch_size: Positive = 256
+    learning_rate: Annotated[float, Must(lambda rate: 0 < rate <= 1, "in (0, 1]")] = 1e-3
+    optimizer: Literal["adam", "adamw", "muon", "sgd"] = "adam"
+    weight_decay: NonNegative = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    stored: Literal["float32", "float16", "bfloat16"] = "float32"
+    validation: Positive = 5000
+    limit: Count = 0
+    seed: Seed = 0
     start: str = ""
     start_sha256: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
+    images: Dataset = field(init=False, repr=False, compare=False)
+    rules: ClassVar[tuple[Rule, ...]] = (_more_than_validation,)
 
-    @property
-    def threat_model(self) -> Threat:
-        """The parsed threat."""
-        return parse_threat(self.threat)
+    def __post_init__(self) -> None:
+        entries, problems = _read({item.name: getattr(self, item.name) for item in fields(self) if item.init})
+        _refuse(problems)
+        for name, value in entries.items():
+            object.__setattr__(self, name, value)
 
-    def validate(self) -> Recipe:
-        """This recipe with every default filled in, or one :class:`UsageError` that lists everything wrong with it."""
-        problems: list[str] = []
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "") -> Recipe:
+        """Inverse of :meth:`to_dict`; ``where`` names the file that the entries are from.
 
-        def attempt(action: Any) -> Any:
-            try:
-                return action()
-            except PatchcertError as problem:
-                problems.append(str(problem))
-
-        facts = attempt(lambda: data.open_dataset(self.dataset))
-        if facts is not None:
-            channels, height, width = facts.shape
-            attempt(lambda: self.threat_model.check(height, width, channels))
-        else:
-            attempt(lambda: self.threat_model)
-        defense = attempt(lambda: defenses.trainable(self.defense))
-        network = self.network or (defense.default_network if defense else "")
-        if network not in models.names():
-            problems.append(f"no network '{network}'; known: {', '.join(models.names())}.")
-        else:
-            problems += models.problems(network, self.network_options)
-        given = asdict(self)
-        least = {"epochs": 1, "batch_size": 1, "validation": 1, "limit": 0, "seed": 0, "weight_decay": 0}
-        problems += [f"{name} {given[name]} must be {low} or more." for name, low in least.items() if given[name] < low]
-        if self.seed > schema.LARGEST_SEED:
-            problems.append(f"seed {self.seed} must be at most {schema.LARGEST_SEED}.")
-        if 0 < self.limit <= self.validation:
-            problems.append(f"limit {self.limit} must be more than the {self.validation} images of validation.")
-        if not 0 < self.learning_rate <= 1:
-            problems.append(f"learning_rate {self.learning_rate} must be in (0, 1].")
-        for name, allowed in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS), ("stored", STORED)):
-            if given[name] not in allowed:
-                problems.append(f"{name} '{given[name]}' must be one of {', '.join(allowed)}.")
-        options = attempt(lambda: _options(defense.options, self.options, self.defense)) if defense else None
+        Raises:
+            UsageError: lists everything that is wrong, unknown entries included.
+        """
+        known = [entry.name for entry in schema.entries(cls)]
+        problems = [f"{name} is not a known entry" for name in values if name not in known]
+        if "threat" not in values:
+            problems.append("threat is missing")
         if problems:
-            raise UsageError(" ".join(problems))
-        assert options is not None
-        return replace(
-            self, network=network, network_options=models.listed(network, self.network_options), options=_plain(options)
-        )
-
-    @property
-    def training(self) -> Options:
-        """The defense's own options."""
-        return _options(defenses.trainable(self.defense).options, self.options, self.defense)
-
-    def fitted(self) -> Recipe:
-        """With phases shortened where the run is too short for them."""
-        return replace(self, options=_plain(self.training.fitted(self.epochs)))
+            problems += _read({name: value for name, value in values.items() if name in known})[1]
+            _refuse(problems, where, hint=f"The entries of a recipe are: {', '.join(known)}.")
+        try:
+            return cls(**values)
+        except UsageError as problem:
+            raise UsageError(problem.message.replace("this recipe", where or "this recipe", 1), hint=problem.hint) from problem
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON and YAML."""
-        return asdict(self)
+        plain: dict[str, Any] = schema.plain(self)
+        return plain
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """Inverse of :meth:`to_dict`; unknown keys are refused."""
-        known = {item.name for item in fields(cls)}
-        strange = sorted(set(values) - known)
-        if strange:
-            raise UsageError(f"unknown recipe entries: {', '.join(strange)}.", hint=f"Allowed: {', '.join(sorted(known))}.")
-        return cls(**values)
+    def fitted(self) -> Recipe:
+        """With phases shortened where the run is too short for them."""
+        options = self.options.fitted(self.epochs)
+        return self if options == self.options else replace(self, options=options)
+
+    def all_network_options(self) -> dict[str, Any]:
+        """Every option of the network with its value, besides shapes and normalization."""
+        return {**models.defaults(self.network), **self.network_options}
+
+    def defaults(self) -> dict[str, dict[str, Any]]:
+        """The defaults of every option of the network and of the defense, in two tables."""
+        return {"network_options": models.defaults(self.network), "options": schema.plain(type(self.options)())}
 
     def config(self) -> dict[str, Any]:
         """The ``config.json`` of the defense that this recipe trains."""
-        ready, facts = self.validate(), data.open_dataset(self.dataset)
-        options = {"mean": list(facts.mean), "std": list(facts.std), **self.network_options}  # a network may have its own
-        network = {"name": ready.network, "options": options}
-        return checkpoint.configuration(self.defense, network, facts, ready.threat_model, ready.training, ready.to_dict())
+        statistics = {"mean": list(self.images.mean), "std": list(self.images.std)}
+        network = {"name": self.network, "options": {**statistics, **self.network_options}}  # a network may have its own
+        return checkpoint.configuration(self.defense, network, self.images, self.threat, self.options, self.to_dict())
 
     @property
     def name(self) -> str:
         """Short name of what this recipe trains, such as ``mnist-ibp-p5`` or ``cifar10-ibp-k4-value``."""
-        threat = self.threat_model
-        if isinstance(threat, Sparse):
-            tail = f"k{threat.k}" + ("-value" if threat.unit == "value" else "")
-        elif isinstance(threat, Patches):
-            tail = f"{threat.number}x{_patch_name(threat.each)}"
+        if isinstance(self.threat, Sparse):
+            tail = f"k{self.threat.k}" + ("-value" if self.threat.unit == "value" else "")
+        elif isinstance(self.threat, Patches):
+            tail = f"{self.threat.number}x{_patch_name(self.threat.each)}"
         else:
-            tail = _patch_name(threat)
-        return f"{data.open_dataset(self.dataset).label}-{self.defense}-{tail}"
+            tail = _patch_name(self.threat)
+        return f"{self.images.label}-{self.defense}-{tail}"
 
     @property
     def command(self) -> str:
         """The ``patchcert train`` command that makes this very recipe: what differs from the defaults is spelled out."""
-        threat = self.threat_model
-        words = (["--threat patch"] if threat.kind == "patch" else []) + [as_options(threat)]
-        given, default = self.validate().to_dict(), for_threat(threat, self.defense, self.dataset).validate().to_dict()
-        default["dataset"] = for_threat(threat, self.defense).dataset
-        own = models.defaults(given["network"])  # a command that did not say them would get the recipe's
+        words = (["--threat patch"] if self.threat.kind == "patch" else []) + [as_options(self.threat)]
+        given = self.to_dict()
+        default = Recipe.from_dict(default_entries(self.threat, self.defense, self.dataset)).to_dict()
+        default["dataset"] = default_entries(self.threat, self.defense).get("dataset", Recipe.dataset)
+        own = models.defaults(given["network"])  # a command without them would get the default recipe's
         for key, value in default["network_options"].items():
             if (
                 key in own
@@ -165,7 +151,7 @@ class Recipe:
                 and models.listed(given["network"], {key: own[key]})[key] != value
             ):
                 given["network_options"][key] = own[key]
-        if {self.defense} != {usual_defense(threat), usual_defense(threat, self.dataset)}:
+        if {self.defense} != {usual_defense(self.threat), usual_defense(self.threat, self.dataset)}:
             words.append(f"--defense {self.defense}")
         for name, value in given.items():
             flag = {"network_options": "network-option", "options": "option"}.get(name)
@@ -177,37 +163,44 @@ class Recipe:
         return " ".join(["patchcert train", *words])
 
 
-def _patch_name(threat: Threat) -> str:
-    """Such as ``p5``, ``p3x7`` or ``p2pct``."""
-    if isinstance(threat, Patch) and threat.height == threat.width:
-        return f"p{threat.height}"
-    return "p" + str(threat).removeprefix("patch:").replace("%", "pct")
+def default_entries(threat: Threat, defense: str = Recipe.defense, dataset: str = "") -> dict[str, Any]:
+    """The entries of the recipe that trains ``defense`` against ``threat`` unless the user says otherwise.
+
+    Args:
+        threat: the threat model.
+        defense: name of the defense.
+        dataset: the data set that the user chose; empty for the defense's default.
+
+    Raises:
+        UnknownName: no such defense.
+    """
+    chosen = {"dataset": dataset} if dataset else {}
+    return {"threat": str(threat), "defense": defense, **defenses.trainable(defense).default_recipe(threat, dataset), **chosen}
 
 
-def _options(kind: type[Options], values: Mapping[str, Any], defense: str) -> Options:
-    lists = {item.name for item in fields(kind) if isinstance(item.default, tuple)}
-    given = {name: [value] if name in lists and isinstance(value, int | float | str) else value for name, value in values.items()}
-    try:
-        return schema.read(kind, given)  # a list of one is typed as one value
-    except schema.Invalid as problem:
-        known = ", ".join(item.name for item in fields(kind)) or "none"
-        raise UsageError(f"training options of {defense}: {problem}.", hint=f"Known: {known}.") from problem
+def usual_defense(threat: Threat, dataset: str = "") -> str:
+    """The defense that is trained for a threat model on a data set unless the user names one.
+
+    On CIFAR-10 votes of sets of pixels certify more against k changed pixels than interval bounds; on MNIST they certify less.
+    """
+    pixels = isinstance(threat, Sparse) and threat.unit == "pixel"
+    return "partition" if pixels and dataset == "cifar10" else Recipe.defense
 
 
-def _plain(options: Options) -> dict[str, Any]:
-    """Options as JSON knows them, with lists for tuples, so that what was written and read again is the same recipe."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
+def default_recipe(threat: Threat, defense: str = Recipe.defense, dataset: str = "") -> Recipe:
+    """The recipe of :func:`default_entries`."""
+    return Recipe.from_dict(default_entries(threat, defense, dataset))
 
 
 def written(value: Any) -> str:
-    """A value as it is typed after ``--option name=``; :func:`read` is its inverse."""
+    """A value as it is typed after ``--option name=``; :func:`typed` is its inverse."""
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def read(text: str) -> Any:
+def typed(text: str) -> Any:
     """A typed value: numbers, ``True`` and ``False``, lists with commas, else text."""
     if "," in text:
-        return [read(part) for part in text.split(",") if part]
+        return [typed(part) for part in text.split(",") if part]
     if text in ("True", "False"):
         return text == "True"
     for kind in (int, float):
@@ -218,51 +211,71 @@ def read(text: str) -> Any:
     return text
 
 
-def usual_defense(threat: Threat, dataset: str | None = None) -> str:
-    """The defense that is trained for a threat model on a data set unless the user names one.
+def _read(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The entries of a recipe with every default filled in, and everything that is wrong with them."""
+    entries, problems = schema.read_fields(Recipe, {name: value for name, value in values.items() if name != "options"})
 
-    On CIFAR-10 votes of sets of pixels certify more against k changed pixels than interval bounds; on MNIST they certify less.
-    """
-    pixels = isinstance(threat, Sparse) and threat.unit == "pixel"
-    return "partition" if pixels and dataset == "cifar10" else "ibp"
+    def attempt(action: Callable[[], Result]) -> Result | None:
+        try:
+            return action()
+        except PatchcertError as problem:
+            problems.append(str(problem).rstrip("."))
+            return None
+
+    images = attempt(lambda: data.open_dataset(entries["dataset"])) if "dataset" in entries else None
+    if images is not None:
+        entries["images"] = images
+        channels, height, width = images.shape
+        if "threat" in entries:
+            attempt(lambda: entries["threat"].check(height, width, channels))
+    defense = attempt(lambda: defenses.trainable(entries["defense"])) if "defense" in entries else None
+    if defense is not None:
+        entries["network"] = entries.get("network") or defense.default_network
+        options = _options(defense.options, values.get("options", {}), problems)
+        if options is not None:
+            entries["options"] = options
+    if entries.get("network") and "network_options" in entries:
+        _read_network(entries, problems)
+    return entries, problems
 
 
-def for_threat(threat: Threat, defense: str = "ibp", dataset: str | None = None) -> Recipe:
-    """The recipe that trains ``defense`` for this threat model, by default on the data set that it is best known for."""
-    if defense == "partition":
-        return Recipe(
-            str(threat),
-            dataset or "cifar10",
-            defense,
-            epochs=56,
-            batch_size=512,
-            learning_rate=0.02,
-            optimizer="muon",
-            stored="float16",
-            validation=2000,
-            options={"drawn": 16} | ({"flip": False, "shift": 2} if dataset == "mnist" else {}),  # a mirrored digit is none
-        )
-    if defenses.trainable(defense).default_network == "masked":
-        digits = dataset == "mnist"  # a mirrored digit is none, and small
-        return Recipe(
-            str(threat),
-            dataset or "cifar10",
-            defense,
-            network_options={"bits": 8} | ({"stem": 16, "widths": [32, 64, 128], "takes_mask": True} if digits else {}),
-            epochs=20,
-            learning_rate=0.25,
-            optimizer="sgd",
-            weight_decay=5e-4,
-            precision="bfloat16",
-            stored="float16",
-            validation=500,  # certifying them costs the most here
-            options={"flip": not digits, "shift": 1 if digits else 2},
-        )
-    if defense != "ibp":
-        return Recipe(
-            str(threat), "cifar10", defense, precision="bfloat16", optimizer="adamw", weight_decay=1e-4, stored="float16"
-        )
-    if isinstance(threat, Sparse):
-        options = {"ramp_epochs": 8, "bounded_epochs": 12}
-        return Recipe(str(threat), network_options={"hidden": [512]}, epochs=32, options=options)
-    return Recipe(str(threat), network_options={"hidden": [255]})
+def _read_network(entries: dict[str, Any], problems: list[str]) -> None:
+    """Check the options of the network, with shorthands replaced, and numbers made lists where lists are wanted."""
+    network = entries["network"]
+    try:
+        options = models.expanded(network, entries["network_options"])
+        wrong = models.problems(network, options)
+    except PatchcertError as problem:
+        wrong = [str(problem)]
+    problems += [problem.rstrip(".") for problem in wrong]
+    if not wrong:
+        entries["network_options"] = models.listed(network, options)
+
+
+def _options(kind: type[Options], value: Any, problems: list[str]) -> Options | None:
+    """The defense's own options, from a table or as they are; a list of one may be given as one value."""
+    if isinstance(value, kind) or value == Options():
+        return value if isinstance(value, kind) else kind()
+    lists = {item.name for item in fields(kind) if isinstance(item.default, tuple)}
+    if isinstance(value, Mapping):
+        value = {name: [one] if name in lists and isinstance(one, int | float | str) else one for name, one in value.items()}
+    try:
+        return schema.read(kind, value, "options")
+    except schema.Invalid as invalid:
+        problems += invalid.problems
+        if any("not a known entry" in problem for problem in invalid.problems):
+            problems.append(f"known options: {', '.join(item.name for item in fields(kind)) or 'none'}")
+        return None
+
+
+def _refuse(problems: list[str], where: str = "", *, hint: str = "") -> None:
+    if problems:
+        hint = hint or "patchcert train --dry-run lists the entries of a recipe."
+        raise UsageError(f"{where or 'this recipe'} is not valid: {'; '.join(problems)}.", hint=hint)
+
+
+def _patch_name(threat: Threat) -> str:
+    """Such as ``p5``, ``p3x7`` or ``p2pct``."""
+    if isinstance(threat, Patch) and threat.height == threat.width:
+        return f"p{threat.height}"
+    return "p" + str(threat).removeprefix("patch:").replace("%", "pct")

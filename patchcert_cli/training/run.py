@@ -2,76 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from patchcert_cli import cards, checkpoint, data, defenses, models
+from patchcert_cli import cards, checkpoint, data, models
 from patchcert_cli import device as devices
-from patchcert_cli.catalog import bundled, resolve
+from patchcert_cli.catalog import resolve
 from patchcert_cli.classifiers import addresses
 from patchcert_cli.defenses import Trainable
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage import files, locks
 from patchcert_cli.training import loop
+from patchcert_cli.training.overrides import hash_of_start
 from patchcert_cli.training.recipe import Recipe
+from patchcert_cli.training.state import Beginning
 from patchcert_cli.version import __version__
 
 
-def recipe_of(name_or_path: str) -> Recipe:
-    """The recipe of a zoo model, which may have no weights yet, or the one that a run folder was trained with."""
-    if name_or_path in bundled.names():
-        card = bundled.card(name_or_path)
-        if card.classifier:
-            raise UsageError(f"{card.name} is not trained: its weights are public.", hint=f"Measure them: {card.command}")
-        return Recipe.from_dict(card.recipe)
-    config = files.read_json(resolve.resolve(name_or_path).folder / files.CONFIG)
-    if not isinstance(config.get("recipe"), dict):
-        raise IntegrityError(f"'{name_or_path}' does not say how it was trained.", hint="Give --patch or --threat instead.")
-    return Recipe.from_dict(config["recipe"])
-
-
-def started(recipe: Recipe) -> Recipe:
-    """The recipe with the digest of the weights that it starts from."""
-    if not recipe.start:
-        return recipe
-    found = resolve.resolve(recipe.start)
-    digest = cards.weights_sha256({name: cards.File.of(found.folder / name) for name in cards.weights_of(found.folder)})
-    if recipe.start_sha256 not in ("", digest):
-        raise IntegrityError(
-            f"'{recipe.start}' has weights {digest[:12]}…, but the recipe starts from {recipe.start_sha256[:12]}….",
-            hint="Name the model that it was started from with --start.",
-        )
-    return replace(recipe, start_sha256=digest)
-
-
-def check(recipe: Recipe) -> Callable[[Trainable], None]:
-    """What gives a fresh defense the weights to begin with; raises what building and preparing the recipe's network raises.
+def begin(recipe: Recipe) -> Beginning:
+    """The fresh defense that a run starts with, and what loads the weights that the recipe names into it.
 
     Raises:
         UsageError: no network can be built from its options.
         IntegrityError: the weights to begin with are not those of the recipe, or those of another network.
     """
-    with torch.random.fork_rng():
-        try:
-            defense = defenses.build_trainable(recipe.config())
-        except IntegrityError as problem:  # of a file it would be; here it is what the user typed
-            raise UsageError(problem.message, hint=problem.hint or "See --network-option.") from problem
-        defense.init_weights(recipe.training)
-    initial = checkpoint.weights_for(defense, resolve.resolve(started(recipe).start).folder) if recipe.start else None
+    try:
+        beginning = Beginning.of(recipe)
+    except IntegrityError as problem:  # of a file it would be; here it is what the user typed
+        raise UsageError(problem.message, hint=problem.hint or "See --network-option.") from problem
+    initial = None
+    if recipe.start:
+        hash_of_start(recipe.start, recipe.start_sha256)
+        initial = checkpoint.weights_for(beginning.defense, resolve.resolve(recipe.start).folder)
 
-    def prepare(defense: Trainable) -> None:
+    def load(defense: Trainable) -> None:
         if recipe.network_options.get("weights"):  # published ones, all but the layers that give the classes
             network: Any = defense.network
             addresses.begin_with(network, recipe.network_options)
         if initial is not None:
             defense.load_state_dict(initial, strict=True)
 
-    return prepare
+    return replace(beginning, load=load)
 
 
 def train(
@@ -95,13 +70,13 @@ def train(
     """
     progress = progress or Silent()
     place = devices.resolve(device)
-    prepare = check(recipe)
+    beginning = begin(recipe)
     images = data.open_dataset(recipe.dataset, data_dir=data_dir).load("train", download=download, fetch=fetch)
     images = images.limit(recipe.limit or None, recipe.seed).checked(progress)
     for remark in images.remarks:
         progress.note(remark)
     with locks.held(folder, files.CONFIG):
-        made = loop.train(recipe, images, folder, device=place, fresh=fresh, progress=progress, prepare=prepare)
+        made = loop.train(recipe, images, folder, device=place, fresh=fresh, progress=progress, beginning=beginning)
         return _described(recipe, folder, made, place, progress)
 
 
@@ -135,7 +110,7 @@ def _described(recipe: Recipe, folder: Path, made: loop.Trained, place: str, pro
         "model_sha256": weights,
         "defense": recipe.defense,
         "dataset": recipe.dataset,
-        "threat": recipe.threat,
+        "threat": str(recipe.threat),
         "guarantee": str(made.defense.guarantee),
         "epochs": recipe.epochs,
         "at_chance": made.at_chance,

@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         defense, folder = defenses.build(recipe.config()["deployed"]).eval(), place / "zoo" / NAME
     checkpoint.save_defense(folder, defense, recipe.config())
     card = cards.card_for_run(
-        recipe.validate().to_dict(),
+        recipe.to_dict(),
         folder,
         network="MLP 784-4-10",
         kept=55000,

@@ -101,6 +101,10 @@ PLANS = [
     MaskSpec(("patch:2x2",), passes=50),
     MaskSpec(("patches:2:1x2",), per_axis=2),
     MaskSpec(("sparse:2", "patch:2x2"), per_axis=3),
+    MaskSpec(("patch:2x2",), per_axis=3, shape="column"),
+    MaskSpec(("patch:1x3", "patch:2x2"), stride=1, shape="row"),
+    MaskSpec(("patch:2x2",), passes=10, shape="column"),
+    MaskSpec(("patches:2:1x2",), per_axis=3, shape="row"),
 ]
 THREATS = (
     "patch:1x1",
@@ -115,7 +119,9 @@ THREATS = (
 )
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: "-".join(plan.covers) + f"-{plan.per_axis}{plan.stride}{plan.passes}")
+@pytest.mark.parametrize(
+    "plan", PLANS, ids=lambda plan: "-".join(plan.covers) + f"-{plan.per_axis}{plan.stride}{plan.passes}{plan.shape}"
+)
 @pytest.mark.parametrize("size", [(5, 5), (4, 6)], ids=str)
 def test_covers_are_those_of_loops_over_places(plan: MaskSpec, size: tuple[int, int]) -> None:
     made = plan.masks(*size)
@@ -178,11 +184,28 @@ def test_a_budget_of_passes_buys_as_many_masks_as_it_can_pay() -> None:
         MaskSpec(("patch:5x5",), passes=9).masks(32, 32)
 
 
+@pytest.mark.parametrize(("per_axis", "strips", "width", "pairs"), [(7, 7, 8, 28), (14, 14, 6, 105)])
+def test_strips_have_few_pairs_and_cover_patches_of_any_height(per_axis: int, strips: int, width: int, pairs: int) -> None:
+    columns = MaskSpec(("patch:5x5",), per_axis=per_axis, shape="column").masks(32, 32)
+    assert (len(columns), columns.passes) == (strips, pairs)
+    assert {box[2:] for union in columns.boxes for box in union} == {(32, width)}
+    columns.cover(parse_threat("patch:32x5"))
+    with pytest.raises(UnsupportedThreat, match="do not cover patch:5x"):
+        columns.cover(parse_threat(f"patch:5x{width + 1}"))
+    rows = MaskSpec(("patch:5x5",), per_axis=per_axis, shape="row").masks(32, 32)
+    assert {box[2:] for union in rows.boxes for box in union} == {(width, 32)}
+    rows.cover(parse_threat("patch:5x32"))
+    with pytest.raises(UnsupportedThreat):
+        rows.cover(parse_threat("patch:32x5"))
+
+
 def test_masks_that_cannot_be_are_refused() -> None:
     with pytest.raises(UsageError, match="hide all of a 8x8 image"):
         MaskSpec(("patch:5x5",), per_axis=1).masks(8, 8)
     with pytest.raises(UsageError, match="hide all of a 8x8 image"):
         MaskSpec(("patch:8x8",)).masks(8, 8)
+    with pytest.raises(UsageError, match="hide all of a 8x8 image"):
+        MaskSpec(("patch:5x8",), shape="column").masks(8, 8)
     with pytest.raises(UsageError, match="does not fit a 8x8 image"):
         MaskSpec(("patch:9x9",)).masks(8, 8)
     with pytest.raises(UsageError, match=f"more than {mask_sets.MAX_MASKS} masks are needed"):
@@ -208,6 +231,7 @@ def test_plans_are_plain_values() -> None:
         ({"covers": ["5x5"]}, "invalid threat '5x5'"),
         ({"covers": ["patch:5"], "per_axis": 3, "stride": 2}, "exclude each other"),
         ({"covers": ["patch:5"], "per_axis": -1}, "not 0 or more"),
+        ({"covers": ["patch:5"], "shape": "strip"}, "not square or column or row"),
         ({"covers": ["patch:5"], "colour": 1}, "colour is not a known entry"),
         (7, "not a table"),
     ]:

@@ -306,9 +306,10 @@ def test_a_network_of_timm_is_trained_on_own_pictures_and_certified(patchcert, s
     assert dict(text.train_rows(json.loads(done.out)))["next"] == f"patchcert certify {run} --data imagefolder:..."
     assert run == "runs/pets-patchcleanser-p2pct"
     config = files.read_json(Path(run) / files.CONFIG)
-    assert config["classes"] == list(COLOURS) and config["dataset"] == "imagefolder:./pets/train@32"
-    assert config["network"]["options"]["weights"] == f"timm/{TINY}@{COMMIT}" and config["network"]["options"]["size"] == [32]
-    assert config["network"]["options"]["mean"] == [0.5] * 3  # the network's own, not the data set's
+    assert config["deployed"]["classes"] == list(COLOURS) and config["dataset"] == "imagefolder:./pets/train@32"
+    options = config["deployed"]["network"]["options"]
+    assert options["weights"] == f"timm/{TINY}@{COMMIT}" and options["size"] == [32]
+    assert options["mean"] == [0.5] * 3  # the network's own, not the data set's
     card = cards.Card.read(Path(run))
     assert "datasets:" not in card.render()  # the Hub is not told what somebody's folders are called
     assert "--network-option architecture=test_resnet" in card.command and "imagefolder:./pets/train@32" in card.command

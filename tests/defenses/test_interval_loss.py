@@ -227,9 +227,9 @@ def test_networks_without_lines_are_refused_before_training() -> None:
         recipe = Recipe("patch:3x3", network=network, network_options={"norm": norm}, options={"linear": 0.5})
         if network == "cnn":
             with pytest.raises(UsageError, match="use linear=0"):
-                run.check(recipe)
+                run.begin(recipe)
         else:
-            run.check(recipe)
+            run.begin(recipe)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

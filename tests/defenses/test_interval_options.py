@@ -22,8 +22,8 @@ def test_defaults_mean_what_they_meant() -> None:
     old = IntervalOptions()
     assert (old.picked, old.augment(0, 60), old.augment(59, 60)) == ("worst", Augment(), Augment())
     assert IntervalOptions(locations=7).picked == "random"
-    assert Recipe("patch:5x5", options={"locations": 7}).validate().command.endswith("--option locations=7")
-    assert Recipe("patch:5x5").validate().command == "patchcert train --threat patch --patch 5"
+    assert Recipe("patch:5x5", options={"locations": 7}).command.endswith("--option locations=7")
+    assert Recipe("patch:5x5").command == "patchcert train --threat patch --patch 5"
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_defaults_mean_what_they_meant() -> None:
 )
 def test_what_does_not_fit_is_refused(options: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        Recipe("patch:5x5", options=options).validate()
+        Recipe("patch:5x5", options=options)
 
 
 def test_images_are_moved_further_in_the_bounded_phase_if_asked() -> None:

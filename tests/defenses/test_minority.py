@@ -221,7 +221,7 @@ def test_what_it_cannot_do_is_said() -> None:
     with pytest.raises(IntegrityError, match=r"threshold is 1.5, not in \[0, 1\)"):
         Minority.from_config({**deployed, "threshold": 1.5})
     with pytest.raises(UsageError, match=r"threshold is 1.0, not in \[0, 1\)"):
-        Recipe("patch:5x5", "mnist", "minority", options={"threshold": 1.0}).validate()
+        Recipe("patch:5x5", "mnist", "minority", options={"threshold": 1.0})
 
 
 def test_it_certifies_more_than_a_corrected_answer() -> None:

@@ -19,7 +19,7 @@ from patchcert_cli.defenses import Claim, TrainingStep, partition
 from patchcert_cli.defenses.partition import Partition, PartitionOptions, divided
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.threats import Patch, Patches, Sparse, Threat
-from patchcert_cli.training.recipe import for_threat, usual_defense
+from patchcert_cli.training.recipe import Recipe, default_recipe, usual_defense
 from tests.examples import section
 
 SHAPE = (2, 5, 7)
@@ -212,7 +212,7 @@ def test_the_worst_pixel_is_in_a_set_of_the_largest_loss_and_every_k_comes_from_
             top, left, height, width = one.worst[b].tolist()
             assert (height, width) == (1, 1)
             ballots = votes.scores[b].int().flatten(1)
-            loss = 1 + ballots[one.prediction[b]] - ballots[one.rival[b]]
+            loss = 1 + ballots[one.prediction[b]] - ballots[one.runner_up[b]]
             assert int(loss[defense.sets[top, left]]) == int(loss.max())
 
 
@@ -300,5 +300,5 @@ def test_pixels_of_cifar_are_for_partition_and_the_rest_is_as_before() -> None:
         == "ibp"
     )
     assert usual_defense(Sparse(10), "cifar10") == "partition"
-    assert for_threat(Sparse(10), "partition").command == "patchcert train --threat sparse --k 10 --defense partition"
-    assert "--defense ibp" in for_threat(Sparse(10), "ibp").__class__("sparse:10", "cifar10").command
+    assert default_recipe(Sparse(10), "partition").command == "patchcert train --threat sparse --k 10 --defense partition"
+    assert "--defense ibp" in Recipe(Sparse(10), "cifar10").command

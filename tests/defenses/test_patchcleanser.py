@@ -52,6 +52,7 @@ PLANS: list[tuple[MaskSpec, list[Attack]]] = [
     (MaskSpec(("patch:1x2",), stride=1), [Patch(1, 2), Patch(1, 1)]),
     (MaskSpec(("patch:1x1",), stride=1, wider=1), [Patch(1, 1), Sparse(1), Sparse(1, "value")]),
     (MaskSpec(("patch:1x2", "patch:2x1"), per_axis=3), [Patch(1, 2), Patch(2, 1)]),
+    (MaskSpec(("patch:1x2",), stride=1, shape="column"), [Patch(3, 1), Patch(2, 2), Patch(1, 1)]),
     (MaskSpec(("sparse:2",), per_axis=2), [Sparse(2), Sparse(1), Patch(1, 2)]),
 ]
 

@@ -247,7 +247,7 @@ def test_options_are_checked() -> None:
         ({"share": 1.0}, r"share is 1.0, not in \[0, 1\)"),
     ):
         with pytest.raises(UsageError, match=said):
-            Recipe("patch:3x3", defense="patchguard", options=options).validate()
+            Recipe("patch:3x3", defense="patchguard", options=options)
 
 
 TINY = Recipe(
@@ -264,6 +264,6 @@ TINY = Recipe(
 
 def test_training_raises_certified_accuracy(tmp_path: Path) -> None:
     some = data.load("mnist", "test").limit(750, 0)
-    made = loop.train(TINY.validate(), some, tmp_path / "run")
+    made = loop.train(TINY, some, tmp_path / "run")
     assert made.defense.certify(torch.zeros(1, 1, 28, 28), Patch(1, 1)).method == "masking"
     assert made.validation.clean >= 35 and made.validation.certified >= 5

@@ -353,7 +353,7 @@ TINY = Recipe(
 
 def test_training_learns_and_all_of_it_is_stored(tmp_path: Path) -> None:
     some = data.load("mnist", "test").limit(800, 0)
-    made = loop.train(TINY.validate(), some, tmp_path / "run")
+    made = loop.train(TINY, some, tmp_path / "run")
     _, held = some.hold_out(TINY.validation, TINY.seed)
     assert made.validation.clean >= 30
     again, read = checkpoint.load_defense(made.folder)
@@ -412,7 +412,7 @@ def test_what_it_cannot_do_is_said_in_one_line() -> None:
         build(config(band=0))
     wrong = {"ablation": "diagonal", "vote": "all", "view": "half", "threshold": 1.0, "stride": 0, "bend": 4}
     with pytest.raises(UsageError) as caught:
-        Recipe("patch:5x5", "cifar10", "smoothing", options=wrong).validate()
+        Recipe("patch:5x5", "cifar10", "smoothing", options=wrong)
     said = str(caught.value)
     assert "\n" not in said and "known: ablation, band, stride, vote, threshold, view, flip, shift." in said
     for part in ("bend is not", "'diagonal', not one of column, row, block", "'all', not one of top-one, threshold"):

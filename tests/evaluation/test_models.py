@@ -10,7 +10,7 @@ import torch
 from own_models import module, pictures
 from PIL import Image
 
-from patchcert_cli import data
+from patchcert_cli import data, defenses
 from patchcert_cli.certifiers.masks import masked_predictions
 from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.classifiers import addresses
@@ -70,9 +70,9 @@ def test_a_batch_is_small_where_images_take_many_passes(per_axis: int, side: int
 
 
 def test_what_can_be_put_around_a_classifier() -> None:
-    assert "patchcleanser" in models.around() and not {"ibp", "bagcert", "smoothing"} & set(models.around())
+    assert "patchcleanser" in defenses.around() and not {"ibp", "bagcert", "smoothing"} & set(defenses.around())
     with pytest.raises(UsageError, match=r"ibp cannot be put around a classifier. Allowed: .*patchcleanser"):
-        models.check_around("ibp")
+        defenses.wrapping("ibp")
 
 
 def opened(folder: Path) -> models.WrappedClassifier:
@@ -169,10 +169,10 @@ def test_a_dry_run_of_a_slow_network_measures_passes_alone(tmp_path: Path, monke
 def test_what_training_takes_is_measured_where_there_are_images(tmp_path: Path) -> None:
     pictures(tmp_path / "own", 10)
     recipe = Recipe("patch:5x5", f"imagefolder:{tmp_path}/own@28", "ibp", network_options={"hidden": [8]}, batch_size=7)
-    recipe = Recipe.from_dict(recipe.validate().to_dict() | {"validation": 2, "epochs": 3})
+    recipe = Recipe.from_dict(recipe.to_dict() | {"validation": 2, "epochs": 3})
     value = training_estimate.training(recipe)
     weights = (3 * 28 * 28 + 1) * 8 * 4 + 9 * 3 * 4
     assert value["steps"] == 3 * (28 // 7) and value["estimated_seconds"] >= 0
     assert 3 * weights < value["disk_bytes"] < 5 * weights  # the model, and with Adam's moments the state
-    missing = training_estimate.training(Recipe("patch:5x5").validate(), data_dir=tmp_path)
+    missing = training_estimate.training(Recipe("patch:5x5"), data_dir=tmp_path)
     assert list(missing) == ["not_measured"] and "no mnist train data" in missing["not_measured"]

@@ -43,7 +43,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = place / "zoo" / NAME
     checkpoint.save_defense(folder, defense.eval(), config)
     card = cards.card_for_run(
-        recipe.validate().to_dict(),
+        recipe.to_dict(),
         folder,
         network="MLP 784-16-10",
         kept=55000,

@@ -15,6 +15,7 @@ from patchcert_cli.errors import UsageError
 from patchcert_cli.layers.preprocessing import WithPreprocessing
 from patchcert_cli.models.efficientnet_lite import Convolution
 from patchcert_cli.storage import files
+from tests.examples import section
 
 NAME = "imagenet-patchcleanser-efficientnet-lite0"
 OPTIONS: dict[str, Any] = {"input_shape": (3, 64, 64), "classes": 7, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -89,7 +90,9 @@ def test_the_zoo_holds_public_weights_and_says_whose() -> None:
 
 def test_the_zoo_model_has_words_for_its_classes_and_answers() -> None:
     folder = bundled.folder() / NAME
-    defense: Any = defenses.build(files.read_json(folder / files.CONFIG))  # its self-test takes a while, see test_whole_path.py
+    defense: Any = defenses.build(
+        section("patchcleanser", files.read_json(folder / files.CONFIG))
+    )  # its self-test takes a while, see test_whole_path.py
     defense.load_state_dict(checkpoint.unpack(folder / files.WEIGHTS)[0], strict=True)
     assert isinstance(defense.network, WithPreprocessing) and defense.input_shape == (3, 224, 224)
     assert len(set(defense.classes)) == 1000 and defense.classes[0] == "tench"

@@ -18,7 +18,7 @@ from patchcert_cli.defenses.bagcert import BagCert, BagCertOptions
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.layers import fixed_point, precision
 from patchcert_cli.threats import Patch, Sparse
-from patchcert_cli.training.recipe import Recipe, read, written
+from patchcert_cli.training.recipe import Recipe, typed, written
 from tests.attacks import test_surrogates
 from tests.examples import section
 from tests.soundness import arena
@@ -206,13 +206,13 @@ def test_a_single_number_is_a_list_of_one(name: str) -> None:
 
 
 def test_recipes_spell_single_numbers_so_that_they_are_read_back() -> None:
-    typed = replace(Recipe("patch:5x5"), network_options={"hidden": read("300")}).validate()
-    assert typed.network_options == {"hidden": [300]}
-    assert typed == replace(Recipe("patch:5x5"), network_options={"hidden": [300]}).validate()
-    assert typed.command.endswith("--network-option hidden=300")
+    one = replace(Recipe("patch:5x5"), network_options={"hidden": typed("300")})
+    assert one.network_options == {"hidden": [300]}
+    assert one == replace(Recipe("patch:5x5"), network_options={"hidden": [300]})
+    assert one.command.endswith("--network-option hidden=300")
     for value in (300, [300], [512, 256]):
-        again = replace(Recipe("patch:5x5"), network_options={"hidden": read(written(value))}).validate()
-        assert again == replace(Recipe("patch:5x5"), network_options={"hidden": value}).validate()
+        again = replace(Recipe("patch:5x5"), network_options={"hidden": typed(written(value))})
+        assert again == replace(Recipe("patch:5x5"), network_options={"hidden": value})
         assert defenses.build(again.config()["deployed"]).input_shape == (1, 28, 28)
 
 

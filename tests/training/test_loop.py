@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from patchcert_cli import cards, checkpoint, data, defenses
+from patchcert_cli import cards, checkpoint, data, defenses, schema
 from patchcert_cli.certificate import Tally
 from patchcert_cli.defenses import Defense, MaskedOptions
 from patchcert_cli.defenses.ibp.defense import IntervalOptions
@@ -20,8 +20,8 @@ from patchcert_cli.errors import DataError, IntegrityError, Interrupted, UsageEr
 from patchcert_cli.progress import Silent
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch, Sparse, parse_threat
-from patchcert_cli.training import loop, run
-from patchcert_cli.training.recipe import Recipe, for_threat
+from patchcert_cli.training import loop, overrides, recipe_files, run
+from patchcert_cli.training.recipe import Recipe, default_recipe
 
 TINY = Recipe(
     "patch:5x5",
@@ -107,7 +107,7 @@ GUIDED = replace(
     batch_size=8,
     validation=16,
     options={
-        **TINY.options,
+        **schema.plain(TINY.options),
         "natural_epochs": 1,
         "bounded_epochs": 0,
         "pick": "guided",
@@ -156,7 +156,7 @@ def test_a_run_from_before_an_option_existed_goes_on(tmp_path: Path) -> None:
     files.write_json(tmp_path / "run" / files.CONFIG, config)
     assert loop.train(replace(TINY, epochs=1), images(), tmp_path / "run").epochs_run == 0
     with pytest.raises(UsageError, match="made with other settings"):
-        loop.train(replace(TINY, epochs=1, options={**TINY.options, "flip": True}), images(), tmp_path / "run")
+        loop.train(replace(TINY, epochs=1, options={**schema.plain(TINY.options), "flip": True}), images(), tmp_path / "run")
 
 
 def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
@@ -228,7 +228,8 @@ def test_a_stopped_run_with_averaged_weights_ends_with_those_of_an_uninterrupted
     tensors, note = checkpoint.unpack(tmp_path / "cut" / files.STATE)
     assert note["averaged"] == 14
     saved, config = checkpoint.load_defense(tmp_path / "cut")
-    assert config["masks"] == {"covers": ["patch:5x5"], "per_axis": 3} and config["labels"] == "bfloat16"
+    deployed = config["deployed"]
+    assert deployed["masks"] == {"covers": ["patch:5x5"], "per_axis": 3} and deployed["prediction_dtype"] == "bfloat16"
     last = False
     for name, value in saved.state_dict().items():
         assert torch.equal(value, tensors[f"average.{name}"].to(value)), "the average is what is saved"
@@ -261,11 +262,11 @@ def test_a_model_of_sampled_cells_is_stored_with_its_whitening_in_the_weights(tm
 
 
 def test_options_with_several_values_are_read_back_as_they_were_written() -> None:
-    recipe = replace(MASKED, options={"sides": (8, 9)}).validate()
-    assert recipe.options["sides"] == [8, 9]
-    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))).validate() == recipe
+    recipe = replace(MASKED, options={"sides": (8, 9)})
+    assert recipe.to_dict()["options"]["sides"] == [8, 9]
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert "--option sides=8,9" in recipe.command
-    several = replace(MASKED, threat="patches:2:3x3").validate()
+    several = replace(MASKED, threat="patches:2:3x3")
     assert several.name == "mnist-patchcleanser-2xp3" and "--threat patches:2:3x3" in several.command
 
 
@@ -286,8 +287,8 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("threat", "locations"), [("patch:3x3", 0), ("sparse:4", 5)])
 def test_training_raises_certified_accuracy(tmp_path: Path, threat: str, locations: int) -> None:
-    options = {**TINY.options, "ramp_epochs": 2, "locations": locations}
-    recipe = replace(TINY, threat=threat, network_options={"hidden": [32]}, epochs=6, batch_size=40, options=options).validate()
+    options = {**schema.plain(TINY.options), "ramp_epochs": 2, "locations": locations}
+    recipe = replace(TINY, threat=threat, network_options={"hidden": [32]}, epochs=6, batch_size=40, options=options)
     made = loop.train(recipe, images(1100), tmp_path / "run")
     with torch.random.fork_rng():
         torch.manual_seed(9)
@@ -299,23 +300,25 @@ def test_training_raises_certified_accuracy(tmp_path: Path, threat: str, locatio
 
 def test_recipes_name_everything_wrong_at_once_and_spell_out_their_command() -> None:
     with pytest.raises(UsageError) as caught:
-        Recipe("patch:40x40", epochs=0, network="transformer", options={"natural": 1.5, "decay": "never"}).validate()
+        Recipe("patch:40x40", epochs=0, network="transformer", options={"natural": 1.5, "decay": "never"})
     for word in ("40x40", "epochs", "transformer", "natural", "never"):
         assert word in str(caught.value)
-    assert for_threat(Sparse(10)).command == "patchcert train --threat sparse --k 10"
+    assert default_recipe(Sparse(10)).command == "patchcert train --threat sparse --k 10"
     recipe = replace(Recipe("patch:3x7"), epochs=99, network_options={"hidden": [40, 20]}, options={"decay": "step"})
     words = "--network-option hidden=40,20 --epochs 99 --option decay=step"
     assert recipe.command == f"patchcert train --threat patch --patch 3x7 {words}"
     assert Recipe.from_dict(recipe.to_dict()) == recipe
-    older = replace(for_threat(Patch(5, 5), "patchcleanser"), network_options={})  # made before networks of whole numbers
+    older = replace(default_recipe(Patch(5, 5), "patchcleanser"), network_options={})  # made before networks of whole numbers
     assert "--network-option bits=0" in older.command
-    one = replace(for_threat(Patch(5, 5), "patchcleanser", "mnist"), options={"sides": 8}).validate()  # a list of one
-    assert one.training == MaskedOptions(sides=(8,)) and one.options["sides"] == [8]
+    one = replace(default_recipe(Patch(5, 5), "patchcleanser", "mnist"), options={"sides": 8})  # a list of one
+    assert one.options == MaskedOptions(sides=(8,)) and one.to_dict()["options"]["sides"] == [8]
     assert one.command.startswith(
         "patchcert train --threat patch --patch 5 --defense patchcleanser --dataset mnist --option sides=8"
     )
-    assert "network-option" not in one.command and "flip=False" not in for_threat(Patch(5, 5), "patchcleanser", "mnist").command
-    with pytest.raises(UsageError, match="unknown recipe entries: colour"):
+    assert (
+        "network-option" not in one.command and "flip=False" not in default_recipe(Patch(5, 5), "patchcleanser", "mnist").command
+    )
+    with pytest.raises(UsageError, match="colour is not a known entry"):
         Recipe.from_dict({"threat": "patch:5x5", "colour": "red"})
 
 
@@ -329,19 +332,19 @@ def test_the_attacker_grows_and_the_learning_rate_falls() -> None:
     assert first == sorted(first, reverse=True) and last == sorted(last, reverse=True)
     assert (rates[0], rates[160]) == (1.0, 0.5) and rates[-1] == pytest.approx(0, abs=1e-12)
     assert [options.bounded(progress, 60) for progress in (0, 39.9, 40, 59.9)] == [False, False, True, True]
-    short = Recipe("patch:5x5", epochs=3).fitted().training
+    short = Recipe("patch:5x5", epochs=3).fitted().options
     assert isinstance(short, IntervalOptions)
     assert (short.natural_epochs, short.ramp_epochs, short.bounded_epochs) == (0, 1, 1)
 
 
-def test_a_session_leaves_a_folder_with_a_valid_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_leaves_a_folder_with_a_valid_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     some = images()
-    monkeypatch.setattr(data, "load", lambda *args, **options: some)
+    monkeypatch.setattr(data.Dataset, "load", lambda *args, **options: some)
     found = run.train(replace(TINY, epochs=1), tmp_path / "small")
     card = cards.Card.read(tmp_path / "small")
     assert card.verify(tmp_path / "small") == found["model_sha256"]
-    assert (card.threat, card.network, card.status) == ("patch:5x5", "MLP 784-12-10", "trained")
-    assert run.recipe_of(str(tmp_path / "small")) == replace(TINY, epochs=1).validate()
+    assert (str(card.threat), card.network, card.status) == ("patch:5x5", "MLP 784-12-10", "trained")
+    assert recipe_files.recipe_of(str(tmp_path / "small")) == replace(TINY, epochs=1)
     assert parse_threat(str(found["threat"])).budget == 1
 
 
@@ -354,9 +357,11 @@ def test_missing_training_data_names_the_one_command_that_fetches_it(tmp_path: P
 
 def test_a_run_can_begin_with_the_weights_of_another(tmp_path: Path) -> None:
     first = loop.train(TINY, images(), tmp_path / "first")
-    further = run.started(replace(TINY, start=str(tmp_path / "first"), learning_rate=1e-9, epochs=1, options={}).fitted())
+    start = str(tmp_path / "first")
+    changes = overrides.Overrides(start=start, learning_rate=1e-9, epochs=1)
+    further = overrides.resolved(str(tmp_path / "first" / "recipe.yaml"), changes)
     assert further.start_sha256 == cards.weights_sha256({files.WEIGHTS: cards.File.of(tmp_path / "first" / files.WEIGHTS)})
-    made = loop.train(further, images(), tmp_path / "next", prepare=run.check(further))
+    made = loop.train(further, images(), tmp_path / "next", beginning=run.begin(further))
     for name, value in made.defense.state_dict().items():
         torch.testing.assert_close(value, first.defense.state_dict()[name], atol=1e-6, rtol=0)
     assert "--start" in further.command
@@ -366,9 +371,9 @@ def test_weights_to_begin_with_must_be_the_recipes_and_fit(tmp_path: Path) -> No
     loop.train(TINY, images(), tmp_path / "first")
     there = replace(TINY, start=str(tmp_path / "first"))
     with pytest.raises(IntegrityError, match="starts from 000000000000"):
-        run.started(replace(there, start_sha256="0" * 64))
+        run.begin(replace(there, start_sha256="0" * 64))
     with pytest.raises(IntegrityError, match="instead of"):
-        run.check(run.started(replace(there, network_options={"hidden": [13]})))
+        run.begin(replace(there, network_options={"hidden": [13]}))
 
 
 def test_a_network_of_whole_numbers_may_begin_with_weights_that_have_no_grids(tmp_path: Path) -> None:
@@ -404,4 +409,4 @@ def test_a_limit_takes_a_fixed_subset_and_chance_is_said(tmp_path: Path) -> None
     few = replace(made, chance=0.9, validation=Tally(100, 90, 0))
     assert few.at_chance and not replace(few, validation=Tally(100, 92, 0)).at_chance
     with pytest.raises(UsageError, match="limit 40 must be more than the 40 images of validation"):
-        replace(recipe, limit=40).validate()
+        replace(recipe, limit=40)

@@ -6,8 +6,9 @@ long, or n if that is less, and start at 0, s, 2s, ... as far as n - m, and at n
 *Proof.* A mask that starts at t holds the patch at a iff a + p - m <= t <= a. Let t >= 0 be the largest multiple of s up to a;
 then t >= a - s + 1 >= a + p - m. If t <= n - m, a mask starts there. Otherwise n - m < t <= a, and a <= n - p gives
 n - m >= a + p - m: the last mask holds the patch. A rectangle is inside a product of two intervals iff each side is inside its
-own. QED. With s = ceil((n - p + 1) / k) there are at most k masks (Xiang, Mahloujifar &
-Mittal, PatchCleanser, USENIX Security 2022). Several patches at once lie behind the union of as many masks.
+own. QED. With s = ceil((n - p + 1) / k) there are at most k masks (Xiang, Mahloujifar & Mittal, PatchCleanser, USENIX Security
+2022). A mask as long as its axis holds every patch along that axis, so strips over the whole height hold patches of any height.
+Several patches at once lie under the union of as many masks.
 
 :meth:`MaskSet.cover` relies on none of this: it counts hidden pixels.
 
@@ -23,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, product
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -31,15 +32,17 @@ from torch import Tensor
 from patchcert_cli import schema
 from patchcert_cli.errors import IntegrityError, PatchcertError, UnsupportedThreat, UsageError
 from patchcert_cli.layers.boxes import box_mask, box_sums
-from patchcert_cli.schema import Count
+from patchcert_cli.schema import Count, Must
 from patchcert_cli.threats import Threat, parse_threat
 
 PER_AXIS = 6  # masks along each axis, as published
 MAX_MASKS = 4096  # masks of a set
 MAX_TABLE_ENTRIES = 1 << 28  # of the table of which masks hide which sets of locations
+SHAPES = ("square", "column", "row")
 ROWS_COMPARED = 1024  # rows of a coverage compared at a time
 
 Box = tuple[int, int, int, int]
+Shape = Annotated[str, Must(SHAPES.__contains__, " or ".join(SHAPES))]
 
 
 def axis_masks(length: int, side: int, *, stride: int, wider: int = 0) -> tuple[int, list[int]]:
@@ -74,6 +77,8 @@ class MaskSpec:
         stride: pixels from each to the next; the smaller, the more and the smaller they are.
         passes: the largest mask set whose pairs fit into this many forward passes.
         wider: pixels by which each side exceeds what covers the threat, so that masks overlap more.
+        shape: ``square`` for rectangles of a length of their own along both axes, ``column`` for strips over the whole height,
+            ``row`` for strips over the whole width; a strip has one axis, so pairs of strips are few.
     """
 
     covers: tuple[str, ...]
@@ -81,6 +86,7 @@ class MaskSpec:
     stride: Count = 0
     passes: Count = 0
     wider: Count = 0
+    shape: Shape = "square"
     rules = (_exclusive, _covers_something)
 
     @classmethod
@@ -98,7 +104,8 @@ class MaskSpec:
     def to_dict(self) -> dict[str, Any]:
         """Inverse of :meth:`read`: what differs from the defaults."""
         numbers = {name: getattr(self, name) for name in ("per_axis", "stride", "passes", "wider")}
-        return {"covers": list(self.covers)} | {name: value for name, value in numbers.items() if value}
+        shape = {} if self.shape == "square" else {"shape": self.shape}
+        return {"covers": list(self.covers)} | {name: value for name, value in numbers.items() if value} | shape
 
     def masks(self, height: int, width: int) -> MaskSet:
         """The masks for images of this size.
@@ -135,8 +142,11 @@ class MaskSpec:
         for text in self.covers:
             threat = parse_threat(text)
             sides, budget = _sides(threat, height, width)
-            axes = []
-            for length, side in zip((height, width), sides, strict=True):
+            axes, whole = [], {"column": 0, "row": 1}.get(self.shape)  # the axis along which strips are as long as the image
+            for axis, (length, side) in enumerate(zip((height, width), sides, strict=True)):
+                if axis == whole:
+                    axes.append([(0, length)])
+                    continue
                 size, starts = axis_masks(length, side, stride=stride or -(-(length - side + 1) // per_axis), wider=self.wider)
                 axes.append([(start, size) for start in starts])
             (_, rows), (_, columns) = axes[0][0], axes[1][0]

@@ -29,7 +29,7 @@ from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.errors import IntegrityError, MachineError, UnsupportedThreat
 from patchcert_cli.layers.precision import first_largest
 from patchcert_cli.layers.supported_layers import rebuilt
-from patchcert_cli.threats import Patch, PatchPercent, Threat
+from patchcert_cli.threats import Patch, PatchPercent, Sparse, Threat
 
 
 class IntervalDefense(Trainable):
@@ -49,6 +49,13 @@ class IntervalDefense(Trainable):
     def __init__(self, network: nn.Sequential, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
         super().__init__(input_shape=input_shape, classes=classes)
         self.network = network
+
+    @classmethod
+    def default_recipe(cls, threat: Threat, dataset: str) -> dict[str, Any]:
+        if isinstance(threat, Sparse):
+            schedule = {"ramp_epochs": 8, "bounded_epochs": 12}
+            return {"network_options": {"hidden": [512]}, "epochs": 32, "options": schedule}
+        return {"network_options": {"hidden": [255]}}
 
     @classmethod
     def from_config(cls, deployed: Mapping[str, Any]) -> IntervalDefense:
