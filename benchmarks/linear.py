@@ -3,8 +3,8 @@
     python benchmarks/linear.py [--model NAME|PATH] [--threat THREAT] [--images N] [--threads N]
 
 Prints ratios measured in this one run, on one network and one number of threads: interval bounds as certification computes them
-(float32), one linear pass for all locations and rivals of every image, linear passes for tiles of locations and for each location
-alone (on a few images), and what certification does: linear bounds only where interval bounds left something open.
+(float32), one linear pass for all locations and classes of each image, linear passes for tiles of locations and for each location
+alone (on a few images), and what certification does: linear bounds only for images that interval bounds leave undecided.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def seconds(action: Callable[[], object], repeats: int = 3) -> float:
 
 
 def passes(network: nn.Module, exact: nn.Module, x: Tensor, target: Tensor, threat: Threat) -> None:
-    """Cost per image of each kind of bound, of every location and every rival."""
+    """Cost per image of each kind of bound, of every location and every class."""
     count = len(x)
     plain = seconds(lambda: intervals.lower_margins(network, x, target, threat)) / count
-    print(f"interval bounds of all locations and rivals: {1e3 * plain:.2f} ms an image, 1.0")
+    print(f"interval bounds of all locations and classes: {1e3 * plain:.2f} ms an image, 1.0")
     wide, height, width = x.double(), x.shape[2], x.shape[3]
     resolved = intervals.resolve(threat, height, width, x.shape[1])
     whole = linear.Engine(exact, wide, target, resolved)
@@ -57,7 +57,7 @@ def passes(network: nn.Module, exact: nn.Module, x: Tensor, target: Tensor, thre
 
 
 def share(table: Tensor, plain: Tensor) -> float:
-    """Share of the pairs (location, rival) with a larger linear bound."""
+    """Share of the pairs (location, class) with a larger linear bound."""
     return float((table > plain)[torch.isfinite(plain)].double().mean())
 
 

@@ -94,7 +94,7 @@ def certification(network: nn.Module, images: int, dense: int) -> None:
         copies = min((8, 32, 64), key=lambda size: seconds(lambda: least(way, size, locations[:64])))
         return seconds(lambda: least(way, copies)) / dense
 
-    times = {"one boxed copy per location": best(boxed), "whole maps behind the first layer": best(behind_first)}
+    times = {"one boxed copy per location": best(boxed), "whole maps after the first layer": best(behind_first)}
     reference = least(boxed, 32)
     quick = seconds(lambda: intervals.lower_margins(network, x, target, PATCH), 2) / images
     found = intervals.lower_margins(network, few, wanted, PATCH).values

@@ -27,7 +27,7 @@ MEANING = {
     ),
 }
 FORMER = {  # defenses, by the arithmetic of what was recorded before records said it
-    **dict.fromkeys(("bagcert", "smoothing", "clipped", "patchguard"), Arithmetic.EXACT),
+    **dict.fromkeys(("bagcert", "smoothing", "clipped", "patchguard", "partition", "roots"), Arithmetic.EXACT),
     "ibp": Arithmetic.BOUNDED,
 }
 

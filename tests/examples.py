@@ -23,6 +23,7 @@ from patchcert_cli.defenses.minority import Minority
 from patchcert_cli.defenses.partition import Division, Partition, divided, listed
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.defenses.patchguard import PatchGuard
+from patchcert_cli.defenses.roots import Roots
 from patchcert_cli.defenses.smoothing import ABLATIONS, VOTES, Ablations, Smoothing, view_shape
 from patchcert_cli.threats import Patch
 
@@ -104,7 +105,7 @@ def minority() -> Minority:
 
 
 def partition() -> Partition:
-    how = Division(layout=_one_of(("lattice", "random")), spacing=3, vote=_one_of(("top-one", "independent")))
+    how = Division(spacing=_one_of((3, 4)), vote=_one_of(("top-one", "independent")))
     size = listed(divided(SHAPE, how), how.spacing**2).shape[1]
     options = {"width": 6, "blocks": (4,), **SCALING, "input_shape": (size, how.spacing, how.spacing), "classes": 3}
     network: Any = models.build("setwise", options)
@@ -125,6 +126,12 @@ def patchguard() -> PatchGuard:
     share = _one_of((0.0, 0.2))
     defense = PatchGuard(scorer, input_shape=SHAPE, classes=CLASSES, covers=[Patch(2, 2)], share=share).eval()
     _lean(defense, factor=4)  # a class has evidence in most, some or hardly any cells
+    return defense
+
+
+def roots() -> Roots:
+    defense = Roots(_region(1), input_shape=SHAPE, classes=CLASSES, regions=2).eval()  # larger cells: too many in reach
+    _lean(defense, factor=6)
     return defense
 
 
@@ -149,6 +156,7 @@ EXAMPLES: dict[str, Callable[[], Defense]] = {
     "partition": partition,
     "patchcleanser": patchcleanser,
     "patchguard": patchguard,
+    "roots": roots,
     "smoothing": smoothing,
 }
 

@@ -19,13 +19,15 @@ from patchcert_cli.threats import Patch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG: dict[str, Any] = {
-    "format": 1,
-    "defense": "ibp",
+    "format": 2,
+    "deployed": {
+        "defense": "ibp",
+        "input_shape": [1, 4, 4],
+        "classes": ["a", "b", "c"],
+        "network": {"name": "mlp", "options": {"hidden": [6], "mean": [0.4], "std": [0.5]}},
+    },
     "dataset": "mnist",
     "threat": "patch:2x2",
-    "input_shape": [1, 4, 4],
-    "classes": ["a", "b", "c"],
-    "network": {"name": "mlp", "options": {"hidden": [6], "mean": [0.4], "std": [0.5]}},
     "recipe": {"threat": "patch:2x2", "dataset": "mnist", "defense": "ibp", "seed": 3, "learning_rate": 1e-05, "hidden": [6]},
 }
 

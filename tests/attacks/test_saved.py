@@ -136,7 +136,7 @@ Spoil = Callable[[Path], object]
     [
         (lambda folder: folder.rmdir(), "patch:5x5", DataError, r"there is no folder .*--saved"),
         (lambda folder: None, "patch:5x5", DataError, "has no pictures. Put"),
-        (lambda folder: (folder / "a.png").write_bytes(b"<html>"), "patch:5x5", DataError, r"a\.png.*picture"),
+        (lambda folder: (folder / "a.png").write_bytes(b"<html>"), "patch:5x5", DataError, r"a\.png.*image"),
         (lambda folder: save(folder / "a.png", torch.zeros(3, 6, 5)), "patch:5x5", UsageError, r"a\.png is 6x5, larger than"),
         (lambda folder: save(folder / "a.png", torch.zeros(3, 5, 5)), "sparse:3", UnsupportedThreat, r"cannot be pasted under"),
     ],

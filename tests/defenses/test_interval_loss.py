@@ -226,7 +226,7 @@ def test_networks_without_lines_are_refused_before_training() -> None:
     for norm, network in ((False, "mlp"), (True, "mlp"), (False, "cnn")):
         recipe = Recipe("patch:3x3", network=network, network_options={"norm": norm}, options={"linear": 0.5})
         if network == "cnn":
-            with pytest.raises(UsageError, match="use linear=0"):
+            with pytest.raises(UsageError, match="linear=0"):
                 run.begin(recipe)
         else:
             run.begin(recipe)

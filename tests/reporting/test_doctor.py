@@ -4,6 +4,7 @@ import builtins
 import json
 import re
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,12 @@ def test_it_says_what_convolutions_are_computed_with(
     (finding,) = [finding for finding in doctor._torch() if finding.name == "convolutions"]
     assert re.fullmatch(said, finding.value)
     assert finding.problem is None
+
+
+def test_it_lists_every_extra_for_users() -> None:
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(doctor.EXTRAS.values()) == extras.keys() - {"dev", "docs"}
+    assert all(package in facts()["facts"]["extras"] for package in doctor.EXTRAS)
 
 
 def test_the_hub_is_asked_once_and_its_absence_is_no_problem() -> None:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchcert_cli import defenses
-from patchcert_cli.defenses import Defense, VotingDefense
+from patchcert_cli.certifiers.cells import additive
+from patchcert_cli.defenses import Defense
 from patchcert_cli.threats import Patch, Sparse, Threat
 
 from . import breaks, relations
@@ -71,7 +72,7 @@ def test_batch_size_and_order_do_not_matter(defense: Defense, seed: int, threat:
     assert relations.batches_do_not_matter(defense, images(defense, seed), threat, torch.tensor(order)) == []
 
 
-VOTING = [name for name in defenses.names() if issubclass(defenses.by_name(name), VotingDefense)]
+VOTING = [name for name in defenses.names() if defenses.by_name(name).methods == additive.METHODS]
 VOTERS = st.one_of(
     st.builds(random_region, st.sampled_from(sorted(REGIONS)), st.integers(0, 10_000), lean=st.sampled_from([1.0, 3.0])),
     st.builds(lambda name, seed: registered_arenas(name)[seed].defense, st.sampled_from(VOTING), st.integers(0, 9)),

@@ -14,7 +14,7 @@ import torch
 
 from patchcert_cli import cards, checkpoint, data, defenses, schema
 from patchcert_cli.certificate import Tally
-from patchcert_cli.defenses import Defense, MaskedOptions
+from patchcert_cli.defenses import Defense, MaskedOptions, Trainable
 from patchcert_cli.defenses.ibp.defense import IntervalOptions
 from patchcert_cli.errors import DataError, IntegrityError, Interrupted, UsageError
 from patchcert_cli.progress import Silent
@@ -90,7 +90,7 @@ def test_a_run_stopped_in_its_last_validation_only_validates_again(tmp_path: Pat
         return honest(defense, held, recipe, batch)
 
     monkeypatch.setattr(loop, "monitor", stop)
-    monkeypatch.setattr(loop.Defense, "validation_size", 50)
+    monkeypatch.setattr(Trainable, "validation_size", 50)
     with pytest.raises(Interrupted, match="after 3 of 3 epochs"):
         loop.train(TINY, images(), tmp_path / "cut")
     monkeypatch.setattr(loop, "monitor", honest)
@@ -408,5 +408,5 @@ def test_a_limit_takes_a_fixed_subset_and_chance_is_said(tmp_path: Path) -> None
         assert replace(made, validation=replace(made.validation, clean=clean)).at_chance is said
     few = replace(made, chance=0.9, validation=Tally(100, 90, 0))
     assert few.at_chance and not replace(few, validation=Tally(100, 92, 0)).at_chance
-    with pytest.raises(UsageError, match="limit 40 must be more than the 40 images of validation"):
+    with pytest.raises(UsageError, match="limit is 40"):
         replace(recipe, limit=40)
