@@ -4,7 +4,7 @@
 
 Prints ratios measured in this one run. Two thirds of the images that are counted are certified, whatever the model: as many
 as there are of the one kind, and half as many of the other. The masks are the model's own, and masks at least as large two pixels
-apart, so that every location lies behind several. Speeds are of the processor's time. The loops evaluate every pair of the
+apart, so that several hide every location. Speeds are of the processor's time. The loops evaluate every pair of the
 model's own masks for every image in float32, and know no order and no end.
 """
 
@@ -44,7 +44,7 @@ def with_masks(defense: PatchCleanser, plan: MaskSpec, labels: str) -> PatchClea
 
 
 def overlapping(defense: PatchCleanser, patch: Patch) -> MaskSpec:
-    """Masks as large as the model's own, two pixels apart, and large enough for every location to lie behind several."""
+    """Masks as large as the model's own, two pixels apart, and large enough for several to hide every location."""
     wider = defense.set.boxes[0][0][2] - (patch.height + APART - 1)
     return MaskSpec((str(patch),), stride=APART, wider=max(wider, APART))
 

@@ -67,7 +67,7 @@ def table(guarantee: str = "recovery") -> str:
 
 
 def plot(path: Path) -> None:
-    """A bar for each model, in its colour of the web page: certified accuracy, behind it clean accuracy in a lighter shade, and a
+    """A bar for each model, in its colour of the web page: certified accuracy, over clean accuracy in a lighter shade, and a
     mark at the published certified accuracy.
     """
     entries = rows()

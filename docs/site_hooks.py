@@ -1,7 +1,8 @@
 """Hooks of ``mkdocs build``: pages that lie outside of docs/, and links to files as the repository has them.
 
-README.md, CHANGELOG.md, CONTRIBUTING.md and the cards of the zoo become pages. In every page a link to a file or folder of the
-repository becomes a link to its page. Other files outside of docs/ that a page links to, such as examples, are copied.
+README.md, CHANGELOG.md, CONTRIBUTING.md, the cards of the zoo and the examples become pages. In every page a link to a file or
+folder of the repository becomes a link to its page. Other files outside of docs/ that a page links to, such as notebooks, are
+copied.
 """
 
 from __future__ import annotations
@@ -17,20 +18,25 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+FOUND = ("zoo/*/README.md", "examples/*/README.md", "examples/*.py")
 LINK = re.compile(r"(?<=\]\()(?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 
 
 def pages() -> dict[str, str]:
     """Every page that lies outside of docs/: its path in the repository, and its path in the site."""
-    cards = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("zoo/*/README.md"))
-    return PAGES | {card: f"{posixpath.dirname(card)}.md" for card in cards}
+    found = [path.relative_to(ROOT).as_posix() for pattern in FOUND for path in sorted(ROOT.glob(pattern))]
+    return PAGES | {path: path.removesuffix("/README.md").removesuffix(".py") + ".md" for path in found}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages outside of docs/, and the files outside of docs/ that any page links to."""
     for source, uri in pages().items():
-        files.append(File.generated(config, uri, abs_src_path=str(ROOT / source)))
+        if source.endswith(".py"):
+            script = (ROOT / source).read_text(encoding="utf-8")
+            files.append(File.generated(config, uri, content=f"# `{source}`\n\n```python\n{script}```\n"))
+        else:
+            files.append(File.generated(config, uri, abs_src_path=str(ROOT / source)))
     for page in files.documentation_pages():
         source = repository_path(page.src_uri)
         for target in LINK.finditer(FENCE.sub("", page.content_string)):

@@ -1,4 +1,4 @@
-"""What is known of the rounding behind a certificate; the one home of these words. No torch here."""
+"""What is known of rounding in a certificate; these words are defined here alone. No torch here."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ OPTIONS_1 = {  # of format 1: among the options of training, and deployed
 }
 SHARD_BYTES = 5_000_000_000  # the most that one weight file holds
 CONFIG_BYTES = 1 << 20  # the most that a configuration holds
-ENTRIES = 256  # the most entries of a list among the options of a network: it has at most so many layers
+ENTRIES = 256  # the most entries of a list among the options of a network, and so the most layers
 SIDE = 1 << 14  # the most channels, rows or columns of an image
 MODEST = 1 << 20  # weights that cost nothing to make
 MOST_SHOWN = 4  # things wrong with weights that an error lists
@@ -179,8 +179,8 @@ def load_defense(
     Args:
         folder: holds the configuration and the weights.
         device: where the defense is to be.
-        expected_sha256: of the weights, see :func:`patchcert_cli.cards.weights_sha256`; None if nobody says.
-        expected_config: sha256 of the configuration; None if nobody says.
+        expected_sha256: of the weights, see :func:`patchcert_cli.cards.weights_sha256`; None if unknown.
+        expected_config: sha256 of the configuration; None if unknown.
 
     Raises:
         IntegrityError: a file is missing or damaged, a hash differs, or names or shapes of weights do not fit the configuration.
@@ -222,7 +222,7 @@ def _expect(path: Path, actual: str, expected: str | None) -> None:
 
 
 def _configuration(path: Path, expected: str | None) -> dict[str, Any]:
-    """A configuration whose sizes are those of a network that somebody may have trained."""
+    """A configuration whose sizes are plausible for a trained network."""
     content = files.read(path)
     _expect(path, files.sha256_of(content), expected)
     if len(content) > CONFIG_BYTES:
@@ -260,9 +260,9 @@ def _check_size(config: Mapping[str, Any], held: int, where: str) -> None:
     try:
         with torch.device("meta"):
             wanted = sum(weight.numel() for weight in defenses.build(config["deployed"]).parameters())
-    except Exception:  # what is wrong is told when it is built in earnest
+    except Exception:  # the error is reported when the network is built for use
         return
-    if wanted > held + MODEST:  # fewer missing ones are told by name later
+    if wanted > held + MODEST:  # fewer missing ones are reported by name later
         raise IntegrityError(f"{where} that fits its weights: its network has {wanted} numbers, and they are {held}.")
 
 

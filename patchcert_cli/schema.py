@@ -8,7 +8,7 @@
 - ``Annotated[Threat, Parsed(parse_threat)]`` is text in files and an object in Python; ``str`` of the object is the text.
 
 A dataclass lists the rules between its fields as ``rules``: functions whose parameters are names of fields and which yield what
-is wrong. A rule is asked wherever its own fields are valid, whatever is wrong with the others.
+is wrong. A rule is applied if its own fields are valid, also where others are not.
 """
 
 from __future__ import annotations

@@ -82,15 +82,15 @@ def for_threat(threat: Threat, name: str | None = None, *, seed: int = 0, **opti
 def pasted(
     folder: Path, threat: Threat, shape: tuple[int, int, int], *, seed: int = 0, **options: Any
 ) -> tuple[Attack, dict[str, str]]:
-    """The attack that pastes the pictures of a folder on images [C, H, W], and the sha256 of each of them.
+    """The attack that pastes the image files of a folder on images [C, H, W], and the sha256 of each file.
 
     Raises:
         UnsupportedThreat: the threat is not one patch.
-        UsageError: an option is out of range, or a picture is larger than the threat.
-        DataError: there are no pictures, or one that cannot be read.
+        UsageError: an option is out of range, or an image file is larger than the threat.
+        DataError: there are no image files, or one cannot be read.
     """
     if not isinstance(threat, Patch | PatchPercent):
-        raise UnsupportedThreat(f"pictures cannot be pasted under {threat}.", hint="Give their size: --patch 50.")
+        raise UnsupportedThreat(f"image files cannot be pasted under {threat}.", hint="Give their size: --patch 50.")
     pictures = saved.read(folder, shape[0])
     made = saved.SavedPatches(seed=seed, pictures=pictures, **options)
     made.check(threat.resolve(*shape[1:]), shape[0])

@@ -1,7 +1,7 @@
 """What every attack is: a search for an allowed change of an image that changes the deployed answer.
 
 An attack meets the defense only as a :class:`Target`: logits, gradients and answers, each counted as a query. It sees no labels
-and no certificates, but it may be told where to begin. The base class, not the attack's author, checks what came back and judges:
+and no certificates, but it may be given a start. The base class, not the attack's author, checks what came back and judges:
 the answer must be another one, and where the defense promises detection it must not be an alarm.
 
 Shapes: B images, C channels, H x W pixels, K classes, R rows (candidates, each owned by one of the B),
@@ -106,7 +106,7 @@ class Attack(ABC):
         return max(1, rows // self.candidates)
 
     def most(self, defense: Defense, threat: Threat, *, hinted: bool) -> Effort | None:
-        """The most that an image takes, where it begins at a hint or not; None if nobody can tell."""
+        """The most that an image takes, where it begins at a hint or not; None if unknown."""
         return None
 
     @final

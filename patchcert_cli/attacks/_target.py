@@ -22,7 +22,7 @@ CHUNK_VALUES = {"cpu": 1 << 20, "cuda": 1 << 23}  # pixel values that go through
 
 
 def rows_at_once(device: torch.device, values: int, activations: int) -> int:
-    """Candidates of so many pixel values each that go through a network of so many activations in one pass."""
+    """How many candidates of ``values`` pixel values go through a network of ``activations`` activations in one pass."""
     return max(1, CHUNK_VALUES.get(device.type, CHUNK_VALUES["cpu"]) // max(1, values, activations))
 
 
@@ -48,7 +48,7 @@ class Start:
         if not bool((location[:, None] == locations).all(dim=2).any(dim=1).all()):
             raise UsageError(f"a start at a location that {threat} does not have.")
         if not bool(((rival >= 0) & (rival < classes)).all()):
-            raise UsageError("a start with a rival that is no class.", hint=f"Allowed: 0 to {classes - 1}.")
+            raise UsageError("the target class of a start is not a class.", hint=f"Allowed: 0 to {classes - 1}.")
         return Start(location, rival)
 
 
@@ -84,7 +84,7 @@ class Target:
         answer: int64 [B], the deployed answer on the clean images, which is to be changed.
         best: float32 [B, C, H, W], the offered candidate of highest margin, at first the clean image.
         margin: float32 [B], its margin, at first -inf.
-        box: int64 [B, 4], where ``best`` differs from the image, if that was said.
+        box: int64 [B, 4], where ``best`` differs from the image, if known.
         done: bool [B], whether the attack has succeeded with ``best``, or the clean image raises an alarm anyhow; such an image
             needs no more work.
         queries: int64 [B], passes spent so far.
@@ -108,7 +108,7 @@ class Target:
         self.judged = torch.zeros(len(x), 3, dtype=torch.int64, device=x.device)
         self._x = x
         self._plain: Tensor | None = None
-        self._class = self.answer.clamp(min=0)  # an alarm is no class, and such an image is done
+        self._class = self.answer.clamp(min=0)  # an alarm is not a class, and such an image is done
 
     def groups(self, rows_per_image: int) -> Iterator[Tensor]:
         """Consecutive image numbers, int64 [n], so few that ``rows_per_image`` candidates of each make about one chunk."""
@@ -211,8 +211,8 @@ class Target:
     def offer(self, candidates: Tensor, margins: Tensor, owner: Tensor, boxes: Tensor | None = None) -> None:
         """Keep the best of each image's candidates, [n, S, C, H, W] with margins [n, S] of the distinct images ``owner`` [n].
 
-        Where the surrogate says that the answer changed or nearly so, the deployed answer is asked, and decides. ``boxes``
-        int64 [n, S, 4] say where the candidates differ from their images.
+        Where the answer of the surrogate changed or nearly so, the deployed answer is evaluated and decides. ``boxes``
+        int64 [n, S, 4] are where the candidates differ from their images.
         """
         score, pick = margins.max(dim=1)
         better = ((score > self.margin[owner]) & ~self.done[owner]).nonzero()[:, 0]
@@ -221,7 +221,7 @@ class Target:
         self.best[image] = candidates[better, pick[better]]
         if boxes is not None:
             self.box[image] = boxes[better, pick[better]]
-        ask = image[score >= -self.surrogates[0].tolerance]  # in a tie the lowest class wins, which may be the rival
+        ask = image[score >= -self.surrogates[0].tolerance]  # in a tie the lowest class wins, which may be the target class
         if len(ask):
             self.done[ask] = self.flipped(self.answers(self.best[ask], ask), ask)
 

@@ -7,7 +7,7 @@ clamp and what lies outside stays the clean image.
 Where cells of small receptive fields vote, what a patch writes persuades the cells that see nothing else, wherever it lies. So a
 content that was found at one location is carried to others, and climbs on where it does most.
 
-Shapes: n images at work, C channels, H x W pixels, A locations, S kept locations, T rival classes.
+Shapes: n images in progress, C channels, H x W pixels, A locations, S kept locations, T target classes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PatchPGD(Attack):
     """Climb the margin where the hint says, or else where the clean gradient promises most; then elsewhere.
 
     Where the network is small, every location is looked at with three contents, and the worst of them are climbed in. The third
-    content is the corner of [0, 1] that maximizes the linearized ``f_j - f_y`` inside the location, for the rival j that gains
+    content is the corner of [0, 1] that maximizes the linearized ``f_j - f_y`` inside the location, for the class j that gains
     most there; for a linear model this is the strongest patch there is.
 
     Where it is not, one location is climbed in, and if that went far, the best content is carried to ``carried`` locations on a
@@ -103,7 +103,7 @@ class PatchPGD(Attack):
         return Effort(sum(part.queries for part in parts), sum(part.answers for part in parts))
 
     def _climbing(self, starts: int, which: int) -> Effort:
-        """What :meth:`_climb` takes at most from so many points of an image, on one of the surrogates."""
+        """The most that :meth:`_climb` takes from ``starts`` points of an image, on one of the surrogates."""
         looks = 1 + self.steps // JUDGED if which else 1  # with the first surrogate, besides those that come with a slope
         return Effort(1 + (which > 0) + starts * (2 * self.steps + looks), looks if which else self.steps + 1)
 
@@ -129,7 +129,7 @@ class PatchPGD(Attack):
         return target.best
 
     def _begin(self, target: Target, x: Tensor, owner: Tensor, index: Tensor, location: Tensor, rival: Tensor) -> None:
-        """Climb at one location of each image, int64 [n, 4], on every surrogate, towards a rival int64 [n] and towards any.
+        """Climb at one location of each image, int64 [n, 4], on every surrogate, towards class ``rival``, int64 [n], and any.
 
         The first climb starts from the image, its negative and random contents, the others from the image and its negative.
         """
@@ -153,7 +153,7 @@ class PatchPGD(Attack):
         return owner[target.margin[owner] >= (1 - self.hope) * before]
 
     def _promising(self, target: Target, x: Tensor, owner: Tensor, locations: Tensor) -> tuple[Tensor, Tensor]:
-        """The location and the rival of highest first-order margin, int64 [n, 4] and [n]."""
+        """The location and the class of highest first-order margin, int64 [n, 4] and [n]."""
         rival, estimate, _ = self._linearize(target, x[owner], owner, locations)
         value, best = estimate.max(dim=1)  # [n, A]
         at = value.argmax(dim=1, keepdim=True)  # [n, 1]
@@ -198,7 +198,7 @@ class PatchPGD(Attack):
         return locations[kept], corner[images, rival[images, kept]]
 
     def _linearize(self, target: Target, clean: Tensor, owner: Tensor, locations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rivals [n, T], first-order margin of each at each location [n, T, A], and the corner that attains it [n, T, C, H, W].
+        """Target classes [n, T], first-order margin at each location [n, T, A], and the corner that attains it [n, T, C, H, W].
 
         An entry that may move to 0 or 1 adds at most ``max(g (1 - x), -g x)``; a location adds the sum over its entries.
         """
@@ -295,7 +295,7 @@ def _around(locations: Tensor, box: Tensor) -> Tensor:
 
 
 def _moved(x: Tensor, box: Tensor, boxes: Tensor) -> Tensor:
-    """Images [n, C, H, W] rolled so that what stands in ``box`` [n, 4] stands in each of ``boxes`` [n, S, 4]: [n, S, C, H, W]."""
+    """Images [n, C, H, W] rolled so that the content of ``box`` [n, 4] is in each of ``boxes`` [n, S, 4]: [n, S, C, H, W]."""
     height, width = x.shape[2:]
     shift = boxes[:, :, :2] - box[:, None, :2]  # [n, S, 2]
     row = (torch.arange(height, device=x.device) - shift[..., :1]) % height  # [n, S, H]

@@ -5,7 +5,7 @@ and some new patches. The best proposal is kept if it raises the margin. Squares
 Attack (Andriushchenko et al., ECCV 2020). The margin is the first surrogate's; a candidate that may have changed the deployed
 answer is answered by the whole defense, which decides. So it works with any defense, and with networks that have no gradients.
 
-Shapes: n images at work, C channels, H x W pixels, h x w pixels of the patch, P proposals of an image, A locations.
+Shapes: n images in progress, C channels, H x W pixels, h x w pixels of the patch, P proposals of an image, A locations.
 """
 
 from __future__ import annotations

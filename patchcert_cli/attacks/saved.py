@@ -1,7 +1,7 @@
-"""Given pictures, pasted: patches that were made elsewhere, printed or optimized, at random places of each image.
+"""Pasting image files: patches that were made elsewhere, printed or optimized, at random locations of each image.
 
-It searches for nothing. Each picture is pasted ``places`` times on each image, and each pasting is judged by itself, so that the
-counts say how much these pictures do, to the deployed answer and to the classifier inside, asked without a mask.
+It does not search. Each patch is pasted ``places`` times on each image, and each pasting is judged by itself. The counts measure
+the effect of these patches on the deployed answer, and on the classifier inside, evaluated without a mask.
 
 Shapes: B images, C channels, H x W pixels; a picture has h x w pixels, the box around it when turned h' x w'.
 """
@@ -41,18 +41,18 @@ class Picture:
 
 
 def read(folder: Path, channels: int) -> tuple[Picture, ...]:
-    """The pictures in ``folder``, by name, with so many channels.
+    """The image files in ``folder``, by name, with ``channels`` channels.
 
     Raises:
         DataError: there is no such folder, no picture in it, or one that cannot be read.
     """
     if not folder.is_dir():
-        raise DataError(f"there is no folder '{folder}'.", hint="Give a folder of pictures to paste: --saved ./patches")
+        raise DataError(f"there is no folder '{folder}'.", hint="Give a folder of image files to paste: --saved ./patches")
     paths = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in image_files.EXTENSIONS and not path.name.startswith(".")
     )
     if not paths:
-        raise DataError(f"'{folder}' has no pictures.", hint="Put the patches into it, one a file, such as patch.png.")
+        raise DataError(f"'{folder}' has no image files.", hint="Put the patches into it, one per file, such as patch.png.")
     return tuple(Picture(path.name, _pixels(path, channels), files.sha256(path)) for path in paths)
 
 
@@ -70,8 +70,8 @@ class SavedPatches(Attack):
         seed: source of all randomness, together with each image's number.
         pictures: what is pasted.
         places: how often each of them is pasted on an image.
-        turn: each pasting is turned by an angle drawn from so many degrees to either side; 0 for none. Where the turned picture
-            would leave the threat, it is made smaller until it fits.
+        turn: the largest angle, in degrees to either side, by which a pasting is rotated at random; 0 for none. A rotated
+            patch that exceeds the threat is made smaller until it fits.
         shrink: each pasting is scaled by a factor drawn between this and 1.
     """
 
@@ -106,9 +106,9 @@ class SavedPatches(Attack):
         return target.best
 
     def check(self, most: Patch, channels: int) -> None:
-        """Raise :class:`UsageError` unless there are pictures and each of them fits inside the patch ``most``."""
+        """Raise :class:`UsageError` unless there are image files and each of them fits inside the patch ``most``."""
         if not self.pictures:
-            raise UsageError("there are no pictures to paste.", hint="Name their folder: --saved FOLDER.")
+            raise UsageError("there are no image files to paste.", hint="Name their folder: --saved FOLDER.")
         for picture in self.pictures:
             depth, height, width = picture.pixels.shape
             if height > most.height or width > most.width:

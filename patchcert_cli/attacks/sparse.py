@@ -2,10 +2,10 @@
 
 The random part follows Sparse-RS (Croce et al., Sparse-RS: A Versatile Framework for Query-Efficient Sparse Black-Box Adversarial
 Attacks, AAAI 2022): swap a shrinking random subset of the chosen entries, keep what raises the margin. Here it starts from the
-best gradient solution, and swaps in by lot weighted with the linearized gain in every other round.
+best gradient solution, and draws new entries with weights by their linearized gain in every other round.
 
-Shapes: n images at work, C channels, H x W pixels, T rival classes, E entries: the H * W pixels with all their channels, or, if
-the threat counts single values, the C * H * W values.
+Shapes: n images in progress, C channels, H x W pixels, T target classes, E entries: the H * W pixels with all their channels, or,
+if the threat counts single values, the C * H * W values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class SparseSearch(Attack):
     Attributes:
         seed: source of all randomness, together with each image's number.
         rivals: classes to aim at one by one, highest clean logit first.
-        steps: linearizations per rival.
+        steps: linearizations per target class.
         momentum: share of the earlier slopes that is kept when a new one is added.
         iterations: rounds of random search.
         swap: share of the chosen entries that the first round swaps, falling linearly to a single one.
@@ -66,12 +66,12 @@ class SparseSearch(Attack):
         return target.best
 
     def _linearize(self, target: Target, x: Tensor, owner: Tensor, threat: Sparse) -> Tensor:
-        """Offer, for each rival, the best corners under slopes summed along the way.
+        """Offer, for each target class, the best corners under slopes summed along the way.
 
         A dense change follows the normalized slopes, each taken at the change's projection on k entries at 0 or 1.
 
         Returns:
-            [n, C, H, W], the slope at the clean image towards the nearest rival.
+            [n, C, H, W], the slope at the clean image towards the runner-up.
         """
         rival = target.rivals(x[owner], owner, self.rivals)  # [n, T]
         clean = x[owner][:, None].expand(-1, rival.shape[1], -1, -1, -1)  # [n, T, C, H, W]

@@ -4,7 +4,7 @@ Each round proposes several changes of the best pixels so far: a share of them i
 The best proposal is kept if it raises the margin; the share falls along the run to a single pixel. The margin is the first
 surrogate's; a candidate that may have changed the deployed answer is answered by the whole defense, which decides.
 
-Shapes: n images at work, C channels, H x W pixels, P proposals of an image, E entries: the H * W pixels with all their channels,
+Shapes: n images in progress, C channels, H x W pixels, P proposals of an image, E entries: the H * W pixels with all channels,
 or, if the threat counts single values, the C * H * W values.
 """
 

@@ -24,7 +24,7 @@ class Surrogate:
     the box alone.
 
     Attributes:
-        tolerance: how far the deployed answer may be from this one: where a margin exceeds ``-tolerance``, it is asked.
+        tolerance: how far the deployed answer may be from this one: where a margin exceeds ``-tolerance``, it is evaluated.
     """
 
     tolerance: float = 0.0

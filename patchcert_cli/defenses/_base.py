@@ -173,7 +173,7 @@ class Defense(nn.Module, ABC):
             said = f"images are {type(x).__module__.partition('.')[0]}.{type(x).__name__}, not a tensor."
             raise DataError(said, hint="Give torch.as_tensor(images), float [B, C, H, W] in [0, 1].")
         if x.ndim == 3 and tuple(x.shape) == self.input_shape:
-            raise DataError(f"one image of shape {tuple(x.shape)} is no batch.", hint="Give x[None], which is a batch of one.")
+            raise DataError(f"one image of shape {tuple(x.shape)} is not a batch.", hint="Give x[None], which is a batch of one.")
         if x.dtype not in (torch.float32, torch.float64):
             raise DataError(f"images of type {x.dtype}.", hint="Give float32 in [0, 1]: divide 8-bit images by 255.")
         if x.ndim != 4 or tuple(x.shape[1:]) != self.input_shape:

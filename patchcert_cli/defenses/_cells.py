@@ -160,11 +160,11 @@ class VotingDefense(LocalFeatureDefense[Votes]):
         return "additive" if method == "exact" else f"condition {method}"
 
     def note(self, threat: Threat) -> str:
-        """Says so where a patch reaches so many cells that no image whatever can be certified."""
+        """A warning if a patch reaches more cells than any image could be certified with; else empty."""
         cover = self.cover_of(threat)
         size = torch.outer(cover.rows.matrix().sum(dim=1), cover.columns.matrix().sum(dim=1))
         reached, cells = int(size.max()) * threat.budget, cover.rows.cells * cover.columns.cells
-        if 2 * reached <= cells:  # all cells vote for the answer, and those reached turn to a rival of higher index
+        if 2 * reached <= cells:  # all cells vote for the answer, and those reached change to a class of higher index
             return ""
         return f"{threat} reaches {min(reached, cells)} of the {cells} cells: no image can be certified"
 

@@ -1,7 +1,7 @@
-"""Defenses that ask any classifier behind masks; :mod:`patchcert_cli.defenses.patchcleanser` and
-:mod:`patchcert_cli.defenses.minority` differ in how many masks they lay over an image, and in what they prove.
+"""Defenses that evaluate any classifier under masks; :mod:`patchcert_cli.defenses.patchcleanser` and
+:mod:`patchcert_cli.defenses.minority` differ in how many masks they apply to an image, and in what they prove.
 
-Training behind two random masks, or behind the two worst of some (greedy cutout: Saha et al., Revisiting Image Classifier
+Training under two random masks, or under the two worst of some (greedy cutout: Saha et al., Revisiting Image Classifier
 Training for Improved Certified Robust Defense against Adversarial Patches, TMLR 2023).
 
 Shapes: B images, C channels, H x W pixels, K classes, M masks, A locations.
@@ -42,7 +42,7 @@ Labels = Annotated[str, Must(PRECISIONS.__contains__, " or ".join(PRECISIONS))]
 
 @dataclass(frozen=True)
 class MaskedOptions(AugmentedOptions):
-    """Training behind masks.
+    """Training under masks.
 
     Attributes:
         per_axis: masks of the deployed model along each axis, at most.
@@ -96,7 +96,7 @@ class Masking:
 
 
 class MaskedSurrogate(Surrogate):
-    """The mean class probabilities behind some single masks; the deployed answer may turn well before they do."""
+    """The mean class probabilities under some single masks; the deployed answer may change well before they do."""
 
     tolerance = 0.5
 
@@ -110,7 +110,7 @@ class MaskedSurrogate(Surrogate):
 
 
 class MaskedClassifier(Trainable, MarginMaps, WrapsClassifier):
-    """Any classifier, images [B, C, H, W] in [0, 1] -> logits [B, K], asked behind masks.
+    """Any classifier, images [B, C, H, W] in [0, 1] -> logits [B, K], evaluated under masks.
 
     A network whose attribute ``takes_mask`` is true is also given which pixels are hidden, bool [B, 1, H, W].
 
@@ -211,7 +211,7 @@ class MaskedClassifier(Trainable, MarginMaps, WrapsClassifier):
         return masked_predictions.logits_under_mask(self.network, x, occluded, self.fill)
 
     def surrogates(self) -> tuple[Surrogate, ...]:
-        """Class probabilities behind a few of the masks, and the logits of the whole image."""
+        """Class probabilities under a few of the masks, and the logits of the whole image."""
         count = min(MASKS_ATTACKED, len(self.set))
         which = torch.linspace(0, len(self.set) - 1, count).round().long().to(self.masks.device)
         return MaskedSurrogate(self, which), Surrogate(self)
@@ -221,7 +221,7 @@ class MaskedClassifier(Trainable, MarginMaps, WrapsClassifier):
         return min(MASKS_ATTACKED, len(self.set)) * int(getattr(self.network, "most", 16 * math.prod(self.input_shape)))
 
     def _behind(self, masks: Tensor) -> Predictor:
-        """The same behind masks of one's own, bool [M, H, W]."""
+        """The same under other masks, bool [M, H, W]."""
         if self.deployed is None:
             shape, count = self.input_shape, len(self.classes)
             return MaskedPredictor(self.network, masks, self.fill, shape, count, self.prediction_dtype, self._memory)
@@ -241,7 +241,7 @@ class MaskedClassifier(Trainable, MarginMaps, WrapsClassifier):
 
     @abstractmethod
     def views(self) -> Predictor:
-        """The network as it is now, behind the masks."""
+        """The network as it is now, under the masks."""
 
     @abstractmethod
     def mask_margins(self, x: Tensor) -> Tensor:
@@ -306,7 +306,7 @@ class MaskedClassifier(Trainable, MarginMaps, WrapsClassifier):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
-        """Choose the steps of a network that is to be frozen, from training images behind two random masks and behind none."""
+        """Choose the steps of a network that is to be frozen, from training images under two random masks and without masks."""
         if self.deployed is None:
             return
         self.eval()
@@ -318,7 +318,7 @@ class MaskedClassifier(Trainable, MarginMaps, WrapsClassifier):
                 self.forward(part)
 
     def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:
-        """Cross-entropy behind random masks, or behind masks chosen by greedy cutout."""
+        """Cross-entropy under random masks, or under masks chosen by greedy cutout."""
         options = step.options
         assert isinstance(options, MaskedOptions)
         occluded = self._random(x, options, step.generator)
@@ -359,7 +359,7 @@ class MaskedClassifier(Trainable, MarginMaps, WrapsClassifier):
         return occluded
 
     def _harder(self, per_axis: int) -> Tensor:
-        """The masks that cover the same threats with so many along each axis, bool [m, H, W]; for 0 the deployed ones."""
+        """Masks for the same threats with ``per_axis`` along each axis, bool [m, H, W]; for 0 the deployed ones."""
         if not per_axis:
             return self.masks
         plan = replace(self.plan, per_axis=per_axis, stride=0, passes=0)

@@ -59,14 +59,14 @@ class BagCertOptions(AugmentedOptions):
     """Training of BagCert.
 
     Attributes:
-        margin: M; the loss of an image is ``max(0, M - D)`` with D the smallest mean vote difference to a rival. It stands for
-            patches of unknown size: a patch that reaches a share r of the cells is certified about when D > 2 r.
-        sharpness: T; the rivals' share is the soft maximum ``logsumexp(T s) / T``, which gives every rival a gradient; 0 takes
-            the maximum itself.
+        margin: M; the loss of an image is ``max(0, M - D)`` with D the smallest mean vote difference to another class. It
+            stands for patches of unknown size: a patch that reaches a share r of the cells is certified about when D > 2 r.
+        sharpness: T; the share of the other classes is the soft maximum ``logsumexp(T s) / T``, which gives each of them a
+            gradient; 0 takes the maximum itself.
         one_hot: weight of ``mean((sum_c s_c - 1)^2)`` over cells, which asks each cell to vote for one class.
         warm_up_epochs: first epochs, with cross-entropy.
         warm_up: of what, ``mean``, the mean scores, or ``cells``, the scores of each cell.
-        every: train on every so-manieth cell along both axes, at a random phase; the deployed network uses all cells.
+        every: train on each ``every``-th cell along both axes, at a random phase; the deployed network uses all cells.
         aggregate: ``sum``, every cell counts alike, or ``weighted``, each position has a learned weight; monotone either way.
         flip: mirror images at random.
         shift: move images by up to this many pixels.
@@ -128,7 +128,7 @@ class BagCert(RegionDefense[Votes], VotingDefense):
         return CellSurrogate(self, Step.apply, weights, tolerance), CellSurrogate(self, lambda scores: scores, weights, tolerance)
 
     def _share(self, votes: Tensor, down: int = 0, right: int = 0, every: int = 1) -> Tensor:
-        """The mean of votes [B, K, n, m] of every so-manieth cell from (down, right) on, by the weights of positions: [B, K]."""
+        """The mean of votes [B, K, n, m] of each ``every``-th cell from (down, right) on, weighted by position: [B, K]."""
         if self.position is None:
             return votes.mean(dim=(2, 3))
         weight = F.softplus(self.position)[down::every, right::every]
@@ -157,7 +157,7 @@ class BagCert(RegionDefense[Votes], VotingDefense):
     def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:
         """Margin hinge over the mean vote differences, straight-through, with the one-hot penalty (section 3.3 of the paper).
 
-        The scores of ``every``-th cells are the very scores of the whole map at those cells.
+        The scores of ``every``-th cells equal those of the whole map at these cells.
         """
         options = step.options
         assert isinstance(options, BagCertOptions)

@@ -4,8 +4,8 @@ A network with a small receptive field scores each class at every cell, each sco
 the largest sum is the answer. A patch reaches few cells, and clipping bounds what each of them can say.
 
 Clipped scores are put in whole steps by comparing exact scores with fixed thresholds, so nothing is rounded, and the proof is the
-exact one of :mod:`patchcert_cli.certifiers.cells.additive` with every rival asked. (The published certificate asks the class that
-comes second on the clean image alone, and accepts equality: neither is sound.)
+exact one of :mod:`patchcert_cli.certifiers.cells.additive` for every other class. (The published certificate checks the runner-up
+of the clean image alone, and accepts equality: neither is sound.)
 
 Shapes: B images, C channels, H x W pixels, K classes, N x M cells.
 """
@@ -73,7 +73,7 @@ class Clipped(RegionDefense[Votes], VotingDefense):
 
     Attributes:
         how: how scores are clipped.
-        thresholds: float64 [STEPS], increasing; a score counts so many steps as it reaches thresholds.
+        thresholds: float64 [STEPS], increasing; a score counts one step for each threshold that it reaches.
     """
 
     source = "Zhang et al., Clipped BagNet: Defending Against Sticker Attacks with Clipped Bag-of-features, DLS 2020"

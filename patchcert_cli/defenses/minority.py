@@ -1,12 +1,11 @@
-"""Certified detection: Minority Reports (McCoyd et al., 2020), asked of any classifier behind masks that cover the threat.
+"""Certified detection: Minority Reports (McCoyd et al., 2020), for any classifier under masks that cover the threat.
 
-The image is shown whole and behind each mask alone. If a mask hides the patch, what is seen behind it is the truth; where it
-contradicts the whole image with enough confidence, an alarm is raised. One round of masks, against two for a corrected answer
-(:mod:`patchcert_cli.defenses.patchcleanser`, whose network, masks and training these are): it promises less, and so it costs
-less and mostly certifies more.
-Answer and proof: :mod:`patchcert_cli.certifiers.masks.masked_detection`. Its certificates say ``measured``: that rounding alters
-    neither
-a label nor an alarm is measured, not proven (:mod:`patchcert_cli.certifiers.masks.masked_predictions`).
+The classifier sees the whole image, and the image under each mask alone. If a mask hides the patch, the attacker cannot change
+the prediction under it; where it contradicts the whole image with enough confidence, an alarm is raised. There is one round of
+masks, not two as for a corrected answer (:mod:`patchcert_cli.defenses.patchcleanser`, whose network, masks and training these
+are). It promises less, so it costs less and mostly certifies more.
+Answer and proof: :mod:`patchcert_cli.certifiers.masks.masked_detection`. Its certificates are ``measured``: that rounding alters
+neither a label nor an alarm is measured, not proven (:mod:`patchcert_cli.certifiers.masks.masked_predictions`).
 
 Shapes: B images, C channels, H x W pixels, K classes, M masks, V = M + 1 views, n passes.
 """
@@ -39,7 +38,7 @@ GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.99
 
 @dataclass(frozen=True)
 class MinorityOptions(MaskedOptions):
-    """Training behind masks, one an image unless told otherwise, and when an alarm is raised.
+    """Training under masks, by default one for each image, and when an alarm is raised.
 
     Attributes:
         threshold: confidence (softmax of the label) from which on a mask that contradicts the whole image raises an alarm; 0 for
@@ -58,7 +57,7 @@ class MinorityMasking(Masking):
 
 
 class Minority(MaskedClassifier):
-    """Any classifier behind one mask at a time; contradictions raise an alarm.
+    """Any classifier under one mask at a time; contradictions raise an alarm.
 
     Attributes:
         threshold: see :class:`MinorityOptions`.
@@ -85,7 +84,7 @@ class Minority(MaskedClassifier):
         return {"threshold": self.threshold} | ({"compared": list(self.grid)} if self.grid else {})
 
     def views(self) -> Predictor:
-        """The network as it is now, behind no mask and behind each of the masks."""
+        """The network as it is now, without a mask and under each of the masks."""
         return self._behind(torch.cat([torch.zeros_like(self.masks[:1]), self.masks]))  # nothing is hidden in the first view
 
     def _outputs(self, x: Tensor, views: Predictor) -> MaskedOutputs:
@@ -101,7 +100,7 @@ class Minority(MaskedClassifier):
         )
 
     def _seen(self, views: Predictor, x: Tensor, count: int) -> tuple[Tensor, ...]:
-        """What :meth:`_read` makes of every view of some images, [n]; what nobody can tell has a logit margin of 0."""
+        """What :meth:`_read` makes of every view of some images, [n]; an undetermined label has a logit margin of 0."""
         image, view = torch.arange(len(x) * count) // count, torch.arange(len(x) * count) % count
         seen = views.masked_logits(x, image, view, view, self._clear)
         label, rival, logit_margin, confidence_margin = self._read(seen.logits, seen.scale)
@@ -141,7 +140,7 @@ class Minority(MaskedClassifier):
         return masked_detection.answer(self._outputs(x, self.views())).to(x.device)
 
     def _certify(self, x: Tensor, claims: Sequence[Claim]) -> list[Proof]:
-        """All claims from one pass behind every mask."""
+        """All claims from one pass under every mask."""
         covers, views = [self.set.cover(claim.threat) for claim in claims], self.views()
         outputs = self._outputs(x, views)
         return [self._proof(outputs, views, claim, cover) for claim, cover in zip(claims, covers, strict=True)]

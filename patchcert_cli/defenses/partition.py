@@ -74,9 +74,9 @@ class PartitionOptions(Division, AugmentedOptions):
     Attributes:
         drawn: sets of each image that a training step looks at, drawn for each image; 0 for all.
         margin: M; besides the cross-entropy of votes there is the loss ``max(0, M - D)`` with D the smallest difference between
-            the label's share of the votes and a rival's. k pixels that are certified take about D > 2 k / n.
+            the label's share of the votes and another class's. A certificate against k pixels takes about D > 2 k / n.
         margin_weight: weight of that loss; 0 for none.
-        sharpness: T; the rivals' share is the soft maximum ``logsumexp(T s) / T``.
+        sharpness: T; the share of the other classes is the soft maximum ``logsumexp(T s) / T``.
         flip: mirror images at random.
         shift: move images by up to this many pixels.
         average: what a step keeps of the running average of weights that becomes the model; 0 for none.

@@ -1,4 +1,4 @@
-"""PatchCleanser (Xiang, Mahloujifar & Mittal, USENIX Security 2022): any classifier, asked behind pairs of masks.
+"""PatchCleanser (Xiang, Mahloujifar & Mittal, USENIX Security 2022): any classifier, evaluated under pairs of masks.
 
 Masks that hide every location of the patch are laid over the image one at a time, then two at a time; the answer is made of the
 labels that the classifier gives then. Masks: :mod:`patchcert_cli.certifiers.masks`; answer and proof:
@@ -28,11 +28,11 @@ from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage
 from patchcert_cli.defenses._masked import MaskedClassifier
 
 TABLE_ENTRIES = 1 << 23  # of the tables of a group of images, at most
-MAP_BYTES = 1 << 28  # of the maps behind single masks of a group of images, at most
+MAP_BYTES = 1 << 28  # of the maps under single masks of a group of images, at most
 
 
 class PatchCleanser(MaskedClassifier):
-    """Any classifier behind pairs of masks."""
+    """Any classifier under pairs of masks."""
 
     source = "Xiang, Mahloujifar & Mittal, PatchCleanser, USENIX Security 2022"
     methods = double_masking.METHODS

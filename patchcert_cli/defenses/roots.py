@@ -5,8 +5,8 @@ square root of its votes there: votes in many regions count more than as many in
 are in whole steps, ``floor(2^8 sqrt(votes))``, so sums of them are exact and the order of classes is the same on every machine.
 
 **Proof.** ``floor(2^8 sqrt(v))`` does not decrease with v, so the value of a class is monotone in every vote, and condition
-3.1 of the BagCert paper applies (:func:`patchcert_cli.certifiers.cells.additive.prove_aggregate`): the least that the answer can
-be worth, without a vote of the cells that see the patch, is compared with the most that a rival can be worth, with all of them.
+3.1 of the BagCert paper applies (:func:`patchcert_cli.certifiers.cells.additive.prove_aggregate`): the smallest value of the
+answer, without the votes of the cells that see the patch, is compared with the largest value of another class, with all of them.
 
 Shapes: B images, K classes, N x M cells, R x R regions.
 """

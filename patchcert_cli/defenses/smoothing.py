@@ -154,7 +154,7 @@ class Smoothing(VotingDefense):
     def forward(self, x: Tensor) -> Tensor:
         """Smooth surrogate: the mean over all cells of the softmax, [B, K].
 
-        Where there are many views, they are computed anew for the gradient, so that their activations are never held at once.
+        Where there are many views, they are computed again for the gradient, so that their activations are never held at once.
         """
         pieces = list(self._pieces(x, max(1, PIECE // self.network.most)))
         if len(pieces) == 1:

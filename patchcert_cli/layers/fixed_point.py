@@ -12,7 +12,7 @@ Proof: each product and each partial sum is an integer multiple of 2^(a+e). A pa
 since its positive products sum to at most W V, and so do its negative ones. All such numbers are representable, and an operation
 whose exact result is representable is not rounded (IEEE 754).
 
-Hence the deployed function is the same on every device, in every batch, and a cell that sees no changed pixel does not change.
+So the deployed function is the same on every device, in every batch, and a cell that sees no changed pixel does not change.
 
 Shapes: B images, C channels, H x W positions, O output channels.
 """
@@ -174,8 +174,8 @@ def affine(
         value_range: what comes in.
         dtype: float32 or float64.
         beside: largest magnitude of what will be added to the result before it is put on a grid.
-        largest: weights are at most so many of their steps, which are coarser for that, but never coarser than what is added
-            to the result; 0 for as many as the theorem allows.
+        largest: the largest weight in steps; steps are made coarser for that, but never coarser than what is added to the
+            result; 0 for as many as the theorem allows.
 
     Returns: the layer and the fewest bits, sign aside, that the largest weight of a channel got, or would without ``largest``.
     """

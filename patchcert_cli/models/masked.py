@@ -1,4 +1,4 @@
-"""Small convolutional networks that learn fast, for images with parts hidden behind masks.
+"""Small convolutional networks that learn fast, for images with parts hidden by masks.
 
 A stem of small kernels that begins as the whitening of the training images, stages of two 3x3 convolutions of which the second is
 residual, GELU, and the largest value over all positions, so that evidence counts wherever it is left. Batch norm has no gains,

@@ -2,7 +2,7 @@
 
 Valid convolutions without pooling, and residual 1x1 convolutions between them, so that a cell sees a square of exactly
 ``receptive_field`` pixels and there is one cell for every place of that square in the image, or with a ``stride`` for every
-so-manieth place along both axes: the same scores as without, at a fraction of the cost.
+``stride``-th place along both axes: the same scores as without, at a fraction of the cost.
 
 Shapes: B images, C channels, H x W pixels, K classes, N x M cells, N = (H - receptive_field) // stride + 1.
 """
@@ -87,7 +87,7 @@ class Stage(nn.Module):
 
 
 class RegionScorer(nn.Module):
-    """[B, C, H, W] in [0, 1] -> scores [B, K, N, M]; a cell speaks for a class where its score is positive."""
+    """[B, C, H, W] in [0, 1] -> scores [B, K, N, M]; a cell votes for a class where its score is positive."""
 
     places: Tensor | None
 
@@ -163,7 +163,7 @@ class RegionScorer(nn.Module):
         )
 
     def forward(self, x: Tensor, every: int = 1) -> Tensor:
-        """Scores of all cells, or with ``every`` only of each so-manieth along both axes, at a fraction of the cost."""
+        """Scores of all cells, or only of each ``every``-th along both axes, at a fraction of the cost."""
         return self.score(self.prepare(x), every)
 
     def prepare(self, x: Tensor) -> Tensor:

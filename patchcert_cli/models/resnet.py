@@ -2,7 +2,7 @@
 
 A 3x3 stem without pooling, basic blocks, a 1x1 projection where a block changes the shape, the mean over all positions, a linear
 head. Convolutions are padded with zeros. Where a map is so narrow that a column of a 3x3 kernel would meet nothing but padding,
-as behind a band of a few pixels, the kernel goes without it: the same function with fewer weights.
+as after a band of a few pixels, the kernel has no such column: the same function with fewer weights.
 
 Shapes: B images, C channels, H x W pixels, K classes, n positions of the last map.
 """

@@ -135,7 +135,7 @@ Spoil = Callable[[Path], object]
     ("spoil", "threat", "error", "message"),
     [
         (lambda folder: folder.rmdir(), "patch:5x5", DataError, r"there is no folder .*--saved"),
-        (lambda folder: None, "patch:5x5", DataError, "has no pictures. Put"),
+        (lambda folder: None, "patch:5x5", DataError, "has no image files. Put"),
         (lambda folder: (folder / "a.png").write_bytes(b"<html>"), "patch:5x5", DataError, r"a\.png.*image"),
         (lambda folder: save(folder / "a.png", torch.zeros(3, 6, 5)), "patch:5x5", UsageError, r"a\.png is 6x5, larger than"),
         (lambda folder: save(folder / "a.png", torch.zeros(3, 5, 5)), "sparse:3", UnsupportedThreat, r"cannot be pasted under"),
@@ -157,7 +157,7 @@ def test_bad_options_and_other_channels_are_refused() -> None:
         with pytest.raises(UsageError, match=words):
             SavedPatches(**options)  # type: ignore[arg-type]
     defense, x = made(PatchCleanser), torch.zeros(1, 1, 4, 4)
-    with pytest.raises(UsageError, match="no pictures to paste"):
+    with pytest.raises(UsageError, match="no image files to paste"):
         SavedPatches()(defense, x, Patch(2, 3))
     with pytest.raises(UsageError, match="3 channels, the images have 1"):
         SavedPatches(pictures=(picture(2, 2, channels=3),))(defense, x, Patch(2, 3))

@@ -557,7 +557,7 @@ def test_given_pictures_are_pasted_and_counted(patchcert) -> None:  # type: igno
     ("more", "code", "words"),
     [
         (["--saved", "nowhere"], 6, "there is no folder 'nowhere'"),
-        (["--saved", "val"], 6, "'val' has no pictures"),
+        (["--saved", "val"], 6, "'val' has no image files"),
         (["--saved", "val/cat", "--patch", "2"], 2, "larger than patch:2x2."),
         (["--saved", "val/cat", "--steps", "3"], 2, "--steps is for an attack that searches"),
         (["--turn", "3"], 2, "--turn is about images to paste."),

@@ -26,8 +26,8 @@ def test_a_threat_may_be_given_as_text(made: Defense) -> None:
     assert one.threat == Patch(2, 3) and torch.equal(one.certified, two.certified) and torch.equal(one.margin, two.margin)
     for threat, kind, said in (
         ("pach:2x3", UsageError, "invalid threat 'pach:2x3'"),
-        (5, UsageError, r"int is no threat model. Give Patch\(5, 5\), or its text: 'patch:5x5'"),
-        ((5, 5), UsageError, "tuple is no threat model"),
+        (5, UsageError, r"int is not a threat model. Give Patch\(5, 5\), or its text: 'patch:5x5'"),
+        ((5, 5), UsageError, "tuple is not a threat model"),
     ):
         with pytest.raises(kind, match=said):
             made.certify(x, threat)  # type: ignore[arg-type]
@@ -38,7 +38,7 @@ def test_a_threat_may_be_given_as_text(made: Defense) -> None:
     [
         (np.zeros((2, 1, 4, 4), dtype=np.float32), r"images are numpy.ndarray, not a tensor. Give torch.as_tensor\(images\)"),
         ([[0.5]], "images are builtins.list, not a tensor"),
-        (torch.zeros(1, 4, 4), r"one image of shape \(1, 4, 4\) is no batch. Give x\[None\]"),
+        (torch.zeros(1, 4, 4), r"one image of shape \(1, 4, 4\) is not a batch. Give x\[None\]"),
         (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), "Give float32 in"),
         (torch.zeros(2, 3, 4, 4), "do not fit this model"),
     ],

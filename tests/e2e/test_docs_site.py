@@ -77,9 +77,11 @@ def test_every_page_of_the_contents_exists(read: dict[str, Reader]) -> None:
     assert {address(page) for page in pages} <= read.keys()
 
 
-def test_every_page_and_card_is_on_the_site(read: dict[str, Reader]) -> None:
+def test_every_page_card_and_example_is_on_the_site(read: dict[str, Reader]) -> None:
     sources = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     sources |= {f"zoo/{path.parent.name}.md" for path in ROOT.glob("zoo/*/README.md")}
+    sources |= {f"examples/{path.parent.name}.md" for path in ROOT.glob("examples/*/README.md")}
+    sources |= {f"examples/{path.stem}.md" for path in ROOT.glob("examples/*.py")}
     sources |= {"index.md", "changelog.md", "contributing.md", "404.md"}
     assert {"404.html" if source == "404.md" else address(source) for source in sources} == read.keys()
 

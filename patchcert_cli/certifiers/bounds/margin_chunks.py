@@ -97,7 +97,7 @@ class MarginIterator(Protocol):
         ...
 
     def worst_location(self, target: Tensor, rival: Tensor, attained: Tensor) -> Tensor:
-        """The location, int64 [B], to name as the worst for each image and rival; ``attained`` is where the minimum was."""
+        """The location, int64 [B], to name as the worst for each image and class; ``attained`` is where the minimum was."""
         ...
 
 
@@ -203,7 +203,7 @@ class WindowMargins(PatchMargins):
     """All patch locations of any other network: only the windows that a patch can reach, until a layer joins all of them.
 
     Attributes:
-        least: the smallest margin over rivals at each location, [A, B], once all chunks were asked for.
+        least: the smallest margin over classes at each location, [A, B], once all chunks were computed.
     """
 
     least: Tensor

@@ -101,7 +101,7 @@ def forward_error(split: Split, like: Tensor, dtype: torch.dtype = torch.float64
 
 @dataclass(frozen=True)
 class Proof:
-    """The smallest margin over rivals and locations.
+    """The smallest margin over classes and locations.
 
     Attributes:
         margin: float64 [B], lower bound of ``f_target - f_rival`` over all locations.
@@ -158,7 +158,7 @@ def _prove(stream: MarginIterator, x: Tensor, target: Tensor, threat: Patch | Sp
     else:
         error = stream.errors.single if x.dtype == torch.float32 else stream.errors.double
         tolerance = error + stream.errors.double.clamp(max=deployed)
-    broken = ~torch.isfinite(margins.values).all(dim=1)  # overflow or NaN, for any rival, never certifies
+    broken = ~torch.isfinite(margins.values).all(dim=1)  # overflow or NaN, for any class, never certifies
     return Proof(margin.double().masked_fill(broken, float("-inf")), tolerance, worst, rival), error
 
 
@@ -169,7 +169,7 @@ def _prove_pairs(
 
     Where the location that looks worst has no sufficient margin in float64, an image stays uncertified. Of the others, with m
     the smallest margin found and e the bound of its error, the exact minimum is at most m + e, so it is not attained where
-    m + 2 e is exceeded. Of an image with a margin that is NaN, every location is asked.
+    m + 2 e is exceeded. Of an image with a margin that is NaN, every location is evaluated.
     """
     assert stream.errors is not None
     tolerance = stream.errors.double[close] + stream.errors.double[close].clamp(max=deployed)
@@ -188,7 +188,7 @@ def _prove_pairs(
 
 
 def _at_pairs(wide: WindowMargins, owner: Tensor, location: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest margin over rivals of each pair (image, location), minus infinity if one is NaN, and the rival: [N]."""
+    """The smallest margin over classes of each pair (image, location), minus infinity if one is NaN, and its class: [N]."""
     if not len(owner):
         return owner.double(), owner
     margins = wide.at_pairs(owner, location, target[owner])

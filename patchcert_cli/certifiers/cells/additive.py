@@ -10,7 +10,7 @@ among equals. Sums stay below 2^24, so float32 holds them exactly.
 A score that is NaN makes margins that are NaN, and these certify nothing.
 
 **Theorem.** Let an attacker replace the scores of the cells in A(L), for one location L of the attacker's choice, by any numbers
-in [0, w_i]. For a rival j let
+in [0, w_i]. For a class j != y let
 
     m_j(L) = S_y - S_j - sum_{i in A(L)} (w_i + s_iy - s_ij) + [y < j].
 
@@ -82,7 +82,7 @@ class Votes:
 
 @dataclass(frozen=True)
 class Proof:
-    """The smallest margin over rivals and locations.
+    """The smallest margin over classes and locations.
 
     Attributes:
         answer: int64 [B], the class that is proven.
@@ -151,7 +151,7 @@ def _windows(row: Tensor, width: int, apart: int) -> Tensor:
 
 @exact_arithmetic()
 def prove(votes: Votes, cover: CellCoverage, method: str = "exact") -> Proof:
-    """The theorem, or one of the published conditions, for every image, location and rival.
+    """The theorem, or one of the published conditions, for every image, location and class.
 
     Args:
         votes: what the cells say.
@@ -189,7 +189,7 @@ def _ends(votes: Votes, classes: slice = slice(None)) -> tuple[Tensor, Tensor]:
 
 
 def _prove(votes: Votes, cover: CellCoverage, method: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Answer, margin, location (counted column by column) and rival of one chunk of images, a block of classes at a time."""
+    """Answer, margin, location (counted column by column) and runner-up of one chunk of images, a block of classes at a time."""
     rows, columns, budget = cover.rows, cover.columns, cover.budget
     classes = votes.scores.shape[1]
     block = max(1, CHUNK // max(1, votes.scores[:, :1].numel()))
@@ -237,7 +237,7 @@ def _of(values: Tensor, answer: Tensor) -> Tensor:
 
 @exact_arithmetic()
 def margin_map(votes: Votes, cover: CellCoverage) -> Tensor:
-    """The smallest margin over rivals at every location, budget 1, float64 [B, P, Q]; see the theorem."""
+    """The smallest margin over classes at every location, budget 1, float64 [B, P, Q]; see the theorem."""
     rows, columns = cover.rows, cover.columns
     size, maps = _sizes(votes, rows, columns), []
     for part in _chunks(votes, max(1, CHUNK // max(1, votes.scores[:1].numel()))):

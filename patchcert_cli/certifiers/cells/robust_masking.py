@@ -32,7 +32,7 @@ numbers are whole.
 Proof: let the attacker give y the sum a >= 0 inside A. A mask m has U'_y(m) <= U_y(m without A) + a, so if the heaviest is taken
     away,
 r_y >= R - max_m U_y(m without A). Let this maximum be at most T R. A heaviest mask that does not meet A has at most T R <= T S'_y
-and is not taken away, so if one is, it meets A. If none is, r_y = R + a >= R. For the rival, let m hold A. If the heaviest mask
+and is not taken away, so if one is, it meets A. If none is, r_y = R + a >= R. For class j, let m hold A. If the heaviest mask
 is taken away, r_j <= U_j(outside m) as before. Else U'_j(m) <= H'_j <= T S'_j, and S'_j = U'_j(m) + U_j(outside m), so that
 r_j = S'_j <= U_j(outside m) / (1 - T).
 (Taking nothing away in the second case of low is not sound: what is added where A meets a heavy mask makes it exceed T, and the
@@ -93,7 +93,7 @@ def answer(evidence: Tensor, masking: Masking) -> Tensor:
 
 
 def prove(evidence: Tensor, masking: Masking, cover: CellCoverage) -> Proof:
-    """The theorem for every image, location and rival; a margin is -inf where no mask holds what a location touches.
+    """The theorem for every image, location and class; a margin is -inf where no mask holds what a location touches.
 
     Args:
         evidence: whole numbers in [0, MOST], int64 [B, K, N, M].
@@ -112,13 +112,13 @@ def prove(evidence: Tensor, masking: Masking, cover: CellCoverage) -> Proof:
 
 
 def margin_map(evidence: Tensor, masking: Masking, cover: CellCoverage) -> Tensor:
-    """The smallest margin over rivals at every location, float64 [B, P, Q]; see :func:`prove`."""
+    """The smallest margin over classes at every location, float64 [B, P, Q]; see :func:`prove`."""
     return _charts(evidence, masking, cover)[0]
 
 
 @exact_arithmetic()
 def _charts(evidence: Tensor, masking: Masking, cover: CellCoverage) -> tuple[Tensor, Tensor]:
-    """Margin and rival at every location, float64 and int64 [B, P, Q]."""
+    """Margin and runner-up at every location, float64 and int64 [B, P, Q]."""
     if cover.budget != 1:
         raise ValueError("robust masking is for one location")
     if evidence.dtype != torch.int64:  # which cannot hold NaN
@@ -172,7 +172,7 @@ def _lows(own: Tensor, masking: Masking, cover: CellCoverage) -> Iterator[Tensor
 
 
 def _highs(evidence: Tensor, label: Tensor, masking: Masking, cover: CellCoverage) -> tuple[Tensor, Tensor]:
-    """The largest ``high_j - [y < j]`` over rivals, float64 [b, P, Q] with inf, and a rival that attains it, int64."""
+    """The largest ``high_j - [y < j]`` over classes j, float64 [b, P, Q] with inf, and a class that attains it, int64."""
     held = _window_sums(evidence, masking.window)  # [b, K, R, S]
     heaviest = held.amax(dim=(2, 3), keepdim=True)
     for dim, axis, side in ((2, cover.rows, masking.window[0]), (3, cover.columns, masking.window[1])):

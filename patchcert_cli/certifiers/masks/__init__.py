@@ -1,1 +1,1 @@
-"""Proofs from predictions behind masks."""
+"""Proofs from masked predictions."""

@@ -1,6 +1,6 @@
 """Double masking: the deployed answer of PatchCleanser, and the proof that no patch alters it.
 
-Let f(i, j) be the label that a classifier gives to an image behind masks i and j; f(i, i) is behind one mask.
+Let f(i, j) be the label that a classifier gives to an image under masks i and j; f(i, i) is under one mask.
 
 **The answer.** Round one: all f(i, i). If they agree, that label. Otherwise let M be the most frequent one, ties to the lowest
 class index. Round two: for each i with d = f(i, i) != M in the order of indices: if f(i, j) = d for every j, the answer is d. If
@@ -8,14 +8,14 @@ there is none, it is M (Xiang, Mahloujifar & Mittal, PatchCleanser: Certifiably 
 Security 2022, algorithm 1).
 
 **Theorem.** If for every set L of pixels that an attack may touch there is a mask i that hides all of L, with f(i, j) = y on the
-clean image for every j, then the answer is y whatever the attack writes into L.
+clean image for every j, then the answer is y for any content of L.
 
-*Proof.* f(i, j) never sees L, so the whole row i reads y under attack too. If all f(k, k) agree, they agree with f(i, i) = y.
+*Proof.* f(i, j) never sees L, so the whole row i is y under attack too. If all f(k, k) agree, they agree with f(i, i) = y.
 Otherwise a k with d = f(k, k) != y fails in round two: its entry f(k, i) = f(i, k) is y. So the answer is M, or that of some k
 with f(k, k) = y. If M = y, either is y. If M != y, i itself passes round two, so some k is answered, and its label is y. QED.
 
 Neither the order of ties nor the unmasked image plays a role. The published condition, f(i, j) = y for all pairs, implies this
-one, and asks for more than is needed where several masks hide a location.
+one, and requires more than is needed where several masks hide a location.
 
 **Rounding.** The theorem is about one function f of the image. Of a network that computes exactly
 (:mod:`patchcert_cli.layers.fixed_point`) there is one. Of any other network f is what is computed, and a label counts as y only
@@ -40,14 +40,14 @@ from patchcert_cli.layers.precision import first_largest
 
 METHODS = ("rows", "pairs")  # the theorem, and the published condition
 MOST_CLASSES = 2**31  # classes that a table can hold
-FIRST = 6  # pairs of an image that are asked for first; then twice as many each time
+FIRST = 6  # pairs of an image that are evaluated first; then twice as many each time
 
 
 Ask = Callable[[Tensor, Tensor, Tensor], MaskedPredictions]  # image, mask, mask, each int64 [n]
 
 
 class Table:
-    """What is known of f for B images: [B, M, M], symmetric. Every pair is asked for at most once.
+    """What is known of f for B images: [B, M, M], symmetric. Every pair is evaluated at most once.
 
     Attributes:
         label: int32, -1 where unknown.
@@ -148,8 +148,8 @@ def prove(table: Table, label: Tensor, by: Tensor, tolerance: float, seen: Tenso
     ``seen``, bool [B, M, M], is what the proof may know at first, by default all that the table knows. With what was known when
     the answer was found, a claim has the same margins whichever other claims are made.
 
-    Of every set some mask is to have a whole row. Rows are chosen so that few of them serve all sets; of their pairs those are
-    asked for first whose single masks speak for the answer the least. An image is left alone as soon as it is decided.
+    In every set some mask must get a whole row. Rows are chosen so that few of them cover all sets. Of their pairs, those whose
+    single masks have the smallest signed margins are evaluated first. An image is finished as soon as it is decided.
     """
     single = table.towards(label)
     seen = table.label >= 0 if seen is None else seen.clone()

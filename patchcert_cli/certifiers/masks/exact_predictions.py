@@ -1,14 +1,14 @@
 """Predictions of integer networks for pairs of masks: exact, and computed once where two masks share them.
 
 **Theorem.** Level by level (:mod:`patchcert_cli.layers.levels`), let Z(i) be the positions of a map that see a pixel that mask i
-hides. Behind masks i and j a position outside Z(j) has the value that it has behind i alone, and a position outside Z(i) the
-value that it has behind j alone.
-Proof. The image behind i and j differs from the image behind i alone only in pixels that j hides. A position outside Z(j)
+hides. Under masks i and j a position outside Z(j) has the value that it has under i alone, and a position outside Z(i) the
+value that it has under j alone.
+Proof. The image under i and j differs from the image under i alone only in pixels that j hides. A position outside Z(j)
 sees none of them, so it sees the same whole numbers, and its value is an exact function of what it sees. For Z(i) exchange i
 and j. QED.
 
-So of a map behind two masks only the common part of Z(i) and Z(j) is computed, inside the smallest box around it; all else is
-taken from the maps behind single masks. What is computed twice has the same bits, and a test compares them with the whole
+So of a map under two masks only the common part of Z(i) and Z(j) is computed, inside the smallest box around it; all else is
+taken from the maps under single masks. What is computed twice has the same bits, and a test compares them with the whole
 network's.
 
 Shapes: B images, C channels, H x W pixels, K classes, M masks, n passes, P positions of a map, h x w positions of a box.
@@ -41,7 +41,7 @@ WHOLE = 256  # passes whose last maps, which all of them need, are computed at o
 
 
 class Maps:
-    """The values of one map behind masks, as rows: what surrounds it, for each image those behind single masks, then boxes.
+    """The values of one map under masks, as rows: what surrounds it, for each image those under single masks, then boxes.
 
     Attributes:
         rows: uint8 [n, C].
@@ -57,7 +57,7 @@ class Maps:
         self.begin = self.own
 
     def take(self, maps: Tensor, at: int) -> None:
-        """Keep whole maps [n, C, H, W] behind single masks; ``at`` such maps lie before them."""
+        """Keep whole maps [n, C, H, W] under single masks; ``at`` such maps lie before them."""
         flat = maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
         begin = 1 + at * maps.shape[2] * maps.shape[3]
         self.rows[begin : begin + len(flat)] = flat
@@ -73,7 +73,7 @@ class Maps:
         return begin + torch.arange(n) * height * width
 
     def read(self, window: ReadIndex, image: Tensor, first: Tensor, second: Tensor, start: Tensor) -> Tensor:
-        """Parts of a map [n, C, h, w], channels last: which image, behind which two masks, where its own rows begin, all [n]."""
+        """Parts of a map [n, C, h, w], channels last: which image, under which two masks, where its own rows begin, all [n]."""
         pair, base = window.slot[first, second], (1 + image * self.each)[:, None]
         index = window.own.index_select(0, pair).mul_((start[:, None] - base).int())
         index = index.add_(window.offset.index_select(0, pair)).add_(base.int()).clamp_(min=0)
@@ -82,10 +82,10 @@ class Maps:
 
 
 class Passes:
-    """Some images behind pairs of masks; their maps behind single masks are computed first."""
+    """Some images under pairs of masks; their maps under single masks are computed first."""
 
     def __init__(self, network: Levels, influence: MaskInfluence, steps: Tensor, fill: Tensor) -> None:
-        """Look at ``steps``, whole numbers [B, C, H, W], behind masks of colour ``fill``, whole numbers [C, 1, 1]."""
+        """Look at ``steps``, whole numbers [B, C, H, W], under masks of colour ``fill``, whole numbers [C, 1, 1]."""
         self.network, self.influence, masks = network, influence, len(influence.affected[0])
         image, mask = torch.ones(len(steps), masks).nonzero().T
         around = [level.before for level in network.each] + [torch.zeros(network.head.weight.shape[1], dtype=torch.uint8)]
@@ -105,7 +105,7 @@ class Passes:
         self.single = torch.cat(features).reshape(len(steps), masks, -1)
 
     def features(self, image: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """The largest values over the last map of n passes, int64 [n, C]: which image, behind which two masks, int64 [n]."""
+        """The largest values over the last map of n passes, int64 [n, C]: which image, under which two masks, int64 [n]."""
         made = self.single[image, first].clone()
         pairs = (first != second).nonzero()[:, 0]
         pairs = pairs[self.influence.order[first[pairs], second[pairs]].argsort()]  # boxes of one size come together
@@ -207,7 +207,7 @@ class ExactMaskedPredictor:
         return MaskedLogits(logits, largest(logits), torch.ones(len(logits), dtype=torch.bool))
 
     def bytes_each(self) -> int:
-        """What the maps behind single masks hold for one image."""
+        """What the maps under single masks hold for one image."""
         return sum(
             len(influence.affected[0]) * math.prod(affected.shape[1:]) * level.whole.weight.shape[0]
             for influence in self.influences()
@@ -216,7 +216,7 @@ class ExactMaskedPredictor:
 
     @torch.no_grad()
     def test(self) -> None:
-        """Compare what is computed in parts with the whole network in float64, on some images behind some pairs.
+        """Compare what is computed in parts with the whole network in float64, on some images under some pairs.
 
         Raises:
             IntegrityError: a number differs.
@@ -232,19 +232,19 @@ class ExactMaskedPredictor:
             raise IntegrityError("the network's whole numbers differ from those of float64.", hint="Install another torch.")
 
     def logits(self, steps: Tensor, occluded: Tensor) -> Tensor:
-        """float64 [n, K] of whole numbers [n, C, H, W] behind bool [n, H, W], from the whole network."""
+        """float64 [n, K] of whole numbers [n, C, H, W] with pixels bool [n, H, W] hidden, from the whole network."""
         return cast(Tensor, self.network(torch.where(occluded[:, None], self.fill.to(steps), steps), occluded))
 
 
 class Asked:
-    """Some images, about which passes are asked."""
+    """Some images, of which passes are requested."""
 
     def __init__(self, views: ExactMaskedPredictor, x: Tensor) -> None:
         self._views, self._x = views, x
         self._passes: list[Passes] = []
 
     def __call__(self, image: Tensor, first: Tensor, second: Tensor) -> MaskedPredictions:
-        """Labels of n passes: which of the images behind which two masks, int64 [n]; on the CPU."""
+        """Labels of n passes: which of the images under which two masks, int64 [n]; on the CPU."""
         return told(self.logits(image, first, second))
 
     @torch.no_grad()

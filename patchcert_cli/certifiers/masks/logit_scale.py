@@ -1,7 +1,7 @@
 """How large the numbers are that a network's logits are made of, and whether its float64 is float64.
 
 Rounding errors of logits grow with the terms that are added up, not with the logits themselves: an image can be
-made whose logits nearly vanish behind some masks, while their terms are as large as ever. So a logit margin is measured against a
+made whose logits nearly vanish under some masks, while their terms are as large as ever. So a logit margin is measured against a
 **scale** that such an image does not shrink:
 
 - where the last layer is known, the largest ``sum_j |w_kj v_j| + |b_k|`` of the pass, with w and b its weights and v its input;

@@ -76,7 +76,7 @@ class MaskInfluence:
         inside = ((row >= 0) & (row < affected.shape[1]))[:, :, None] & ((column >= 0) & (column < affected.shape[2]))[:, None, :]
         place = torch.where(inside, row[:, :, None] * affected.shape[2] + column[:, None, :], 0)
         i, j = first[:, None, None], second[:, None, None]
-        moved = affected.flatten()[j * area + place]  # what the second mask does not move is as behind the first
+        moved = affected.flatten()[j * area + place]  # what the second mask does not move is as under the first
         if number == 0:  # of pixels, hidden ones are one and the same row
             own, at, inner = moved | affected.flatten()[i * area + place], place, torch.zeros_like(place)
         else:
@@ -112,7 +112,7 @@ class ReadIndex:
 
 
 def spread(affected: Tensor, level: Level) -> Tensor:
-    """Which positions of the map that a level makes see one of ``felt``, bool [M, H, W] -> [M, H', W']."""
+    """Which positions of the map that a level makes see one of ``affected``, bool [M, H, W] -> [M, H', W']."""
     size = [level.size(length) for length in affected.shape[1:]]
     spans = [level.span(0, length) for length in size]
     around = [(-spans[axis][0], sum(spans[axis]) - affected.shape[1 + axis]) for axis in (0, 1)]

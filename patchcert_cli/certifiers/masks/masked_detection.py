@@ -1,25 +1,24 @@
-"""Certified detection: an alarm is raised where what is seen behind a mask contradicts what is seen without one.
+"""Certified detection: an alarm is raised where a masked prediction contradicts the prediction on the whole image.
 
 Minority Reports (McCoyd et al., Minority Reports Defense: Defending Against Adversarial Patches, 2020) in the form of
 its first round with masks that cover the threat, which PatchCleanser's mask sets provide; the confidence is that of PatchGuard++
 (Xiang & Mittal, 2021).
 
-Let f be the label that a classifier gives to the whole image, f_i the one behind mask i alone, and p_i its confidence there.
+Let f be the label that a classifier gives to the whole image, f_i the one under mask i alone, and p_i its confidence there.
 
 **The answer.** An alarm if ``f_i != f`` and ``p_i >= threshold`` for some i, else f.
 
 **Theorem.** Let the answer on the clean image be y, no alarm. If for every set L of pixels that an attack may touch there is a
 mask i that hides all of L, with ``f_i = y`` and ``p_i >= threshold`` on the clean image, then the answer is y or an alarm,
-whatever the attack writes into L.
+for any content of L.
 
 *Proof.* f_i and p_i never see L, so they are the same under attack. If the whole image now has another label than y, mask i
 contradicts it with enough confidence: an alarm. If it has the label y, the answer is y or an alarm. QED.
-It is also necessary if the attacker at L can choose what is seen wherever a mask does not hide all of L: the attacker shows j !=
-    y there.
-Masks that hide L and say y lack the confidence, and so do those that say something else, or the clean image would have raised an
-alarm. So there is none, and the answer is j.
+It is also necessary if the attacker at L can set label and confidence of the whole image, and under every mask that does not hide
+all of L: it sets the labels to a class j != y. Masks that hide L and predict y lack the confidence, and so do those that predict
+another class, or the clean image would have raised an alarm. So no alarm is raised, and the answer is j.
 
-The published condition asks the same of all masks, which implies this one. (In the published code a confidence equal to the
+The published condition requires the same of all masks, which implies this one. (In the published code a confidence equal to the
 threshold certifies but raises no alarm; here it raises one.) A set of masks that leaves out a location at a corner, as windows of
 votes do in the paper, proves nothing about it.
 
@@ -48,7 +47,7 @@ class MaskedOutputs:
 
     Attributes:
         whole: int64 [B], the label of the whole image.
-        label: int64 [B, M], the label behind each mask.
+        label: int64 [B, M], the label under each mask.
         rival: int64 [B, M], the next one.
         logit_margin: float64 [B, M], how far the label is ahead of the next one, in units in which rounding is at most
             ``tolerance``.

@@ -41,7 +41,7 @@ ROOM = 4  # a measured error may be this part of it: two logits make a logit mar
 PRECISIONS = ("float32", "bfloat16")  # in which labels may be computed at first
 PASSES, PIXELS, LARGER = 256, 1 << 20, 64  # passes at a time on a CPU, their values, and how many times that on a GPU
 GATHERED = 4  # times as many passes have their images copied at once
-MANY = 1000  # classes with which bfloat16 leaves so many labels in doubt that it gains nothing
+MANY = 1000  # classes from which on bfloat16 leaves nearly all labels in doubt, so that it gains nothing
 SIZES = (1, 2, 3, 7)  # batches that the quick precisions are measured in
 CHANNELS_LAST = (nn.Conv2d, nn.BatchNorm2d)  # layers of networks that compute with channels last on a CPU
 LARGE = {"bfloat16": 64, "float32": PASSES}  # and the largest one
@@ -150,7 +150,7 @@ class MaskedPredictor:
         return functools.partial(self.ask, x)
 
     def ask(self, x: Tensor, image: Tensor, first: Tensor, second: Tensor) -> MaskedPredictions:
-        """Labels of n passes: which of the images [B, C, H, W] behind which two masks, int64 [n]; on the CPU.
+        """Labels of n passes: which of the images [B, C, H, W] under which two masks, int64 [n]; on the CPU.
 
         Raises:
             IntegrityError: what the network returns is not one finite number per image and class.
@@ -188,7 +188,7 @@ class MaskedPredictor:
         return max(1, min(PASSES, PIXELS // math.prod(self._shape))) * (1 if x.device.type == "cpu" else LARGER)
 
     def reference_logits(self, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits float64 [n, K] and scale [n] on the CPU, each pass computed in one way whatever is asked beside it."""
+        """Logits float64 [n, K] and scale [n] on the CPU, each pass computed in one way, independent of the others."""
         kind = "float64" if self.calibration.double else "float32"
         with _one_way(x.device):
             logits, scale = self._each(kind, x, first, second, self.calibration.head)
@@ -296,8 +296,8 @@ class MaskedPredictor:
         A network that fails with channels last is tested, and used, without.
 
         Raises:
-            IntegrityError: the pass of an image depends on where it is asked, or a precision errs by more than a quarter of its
-                allowance.
+            IntegrityError: the pass of an image depends on its place in the batch, or a precision errs by more than a quarter of
+                its allowance.
         """
         try:
             self._test()

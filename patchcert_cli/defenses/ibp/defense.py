@@ -118,7 +118,7 @@ class IntervalDefense(Trainable):
 
         Raises:
             UnsupportedThreat: a layer has no rule.
-            IntegrityError: logits are no finite numbers.
+            IntegrityError: logits are not finite.
             MachineError: this machine computes in less than float32 where it should not.
         """
         generator = torch.Generator().manual_seed(0)
@@ -144,14 +144,14 @@ class IntervalDefense(Trainable):
             return ""
         return (
             f"from {layer} on every location costs a pass over whole maps instead of a window; faster: Flatten and Linear right "
-            "behind convolutions and pooling."
+            "after convolutions and pooling."
         )
 
     def init_weights(self, options: Options) -> nn.Module | None:
         assert isinstance(options, IntervalOptions)
         if options.init == "ibp":
             regularizers.initialize(self.network)
-        if options.linear:  # refused before the first epoch, not behind the natural ones
+        if options.linear:  # refused before the first epoch, not after the natural ones
             pairwise.require_dense(fold(self.network, torch.zeros(1, *self.input_shape))[0], self.input_shape[0])
         return Guide(self.input_shape[0], len(self.classes)) if options.picked == "guided" else None
 

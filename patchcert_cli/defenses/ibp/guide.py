@@ -2,8 +2,8 @@
 
 Shapes: B images, C channels, H x W pixels, K classes, A locations, R chosen ones.
 
-It is no part of any proof and is not deployed: it learns, along with the classifier, the bounds that were computed, and says for
-each class where to compute the next ones.
+It is not part of any proof and is not deployed: it learns, along with the classifier, the bounds that were computed, and proposes
+for each class where to compute the next ones.
 """
 
 from __future__ import annotations

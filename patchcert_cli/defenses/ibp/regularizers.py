@@ -34,7 +34,7 @@ def initialize(network: nn.Module) -> None:
 
 
 def widening(width: Tensor, boxes: list[Box]) -> Tensor:
-    """How much wider than the input's the intervals in front of the ReLUs are; ``width`` is the input's mean radius."""
+    """How much wider than the input's the intervals before the ReLUs are; ``width`` is the input's mean radius."""
     radii = torch.stack([(upper - lower).mean() / 2 for lower, upper in boxes])
     return F.relu(ENOUGH - width / radii.clamp(min=TINY)).mean() / ENOUGH
 

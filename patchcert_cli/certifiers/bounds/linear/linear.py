@@ -1,7 +1,7 @@
 """Linear lower bounds of margins, for all locations of a patch at once, for groups of them, and for each alone.
 
 Shapes: B images, C channels, H x W pixels, A locations (one stands for all changes if the threat is sparse), K classes, G groups
-of locations, U pairs of a group and a location of it, R pairs of a group and a rival class.
+of locations, U pairs of a group and a location of it, R pairs of a group and another class.
 
 **Theorem (patch).** Let the boxes of a group enclose what each ReLU sees for every content at every one of its locations: the
 elementwise union of the locations' interval bounds. One backward pass (:mod:`relaxations`) then gives A, c with
@@ -41,13 +41,13 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 4 << 30}  # working memory of one chunk 
 
 @dataclass(frozen=True)
 class Query:
-    """Which bounds are wanted: groups of locations of an image, and for each group some rivals.
+    """Which bounds are wanted: groups of locations of an image, and for each group some classes.
 
     Attributes:
         image: int64 [G], the image of each group.
         group: int64 [U], sorted; with ``location`` the members of the groups.
         location: int64 [U].
-        owner: int64 [R], sorted: the group that each rival is asked of.
+        owner: int64 [R], sorted: the group of each class.
         rival: int64 [R].
     """
 
@@ -59,13 +59,13 @@ class Query:
 
     @classmethod
     def single(cls, image: Tensor, location: Tensor, rival: Tensor) -> Query:
-        """A group for each (image, location, rival), [U] each."""
+        """A group for each (image, location, class), [U] each."""
         index = torch.arange(len(image), device=image.device)
         return cls(image, index, location, index, rival)
 
     @classmethod
     def grouped(cls, wanted: Tensor, tile: Tensor) -> Query:
-        """Groups of the locations in one tile at which something is wanted, and the rivals for which it is anywhere in it.
+        """Groups of the locations in one tile at which a bound is wanted, and the classes for which one is wanted anywhere in it.
 
         Args:
             wanted: bool [B, A, K].
@@ -199,7 +199,7 @@ class Engine:
 
     @torch.no_grad()
     def bounds(self, query: Query) -> Tensor:
-        """Lower bounds [R, A] for the rivals of the query; they hold at the locations of the rival's group only."""
+        """Lower bounds [R, A] for the classes of the query; they hold at the locations of the class's group only."""
         limit = CHUNK_BYTES.get(self.x.device.type, CHUNK_BYTES["cpu"])
         found = [self.x.new_empty(0, self.source.locations)]
         step = max(1, limit // (self.bytes * (2 + 4 * len(query.rival) // max(len(query.image), 1))))

@@ -2,8 +2,8 @@
 
 Shapes: B images, A locations, K classes.
 
-**Rule.** Every bound of :mod:`linear` or :mod:`intervals` on (image, location, rival) holds, so the largest found so far does. An
-image is certified once each of its pairs (location, rival) has a bound above what rounding may have added; it is given up, which
+**Rule.** Every bound of :mod:`linear` or :mod:`intervals` on (image, location, class) holds, so the largest found so far does. An
+image is certified once each of its pairs (location, class) has a bound above what rounding may have added; it is given up, which
 is always sound, once a pair still has none when bounded alone. The order of questions depends on the image only:
 
 1. the pair with the smallest interval bound, alone: most images that cannot be certified end here, at the cost of one location;

@@ -33,7 +33,7 @@ def convolve(
 ) -> Tensor:
     """The layer's outputs without bias, [N, *size, C'], with ``weight`` [C', kh, kw, C/groups] in place of its own.
 
-    ``room``: memory for the result, where it is known that no one else needs it.
+    ``room``: memory for the result, where it is known that nothing else needs it.
     """
     if is_plain(layer, v.device):
         stride = (slides[0].stride, slides[1].stride)

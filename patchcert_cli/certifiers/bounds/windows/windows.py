@@ -1,4 +1,4 @@
-"""Interval bounds under a patch, computed only where the patch can be felt.
+"""Interval bounds under a patch, computed only where the patch can have an effect.
 
 Shapes: B images, N pairs (image, location), maps of C channels and H x W cells, windows [N, h, w, C], channels last, F features.
 
