@@ -21,12 +21,13 @@ network = nn.Sequential(nn.Conv2d(1, 8, 6, stride=4), nn.ReLU(), nn.Flatten(), n
 optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
 for batch in torch.randint(8000, (200, 128)):
     optimizer.zero_grad()
-    nn.functional.cross_entropy(network(x[batch]), label[batch]).backward()
+    loss = nn.functional.cross_entropy(network(x[batch]), label[batch])
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
 network.eval().requires_grad_(False)
 test, truth = x[8000:8100], label[8000:8100]  # not trained on
 
-# 1. Masks: the network is asked for its label behind pairs of masks, of which one hides the whole patch.
+# 1. Masks: the network labels the image under pairs of masks, of which one hides the whole patch.
 #    Any classifier will do. The masks are made for the largest patch that is to be certified.
 masked = pc.PatchCleanser(network, input_shape=shape, classes=classes, masks=pc.MaskSpec(("patch:2x2",)), fill=(0.0,))
 by_masks = masked.certify(test, "patch:2x2")

@@ -47,7 +47,8 @@ class Blocks(Trainable):
 
     def forward(self, x: Tensor) -> Tensor:
         """The surrogate that attacks climb: the mean softmax of the blocks, [B, K]."""
-        return self.network(x).softmax(dim=2).mean(dim=1)
+        scores: Tensor = self.network(x)
+        return scores.softmax(dim=2).mean(dim=1)
 
     def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:
         """Cross-entropy of the votes, a third each, with the gradient of the softmax (straight-through)."""
@@ -85,5 +86,6 @@ class Blocks(Trainable):
         (_, height, width), side = self.input_shape, self.network.side
         top, left, tall, wide = threat.locations(height, width).T[:, :, None]
         row, column = torch.arange(height // side) * side, torch.arange(width // side) * side
-        rows, columns = (top < row + side) & (row < top + tall), (left < column + side) & (column < left + wide)
+        rows: Tensor = (top < row + side) & (row < top + tall)
+        columns: Tensor = (left < column + side) & (column < left + wide)
         return (rows[:, :, None] & columns[:, None, :]).flatten(1)
