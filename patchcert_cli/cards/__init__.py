@@ -1,4 +1,4 @@
-"""Model cards and the zoo they stand in: what is claimed about each model. Neither torch nor a network is needed to read them."""
+"""Model cards: what is claimed about each model of the zoo. Neither torch nor a network is needed to read them."""
 
 from patchcert_cli.cards.card import DEFAULT_LICENSE, Card, card_for_run, slug, weights_of
 from patchcert_cli.cards.entries import File, Hub, Measured, Published, Sample, Training, Validation, valid_name, weights_sha256

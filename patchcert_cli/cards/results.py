@@ -75,7 +75,7 @@ class CertifyResult:
         """Read the values of a ``result.json`` of either format; ``where`` is its path, for messages.
 
         Raises:
-            IntegrityError: they are no result of certify; everything that is wrong is listed.
+            IntegrityError: they are not a result of certify; everything that is wrong is listed.
         """
         result = current_result(values)
         if "attack" in result or not all("certified" in (claim.get("counts") or {}) for claim in result["claims"]):

@@ -23,7 +23,7 @@ Results = Mapping[str, Mapping[str, Any]]  # results of certify, by the path of 
 
 
 def card_with_results(model: ResolvedModel, results: Results) -> tuple[Card, bytes | None]:
-    """The card of ``model`` with these results as its measurements, and the records behind them as one file.
+    """The card of ``model`` with these results as its measurements, and their records as one file.
 
     The card is not validated as a whole yet; that is done when it is rendered.
 

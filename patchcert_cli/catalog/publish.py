@@ -73,7 +73,7 @@ def prepare(found: ResolvedModel, repo: str | None, results: Results, places: Se
         raise IntegrityError(f"'{found.folder}' has no model card ({files.CARD}).", hint="Train it again with the same command.")
     repo = repo or card.hub.repo
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo):
-        raise UsageError(f"--to '{repo}' is no repository.", hint="Use organization/name.")
+        raise UsageError(f"--to '{repo}' is not a repository.", hint="Use organization/name.")
     if card.status == "unreliable":
         raise ClaimError(f"{card.name} is marked unreliable: {card.reason}.")
     contents: dict[str, bytes | Path] = {}

@@ -8,8 +8,8 @@
 ``PACKAGE.MODULE:FUNCTION``        own code: a function without arguments that returns a module, images to logits
 =================================  =====================================================================================
 
-Own code is imported on the word of whoever types the address; no card and no configuration can name any. Weights are
-safetensors, from the Hub at a commit that is told and recorded, or from a file.
+User code is imported only because its address was typed; no card and no configuration can name any. Weights are
+safetensors, from the Hub at a commit that is printed and recorded, or from a file.
 
 Shapes: B images, C channels, H x W pixels, K outputs.
 """
@@ -46,18 +46,18 @@ AS_FILE = "Or give the weights as a file: --weights FILE.safetensors"
 
 @dataclass(frozen=True)
 class Classifier:
-    """A plain classifier behind its preprocessing, and what is known of it.
+    """A plain classifier with its preprocessing, and what is known of it.
 
     Attributes:
         network: [B, C, H, W] in [0, 1] -> logits [B, K], in eval mode.
         name: the address.
-        names: for each output the names that it goes by; empty if nobody says.
-        mean: per channel, of the images that it was trained on; None if nobody says.
+        names: for each output the names that it goes by; empty if unknown.
+        mean: per channel, of the images that it was trained on; None if unknown.
         sha256: of the weights.
         source: where they came from: ``hub``, ``file``, ``code`` or ``random``.
         note: one line about where they came from.
         setting: what besides the weights decides its answers, for manifests.
-        resize_crop: how pictures become images of the size that it was made for; None if it takes any.
+        resize_crop: how image files are resized and cropped to the size that it was made for; None if it takes any.
     """
 
     network: nn.Module
@@ -77,7 +77,7 @@ class Classifier:
 
     @property
     def in_front(self) -> str:
-        """What is put in front of it, in words."""
+        """Its preprocessing as text."""
         return self.network.description if isinstance(self.network, WithPreprocessing) else "pixels in [0, 1], as they are"
 
 
@@ -101,10 +101,10 @@ def open_(
 
     Raises:
         UnknownName: no such network, module or function; says what is near.
-        UsageError: the address or what own code returns cannot be meant.
+        UsageError: the address, or what user code returns, is invalid.
         HubError: the weights are not on this disk, and the Hub is out of reach or refuses.
         IntegrityError: weights that do not fit the network, or are damaged.
-        DataError: ``classes`` is no list of names.
+        DataError: ``classes`` is not a list of names.
         MachineError: timm is not installed.
     """
     from patchcert_cli.classifiers import loaders
@@ -120,7 +120,7 @@ def open_(
     elif (match := OWN.fullmatch(address)) is not None and typed:
         found = loaders.user(address, match["module"], match["function"], weights)
     else:
-        raise UsageError(f"'{address}' is no address of a classifier.", hint=f"Use {FORMS}.")
+        raise UsageError(f"'{address}' is not an address of a classifier.", hint=f"Use {FORMS}.")
     if classes is not None:
         found = replace(found, names=timm.imagenet_labels() if classes == "imagenet" else class_names.read(Path(classes)))
     return replace(found, network=found.network.eval())
@@ -141,7 +141,7 @@ def outputs(classifier: Classifier, shape: Sequence[int], device: str = "cpu") -
         raise
     except (torch.OutOfMemoryError, MemoryError) as problem:
         raise MachineError(f"out of memory {said}.", hint="Use a machine with more memory.") from problem
-    except Exception as problem:  # anybody's code can raise anything
+    except Exception as problem:  # user code can raise anything
         raise IntegrityError(f"{name} fails {said}: {user_code.line(problem)}.", hint=user_code.SHOW) from problem
     if not isinstance(logits, Tensor):
         raise IntegrityError(
@@ -158,7 +158,7 @@ def outputs(classifier: Classifier, shape: Sequence[int], device: str = "cpu") -
 
 @dataclass(frozen=True)
 class Beginning:
-    """What training begins with: the options of the network ``timm``, see :func:`begin_with`, and what is said of its weights."""
+    """What training begins with: the options of the network ``timm``, see :func:`begin_with`, and lines about its weights."""
 
     options: dict[str, Any]
     source: timm.Facts
@@ -323,7 +323,7 @@ def _current(source: timm.Facts, network: WithPreprocessing, tensors: dict[str, 
 
 
 def _given(address: str, source: timm.Facts, weights: str) -> Classifier:
-    """A network of timm with somebody's own weights, and as many classes as these have; nobody says what they are called."""
+    """A network of timm with the user's weights, and as many classes as these have; the names of the classes are unknown."""
     if weights == RANDOM:
         network, note = _built(source, source.outputs), f"{address}: random weights, whose answers mean nothing"
         return _described(address, source, network, checkpoint.digest(network.state_dict()), RANDOM_SOURCE, note, source.labels)

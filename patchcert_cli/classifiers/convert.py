@@ -47,7 +47,7 @@ def read(path: Path, key: str | None = None) -> Found:
         key: which entry holds them, where there are several.
 
     Raises:
-        IntegrityError: it is no such file, is damaged, or holds anything but tensors and plain values.
+        IntegrityError: it is not such a file, is damaged, or holds anything but tensors and plain values.
         UsageError: nothing, or no single entry, of it is a state dict.
     """
     content = load(path)
@@ -62,7 +62,7 @@ def read(path: Path, key: str | None = None) -> Found:
         notes.append(f"taken from its entry {where}")
     left = [str(name) for name, value in held.items() if not isinstance(value, Tensor)]
     if left:
-        notes.append(f"left out, since they are no tensors: {', '.join(left[:4])}{', ...' if len(left) > 4 else ''}")
+        notes.append(f"left out, since they are not tensors: {', '.join(left[:4])}{', ...' if len(left) > 4 else ''}")
     tensors = {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
     while prefix := next((one for one in PREFIXES if all(name.startswith(one) and name != one for name in tensors)), ""):
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
@@ -89,9 +89,9 @@ def load(path: Path, content: bytes | None = None) -> Any:
             what = f"objects of a program ({code})" if code else "objects of a program"
             raise IntegrityError(
                 f"'{path}' holds {what}, not only tensors: nothing of it was run.",
-                hint="Save model.state_dict() where that program is at home, then convert that.",
+                hint="Save model.state_dict() where that program is installed, then convert that file.",
             ) from problem
-        raise IntegrityError(f"'{path}' is no intact file of torch.save ({type(problem).__name__}).") from problem
+        raise IntegrityError(f"'{path}' is not an intact file of torch.save ({type(problem).__name__}).") from problem
 
 
 def write(found: Found, to: Path, *, force: bool = False) -> None:

@@ -65,7 +65,7 @@ def _state(address: str, network: nn.Module) -> dict[str, torch.Tensor]:
     try:
         state = network.state_dict()
         return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    except Exception as problem:  # anybody's code can raise anything
+    except Exception as problem:  # user code can raise anything
         raise UsageError(f"the state of {address} cannot be read: {user_code.line(problem)}.", hint=user_code.SHOW) from problem
 
 
@@ -99,7 +99,7 @@ def onnx(address: str, path: Path, weights: str | None) -> Classifier:
 
 
 def torchvision(address: str, weights: str | None, *, download: bool) -> Classifier:
-    """A network of torchvision with published weights, or with one's own, behind the transform of its weights.
+    """A network of torchvision with published or the user's weights, and with the transform of the published ones.
 
     Raises:
         UnknownName: no such network, or no such weights of it.
@@ -157,5 +157,5 @@ def settled(classifier: Classifier, shape: Sequence[int], device: str = "cpu") -
         return classifier, []
     network.centre = None
     inside = {"preprocessing": {**stated, "mean": None, "std": None, "normalized_by_itself": True}}
-    said = f"{classifier.name} normalizes by its mean and std itself, so this is not done in front of it a second time"
+    said = f"{classifier.name} normalizes by its mean and std itself, so this is not done a second time before it"
     return replace(classifier, setting=classifier.setting | inside), [said]

@@ -53,7 +53,7 @@ def _answer(network: nn.Module, x: Tensor) -> Tensor | None:
     try:
         with torch.no_grad():
             found = network(x.clone())  # which it may write into
-    except Exception:  # what it cannot compute is told where it is asked for logits
+    except Exception:  # the error is reported where its logits are computed
         return None
     return found if isinstance(found, Tensor) and bool(found.isfinite().all()) else None
 

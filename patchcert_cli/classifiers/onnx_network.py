@@ -37,14 +37,13 @@ def library() -> Any:
 
 
 class NoGradient(UsageError, RuntimeError):
-    """Somebody climbs a gradient that there is none of; as torch's own such error it is a RuntimeError."""
+    """A gradient is requested of a network that has none; a RuntimeError, as torch's own error of this kind."""
 
 
 class OnnxNetwork(nn.Module):
     """A network in an ONNX file: float32 [B, C, H, W] -> [B, K].
 
-    A function of own code may return it with ``mean``, ``std`` and ``classes`` set as attributes, where something is to be done
-    in front of it.
+    A function of user code may return it with ``mean``, ``std`` and ``classes`` set as attributes, where it needs preprocessing.
 
     Attributes:
         sha256: of the file.
@@ -58,7 +57,7 @@ class OnnxNetwork(nn.Module):
 
         Raises:
             MachineError: onnxruntime is not installed.
-            IntegrityError: there is no such file, or it is no ONNX network, or keeps weights in other files.
+            IntegrityError: there is no such file, or it is not an ONNX network, or keeps weights in other files.
             UsageError: it does not take one batch of float images.
         """
         super().__init__()
@@ -94,7 +93,7 @@ class OnnxNetwork(nn.Module):
                 made = runtime.InferenceSession(self._content, options, providers=[(wanted, more)])
             except Exception as problem:  # onnxruntime's errors have no common class of their own
                 said = (str(problem).splitlines() or [""])[0][:200]
-                raise IntegrityError(f"'{self._path}' is no network that onnxruntime can read: {said}.") from problem
+                raise IntegrityError(f"'{self._path}' is not a network that onnxruntime can read: {said}.") from problem
             self._sessions[device] = made
         return self._sessions[device]
 

@@ -1,8 +1,8 @@
 """A user's own classifier: a function in a module, imported because its address was typed, and for no other reason.
 
 The function takes no arguments and returns a :class:`torch.nn.Module`, images [B, C, H, W] to logits [B, K]. The module may
-state as attributes what it wants in front of it: ``mean`` and ``std`` per channel, ``size`` (a number, or height and width), and
-``classes``, the names of its outputs. What it does not state is not done: images come in [0, 1] and in their own size.
+declare its preprocessing as attributes: ``mean`` and ``std`` per channel, ``size`` (a number, or height and width), and
+``classes``, the names of its outputs. Steps that are not declared are skipped: images come in [0, 1] and in their own size.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def call(module: str, function: str) -> nn.Module:
         raise unknown(f"function in {module}", function, known)
     try:
         made = found()
-    except Exception as problem:  # anybody's code can raise anything
+    except Exception as problem:  # user code can raise anything
         raise UsageError(f"{address} fails: {line(problem)}.", hint=f"It is called without arguments. {SHOW}") from problem
     finally:
         _remember(module, set(sys.modules) - before)
@@ -86,7 +86,7 @@ def stated(address: str, module: nn.Module) -> Stated:
     """What a module says of itself.
 
     Raises:
-        UsageError: it cannot be meant so.
+        UsageError: it is invalid.
     """
     size, mean, std = (_numbers(address, module, name) for name in ("size", "mean", "std"))
     if (mean is None) != (std is None) or len(mean or ()) != len(std or ()):
@@ -118,7 +118,7 @@ def _remember(module: str, new: set[str]) -> None:
 
 
 def _digest_of(name: str) -> str:
-    """sha256 of a loaded module's file as it was when it was loaded; empty if it has none, or it is no one's own."""
+    """sha256 of a loaded module's file as it was when it was loaded; empty if it has none, or is not user code."""
     loaded = sys.modules.get(name)
     if loaded is None:
         return ""
@@ -138,14 +138,14 @@ def _source(module: ModuleType) -> str:
 
 @functools.cache
 def _installed() -> list[Path]:
-    """Folders whose modules are not somebody's own: Python's library, installed packages, this package."""
+    """Folders whose modules are not user code: Python's library, installed packages, this package."""
     places = [sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")]
     places += [*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parent)]
     return [Path(one).resolve() for one in places]
 
 
 def line(problem: BaseException) -> str:
-    """What somebody's code raised, in one line."""
+    """The error that user code raised, in one line."""
     first = (str(problem).splitlines() or [""])[0].rstrip(".")
     return f"{type(problem).__name__}: {first}" if first else type(problem).__name__
 
@@ -161,7 +161,7 @@ def _imported(name: str) -> Any:
         if not f"{name}.".startswith(f"{missing}."):  # the module is there, and needs another one
             raise UsageError(f"module '{name}' cannot be imported: {line(problem)}.", hint="Install what it needs.") from problem
         raise UnknownName(f"no module '{missing}'.", hint="Install it, or go to the folder that holds it.") from problem
-    except Exception as problem:  # anybody's code can raise anything
+    except Exception as problem:  # user code can raise anything
         raise UsageError(f"module '{name}' cannot be imported: {line(problem)}.", hint=SHOW) from problem
 
 

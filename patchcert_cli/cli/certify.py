@@ -206,7 +206,7 @@ def _certify(
     image: ImageOptions,
     area: int | None,
 ) -> several.Value:
-    """Certify test images, and draw what is asked for."""
+    """Certify test images, and draw the requested plots."""
     from patchcert_cli.evaluation import evaluate
     from patchcert_cli.reporting import plots, text
 

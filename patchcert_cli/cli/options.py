@@ -187,7 +187,7 @@ class ThreatOptions:
         return threat_from(threat=self.threat, patch=self.patch, k=self.k, unit=self.unit)
 
     def own(self, text: str) -> Threat:
-        """The threat model ``text`` that a model was trained for, if it is of the kind that is asked for."""
+        """The threat model ``text`` that a model was trained for, if it is of the requested kind."""
         return own_threat(text, threat=self.threat, unit=self.unit)
 
 

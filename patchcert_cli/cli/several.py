@@ -42,7 +42,7 @@ def run(
 
     ``one(model, command)`` computes a result; ``command`` is what would have been typed for that model alone.
     One model, or the default (None), prints ``one_table``; several print ``table`` and give a list as JSON. ``check`` raises the
-    error that a result, which is printed all the same, ends in.
+    error that a result ends in; the result is still printed.
 
     Raises:
         PatchcertError: of one model alone.

@@ -37,7 +37,7 @@ def set_quiet(value: bool) -> bool:
 
 
 class TerminalProgress:
-    """A bar on stderr, or plain lines where it is no terminal, with the time to the end; nothing for work under a second."""
+    """A bar on stderr, or plain lines where it is not a terminal, with the time left; nothing for work under a second."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         from rich.console import Console

@@ -1,6 +1,6 @@
 """What a run would do and cost, from some seconds of it: masks, passes, time, disk. Nothing is written.
 
-Images are computed as the run would compute them, in batches that grow, until enough is known or the patience is over. Passes
+Images are computed as the run would compute them, in batches that grow, until enough is known or time runs out. Passes
 differ from image to image, so more images are looked at until their mean is known to a tenth; what a pass takes is known sooner.
 """
 
@@ -30,7 +30,7 @@ MOST = 64  # images in files that are opened for it
 SECONDS, PATIENCE = 5.0, 60.0  # that measuring takes at least, if there are enough images, and at most
 KNOWN = 0.1  # relative standard error of the mean passes of an image that is good enough
 STEADY = 1.3  # times the pace of the fastest batch up to which nothing was set up in a batch
-HOPE = 4  # times the patience that the most queries of an image may take for an attack to be tried
+HOPE = 4  # times the time limit that the most queries of an image may take for an attack to be tried
 
 
 def evaluation(
@@ -67,7 +67,7 @@ def evaluation(
 
 
 class _TimeIsUp(Exception):
-    """Stops a batch that takes longer than the patience."""
+    """Stops a batch that takes longer than the time limit."""
 
 
 class _Batch(NamedTuple):
@@ -108,7 +108,7 @@ class _Trial:
     stopped: tuple[float, int] = (0.0, 0)
 
     def run(self, pace: Pace, batch: Callable[[Images], tuple[list[int], int]]) -> None:
-        """Compute batches, which tell passes and bytes, until enough is known, the images end or the patience does."""
+        """Compute batches, which return passes and bytes, until enough is known, or images or time run out."""
         began = self.clock()
         while self.images < len(self.order) and not self._enough(self.clock() - began):
             part = self.whole.take(self.order[self.images : self.images + pace.size])
@@ -211,7 +211,7 @@ def _certifying(task: EvaluationTask, total: int, trial: _Trial) -> dict[str, An
 
 
 def _bound(passes: int, pace: float, once: float, images: int) -> dict[str, Any]:
-    """What the run takes if every image takes the most passes, at so many seconds a pass, and some to set things up."""
+    """What the run takes if every image takes the most passes, at ``pace`` seconds a pass, and ``once`` to set things up."""
     return {
         "passes_per_image_at_most": passes,
         "passes_at_most": passes * images,
@@ -251,7 +251,7 @@ def _attacking(task: EvaluationTask, total: int, trial: _Trial, attacker: Attack
 
 
 def _one_query(task: EvaluationTask, clock: Clock) -> float:
-    """Seconds of one query: half of logits and their gradient on one image, the second time it is asked if that costs little."""
+    """Seconds of one query: half of logits and their gradient on one image, the second time if that costs little."""
     defense, spent = task.model.defense, math.inf
     x = to_float(task.images.take(torch.arange(1)).read()).to(defense.device)
     for _ in range(2):

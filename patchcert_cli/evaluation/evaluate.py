@@ -48,7 +48,7 @@ def certify(
     Raises:
         UsageError: the folder holds another run.
         Interrupted: stopped by Ctrl-C; the same call goes on where it stopped.
-        MachineError: out of memory at a batch of one image, or the disk is full, or another process is at work in the folder.
+        MachineError: out of memory at a batch of one image, or the disk is full, or another process uses the folder.
     """
     task.check()
     folder, defense = folder or task.folder("certify", {}), task.model.defense
@@ -84,7 +84,7 @@ def attack(
     """Attack every image of a task; with ``join`` certify the same images and hold the attack against the certificates.
 
     ``settings`` names the attack's options in the manifest. The attack sees the defense and, with ``join``, the location and the
-    rival of the smallest certified margin as a place to begin.
+    runner-up of the smallest certified margin as a start.
 
     After ``max_seconds`` no further image is finished: the result is about those that are, says under ``left`` how many are not,
     and is not written into the folder; the same call goes on with these.

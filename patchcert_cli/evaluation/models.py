@@ -35,7 +35,7 @@ from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.evaluation.task import EvaluatedModel
 from patchcert_cli.threats import Patch, PatchPercent, Threat
 
-GREY = 0.5  # the colour of masks, where nobody knows a better one
+GREY = 0.5  # the colour of masks, where no better one is known
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class DefenseRequest:
     Attributes:
         defense: the defense to put around it; None for its own.
         masks: how many masks along each axis.
-        passes: as many masks as so many passes of the network let evaluate in pairs.
+        passes: as many masks as can be evaluated in pairs with this many passes of the network.
         weights: safetensors file for a plain classifier, or ``none`` for random ones.
         classes: text file with the names of the model's outputs, or ``imagenet``.
         download: whether weights of torchvision may be fetched.
-        labels: what labels behind masks are computed in, ``float32`` or ``bfloat16``; None for the model's own.
+        labels: the precision of masked predictions, ``float32`` or ``bfloat16``; None for the model's own.
         threshold: confidence from which on certified detection raises an alarm; None for the model's own.
         compare: whether other thresholds are to be compared with it.
         mask_shape: ``square``, ``column`` or ``row``.
@@ -78,14 +78,14 @@ class DefenseRequest:
 
 
 class ModelSource(ABC):
-    """A model that was found, before anybody knows on which images and against what.
+    """A model that was found, before images and threats are known.
 
     Attributes:
         name: what the user calls it.
         note: one line about where it came from.
         threat: the threat that it is made for; empty if none.
         dataset: the data set that it is to be evaluated on unless told otherwise; empty if none.
-        names: what its outputs are called; empty if nobody says.
+        names: what its outputs are called; empty if unknown.
     """
 
     name: str
@@ -101,7 +101,7 @@ class ModelSource(ABC):
 
     @abstractmethod
     def resize_crop(self) -> ResizeCrop | None:
-        """How pictures become the images that the model was made for; None if nobody says."""
+        """How image files are resized and cropped to the images that the model was made for; None if unknown."""
 
     def fitted(self, dataset: Dataset) -> Dataset:
         """A data set resized and cropped as the model was made for, unless its name states how.
@@ -155,7 +155,7 @@ class ZooModel(ModelSource):
         return self.defense.input_shape[0]
 
     def resize_crop(self) -> ResizeCrop:
-        """That of its training images; if they were no pictures in folders, the whole middle of a picture."""
+        """That of its training images; if they were not image files in folders, the whole middle square of an image."""
         size = self.defense.input_shape[1:]
         return datasets.stated_resize_crop(self.dataset) or ResizeCrop(size, size)
 
@@ -213,7 +213,7 @@ class WrappedClassifier(ModelSource):
 
     def evaluated(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> EvaluatedModel:
         plan = self.request.plan(threats, shape)
-        plan.masks(*shape[1:])  # what cannot be masked is told before the network is asked
+        plan.masks(*shape[1:])  # raises what cannot be masked before the network is evaluated
         about, notes = loaders.settled(self.classifier, shape, device)
         count, numbers = addresses.outputs(about, shape, device), self.request.labels or ""
         classes = class_names.words(self.names) if len(self.names) == count else tuple(map(str, range(count)))
@@ -228,7 +228,7 @@ class WrappedClassifier(ModelSource):
             defense.trust()
         setting = {"classifier": about.name, "input_shape": list(shape), **about.setting, **defense.settings()}
         in_front = about.in_front
-        said = (f"in front of {about.name}: {in_front}", *notes)
+        said = (f"preprocessing of {about.name}: {in_front}", *notes)
         return EvaluatedModel(defense, self.name, self.kind, about.sha256, about.source, setting, in_front, said)
 
     def matched(self, classes: Sequence[str], dataset: Dataset, evaluated: EvaluatedModel) -> list[int] | None:

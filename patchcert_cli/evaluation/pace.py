@@ -37,7 +37,7 @@ class Pace:
         self._most, self.size = most // self._unit, self._unit
 
     def took(self, images: int, seconds: float, passes: int = 0) -> None:
-        """A batch was computed in so many seconds, with so many passes if they were counted."""
+        """Record a batch of ``images`` that took ``seconds``, with ``passes`` if they were counted."""
         each = max(seconds, 1e-9)
         room = min(GOAL * images / each, GROWTH * max(images, self._unit))
         if self._passes is not None and passes > 0:
@@ -46,7 +46,7 @@ class Pace:
         self.size = self._unit * (self._most if units >= self._most else 1 << max(units.bit_length() - 1, 0))
 
     def halve(self, images: int) -> None:
-        """A batch of so many was too large for the memory: never more than half as many from now on."""
+        """A batch of ``images`` was too large for the memory: never more than half as many from now on."""
         self._unit, self._most = min(self._unit, images // 2), max(images // 2 // min(self._unit, images // 2), 1)
         self.size = min(self.size, self._unit * self._most)
 
@@ -61,7 +61,7 @@ class Left:
     def seconds(self, done: int, total: int) -> float | None:
         """Seconds until ``total``, now that ``done`` are done; None before anything was done since the first call."""
         now = self._clock()
-        if self._seen and done < self._seen[-1][1]:  # begun anew
+        if self._seen and done < self._seen[-1][1]:  # started over
             self._seen.clear()
             self._first = None
         if not self._seen or done > self._seen[-1][1]:

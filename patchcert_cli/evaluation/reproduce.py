@@ -1,8 +1,7 @@
 """Is a published claim true? The same images certified again, compared one by one with the published records, then attacked.
 
-A certificate is a theorem about one image and one set of weights, so two honest runs agree on every verdict. Whoever publishes
-numbers that these weights do not bear out is found by a sample: if a share p of the records were false, n sampled images would
-all agree with probability (1 - p)^n.
+A certificate is a theorem about one image and one set of weights, so two honest runs agree on every verdict. A random sample
+exposes false numbers: if a share p of the records were false, n sampled images would all agree with probability (1 - p)^n.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def opened(
     """A :class:`Run` that no other process writes to as long as the block lasts.
 
     Raises:
-        MachineError: another process is at work in the folder.
+        MachineError: another process uses the folder.
         UsageError: the folder holds another run, or something else.
     """
     with locks.held(folder, MANIFEST):
@@ -66,7 +66,7 @@ class Run:
             device: where it is computed.
             command: what the user typed.
             fresh: whether to start over.
-            answers: what tells whether somebody's network is still the same, see :meth:`check_answers`.
+            answers: shows whether a user's network is still the same, see :meth:`check_answers`.
 
         Raises:
             UsageError: the folder holds another run, or one of a network that gave other answers.
@@ -106,7 +106,7 @@ class Run:
             )
 
     def check_answers(self, now: dict[str, Any] | None) -> None:
-        """Raise :class:`UsageError` unless a network answers fixed pictures as it did when the run began.
+        """Raise :class:`UsageError` unless a network's outputs for fixed images are those of the run's beginning.
 
         Rounding may differ from one device to the next, so the sums are compared up to ``near``.
         """
@@ -118,7 +118,7 @@ class Run:
         same = len(then["sums"]) == len(now["sums"]) and all(abs(one - other) <= near for one, other in pairs)
         if not same or then["precision"] != now["precision"]:
             raise UsageError(
-                f"the network answers fixed pictures otherwise than when '{self.folder}' was begun: a file that it reads, "
+                f"the network's outputs for fixed images have changed since '{self.folder}' was begun: a file that it reads, "
                 "or a library, has changed.",
                 hint="Use another --out, or --fresh to start over.",
             )

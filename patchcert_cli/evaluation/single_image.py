@@ -59,7 +59,7 @@ def certify(
         resize_crop: how a picture becomes an image of the model's size; by default the whole middle of it.
         resize: make the picture fit; else it must be of that size.
         mapped: whether the margins of every location of the first claim's patch are wanted as well.
-        progress: is told the passes of the network.
+        progress: receives the passes of the network.
     """
     defense = model.defense
     channels, height, width = defense.input_shape

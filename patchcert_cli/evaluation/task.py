@@ -19,7 +19,7 @@ from patchcert_cli.threats import Threat
 from patchcert_cli.version import __version__
 
 BATCH_SIZE, FEWEST = 1000, 16
-PASSES = 1 << 14  # of a network that is asked for each mask: what is between two points from which a run goes on
+PASSES = 1 << 14  # forward passes between two resume points, of a network that is evaluated for each mask
 
 
 def batch_size(defense: Defense) -> int:
@@ -37,8 +37,8 @@ class EvaluatedModel:
         sha256: of the weights.
         source: where the weights came from.
         setting: what besides the weights decides its answers, where no zoo says so: masks, preprocessing, own code.
-        in_front: of a plain classifier what is put in front of it, in words; empty for a model that was trained as a defense.
-        notes: lines about it for whoever asks, known once the images are.
+        in_front: of a plain classifier its preprocessing as text; empty for a model that was trained as a defense.
+        notes: lines about it for the user, known once the images are.
     """
 
     defense: Defense

@@ -222,7 +222,7 @@ def facts() -> dict[str, Any]:
 def _has_token(get_token: Callable[[], str | None]) -> bool:
     try:
         return bool(get_token())
-    except OSError:  # a home that is no folder holds none
+    except OSError:  # a home that is not a folder holds none
         return False
 
 

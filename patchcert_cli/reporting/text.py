@@ -70,7 +70,7 @@ def _plain(result: dict[str, Any]) -> Rows:
 
 
 def compared(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What other thresholds of certified detection would give, a row each, for the first claim; empty if nobody asked."""
+    """What other thresholds of certified detection would give, a row each, for the first claim; empty if not requested."""
     first = result["claims"][0]
     return [{**one, "images": result["images"], "threat": first["threat"]} for one in first.get("thresholds", [])]
 

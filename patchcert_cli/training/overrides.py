@@ -23,7 +23,7 @@ FINE_TUNING: dict[str, Any] = {  # few steps at a low rate: the published course
     "weight_decay": 0.0,
     "stored": "float32",
 }
-HELD_OUT = 10  # one of so many images of the user's own data set, or of a limited one, is held out at most
+HELD_OUT = 10  # at most one in this many images of the user's own data set, or of a limited one, is held out
 
 
 @dataclass(frozen=True)

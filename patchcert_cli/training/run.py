@@ -65,7 +65,7 @@ def train(
     Raises:
         DataError: the training data is not there; the message names the command that fetches it.
         UsageError: the recipe is wrong, or the folder holds a run of another one.
-        MachineError: another process is at work in the folder.
+        MachineError: another process uses the folder.
         Interrupted: stopped by Ctrl-C; whole epochs are kept.
     """
     progress = progress or Silent()

@@ -196,7 +196,7 @@ def test_code_is_imported_only_where_its_address_was_typed(mine: str, typed: boo
     if typed:
         addresses.open_(f"{mine}:build", typed=True)
     else:
-        with pytest.raises(UsageError, match="is no address of a classifier. Use timm:NAME"):
+        with pytest.raises(UsageError, match="is not an address of a classifier. Use timm:NAME"):
             addresses.open_(f"{mine}:build")
     assert (mine in sys.modules) is typed
 

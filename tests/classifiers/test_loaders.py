@@ -103,7 +103,7 @@ def test_images_are_normalized_once(mine: str, how: str) -> None:
     if how == "front":
         assert notes == [] and "minus mean 0.4 0.5 0.6, divided by std 0.2 0.3 0.2" in found.in_front
     else:
-        assert notes == [f"{mine}:{how} normalizes by its mean and std itself, so this is not done in front of it a second time"]
+        assert notes == [f"{mine}:{how} normalizes by its mean and std itself, so this is not done a second time before it"]
         assert found.in_front == "pixels in [0, 1], as they are" and found.setting["preprocessing"]["normalized_by_itself"]
     assert torch.equal(found.network.model.mean.flatten(), torch.tensor([0.4, 0.5, 0.6])), "nothing of it stays replaced"
 
@@ -308,7 +308,7 @@ def test_onnx_files_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None
     Path("torn.onnx").write_bytes(b"net")
     for runtime, file, kind, said in (
         (None, "net", MachineError, r'onnxruntime is not installed. Type: pip install "patchcert\[onnx\]"'),
-        (Runtime(["b", 3, 8, 8]), "torn", IntegrityError, "is no network that onnxruntime can read: INVALID_PROTOBUF"),
+        (Runtime(["b", 3, 8, 8]), "torn", IntegrityError, "is not a network that onnxruntime can read: INVALID_PROTOBUF"),
         (Runtime(["b", 3, 8, 8]), "none", IntegrityError, "'none.onnx' is missing"),
         (Runtime(["b", 3, 8, 8], "tensor(uint8)"), "net", UsageError, r"takes x tensor\(uint8\)"),
         (Runtime(["b", 10]), "net", UsageError, "It must take one batch of images"),
@@ -317,7 +317,7 @@ def test_onnx_files_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(kind, match=said) as caught:
             addresses.open_(f"onnx:{file}.onnx", typed=True)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UsageError, match="is no address of a classifier"):
+    with pytest.raises(UsageError, match="is not an address of a classifier"):
         addresses.open_("onnx:net.onnx")  # no card can name a file
 
 

@@ -30,7 +30,7 @@ def prefixed(prefix: str) -> dict[str, Any]:
             {"state_dict": prefixed("module."), "epoch": 3},
             ("taken from its entry state_dict", "prefix module. taken off every name"),
         ),
-        ({"model": {**prefixed("_orig_mod.module."), "epoch": 3}}, ("left out, since they are no tensors: epoch",)),
+        ({"model": {**prefixed("_orig_mod.module."), "epoch": 3}}, ("left out, since they are not tensors: epoch",)),
         ({"model": {"state_dict": WEIGHTS}}, ("taken from its entry model.state_dict",)),
         ({"model_ema": prefixed("model."), "optimizer": {"lr": 0.1}}, ("taken from its entry model_ema",)),
     ],
@@ -73,7 +73,7 @@ def test_what_is_no_file_of_weights(tmp_path: Path) -> None:
     (tmp_path / "torn.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:300])
     for name, kind, said in (
         ("list.pth", UsageError, "holds no state dict, but a list"),
-        ("torn.pth", IntegrityError, "is no intact file of torch.save"),
+        ("torn.pth", IntegrityError, "is not an intact file of torch.save"),
         ("none.pth", IntegrityError, "is missing"),
     ):
         with pytest.raises(kind, match=said):

@@ -389,7 +389,7 @@ def test_plain_accuracy_and_what_is_in_front_stand_in_every_result(patchcert) ->
     front = (
         "pixels in [0, 1], resized to 16x16 (bicubic) where they are not, minus mean 0.5 0.5 0.5, divided by std 0.25 0.25 0.25"
     )
-    assert done.code == 0 and f"in front of mine:named: {front}" in done.err, done.err
+    assert done.code == 0 and f"preprocessing of mine:named: {front}" in done.err, done.err
     rows = dict(line.split(maxsplit=1) for line in done.out.splitlines())
     assert rows["plain"] == "100.00 % (12/12) without defense and masks"
     assert rows["clean"] == "100.00 % (12/12) with the defense" and front in rows["in"]
@@ -443,7 +443,7 @@ def test_a_changed_helper_or_file_is_another_run(patchcert, monkeypatch: pytest.
     assert set(manifest["setting"]["code_sha256"]) == {"first", "first_helper"} and len(manifest["answers"]["sums"]) == 12
     Path("factor.txt").write_text("1.01")
     done = patchcert(*said)
-    assert done.code == 2 and "answers fixed pictures otherwise than when 'run' was begun: a file that it reads" in done.err
+    assert done.code == 2 and "have changed since 'run' was begun: a file that it reads" in done.err
     Path("factor.txt").write_text("1.0")
     assert patchcert(*said).code == 0
     Path("first_helper.py").write_text("FACTOR = 1.0  # the same\n")
@@ -464,7 +464,7 @@ def test_a_file_that_changes_in_the_middle_of_a_run_gives_no_result(patchcert, m
 
     monkeypatch.setattr(Run, "append", change)
     done = patchcert(*said, "--batch-size", "6")
-    assert done.code == 2 and "answers fixed pictures otherwise than when 'run' was begun" in done.err, done.err
+    assert done.code == 2 and "network's outputs for fixed images have changed since 'run' was begun" in done.err, done.err
     assert not Path("run/result.json").exists()
     assert patchcert(*said).code == 2
 

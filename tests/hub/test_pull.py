@@ -178,7 +178,7 @@ REFUSALS = [
     (Fault("wrong_bytes", "weights", times=None), 5, "another sha256 than its card says"),
     (Fault("wrong_bytes", "config", times=None), 5, "config.json"),
     (Fault("wrong_bytes", "records", times=None), 5, "records.jsonl.gz"),
-    (Fault("wrong_size", "weights", times=None), 5, "another size"),
+    (Fault("wrong_size", "weights", times=None), 5, "whose size is not"),
     (Fault("truncated", "weights", times=None), 4, "broke off"),
     (Fault("reset", "weights", times=None), 4, "broke off"),
     (Fault("status", "weights", "*", None, 401), 4, "status 401: log in with hf auth login"),
