@@ -13,7 +13,7 @@ from patchcert_cli.reporting.numbers import interval, percent, share
 Rows = list[tuple[str, str]]
 EMPIRICAL = " (empirical: a stronger attack may find more)"
 ANYWHERE = "anywhere in the image, any content in [0, 1]"
-PROOFS = {  # the names of proofs, in words
+PROOFS = {  # descriptions of proofs
     "best": "interval bounds, and linear ones where these leave something open",
     "interval": "interval bounds",
     "linear": "linear bounds",

@@ -70,7 +70,7 @@ class IntervalDefense(Trainable):
     def predict(self, x: Tensor) -> Tensor:
         """Argmax of the logits evaluated in float64, lowest class index first.
 
-        It is the same in every batch and on every device, but for ties closer than float64 can tell, which are never certified.
+        It is the same in every batch and on any device, except for ties closer than float64 resolves, which are never certified.
         """
         self.check_input(x)
         return self._predict(rebuilt(self.network, torch.float64), x)
