@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from patchcert_cli import registry
 from patchcert_cli.data import class_folders
 from patchcert_cli.data.class_folders import ClassFolders
 from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.errors import DataError, UnknownName, UsageError, unknown
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from patchcert_cli.data.images import Images
 
 ENVIRONMENT = "PATCHCERT_DATA"
@@ -51,6 +55,7 @@ class Dataset:
         stated: whether the name says how.
         path: the folder of ``imagefolder:PATH``, which is the whole data set: it has no splits.
         data_dir: where to look for it; None for the default, see :func:`directory`.
+        read: of a data set of another package: from a split and the data directory to pixels uint8 [N, C, H, W] and labels [N].
     """
 
     name: str
@@ -66,6 +71,7 @@ class Dataset:
     stated: bool = False
     path: Path | None = None
     data_dir: Path | None = None
+    read: Callable[[str, Path], tuple[Tensor, Tensor]] | None = field(default=None, repr=False, compare=False)
     _scanned: dict[Path, ClassFolders] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -216,16 +222,31 @@ def open_dataset(name: str, *, data_dir: Path | None = None) -> Dataset:
             path=path,
             data_dir=data_dir,
         )
-    if base not in DATASETS:
-        if Path(base).is_dir():
-            raise UnknownName(f"no data set '{base}'.", hint=f"For the images in its class folders use {PREFIX}{name}")
-        raise unknown("data set", base, [*DATASETS, f"{PREFIX}PATH"])
-    known = replace(DATASETS[base], data_dir=data_dir, stated=given is not None)
+    known = replace(_named(base, name), data_dir=data_dir, stated=given is not None)
     if given is None or given == known.resize_crop:
         return known
     if known.resize_crop is None:
         raise UsageError(f"{base} images are {known.shape[1]}x{known.shape[2]} as they are.", hint=f"Use --data {base}.")
     return replace(known, name=f"{base}@{given}", shape=(3, *given.size), resize_crop=given)
+
+
+def _named(base: str, name: str) -> Dataset:
+    """The data set of this name, of this package or of an installed one (entry points ``patchcert.datasets``)."""
+    if base in DATASETS:
+        return DATASETS[base]
+    outside = registry.names("dataset", ())
+    if base in outside:
+        module = registry.entry("dataset", "", base, ())
+        facts, read = getattr(module, "DATASET", None), getattr(module, "load", None)
+        if not isinstance(facts, Dataset) or facts.name != base or facts.in_folders or not callable(read):
+            raise UsageError(
+                f"{module.__name__} does not define data set '{base}'.",
+                hint=f"It needs DATASET = Dataset(name='{base}', ...) and load(split, data_dir) -> (pixels, labels).",
+            )
+        return replace(facts, read=read)
+    if Path(base).is_dir():
+        raise UnknownName(f"no data set '{base}'.", hint=f"For the images in its class folders use {PREFIX}{name}")
+    raise unknown("data set", base, [*DATASETS, *outside, f"{PREFIX}PATH"])
 
 
 def base_name(name: str) -> str:

@@ -148,6 +148,8 @@ def load_split(dataset: Dataset, split: str, *, download: bool, fetch: str) -> I
     if dataset.resize_crop is not None:
         return _in_folders(dataset, split, download)
     root = directory(dataset.data_dir)
+    if dataset.read is not None:
+        return _outside(dataset, root, split, download)
     if download:
         _torchvision(dataset.name, root, split, download=True)
     if dataset.name == "mnist":
@@ -164,6 +166,23 @@ def load_split(dataset: Dataset, split: str, *, download: bool, fetch: str) -> I
         f"no {dataset.name} {split} data in '{root}' (set --data-dir or {ENVIRONMENT} to a folder in torchvision's layout).",
         hint=f"Fetch it with: {fetch}" if fetch else "Add --download to fetch it; in Python: load(..., download=True).",
     )
+
+
+def _outside(dataset: Dataset, root: Path, split: str, download: bool) -> Images:
+    """A data set that another package reads; its pixels and labels are checked like all others."""
+    assert dataset.read is not None
+    if download:
+        raise UsageError(f"{dataset.name} cannot be downloaded by --download.", hint="Its package says where to get it.")
+    try:
+        pixels, labels = dataset.read(split, root)
+    except Exception as problem:  # code of another package may raise anything
+        raise DataError(
+            f"{dataset.name} could not be read from '{root}': {first_line(problem)}.",
+            hint="Its package says what it needs there.",
+        ) from problem
+    if not isinstance(pixels, Tensor) or not isinstance(labels, Tensor) or pixels.dtype != torch.uint8:
+        raise DataError(f"{dataset.name} does not consist of uint8 pixels and labels.", hint="Repair the package that reads it.")
+    return _checked(pixels, labels, dataset, split, str(root))
 
 
 def whole_split(images: Images) -> int:
