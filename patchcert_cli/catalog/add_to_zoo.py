@@ -40,7 +40,7 @@ def add(
         IntegrityError: the run or a result is not complete.
     """
     zoo = to or source_zoo()
-    files.check_folder(zoo / name, "--to")
+    files.check_folder(zoo / name, "--out")
     found = resolve(run)
     if found.card is None:
         raise IntegrityError(f"'{run}' has no model card ({files.CARD}).", hint="Train it again with the same command.")
@@ -72,7 +72,7 @@ def source_zoo() -> Path:
     zoo = bundled.folder()
     if os.environ.get(bundled.ENVIRONMENT) or (zoo.parent / "pyproject.toml").is_file():
         return zoo
-    raise UsageError("patchcert is not installed from a source tree.", hint="Name the folder that gets the model with --to.")
+    raise UsageError("patchcert is not installed from a source tree.", hint="Name the folder that gets the model with --out.")
 
 
 def write_card(folder: Path, card: Card) -> None:
