@@ -1,4 +1,4 @@
-"""Write the zoo's table into README.md and its picture to docs/zoo.svg, both from the cards alone.
+"""Write the zoo's table into README.md and its plot to docs/zoo.svg, both from the cards alone.
 
     python docs/make_zoo.py [--check]
 
@@ -103,7 +103,7 @@ def plot(path: Path) -> None:
 
 
 def digest() -> str:
-    """What the picture shows, as a sha256: another release of matplotlib may draw the same in other bytes."""
+    """What the plot shows, as a sha256: another release of matplotlib may draw the same in other bytes."""
     return sha256_of(tables().encode())
 
 

@@ -45,7 +45,7 @@ class Invalid(ValueError):
 
 @dataclass(frozen=True)
 class Must:
-    """A limit of a field: what is accepted, and the limit in words."""
+    """A limit of a field: what is accepted, and the limit as text."""
 
     accepts: Callable[[Any], bool]
     expected: str
@@ -120,7 +120,7 @@ def plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a field of a dataclass takes: its name, what is allowed in words, and its default; ``required`` if it has none."""
+    """What a field of a dataclass takes: its name, what is allowed as text, and its default; ``required`` if it has none."""
 
     name: str
     allowed: str
@@ -140,7 +140,7 @@ def entries(kind: Any) -> list[Entry]:
 
 
 def allowed(kind: Any) -> str:
-    """What a type takes, in words, such as ``a whole number, 1 or more``."""
+    """What a type takes, as text, such as ``a whole number, 1 or more``."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         limits = [limit.expected for limit in arguments[1:] if isinstance(limit, Must)]

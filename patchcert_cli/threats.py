@@ -36,7 +36,7 @@ class Guarantee(enum.StrEnum):
 
     @property
     def phrase(self) -> str:
-        """What holds for a certified image, in words."""
+        """What holds for a certified image, as text."""
         return PHRASES[self]
 
     def kept(self, before: Tensor, after: Tensor) -> Tensor:

@@ -24,13 +24,13 @@ DEFAULTS = {"patch": "patch_pgd", "sparse": "sparse"}  # the attack that is used
 
 def names() -> list[str]:
     """All attack names."""
-    return registry.module_names(__path__)
+    return registry.names("attack", __path__)
 
 
 def by_name(name: str) -> type[Attack]:
     """The one :class:`Attack` class that the module ``name`` defines."""
     # mypy refuses an abstract class where a type is expected; the result is a concrete subclass of it
-    return registry.only_class(registry.entry("attack", __name__, name, names()), Attack)  # type: ignore[type-abstract]
+    return registry.only_class(registry.entry("attack", __name__, name, __path__), Attack)  # type: ignore[type-abstract]
 
 
 def kinds() -> dict[str, tuple[str, ...]]:

@@ -3,7 +3,7 @@
 It does not search. Each patch is pasted ``places`` times on each image, and each pasting is judged by itself. The counts measure
 the effect of these patches on the deployed answer, and on the classifier inside, evaluated without a mask.
 
-Shapes: B images, C channels, H x W pixels; a picture has h x w pixels, the box around it when turned h' x w'.
+Shapes: B images, C channels, H x W pixels; a patch has h x w pixels, the box around it when rotated h' x w'.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from patchcert_cli.threats import Patch, PatchPercent, Threat
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture to paste.
+    """An image file to paste.
 
     Attributes:
         pixels: float32 [C, h, w] in [0, 1].
@@ -44,7 +44,7 @@ def read(folder: Path, channels: int) -> tuple[Picture, ...]:
     """The image files in ``folder``, by name, with ``channels`` channels.
 
     Raises:
-        DataError: there is no such folder, no picture in it, or one that cannot be read.
+        DataError: there is no such folder, no image file in it, or one that cannot be read.
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder '{folder}'.", hint="Give a folder of image files to paste: --saved ./patches")
@@ -57,14 +57,14 @@ def read(folder: Path, channels: int) -> tuple[Picture, ...]:
 
 
 def _pixels(path: Path, channels: int) -> Tensor:
-    """A picture of any size, float32 [C, h, w]."""
+    """An image file of any size, float32 [C, h, w]."""
     pixels, _ = image_files.read(path, ResizeCrop(image_files.size_of(path)), channels)
     return pixels.float() / 255
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedPatches(Attack):
-    """Paste each picture at random places.
+    """Paste each image file at random locations.
 
     Attributes:
         seed: source of all randomness, together with each image's number.
@@ -88,10 +88,10 @@ class SavedPatches(Attack):
         require("shrink", self.shrink, 0.05, 1)
 
     def run(self, target: Target, x: Tensor, threat: Threat, index: Tensor) -> Tensor:
-        """Paste picture after picture on all images.
+        """Paste one image file after the other on all images.
 
         Raises:
-            UsageError: there is nothing to paste, or a picture is larger than the threat or has other channels.
+            UsageError: there is nothing to paste, or an image file is larger than the threat or has other channels.
         """
         assert isinstance(threat, Patch | PatchPercent)
         most = threat.resolve(int(x.shape[2]), int(x.shape[3]))
@@ -120,7 +120,7 @@ class SavedPatches(Attack):
                 raise UsageError(f"{picture.name} has {depth} channels, the images have {channels}.")
 
     def _pasted(self, image: Tensor, picture: Tensor, most: Patch, lots: list[float]) -> Tensor:
-        """An image [C, H, W] with the picture somewhere on it, as four numbers in [0, 1) say."""
+        """An image [C, H, W] with the patch on it; location, angle and scale follow from four numbers in [0, 1)."""
         angle, scale = (2 * lots[2] - 1) * math.radians(self.turn), self.shrink + (1 - self.shrink) * lots[3]
         content, inside = turned(picture, angle, scale, most)
         height, width = inside.shape
@@ -132,12 +132,12 @@ class SavedPatches(Attack):
 
 
 def turned(picture: Tensor, angle: float, scale: float, most: Patch) -> tuple[Tensor, Tensor]:
-    """A picture turned about its centre and scaled, in the box around it, which is at most ``most``.
+    """A patch rotated about its centre and scaled, in the box around it, which is at most ``most``.
 
     Args:
         picture: [C, h, w].
         angle: in radians, anticlockwise.
-        scale: of its sides; less where the turned picture would not fit.
+        scale: of its sides; less where the rotated patch would not fit.
         most: the largest box.
 
     Returns:
@@ -152,7 +152,7 @@ def turned(picture: Tensor, angle: float, scale: float, most: Patch) -> tuple[Te
     rows, columns = (max(1, math.ceil(scale * side - 1e-9)) for side in (high, wide))
     down = torch.arange(rows, dtype=torch.float64, device=picture.device)[:, None] - (rows - 1) / 2
     right = torch.arange(columns, dtype=torch.float64, device=picture.device)[None] - (columns - 1) / 2
-    # where a pixel of the box lies in the picture, from its centre, in halves of its sides
+    # where a pixel of the box lies in the patch, from its centre, in halves of its sides
     at = torch.stack([(cos * right - sin * down) / (scale * width / 2), (sin * right + cos * down) / (scale * height / 2)], dim=2)
     grid = at[None].to(picture.dtype)
     seen = F.grid_sample(picture[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0]

@@ -54,7 +54,7 @@ def _hub_result(one: Measured) -> dict[str, Any]:
 
 
 def metric(one: Measured) -> tuple[str, str]:
-    """The Hub's name of what was certified, and in words: detection is another metric than recovery."""
+    """The Hub's name of what was certified, and a text for readers: detection is another metric than recovery."""
     if one.guarantee is Guarantee.DETECTION:
         return "certified_detection_accuracy", "certified detection accuracy"
     return "certified_accuracy", "certified accuracy"

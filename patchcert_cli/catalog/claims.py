@@ -100,7 +100,7 @@ def _common(result: CertifyResult, claim: ClaimResult) -> dict[str, Any]:
 
 
 def _masks(run: Path) -> str:
-    """The masks of a run in words; empty if it has none."""
+    """The masks of a run as text; empty if it has none."""
     masks = files.read_json(run / files.MANIFEST).get("setting", {}).get("masks", {})
     return f"{masks['per_axis']} per axis" if masks.get("per_axis") else ""
 

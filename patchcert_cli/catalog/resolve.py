@@ -112,7 +112,7 @@ def resolve(
 def pull(
     name: str, *, offline: bool = False, force: bool = False, revision: str | None = None, zoo: Path | None = None
 ) -> ResolvedModel:
-    """As :func:`resolve`, but for names and addresses alone. Files of another ``revision`` are checked against the card there.
+    """As :func:`resolve`, of names and addresses only. Files of another ``revision`` are checked against the card there.
 
     Raises:
         UnknownName: no such model.

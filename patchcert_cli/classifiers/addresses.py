@@ -5,7 +5,7 @@
 ``hf-hub:ORG/REPO@REVISION``       network and weights of a repository on the Hub in timm's format
 ``torchvision:NAME[@WEIGHTS]``     a network of torchvision with published weights and their transform
 ``onnx:FILE``                      an ONNX file, computed by onnxruntime
-``PACKAGE.MODULE:FUNCTION``        own code: a function without arguments that returns a module, images to logits
+``PACKAGE.MODULE:FUNCTION``        user code: a function without arguments that returns a module, images to logits
 =================================  =====================================================================================
 
 User code is imported only because its address was typed; no card and no configuration can name any. Weights are
@@ -93,7 +93,7 @@ def open_(
 
     Args:
         address: one of the forms above.
-        weights: a safetensors file to use instead of the published weights, or to load into what own code returns; or ``none``
+        weights: a safetensors file to use instead of the published weights, or to load into what user code returns; or ``none``
             for random weights, whose answers mean nothing but whose cost can be measured.
         classes: a text file with the names of its outputs, one line per output, or ``imagenet``.
         typed: whether the user typed this very address; only then code is imported.
@@ -173,7 +173,7 @@ def beginning(address: str, weights: str | None, *, fetch: bool = True) -> Begin
         fetch: whether the weights may be fetched now, to know what they are; else training would, and the options do not say.
 
     Raises:
-        UsageError: own code, which no configuration can name.
+        UsageError: user code, which no configuration can name.
         UnknownName, HubError, IntegrityError, MachineError: as :func:`open_`.
     """
     if not address.startswith((TIMM, HUB)):

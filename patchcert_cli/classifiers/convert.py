@@ -88,7 +88,7 @@ def load(path: Path, content: bytes | None = None) -> Any:
         if "GLOBAL" in said or "weights_only" in said.lower() or "TorchScript" in said:
             what = f"objects of a program ({code})" if code else "objects of a program"
             raise IntegrityError(
-                f"'{path}' holds {what}, not only tensors: nothing of it was run.",
+                f"'{path}' holds {what}, not only tensors: no code of it was run.",
                 hint="Save model.state_dict() where that program is installed, then convert that file.",
             ) from problem
         raise IntegrityError(f"'{path}' is not an intact file of torch.save ({type(problem).__name__}).") from problem

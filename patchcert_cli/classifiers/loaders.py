@@ -1,4 +1,4 @@
-"""Doors to plain classifiers that are none of timm's: own code, networks of torchvision, ONNX files."""
+"""Loading plain classifiers that are not timm's: user code, networks of torchvision, ONNX files."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ PAGE = "https://docs.pytorch.org/vision/stable/models.html"
 
 @dataclass(frozen=True)
 class Transform:
-    """What torchvision does to a picture for some weights: the shorter side to ``short``, the middle ``side``, mean and std."""
+    """Torchvision's transform of some weights: the shorter side to ``short``, the middle ``side``, mean and std."""
 
     side: int
     short: int

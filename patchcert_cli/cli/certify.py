@@ -58,7 +58,7 @@ class ProofOptions:
         typer.Option(
             "--bounds",
             metavar="interval|linear|best|all",
-            help="Bounds for networks: interval, or linear ones added where they leave something open (best, the default).",
+            help="Bounds for networks: interval, or also linear ones for images that they leave undecided (best, the default).",
             rich_help_panel=PROOF,
         ),
     ] = None

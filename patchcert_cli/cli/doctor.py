@@ -17,7 +17,7 @@ EXAMPLES = "Examples:  patchcert doctor   |   patchcert doctor --offline --json 
 def doctor(
     *,
     data_dir: DataDirOption = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Do not ask the Hub anything.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not contact the Hub.")] = False,
     output: OutputOptions,
 ) -> None:
     """Report versions, devices, the Hub, cache, disk, zoo and data of this machine. The first problem decides the exit code."""

@@ -42,7 +42,7 @@ def open_task(
 def open_sample(
     model: str | None, claims: Claims, data: DataOptions, run: RunOptions, command: str, request: DefenseRequest | None = None
 ) -> tuple[EvaluationTask, int]:
-    """As :func:`open_task`, but for a dry run: of images in files only a few are opened. Returns how many the run has."""
+    """As :func:`open_task`, for a dry run: of images in files only a few are opened. Returns how many the run has."""
     from patchcert_cli import data as datasets
     from patchcert_cli.evaluation import estimate
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from patchcert_cli.cli import show
-from patchcert_cli.cli.threat_options import own_threat, threats_from
-from patchcert_cli.cli.threat_options import threat_from as threat_from
+from patchcert_cli.cli.threat_options import own_threat, threat_from, threats_from
 from patchcert_cli.errors import UsageError
 from patchcert_cli.schema import LARGEST_SEED
 from patchcert_cli.storage import files

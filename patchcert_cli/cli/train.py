@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from patchcert_cli.cli import show
+from patchcert_cli.cli.groups import grouped
 from patchcert_cli.cli.options import (
     RUN,
     DataDirOption,
@@ -15,151 +17,131 @@ from patchcert_cli.cli.options import (
     DownloadOption,
     DryRunOption,
     FreshOption,
-    JsonOption,
-    KOption,
-    PatchOption,
-    ThreatOption,
-    UnitOption,
+    OutputOptions,
+    ThreatOptions,
     folder_to_write,
-    threat_from,
     typed_command,
 )
+
+if TYPE_CHECKING:
+    from patchcert_cli.threats import Threat
+    from patchcert_cli.training.overrides import Overrides
 
 EXAMPLES = (
     "Examples:  patchcert train --threat sparse --k 10   |   patchcert train --threat patch --patch 5 --epochs 3 --out runs/p5"
 )
 
 RECIPE = "Recipe (default: the recipe of the threat model)"
-RecipeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe",
-        metavar="FILE.yaml|NAME|PATH",
-        help="Begin with the recipe in this file, or of this model.",
-        rich_help_panel=RECIPE,
-    ),
-]
-StartOption = Annotated[
-    str | None,
-    typer.Option("--start", metavar="NAME|PATH", help="Begin with this model's weights.", rich_help_panel=RECIPE),
-]
-
-FolderOption = Annotated[
-    Path | None,
-    typer.Option("--out", callback=folder_to_write("--out"), help="Run folder. Default: runs/NAME.", rich_help_panel=RUN),
-]
 
 
-def _recipe_option(*flags: str, text: str) -> Any:
-    return typer.Option(*flags, help=text, rich_help_panel=RECIPE)
+def _recipe_option(*flags: str, text: str, **more: Any) -> Any:
+    return typer.Option(*flags, help=text, rich_help_panel=RECIPE, **more)
 
 
-LimitOption = Annotated[int | None, _recipe_option("--limit", text="Only this many training images, the held-out ones included.")]
-DatasetOption = Annotated[
-    str | None,
-    _recipe_option("--data", "--dataset", text="Data set, or imagefolder:PATH; mnist unless the recipe says otherwise."),
-]
-StartModelOption = Annotated[
-    str | None,
-    _recipe_option("--model", text="Begin with published weights: timm:NAME, or hf-hub:ORG/REPO@COMMIT; see --weights."),
-]
-WeightsOption = Annotated[
-    str | None, _recipe_option("--weights", text="Safetensors for --model to begin with, or none for random ones.")
-]
-NetworkOption = Annotated[
-    str | None, _recipe_option("--network", text="Network; the defense's own unless the recipe says otherwise.")
-]
-NetworkOptionsOption = Annotated[
-    list[str] | None,
-    _recipe_option("--network-option", text="NAME=VALUE for the network, for example hidden=512,256; repeatable."),
-]
-StoredOption = Annotated[
-    str | None, _recipe_option("--stored", text="What finished weights are rounded to: float32, float16 or bfloat16.")
-]
-OptionsOption = Annotated[
-    list[str] | None,
-    _recipe_option("--option", text="NAME=VALUE of the defense's own training; repeatable. --dry-run lists them."),
-]
+@dataclass(frozen=True)
+class RecipeOptions:
+    """What is to be trained, and how."""
+
+    recipe: Annotated[
+        str | None,
+        _recipe_option("--recipe", metavar="FILE.yaml|NAME|PATH", text="Begin with the recipe in this file, or of this model."),
+    ] = None
+    dataset: Annotated[
+        str | None,
+        _recipe_option("--data", "--dataset", text="Data set, or imagefolder:PATH; mnist unless the recipe says otherwise."),
+    ] = None
+    defense: Annotated[str | None, _recipe_option("--defense", text="Defense to train.")] = None
+    model: Annotated[
+        str | None,
+        _recipe_option("--model", text="Begin with published weights: timm:NAME, or hf-hub:ORG/REPO@COMMIT; see --weights."),
+    ] = None
+    weights: Annotated[
+        str | None, _recipe_option("--weights", text="Safetensors for --model to begin with, or none for random ones.")
+    ] = None
+    network: Annotated[
+        str | None, _recipe_option("--network", text="Network; the defense's own unless the recipe says otherwise.")
+    ] = None
+    network_option: Annotated[
+        list[str] | None,
+        _recipe_option("--network-option", text="NAME=VALUE for the network, for example hidden=512,256; repeatable."),
+    ] = None
+    epochs: Annotated[int | None, _recipe_option("--epochs", text="Passes over the training images.")] = None
+    batch_size: Annotated[int | None, _recipe_option("--batch-size", text="Images per step.")] = None
+    learning_rate: Annotated[float | None, _recipe_option("--learning-rate", text="The highest learning rate.")] = None
+    optimizer: Annotated[str | None, _recipe_option("--optimizer", text="adam, adamw, muon or sgd.")] = None
+    weight_decay: Annotated[float | None, _recipe_option("--weight-decay", text="Weight decay.")] = None
+    precision: Annotated[str | None, _recipe_option("--precision", text="float32, or bfloat16 for autocast in training.")] = None
+    stored: Annotated[
+        str | None, _recipe_option("--stored", text="What finished weights are rounded to: float32, float16 or bfloat16.")
+    ] = None
+    option: Annotated[
+        list[str] | None,
+        _recipe_option("--option", text="NAME=VALUE of the defense's own training; repeatable. --dry-run lists them."),
+    ] = None
+    validation: Annotated[int | None, _recipe_option("--validation", text="Training images held out.")] = None
+    limit: Annotated[
+        int | None, _recipe_option("--limit", text="Only this many training images, the held-out ones included.")
+    ] = None
+    seed: Annotated[int | None, _recipe_option("--seed", text="Seed of everything random.")] = None
+    start: Annotated[str | None, _recipe_option("--start", metavar="NAME|PATH", text="Begin with this model's weights.")] = None
+
+    def changes(self, threat: Threat | None) -> Overrides:
+        """The entries of the recipe that the user changes, with the threat model that was given."""
+        from patchcert_cli.training import overrides
+
+        same = {field.name: getattr(self, field.name) for field in fields(overrides.Overrides) if hasattr(self, field.name)}
+        return overrides.Overrides(
+            **same,
+            threat=threat,
+            network_options=overrides.pairs(self.network_option, "--network-option"),
+            options=overrides.pairs(self.option, "--option"),
+        )
 
 
-def train(
-    patch: PatchOption = None,
-    threat: ThreatOption = None,
-    k: KOption = None,
-    unit: UnitOption = None,
-    recipe: RecipeOption = None,
-    dataset: DatasetOption = None,
-    defense: Annotated[str | None, _recipe_option("--defense", text="Defense to train.")] = None,
-    model: StartModelOption = None,
-    weights: WeightsOption = None,
-    network: NetworkOption = None,
-    network_option: NetworkOptionsOption = None,
-    epochs: Annotated[int | None, _recipe_option("--epochs", text="Passes over the training images.")] = None,
-    batch_size: Annotated[int | None, _recipe_option("--batch-size", text="Images per step.")] = None,
-    learning_rate: Annotated[float | None, _recipe_option("--learning-rate", text="The highest learning rate.")] = None,
-    optimizer: Annotated[str | None, _recipe_option("--optimizer", text="adam, adamw, muon or sgd.")] = None,
-    weight_decay: Annotated[float | None, _recipe_option("--weight-decay", text="Weight decay.")] = None,
-    precision: Annotated[str | None, _recipe_option("--precision", text="float32, or bfloat16 for autocast in training.")] = None,
-    stored: StoredOption = None,
-    option: OptionsOption = None,
-    validation: Annotated[int | None, _recipe_option("--validation", text="Training images held out.")] = None,
-    limit: LimitOption = None,
-    seed: Annotated[int | None, _recipe_option("--seed", text="Seed of everything random.")] = None,
-    start: StartOption = None,
-    data_dir: DataDirOption = None,
-    download: DownloadOption = False,
-    device: DeviceOption = "auto",
-    out: FolderOption = None,
-    fresh: FreshOption = False,
-    json: JsonOption = None,
-    dry_run: DryRunOption = False,
-) -> None:
+@dataclass(frozen=True)
+class TrainingRunOptions:
+    """Where the data is, and where and how the run computes."""
+
+    data_dir: DataDirOption = None
+    download: DownloadOption = False
+    device: DeviceOption = "auto"
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", callback=folder_to_write("--out"), help="Run folder. Default: runs/NAME.", rich_help_panel=RUN),
+    ] = None
+    fresh: FreshOption = False
+    dry_run: DryRunOption = False
+
+
+@grouped
+def train(*, threats: ThreatOptions, recipe: RecipeOptions, where: TrainingRunOptions, output: OutputOptions) -> None:
     """Train a certified defense; the run folder has the shape of a zoo folder, and the same command resumes a stopped run."""
     from patchcert_cli import device as devices
     from patchcert_cli.reporting import text
     from patchcert_cli.training import estimate, overrides, run
 
-    changes = overrides.Overrides(
-        threat=threat_from(threat=threat, patch=patch, k=k, unit=unit),
-        dataset=dataset,
-        defense=defense,
-        network=network,
-        network_options=overrides.pairs(network_option, "--network-option"),
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        optimizer=optimizer,
-        weight_decay=weight_decay,
-        precision=precision,
-        stored=stored,
-        validation=validation,
-        limit=limit,
-        seed=seed,
-        start=start,
-        options=overrides.pairs(option, "--option"),
-        model=model,
-        weights=weights,
-    )
-    resolved = overrides.resolved(recipe, changes, fetch=not dry_run, say=show.say)
-    folder = out or Path("runs") / resolved.name
-    if dry_run:
-        cost = estimate.training(resolved, data_dir=data_dir, device=devices.resolve(device), beginning=run.begin(resolved))
+    changes = recipe.changes(threats.one())
+    resolved = overrides.resolved(recipe.recipe, changes, fetch=not where.dry_run, say=show.say)
+    folder = where.out or Path("runs") / resolved.name
+    if where.dry_run:
+        device = devices.resolve(where.device)
+        cost = estimate.training(resolved, data_dir=where.data_dir, device=device, beginning=run.begin(resolved))
         listing = {**resolved.to_dict(), "network_options": resolved.all_network_options(), "defaults": resolved.defaults()}
         value = {**listing, **cost, "out": str(folder)}
-        show.result(_dry_rows(value), value, json)
+        show.result(_dry_rows(value), value, output.json)
         return
     with show.progress() as progress:
         result = run.train(
             resolved,
             folder,
-            data_dir=data_dir,
-            download=download,
-            device=device,
-            fresh=fresh,
+            data_dir=where.data_dir,
+            download=where.download,
+            device=where.device,
+            fresh=where.fresh,
             fetch=f"{typed_command()} --download",
             progress=progress,
         )
-    show.result(text.train_rows(result), result, json)
+    show.result(text.train_rows(result), result, output.json)
 
 
 def _dry_rows(value: dict[str, Any]) -> list[tuple[str, str]]:

@@ -25,7 +25,7 @@ ENVIRONMENT = "PATCHCERT_DATA"
 DEFAULT_DIRECTORY = "data"
 PREFIX = "imagefolder:"
 DEFAULT_SIZE = 224  # of square images, if neither the user nor the model states one
-SPLITS = ("train", "training", "val", "valid", "validation", "test")  # folder names that do not tell what the images show
+SPLITS = ("train", "training", "val", "valid", "validation", "test")  # folder names that do not describe the images
 
 
 def directory(given: Path | None) -> Path:

@@ -16,6 +16,9 @@ from patchcert_cli.defenses._base import COMMON_ENTRIES as COMMON_ENTRIES
 from patchcert_cli.defenses._base import Defense as Defense
 from patchcert_cli.defenses._base import MarginMaps as MarginMaps
 from patchcert_cli.defenses._base import WrapsClassifier as WrapsClassifier
+from patchcert_cli.defenses._base import build_network as build_network
+from patchcert_cli.defenses._base import own_entries as own_entries
+from patchcert_cli.defenses._base import size_and_classes as size_and_classes
 from patchcert_cli.defenses._cells import CellSurrogate as CellSurrogate
 from patchcert_cli.defenses._cells import LocalFeatureDefense as LocalFeatureDefense
 from patchcert_cli.defenses._cells import RegionDefense as RegionDefense
@@ -32,13 +35,13 @@ from patchcert_cli.errors import UsageError
 
 def names() -> list[str]:
     """All defense names."""
-    return registry.module_names(__path__)
+    return registry.names("defense", __path__)
 
 
 def by_name(name: str) -> type[Defense]:
     """The one :class:`Defense` class that the module ``name`` defines."""
     # mypy refuses an abstract class where a type is expected; the result is a concrete subclass of it
-    return registry.only_class(registry.entry("defense", __name__, name, names()), Defense)  # type: ignore[type-abstract]
+    return registry.only_class(registry.entry("defense", __name__, name, __path__), Defense)  # type: ignore[type-abstract]
 
 
 def trainable(name: str) -> type[Trainable]:

@@ -218,7 +218,7 @@ class WrapsClassifier(ABC):
         """The defense around ``network``: images [B, C, H, W] in [0, 1] -> logits [B, K]; see :class:`MaskedClassifier`."""
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """Answers that tell whether the network is the same; None where its weights do."""
+        """Answers that show whether the network is the same; None where its weights do."""
         return None
 
 

@@ -293,8 +293,8 @@ class MaskedClassifier(Trainable, MarginMaps, WrapsClassifier):
             )
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """What tells whether the network is the same (:mod:`patchcert_cli.certifiers.masks.fingerprint`); None where its weights
-        do."""
+        """Answers that show whether the network is the same (:mod:`patchcert_cli.certifiers.masks.fingerprint`); None where its
+        weights do."""
         seen = self.views()
         return fingerprint.answers(seen) if isinstance(seen, MaskedPredictor) else None
 

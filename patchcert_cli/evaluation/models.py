@@ -84,7 +84,7 @@ class ModelSource(ABC):
         name: what the user calls it.
         note: one line about where it came from.
         threat: the threat that it is made for; empty if none.
-        dataset: the data set that it is to be evaluated on unless told otherwise; empty if none.
+        dataset: the data set that it is evaluated on by default; empty if none.
         names: what its outputs are called; empty if unknown.
     """
 

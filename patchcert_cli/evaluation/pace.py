@@ -77,7 +77,7 @@ class Left:
 
 
 def spoken(seconds: float) -> str:
-    """A duration in words, as exact as matters: ``8 s``, ``12 min``, ``3 h 20 min``, ``2 days 4 h``."""
+    """A duration as text, rounded to what matters: ``8 s``, ``12 min``, ``3 h 20 min``, ``2 days 4 h``."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -128,7 +128,7 @@ def bound(agreeing: int) -> float:
 
 
 def shown(indices: Sequence[int]) -> str:
-    """The first of some indices, in words."""
+    """The first of some indices, as text."""
     return ", ".join(map(str, indices[:10])) + (f" and {len(indices) - 10} more" if len(indices) > 10 else "")
 
 

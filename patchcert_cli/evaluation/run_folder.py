@@ -153,7 +153,7 @@ class Run:
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> Iterator[str]:
-    """What of ``now`` was otherwise, in words; of mappings only the entries that differ."""
+    """What differs in ``now``, as text; of mappings only the entries that differ."""
     for key, value in now.items():
         before = then.get(key)
         if isinstance(before, Mapping) and isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""One picture: its answer, its certificate under each claim, and where a patch would do most harm."""
+"""One image: its answer, its certificate under each claim, and where a patch would do most harm."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from patchcert_cli.progress import Progress, Silent
 
 
 class Single(NamedTuple):
-    """What is known of one picture.
+    """What is known of one image.
 
     Attributes:
         values: plain values, as JSON shows them.
-        notes: what was done to the picture, line by line.
+        notes: what was done to the image, line by line.
         pixels: uint8 [C, H, W], what the model was given.
         margins: float64 [H - h + 1, W - w + 1], the margin at every location of the first claim's patch, if it was asked for.
         unit: what they count.
@@ -50,14 +50,14 @@ def certify(
     mapped: bool = False,
     progress: Progress | None = None,
 ) -> Single:
-    """Certify one picture file.
+    """Certify one image file.
 
     Args:
         model: the model.
-        path: the picture; see :func:`patchcert_cli.data.image_files.read`.
+        path: the image file; see :func:`patchcert_cli.data.image_files.read`.
         claims: what is to be certified.
-        resize_crop: how a picture becomes an image of the model's size; by default the whole middle of it.
-        resize: make the picture fit; else it must be of that size.
+        resize_crop: how the file is resized and cropped to the model's size; by default its whole middle square.
+        resize: make the image fit; else it must be of that size.
         mapped: whether the margins of every location of the first claim's patch are wanted as well.
         progress: receives the passes of the network.
     """

@@ -23,7 +23,7 @@ PASSES = 1 << 14  # forward passes between two resume points, of a network that 
 
 
 def batch_size(defense: Defense) -> int:
-    """Images at a time unless told otherwise: fewer where each takes many passes, so that stopping a run loses little."""
+    """Images at a time by default: fewer where each takes many passes, so that stopping a run loses little."""
     cost = defense.passes_per_image()
     return BATCH_SIZE if cost is None else max(FEWEST, min(BATCH_SIZE, PASSES // cost[1]))
 
@@ -36,7 +36,7 @@ class EvaluatedModel:
         kind: name of the defense.
         sha256: of the weights.
         source: where the weights came from.
-        setting: what besides the weights decides its answers, where no zoo says so: masks, preprocessing, own code.
+        setting: what besides the weights decides its answers, where no zoo states it: masks, preprocessing, user code.
         in_front: of a plain classifier its preprocessing as text; empty for a model that was trained as a defense.
         notes: lines about it for the user, known once the images are.
     """
@@ -55,7 +55,7 @@ class EvaluatedModel:
         return self.defense.plain(x) if self.in_front else None
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """MaskedPredictions of a plain classifier that tell whether it is still the same; None if it is none."""
+        """Answers of a plain classifier that show whether it is still the same; None for other models."""
         return self.defense.fingerprint() if self.in_front and isinstance(self.defense, WrapsClassifier) else None
 
 

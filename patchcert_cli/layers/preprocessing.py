@@ -111,7 +111,7 @@ class WithPreprocessing(nn.Module):
 
     @property
     def description(self) -> str:
-        """What happens before the classifier, in words."""
+        """What happens before the classifier, as text."""
         said = (
             [] if self.size is None else [f"resized to {self.size[0]}x{self.size[1]} ({self.interpolation}) where they are not"]
         )

@@ -15,12 +15,12 @@ from patchcert_cli.errors import IntegrityError, first_line
 
 def names() -> list[str]:
     """All network names."""
-    return registry.module_names(__path__)
+    return registry.names("network", __path__)
 
 
 def build(name: str, options: Mapping[str, Any]) -> nn.Sequential:
     """Build network ``name`` with freshly initialized weights; every option is a keyword of its ``build``."""
-    module = registry.entry("network", __name__, name, names())
+    module = registry.entry("network", __name__, name, __path__)
     try:
         return cast(nn.Sequential, module.build(**listed(name, options)))
     except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as problem:
@@ -29,7 +29,7 @@ def build(name: str, options: Mapping[str, Any]) -> nn.Sequential:
 
 def listed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of network ``name``, with a single whole number where a list is wanted made a list: ``hidden=255``."""
-    kinds = get_type_hints(registry.entry("network", __name__, name, names()).build)
+    kinds = get_type_hints(registry.entry("network", __name__, name, __path__).build)
     return {
         key: [value] if type(value) is int and get_origin(kinds.get(key)) is Sequence else value for key, value in options.items()
     }
@@ -37,7 +37,7 @@ def listed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def shorthands(name: str) -> dict[str, str]:
     """Further options of network ``name``, each with the option of ``build`` that follows from it: ``rf`` gives ``kernels``."""
-    return dict(getattr(registry.entry("network", __name__, name, names()), "SHORTHANDS", {}))
+    return dict(getattr(registry.entry("network", __name__, name, __path__), "SHORTHANDS", {}))
 
 
 def expanded(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,13 +48,13 @@ def expanded(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not shorthands(name).keys() & options.keys():
         return dict(options)
-    module = registry.entry("network", __name__, name, names())
+    module = registry.entry("network", __name__, name, __path__)
     return cast(dict[str, Any], module.expanded({**defaults(name), **listed(name, options)}, listed(name, options)))
 
 
 def problems(name: str, options: Mapping[str, Any]) -> list[str]:
     """What is wrong with options of network ``name``: those that it does not have, and values of another type."""
-    kinds = get_type_hints(registry.entry("network", __name__, name, names()).build)
+    kinds = get_type_hints(registry.entry("network", __name__, name, __path__).build)
     known = {key: kind for key, kind in kinds.items() if key not in ("input_shape", "classes", "return")}
     shown = ", ".join(sorted((known.keys() - {"mean", "std"}) | shorthands(name).keys()))  # these two come with the data set
     found = [f"network '{name}' has no option '{key}'; known: {shown}." for key in options if key not in known]
@@ -73,7 +73,7 @@ def problems(name: str, options: Mapping[str, Any]) -> list[str]:
 
 def defaults(name: str) -> dict[str, Any]:
     """The options of network ``name`` that have a default, each with it."""
-    options = inspect.signature(registry.entry("network", __name__, name, names()).build).parameters
+    options = inspect.signature(registry.entry("network", __name__, name, __path__).build).parameters
     given = {key: option.default for key, option in options.items() if option.default is not option.empty}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
 

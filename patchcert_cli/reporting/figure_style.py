@@ -121,7 +121,7 @@ def check_path(path: Path) -> None:
     """
     if path.suffix.lower() not in ENDINGS:
         raise UsageError(f"a plot cannot be written to '{path}'.", hint=f"The name must end in {', '.join(ENDINGS)}.")
-    files.check_file(path, "the picture")
+    files.check_file(path, "the plot")
 
 
 @contextmanager

@@ -188,7 +188,7 @@ def _checked(rows: Rows) -> Rows:
 
 
 def _size(text: str) -> tuple[str, str, float]:
-    """The name of the x axis, the threat in words, and the position of this threat."""
+    """The name of the x axis, the threat as text, and the position of this threat."""
     threat = parse_threat(text)
     if isinstance(threat, PatchPercent):
         return "patch area, % of the image", "one square patch", float(threat.percent)

@@ -13,8 +13,8 @@ from patchcert_cli.reporting.numbers import interval, percent, share
 Rows = list[tuple[str, str]]
 EMPIRICAL = " (empirical: a stronger attack may find more)"
 ANYWHERE = "anywhere in the image, any content in [0, 1]"
-PROOFS = {  # the names of proofs, in words
-    "best": "interval bounds, and linear ones where these leave something open",
+PROOFS = {  # descriptions of proofs
+    "best": "interval bounds, and linear ones for images that these leave undecided",
     "interval": "interval bounds",
     "linear": "linear bounds",
     "exact": "the exact worst case of the votes",

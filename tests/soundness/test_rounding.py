@@ -151,7 +151,7 @@ def test_answers_and_verdicts_of_the_enemys_pictures_are_one() -> None:
 def test_passes_in_doubt_are_few() -> None:
     """What one way of computing costs: of ordinary pictures, hardly a pass is asked again."""
     defense, x = foreign("mnist-masked-cnn"), noise((1, 28, 28), 16)
-    asked = masked_predictions.MaskedPredictor.alone
+    asked = masked_predictions.MaskedPredictor.reference_logits
     counted: list[int] = []
 
     def counting(self: masked_predictions.MaskedPredictor, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

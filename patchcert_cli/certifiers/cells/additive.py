@@ -30,7 +30,7 @@ w_i.
 **Published conditions** (Metzen & Yatsura, section 3), for comparison:
 3.1, any monotone aggregation g per class: ``g_y(worst) > g_j(worst)`` for all L and j, where the worst case has 0 for y and w for
 j in A(L). 3.2, of the sum: m_j(L) without the tie's credit. 3.3, without locations: ``S_y - S_j > 2 max_L w(A(L))``, which is
-the condition of Levine & Feizi but for ties.
+the condition of Levine & Feizi except for ties.
 """
 
 from __future__ import annotations

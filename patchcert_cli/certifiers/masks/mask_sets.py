@@ -201,7 +201,7 @@ class MaskSet:
 
     @property
     def sizes(self) -> str:
-        """How many masks of which size, in words: ``36 of 11x11``, or ``630 of two of 11x11``."""
+        """How many masks of which size, as text: ``36 of 11x11``, or ``630 of two of 11x11``."""
         shapes = [" and ".join(dict.fromkeys(f"{rows}x{columns}" for _, _, rows, columns in union)) for union in self.boxes]
         found = Counter(zip(map(len, self.boxes), shapes, strict=True))
         return ", ".join(f"{many} of {'' if each == 1 else f'{each} of '}{shape}" for (each, shape), many in found.items())

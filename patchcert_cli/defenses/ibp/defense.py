@@ -1,7 +1,7 @@
 """Interval bound propagation (Chiang et al., Certified Defenses for Adversarial Patches, ICLR 2020).
 
 Any feed-forward network of linear, convolution, ReLU and pooling layers, trained so that its interval bounds stay tight under
-the threat, and certified by them, or by linear bounds where they leave something open. Proofs:
+the threat, and certified by them, or by linear bounds for images that they leave undecided. Proofs:
 :mod:`patchcert_cli.certifiers.bounds.intervals` and :mod:`patchcert_cli.certifiers.bounds.linear.linear`; rounding rule:
 :mod:`patchcert_cli.certifiers.bounds.rounding`; training: :mod:`patchcert_cli.defenses.ibp.losses`.
 """
@@ -70,7 +70,7 @@ class IntervalDefense(Trainable):
     def predict(self, x: Tensor) -> Tensor:
         """Argmax of the logits evaluated in float64, lowest class index first.
 
-        It is the same in every batch and on every device, but for ties closer than float64 can tell, which are never certified.
+        It is the same in every batch and on any device, except for ties closer than float64 resolves, which are never certified.
         """
         self.check_input(x)
         return self._predict(rebuilt(self.network, torch.float64), x)

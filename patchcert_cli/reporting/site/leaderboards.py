@@ -100,7 +100,7 @@ def difficulty(threat: Threat) -> tuple[int, int, Fraction, str]:
 
 
 def describe(threat: Threat) -> str:
-    """A threat in words."""
+    """A threat as text for readers."""
     if isinstance(threat, Patch):
         return f"one patch of {threat.height}x{threat.width} pixels, anywhere in the image"
     if isinstance(threat, PatchPercent):

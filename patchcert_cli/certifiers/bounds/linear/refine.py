@@ -1,4 +1,4 @@
-"""Deciding by linear bounds what interval bounds left open: cheap bounds first, expensive ones only for undecided images.
+"""Linear bounds for images that interval bounds leave undecided: cheap bounds first, expensive ones only for undecided images.
 
 Shapes: B images, A locations, K classes.
 
