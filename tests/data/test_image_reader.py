@@ -319,7 +319,7 @@ def test_training_and_certifying_are_those_of_images_in_memory(
     assert found["validation"]["counts"] == {"clean": plain.validation.clean, "certified": plain.validation.certified}
     for name, value in plain.defense.state_dict().items():
         assert torch.equal(defense.state_dict()[name], value), name
-    assert config["classes"] == ["0", "1", "2"]
+    assert config["deployed"]["classes"] == ["0", "1", "2"]
     results = []
     for images in (test, replace(test, pixels=test.read(), reader=None)):
         model = EvaluatedModel(defense, "m", "bagcert", "0" * 64, "folder")
