@@ -235,7 +235,7 @@ def test_a_content_is_carried_to_where_it_works() -> None:
     stay, go = 0, 0
     for seed in range(2):
         defense = scorer(seed=seed)
-        start = Start(torch.tensor([[0, 0, 3, 3]]).expand(12, 4), start_of(defense, x, threat).runner_up)  # a corner: few cells
+        start = Start(torch.tensor([[0, 0, 3, 3]]).expand(12, 4), start_of(defense, x, threat).rival)  # a corner: few cells
         common: dict[str, Any] = {"screen": False, "hope": 1.0, "steps": 15, "locations": 4, "carried": 30}
         stay += int(PatchPGD(**common, rounds=0)(defense, x, threat, start=start).success.sum())
         go += int(PatchPGD(**common, rounds=2)(defense, x, threat, start=start).success.sum())

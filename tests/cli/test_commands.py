@@ -101,7 +101,7 @@ def test_a_dry_run_writes_nothing(patchcert, model: str) -> None:  # type: ignor
         ("train --patch 5", 6, "Fetch it with: patchcert train --patch 5 --download"),
         ("train --patch 5 --network-option wide", 2, "--network-option 'wide' cannot be read"),
         ("train --patch 5 --option colour=red", 2, "colour is not a known entry"),
-        ("train --patch 40 --epochs 0", 2, "epochs 0 must be 1 or more"),
+        ("train --patch 40 --epochs 0", 2, "epochs is 0, not 1 or more"),
         ("train --recipe nope --patch 5", 3, "no model 'nope'"),
     ],
 )

@@ -128,7 +128,7 @@ def test_attacks_are_chosen_by_name(patchcert: Any, two: tuple[str, str]) -> Non
     default, named = patchcert(*words), patchcert(*words, "--attack", "patch_pgd")
     assert json.loads(default.out)["records"] == json.loads(named.out)["records"]
     for more, code, part in (
-        (["--attack", "patch_pdg"], 3, "Did you mean patch_pgd?"),
+        (["--attack", "patch_pdg"], 3, "Did you mean patch_pgd"),
         (["--attack", "wind"], 3, "sparse (sparse)"),
         (["--attack", "sparse"], 2, "does not know the threat patch:2x2"),
         (["--attack", "saved"], 2, "--saved FOLDER"),

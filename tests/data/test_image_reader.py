@@ -25,7 +25,7 @@ from patchcert_cli.evaluation import estimate, evaluate
 from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
 from patchcert_cli.progress import Silent
 from patchcert_cli.threats import Patch
-from patchcert_cli.training import loop
+from patchcert_cli.training import loop, state
 from patchcert_cli.training.recipe import Recipe
 from patchcert_cli.training.run import train
 
@@ -310,15 +310,16 @@ def test_training_and_certifying_are_those_of_images_in_memory(
 ) -> None:
     fill(tmp_path / "imagenet" / "train", each=13)
     fill(tmp_path / "imagenet" / "val")
-    monkeypatch.setattr(loop, "FITTED", 10)
-    found = train(RECIPE, tmp_path / "run", data_dir=tmp_path, device="cpu")
+    monkeypatch.setattr(state, "FITTED", 10)
+    recipe = replace(RECIPE)  # one that finds these images: it was made before them
+    found = train(recipe, tmp_path / "run", data_dir=tmp_path, device="cpu")
     lazy, test = imagenet(tmp_path, "train"), imagenet(tmp_path)
-    plain = loop.train(RECIPE, replace(lazy, pixels=lazy.read(), reader=None), tmp_path / "plain")
+    plain = loop.train(recipe, replace(lazy, pixels=lazy.read(), reader=None), tmp_path / "plain")
     defense, config = load_defense(tmp_path / "run")
     assert found["validation"]["counts"] == {"clean": plain.validation.clean, "certified": plain.validation.certified}
     for name, value in plain.defense.state_dict().items():
         assert torch.equal(defense.state_dict()[name], value), name
-    assert config["classes"] == ["0", "1", "2"]
+    assert config["deployed"]["classes"] == ["0", "1", "2"]
     results = []
     for images in (test, replace(test, pixels=test.read(), reader=None)):
         model = EvaluatedModel(defense, "m", "bagcert", "0" * 64, "folder")
@@ -358,13 +359,10 @@ def run_of(tmp_path: Path) -> Path:
 def test_a_defense_is_finished_with_all_classes(tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Class folders come sorted: the first images would be of one class alone."""
     fill(tmp_path / "imagenet" / "train", each=13)
-    monkeypatch.setattr(loop, "FITTED", 6)
-    given: list[torch.Tensor] = []
-    defense: Any = SimpleNamespace(device="cpu", finish=given.append, calibrate=given.append)
+    monkeypatch.setattr(state, "FITTED", 6)
+    defense: Any = SimpleNamespace(device="cpu")
     images = imagenet(tmp_path, "train")
-    loop._finish(RECIPE, defense, images, rounded=False)
-    assert torch.equal(given[0], data.to_float(images.read(torch.arange(6) * 6)))
+    assert torch.equal(state.some_images(defense, images), data.to_float(images.read(torch.arange(6) * 6)))
     assert images.labels[::6][:6].tolist() == [0, 0, 0, 1, 1, 2]
     mixed = images.take(torch.arange(39).flip(0))  # any other order: the first ones, as ever
-    loop._finish(RECIPE, defense, mixed, rounded=False)
-    assert torch.equal(given[1], data.to_float(mixed.read(slice(6))))
+    assert torch.equal(state.some_images(defense, mixed), data.to_float(mixed.read(slice(6))))

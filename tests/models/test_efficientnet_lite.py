@@ -66,7 +66,7 @@ def test_an_odd_row_of_zeros_goes_below_and_right(side: int, kernel: int, stride
 def test_bad_options_are_refused() -> None:
     with pytest.raises(UsageError, match="variant 5 is not an EfficientNet-Lite. Allowed: 0 to 4"):
         models.build("efficientnet_lite", {**OPTIONS, "variant": 5})
-    with pytest.raises(UsageError, match=r"size \[0\] is no size"):
+    with pytest.raises(UsageError, match=r"size \[0\] is not an image size"):
         models.build("efficientnet_lite", {**OPTIONS, "size": [0]})
 
 

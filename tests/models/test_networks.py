@@ -184,6 +184,7 @@ LISTS = {  # per network, options that are lists, with a single number each
     "cnn": {"channels": 4, "strides": 2, "hidden": 5},
     "region": {"widths": 4, "kernels": 3, "dilations": 1, "mixes": 0},
     "resnet": {"widths": 4, "blocks": 1, "strides": 2},
+    "setwise": {"blocks": 8},
     "timm": {"size": 8},
 }
 

@@ -64,7 +64,7 @@ def test_other_sizes_and_channels(changes: dict[str, Any], shape: tuple[int, int
     ("name", "said"),
     [
         ("test_vitt", r"no timm network 'test_vitt'. Did you mean test_vit"),
-        ("resnet19", r"Did you mean resnet18.*\(see: https://huggingface.co/timm\)"),
+        ("resnet19", r"Did you mean resnet18.*See: https://huggingface.co/timm"),
         ("vit-base-patch16-225", "Did you mean vit_base_patch16_224"),
         ("zzzz", r"no timm network 'zzzz'. See: https://huggingface.co/timm"),
         ("test_vit.r160", "no weights of test_vit 'r160'. Did you mean r160_in1k"),

@@ -197,7 +197,10 @@ def test_selectors_and_addresses_say_the_same(browser: Browser, address: str) ->
 def test_a_models_name_leads_to_its_card(browser: Browser, address: str) -> None:
     browser.click(f"{TABLE} tbody tr:nth-child(2) th a")
     script = "const it = document.getElementById(arguments[0]); return [it.open, it.getBoundingClientRect().top];"
-    opened, top = browser.run(script, "model/votes-a")
+    end = time.monotonic() + 10  # the page is told of its new address only after the click
+    while not (state := browser.run(script, "model/votes-a"))[0] and time.monotonic() < end:
+        time.sleep(0.05)
+    opened, top = state
     assert opened and 0 <= top < 300
     visit(browser, address + "#model/pixels-4")
     assert browser.run(script, "model/pixels-4")[0]
