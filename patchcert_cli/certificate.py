@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -41,7 +41,7 @@ class Proof:
         runner_up: int64 [B], the class that comes nearest.
         tolerance: float64 [B] or one number, see :class:`Certificate`.
         method: the name of the proof in records; empty for the claim's.
-        arithmetic: what is known of its rounding.
+        arithmetic: what is known of its rounding; the author states it, since nothing follows from silence.
         passes, thresholds, plain: see :class:`Certificate`.
     """
 
@@ -51,7 +51,7 @@ class Proof:
     runner_up: Tensor
     tolerance: Tensor | float = 0.0
     method: str = ""
-    arithmetic: Arithmetic = Arithmetic.MEASURED
+    arithmetic: Arithmetic = field(kw_only=True)
     passes: Tensor | None = None
     thresholds: Tensor | None = None
     plain: Tensor | None = None

@@ -71,7 +71,10 @@ def only_class(module: ModuleType, base: type[Base]) -> type[Base]:
     ]
     if len(found) != 1:
         named = ", ".join(one.__name__ for one in found) or "none"
-        raise UsageError(f"{module.__name__} must define exactly one {base.__name__}, not {len(found)} ({named}).")
+        raise UsageError(
+            f"{module.__name__} must define exactly one {base.__name__}, not {len(found)} ({named}).",
+            hint=f"Define one subclass of patchcert_cli.{base.__name__} in it.",
+        )
     return found[0]
 
 

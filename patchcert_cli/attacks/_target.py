@@ -48,7 +48,7 @@ class Start:
         if not bool((location[:, None] == locations).all(dim=2).any(dim=1).all()):
             raise UsageError(f"a start at a location that {threat} does not have.")
         if not bool(((rival >= 0) & (rival < classes)).all()):
-            raise UsageError("the target class of a start is not a class.", hint=f"Allowed: 0 to {classes - 1}.")
+            raise UsageError("a start with a target class that does not exist.", hint=f"Allowed: 0 to {classes - 1}.")
         return Start(location, rival)
 
 

@@ -120,7 +120,10 @@ class Images:
     def hold_out(self, count: int, seed: int) -> tuple[Images, Images]:
         """``(rest, validation)`` with ``count`` seeded random images in the second."""
         if not 0 < count < len(self):
-            raise UsageError(f"cannot hold {count} of {len(self)} images out for validation.")
+            raise UsageError(
+                f"{count} of {len(self)} images cannot be held out for validation.",
+                hint=f"Use --validation {max(1, len(self) // 10)}.",
+            )
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         held = replace(self.take(order[:count].sort().values), split="validation")
         return self.take(order[count:].sort().values), held

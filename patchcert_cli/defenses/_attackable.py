@@ -75,5 +75,8 @@ def surrogates(defense: Defense) -> tuple[Surrogate, ...]:
 
 
 def activations(defense: Defense) -> int:
-    """How many numbers the largest layer of a defense holds for one image, about; of an unknown one those of the image."""
-    return defense.activations if isinstance(defense, Attackable) else math.prod(defense.input_shape)
+    """How many numbers the largest layer of a defense holds for one image, about; of an unknown one those of the image.
+
+    A defense may state this without naming surrogates.
+    """
+    return int(getattr(defense, "activations", math.prod(defense.input_shape)))

@@ -5,12 +5,26 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from torch import nn
 
 from patchcert_cli import registry, schema
-from patchcert_cli.errors import IntegrityError, first_line
+from patchcert_cli.errors import IntegrityError, UsageError, first_line
+
+
+def _module(name: str) -> ModuleType:
+    """The module of network ``name``.
+
+    Raises:
+        UsageError: it has no ``build``.
+    """
+    module = registry.entry("network", __name__, name, __path__)
+    if not callable(getattr(module, "build", None)):
+        hint = "It needs a function build(*, input_shape, classes, mean, std) with its options as further keywords."
+        raise UsageError(f"{module.__name__} does not define network '{name}'.", hint=hint)
+    return module
 
 
 def names() -> list[str]:
@@ -20,7 +34,7 @@ def names() -> list[str]:
 
 def build(name: str, options: Mapping[str, Any]) -> nn.Sequential:
     """Build network ``name`` with freshly initialized weights; every option is a keyword of its ``build``."""
-    module = registry.entry("network", __name__, name, __path__)
+    module = _module(name)
     try:
         return cast(nn.Sequential, module.build(**listed(name, options)))
     except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as problem:
@@ -29,7 +43,7 @@ def build(name: str, options: Mapping[str, Any]) -> nn.Sequential:
 
 def listed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of network ``name``, with a single whole number where a list is wanted made a list: ``hidden=255``."""
-    kinds = get_type_hints(registry.entry("network", __name__, name, __path__).build)
+    kinds = get_type_hints(_module(name).build)
     return {
         key: [value] if type(value) is int and get_origin(kinds.get(key)) is Sequence else value for key, value in options.items()
     }
@@ -37,7 +51,7 @@ def listed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def shorthands(name: str) -> dict[str, str]:
     """Further options of network ``name``, each with the option of ``build`` that follows from it: ``rf`` gives ``kernels``."""
-    return dict(getattr(registry.entry("network", __name__, name, __path__), "SHORTHANDS", {}))
+    return dict(getattr(_module(name), "SHORTHANDS", {}))
 
 
 def expanded(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,13 +62,13 @@ def expanded(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not shorthands(name).keys() & options.keys():
         return dict(options)
-    module = registry.entry("network", __name__, name, __path__)
+    module = _module(name)
     return cast(dict[str, Any], module.expanded({**defaults(name), **listed(name, options)}, listed(name, options)))
 
 
 def problems(name: str, options: Mapping[str, Any]) -> list[str]:
     """What is wrong with options of network ``name``: those that it does not have, and values of another type."""
-    kinds = get_type_hints(registry.entry("network", __name__, name, __path__).build)
+    kinds = get_type_hints(_module(name).build)
     known = {key: kind for key, kind in kinds.items() if key not in ("input_shape", "classes", "return")}
     shown = ", ".join(sorted((known.keys() - {"mean", "std"}) | shorthands(name).keys()))  # these two come with the data set
     found = [f"network '{name}' has no option '{key}'; known: {shown}." for key in options if key not in known]
@@ -73,7 +87,7 @@ def problems(name: str, options: Mapping[str, Any]) -> list[str]:
 
 def defaults(name: str) -> dict[str, Any]:
     """The options of network ``name`` that have a default, each with it."""
-    options = inspect.signature(registry.entry("network", __name__, name, __path__).build).parameters
+    options = inspect.signature(_module(name).build).parameters
     given = {key: option.default for key, option in options.items() if option.default is not option.empty}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
 

@@ -20,8 +20,9 @@ def training(
         images = data.open_dataset(recipe.dataset, data_dir=data_dir).load("train")
     except DataError as problem:
         return {"not_measured": str(problem)}
+    kept, _ = images.limit(recipe.limit or None, recipe.seed).hold_out(recipe.validation, recipe.seed)
     tried = loop.trial(recipe, images.limit(recipe.batch_size, recipe.seed), device=device, beginning=beginning)
-    steps = ((min(recipe.limit or len(images), len(images)) - recipe.validation) // recipe.batch_size or 1) * recipe.epochs
+    steps = (len(kept) // recipe.batch_size or 1) * recipe.epochs
     seconds = sum(tried.seconds) / len(tried.seconds) * steps
     return {
         "steps": steps,

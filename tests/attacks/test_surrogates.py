@@ -116,6 +116,13 @@ def test_a_defense_that_says_nothing_offers_its_forward() -> None:
     assert defenses.activations(defense) == 16
 
 
+def test_a_defense_states_its_activations_without_naming_surrogates() -> None:
+    """Or else attacks look at every location of networks for which that costs the most."""
+    for name in ("smoothing", "partition"):
+        defense = tiny(name)
+        assert Target(defense, images(1, defense.input_shape)).activations == defense.activations
+
+
 def test_a_network_of_large_layers_goes_image_by_image() -> None:
     """So that neither the size nor the company of a batch can change how sums are rounded."""
     defense, x = scorer(), images(3, SHAPE)
