@@ -299,4 +299,4 @@ def test_a_layer_without_a_rule_is_named_with_what_to_use_instead() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GELU(), nn.Flatten(), nn.Linear(32, 3))
     with pytest.raises(UnsupportedThreat, match="GELU") as caught:
         partition.first_global_layer(net, (1, 6, 6))
-    assert "use ReLU" in str(caught.value.hint)
+    assert "Use ReLU" in str(caught.value.hint)
