@@ -179,7 +179,13 @@ TINY: dict[str, tuple[Patch | Sparse, dict[str, Any], float]] = {
 }
 
 
-@pytest.mark.parametrize(("threat", "options", "share"), TINY.values(), ids=TINY)
+@pytest.mark.parametrize(
+    ("threat", "options", "share"),
+    [
+        pytest.param(*value, marks=pytest.mark.slow if name == "a pixel, by looking" else (), id=name)
+        for name, value in TINY.items()
+    ],
+)
 def test_tiny_votes_are_attacked_nearly_as_well_as_by_trying_everything(
     threat: Patch | Sparse, options: dict[str, Any], share: float
 ) -> None:
