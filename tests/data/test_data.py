@@ -61,7 +61,7 @@ def test_subsets_are_seeded_nested_and_in_order() -> None:
     kept, held = images.hold_out(1000, 0)
     assert held.split == "validation" and len(held) == 1000
     assert set(kept.index.tolist()) | set(held.index.tolist()) == set(range(10_000))
-    with pytest.raises(UsageError, match="hold 10000 of 10000"):
+    with pytest.raises(UsageError, match="10000 of 10000"):
         images.hold_out(10_000, 0)
 
 
