@@ -46,7 +46,7 @@ def with_masks(defense: PatchCleanser, plan: MaskSpec, labels: str) -> PatchClea
 def overlapping(defense: PatchCleanser, patch: Patch) -> MaskSpec:
     """Masks as large as the model's own, two pixels apart, and large enough for several to hide every location."""
     wider = defense.set.boxes[0][0][2] - (patch.height + APART - 1)
-    return MaskSpec((str(patch),), stride=APART, wider=max(wider, APART))
+    return MaskSpec((patch,), stride=APART, wider=max(wider, APART))
 
 
 def two_thirds(certificate: Certificate) -> Tensor:

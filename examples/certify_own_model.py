@@ -29,7 +29,7 @@ test, truth = x[8000:8100], label[8000:8100]  # not trained on
 
 # 1. Masks: the network labels the image under pairs of masks, of which one hides the whole patch.
 #    Any classifier will do. The masks are made for the largest patch that is to be certified.
-masked = pc.PatchCleanser(network, input_shape=shape, classes=classes, masks=pc.MaskSpec(("patch:2x2",)), fill=(0.0,))
+masked = pc.PatchCleanser(network, input_shape=shape, classes=classes, masks=pc.MaskSpec((pc.Patch(2, 2),)), fill=(0.0,))
 by_masks = masked.certify(test, "patch:2x2")
 
 # 2. Interval bounds: every activation is bounded, for every location of the patch at once. This takes a Sequential of linear,

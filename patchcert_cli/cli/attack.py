@@ -25,9 +25,8 @@ from patchcert_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from patchcert_cli.attacks import Attack
-    from patchcert_cli.cli.loading import Claims
-    from patchcert_cli.evaluation.models import DefenseRequest
     from patchcert_cli.evaluation.task import EvaluationTask
+    from patchcert_cli.threats import Threat
 
 EXAMPLES = (
     "Examples:  patchcert attack mnist-ibp-p5 --patch 5 --limit 500   |   patchcert attack runs/x --threat sparse --k 4"
@@ -157,12 +156,15 @@ def attack(
     from patchcert_cli.evaluation import results
     from patchcert_cli.reporting import text
 
-    def claims(own: str, shape: tuple[int, int, int]) -> list[Claim]:
+    def claims(own: Threat | None, shape: tuple[int, int, int]) -> list[Claim]:
         return [Claim(chosen or threat.own(own))]
 
     def one(model: str | None, command: str) -> several.Value:
-        work = _estimate if dry_run else _attack
-        return work(model, claims, request, data, run, command, search, saved, join)
+        if dry_run:
+            task, total = loading.open_sample(model, claims, data, run, command, request)
+            return _estimate(task, total, *_attacker(task, search, saved, run.seed), run, join)
+        task = loading.open_task(model, claims, data, run, command, request)
+        return _attack(task, *_attacker(task, search, saved, run.seed), run, join)
 
     if dry_run:
         several.run(models, one, several.estimates, output.json, one_table=several.in_two_columns(text.plain_rows))
@@ -185,20 +187,10 @@ def print_attacks(json_to: str | None) -> None:
 
 
 def _attack(
-    model: str | None,
-    claims: Claims,
-    request: DefenseRequest,
-    data: DataOptions,
-    run: RunOptions,
-    command: str,
-    search: SearchOptions,
-    saved: SavedOptions,
-    join: JoinOptions,
+    task: EvaluationTask, attacker: Attack, settings: dict[str, Any], run: RunOptions, join: JoinOptions
 ) -> several.Value:
     from patchcert_cli.evaluation import evaluate
 
-    task = loading.open_task(model, claims, data, run, command, request)
-    attacker, settings = _attacker(task, search, saved, run.seed)
     with show.progress() as progress:
         return evaluate.attack(
             task,
@@ -213,20 +205,11 @@ def _attack(
 
 
 def _estimate(
-    model: str | None,
-    claims: Claims,
-    request: DefenseRequest,
-    data: DataOptions,
-    run: RunOptions,
-    command: str,
-    search: SearchOptions,
-    saved: SavedOptions,
-    join: JoinOptions,
+    task: EvaluationTask, total: int, attacker: Attack, settings: dict[str, Any], run: RunOptions, join: JoinOptions
 ) -> several.Value:
+    """What attacking ``total`` images would take, measured on the few of the task."""
     from patchcert_cli.evaluation import estimate
 
-    task, total = loading.open_sample(model, claims, data, run, command, request)
-    attacker, settings = _attacker(task, search, saved, run.seed)
     folder = run.out or task.folder("attack", {"attack": settings, "joined": join.join})
     with show.progress() as progress:
         return estimate.evaluation(task, folder, attacker, total, join=join.join, progress=progress)

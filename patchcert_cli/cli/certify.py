@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from patchcert_cli.cli.loading import Claims
     from patchcert_cli.defenses import Claim
     from patchcert_cli.evaluation.models import DefenseRequest
+    from patchcert_cli.threats import Threat
 
 EXAMPLES = (
     "Examples:  patchcert certify --patch 5   |   patchcert certify cifar-bagcert-rf7 cifar-smoothing-column --patch 5"
@@ -186,7 +187,7 @@ def _claims(threat: ThreatsOptions, proof: ProofOptions) -> Claims:
     """What is to be certified of a model, made from its own threat and the shape of its images."""
     given, methods = threat.several(), proof.methods()
 
-    def claims(own: str, shape: tuple[int, int, int]) -> list[Claim]:
+    def claims(own: Threat | None, shape: tuple[int, int, int]) -> list[Claim]:
         from patchcert_cli.defenses import Claim
 
         shapes = [] if threat.patch_area is None else patches_of_area(threat.patch_area, *shape[1:])

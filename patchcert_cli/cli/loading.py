@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from patchcert_cli.defenses import Claim
     from patchcert_cli.evaluation.models import DefenseRequest, ModelSource
     from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
+    from patchcert_cli.threats import Threat
 
-    Claims = Callable[[str, tuple[int, int, int]], Sequence[Claim]]
+    Claims = Callable[[Threat | None, tuple[int, int, int]], Sequence[Claim]]
 
 NAME_DATA = "Name the images: --data imagefolder:./val, or a data set such as cifar10."
 
@@ -125,7 +126,7 @@ def _check_early(model: str | None, claims: Claims, dataset: Dataset | None, dat
     if addresses.is_address(model):
         if dataset is None:
             raise UsageError(f"{model} comes without images.", hint=NAME_DATA)
-        claims("", dataset.shape)
+        claims(None, dataset.shape)
     elif card is None or not card.classifier:
         return
     known = dataset or data.open_dataset(card.dataset if card else "", data_dir=data_dir)

@@ -185,9 +185,9 @@ class ThreatOptions:
         """The threat model that is given; None for the model's own."""
         return threat_from(threat=self.threat, patch=self.patch, k=self.k, unit=self.unit)
 
-    def own(self, text: str) -> Threat:
-        """The threat model ``text`` that a model was trained for, if it is of the requested kind."""
-        return own_threat(text, threat=self.threat, unit=self.unit)
+    def own(self, meant: Threat | None) -> Threat:
+        """The threat model that a model was trained for, if it is of the requested kind."""
+        return own_threat(meant, threat=self.threat, unit=self.unit)
 
 
 @dataclass(frozen=True)

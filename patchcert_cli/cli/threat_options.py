@@ -38,14 +38,13 @@ def threat_from(*, threat: str | None, patch: str | None, k: str | None, unit: s
     return found[0] if found else None
 
 
-def own_threat(own: str, *, threat: str | None, unit: str | None) -> Threat:
+def own_threat(own: Threat | None, *, threat: str | None, unit: str | None) -> Threat:
     """The threat model that a model was trained for, if it is of the kind asked for."""
-    if not own:
+    if own is None:
         raise UsageError("a plain classifier is made for no threat.", hint="Choose one: --patch 32, or --patch 2%.")
-    meant = parse_threat(own)
-    if (threat is not None and meant.kind != threat) or (unit is not None and not isinstance(meant, Sparse)):
-        raise UsageError(f"this model's own threat is {meant}.", hint="Choose one: --patch 5, or --threat sparse --k 10.")
-    return Sparse(meant.k, unit) if unit is not None and isinstance(meant, Sparse) else meant
+    if (threat is not None and own.kind != threat) or (unit is not None and not isinstance(own, Sparse)):
+        raise UsageError(f"this model's own threat is {own}.", hint="Choose one: --patch 5, or --threat sparse --k 10.")
+    return Sparse(own.k, unit) if unit is not None and isinstance(own, Sparse) else own
 
 
 def _check(threat: str | None, patch: str | None, k: str | None, unit: str | None) -> None:

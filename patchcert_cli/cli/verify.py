@@ -15,6 +15,7 @@ from patchcert_cli.cli.options import DATA, DataOptions, OutputOptions, RunOptio
 
 if TYPE_CHECKING:
     from patchcert_cli.cards.published import PublishedRecords
+    from patchcert_cli.threats import Threat
 
 EXAMPLES = "Examples:  patchcert zoo verify cifar-bagcert-rf7 --limit 500   |   patchcert zoo verify org/model@COMMIT"
 OLD = {"--sample": "--limit", "--no-attack": "--attack none"}  # spellings of earlier versions
@@ -76,7 +77,7 @@ def verify(
     from patchcert_cli.evaluation import reproduce
     from patchcert_cli.reporting import text
 
-    def claims(own: str, shape: tuple[int, int, int]) -> list[Claim]:
+    def claims(own: Threat | None, shape: tuple[int, int, int]) -> list[Claim]:
         return [Claim(chosen or threat.own(own))]
 
     def one(name: str | None, command: str) -> several.Value:

@@ -192,7 +192,7 @@ class MaskedClassifier(Trainable, MarginMaps, WrapsClassifier):
     @classmethod
     def deploy_config(cls, threat: Threat, options: Options) -> dict[str, Any]:
         assert isinstance(options, MaskedOptions)
-        masks = MaskSpec((str(threat),), per_axis=options.per_axis, shape=options.mask_shape).to_dict()
+        masks = MaskSpec((threat,), per_axis=options.per_axis, shape=options.mask_shape).to_dict()
         return {"masks": masks, "prediction_dtype": options.labels}
 
     @classmethod

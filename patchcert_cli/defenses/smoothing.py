@@ -29,6 +29,7 @@ from patchcert_cli.defenses._cells import VotingDefense
 from patchcert_cli.defenses._training import AugmentedOptions, Options, TrainingStep
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.layers import fixed_point, programs
+from patchcert_cli.layers.precision import first_largest
 from patchcert_cli.layers.programs import Runner
 from patchcert_cli.models.resnet import ResNet
 from patchcert_cli.schema import Count, Must, Positive
@@ -176,8 +177,7 @@ class Smoothing(VotingDefense):
     def count(self, scores: Tensor) -> Votes:
         """``top-one``: no vote is in doubt, since logits are not rounded; ``threshold``: those next to it are."""
         if self.how.vote == "top-one":
-            best = scores == scores.amax(dim=1, keepdim=True)
-            return Votes(best & (best.cumsum(dim=1) == 1))  # the first of equals
+            return Votes(torch.zeros_like(scores, dtype=torch.bool).scatter(1, first_largest(scores)[:, None], True))
         away = scores.double().softmax(dim=1) - self.how.threshold
         return Votes(away >= 0, unknown=away.abs() <= ROUNDING)
 

@@ -33,7 +33,7 @@ from patchcert_cli.defenses import Defense, MaskedClassifier
 from patchcert_cli.defenses.minority import GRID, Minority
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.evaluation.task import EvaluatedModel
-from patchcert_cli.threats import Patch, PatchPercent, Threat
+from patchcert_cli.threats import Patch, PatchPercent, Threat, parse_threat
 
 GREY = 0.5  # the colour of masks, where no better one is known
 
@@ -73,8 +73,9 @@ class DefenseRequest:
 
     def plan(self, threats: Sequence[Threat], shape: Sequence[int]) -> MaskSpec:
         """The masks that cover all of these threats on images [C, H, W]."""
-        covers = tuple(map(str, largest(threats, shape)))
-        return MaskSpec(covers, per_axis=self.masks or 0, passes=self.passes or 0, shape=self.mask_shape or "square")
+        return MaskSpec(
+            tuple(largest(threats, shape)), per_axis=self.masks or 0, passes=self.passes or 0, shape=self.mask_shape or "square"
+        )
 
 
 class ModelSource(ABC):
@@ -90,7 +91,7 @@ class ModelSource(ABC):
 
     name: str
     note: str
-    threat: str
+    threat: Threat | None
     dataset: str
     names: Names
 
@@ -146,7 +147,7 @@ class ZooModel(ModelSource):
             found.folder, device=device, expected_sha256=found.sha256, expected_config=found.config_sha256
         )
         self.found, self.request, self.name, self.note = found, request, name, found.note
-        self.threat, self.dataset = str(self.config["threat"]), str(self.config["dataset"])
+        self.threat, self.dataset = parse_threat(self.config["threat"]), str(self.config["dataset"])
         own = tuple(tuple(map(str, one)) for one in self.config.get("names", ())) or tuple((one,) for one in self.defense.classes)
         self.names = own if request.classes is None else class_names.read(Path(request.classes))
 
@@ -199,7 +200,7 @@ class WrappedClassifier(ModelSource):
         self.classifier, self.request, self.kind = classifier, request, request.defense
         self.note, self.names = classifier.note, classifier.names
         self.name = card.name if card else classifier.name
-        self.threat, self.dataset = (str(card.threat), card.dataset) if card else ("", "")
+        self.threat, self.dataset = (card.threat, card.dataset) if card else (None, "")
 
     @property
     def channels(self) -> int:

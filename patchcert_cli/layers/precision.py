@@ -99,5 +99,5 @@ def frozen(network: nn.Module) -> nn.Module:
 
 
 def first_largest(scores: Tensor) -> Tensor:
-    """The class of the largest of scores [B, K], the lowest index among equals: int64 [B]. Deployed answers are decided so."""
+    """The class of the largest of scores [B, K, ...], the lowest index among equals, which decides deployed answers: int64."""
     return (scores == scores.amax(dim=1, keepdim=True)).int().argmax(dim=1)

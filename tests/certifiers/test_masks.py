@@ -120,14 +120,14 @@ THREATS = (
 
 
 @pytest.mark.parametrize(
-    "plan", PLANS, ids=lambda plan: "-".join(plan.covers) + f"-{plan.per_axis}{plan.stride}{plan.passes}{plan.shape}"
+    "plan", PLANS, ids=lambda plan: "-".join(map(str, plan.covers)) + f"-{plan.per_axis}{plan.stride}{plan.passes}{plan.shape}"
 )
 @pytest.mark.parametrize("size", [(5, 5), (4, 6)], ids=str)
 def test_covers_are_those_of_loops_over_places(plan: MaskSpec, size: tuple[int, int]) -> None:
     made = plan.masks(*size)
     found = occluded(made)
     assert [set(map(tuple, one.nonzero().tolist())) for one in made.occluded] == found
-    assert all(covered(made, parse_threat(text)) for text in plan.covers), "a plan covers what it says"
+    assert all(covered(made, threat) for threat in plan.covers), "a plan covers what it says"
     for text in THREATS:
         threat = parse_threat(text)
         if not covered(made, threat):

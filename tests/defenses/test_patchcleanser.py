@@ -62,7 +62,7 @@ def arenas(plan: MaskSpec, shape: tuple[int, int, int], count: int = 2) -> list[
 
 
 @pytest.mark.parametrize(
-    ("plan", "threats"), PLANS, ids=lambda value: "-".join(value.covers) if isinstance(value, MaskSpec) else ""
+    ("plan", "threats"), PLANS, ids=lambda value: "-".join(map(str, value.covers)) if isinstance(value, MaskSpec) else ""
 )
 def test_every_plan_is_certified_soundly(plan: MaskSpec, threats: list[Attack]) -> None:
     total = Score()

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from patchcert_cli import schema
-from patchcert_cli.errors import IntegrityError, PatchcertError, UnsupportedThreat, UsageError
+from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.layers.boxes import box_mask, box_sums
-from patchcert_cli.schema import Count, Must
+from patchcert_cli.schema import Count, Must, Parsed
 from patchcert_cli.threats import Threat, parse_threat
 
 PER_AXIS = 6  # masks along each axis, as published
@@ -57,14 +57,9 @@ def _exclusive(per_axis: int, stride: int, passes: int) -> Iterable[str]:
         yield "per_axis, stride and passes exclude each other"
 
 
-def _covers_something(covers: tuple[str, ...]) -> Iterable[str]:
+def _covers_something(covers: tuple[Threat, ...]) -> Iterable[str]:
     if not covers:
         yield "covers names no threat"
-    for text in covers:
-        try:
-            parse_threat(text)
-        except PatchcertError as problem:
-            yield str(problem)
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ class MaskSpec:
     """Which masks a model has: what they cover, and one of three ways to say how many they are.
 
     Attributes:
-        covers: the threats that they cover, such as ``patch:5x5``; several are covered one at a time.
+        covers: the threats that they cover, one at a time; text such as ``patch:5x5`` is parsed.
         per_axis: at most this many along each axis; 6 if none of the three is given.
         stride: pixels from each to the next; the smaller, the more and the smaller they are.
         passes: the largest mask set whose pairs fit into this many forward passes.
@@ -81,13 +76,16 @@ class MaskSpec:
             ``row`` for strips over the whole width; a strip has one axis, so pairs of strips are few.
     """
 
-    covers: tuple[str, ...]
+    covers: tuple[Annotated[Threat, Parsed(parse_threat)], ...]
     per_axis: Count = 0
     stride: Count = 0
     passes: Count = 0
     wider: Count = 0
     shape: Shape = "square"
     rules = (_exclusive, _covers_something)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "covers", tuple(parse_threat(one) if isinstance(one, str) else one for one in self.covers))
 
     @classmethod
     def read(cls, values: Any) -> MaskSpec:
@@ -105,7 +103,7 @@ class MaskSpec:
         """Inverse of :meth:`read`: what differs from the defaults."""
         numbers = {name: getattr(self, name) for name in ("per_axis", "stride", "passes", "wider")}
         shape = {} if self.shape == "square" else {"shape": self.shape}
-        return {"covers": list(self.covers)} | {name: value for name, value in numbers.items() if value} | shape
+        return {"covers": list(map(str, self.covers))} | {name: value for name, value in numbers.items() if value} | shape
 
     def masks(self, height: int, width: int) -> MaskSet:
         """The masks for images of this size.
@@ -118,7 +116,7 @@ class MaskSpec:
         best = self._set(height, width, self._unions(height, width, per_axis=2))
         if best.passes > self.passes:
             raise UsageError(
-                f"{self.passes} passes are too few for masks against {', '.join(self.covers)}.",
+                f"{self.passes} passes are too few for masks against {', '.join(map(str, self.covers))}.",
                 hint=f"Allow {best.passes} or more.",
             )
         for per_axis in range(3, max(height, width) + 1):
@@ -131,7 +129,7 @@ class MaskSpec:
     def _set(self, height: int, width: int, unions: tuple[tuple[Box, ...], ...] | None) -> MaskSet:
         if unions is None:
             raise UsageError(
-                f"more than {MAX_MASKS} masks are needed against {', '.join(self.covers)}.",
+                f"more than {MAX_MASKS} masks are needed against {', '.join(map(str, self.covers))}.",
                 hint="Use fewer per axis, for example 3.",
             )
         return MaskSet(height, width, unions)
@@ -139,8 +137,7 @@ class MaskSpec:
     def _unions(self, height: int, width: int, *, per_axis: int, stride: int = 0) -> tuple[tuple[Box, ...], ...] | None:
         """The boxes of each mask; None if there are more than :data:`MAX_MASKS`, which is known before they are listed."""
         found: dict[tuple[Box, ...], None] = {}
-        for text in self.covers:
-            threat = parse_threat(text)
+        for threat in self.covers:
             sides, budget = _sides(threat, height, width)
             axes, whole = [], {"column": 0, "row": 1}.get(self.shape)  # the axis along which strips are as long as the image
             for axis, (length, side) in enumerate(zip((height, width), sides, strict=True)):
@@ -152,7 +149,7 @@ class MaskSpec:
             (_, rows), (_, columns) = axes[0][0], axes[1][0]
             if (rows, columns) == (height, width):
                 raise UsageError(
-                    f"masks against {text} hide all of a {height}x{width} image.",
+                    f"masks against {threat} hide all of a {height}x{width} image.",
                     hint="Cover a smaller patch, or use more masks along each axis.",
                 )
             count = len(axes[0]) * len(axes[1])
