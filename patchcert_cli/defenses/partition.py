@@ -30,7 +30,7 @@ from torch import Tensor
 
 from patchcert_cli import schema
 from patchcert_cli.certificate import Claim
-from patchcert_cli.certifiers.cells import additive
+from patchcert_cli.certifiers.cells import additive, by_location
 from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 from patchcert_cli.defenses._attackable import Surrogate
@@ -204,7 +204,7 @@ class Partition(VotingDefense):
         if self.how.vote == "independent":
             return Votes((scores > 0).contiguous())
         best = scores == scores.amax(dim=1, keepdim=True)
-        return Votes((best & (best.cumsum(dim=1) == 1)).contiguous())  # the first of equals
+        return Votes((best & (best.cumsum(dim=1) == 1)).contiguous(), one_hot=True)  # the first of equals
 
     def cover_of(self, threat: Threat) -> CellCoverage:
         """For sparse threats the locations are the sets; see the proof above."""
@@ -225,9 +225,19 @@ class Partition(VotingDefense):
 
     def prove(self, outputs: Votes, cover: CellCoverage, claim: Claim) -> additive.Proof:
         proof = super().prove(outputs, cover, claim)
-        if isinstance(claim.threat, Sparse):  # the worst set -> its first pixel
-            return replace(proof, worst=self.members[:, 0].to(proof.worst.device)[proof.worst])
-        return proof
+        return replace(proof, worst=self._pixel(proof.worst)) if isinstance(claim.threat, Sparse) else proof
+
+    def forced(self, outputs: Votes, cover: CellCoverage, claim: Claim) -> Tensor:
+        found = super().forced(outputs, cover, claim)
+        return found[:, self.sets.flatten()] if isinstance(claim.threat, Sparse) else found  # of the set of each pixel
+
+    def prove_first(self, outputs: Votes, cover: CellCoverage, claim: Claim) -> by_location.Ranking:
+        found = super().prove_first(outputs, cover, claim)
+        return replace(found, worst=self._pixel(found.worst)) if isinstance(claim.threat, Sparse) else found
+
+    def _pixel(self, number: Tensor) -> Tensor:
+        """The first pixel of each set, int64 of any shape."""
+        return self.members[:, 0].to(number.device)[number]
 
     @torch.no_grad()
     def self_test(self) -> None:
