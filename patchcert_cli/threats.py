@@ -29,14 +29,23 @@ ALERT = -1  # in place of a class: the answer of a defense that raises an alarm
 
 
 class Guarantee(enum.StrEnum):
-    """What a certificate promises; the two are never mixed in one table."""
+    """What the certificates of a defense promise; no two are mixed in one table.
+
+    A defense of ``none`` has no certificates. All that can be known of it is how often it is right under attacks that were run.
+    """
 
     RECOVERY = "recovery"
     DETECTION = "detection"
+    NONE = "none"
+
+    @property
+    def proves(self) -> bool:
+        """Whether there are certificates."""
+        return self is not Guarantee.NONE
 
     @property
     def phrase(self) -> str:
-        """What holds for a certified image, as text."""
+        """What holds for a certified image, as text; of a defense without certificates that nothing is proven."""
         return PHRASES[self]
 
     def kept(self, before: Tensor, after: Tensor) -> Tensor:
@@ -48,7 +57,11 @@ class Guarantee(enum.StrEnum):
 PHRASES = {
     Guarantee.RECOVERY: "the answer stays right",
     Guarantee.DETECTION: "the answer stays right, or an alarm is raised",
+    Guarantee.NONE: "nothing is proven: a stronger attack may find more",
 }
+
+
+PROVEN = tuple(one for one in Guarantee if one.proves)  # the guarantees of certificates
 
 
 @runtime_checkable
