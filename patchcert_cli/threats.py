@@ -1,5 +1,4 @@
-"""Threat models: what an attacker may change, as a finite list of boxes ("locations") and a budget;
-and what is guaranteed against them.
+"""Threat models, what an attacker may change: a list of boxes ("locations") and a budget; and what is guaranteed against them.
 
 One patch: the locations are all its placements wholly inside the image, the budget is 1; several patches have a larger budget. A
 sparse attack: the locations are single pixels, the budget is k. ``parse_threat(str(threat)) == threat`` for every threat.
@@ -31,7 +30,7 @@ ALERT = -1  # in place of a class: the answer of a defense that raises an alarm
 class Guarantee(enum.StrEnum):
     """What the certificates of a defense promise; no two are mixed in one table.
 
-    A defense of ``none`` has no certificates. All that can be known of it is how often it is right under attacks that were run.
+    A defense of ``none`` has no certificates: all that can be known of it is its accuracy under attacks that were run.
     """
 
     RECOVERY = "recovery"
@@ -45,7 +44,7 @@ class Guarantee(enum.StrEnum):
 
     @property
     def phrase(self) -> str:
-        """What holds for a certified image, as text; of a defense without certificates that nothing is proven."""
+        """What holds for a certified image, as text."""
         return PHRASES[self]
 
     def kept(self, before: Tensor, after: Tensor) -> Tensor:
@@ -59,9 +58,6 @@ PHRASES = {
     Guarantee.DETECTION: "the answer stays right, or an alarm is raised",
     Guarantee.NONE: "nothing is proven: a stronger attack may find more",
 }
-
-
-PROVEN = tuple(one for one in Guarantee if one.proves)  # the guarantees of certificates
 
 
 @runtime_checkable
@@ -177,7 +173,7 @@ class PatchPercent:
         return self.resolve(int(changed.shape[-2]), int(changed.shape[-1])).contains(changed)
 
     def __str__(self) -> str:
-        return f"patch:{_decimal(self.percent)}%"
+        return f"patch:{Decimal(self.percent.numerator) / Decimal(self.percent.denominator):f}%"
 
 
 @dataclass(frozen=True)
@@ -286,10 +282,6 @@ def _extent(line: Tensor) -> Tensor:
     last = torch.where(line, position, -1).amax(dim=1)
     first = torch.where(line, position, n).amin(dim=1)
     return (last - first + 1).clamp(min=0)
-
-
-def _decimal(value: Fraction) -> str:
-    return format(Decimal(value.numerator) / Decimal(value.denominator), "f")
 
 
 def parse_patch(text: str) -> Patch | PatchPercent:

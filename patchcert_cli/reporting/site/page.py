@@ -28,7 +28,7 @@ from patchcert_cli.reporting import figure_style, numbers
 from patchcert_cli.reporting.site.charts import Chart, charts
 from patchcert_cli.reporting.site.leaderboards import describe, difficulty, leaderboards, own, paper_for, title
 from patchcert_cli.storage import files
-from patchcert_cli.threats import PROVEN, Guarantee, as_options
+from patchcert_cli.threats import Guarantee, as_options
 from patchcert_cli.version import __version__
 
 INDEX = "index.html"
@@ -161,7 +161,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"share": numbers.share, "guarantees": PROVEN}
+    environment.globals |= {"share": numbers.share, "guarantees": [one for one in Guarantee if one.proves]}
     environment.filters |= {
         "percent": numbers.percent,
         "interval": numbers.interval,
