@@ -28,10 +28,7 @@ ALERT = -1  # in place of a class: the answer of a defense that raises an alarm
 
 
 class Guarantee(enum.StrEnum):
-    """What the certificates of a defense promise; no two are mixed in one table.
-
-    A defense of ``none`` has no certificates: all that can be known of it is its accuracy under attacks that were run.
-    """
+    """What the certificates of a defense promise; no two are mixed in one table. With ``none`` there are no certificates."""
 
     RECOVERY = "recovery"
     DETECTION = "detection"
