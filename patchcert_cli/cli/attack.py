@@ -119,7 +119,8 @@ def _estimate(
     """What attacking ``total`` images would take, measured on the few of the task."""
     from patchcert_cli.evaluation import estimate
 
-    folder = run.out or task.folder("attack", {"attack": settings, "joined": join.join})
+    joined = join.join and task.model.defense.guarantee.proves
+    folder = run.out or task.folder("attack", {"attack": settings, "joined": joined})
     with show.progress() as progress:
         return estimate.evaluation(task, folder, attacker, total, join=join.join, progress=progress)
 
@@ -162,21 +163,23 @@ def _attacker(
 def _table(results: Sequence[several.Value]) -> None:
     """One row for each model."""
     from patchcert_cli.reporting.numbers import share
+    from patchcert_cli.threats import Guarantee
 
-    rows = []
-    for result in results:
+    rows, guarantees = [], [result.get("guarantee", "recovery") for result in results]
+    for result, guarantee in zip(results, guarantees, strict=True):
         images, counts = result["images"], result["counts"]
         survived = round(result["attacked_accuracy"] * images)
         certified = [claim["counts"]["certified"] for claim in result["claims"]]
+        proven = {"certified": share(certified[0], images) if certified else "-"} if Guarantee(guarantee).proves else {}
         rows.append(
             {
                 "model": str(result["model"]),
                 "threat": result["threat"],
                 "clean": share(counts["clean"], images),
                 "right under attack": share(survived, images),
-                "certified": share(certified[0], images) if certified else "-",
+                **proven,
                 "flipped": f"{len(result['broken'])} certified images" if certified else f"{result['flipped']} images",
                 "time": f"{result['seconds']:.1f} s",
             }
         )
-    several.by_guarantee(rows, [result.get("guarantee", "recovery") for result in results], COLUMNS)
+    several.by_guarantee(rows, guarantees, COLUMNS)

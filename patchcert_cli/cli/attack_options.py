@@ -91,7 +91,9 @@ class JoinOptions:
     join: Annotated[
         bool,
         typer.Option(
-            "--certify/--no-certify", help="Certify the same images; exit 8 if a certified one is flipped.", rich_help_panel=RUN
+            "--certify/--no-certify",
+            help="Certify the same images, if the defense has certificates; exit 8 if a certified one is flipped.",
+            rich_help_panel=RUN,
         ),
     ] = True
     max_seconds: Annotated[

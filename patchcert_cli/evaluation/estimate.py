@@ -45,10 +45,16 @@ def evaluation(
 ) -> dict[str, Any]:
     """What certifying, or attacking, all images would take, where ``task`` holds them all, or some of ``total``.
 
-    With ``join``, attacked images are certified first. Where not even one image is finished in :data:`PATIENCE` seconds, or an
-    attack is hopelessly slow, the estimate is of the most that an image can take.
+    With ``join``, attacked images are certified first if the defense has certificates. Where not even one image is finished in
+    :data:`PATIENCE` seconds, or an attack is hopelessly slow, the estimate is of the most that an image can take.
+
+    Raises:
+        UnsupportedThreat: a defense without certificates is to be certified.
     """
+    if attacker is None:
+        task.model.defense.check_proves()
     task.check()
+    join = join and task.model.defense.guarantee.proves
     total, defense = total or len(task.images), task.model.defense
     masks = defense.set if isinstance(defense, defenses.MaskedClassifier) else None
     said: dict[str, Any] = {

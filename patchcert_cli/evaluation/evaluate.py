@@ -45,10 +45,12 @@ def certify(
     Batches are as large as fits into some seconds (:mod:`patchcert_cli.evaluation.pace`), by ``clock``.
 
     Raises:
+        UnsupportedThreat: the defense has no certificates.
         UsageError: the folder holds another run.
         Interrupted: stopped by Ctrl-C; the same call goes on where it stopped.
         MachineError: out of memory at a batch of one image, or the disk is full, or another process uses the folder.
     """
+    task.model.defense.check_proves()
     task.check()
     folder, defense = folder or task.folder("certify", {}), task.model.defense
 
@@ -83,7 +85,7 @@ def attack(
     """Attack every image of a task; with ``join`` certify the same images and hold the attack against the certificates.
 
     ``settings`` names the attack's options in the manifest. The attack sees the defense and, with ``join``, the location and the
-    runner-up of the smallest certified margin as a start.
+    runner-up of the smallest certified margin as a start. A defense without certificates is attacked alone.
 
     After ``max_seconds`` no further image is finished: the result is about those that are, says under ``left`` how many are not,
     and is not written into the folder; the same call goes on with these.
@@ -92,6 +94,7 @@ def attack(
         UsageError: no image was finished within ``max_seconds``; and as :func:`certify`.
     """
     task.check()
+    join = join and task.model.defense.guarantee.proves
     extra = {"attack": settings, "joined": join}
     folder, defense = folder or task.folder("attack", extra), task.model.defense
 
