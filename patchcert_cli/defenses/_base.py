@@ -45,7 +45,7 @@ class Defense(nn.Module, ABC):
 
     source: ClassVar[str] = ""
     methods: ClassVar[tuple[str, ...]] = ("proof",)
-    guarantee: ClassVar[Guarantee] = Guarantee.RECOVERY
+    guarantee: Guarantee = Guarantee.RECOVERY
     precision: Mapping[str, str] = {}
 
     def __init__(self, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
@@ -269,7 +269,7 @@ class MarginMaps(ABC):
         unit: what they count.
     """
 
-    unit: ClassVar[str] = "votes"
+    unit: str = "votes"
 
     @abstractmethod
     def margin_map(self, x: Tensor, patch: Threat) -> Tensor:

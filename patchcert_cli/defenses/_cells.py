@@ -10,7 +10,7 @@ Shapes: B images, C channels, H x W pixels, K classes, N x M cells, P x Q locati
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -174,8 +174,12 @@ class VotingDefense(LocalFeatureDefense[Votes]):
     def ranks(self) -> bool:
         return self.locates
 
+    def ranges(self, outputs: Votes, cover: CellCoverage, threat: Threat) -> Iterator[by_location.Ranges]:
+        """What the sums can be under an attack at each location of a threat of one location, a few images at a time."""
+        return by_location.ranges(outputs, cover)
+
     def forced(self, outputs: Votes, cover: CellCoverage, claim: Claim) -> Tensor:
-        return by_location.forced(outputs, cover)
+        return by_location.forced(self.ranges(outputs, cover, claim.threat))
 
     def prove_first(self, outputs: Votes, cover: CellCoverage, claim: Claim) -> by_location.Ranking:
         if claim.method != "exact":

@@ -20,7 +20,7 @@ Shapes: B images, C channels, H x W pixels, K classes, N x M sets (N = M), n = N
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, cast
 
@@ -227,9 +227,11 @@ class Partition(VotingDefense):
         proof = super().prove(outputs, cover, claim)
         return replace(proof, worst=self._pixel(proof.worst)) if isinstance(claim.threat, Sparse) else proof
 
-    def forced(self, outputs: Votes, cover: CellCoverage, claim: Claim) -> Tensor:
-        found = super().forced(outputs, cover, claim)
-        return found[:, self.sets.flatten()] if isinstance(claim.threat, Sparse) else found  # of the set of each pixel
+    def ranges(self, outputs: Votes, cover: CellCoverage, threat: Threat) -> Iterator[by_location.Ranges]:
+        """For a pixel those of its set."""
+        number = self.sets.flatten() if isinstance(threat, Sparse) else slice(None)
+        for part in super().ranges(outputs, cover, threat):
+            yield by_location.Ranges(part.low[:, :, number], part.high[:, :, number])
 
     def prove_first(self, outputs: Votes, cover: CellCoverage, claim: Claim) -> by_location.Ranking:
         found = super().prove_first(outputs, cover, claim)

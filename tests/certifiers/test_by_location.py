@@ -68,7 +68,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_what_can_be_forced_is_what_some_replacement_brings_about(name: str) -> None:
     ballots = CASES[name]
-    found = by_location.forced(votes(ballots), ballots.cover())
+    found = by_location.forced(by_location.ranges(votes(ballots), ballots.cover()))
     certified = additive.prove(votes(ballots), ballots.cover()).margin > 0
     answers = votes(ballots).answer().tolist()
     for index, sets in enumerate(found):
@@ -133,7 +133,7 @@ def test_votes_that_are_not_numbers_rule_nothing_out() -> None:
     scores[:, 0] = 1
     scores[1, 2, 0, 0] = float("nan")
     cover = CellCoverage(Axis(2, ((0,), (1,))), Axis(2, ((0,), (1,))))
-    sets = by_location.forced(Votes(scores), cover)
+    sets = by_location.forced(by_location.ranges(Votes(scores), cover))
     assert sets[0].tolist() == [[True, False, False]] * 4
     assert bool(sets[1, :, 2].all())
     assert not bool((by_location.prove_first(Votes(scores), cover, 2).margins[1] > 0).any())

@@ -35,7 +35,7 @@ stay, and the better one counts. (The second is exact if every location is a cel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,10 +48,26 @@ from patchcert_cli.layers.precision import exact_arithmetic, first_largest
 
 @dataclass(frozen=True)
 class Ranges:
-    """What the sums of all classes can be while one location is the attacker's, float32 [b, K, A] each, whole numbers."""
+    """What the sums of all classes can be while one location is the attacker's, whole numbers [b, K, A] each."""
 
     low: Tensor
     high: Tensor
+
+    @classmethod
+    def cat(cls, parts: Iterable[Ranges]) -> Ranges:
+        """Join those of consecutive images."""
+        lows, highs = zip(*((part.low, part.high) for part in parts), strict=True)
+        return cls(torch.cat(lows), torch.cat(highs))
+
+    def plus(self, other: Ranges, weight: int) -> Ranges:
+        """The ranges of sums in which the other cells count ``weight`` times, float64: those of all cells together."""
+        return Ranges(self.low.double() + weight * other.low.double(), self.high.double() + weight * other.high.double())
+
+    def margins(self, answer: Tensor) -> Tensor:
+        """``low_y(L) - high_j(L) + [y < j]`` of answers int64 [b], the m_j(L) of :mod:`additive`: float64 [b, A, K]."""
+        own = self.low.gather(1, answer[:, None, None].expand(-1, 1, self.low.shape[2])).double()
+        tie = answer[:, None] < torch.arange(self.low.shape[1], device=answer.device)
+        return (own - self.high.double() + tie[:, :, None]).transpose(1, 2)
 
 
 def ranges(votes: Votes, cover: CellCoverage) -> Iterator[Ranges]:
@@ -84,9 +100,9 @@ def can_win(found: Ranges) -> Tensor:
 
 
 @exact_arithmetic()
-def forced(votes: Votes, cover: CellCoverage) -> Tensor:
-    """What can be forced at each location, bool [B, A, K]; see the theorem."""
-    return torch.cat([can_win(part) for part in ranges(votes, cover)])
+def forced(parts: Iterable[Ranges]) -> Tensor:
+    """What can be forced at each location, bool [B, A, K], from the ranges of some images after others; see the theorem."""
+    return torch.cat([can_win(part) for part in parts])
 
 
 @dataclass(frozen=True)
