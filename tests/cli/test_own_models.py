@@ -526,8 +526,8 @@ def test_hicert_warns_of_everything_at_threshold_one_and_the_published_metric_co
     done = patchcert("certify", "mine:build", *DETECT, "--defense", "hicert", *VAL, *CLASSES, "--threshold", "1")
     assert done.code == 0, done.err
     shown = " ".join(done.out.split())
-    assert "100.00 % (6/6) of the unattacked images" in shown and "published metric 100.00 % (6/6) certified incl." in shown
-    assert "certified 0.00 % (0/6), silent on the clean image, right" in shown
+    assert "100.00 % (12/12) of the unattacked images" in shown and "published metric 100.00 % (12/12) certified incl." in shown
+    assert "certified 0.00 % (0/12), silent on the clean image, right" in shown
 
 
 def test_a_defense_that_raises_no_alarms_has_no_threshold(patchcert) -> None:  # type: ignore[no-untyped-def]
