@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from patchcert_cli.arithmetic import Arithmetic
-from patchcert_cli.cards.entries import Date, Sha256, Share, Text, ThreatField
+from patchcert_cli.cards.entries import Date, Proven, Sha256, Share, Text, ThreatField
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.schema import Count, Invalid, Positive, read
 from patchcert_cli.storage import files
@@ -57,7 +57,7 @@ class ClaimResult:
     certified_accuracy: Share
     certified_interval: tuple[Share, Share]
     counts: Counts
-    guarantee: Guarantee = Guarantee.RECOVERY
+    guarantee: Proven = Guarantee.RECOVERY
     arithmetic: Arithmetic | None = None
 
 

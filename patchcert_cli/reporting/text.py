@@ -9,9 +9,11 @@ from typing import Any
 from patchcert_cli.arithmetic import Arithmetic, former
 from patchcert_cli.data.datasets import is_custom
 from patchcert_cli.reporting.numbers import interval, percent, share
+from patchcert_cli.threats import Guarantee
 
 Rows = list[tuple[str, str]]
 EMPIRICAL = " (empirical: a stronger attack may find more)"
+NO_CERTIFICATE = "nothing: this defense has no certificate"
 ANYWHERE = "anywhere in the image, any content in [0, 1]"
 PROOFS = {  # descriptions of proofs
     "best": "interval bounds, and linear ones for images that these leave undecided",
@@ -31,7 +33,7 @@ AT_CHANCE = (
     "the accuracy is at chance: one and the same answer is right on {:.1f} % of these images."
     " The model has learned next to nothing; give it more --epochs, or another --learning-rate"
 )
-OR_ALARM = {"recovery": "", "detection": " or with an alarm"}  # detection counts an alarm as a success too
+OR_ALARM = {"recovery": "", "detection": " or with an alarm", "none": ""}  # detection counts an alarm as a success too
 
 
 def certify_rows(result: dict[str, Any]) -> Rows:
@@ -206,10 +208,12 @@ def attack_rows(result: dict[str, Any]) -> Rows:
         *_plain(result),
         ("clean", share(counts["clean"], images) + (" with the defense" if _plain(result) else "")),
         ("right under attack", f"{share(survived, images)}{OR_ALARM[guarantee]}{EMPIRICAL}"),
-        ("judged for", guarantee),
+        ("judged for", guarantee) if Guarantee(guarantee).proves else ("certified", NO_CERTIFICATE),
     ]
     if "pasted" in result:
         rows += _pasted(result["pasted"])
+    if "by" in result:
+        rows.append(("flipped", f"{flipped_by(result)}; {share(result['flipped'], images)} in all"))
     for claim in result["claims"]:
         rows.append(("certified", share(claim["counts"]["certified"], images)))
         rows.append(("verdict", f"{len(result['broken'])} certified images flipped"))
@@ -218,6 +222,12 @@ def attack_rows(result: dict[str, Any]) -> Rows:
         of = images + result["left"]
         rows.append(("left", f"{result['left']} of {of} images: the time was up; the same command goes on with them"))
     return [*rows, ("queries", f"{result['queries']:,}"), ("time", _time(result)), ("records", str(result["records"]))]
+
+
+def flipped_by(result: dict[str, Any]) -> str:
+    """How many images each of several attacks flipped, of those that it was given."""
+    each = [f"{one['attack']} {one['flipped']} of {one['images']} images" for one in result["by"]]
+    return ", ".join(each[:1] + [f"{text} left" for text in each[1:]])
 
 
 def _pasted(counts: dict[str, int]) -> Rows:
