@@ -18,6 +18,8 @@ from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.clipped import Clip, Clipped
+from patchcert_cli.defenses.ensemble import RULES, Ensemble
+from patchcert_cli.defenses.hicert import HiCert
 from patchcert_cli.defenses.ibp import IntervalDefense
 from patchcert_cli.defenses.minority import Minority
 from patchcert_cli.defenses.partition import Division, Partition, divided, listed
@@ -91,6 +93,26 @@ def clipped() -> Clipped:
     return defense
 
 
+def hicert() -> HiCert:
+    network = _mlp()
+    return HiCert(network, **_masks(), threshold=_one_of((0.0, 0.4))).eval()
+
+
+def ensemble() -> Ensemble:
+    """A majority of three, a cross-check of two, or the sum of two."""
+    rule = RULES[int(torch.randint(len(RULES), ()))]
+    if rule == "majority":
+        return Ensemble([_region_votes(), ibp(), patchcleanser()], rule)
+    return Ensemble([_region_votes(), patchcleanser()] if rule == "cross" else [_region_votes(), smoothing()], rule)
+
+
+def _region_votes() -> BagCert:
+    """Cells of one pixel."""
+    defense = BagCert(_region(1), input_shape=SHAPE, classes=CLASSES).eval()
+    _lean(defense, factor=2)
+    return defense
+
+
 def ibp() -> IntervalDefense:
     return IntervalDefense(_mlp(), input_shape=SHAPE, classes=CLASSES)
 
@@ -151,6 +173,8 @@ def smoothing() -> Smoothing:
 EXAMPLES: dict[str, Callable[[], Defense]] = {
     "bagcert": bagcert,
     "clipped": clipped,
+    "hicert": hicert,
+    "ensemble": ensemble,
     "ibp": ibp,
     "minority": minority,
     "partition": partition,

@@ -54,6 +54,12 @@ class Combined:
     margins: Tensor
     forced: Tensor | None = None
 
+    @property
+    def or_alarm(self) -> Tensor:
+        """Of a cross-check, for each class whether every attack leads to it or to an alarm: bool [B, K]."""
+        refused = (self.margins > 0).all(dim=1)
+        return (refused.sum(dim=1, keepdim=True) - refused.long()) == refused.shape[1] - 1
+
 
 def majority(answers: Tensor) -> Tensor:
     """The class that most members give, of several the one of the earliest member: int64 [R, B] -> [B]."""

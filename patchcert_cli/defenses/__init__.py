@@ -48,7 +48,7 @@ def trainable(name: str) -> type[Trainable]:
     """The class of defense ``name``, if ``patchcert train`` can train it."""
     found = by_name(name)
     if not issubclass(found, Trainable):
-        raise UsageError(f"{name} cannot be trained.", hint=f"Allowed: {', '.join(_that_are(Trainable))}.")
+        raise UsageError(f"{name} cannot be trained.", hint=f"Allowed: {', '.join(trained())}.")
     return found
 
 
@@ -63,6 +63,11 @@ def wrapping(name: str) -> type[WrapsClassifier]:
 def around() -> list[str]:
     """Defenses that can be put around any classifier."""
     return _that_are(WrapsClassifier)
+
+
+def trained() -> list[str]:
+    """Defenses that ``patchcert train`` can train."""
+    return _that_are(Trainable)
 
 
 def _that_are(kind: type) -> list[str]:

@@ -28,12 +28,13 @@ from patchcert_cli.certifiers.ensembles import Combined
 from patchcert_cli.defenses._attackable import Surrogate, activations, surrogates
 from patchcert_cli.defenses._base import Defense, MarginMaps, own_entries
 from patchcert_cli.defenses._cells import VotingDefense
-from patchcert_cli.errors import IntegrityError, UsageError
+from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.layers.precision import exact_arithmetic, first_largest
 from patchcert_cli.schema import Must, Positive
 from patchcert_cli.threats import ALERT, Guarantee, Patch, PatchPercent, Threat
 
 RULES = ("majority", "cross", "sum")
+SMALL = 1e-6  # added to the range of scores, which may be 0
 ENTRIES = 1 << 25  # of the sets of all members of a group of images, at most
 
 Rule = Annotated[str, Must(RULES.__contains__, f"{', '.join(RULES[:-1])} or {RULES[-1]}")]
@@ -52,22 +53,6 @@ class Combination:
     members: tuple[dict[str, Any], ...]
     rule: Rule = "majority"
     weights: tuple[Positive, ...] = ()
-
-
-class MeanSurrogate(Surrogate):
-    """The mean over members of their most faithful surrogates, each brought to a range of about 1."""
-
-    tolerance = 1.0  # members decide, so any candidate may succeed
-
-    def __init__(self, members: Sequence[Surrogate]) -> None:
-        self._members = members
-
-    def whole(self, x: Tensor) -> Tensor:
-        parts = []
-        for member in self._members:
-            scores = member.whole(x).float()
-            parts.append(scores / (scores.detach().amax(dim=1, keepdim=True) - scores.detach().amin(dim=1, keepdim=True) + 1e-6))
-        return torch.stack(parts).mean(dim=0)
 
 
 class Ensemble(MarginMaps, Defense):
@@ -177,6 +162,7 @@ class Ensemble(MarginMaps, Defense):
                         runner_up=rival,
                         arithmetic=arithmetic,
                         passes=passes,
+                        or_alarm=found.or_alarm if self.guarantee is Guarantee.DETECTION else None,
                         forced=found.forced if claim.forced else None,
                     )
                 )
@@ -216,7 +202,7 @@ class Ensemble(MarginMaps, Defense):
     def check_wishes(self, claim: Claim) -> None:
         super().check_wishes(claim)
         if claim.threat.budget != 1:
-            raise UsageError(
+            raise UnsupportedThreat(
                 f"an ensemble is certified location by location, and with {claim.threat} an attacker has {claim.threat.budget}.",
                 hint="Use one patch, or sparse:1.",
             )
@@ -254,10 +240,17 @@ class Ensemble(MarginMaps, Defense):
         for member in self._each:
             member.test_once()
 
+    def forward(self, x: Tensor) -> Tensor:
+        """The mean over members of their most faithful surrogates, each brought to a range of 1: [B, K]."""
+        parts = [surrogates(member)[0].whole(x).float() for member in self._each]
+        ranges = [(part.amax(dim=1, keepdim=True) - part.amin(dim=1, keepdim=True)).detach() for part in parts]
+        return torch.stack([part / (width + SMALL) for part, width in zip(parts, ranges, strict=True)]).mean(dim=0)
+
     def surrogates(self) -> tuple[Surrogate, ...]:
-        """The mean of the members' first surrogates, and each of these."""
-        each = [surrogates(member)[0] for member in self._each]
-        return MeanSurrogate(each), *each
+        """The mean of the members' surrogates, and the most faithful one of each."""
+        mean = Surrogate(self)
+        mean.tolerance = 1.0  # the members decide, so any candidate may succeed
+        return mean, *(surrogates(member)[0] for member in self._each)
 
     @property
     def activations(self) -> int:
