@@ -101,9 +101,8 @@ def hicert() -> HiCert:
 def ensemble() -> Ensemble:
     """A majority of three, a cross-check of two, or the sum of two."""
     rule = RULES[int(torch.randint(len(RULES), ()))]
-    if rule == "majority":
-        return Ensemble([_region_votes(), ibp(), patchcleanser()], rule)
-    return Ensemble([_region_votes(), patchcleanser()] if rule == "cross" else [_region_votes(), smoothing()], rule)
+    members = {"majority": (_region_votes, ibp, smoothing), "cross": (_region_votes, ibp), "sum": (_region_votes, smoothing)}
+    return Ensemble([make() for make in members[rule]], rule)
 
 
 def _region_votes() -> BagCert:
