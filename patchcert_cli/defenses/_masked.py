@@ -158,8 +158,9 @@ class MaskedClassifier(Trainable, MarginMaps, WrapsClassifier):
             UsageError: there are no such masks for images of this size.
         """
         super().__init__(input_shape=input_shape, classes=classes)
-        self.network, self.plan, self.prediction_dtype = network, masks, prediction_dtype
-        self.set, self._memory = masks.masks(*input_shape[1:]), CalibrationCache()
+        self.network, self.prediction_dtype = network, prediction_dtype
+        self.plan, self._why = masks.chosen(*input_shape[1:])
+        self.set, self._memory = self.plan.masks(*input_shape[1:]), CalibrationCache()
         self.deployed = fixed_point.FrozenNetworkCache(network) if getattr(network, "freezable", False) else None
         self._exact: ExactMaskedPredictor | None = None
         if self.deployed is not None:
@@ -256,7 +257,8 @@ class MaskedClassifier(Trainable, MarginMaps, WrapsClassifier):
         """What it costs."""
         least, most = self.passes_per_image()
         passes = f"{least}" if least == most else f"{least} to {most}"
-        return f"masks: {self.set.sizes} pixels; {passes} passes of the network an image, with the proof"
+        why = f" ({self._why})" if self._why else ""
+        return f"masks: {self.set.sizes} pixels{why}; {passes} passes of the network an image, with the proof"
 
     def settings(self) -> dict[str, Any]:
         """Masks, what labels are computed in, and the colour of masks."""

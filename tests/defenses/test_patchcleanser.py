@@ -419,6 +419,14 @@ def test_random_strips_have_the_widths_of_the_options_and_lie_anywhere(shape: st
     assert bool((greedy[:, None] == pairs).flatten(2).all(dim=2).any(dim=1).all()), "two of the deployed strips"
 
 
+def test_a_shape_chosen_for_a_budget_is_deployed_and_named_with_the_reason() -> None:
+    made = defense((1, 6, 6), MaskSpec(("patch:2x2",), passes=15, shape="any"))
+    assert made.plan == MaskSpec(("patch:2x2",), passes=15, shape="column")
+    assert made.settings()["masks"] == {"covers": ["patch:2x2"], "passes": 15, "shape": "column"}
+    assert "column 12 (5 masks), row 12 (5 masks), square 16 (4 masks); the fewest are taken" in made.note(Patch(2, 2))
+    assert "fewest" not in defense((1, 6, 6), made.plan).note(Patch(2, 2))
+
+
 def worst_pair(made: PatchCleanser, x: Tensor, label: Tensor) -> Tensor:
     """The worst mask, and the worst one with it in place, image by image: bool [B, H, W]."""
     found = []
