@@ -23,6 +23,7 @@ from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
+from patchcert_cli.defenses.smoothing import Smoothing
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch, Threat, parse_threat
 
@@ -51,9 +52,14 @@ def with_masks(name: str, plan: MaskSpec | None) -> Defense:
     if plan is None:
         return own
     assert isinstance(own, PatchCleanser)
-    fill, numbers = own.fill.flatten().tolist(), own.prediction_dtype
-    entries = {"input_shape": own.input_shape, "classes": own.classes, "masks": plan, "fill": fill}
-    return PatchCleanser(own.network, prediction_dtype=numbers, **entries).eval()
+    return PatchCleanser(
+        own.network,
+        input_shape=own.input_shape,
+        classes=own.classes,
+        masks=plan,
+        fill=own.fill.flatten().tolist(),
+        prediction_dtype=own.prediction_dtype,
+    ).eval()
 
 
 def row(name: str, plan: MaskSpec | None, threat: Threat, images: Images) -> dict[str, Any]:
@@ -66,7 +72,7 @@ def row(name: str, plan: MaskSpec | None, threat: Threat, images: Images) -> dic
     tally = Tally.of(images.labels, certificate.prediction, certificate.certified)
     right = certificate.certified & (certificate.prediction == images.labels)
     masks = {"masks": defense.plan.to_dict(), "sizes": defense.set.sizes} if isinstance(defense, PatchCleanser) else {}
-    each = None if certificate.passes is None else float(certificate.passes.double().mean())
+    each = float(certificate.passes.double().mean()) if certificate.passes is not None else _views(defense)
     return {
         "model": name,
         "model_sha256": resolve.resolve(name).sha256,
@@ -82,6 +88,11 @@ def row(name: str, plan: MaskSpec | None, threat: Threat, images: Images) -> dic
         "arithmetic": str(certificate.arithmetic),
         "verdicts": "".join("01"[int(one)] for one in right),
     }
+
+
+def _views(defense: Defense) -> int:
+    """How often an image is given to the network: once for each band of smoothing, else once."""
+    return defense.cells if isinstance(defense, Smoothing) else 1
 
 
 def main() -> None:
