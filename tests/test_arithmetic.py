@@ -35,6 +35,7 @@ KNOWN = {
     "roots": "exact",
     "ibp": "bounded",
     "patchcleanser": "measured",
+    "hicert": "measured",
     "minority": "measured",
 }
 
