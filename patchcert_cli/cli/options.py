@@ -278,6 +278,16 @@ class ClassifierOptions:
         ),
     ] = None
 
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            metavar="NAME=VALUE",
+            help="A setting of a defense without masks, such as threshold=0.2 of lgs. Repeatable.",
+            rich_help_panel=CLASSIFIER,
+        ),
+    ] = None
+
     def request(self, *, dry_run: bool, download: bool, compare: bool = False) -> DefenseRequest:
         """What is to be made of the model.
 
@@ -303,7 +313,12 @@ class ClassifierOptions:
         if self.mask_shape not in (None, *SHAPES):
             raise UsageError(f"invalid --mask-shape '{self.mask_shape}'.", hint=f"Use {', '.join(SHAPES[:-1])} or {SHAPES[-1]}.")
         made = (self.defense, self.masks, self.passes, self.weights, self.classes, self.precision)
-        return DefenseRequest(*made, download, self.threshold, compare, self.mask_shape)
+        settings = {}
+        if self.option:
+            from patchcert_cli.training import overrides
+
+            settings = overrides.pairs(self.option, "--option")
+        return DefenseRequest(*made, download, self.threshold, compare, self.mask_shape, settings)
 
 
 @dataclass(frozen=True)
