@@ -200,6 +200,8 @@ def attack_rows(result: dict[str, Any]) -> Rows:
     ]
     if "pasted" in result:
         rows += _pasted(result["pasted"])
+    if "by" in result:
+        rows.append(("flipped", f"{flipped_by(result)}; {share(result['flipped'], images)} in all"))
     for claim in result["claims"]:
         rows.append(("certified", share(claim["counts"]["certified"], images)))
         rows.append(("verdict", f"{len(result['broken'])} certified images flipped"))
@@ -208,6 +210,12 @@ def attack_rows(result: dict[str, Any]) -> Rows:
         of = images + result["left"]
         rows.append(("left", f"{result['left']} of {of} images: the time was up; the same command goes on with them"))
     return [*rows, ("queries", f"{result['queries']:,}"), ("time", _time(result)), ("records", str(result["records"]))]
+
+
+def flipped_by(result: dict[str, Any]) -> str:
+    """How many images each of several attacks flipped, of those that it was given."""
+    each = [f"{one['attack']} {one['flipped']} of {one['images']} images" for one in result["by"]]
+    return ", ".join(each[:1] + [f"{text} left" for text in each[1:]])
 
 
 def _pasted(counts: dict[str, int]) -> Rows:
