@@ -13,10 +13,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from patchcert_cli.attacks._base import Attack, require
+from patchcert_cli.attacks._base import Attack, Effort, require
 from patchcert_cli.attacks._target import Target
 from patchcert_cli.attacks.patch_pgd import PatchPGD
 from patchcert_cli.attacks.sparse import SparseSearch
+from patchcert_cli.defenses import Defense
 from patchcert_cli.errors import UsageError
 from patchcert_cli.threats import Threat
 
@@ -36,6 +37,20 @@ class Transfer(Attack):
     def __post_init__(self) -> None:
         require("steps", self.steps, 1)
 
+    @classmethod
+    def suits(cls, defense: Defense) -> bool:
+        return defense.undefended() is not None
+
+    def most(self, defense: Defense, threat: Threat, *, hinted: bool) -> Effort | None:
+        plain = defense.undefended()
+        found = None if plain is None else self._search(threat).most(plain, threat, hinted=False)
+        return None if found is None else Effort(found.queries + found.answers, 2)
+
+    def _search(self, threat: Threat) -> Attack:
+        if threat.kind == "patch":
+            return PatchPGD(seed=self.seed, steps=self.steps)
+        return SparseSearch(seed=self.seed, steps=self.steps)
+
     def run(self, target: Target, x: Tensor, threat: Threat, index: Tensor) -> Tensor:
         """Attack the classifier inside.
 
@@ -48,7 +63,6 @@ class Transfer(Attack):
                 "this defense has no classifier that answers without it, so nothing is found without knowing of it.",
                 hint="Use another --attack; --attack list prints them.",
             )
-        search = PatchPGD(seed=self.seed, steps=self.steps) if threat.kind == "patch" else None
-        found = (search or SparseSearch(seed=self.seed, steps=self.steps))(plain, x, threat, index=index)
+        found = self._search(threat)(plain, x, threat, index=index)
         target.queries += found.queries
         return found.adversarial

@@ -33,9 +33,9 @@ from patchcert_cli.defenses._base import (
     size_and_classes,
 )
 from patchcert_cli.errors import UsageError
-from patchcert_cli.threats import Guarantee
 from patchcert_cli.layers import fixed_point
 from patchcert_cli.layers.levels import Levels
+from patchcert_cli.threats import Guarantee
 
 VALUES = 1 << 24  # pixel values that are filtered together, at most
 
@@ -80,7 +80,7 @@ class EmpiricalDefense(Defense, WrapsClassifier):
         """
         shape, classes = given.pop("input_shape"), given.pop("classes")
         try:
-            chosen = schema.read(cls.settings_type, given)
+            chosen: Any = schema.read(cls.settings_type, given)
         except schema.Invalid as problem:
             known = "; ".join(f"{one.name} ({one.allowed})" for one in schema.entries(cls.settings_type))
             raise UsageError(f"{problem}.", hint=f"Settings: {known}." if known else "It has no settings.") from problem
@@ -88,7 +88,7 @@ class EmpiricalDefense(Defense, WrapsClassifier):
 
     @classmethod
     def from_config(cls, deployed: Mapping[str, Any]) -> EmpiricalDefense:
-        chosen = own_entries(cls.settings_type, deployed)
+        chosen: Any = own_entries(cls.settings_type, deployed)
         return cls(build_network(deployed), chosen, **size_and_classes(deployed))
 
     @abstractmethod
@@ -163,7 +163,7 @@ def straight_through(value: Tensor, x: Tensor) -> Tensor:
     """``value``, with the gradient of ``x``: backward pass differentiable approximation by the identity (Athalye, Carlini &
     Wagner, Obfuscated Gradients Give a False Sense of Security, ICML 2018).
     """
-    return _StraightThrough.apply(value, x)  # type: ignore[no-any-return, no-untyped-call]
+    return _StraightThrough.apply(value, x)  # type: ignore[no-any-return]
 
 
 class _StraightThrough(torch.autograd.Function):

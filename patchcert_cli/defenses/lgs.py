@@ -1,14 +1,15 @@
 """Local Gradients Smoothing (Naseer, Khan & Porikli, WACV 2019): pixels where neighbours differ much are darkened.
 
-The gradient magnitude of an image is scaled to [0, 1]. In windows whose mean is at most ``threshold`` it is set to 0. The image is
-then multiplied by ``1 - clip(smoothing * gradient, 0, 1)``.
+The gradient magnitude of an image is scaled to [0, 1]. In windows whose mean is at most ``threshold`` it is set to 0. The image
+is then multiplied by ``1 - clip(smoothing * gradient, 0, 1)``.
 
-The paper leaves open what is chosen here: the gradient of a color image is the root of the sum of the squared first differences of
-all channels (a change of color alone is seen too); the last windows along an axis end at the border; a pixel keeps its gradient if
-one of its windows does. The published windows of 15 pixels with an overlap of 5 are those of images of 224x224, and are scaled.
+The paper leaves open what is chosen here. The gradient of a color image is the root of the sum of the squared first differences
+of all channels, so a change of color alone counts too. The last windows along an axis end at the border. A pixel keeps its
+gradient if one of its windows does. The published windows of 15 pixels with an overlap of 5 are for images of 224x224, and are
+scaled with the image.
 
-An attack that knows the defense differentiates through it, with the chosen windows as constants; where a pixel is black, whatever
-it was, the attack takes the identity for the filter.
+An attack that knows the defense differentiates through it, with the chosen windows as constants, or takes the identity for the
+gradient of the filter, which a pixel needs that is darkened to black.
 
 Shapes: B images, C channels, H x W pixels, w windows.
 """

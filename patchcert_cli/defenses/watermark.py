@@ -3,15 +3,15 @@ classifier looks most is taken for the patch, hidden, and filled in from around 
 
 The saliency of a pixel is the sum over channels of the absolute gradient of the predicted class, by guided backpropagation: at
 each activation layer (``nn.ReLU``, ``nn.GELU`` and the like) only positive gradients go on. The ``share`` of the pixels with the
-largest saliency is hot. Islands of hot pixels in which no square of side ``island`` fits are removed (erosion, then dilation); what
-remains grows by ``grow`` pixels and is filled in.
+largest saliency is hot. Islands of hot pixels in which no square of side ``island`` fits are removed (erosion, then dilation).
+What remains grows by ``grow`` pixels and is filled in.
 
 The paper leaves open, or leaves to a library, what is chosen here: the share; the sizes, which are scaled with the image; and the
 filling: from the border inwards, ring by ring, each pixel is the mean of its known neighbours among eight.
 
-The saliency of the deployed answer is computed in float64, each image alone and on one thread, so that what is hidden does not depend
-on the batch. An attack computes it in float32, many images at a time, and takes what is hidden for constant: the filling is linear,
-and has a gradient; or it takes the identity for the whole filter.
+The saliency of the deployed answer is computed in float64, each image alone and on one thread, so that what is hidden does not
+depend on the batch. An attack computes it in float32, many images at a time. It takes what is hidden for constant, so that the
+filling is linear and has a gradient, or takes the identity for the gradient of the whole filter.
 
 Shapes: B images, C channels, H x W pixels, K classes.
 """
@@ -127,11 +127,11 @@ class DigitalWatermarking(EmpiricalDefense):
 
 @contextlib.contextmanager
 def guided(network: nn.Module) -> Iterator[None]:
-    """Let only positive gradients into the activation layers of a network (Springenberg et al., Striving for Simplicity, 2015)."""
+    """Let only positive gradients into the activation layers of a network (Springenberg et al., ICLR Workshop 2015)."""
 
     def positive(layer: nn.Module, given: Any, out: Tensor) -> None:
         if out.requires_grad:
-            out.register_hook(lambda slope: slope.clamp(min=0))
+            out.register_hook(lambda slope: slope.clamp(min=0))  # type: ignore[no-untyped-call]
 
     hooks = [layer.register_forward_hook(positive) for layer in network.modules() if isinstance(layer, ACTIVATIONS)]
     try:
