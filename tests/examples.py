@@ -18,6 +18,7 @@ from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.clipped import Clip, Clipped
+from patchcert_cli.defenses.hicert import HiCert
 from patchcert_cli.defenses.ibp import IntervalDefense
 from patchcert_cli.defenses.lgs import LocalGradientsSmoothing
 from patchcert_cli.defenses.minority import Minority
@@ -94,6 +95,11 @@ def clipped() -> Clipped:
     return defense
 
 
+def hicert() -> HiCert:
+    network = _mlp()
+    return HiCert(network, **_masks(), threshold=_one_of((0.0, 0.4))).eval()
+
+
 def ibp() -> IntervalDefense:
     return IntervalDefense(_mlp(), input_shape=SHAPE, classes=CLASSES)
 
@@ -166,6 +172,7 @@ def smoothing() -> Smoothing:
 EXAMPLES: dict[str, Callable[[], Defense]] = {
     "bagcert": bagcert,
     "clipped": clipped,
+    "hicert": hicert,
     "ibp": ibp,
     "lgs": lgs,
     "minority": minority,
