@@ -73,11 +73,6 @@ def around(*, masked: bool | None = None, proves: bool | None = None) -> list[st
     return [name for name in found if proves is None or by_name(name).guarantee.proves is proves]
 
 
-def trained() -> list[str]:
-    """Defenses that ``patchcert train`` can train."""
-    return _that_are(Trainable)
-
-
 def _that_are(kind: type) -> list[str]:
     return [name for name in names() if issubclass(by_name(name), kind)]
 

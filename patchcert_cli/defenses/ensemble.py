@@ -10,6 +10,7 @@ Shapes: R members, B images, C channels, H x W pixels, K classes, A = P * Q loca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -143,7 +144,7 @@ class Ensemble(MarginMaps, Defense):
         """How much the votes of each member count."""
         if self.weights:
             return self.weights
-        most = [int(one.scores[0, 0].numel() if one.weight is None else one.weight.sum()) for one in votes]
+        most = [int(math.prod(one.scores.shape[2:]) if one.weight is None else one.weight.sum()) for one in votes]
         return tuple(max(1, round(max(most) / one)) for one in most)
 
     def _certify(self, x: Tensor, claims: Sequence[Claim]) -> list[Proof]:
