@@ -18,6 +18,7 @@ from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.clipped import Clip, Clipped
+from patchcert_cli.defenses.hicert import HiCert
 from patchcert_cli.defenses.ibp import IntervalDefense
 from patchcert_cli.defenses.minority import Minority
 from patchcert_cli.defenses.partition import Division, Partition, divided, listed
@@ -91,6 +92,11 @@ def clipped() -> Clipped:
     return defense
 
 
+def hicert() -> HiCert:
+    network = _mlp()
+    return HiCert(network, **_masks(), threshold=_one_of((0.0, 0.4))).eval()
+
+
 def ibp() -> IntervalDefense:
     return IntervalDefense(_mlp(), input_shape=SHAPE, classes=CLASSES)
 
@@ -151,6 +157,7 @@ def smoothing() -> Smoothing:
 EXAMPLES: dict[str, Callable[[], Defense]] = {
     "bagcert": bagcert,
     "clipped": clipped,
+    "hicert": hicert,
     "ibp": ibp,
     "minority": minority,
     "partition": partition,

@@ -109,7 +109,7 @@ class ImageOptions:
         typer.Option(
             "--plot-thresholds",
             callback=file_to_write("--plot-thresholds"),
-            help="Certified detection: draw alarms on unattacked images and certified answers over the threshold into this file.",
+            help="Certified detection: draw alarms on unattacked images and certified ones over the threshold into this file.",
             rich_help_panel=IMAGE,
         ),
     ] = None
@@ -264,6 +264,13 @@ def _certify_image(
     return values
 
 
+def _share_of(name: str, claim: dict[str, Any]) -> str:
+    """A count of a claim as a share of its images; results of older versions do not have all counts."""
+    from patchcert_cli.reporting.numbers import share
+
+    return share(claim[name], claim["images"]) if name in claim else "-"
+
+
 def _table(results: Sequence[several.Value]) -> None:
     """One row for each model and claim."""
     from patchcert_cli.reporting import text
@@ -278,6 +285,7 @@ def _table(results: Sequence[several.Value]) -> None:
             **({"proof": claim["method"]} if methods else {}),
             "clean": share(claim["clean"], claim["images"]),
             "certified": share(claim["certified"], claim["images"]),
+            **({"published metric": _share_of("or_alarm", claim)} if claim["guarantee"] == "detection" else {}),
             "95 % interval": interval(claim["certified_interval"]),
             "arithmetic": claim["arithmetic"],
             "time": f"{result['seconds']:.1f} s",

@@ -273,7 +273,7 @@ class ClassifierOptions:
         typer.Option(
             "--threshold",
             metavar="P",
-            help="Certified detection: a masked prediction that differs raises an alarm from confidence P on. Default: 0.",
+            help="Certified detection: confidence in [0, 1] by which alarms are raised; default: the model's.",
             rich_help_panel=CLASSIFIER,
         ),
     ] = None
@@ -289,9 +289,8 @@ class ClassifierOptions:
         for flag, value in (("--masks", self.masks), ("--passes", self.passes)):
             if value is not None and value < 1:
                 raise UsageError(f"{flag} {value} must be 1 or more.")
-        if self.threshold is not None and not 0 <= self.threshold < 1:
-            hint = "Allowed: from 0 (any contradiction) to below 1."
-            raise UsageError(f"--threshold {self.threshold:g} is not a confidence.", hint=hint)
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise UsageError(f"--threshold {self.threshold:g} is not a confidence.", hint="Allowed: from 0 to 1.")
         if self.precision not in (None, *PRECISIONS):
             raise UsageError(f"invalid --precision '{self.precision}'.", hint=f"Use {' or '.join(PRECISIONS)}.")
         if self.weights == "none" and not dry_run:

@@ -30,7 +30,7 @@ from patchcert_cli.data.class_names import Names
 from patchcert_cli.data.datasets import Dataset
 from patchcert_cli.data.resize_crop import ResizeCrop
 from patchcert_cli.defenses import Defense, MaskedClassifier
-from patchcert_cli.defenses.minority import GRID, Minority
+from patchcert_cli.defenses._detection import DetectingClassifier
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.evaluation.task import EvaluatedModel
 from patchcert_cli.threats import Patch, PatchPercent, Threat, parse_threat
@@ -50,7 +50,7 @@ class DefenseRequest:
         classes: text file with the names of the model's outputs, or ``imagenet``.
         download: whether weights of torchvision may be fetched.
         labels: the precision of masked predictions, ``float32`` or ``bfloat16``; None for the model's own.
-        threshold: confidence from which on certified detection raises an alarm; None for the model's own.
+        threshold: confidence by which certified detection raises an alarm; None for the model's own.
         compare: whether other thresholds are to be compared with it.
         mask_shape: ``square``, ``column`` or ``row``.
     """
@@ -179,7 +179,7 @@ class ZooModel(ModelSource):
             plan = defense.plan if asked == kind and not request.masked else request.plan(threats, shape)
             numbers = request.labels or str(getattr(defense, "prediction_dtype", ""))
             defense = put_around(inner, asked, shape, defense.classes, plan, mean, numbers).to(torch.device(device))
-        alarming(defense, asked, request, getattr(self.defense, "threshold", None))
+        alarming(defense, asked, request, getattr(self.defense, "threshold", None) if asked == kind else None)
         setting = defense.settings()
         if asked != kind:
             setting["classifier"] = f"the class scores of {kind}"
@@ -291,18 +291,20 @@ def put_around(
 
 
 def alarming(defense: Defense, kind: str, request: DefenseRequest, own: float | None = None) -> None:
-    """Set from which confidence on a defense raises alarms: what is wished, else ``own``, which it had with other masks.
+    """Set the threshold of a defense that raises alarms: what is requested, else ``own``, which it had with other masks.
 
     Raises:
-        UsageError: it raises none.
+        UsageError: it raises none, or none with this threshold.
     """
-    if isinstance(defense, Minority):
+    if isinstance(defense, DetectingClassifier):
         chosen = own if request.threshold is None else request.threshold
+        if chosen is not None and not defense.takes_threshold(chosen):
+            raise UsageError(f"with --threshold {chosen:g} {kind} never raises an alarm.", hint="Allowed: from 0 to below 1.")
         defense.threshold = defense.threshold if chosen is None else chosen
-        defense.grid = tuple(sorted({*GRID, defense.threshold})) if request.compare else ()
+        defense.grid = tuple(sorted({*defense.compared, defense.threshold})) if request.compare else ()
     elif request.threshold is not None or request.compare:
         flag = "--plot-thresholds" if request.threshold is None else "--threshold"
-        raise UsageError(f"{kind} raises no alarms, so {flag} means nothing.", hint="Use --defense minority, or leave it out.")
+        raise UsageError(f"{kind} raises no alarms, so {flag} means nothing.", hint="Use --defense minority or hicert.")
 
 
 def largest(threats: Sequence[Threat], shape: Sequence[int]) -> list[Threat]:

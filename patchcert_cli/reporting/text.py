@@ -49,15 +49,19 @@ def certify_rows(result: dict[str, Any]) -> Rows:
     if len(claims) == 1:
         rows.insert(2, ("threat", f"{claims[0]['threat']}, {ANYWHERE}"))
         proof = PROOFS.get(claims[0]["method"], claims[0]["method"])
-        rows += [("certified", _certified(claims[0])), ("guarantee", f"{_promised(claims[0])}, proof: {proof}")]
+        rows += [("certified", _certified(claims[0])), *_published(claims[0])]
+        rows += [("guarantee", f"{_promised(claims[0])}, proof: {proof}")]
     else:
         rows.append(("guarantee", f"{_promised(claims[0])}; {ANYWHERE}"))
         if "patch_area" in result:
             rows.append(("shapes", f"the largest of at most {result['patch_area']} pixels, one of each height"))
         several = len({claim["method"] for claim in claims}) > 1
-        rows += [(claim["threat"] + (f", {claim['method']}" if several else ""), _certified(claim)) for claim in claims]
+        for claim in claims:
+            rows.append((claim["threat"] + (f", {claim['method']}" if several else ""), _certified(claim)))
+            rows += _published(claim)
     for one in compared(result):
-        shares = [f"{name} {share(one[name], images)}" for name in ("alarms", "clean", "certified")]
+        named = {"alarms": "alarms", "clean": "clean", "certified": "certified", "or_alarm": "published metric"}
+        shares = [f"{name} {share(one[key], images)}" for key, name in named.items() if key in one]
         rows.append((f"threshold {one['threshold']:g}", ", ".join(shares)))
     rows.append(_arithmetic(claim["arithmetic"] for claim in claims))
     return [*rows, ("time", _time(result)), ("records", str(result["records"]))]
@@ -128,6 +132,13 @@ def _alarms(claim: dict[str, Any]) -> Rows:
     return [("alarms", f"{share(claim['alarms'], claim['images'])} of the unattacked images")]
 
 
+def _published(claim: dict[str, Any]) -> Rows:
+    """The published metric of certified detection; no row for other guarantees, and for results that do not say it."""
+    if "or_alarm" not in claim:
+        return []
+    return [("published metric", f"{share(claim['or_alarm'], claim['images'])} certified incl. clean alerts")]
+
+
 def plot_title(result: dict[str, Any]) -> str:
     """The title of a plot of a certify result: the model, and below it the data and the guarantee."""
     claims = claim_list(result)
@@ -172,7 +183,8 @@ def _answer(result: dict[str, Any]) -> str:
 
 
 def _certified(claim: dict[str, Any]) -> str:
-    return f"{share(claim['certified'], claim['images'])}, 95 % interval {interval(claim['certified_interval'])} %"
+    silent = ", silent on the clean image, right" if claim["guarantee"] == "detection" else ""
+    return f"{share(claim['certified'], claim['images'])}{silent}, 95 % interval {interval(claim['certified_interval'])} %"
 
 
 def _promised(claim: dict[str, Any]) -> str:
