@@ -45,7 +45,7 @@ def attacks(
     found = [read_result(folder / RESULT) for folder in runs]
     strange = [folder for folder, one in zip(runs, found, strict=True) if one.get("method") != "attack"]
     if strange:
-        raise UsageError(f"'{strange[0]}' is no run of patchcert attack.", hint="Give folders such as runs/attack-...")
+        raise UsageError(f"'{strange[0]}' is not a run of patchcert attack.", hint="Give folders such as runs/attack-...")
     attack_plots.queries(found, plot)
     printed(lambda: typer.echo(str(plot)), {"plot": str(plot), "runs": [str(folder) for folder in runs]}, output.json)
 

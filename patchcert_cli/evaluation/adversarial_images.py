@@ -2,7 +2,7 @@
 
 A folder has, for each flipped image, ``NUMBER.safetensors`` with ``clean`` and ``adversarial``, float32 [C, H, W] in [0, 1], and
 the answers of the deployed defense in its metadata; and ``NUMBER.png``, the adversarial image rounded to 8 bits. Rounding may
-undo a flip, so the defense is asked about the PNG as it was written. ``adversarial.json`` lists the images of the folder.
+undo a flip, so the defense is evaluated on the PNG as it was written. ``adversarial.json`` lists the images of the folder.
 """
 
 from __future__ import annotations

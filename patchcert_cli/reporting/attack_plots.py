@@ -24,7 +24,7 @@ SIDE = 2.6  # of a drawn image in inches, at most
 
 
 def queries(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the share of images that are right and not flipped within so many queries, a line for each attack run.
+    """Draw the share of images that are right and not flipped within a number of queries, a line for each attack run.
 
     Args:
         results: of attacks under one threat on the same images, as ``result.json`` holds them.

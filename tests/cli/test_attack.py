@@ -63,7 +63,7 @@ def test_one_image_is_attacked_and_drawn(patchcert: Any, model: str) -> None:
 REFUSED = [
     (["--attack", "patch_pgd,patch_sr"], 3, "Did you mean patch_rs"),
     (["--attack", "patch_pgd,sparse"], 2, "sparse does not know the threat patch:2x2"),
-    (["--attack", "patch_pgd,saved"], 2, "is no part of a list"),
+    (["--attack", "patch_pgd,saved"], 2, "cannot be in a list"),
     (["--attack", "patch_rs,patch_rs"], 2, "twice"),
     (["--attack", "all", "--iterations", "3"], 2, "has an option iterations"),
     (["--map", "map.png"], 2, "--map draws one image"),
