@@ -34,6 +34,7 @@ KNOWN = {
     "roots": "exact",
     "ibp": "bounded",
     "patchcleanser": "measured",
+    "hicert": "measured",
     "minority": "measured",
 }
 

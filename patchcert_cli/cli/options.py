@@ -236,8 +236,9 @@ class ClassifierOptions:
         str | None,
         typer.Option(
             "--mask-shape",
-            metavar="square|column|row",
-            help="column: strips over the whole height, which cover patches of any height; row: over the width.",
+            metavar="square|column|row|any",
+            help="column: strips over the whole height, which cover patches of any height; row: over the width; any, with"
+            " --passes: the shape that hides the fewest pixels.",
             rich_help_panel=CLASSIFIER,
         ),
     ] = None
@@ -296,11 +297,14 @@ class ClassifierOptions:
         if self.weights == "none" and not dry_run:
             raise UsageError("--weights none means random weights, whose answers mean nothing.", hint="Add --dry-run.")
 
-        from patchcert_cli.certifiers.masks.mask_sets import SHAPES
+        from patchcert_cli.certifiers.masks.mask_sets import ANY, SHAPES
         from patchcert_cli.evaluation.models import DefenseRequest
 
-        if self.mask_shape not in (None, *SHAPES):
-            raise UsageError(f"invalid --mask-shape '{self.mask_shape}'.", hint=f"Use {', '.join(SHAPES[:-1])} or {SHAPES[-1]}.")
+        if self.mask_shape not in (None, *SHAPES, ANY):
+            raise UsageError(f"invalid --mask-shape '{self.mask_shape}'.", hint=f"Use {', '.join(SHAPES)} or {ANY}.")
+        if self.mask_shape == ANY and self.passes is None:
+            hint = "Say how many passes, for example --passes 105, or choose a shape."
+            raise UsageError("--mask-shape any is chosen for a number of passes.", hint=hint)
         made = (self.defense, self.masks, self.passes, self.weights, self.classes, self.precision)
         return DefenseRequest(*made, download, self.threshold, compare, self.mask_shape)
 

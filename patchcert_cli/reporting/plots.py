@@ -135,7 +135,7 @@ def thresholds(rows: Rows, path: Path, *, title: str) -> None:
     heading = Heading.of(title, f"{threats.pop()}, anywhere in the image · {_images(order)} · with exact 95 % intervals", WIDTH)
     lines = {"alarms, unattacked": ("alarms", Look(1)), "right, no alarm": ("clean", None), "certified": ("certified", Look(0))}
     if all("or_alarm" in row for row in order):
-        lines["certified incl. clean alerts (published metric)"] = ("or_alarm", Look(3))
+        lines["published metric\n(incl. clean alerts)"] = ("or_alarm", Look(3))
     with figure_style.figure(path, WIDTH, HEIGHT + heading.height) as figure:
         axes = accuracy_axes(figure, heading, below=0.55)
         axes.set(xlabel="confidence threshold of alarms", ylabel="of all images, %")
