@@ -20,12 +20,15 @@ from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.clipped import Clip, Clipped
 from patchcert_cli.defenses.hicert import HiCert
 from patchcert_cli.defenses.ibp import IntervalDefense
+from patchcert_cli.defenses.lgs import LocalGradientsSmoothing
 from patchcert_cli.defenses.minority import Minority
 from patchcert_cli.defenses.partition import Division, Partition, divided, listed
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.defenses.patchguard import PatchGuard
 from patchcert_cli.defenses.roots import Roots
 from patchcert_cli.defenses.smoothing import ABLATIONS, VOTES, Ablations, Smoothing, view_shape
+from patchcert_cli.defenses.undefended import Undefended
+from patchcert_cli.defenses.watermark import DigitalWatermarking
 from patchcert_cli.threats import Patch
 
 SHAPE, CLASSES = (1, 4, 4), ("a", "b", "c")
@@ -101,6 +104,18 @@ def ibp() -> IntervalDefense:
     return IntervalDefense(_mlp(), input_shape=SHAPE, classes=CLASSES)
 
 
+def lgs() -> LocalGradientsSmoothing:
+    return LocalGradientsSmoothing(_mlp(), input_shape=SHAPE, classes=CLASSES)
+
+
+def undefended() -> Undefended:
+    return Undefended(_mlp(), input_shape=SHAPE, classes=CLASSES)
+
+
+def watermark() -> DigitalWatermarking:
+    return DigitalWatermarking(_mlp(), input_shape=SHAPE, classes=CLASSES)
+
+
 def _masks() -> dict[str, Any]:
     return {"input_shape": SHAPE, "classes": CLASSES, "masks": MaskSpec(("patch:2x3",), stride=1), "fill": (0.4,)}
 
@@ -159,12 +174,15 @@ EXAMPLES: dict[str, Callable[[], Defense]] = {
     "clipped": clipped,
     "hicert": hicert,
     "ibp": ibp,
+    "lgs": lgs,
     "minority": minority,
     "partition": partition,
     "patchcleanser": patchcleanser,
     "patchguard": patchguard,
     "roots": roots,
     "smoothing": smoothing,
+    "undefended": undefended,
+    "watermark": watermark,
 }
 
 

@@ -148,6 +148,11 @@ class Target:
             self._plain = self._plainly(self._x, torch.arange(len(self._x), device=self._x.device))
         return self.answer if self._plain is None else self._plain
 
+    @property
+    def undefended(self) -> Defense | None:
+        """The classifier inside the defense, as it answers without it; None if there is none."""
+        return self._defense.undefended()
+
     @torch.no_grad()
     def _plainly(self, rows: Tensor, owner: Tensor) -> Tensor | None:
         """The labels of a plain classifier, int64 [R]; None if there is none inside the defense."""

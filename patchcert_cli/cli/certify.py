@@ -165,6 +165,10 @@ def certify(
     claims = _claims(threat, proof)
     request = classifier.request(dry_run=dry_run, download=data.download, compare=image.plot_thresholds is not None)
     several.alone(models or [], {"--out": run.out, "--image": image.image, **image.drawn})
+    if request.defense is not None:
+        from patchcert_cli import defenses
+
+        defenses.by_name(request.defense).check_proves()  # before anything is loaded
     image.check(data, run, dry_run)
 
     from patchcert_cli.reporting import text

@@ -279,6 +279,16 @@ class ClassifierOptions:
         ),
     ] = None
 
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            metavar="NAME=VALUE",
+            help="A setting of a defense without masks, such as threshold=0.2 of lgs. Repeatable.",
+            rich_help_panel=CLASSIFIER,
+        ),
+    ] = None
+
     def request(self, *, dry_run: bool, download: bool, compare: bool = False) -> DefenseRequest:
         """What is to be made of the model.
 
@@ -306,7 +316,12 @@ class ClassifierOptions:
             hint = "Say how many passes, for example --passes 105, or choose a shape."
             raise UsageError("--mask-shape any is chosen for a number of passes.", hint=hint)
         made = (self.defense, self.masks, self.passes, self.weights, self.classes, self.precision)
-        return DefenseRequest(*made, download, self.threshold, compare, self.mask_shape)
+        settings = {}
+        if self.option:
+            from patchcert_cli.training import overrides
+
+            settings = overrides.pairs(self.option, "--option")
+        return DefenseRequest(*made, download, self.threshold, compare, self.mask_shape, settings)
 
 
 @dataclass(frozen=True)

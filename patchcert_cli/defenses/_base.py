@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, final
+from typing import Any, ClassVar, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from patchcert_cli import models, schema
 from patchcert_cli.certificate import Certificate, Claim, Proof
 from patchcert_cli.errors import DataError, IntegrityError, PatchcertError, UnsupportedThreat, UsageError
 from patchcert_cli.threats import ALERT, Guarantee, Threat, parse_threat
-
-if TYPE_CHECKING:
-    from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 
 
 class Defense(nn.Module, ABC):
@@ -144,6 +141,10 @@ class Defense(nn.Module, ABC):
         """The labels of the classifier inside the defense for whole images [B, C, H, W], int64 [B]; None if there is none."""
         return None
 
+    def undefended(self) -> Defense | None:
+        """The classifier inside the defense, as it answers without it; None if there is none."""
+        return None
+
     def class_name(self, answer: int) -> str:
         """What an answer is called: the name of its class, or ``alarm``."""
         return "alarm" if answer == ALERT else self.classes[answer]
@@ -216,21 +217,22 @@ class MarginMaps(ABC):
 
 
 class WrapsClassifier(ABC):
-    """A defense that can be put around any classifier, such as ``timm:NAME``."""
+    """A defense that can be put around any classifier, such as ``timm:NAME``.
+
+    Attributes:
+        masked: whether it evaluates the classifier under masks, which the threat model decides; else it has settings instead.
+    """
+
+    masked: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod
-    def wrap(
-        cls,
-        network: nn.Module,
-        *,
-        input_shape: tuple[int, int, int],
-        classes: tuple[str, ...],
-        masks: MaskSpec,
-        fill: Sequence[float],
-        prediction_dtype: str = "float32",
-    ) -> Defense:
-        """The defense around ``network``: images [B, C, H, W] in [0, 1] -> logits [B, K]; see :class:`MaskedClassifier`."""
+    def wrap(cls, network: nn.Module, *, input_shape: tuple[int, int, int], classes: tuple[str, ...], **given: Any) -> Defense:
+        """The defense around ``network``: images [B, C, H, W] in [0, 1] -> logits [B, K].
+
+        A masked one is given ``masks`` (:class:`~patchcert_cli.certifiers.masks.mask_sets.MaskSpec`), ``fill`` and, if it is
+        wished, ``prediction_dtype``, see :class:`MaskedClassifier`; any other one its settings by name.
+        """
 
     def fingerprint(self) -> dict[str, Any] | None:
         """Answers that show whether the network is the same; None where its weights do."""
