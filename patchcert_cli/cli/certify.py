@@ -35,6 +35,7 @@ EXAMPLES = (
     "   |   patchcert certify --patch 1..10 --plot curve.png   |   patchcert certify --image cat.png --patch 5 --map map.png"
 )
 OLD = {"--labels": "--precision"}  # spellings of earlier versions
+RULES, MOST = ("majority", "cross", "sum"), 5  # of ensembles, and their members
 CONDITIONS = ("exact", "3.1", "3.2", "3.3")
 BOUNDS = ("interval", "linear", "best")
 PROOF, IMAGE = "Proof", "One image, and plots"
@@ -63,6 +64,38 @@ class ProofOptions:
             rich_help_panel=PROOF,
         ),
     ] = None
+
+    top: Annotated[
+        int,
+        typer.Option(
+            "--top",
+            metavar="K",
+            help="Certify that the right class stays among the first K, for votes and interval bounds. Default: 1.",
+            rich_help_panel=PROOF,
+        ),
+    ] = 1
+    ensemble: Annotated[
+        str | None,
+        typer.Option(
+            "--ensemble",
+            metavar="|".join(RULES),
+            help="Combine the models into one: their majority, an alarm where they differ, or the sum of their votes.",
+            rich_help_panel=PROOF,
+        ),
+    ] = None
+
+    def combined(self, models: Sequence[str] | None) -> list[str] | None:
+        """The models as one, where they are to be combined."""
+        if self.ensemble is None:
+            return None if models is None else list(models)
+        if self.ensemble not in RULES:
+            raise UsageError(f"no rule '{self.ensemble}' for an ensemble.", hint=f"Use {', '.join(RULES[:-1])} or {RULES[-1]}.")
+        if not 2 <= len(models or []) <= MOST:
+            raise UsageError(
+                f"--ensemble combines 2 to {MOST} models, and {len(models or [])} are given.",
+                hint="patchcert certify cifar-bagcert-rf7 cifar-smoothing-column --ensemble sum --patch 5",
+            )
+        return [f"{self.ensemble}:{'+'.join(models or [])}"]
 
     def methods(self) -> list[str | None]:
         """The names of the proofs; None is the defense's best."""
@@ -162,7 +195,7 @@ def certify(
     The run folder holds result.json, records.jsonl (one line per image) and manifest.json.
     The same command resumes a stopped run.
     """
-    claims = _claims(threat, proof)
+    claims, models = _claims(threat, proof), proof.combined(models)
     request = classifier.request(dry_run=dry_run, download=data.download, compare=image.plot_thresholds is not None)
     several.alone(models or [], {"--out": run.out, "--image": image.image, **image.drawn})
     if request.defense is not None:
@@ -196,7 +229,7 @@ def _claims(threat: ThreatsOptions, proof: ProofOptions) -> Claims:
 
         shapes = [] if threat.patch_area is None else patches_of_area(threat.patch_area, *shape[1:])
         threats = [*given, *shapes] or [threat.own(own)]
-        return [Claim(one, method) for one in threats for method in methods]
+        return [Claim(one, method, top=proof.top) for one in threats for method in methods]
 
     return claims
 
@@ -287,8 +320,8 @@ def _table(results: Sequence[several.Value]) -> None:
             "model": str(result["model"]),
             "threat": claim["threat"],
             **({"proof": claim["method"]} if methods else {}),
-            "clean": share(claim["clean"], claim["images"]),
-            "certified": share(claim["certified"], claim["images"]),
+            f"clean{text.ranked(claim)}": share(claim["clean"], claim["images"]),
+            f"certified{text.ranked(claim)}": share(claim["certified"], claim["images"]),
             **({"published metric": _share_of("or_alarm", claim)} if claim["guarantee"] == "detection" else {}),
             "95 % interval": interval(claim["certified_interval"]),
             "arithmetic": claim["arithmetic"],
@@ -296,4 +329,5 @@ def _table(results: Sequence[several.Value]) -> None:
         }
         for result, claim in claims
     ]
-    several.by_guarantee(rows, [claim["guarantee"] for _, claim in claims], COLUMNS)
+    among = {name: f"{name}{text.ranked(claims[0][1])}" for name in ("clean", "certified")}  # --top is the same for all
+    several.by_guarantee(rows, [claim["guarantee"] for _, claim in claims], [among.get(name, name) for name in COLUMNS])

@@ -181,6 +181,9 @@ def _cheapest(need: Tensor, top: int, *, add: bool) -> tuple[Tensor, Tensor]:
 
     Returns: float64 [b, A], and int64 [b, A], the class of the largest of these needs.
     """
-    lowest, rivals = need.double().topk(top, dim=1, largest=False)
-    cost = lowest.clamp(min=0).sum(dim=1) if add else lowest[:, -1]
-    return cost.masked_fill(need.isnan().any(dim=1), float("nan")), rivals[:, -1]
+    left, cost = need.clone(), torch.zeros_like(need[:, 0], dtype=torch.float64)
+    for _ in range(top):
+        lowest, rival = left.min(dim=1)
+        cost = cost + lowest.clamp(min=0) if add else lowest.double()
+        left.scatter_(1, rival[:, None], float("inf"))
+    return cost.masked_fill(need.isnan().any(dim=1), float("nan")), rival
