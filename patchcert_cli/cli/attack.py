@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import loading, several, show
+from patchcert_cli.cli import launch, loading, several, show
 from patchcert_cli.cli.groups import grouped
 from patchcert_cli.cli.options import (
     RUN,
@@ -151,6 +151,7 @@ def attack(
     several.alone(models or [], {"--out": run.out})
     join.check()
     _check_options(search, saved)
+    launch.start(run.processes, dry_run=dry_run)
 
     from patchcert_cli.defenses import Claim
     from patchcert_cli.evaluation import results
