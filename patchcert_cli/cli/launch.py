@@ -65,6 +65,7 @@ def _launch(number: int, words: Sequence[str]) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its long reports; one line is printed below
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // number, 1)))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of the ranks
     with tempfile.TemporaryDirectory(prefix="patchcert-") as logs:
         config = LaunchConfig(
             min_nodes=1,

@@ -15,7 +15,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -112,6 +112,18 @@ class Workers:
             code, message, hint = value["error"]
             raise _error(int(code))(str(message), hint=str(hint))
         return value
+
+    def lead(self, key: str, action: Callable[[], None]) -> None:
+        """Let the first rank do something while the others wait; its error is raised on all of them."""
+        if not self.first:
+            self.outcome(key)
+            return
+        try:
+            action()
+        except PatchcertError as problem:
+            self.failed(key, problem)
+            raise
+        self.tell(key, True)
 
     def agree(self, about: Mapping[str, str]) -> None:
         """Check that all ranks say the same ``about`` what the job works on.
