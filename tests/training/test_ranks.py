@@ -24,6 +24,7 @@ RANKS = """
 import copy, os, signal, sys
 from pathlib import Path
 import torch
+import torch._dynamo  # which DistributedDataParallel imports: once, not in each rank
 import torch.distributed as dist
 torch.set_num_threads(1)
 from dataclasses import replace
@@ -96,7 +97,7 @@ def test_two_ranks_train_one_model(tmp_path: Path) -> None:
     program = [sys.executable, "-c", RANKS, str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.Popen(
-        program, cwd=Path(__file__).parents[2], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        program, cwd=Path(__file__).parents[2], env=environment, stderr=subprocess.PIPE, text=True, process_group=0
     )
     try:
         _, errors = done.communicate(timeout=240)
