@@ -42,7 +42,7 @@ class Proof:
         tolerance: float64 [B] or one number, see :class:`Certificate`.
         method: the name of the proof in records; empty for the claim's.
         arithmetic: what is known of its rounding; the author states it, since nothing follows from silence.
-        passes, thresholds, plain: see :class:`Certificate`.
+        passes, or_alarm, thresholds, silent, or_alarm_thresholds, plain: see :class:`Certificate`.
     """
 
     answer: Tensor
@@ -53,7 +53,10 @@ class Proof:
     method: str = ""
     arithmetic: Arithmetic = field(kw_only=True)
     passes: Tensor | None = None
+    or_alarm: Tensor | None = None
     thresholds: Tensor | None = None
+    silent: Tensor | None = None
+    or_alarm_thresholds: Tensor | None = None
     plain: Tensor | None = None
 
     @classmethod
@@ -81,8 +84,13 @@ class Certificate:
         arithmetic: what is known of its rounding; the least unless the proof says more.
         passes: int64 [B], how often the network was asked for the answer and for all claims of the call, where that differs from
             image to image; else None.
-        thresholds: float64 [B, 2] of a defense that raises alarms from a confidence on, else None. With any threshold above the
-            first number it raises none; with one below the second the proof holds. Rounding is allowed for; -1 is below all.
+        or_alarm: bool [B, K] of certified detection, else None: whether every allowed change is answered with that class or with
+            an alarm, even if the image itself raises one. It is what published metrics count, and never decides ``certified``.
+        thresholds: float64 [B, 2] of a defense that raises alarms by a threshold, if other thresholds are compared, else None.
+            With any threshold between the two numbers the image raises no alarm and is certified; rounding is allowed for.
+            -1 is below all thresholds, 2 above all.
+        silent: float64 [B, 2], of the same, between which the image raises no alarm.
+        or_alarm_thresholds: float64 [B, K, 2], of the same, between which ``or_alarm`` holds.
         plain: int64 [B], of the same, the label of the whole image, whether or not an alarm is raised.
     """
 
@@ -97,7 +105,10 @@ class Certificate:
     guarantee: Guarantee = Guarantee.RECOVERY
     arithmetic: Arithmetic = Arithmetic.MEASURED
     passes: Tensor | None = None
+    or_alarm: Tensor | None = None
     thresholds: Tensor | None = None
+    silent: Tensor | None = None
+    or_alarm_thresholds: Tensor | None = None
     plain: Tensor | None = None
 
     @classmethod
@@ -121,7 +132,10 @@ class Certificate:
             guarantee=guarantee,
             arithmetic=proof.arithmetic,
             passes=moved(proof.passes),
+            or_alarm=moved(proof.or_alarm),
             thresholds=moved(proof.thresholds),
+            silent=moved(proof.silent),
+            or_alarm_thresholds=moved(proof.or_alarm_thresholds),
             plain=moved(proof.plain),
         )
 

@@ -33,23 +33,39 @@ class Start:
     Attributes:
         location: int64 [B, 4], one of the threat's locations for each image: top, left, height, width.
         rival: int64 [B], the class to aim at.
+        further: int64 [B, S, 4], more of its locations, the most promising first; None for none.
     """
 
     location: Tensor
     rival: Tensor
+    further: Tensor | None = None
+
+    @property
+    def places(self) -> Tensor:
+        """All locations, the most promising first: int64 [B, 1 + S, 4]."""
+        first = self.location[:, None]
+        return first if self.further is None else torch.cat([first, self.further], dim=1)
+
+    def take(self, images: Tensor) -> Start:
+        """The start of some of the images, int64 [n] or bool [B]."""
+        return Start(self.location[images], self.rival[images], None if self.further is None else self.further[images])
 
     def checked(self, x: Tensor, threat: Threat, classes: int) -> Start:
         """The same on the images' device, [B, C, H, W]; raises :class:`UsageError` unless it fits them."""
         shapes = tuple(self.location.shape), tuple(self.rival.shape)
         if shapes != ((len(x), 4), (len(x),)):
             raise UsageError(f"a start of shapes {shapes[0]} and {shapes[1]} does not fit {len(x)} images.")
+        further = self.further
+        if further is not None and (further.ndim != 3 or (len(further), further.shape[2]) != (len(x), 4)):
+            raise UsageError(f"further locations of shape {tuple(further.shape)} do not fit {len(x)} images.")
         location, rival = self.location.to(x.device, torch.int64), self.rival.to(x.device, torch.int64)
+        start = Start(location, rival, None if further is None else further.to(x.device, torch.int64))
         locations = threat.locations(int(x.shape[2]), int(x.shape[3])).to(x.device)
-        if not bool((location[:, None] == locations).all(dim=2).any(dim=1).all()):
+        if not bool((start.places[:, :, None] == locations).all(dim=3).any(dim=2).all()):
             raise UsageError(f"a start at a location that {threat} does not have.")
         if not bool(((rival >= 0) & (rival < classes)).all()):
             raise UsageError("a start with a target class that does not exist.", hint=f"Allowed: 0 to {classes - 1}.")
-        return Start(location, rival)
+        return start
 
 
 class LocalEvaluator:
@@ -88,6 +104,7 @@ class Target:
         done: bool [B], whether the attack has succeeded with ``best``, or the clean image raises an alarm anyhow; such an image
             needs no more work.
         queries: int64 [B], passes spent so far.
+        flipped_at: int64 [B], how many had been spent when a candidate changed the answer; 0 before.
         judged: int64 [B, 3], see :class:`AttackResult`.
         start: where to begin, a hint that an attack may ignore.
         surrogates: what to climb, the most faithful one first.
@@ -100,6 +117,7 @@ class Target:
         self.queries = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.rows = rows_at_once(x.device, x[:1].numel(), self.activations)
         everyone = torch.arange(len(x), device=x.device)
+        self.flipped_at = torch.zeros_like(self.queries)
         self.answer = self.answers(x, everyone)
         self.best = x.clone()
         self.margin = torch.full((len(x),), -torch.inf, device=x.device)
@@ -128,6 +146,11 @@ class Target:
             self._plain = self._plainly(self._x, torch.arange(len(self._x), device=self._x.device))
         return self.answer if self._plain is None else self._plain
 
+    @property
+    def undefended(self) -> Defense | None:
+        """The classifier inside the defense, as it answers without it; None if there is none."""
+        return self._defense.undefended()
+
     @torch.no_grad()
     def _plainly(self, rows: Tensor, owner: Tensor) -> Tensor | None:
         """The labels of a plain classifier, int64 [R]; None if there is none inside the defense."""
@@ -145,7 +168,8 @@ class Target:
         altered = flipped if plain is None else plain != self.plain[owner]
         self.judged[owner] += torch.stack([torch.ones_like(owner), flipped.long(), altered.long()], dim=1)
         fresh = flipped & ~self.done[owner]
-        self.best[owner[fresh]], self.done[owner] = rows[fresh], self.done[owner] | flipped
+        self.best[owner[fresh]] = rows[fresh]
+        self._finish(owner[fresh])
 
     def flipped(self, answers: Tensor, owner: Tensor) -> Tensor:
         """Whether such answers, int64 [R] for images int64 [R], are a success: bool [R]."""
@@ -223,7 +247,11 @@ class Target:
             self.box[image] = boxes[better, pick[better]]
         ask = image[score >= -self.surrogates[0].tolerance]  # in a tie the lowest class wins, which may be the target class
         if len(ask):
-            self.done[ask] = self.flipped(self.answers(self.best[ask], ask), ask)
+            self._finish(ask[self.flipped(self.answers(self.best[ask], ask), ask)])
+
+    def _finish(self, images: Tensor) -> None:
+        """Images int64 [n] whose answer the best candidate changes."""
+        self.done[images], self.flipped_at[images] = True, self.queries[images]
 
     def _count(self, owner: Tensor, passes: int) -> None:
         self.queries += passes * torch.bincount(owner, minlength=len(self.queries))

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from patchcert_cli.cli import launch, loading, several, show
+from patchcert_cli.cli.attack_options import JoinOptions, SavedOptions, SearchOptions
 from patchcert_cli.cli.groups import grouped
 from patchcert_cli.cli.options import (
-    RUN,
     ClassifierOptions,
     DataOptions,
     DryRunOption,
@@ -24,105 +20,18 @@ from patchcert_cli.cli.options import (
 from patchcert_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from patchcert_cli.attacks import Attack
+    from patchcert_cli.attacks import AnyAttack
     from patchcert_cli.evaluation.task import EvaluationTask
     from patchcert_cli.threats import Threat
 
 EXAMPLES = (
     "Examples:  patchcert attack mnist-ibp-p5 --patch 5 --limit 500   |   patchcert attack runs/x --threat sparse --k 4"
-    "   |   patchcert attack NAME --patch 50 --saved ./patches --data imagefolder:./val   |   patchcert attack --attack list"
+    "   |   patchcert attack NAME --patch 5 --attack all   |   patchcert attack NAME --patch 50 --saved ./patches"
+    "   |   patchcert attack --attack list"
 )
 OLD = {"--labels": "--precision"}  # spellings of earlier versions
-ATTACK, SAVED = "Attack", "Images to paste"
 COLUMNS = ("model", "threat", "right under attack", "certified", "flipped")  # where there is little room
 LIST = "list"
-
-AttackOption = Annotated[
-    str | None,
-    typer.Option(
-        "--attack",
-        metavar="NAME|list",
-        help="Attack by name; list prints all names with the threats they know. Default: the documented one of the threat.",
-        rich_help_panel=ATTACK,
-    ),
-]
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """Which attack searches, and how long."""
-
-    attack: AttackOption = None
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Gradient steps.", rich_help_panel=ATTACK)] = None
-    restarts: Annotated[
-        int | None, typer.Option("--restarts", min=0, help="Random restarts per location (patch).", rich_help_panel=ATTACK)
-    ] = None
-    locations: Annotated[
-        int | None,
-        typer.Option(
-            "--locations", min=1, help="How many of the most damaging locations to attack (patch).", rich_help_panel=ATTACK
-        ),
-    ] = None
-    iterations: Annotated[
-        int | None, typer.Option("--iterations", min=0, help="Rounds of random search (sparse).", rich_help_panel=ATTACK)
-    ] = None
-
-    def settings(self) -> dict[str, Any]:
-        """What is given of the attack's own options."""
-        own = ("steps", "restarts", "locations", "iterations")
-        return {name: value for name in own if (value := getattr(self, name)) is not None}
-
-
-@dataclass(frozen=True)
-class SavedOptions:
-    """Given images that are pasted in the place of a search."""
-
-    saved: Annotated[
-        Path | None,
-        typer.Option("--saved", metavar="FOLDER", help="Paste these images at random places instead.", rich_help_panel=SAVED),
-    ] = None
-    places: Annotated[
-        int | None,
-        typer.Option("--places", min=1, help="How often each is pasted on an image. Default: 1.", rich_help_panel=SAVED),
-    ] = None
-    turn: Annotated[
-        float | None,
-        typer.Option("--turn", metavar="DEGREES", help="Turn each by up to DEGREES to either side.", rich_help_panel=SAVED),
-    ] = None
-    shrink: Annotated[
-        float | None,
-        typer.Option("--shrink", metavar="SHARE", help="Scale each by a factor between SHARE and 1.", rich_help_panel=SAVED),
-    ] = None
-
-    def settings(self) -> dict[str, Any]:
-        """What is given of how they are pasted."""
-        return {name: value for name in ("places", "turn", "shrink") if (value := getattr(self, name)) is not None}
-
-
-@dataclass(frozen=True)
-class JoinOptions:
-    """How long, and whether certificates are checked against it."""
-
-    join: Annotated[
-        bool,
-        typer.Option(
-            "--certify/--no-certify", help="Certify the same images; exit 8 if a certified one is flipped.", rich_help_panel=RUN
-        ),
-    ] = True
-    max_seconds: Annotated[
-        float | None,
-        typer.Option(
-            "--max-seconds",
-            metavar="S",
-            help="Stop after S seconds and report which images are left; the same command goes on with them.",
-            rich_help_panel=RUN,
-        ),
-    ] = None
-
-    def check(self) -> None:
-        """Refuse a time that is none."""
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise UsageError(f"--max-seconds {self.max_seconds:g} must be more than 0.")
 
 
 @grouped
@@ -163,9 +72,9 @@ def attack(
     def one(model: str | None, command: str) -> several.Value:
         if dry_run:
             task, total = loading.open_sample(model, claims, data, run, command, request)
-            return _estimate(task, total, *_attacker(task, search, saved, run.seed), run, join)
+            return _estimate(task, total, *_attacker(task, search, saved, run.seed, join.join), run, join)
         task = loading.open_task(model, claims, data, run, command, request)
-        return _attack(task, *_attacker(task, search, saved, run.seed), run, join)
+        return _attack(task, *_attacker(task, search, saved, run.seed, join.join), run, join)
 
     if dry_run:
         several.run(models, one, several.estimates, output.json, one_table=several.in_two_columns(text.plain_rows))
@@ -188,7 +97,7 @@ def print_attacks(json_to: str | None) -> None:
 
 
 def _attack(
-    task: EvaluationTask, attacker: Attack, settings: dict[str, Any], run: RunOptions, join: JoinOptions
+    task: EvaluationTask, attacker: AnyAttack, settings: dict[str, Any], run: RunOptions, join: JoinOptions
 ) -> several.Value:
     from patchcert_cli.evaluation import evaluate
 
@@ -206,12 +115,13 @@ def _attack(
 
 
 def _estimate(
-    task: EvaluationTask, total: int, attacker: Attack, settings: dict[str, Any], run: RunOptions, join: JoinOptions
+    task: EvaluationTask, total: int, attacker: AnyAttack, settings: dict[str, Any], run: RunOptions, join: JoinOptions
 ) -> several.Value:
     """What attacking ``total`` images would take, measured on the few of the task."""
     from patchcert_cli.evaluation import estimate
 
-    folder = run.out or task.folder("attack", {"attack": settings, "joined": join.join})
+    joined = join.join and task.model.defense.guarantee.proves
+    folder = run.out or task.folder("attack", {"attack": settings, "joined": joined})
     with show.progress() as progress:
         return estimate.evaluation(task, folder, attacker, total, join=join.join, progress=progress)
 
@@ -228,41 +138,49 @@ def _check_options(search: SearchOptions, saved: SavedOptions) -> None:
     if search.attack is not None:
         from patchcert_cli import attacks
 
-        attacks.check_name(search.attack)
+        chosen = attacks.listed(search.attack)
+        if len(chosen) > 1 and "saved" in chosen:
+            raise UsageError("the attack saved does not search, and is no part of a list.", hint="Run it alone: --saved FOLDER")
 
 
-def _attacker(task: EvaluationTask, search: SearchOptions, saved: SavedOptions, seed: int) -> tuple[Attack, dict[str, Any]]:
+def _attacker(
+    task: EvaluationTask, search: SearchOptions, saved: SavedOptions, seed: int, hinted: bool
+) -> tuple[AnyAttack, dict[str, Any]]:
     """The attack that the options name, and its settings for the manifest."""
     from patchcert_cli import attacks
 
-    if saved.saved is None:
-        settings = search.settings()
-        chosen = attacks.for_threat(task.threat, search.attack, seed=seed, **settings)
-        return chosen, settings | {"name": type(chosen).__name__, "seed": seed}
-    settings = saved.settings()
-    shape = task.model.defense.input_shape
-    pasted, pictures = attacks.pasted(saved.saved, task.threat, shape, seed=seed, **settings)
-    return pasted, settings | {"name": type(pasted).__name__, "seed": seed, "pictures": pictures}
+    settings, chosen = search.settings() | saved.settings(), attacks.listed(search.attack) if search.attack else []
+    if saved.saved is not None:
+        shape = task.model.defense.input_shape
+        pasted, pictures = attacks.pasted(saved.saved, task.threat, shape, seed=seed, **settings)
+        return pasted, settings | attacks.identity(pasted) | {"pictures": pictures}
+    if len(chosen) > 1 or chosen == [attacks.ALL]:
+        several_: AnyAttack = attacks.combined(chosen, task.threat, task.model.defense, hinted=hinted, seed=seed, **settings)
+        return several_, settings | attacks.identity(several_)
+    single = attacks.for_threat(task.threat, chosen[0] if chosen else None, seed=seed, **settings)
+    return single, settings | attacks.identity(single)
 
 
 def _table(results: Sequence[several.Value]) -> None:
     """One row for each model."""
     from patchcert_cli.reporting.numbers import share
+    from patchcert_cli.threats import Guarantee
 
-    rows = []
-    for result in results:
+    rows, guarantees = [], [result.get("guarantee", "recovery") for result in results]
+    for result, guarantee in zip(results, guarantees, strict=True):
         images, counts = result["images"], result["counts"]
         survived = round(result["attacked_accuracy"] * images)
         certified = [claim["counts"]["certified"] for claim in result["claims"]]
+        proven = {"certified": share(certified[0], images) if certified else "-"} if Guarantee(guarantee).proves else {}
         rows.append(
             {
                 "model": str(result["model"]),
                 "threat": result["threat"],
                 "clean": share(counts["clean"], images),
                 "right under attack": share(survived, images),
-                "certified": share(certified[0], images) if certified else "-",
+                **proven,
                 "flipped": f"{len(result['broken'])} certified images" if certified else f"{result['flipped']} images",
                 "time": f"{result['seconds']:.1f} s",
             }
         )
-    several.by_guarantee(rows, [result.get("guarantee", "recovery") for result in results], COLUMNS)
+    several.by_guarantee(rows, guarantees, COLUMNS)

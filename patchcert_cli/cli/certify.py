@@ -110,7 +110,7 @@ class ImageOptions:
         typer.Option(
             "--plot-thresholds",
             callback=file_to_write("--plot-thresholds"),
-            help="Certified detection: draw alarms on unattacked images and certified answers over the threshold into this file.",
+            help="Certified detection: draw alarms on unattacked images and certified ones over the threshold into this file.",
             rich_help_panel=IMAGE,
         ),
     ] = None
@@ -167,6 +167,10 @@ def certify(
     claims = _claims(threat, proof)
     request = classifier.request(dry_run=dry_run, download=data.download, compare=image.plot_thresholds is not None)
     several.alone(models or [], {"--out": run.out, "--image": image.image, **image.drawn})
+    if request.defense is not None:
+        from patchcert_cli import defenses
+
+        defenses.by_name(request.defense).check_proves()  # before anything is loaded
     image.check(data, run, dry_run)
     launch.start(run.processes, dry_run=dry_run)
 
@@ -278,6 +282,13 @@ def _certify_image(
     return values
 
 
+def _share_of(name: str, claim: dict[str, Any]) -> str:
+    """A count of a claim as a share of its images; results of older versions do not have all counts."""
+    from patchcert_cli.reporting.numbers import share
+
+    return share(claim[name], claim["images"]) if name in claim else "-"
+
+
 def _table(results: Sequence[several.Value]) -> None:
     """One row for each model and claim."""
     from patchcert_cli.reporting import text
@@ -292,6 +303,7 @@ def _table(results: Sequence[several.Value]) -> None:
             **({"proof": claim["method"]} if methods else {}),
             "clean": share(claim["clean"], claim["images"]),
             "certified": share(claim["certified"], claim["images"]),
+            **({"published metric": _share_of("or_alarm", claim)} if claim["guarantee"] == "detection" else {}),
             "95 % interval": interval(claim["certified_interval"]),
             "arithmetic": claim["arithmetic"],
             "time": f"{result['seconds']:.1f} s",

@@ -246,8 +246,9 @@ class ClassifierOptions:
         str | None,
         typer.Option(
             "--mask-shape",
-            metavar="square|column|row",
-            help="column: strips over the whole height, which cover patches of any height; row: over the width.",
+            metavar="square|column|row|any",
+            help="column: strips over the whole height, which cover patches of any height; row: over the width; any, with"
+            " --passes: the shape that hides the fewest pixels.",
             rich_help_panel=CLASSIFIER,
         ),
     ] = None
@@ -283,7 +284,17 @@ class ClassifierOptions:
         typer.Option(
             "--threshold",
             metavar="P",
-            help="Certified detection: a masked prediction that differs raises an alarm from confidence P on. Default: 0.",
+            help="Certified detection: confidence in [0, 1] by which alarms are raised; default: the model's.",
+            rich_help_panel=CLASSIFIER,
+        ),
+    ] = None
+
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            metavar="NAME=VALUE",
+            help="A setting of a defense without masks, such as threshold=0.2 of lgs. Repeatable.",
             rich_help_panel=CLASSIFIER,
         ),
     ] = None
@@ -299,21 +310,28 @@ class ClassifierOptions:
         for flag, value in (("--masks", self.masks), ("--passes", self.passes)):
             if value is not None and value < 1:
                 raise UsageError(f"{flag} {value} must be 1 or more.")
-        if self.threshold is not None and not 0 <= self.threshold < 1:
-            hint = "Allowed: from 0 (any contradiction) to below 1."
-            raise UsageError(f"--threshold {self.threshold:g} is not a confidence.", hint=hint)
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise UsageError(f"--threshold {self.threshold:g} is not a confidence.", hint="Allowed: from 0 to 1.")
         if self.precision not in (None, *PRECISIONS):
             raise UsageError(f"invalid --precision '{self.precision}'.", hint=f"Use {' or '.join(PRECISIONS)}.")
         if self.weights == "none" and not dry_run:
             raise UsageError("--weights none means random weights, whose answers mean nothing.", hint="Add --dry-run.")
 
-        from patchcert_cli.certifiers.masks.mask_sets import SHAPES
+        from patchcert_cli.certifiers.masks.mask_sets import ANY, SHAPES
         from patchcert_cli.evaluation.models import DefenseRequest
 
-        if self.mask_shape not in (None, *SHAPES):
-            raise UsageError(f"invalid --mask-shape '{self.mask_shape}'.", hint=f"Use {', '.join(SHAPES[:-1])} or {SHAPES[-1]}.")
+        if self.mask_shape not in (None, *SHAPES, ANY):
+            raise UsageError(f"invalid --mask-shape '{self.mask_shape}'.", hint=f"Use {', '.join(SHAPES)} or {ANY}.")
+        if self.mask_shape == ANY and self.passes is None:
+            hint = "Say how many passes, for example --passes 105, or choose a shape."
+            raise UsageError("--mask-shape any is chosen for a number of passes.", hint=hint)
         made = (self.defense, self.masks, self.passes, self.weights, self.classes, self.precision)
-        return DefenseRequest(*made, download, self.threshold, compare, self.mask_shape)
+        settings = {}
+        if self.option:
+            from patchcert_cli.training import overrides
+
+            settings = overrides.pairs(self.option, "--option")
+        return DefenseRequest(*made, download, self.threshold, compare, self.mask_shape, settings)
 
 
 @dataclass(frozen=True)

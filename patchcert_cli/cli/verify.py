@@ -90,7 +90,7 @@ def verify(
             from patchcert_cli import attacks
 
             attacker = attacks.for_threat(task.threat, verification.attack, seed=run.seed)
-            settings = {"name": type(attacker).__name__, "seed": run.seed}
+            settings = attacks.identity(attacker)
         with show.progress() as progress:
             limit = verification.attack_limit
             return reproduce.reproduce(

@@ -13,18 +13,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, final
+from typing import Any, ClassVar, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
 from patchcert_cli import models, schema
 from patchcert_cli.certificate import Certificate, Claim, Proof
-from patchcert_cli.errors import DataError, IntegrityError, PatchcertError, UsageError
+from patchcert_cli.errors import DataError, IntegrityError, PatchcertError, UnsupportedThreat, UsageError
 from patchcert_cli.threats import ALERT, Guarantee, Threat, parse_threat
-
-if TYPE_CHECKING:
-    from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 
 
 class Defense(nn.Module, ABC):
@@ -38,7 +35,8 @@ class Defense(nn.Module, ABC):
     Attributes:
         source: the paper it comes from.
         methods: names of its proofs, the best one first.
-        guarantee: what they prove; a defense of ``detection`` may answer :data:`patchcert_cli.certificate.ALERT`.
+        guarantee: what they prove; a defense of ``detection`` may answer :data:`patchcert_cli.certificate.ALERT`, one of ``none``
+            has no proofs.
         precision: what its answers and proofs are computed in, for manifests.
     """
 
@@ -87,9 +85,10 @@ class Defense(nn.Module, ABC):
 
         Raises:
             DataError: the images do not fit the model.
-            UnsupportedThreat: the defense has no proof for a threat model.
+            UnsupportedThreat: the defense has no proof for a threat model, or none at all.
             UsageError: a threat does not fit the image, or the defense has no proof of a claim's method.
         """
+        self.check_proves()
         self.check_input(x)
         named = [Claim(claim.threat, self.check_method(claim.method)) for claim in claims]
         channels, height, width = self.input_shape
@@ -120,13 +119,30 @@ class Defense(nn.Module, ABC):
         return self.certify_claims(x, [Claim(parsed, method)])[0]
 
     def check_method(self, method: str | None) -> str:
-        """The method, or the best one for None; raises :class:`UsageError` unless the defense has a proof of this name."""
+        """The method, or the best one for None, empty if there are no proofs.
+
+        Raises:
+            UsageError: the defense has no proof of this name.
+        """
         if method is not None and method not in self.methods:
             raise UsageError(f"this defense has no proof '{method}'.", hint=f"Allowed: {', '.join(self.methods)}.")
-        return method or self.methods[0]
+        return method or next(iter(self.methods), "")
+
+    @classmethod
+    def check_proves(cls) -> None:
+        """Raise :class:`UnsupportedThreat` if the defense has no certificates, whatever the threat model."""
+        if not cls.guarantee.proves:
+            raise UnsupportedThreat(
+                f"{cls.__name__} has no certificate: nothing is proven about its answers.",
+                hint="Attack it, which measures what these attacks leave: patchcert attack.",
+            )
 
     def plain(self, x: Tensor) -> Tensor | None:
         """The labels of the classifier inside the defense for whole images [B, C, H, W], int64 [B]; None if there is none."""
+        return None
+
+    def undefended(self) -> Defense | None:
+        """The classifier inside the defense, as it answers without it; None if there is none."""
         return None
 
     def class_name(self, answer: int) -> str:
@@ -208,21 +224,22 @@ class MarginMaps(ABC):
 
 
 class WrapsClassifier(ABC):
-    """A defense that can be put around any classifier, such as ``timm:NAME``."""
+    """A defense that can be put around any classifier, such as ``timm:NAME``.
+
+    Attributes:
+        masked: whether it evaluates the classifier under masks, which the threat model decides; else it has settings instead.
+    """
+
+    masked: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod
-    def wrap(
-        cls,
-        network: nn.Module,
-        *,
-        input_shape: tuple[int, int, int],
-        classes: tuple[str, ...],
-        masks: MaskSpec,
-        fill: Sequence[float],
-        prediction_dtype: str = "float32",
-    ) -> Defense:
-        """The defense around ``network``: images [B, C, H, W] in [0, 1] -> logits [B, K]; see :class:`MaskedClassifier`."""
+    def wrap(cls, network: nn.Module, *, input_shape: tuple[int, int, int], classes: tuple[str, ...], **given: Any) -> Defense:
+        """The defense around ``network``: images [B, C, H, W] in [0, 1] -> logits [B, K].
+
+        A masked one is given ``masks`` (:class:`~patchcert_cli.certifiers.masks.mask_sets.MaskSpec`), ``fill`` and, if it is
+        wished, ``prediction_dtype``, see :class:`MaskedClassifier`; any other one its settings by name.
+        """
 
     def fingerprint(self) -> dict[str, Any] | None:
         """Answers that show whether the network is the same; None where its weights do."""

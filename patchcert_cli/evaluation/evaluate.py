@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from patchcert_cli import checkpoint
-from patchcert_cli.attacks import Attack, AttackResult, Start
+from patchcert_cli.attacks import AnyAttack, AttackResult
 from patchcert_cli.cards.results import read_result
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.errors import IntegrityError, Interrupted, MachineError, PatchcertError, UsageError
-from patchcert_cli.evaluation import results, run_folder
+from patchcert_cli.evaluation import attack_results, hints, results, run_folder
 from patchcert_cli.evaluation.pace import Clock, Pace, spoken
 from patchcert_cli.evaluation.run_folder import Record, Run
 from patchcert_cli.evaluation.task import EvaluationTask
@@ -49,10 +48,12 @@ def certify(
     Batches are as large as fits into some seconds (:mod:`patchcert_cli.evaluation.pace`), by ``clock``.
 
     Raises:
+        UnsupportedThreat: the defense has no certificates.
         UsageError: the folder holds another run.
         Interrupted: stopped by Ctrl-C; the same call goes on where it stopped.
         MachineError: out of memory at a batch of one image, or the disk is full, or another process uses the folder.
     """
+    task.model.defense.check_proves()
     task.check()
     folder, defense = folder or task.folder("certify", {}), task.model.defense
     group = defense.group(task.claims)
@@ -79,7 +80,7 @@ def certify(
 
 def attack(
     task: EvaluationTask,
-    attacker: Attack,
+    attacker: AnyAttack,
     settings: dict[str, Any],
     folder: Path | None = None,
     *,
@@ -92,7 +93,7 @@ def attack(
     """Attack every image of a task; with ``join`` certify the same images and hold the attack against the certificates.
 
     ``settings`` names the attack's options in the manifest. The attack sees the defense and, with ``join``, the location and the
-    runner-up of the smallest certified margin as a start.
+    runner-up of the smallest certified margin as a start. A defense without certificates is attacked alone.
 
     After ``max_seconds`` no further image is finished: the result is about those that are, says under ``left`` how many are not,
     and is not written into the folder; the same call goes on with these.
@@ -101,21 +102,21 @@ def attack(
         UsageError: no image was finished within ``max_seconds``; and as :func:`certify`.
     """
     task.check()
+    join = join and task.model.defense.guarantee.proves
     extra = {"attack": settings, "joined": join}
     folder, defense = folder or task.folder("attack", extra), task.model.defense
 
     def batch(part: Images) -> list[Record]:
         x = to_float(part.read()).to(defense.device)
         certificate = defense.certify(x, task.threat) if join else None
-        start = None if certificate is None else Start(certificate.worst, certificate.runner_up)
+        start = None if certificate is None else hints.start(defense, x, task.threat, certificate)
         outcome = attacker(defense, x, task.threat, index=part.index, start=start)
         if certificate is not None:
             _keep_broken(folder, part, certificate, outcome)
-        return _attack_records(task, part, attacker, outcome, certificate, task.model.plain(x))
+        return attack_results.records(task, part, attacker, outcome, certificate, task.model.plain(x))
 
     def result(seconds: float, resumed: int) -> dict[str, Any]:
-        found = _attacked(task, run, settings, join, seconds, resumed)
-        return found | ({"pasted": results.judged_in_all(results.ordered(task, run))} if attacker.judges_each else {})
+        return attack_results.result(task, run, attacker, settings, join, seconds, resumed)
 
     workers = jobs.current().scope()
     with _opened(task, "attack", extra, folder, fresh, workers) as run:
@@ -124,66 +125,12 @@ def attack(
         return work.finish(batch, result)
 
 
-def _attack_records(
-    task: EvaluationTask,
-    part: Images,
-    attacker: Attack,
-    outcome: AttackResult,
-    certificate: Certificate | None,
-    plain: Tensor | None,
-) -> list[Record]:
-    """A record for each image of a batch: what was certified of it, if it was, and what the attack did."""
-    if certificate is not None:
-        records: Iterable[Record] = results.certify_records(part, [certificate], plain)
-    else:
-        alone = [{}] * len(part) if plain is None else [{"plain": one} for one in plain.tolist()]
-        named = [{"picture": part.files[i]} if part.files else {} for i in part.index.tolist()]
-        none: Record = {"claims": []}
-        records = [{"index": i} | a | b | none for i, a, b in zip(part.index.tolist(), named, alone, strict=True)]
-    columns = zip(
-        part.labels.tolist(),
-        outcome.clean_prediction.tolist(),
-        outcome.prediction.tolist(),
-        outcome.success.tolist(),
-        outcome.queries.tolist(),
-        strict=True,
-    )
-    merged = [
-        {**record, "label": label, "prediction": clean, "attacked": attacked, "flipped": flipped, "queries": queries}
-        for record, (label, clean, attacked, flipped, queries) in zip(records, columns, strict=True)
-    ]
-    if not attacker.judges_each:
-        return merged
-    judged = results.judged(outcome, task.model.defense.plain(outcome.adversarial[:0]) is not None)
-    return [record | counts for record, counts in zip(merged, judged, strict=True)]
-
-
 def _keep_broken(folder: Path, part: Images, certificate: Certificate, outcome: AttackResult) -> None:
     """Keep the adversarial images of certified ones that were flipped: there is a bug in the proof."""
     broken = (certificate.certified & outcome.success).nonzero()[:, 0].cpu()
     if len(broken):
         tensors = {"index": part.index[broken], "adversarial": outcome.adversarial.cpu()[broken]}
         files.write_atomically(folder / f"{int(part.index[0])}-{BROKEN}", checkpoint.pack(tensors, {}))
-
-
-def _attacked(
-    task: EvaluationTask, run: Run, settings: Mapping[str, Any], join: bool, seconds: float, resumed: int
-) -> dict[str, Any]:
-    """What ``result.json`` of an attack holds."""
-    records = results.ordered(task, run)
-    survived = sum(r["prediction"] == r["label"] and not r["flipped"] for r in records)
-    return {
-        **results.summary(task, run, records, seconds, resumed),
-        "threat": str(task.threat),
-        "claims": results.claim_rows(task, records) if join else [],
-        "method": "attack",
-        "guarantee": str(task.model.defense.guarantee),
-        "attacked_accuracy": survived / len(records),
-        "flipped": sum(r["flipped"] for r in records),
-        "queries": sum(r["queries"] for r in records),
-        "attack": dict(settings),
-        "broken": [r["index"] for r in records if r["flipped"] and any(one["certified"] for one in r["claims"])],
-    }
 
 
 def _opened(

@@ -25,6 +25,8 @@ from patchcert_cli.parallel.workers import Workers
 from patchcert_cli.storage import files
 from patchcert_cli.version import __version__
 
+ABOVE = 2.0  # above all thresholds
+
 
 def certify_records(part: Images, certificates: Sequence[Certificate], plain: Tensor | None = None) -> Iterable[Record]:
     """One record per image: index, label, prediction, and under ``claims`` for each claim the fields of :data:`VERDICT`.
@@ -32,7 +34,7 @@ def certify_records(part: Images, certificates: Sequence[Certificate], plain: Te
     An image from a folder is named by its path there (``picture``). Where the proof counts them, ``passes`` is the number of
     forward passes for all claims together. ``plain``, int64 [B], are the answers of a plain classifier without the defense.
     """
-    columns = [list(_verdicts(certificate)) for certificate in certificates]
+    columns = [list(_verdicts(certificate, part.labels)) for certificate in certificates]
     predictions = certificates[0].prediction.tolist()
     counted = certificates[0].passes
     passes = None if counted is None else counted.tolist()
@@ -46,16 +48,21 @@ def certify_records(part: Images, certificates: Sequence[Certificate], plain: Te
             record["passes"] = passes[position]
         if certificates[0].plain is not None:
             record["whole"] = int(certificates[0].plain[position])
+        if certificates[0].silent is not None:
+            record["silent"] = certificates[0].silent[position].tolist()
         yield {**record, "claims": [column[position] for column in columns]}
 
 
-def _verdicts(certificate: Certificate) -> Iterable[dict[str, Any]]:
+def _verdicts(certificate: Certificate, labels: Tensor) -> Iterable[dict[str, Any]]:
     parts = (certificate.certified, certificate.margin, certificate.worst, certificate.runner_up)
     same = (certificate.method, str(certificate.arithmetic))
-    between = None if certificate.thresholds is None else certificate.thresholds.tolist()
+    images = torch.arange(len(labels))
+    of_labels = {"or_alarm": certificate.or_alarm, "or_alarm_thresholds": certificate.or_alarm_thresholds}  # [B, K] or [B, K, 2]
+    lists = {name: value.cpu()[images, labels].tolist() for name, value in of_labels.items() if value is not None}
+    lists |= {} if certificate.thresholds is None else {"thresholds": certificate.thresholds.tolist()}
     for at, values in enumerate(zip(*(part.tolist() for part in parts), strict=True)):
-        found = dict(zip(VERDICT, (*values, *same), strict=False))  # thresholds are of detection
-        yield found if between is None else found | {"thresholds": between[at]}
+        found = dict(zip(VERDICT, (*values, *same), strict=False))
+        yield found | {name: value[at] for name, value in lists.items()}
 
 
 class RunningCounts:
@@ -161,28 +168,42 @@ def _row(task: EvaluationTask, records: Sequence[Record], at: int) -> dict[str, 
         "clean_accuracy": tally.clean_accuracy,
         "certified_accuracy": tally.certified_accuracy,
         "certified_interval": list(tally.certified_interval),
-        "counts": {"clean": tally.clean, "certified": tally.certified, **_alarms(task, records)},
+        "counts": {"clean": tally.clean, "certified": tally.certified, **_alarms(task, records), **_or_alarm(verdicts)},
         **_compared(task, records, verdicts),
     }
 
 
 def _compared(task: EvaluationTask, records: Sequence[Record], verdicts: Sequence[Record]) -> dict[str, Any]:
-    """What other thresholds would give: how many alarms on unattacked images, right answers, and certified ones."""
+    """What other thresholds would give: how many alarms on unattacked images, right answers, certified ones, and images that
+    count for the published metric."""
     rows = []
     for threshold in task.model.setting.get("compared", ()):
         right = [r["whole"] == r["label"] for r in records]
-        silent = [threshold > v["thresholds"][0] for v in verdicts]
-        held = [threshold < v["thresholds"][1] for v in verdicts]
+        quiet = [r.get("silent", (v["thresholds"][0], ABOVE)) for r, v in zip(records, verdicts, strict=True)]  # older records
+        silent = [_between(threshold, one) for one in quiet]
+        held = [_between(threshold, v["thresholds"]) for v in verdicts]
         counts = {"alarms": silent.count(False), "clean": sum(map(all, zip(right, silent, strict=True)))}
-        counts["certified"] = sum(map(all, zip(right, silent, held, strict=True)))
+        counts["certified"] = sum(map(all, zip(right, held, strict=True)))
+        if all("or_alarm_thresholds" in v for v in verdicts):
+            counts["or_alarm"] = sum(_between(threshold, v["or_alarm_thresholds"]) for v in verdicts)
         rows.append({"threshold": threshold, **counts})
     return {"thresholds": rows} if rows else {}
+
+
+def _between(threshold: float, ends: Sequence[float]) -> bool:
+    return ends[0] < threshold < ends[1]
 
 
 def _alarms(task: EvaluationTask, records: Sequence[Record]) -> dict[str, int]:
     """How many images raise an alarm without an attack, for a defense of detection."""
     detects = task.model.defense.guarantee is Guarantee.DETECTION
     return {"alarms": sum(r["prediction"] == ALERT for r in records)} if detects else {}
+
+
+def _or_alarm(verdicts: Sequence[Record]) -> dict[str, int]:
+    """How many images count for the published metric of detection; nothing if a verdict does not say it, as in older records."""
+    said = bool(verdicts) and all("or_alarm" in one for one in verdicts)
+    return {"or_alarm": sum(one["or_alarm"] for one in verdicts)} if said else {}
 
 
 def certified_tally(records: Sequence[Record], verdicts: Sequence[Record]) -> Tally:

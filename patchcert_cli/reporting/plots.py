@@ -121,9 +121,10 @@ def shapes(rows: Rows, path: Path, *, title: str, area: int | None = None) -> No
 
 def thresholds(rows: Rows, path: Path, *, title: str) -> None:
     """Draw how the threshold of certified detection decides, in % of all images: alarms on unattacked ones, right answers
-    without an alarm, and certified ones with exact 95 % intervals.
+    without an alarm, certified ones with exact 95 % intervals, and the published metric, which counts clean alarms as success.
 
-    Rows are those of other plots with ``threshold`` and ``alarms``, and without ``method`` and ``certified_interval``.
+    Rows are those of other plots with ``threshold`` and ``alarms``, and without ``method`` and ``certified_interval``; those of
+    older results have no ``or_alarm``.
     """
     from patchcert_cli.certificate import clopper_pearson  # imports torch, which other plots do not need
 
@@ -133,9 +134,11 @@ def thresholds(rows: Rows, path: Path, *, title: str) -> None:
         raise UsageError("one plot of thresholds cannot show different threats.", hint="Give one.")
     heading = Heading.of(title, f"{threats.pop()}, anywhere in the image · {_images(order)} · with exact 95 % intervals", WIDTH)
     lines = {"alarms, unattacked": ("alarms", Look(1)), "right, no alarm": ("clean", None), "certified": ("certified", Look(0))}
+    if all("or_alarm" in row for row in order):
+        lines["published metric\n(incl. clean alerts)"] = ("or_alarm", Look(3))
     with figure_style.figure(path, WIDTH, HEIGHT + heading.height) as figure:
         axes = _accuracy_axes(figure, heading, below=0.55)
-        axes.set(xlabel="confidence from which a contradicting mask raises an alarm", ylabel="of all images, %")
+        axes.set(xlabel="confidence threshold of alarms", ylabel="of all images, %")
         axes.set_xlim(-0.03, 1.03)
         for i, (name, (key, look)) in enumerate(lines.items()):
             shares = [100 * row[key] / max(row["images"], 1) for row in order]
