@@ -140,7 +140,9 @@ def _check_options(search: SearchOptions, saved: SavedOptions) -> None:
 
         chosen = attacks.listed(search.attack)
         if len(chosen) > 1 and "saved" in chosen:
-            raise UsageError("the attack saved does not search, and is no part of a list.", hint="Run it alone: --saved FOLDER")
+            raise UsageError(
+                "the attack saved does not search, and cannot be part of a list.", hint="Run it alone: --saved FOLDER"
+            )
 
 
 def _attacker(

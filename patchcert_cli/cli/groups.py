@@ -66,3 +66,14 @@ def _current(words: list[str], old: Mapping[str, str]) -> list[str]:
         if word == "--json" and following != "-" and (not following or following.startswith("-")):
             current.append("-")
     return current
+
+
+def without(words: Sequence[str], flag: str) -> list[str]:
+    """What was typed, without a flag and its value."""
+    kept: list[str] = []
+    value = False
+    for word in words:
+        if not value and word != flag and not word.startswith(f"{flag}="):
+            kept.append(word)
+        value = word == flag and not value
+    return kept

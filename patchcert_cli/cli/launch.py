@@ -13,7 +13,8 @@ from pathlib import Path
 
 import typer
 
-from patchcert_cli.cli.options import PROCESSES, without
+from patchcert_cli.cli.groups import without
+from patchcert_cli.cli.options import PROCESSES
 from patchcert_cli.errors import Interrupted, MachineError, UsageError
 from patchcert_cli.parallel import workers
 

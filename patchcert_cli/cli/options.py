@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from patchcert_cli.cli import show
+from patchcert_cli.cli.groups import without
 from patchcert_cli.cli.threat_options import own_threat, threat_from, threats_from
 from patchcert_cli.errors import UsageError
 from patchcert_cli.schema import LARGEST_SEED
@@ -371,14 +372,3 @@ def typed_command(model: str | None = None, models: Sequence[str] = ()) -> str:
     """
     others = set(models) - {model}
     return shlex.join(["patchcert", *(word for word in without(sys.argv[1:], PROCESSES) if word not in others)])
-
-
-def without(words: Sequence[str], flag: str) -> list[str]:
-    """What was typed, without a flag and its value."""
-    kept: list[str] = []
-    value = False
-    for word in words:
-        if not value and word != flag and not word.startswith(f"{flag}="):
-            kept.append(word)
-        value = word == flag and not value
-    return kept

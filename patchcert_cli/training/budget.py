@@ -20,7 +20,7 @@ from patchcert_cli.storage import files
 from patchcert_cli.training.recipe import Recipe
 
 PLAN = "plan.json"  # what was asked for and what it became
-FEWEST_EPOCHS = 8  # so often at least the steps are chosen again, where there is time for so many steps
+FEWEST_EPOCHS = 8  # the steps are chosen again at least as often, where there is time for as many
 SPARE = 0.02  # share of the time that is left for what was not measured
 Clock = Callable[[], float]
 
@@ -51,7 +51,7 @@ class Budget:
     """
 
     def __init__(self, minutes: float, pace: Pace, *, spent: float = 0.0, clock: Clock = time.perf_counter) -> None:
-        """Begin now; measuring and earlier processes of the run have ``spent`` so many seconds."""
+        """Begin now; measuring, and earlier processes of the run, took ``spent`` seconds."""
         self.total, self._clock = 60 * minutes, clock
         self.step, self.saving, self.reserve = pace.step, pace.saving, pace.validation + pace.saving
         self._began = clock() - spent
@@ -66,7 +66,7 @@ class Budget:
         self.reserve = seconds / max(images, 1) * held + self.saving
 
     def steps(self, epochs: int, seconds: float, most: int) -> int:
-        """How many steps of so many ``seconds`` the next of ``epochs`` epochs may take: 1 to ``most``."""
+        """How many steps, of ``seconds`` each, the next of ``epochs`` epochs may take: 1 to ``most``."""
         left = self.total * (1 - SPARE) - self.reserve - self.spent
         return max(1, min(most, int(left / max(epochs, 1) / max(seconds, 1e-9))))
 

@@ -120,7 +120,7 @@ class Recipe:
         return self if options == self.options else replace(self, options=options)
 
     def steps_of(self, epoch: int, images: int) -> int:
-        """How many steps epoch number ``epoch``, from 0, takes with so many training images."""
+        """How many steps epoch number ``epoch``, from 0, takes with ``images`` training images."""
         most = images // self.batch_size or 1
         return min(self.steps[epoch % len(self.steps)], most) if self.steps else most
 

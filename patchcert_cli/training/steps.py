@@ -22,7 +22,7 @@ PROBED = 8  # held-out images that are certified to know what that takes
 
 
 def rate_at(recipe: Recipe, progress: float) -> float:
-    """The learning rate after so many epochs."""
+    """The learning rate after ``progress`` epochs."""
     return recipe.learning_rate * recipe.options.lr_multiplier(progress, recipe.epochs)
 
 
@@ -47,7 +47,7 @@ def epoch(
     together: Ranks | None = None,
     steps: int | None = None,
 ) -> float:
-    """So many steps on random training images, by default on all of them; returns the mean loss."""
+    """``steps`` steps on random training images, by default one pass over all of them; returns the mean loss."""
     defense, optimizer, average = state.defense, state.optimizer, state.average
     together = together or Ranks(Workers(), defense.device)
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + at_epoch)
