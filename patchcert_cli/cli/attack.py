@@ -141,7 +141,7 @@ def _check_options(search: SearchOptions, saved: SavedOptions) -> None:
         chosen = attacks.listed(search.attack)
         if len(chosen) > 1 and "saved" in chosen:
             raise UsageError(
-                "the attack saved does not search, and cannot be part of a list.", hint="Run it alone: --saved FOLDER"
+                "the attack saved does not search: it cannot be part of a list.", hint="Run it alone: --saved FOLDER"
             )
 
 

@@ -13,7 +13,7 @@ Typer sees ``certify(model: str, *, seed: ...)``; the function gets a ``RunOptio
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
