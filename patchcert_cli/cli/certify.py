@@ -249,20 +249,11 @@ def _certify_image(
     model: str | None, claims: Claims, request: DefenseRequest, dataset: str | None, device: str, image: ImageOptions
 ) -> several.Value:
     """Certify one image, and draw its map if asked."""
-    from patchcert_cli import device as devices
-    from patchcert_cli.data.datasets import open_dataset
     from patchcert_cli.evaluation import single_image
     from patchcert_cli.reporting import margin_maps
 
     assert image.image is not None
-    place = devices.resolve(device)
-    images = None if dataset is None else open_dataset(dataset)
-    candidate = loading.find(model, dataset, request, place)
-    resize_crop = candidate.meant(images, image.image)
-    shape = (candidate.channels, *resize_crop.size)
-    claimed = claims(candidate.threat, shape)
-    evaluated = candidate.evaluated(shape, [claim.threat for claim in claimed], place)
-    show.say("\n".join(evaluated.notes))
+    evaluated, claimed, resize_crop = loading.open_image(model, claims, request, dataset, device, image.image)
     with show.progress() as progress:
         found = single_image.certify(
             evaluated,

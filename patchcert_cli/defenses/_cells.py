@@ -256,6 +256,12 @@ class CellSurrogate(Surrogate):
         weight = self._weight[row[:, :, None], column[:, None, :]]
         return (self._vote(self._scorer.score(seen)) * weight[:, None]).sum(dim=(2, 3))
 
+    def share(self, boxes: Tensor) -> float:
+        found = 1.0
+        for axis, cells in enumerate(self._weight.shape):
+            found *= min(1.0, (int(boxes[..., 2 + axis].amax()) + self._reach) / (cells * self._stride))
+        return found
+
     def rest(self, x: Tensor, boxes: Tensor) -> Tensor:
         votes = self._vote(self._scorer(x)) * self._weight
         row, column = self._window(boxes, x)  # [B, S, n] and [B, S, m]

@@ -6,12 +6,14 @@ The files of a run folder: :mod:`patchcert_cli.evaluation.run_folder`.
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from patchcert_cli import checkpoint
 from patchcert_cli.attacks import AnyAttack, AttackResult
@@ -20,6 +22,7 @@ from patchcert_cli.certificate import Certificate
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.errors import IntegrityError, Interrupted, MachineError, PatchcertError, UsageError
 from patchcert_cli.evaluation import attack_results, hints, results, run_folder
+from patchcert_cli.evaluation.adversarial_images import AdversarialFolder
 from patchcert_cli.evaluation.pace import Clock, Pace, spoken
 from patchcert_cli.evaluation.run_folder import Record, Run
 from patchcert_cli.evaluation.task import EvaluationTask
@@ -89,6 +92,7 @@ def attack(
     progress: Progress | None = None,
     clock: Clock = time.perf_counter,
     max_seconds: float | None = None,
+    save: Path | None = None,
 ) -> dict[str, Any]:
     """Attack every image of a task; with ``join`` certify the same images and hold the attack against the certificates.
 
@@ -98,31 +102,51 @@ def attack(
     After ``max_seconds`` no further image is finished: the result is about those that are, says under ``left`` how many are not,
     and is not written into the folder; the same call goes on with these.
 
+    With ``save``, the adversarial images are kept in that folder, also those of an earlier call that kept none: they are attacked
+    again. The returned result says under ``saved`` how many there are.
+
     Raises:
-        UsageError: no image was finished within ``max_seconds``; and as :func:`certify`.
+        UsageError: no image was finished within ``max_seconds``, or ``save`` holds something else; and as :func:`certify`.
     """
     task.check()
     join = join and task.model.defense.guarantee.proves
     extra = {"attack": settings, "joined": join}
     folder, defense = folder or task.folder("attack", extra), task.model.defense
 
-    def batch(part: Images) -> list[Record]:
+    kept = None if save is None else AdversarialFolder(save, json.loads(json.dumps(task.identity("attack", extra))))
+
+    def searched(part: Images) -> list[Record]:
         x = to_float(part.read()).to(defense.device)
-        certificate = defense.certify(x, task.threat) if join else None
-        start = None if certificate is None else hints.start(defense, x, task.threat, certificate)
-        outcome = attacker(defense, x, task.threat, index=part.index, start=start)
+        outcome, certificate = hints.search(defense, x, task.threat, attacker, part.index, join=join)
         if certificate is not None:
             _keep_broken(folder, part, certificate, outcome)
+        if kept is not None:
+            kept.keep(defense, x, part.index.tolist(), part.labels.tolist(), task.threat, outcome)
         return attack_results.records(task, part, attacker, outcome, certificate, task.model.plain(x))
 
     def result(seconds: float, resumed: int) -> dict[str, Any]:
         return attack_results.result(task, run, attacker, settings, join, seconds, resumed)
 
     workers = jobs.current().scope()
+    if kept is not None and not workers.alone:
+        raise UsageError("--save is for one process.", hint="Run the same command without --processes afterwards.")
     with _opened(task, "attack", extra, folder, fresh, workers) as run:
-        pace = Pace(task.batch_size, unit=attacker.together(defense))
-        work = _Work(task, run, workers, pace, progress or Silent(), clock, max_seconds=max_seconds)
-        return work.finish(batch, result)
+        if kept is not None:
+            kept.claim()
+        unit = attacker.together(defense)
+        pace = Pace(task.batch_size, unit=unit)
+        found = _Work(task, run, workers, pace, progress or Silent(), clock, max_seconds=max_seconds).finish(searched, result)
+        if kept is None:
+            return found
+        for some in torch.split(_lost(task, run, kept), unit):
+            searched(task.images.take(some))
+        return found | {"saved": kept.listed()}
+
+
+def _lost(task: EvaluationTask, run: Run, kept: AdversarialFolder) -> Tensor:
+    """Positions of the flipped images that an earlier call did not keep, int64 [n]."""
+    flipped = [at for at, i in enumerate(task.images.index.tolist()) if run.records.get(i, {}).get("flipped") and not kept.has(i)]
+    return torch.tensor(flipped, dtype=torch.int64)
 
 
 def _keep_broken(folder: Path, part: Images, certificate: Certificate, outcome: AttackResult) -> None:
