@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,10 +19,10 @@ from patchcert_cli.training.run import loop
 from tests.training.test_loop import TINY, digest, images
 
 RANKS = """
-import copy, os, signal, sys
+import copy, sys
+from datetime import timedelta
 from pathlib import Path
 import torch
-import torch._dynamo  # which DistributedDataParallel imports: once, not in each rank
 import torch.distributed as dist
 torch.set_num_threads(1)
 from dataclasses import replace
@@ -37,19 +35,11 @@ from patchcert_cli.training import loop, ranks
 from patchcert_cli.training.state import Beginning
 from tests.training.test_loop import TINY, images
 
-folder, store = Path(sys.argv[1]), dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-port = store.port
-children = []
-for rank in range(2):
-    children.append(os.fork())
-    if not children[-1]:
-        break
-else:
-    codes = [os.waitstatus_to_exitcode(os.wait()[1])]
-    if codes[0]:
-        os.killpg(0, signal.SIGKILL)  # the other one waits for the one that failed
-    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
-workers = Workers(rank, 2, dist.TCPStore("127.0.0.1", port, is_master=False))
+folder, rank, port = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False, timeout=timedelta(seconds=120))
+if rank == 0:
+    print(store.port, flush=True)
+workers = Workers(rank, 2, store)
 
 class Stop(Silent):
     def note(self, text):
@@ -94,17 +84,19 @@ while not rank and workers.add("done", 0) < 2:
 
 
 def test_two_ranks_train_one_model(tmp_path: Path) -> None:
-    program = [sys.executable, "-c", RANKS, str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.Popen(
-        program, cwd=Path(__file__).parents[2], env=environment, stderr=subprocess.PIPE, text=True, process_group=0
-    )
+    found: list[subprocess.Popen[str]] = []
     try:
-        _, errors = done.communicate(timeout=240)
-        assert done.returncode == 0, errors
+        for rank in range(2):
+            port = found[0].stdout.readline().strip() if found and found[0].stdout else "0"
+            program = [sys.executable, "-c", RANKS, str(tmp_path), str(rank), port]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            found.append(subprocess.Popen(program, cwd=Path(__file__).parents[2], env=environment, text=True, **pipes))
+        outputs = [process.communicate(timeout=240) for process in reversed(found)]
+        assert [process.returncode for process in found] == [0, 0], outputs
     finally:  # no rank outlives the test
-        with suppress(ProcessLookupError):
-            os.killpg(done.pid, signal.SIGKILL)
+        for process in found:
+            process.kill()
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
     both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for mine, other in zip(*both, strict=True):
