@@ -26,6 +26,7 @@ PROOFS = {  # descriptions of proofs
     "masking": "the exact worst case of robust masking",
     "rows": "double masking, for each location one mask with every other mask",
     "pairs": "double masking, all pairs of masks",
+    "combined": "what can be forced of each member at the same location",
     "agreement": "for each location one mask that agrees with the answer",
     "all": "every mask agrees with the answer",
 }

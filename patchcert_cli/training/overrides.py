@@ -167,7 +167,7 @@ def _let_shorthands_decide(values: dict[str, Any], changes: Overrides) -> None:
     """Leave out of the basis what follows from a shorthand that the user gives, such as kernels from ``rf``."""
     defense = changes.defense or values.get("defense", Recipe.defense)
     network = changes.network or values.get("network")
-    if not network and defense in defenses.names():
+    if not network and defense in defenses.trained():
         network = defenses.trainable(defense).default_network
     if network not in models.names():  # which the recipe refuses
         return
