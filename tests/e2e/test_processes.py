@@ -125,7 +125,8 @@ time.sleep(300)
 
 def test_no_rank_outlives_a_launcher_that_is_killed(started: list[subprocess.Popen[str]]) -> None:
     started.append(subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True))
-    output = started[-1].stdout
-    assert output is not None and output.readline() == "up\n"
-    started[-1].kill()
-    assert output.read() == ""  # at the end of the last process that has it
+    assert started[-1].stdout is not None
+    with started[-1].stdout as output:
+        assert output.readline() == "up\n"
+        started[-1].kill()
+        assert output.read() == ""  # at the end of the last process that has it
