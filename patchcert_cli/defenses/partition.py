@@ -48,9 +48,6 @@ from patchcert_cli.threats import Patch, Sparse, Threat
 PIECE = 1 << 25  # activations of one layer that are computed at a time, at most
 
 
-SHARPER = 4  # power of the committee's mean probabilities
-
-
 @dataclass(frozen=True)
 class Division:
     """How pixels are divided and sets vote.
@@ -80,8 +77,6 @@ class PartitionOptions(Division, AugmentedOptions):
             the label's share of the votes and another class's. A certificate against k pixels takes about D > 2 k / n.
         margin_weight: weight of that loss; 0 for none.
         sharpness: T; the share of the other classes is the soft maximum ``logsumexp(T s) / T``.
-        committee: share of the target of a top-one vote that is the mean answer of the drawn sets, made sharper, not the label;
-            votes that agree with each other are what a certificate counts.
         flip: mirror images at random.
         shift: move images by up to this many pixels.
         average: what a step keeps of the running average of weights that becomes the model; 0 for none.
@@ -91,7 +86,6 @@ class PartitionOptions(Division, AugmentedOptions):
     margin: NonNegative = 0.5
     margin_weight: NonNegative = 0.0
     sharpness: Annotated[float, schema.Must(lambda t: t > 0, "more than 0")] = 15.0
-    committee: Fraction = 0.0
     flip: bool = True
     shift: Count = 3
     average: Fraction = 0.0
@@ -292,11 +286,6 @@ class Partition(VotingDefense):
         labels = label.repeat_interleave(drawn)
         if self.how.vote == "top-one":
             loss = F.cross_entropy(scores, labels)
-            if options.committee > 0:
-                mean = scores.detach().softmax(dim=1).reshape(len(x), drawn, -1).mean(dim=1)
-                sharp = mean.pow(SHARPER) / mean.pow(SHARPER).sum(dim=1, keepdim=True)
-                agreed = F.cross_entropy(scores, sharp.repeat_interleave(drawn, dim=0))
-                loss = (1 - options.committee) * loss + options.committee * agreed
         else:
             loss = F.binary_cross_entropy_with_logits(scores, F.one_hot(labels, scores.shape[1]).to(scores))
         if options.margin_weight > 0:
