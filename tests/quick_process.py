@@ -39,7 +39,7 @@ for number, path in enumerate((os.devnull, order["out"], order["err"])):
     opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     os.dup2(opened, number)
     os.close(opened)
-signal.alarm(120)
+signal.alarm(300)
 sys.argv = order["argv"]
 if order["code"] is None:
     runpy.run_module("patchcert_cli", run_name="__main__", alter_sys=True)
@@ -57,7 +57,7 @@ def server() -> subprocess.Popen[str]:
 
 
 def run(argv: Sequence[str], environment: Mapping[str, str], code: str | None = None) -> subprocess.CompletedProcess[str]:
-    """``python -m patchcert_cli argv[1:]``, or ``python -c code argv[1:]``, in two minutes at most."""
+    """``python -m patchcert_cli argv[1:]``, or ``python -c code argv[1:]``, in five minutes at most."""
     asked, answered = server().stdin, server().stdout
     assert asked is not None and answered is not None
     with tempfile.TemporaryDirectory() as folder:

@@ -150,7 +150,7 @@ def test_anybodys_model_is_held_against_its_own_card(hub: LoopbackHub, zoo: Path
         loaded = f"import patchcert_cli; print(type(patchcert_cli.load('{FOREIGN}@{commit}')).__name__)"
         variables = hub.environment(zoo.parent / "hf", PATCHCERT_ZOO=str(zoo))
         ran = subprocess.run(
-            [sys.executable, "-c", loaded], env=variables, capture_output=True, text=True, check=True, timeout=60
+            [sys.executable, "-c", loaded], env=variables, capture_output=True, text=True, check=True, timeout=300
         )
         assert ran.stdout == "IntervalDefense\n"
 
