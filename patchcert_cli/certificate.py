@@ -22,10 +22,19 @@ from patchcert_cli.threats import Threat
 
 @dataclass(frozen=True)
 class Claim:
-    """What is to be certified: a threat model, and the name of a proof, by default the defense's best."""
+    """What is to be certified: a threat model, and the name of a proof, by default the defense's best.
+
+    Attributes:
+        threat: the threat model.
+        method: the name of a proof; None for the defense's best.
+        forced: whether the certificate is to say what the attacker can force at each location.
+        top: the answer is to stay among this many first classes.
+    """
 
     threat: Threat
     method: str | None = None
+    forced: bool = False
+    top: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +51,7 @@ class Proof:
         tolerance: float64 [B] or one number, see :class:`Certificate`.
         method: the name of the proof in records; empty for the claim's.
         arithmetic: what is known of its rounding; the author states it, since nothing follows from silence.
-        passes, thresholds, plain: see :class:`Certificate`.
+        passes, or_alarm, thresholds, silent, or_alarm_thresholds, plain, forced, ranking, stays: see :class:`Certificate`.
     """
 
     answer: Tensor
@@ -53,8 +62,14 @@ class Proof:
     method: str = ""
     arithmetic: Arithmetic = field(kw_only=True)
     passes: Tensor | None = None
+    or_alarm: Tensor | None = None
     thresholds: Tensor | None = None
+    silent: Tensor | None = None
+    or_alarm_thresholds: Tensor | None = None
     plain: Tensor | None = None
+    forced: Tensor | None = None
+    ranking: Tensor | None = None
+    stays: Tensor | None = None
 
     @classmethod
     def cat(cls, parts: Sequence[Proof]) -> Proof:
@@ -81,9 +96,21 @@ class Certificate:
         arithmetic: what is known of its rounding; the least unless the proof says more.
         passes: int64 [B], how often the network was asked for the answer and for all claims of the call, where that differs from
             image to image; else None.
-        thresholds: float64 [B, 2] of a defense that raises alarms from a confidence on, else None. With any threshold above the
-            first number it raises none; with one below the second the proof holds. Rounding is allowed for; -1 is below all.
+        or_alarm: bool [B, K] of certified detection, else None: whether every allowed change is answered with that class or with
+            an alarm, even if the image itself raises one. It is what published metrics count, and never decides ``certified``.
+        thresholds: float64 [B, 2] of a defense that raises alarms by a threshold, if other thresholds are compared, else None.
+            With any threshold between the two numbers the image raises no alarm and is certified; rounding is allowed for.
+            -1 is below all thresholds, 2 above all.
+        silent: float64 [B, 2], of the same, between which the image raises no alarm.
+        or_alarm_thresholds: float64 [B, K, 2], of the same, between which ``or_alarm`` holds.
         plain: int64 [B], of the same, the label of the whole image, whether or not an alarm is raised.
+        forced: bool [B, A, K] where the claim asks for it, else None: the answers that an attacker who changes only location
+            a of ``threat.locations(H, W)`` may be able to cause. The answer itself is always among them. An answer
+            that is missing is proven to be impossible.
+        top: how many first classes the claim is about; with more than 1, ``certified``, ``margin``, ``worst`` and ``runner_up``
+            are about whether the answer stays among them.
+        ranking: int64 [B, top], the first classes of the unchanged image, the answer first; None where ``top`` is 1.
+        stays: bool [B, top], which of them stay among the first ``top`` under every allowed change; None where ``top`` is 1.
     """
 
     prediction: Tensor
@@ -97,8 +124,15 @@ class Certificate:
     guarantee: Guarantee = Guarantee.RECOVERY
     arithmetic: Arithmetic = Arithmetic.MEASURED
     passes: Tensor | None = None
+    or_alarm: Tensor | None = None
     thresholds: Tensor | None = None
+    silent: Tensor | None = None
+    or_alarm_thresholds: Tensor | None = None
     plain: Tensor | None = None
+    forced: Tensor | None = None
+    top: int = 1
+    ranking: Tensor | None = None
+    stays: Tensor | None = None
 
     @classmethod
     def of(cls, proof: Proof, claim: Claim, guarantee: Guarantee, *, size: tuple[int, int], device: torch.device) -> Certificate:
@@ -121,8 +155,15 @@ class Certificate:
             guarantee=guarantee,
             arithmetic=proof.arithmetic,
             passes=moved(proof.passes),
+            or_alarm=moved(proof.or_alarm),
             thresholds=moved(proof.thresholds),
+            silent=moved(proof.silent),
+            or_alarm_thresholds=moved(proof.or_alarm_thresholds),
             plain=moved(proof.plain),
+            forced=moved(proof.forced),
+            top=claim.top,
+            ranking=moved(proof.ranking),
+            stays=moved(proof.stays),
         )
 
     @classmethod

@@ -1,5 +1,4 @@
-"""Threat models: what an attacker may change, as a finite list of boxes ("locations") and a budget;
-and what is guaranteed against them.
+"""Threat models, what an attacker may change: a list of boxes ("locations") and a budget; and what is guaranteed against them.
 
 One patch: the locations are all its placements wholly inside the image, the budget is 1; several patches have a larger budget. A
 sparse attack: the locations are single pixels, the budget is k. ``parse_threat(str(threat)) == threat`` for every threat.
@@ -29,10 +28,16 @@ ALERT = -1  # in place of a class: the answer of a defense that raises an alarm
 
 
 class Guarantee(enum.StrEnum):
-    """What a certificate promises; the two are never mixed in one table."""
+    """What the certificates of a defense promise; no two are mixed in one table. With ``none`` there are no certificates."""
 
     RECOVERY = "recovery"
     DETECTION = "detection"
+    NONE = "none"
+
+    @property
+    def proves(self) -> bool:
+        """Whether there are certificates."""
+        return self is not Guarantee.NONE
 
     @property
     def phrase(self) -> str:
@@ -48,6 +53,7 @@ class Guarantee(enum.StrEnum):
 PHRASES = {
     Guarantee.RECOVERY: "the answer stays right",
     Guarantee.DETECTION: "the answer stays right, or an alarm is raised",
+    Guarantee.NONE: "nothing is proven: a stronger attack may find more",
 }
 
 
@@ -164,7 +170,7 @@ class PatchPercent:
         return self.resolve(int(changed.shape[-2]), int(changed.shape[-1])).contains(changed)
 
     def __str__(self) -> str:
-        return f"patch:{_decimal(self.percent)}%"
+        return f"patch:{Decimal(self.percent.numerator) / Decimal(self.percent.denominator):f}%"
 
 
 @dataclass(frozen=True)
@@ -273,10 +279,6 @@ def _extent(line: Tensor) -> Tensor:
     last = torch.where(line, position, -1).amax(dim=1)
     first = torch.where(line, position, n).amin(dim=1)
     return (last - first + 1).clamp(min=0)
-
-
-def _decimal(value: Fraction) -> str:
-    return format(Decimal(value.numerator) / Decimal(value.denominator), "f")
 
 
 def parse_patch(text: str) -> Patch | PatchPercent:

@@ -53,6 +53,8 @@ class AttackResult:
         judged: int64 [B, 3], of an attack that judges each of its tries: how many there were, how many of them changed the
             deployed answer, and how many the plain one; zeros of all others.
         plain: int64 [B], the plain answer on the clean image; where there is no plain classifier, the deployed one.
+        flipped_at: int64 [B], how many queries had been spent when the answer was found changed; 0 where it was not.
+        by: int64 [B], of several attacks the number of the one that changed the answer, from 0; -1 where none did.
     """
 
     adversarial: Tensor
@@ -62,6 +64,8 @@ class AttackResult:
     clean_prediction: Tensor
     judged: Tensor
     plain: Tensor
+    flipped_at: Tensor
+    by: Tensor
 
     @classmethod
     def cat(cls, parts: list[AttackResult]) -> AttackResult:
@@ -80,6 +84,7 @@ class Attack(ABC):
     seed: int = 0
     kinds: ClassVar[tuple[str, ...]] = ()  # the kinds of threat it knows
     judges_each: ClassVar[bool] = False  # whether it counts what each of its tries does
+    revision: ClassVar[int] = 1  # raised where an attack of the same options searches otherwise than before
 
     @abstractmethod
     def run(self, target: Target, x: Tensor, threat: Threat, index: Tensor) -> Tensor:
@@ -104,6 +109,11 @@ class Attack(ABC):
         """Images that it works on together: in batches of multiples of it, every image meets the same numbers to the bit."""
         rows = rows_at_once(defense.device, math.prod(defense.input_shape), activations(defense))
         return max(1, rows // self.candidates)
+
+    @classmethod
+    def suits(cls, defense: Defense) -> bool:
+        """Whether it can attack this defense; ``--attack all`` leaves it out where not."""
+        return True
 
     def most(self, defense: Defense, threat: Threat, *, hinted: bool) -> Effort | None:
         """The most that an image takes, where it begins at a hint or not; None if unknown."""
@@ -144,7 +154,17 @@ class Attack(ABC):
         success = target.flipped(prediction, everyone)
         adversarial = torch.where(success[:, None, None, None], candidate, x)
         plain = target.plain if self.judges_each and len(x) else target.answer
-        return AttackResult(adversarial, success, prediction, target.queries, target.answer, target.judged, plain)
+        return AttackResult(
+            adversarial=adversarial,
+            success=success,
+            prediction=prediction,
+            queries=target.queries,
+            clean_prediction=target.answer,
+            judged=target.judged,
+            plain=plain,
+            flipped_at=torch.where(success, torch.where(target.done, target.flipped_at, target.queries), 0),
+            by=success.long() - 1,
+        )
 
     def _checked(self, found: Tensor, x: Tensor, threat: Threat) -> Tensor:
         """Project to [0, 1] and refuse what the threat forbids."""

@@ -33,23 +33,39 @@ class Start:
     Attributes:
         location: int64 [B, 4], one of the threat's locations for each image: top, left, height, width.
         rival: int64 [B], the class to aim at.
+        further: int64 [B, S, 4], more of its locations, the most promising first; None for none.
     """
 
     location: Tensor
     rival: Tensor
+    further: Tensor | None = None
+
+    @property
+    def places(self) -> Tensor:
+        """All locations, the most promising first: int64 [B, 1 + S, 4]."""
+        first = self.location[:, None]
+        return first if self.further is None else torch.cat([first, self.further], dim=1)
+
+    def take(self, images: Tensor) -> Start:
+        """The start of some of the images, int64 [n] or bool [B]."""
+        return Start(self.location[images], self.rival[images], None if self.further is None else self.further[images])
 
     def checked(self, x: Tensor, threat: Threat, classes: int) -> Start:
         """The same on the images' device, [B, C, H, W]; raises :class:`UsageError` unless it fits them."""
         shapes = tuple(self.location.shape), tuple(self.rival.shape)
         if shapes != ((len(x), 4), (len(x),)):
             raise UsageError(f"a start of shapes {shapes[0]} and {shapes[1]} does not fit {len(x)} images.")
+        further = self.further
+        if further is not None and (further.ndim != 3 or (len(further), further.shape[2]) != (len(x), 4)):
+            raise UsageError(f"further locations of shape {tuple(further.shape)} do not fit {len(x)} images.")
         location, rival = self.location.to(x.device, torch.int64), self.rival.to(x.device, torch.int64)
+        start = Start(location, rival, None if further is None else further.to(x.device, torch.int64))
         locations = threat.locations(int(x.shape[2]), int(x.shape[3])).to(x.device)
-        if not bool((location[:, None] == locations).all(dim=2).any(dim=1).all()):
+        if not bool((start.places[:, :, None] == locations).all(dim=3).any(dim=2).all()):
             raise UsageError(f"a start at a location that {threat} does not have.")
         if not bool(((rival >= 0) & (rival < classes)).all()):
             raise UsageError("a start with a target class that does not exist.", hint=f"Allowed: 0 to {classes - 1}.")
-        return Start(location, rival)
+        return start
 
 
 class LocalEvaluator:
@@ -57,18 +73,20 @@ class LocalEvaluator:
 
     Attributes:
         boxes: int64 [n, S, 4].
+        share: how much of the network each candidate takes.
     """
 
     def __init__(self, surrogate: Surrogate, clean: Tensor, boxes: Tensor) -> None:
         """For n distinct images [n, C, H, W]."""
-        self.surrogate, self.boxes = surrogate, boxes
+        self.surrogate, self.boxes, self.share = surrogate, boxes, surrogate.share(boxes)
         with torch.no_grad():
             self._rest = surrogate.rest(clean, boxes)
 
     def take(self, images: Tensor) -> LocalEvaluator:
         """The same for some of the images, bool [n]."""
         taken = object.__new__(LocalEvaluator)
-        taken.surrogate, taken.boxes, taken._rest = self.surrogate, self.boxes[images], self._rest[images]
+        taken.surrogate, taken.boxes, taken.share = self.surrogate, self.boxes[images], self.share
+        taken._rest = self._rest[images]
         return taken
 
     def __call__(self, rows: Tensor, part: Tensor) -> Tensor:
@@ -88,6 +106,7 @@ class Target:
         done: bool [B], whether the attack has succeeded with ``best``, or the clean image raises an alarm anyhow; such an image
             needs no more work.
         queries: int64 [B], passes spent so far.
+        flipped_at: int64 [B], how many had been spent when a candidate changed the answer; 0 before.
         judged: int64 [B, 3], see :class:`AttackResult`.
         start: where to begin, a hint that an attack may ignore.
         surrogates: what to climb, the most faithful one first.
@@ -100,6 +119,7 @@ class Target:
         self.queries = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.rows = rows_at_once(x.device, x[:1].numel(), self.activations)
         everyone = torch.arange(len(x), device=x.device)
+        self.flipped_at = torch.zeros_like(self.queries)
         self.answer = self.answers(x, everyone)
         self.best = x.clone()
         self.margin = torch.full((len(x),), -torch.inf, device=x.device)
@@ -128,6 +148,11 @@ class Target:
             self._plain = self._plainly(self._x, torch.arange(len(self._x), device=self._x.device))
         return self.answer if self._plain is None else self._plain
 
+    @property
+    def undefended(self) -> Defense | None:
+        """The classifier inside the defense, as it answers without it; None if there is none."""
+        return self._defense.undefended()
+
     @torch.no_grad()
     def _plainly(self, rows: Tensor, owner: Tensor) -> Tensor | None:
         """The labels of a plain classifier, int64 [R]; None if there is none inside the defense."""
@@ -145,7 +170,8 @@ class Target:
         altered = flipped if plain is None else plain != self.plain[owner]
         self.judged[owner] += torch.stack([torch.ones_like(owner), flipped.long(), altered.long()], dim=1)
         fresh = flipped & ~self.done[owner]
-        self.best[owner[fresh]], self.done[owner] = rows[fresh], self.done[owner] | flipped
+        self.best[owner[fresh]] = rows[fresh]
+        self._finish(owner[fresh])
 
     def flipped(self, answers: Tensor, owner: Tensor) -> Tensor:
         """Whether such answers, int64 [R] for images int64 [R], are a success: bool [R]."""
@@ -156,6 +182,11 @@ class Target:
         self._count(owner, 1)
         return LocalEvaluator(self.surrogates[which], clean, boxes)
 
+    def _parts(self, rows: Tensor, evaluator: LocalEvaluator | None) -> Iterator[Tensor]:
+        """The numbers of the rows [R, C, H, W], int64, in parts that go through the network at once."""
+        most = self.rows if evaluator is None else int(self.rows / evaluator.share)
+        yield from torch.split(torch.arange(len(rows), device=rows.device), max(1, most))
+
     def _logits(self, rows: Tensor, part: Tensor, evaluator: LocalEvaluator | None) -> Tensor:
         return self.surrogates[0].whole(rows) if evaluator is None else evaluator(rows, part)
 
@@ -164,7 +195,7 @@ class Target:
         """The logits of the first surrogate or of a evaluator, [R, C, H, W] and int64 [R] -> [R, K]."""
         self._count(owner, 1)
         found = []
-        for part in torch.split(torch.arange(len(rows), device=rows.device), self.rows):
+        for part in self._parts(rows, evaluator):
             found.append(self._logits(rows[part], part, evaluator))
             passes.made(len(part))
         return torch.cat(found)
@@ -192,7 +223,7 @@ class Target:
         """
         self._count(owner, 2)
         values, gradients = [], []
-        for part in torch.split(torch.arange(len(rows), device=rows.device), self.rows):
+        for part in self._parts(rows, evaluator):
             with torch.enable_grad():
                 point = rows[part].detach().requires_grad_()
                 logits = self._logits(point, part, evaluator)
@@ -203,10 +234,18 @@ class Target:
         return torch.cat(values), torch.cat(gradients)
 
     def rivals(self, x: Tensor, owner: Tensor, most: int) -> Tensor:
-        """The classes but the answer, highest logit on [n, C, H, W] first, at most ``most`` of them: int64 [n, T]."""
+        """The classes but the answer, highest logit on [n, C, H, W] first, at most ``most`` of them: int64 [n, T].
+
+        The class of the hint is among them.
+        """
         logits = self.logits(x, owner)
         ranked = logits.scatter(1, self._class[owner][:, None], -torch.inf).sort(dim=1, descending=True, stable=True).indices
-        return ranked[:, : min(most, logits.shape[1] - 1)]
+        ranked = ranked[:, : min(most, logits.shape[1] - 1)].clone()
+        if self.start is not None:
+            aim = self.start.rival[owner]
+            missing = (ranked != aim[:, None]).all(dim=1) & (aim != self._class[owner])
+            ranked[missing, -1] = aim[missing]
+        return ranked
 
     def offer(self, candidates: Tensor, margins: Tensor, owner: Tensor, boxes: Tensor | None = None) -> None:
         """Keep the best of each image's candidates, [n, S, C, H, W] with margins [n, S] of the distinct images ``owner`` [n].
@@ -223,7 +262,11 @@ class Target:
             self.box[image] = boxes[better, pick[better]]
         ask = image[score >= -self.surrogates[0].tolerance]  # in a tie the lowest class wins, which may be the target class
         if len(ask):
-            self.done[ask] = self.flipped(self.answers(self.best[ask], ask), ask)
+            self._finish(ask[self.flipped(self.answers(self.best[ask], ask), ask)])
+
+    def _finish(self, images: Tensor) -> None:
+        """Images int64 [n] whose answer the best candidate changes."""
+        self.done[images], self.flipped_at[images] = True, self.queries[images]
 
     def _count(self, owner: Tensor, passes: int) -> None:
         self.queries += passes * torch.bincount(owner, minlength=len(self.queries))

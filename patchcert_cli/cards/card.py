@@ -21,6 +21,7 @@ from patchcert_cli.arithmetic import Arithmetic, former
 from patchcert_cli.cards import page
 from patchcert_cli.cards.entries import (
     CARD_RULES,
+    Attacked,
     File,
     Hub,
     Measured,
@@ -64,6 +65,7 @@ class Card:
             here) or ``unreliable`` (for ``reason``).
         notes: free text, a paragraph of the prose.
         samples: what was measured on images that are not a test split.
+        attacked: accuracy under named attacks, which is all that a card of a defense without certificates may claim.
     """
 
     name: Name
@@ -90,6 +92,7 @@ class Card:
     results: tuple[Measured, ...] = ()
     samples: tuple[Sample, ...] = ()
     published: tuple[Published, ...] = ()
+    attacked: tuple[Attacked, ...] = ()
     rules: ClassVar[tuple[Rule, ...]] = CARD_RULES
 
     @classmethod
@@ -141,7 +144,7 @@ class Card:
         values: dict[str, Any] = schema.plain(self)
         if self.guarantee is Guarantee.RECOVERY:  # the default
             del values["guarantee"]
-        for name in ("classifier", "origin", "samples"):
+        for name in ("classifier", "origin", "samples", "attacked"):
             if not values[name]:
                 del values[name]
         for one in values["results"]:

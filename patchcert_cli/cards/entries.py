@@ -52,6 +52,7 @@ Split = Annotated[str, _match(r"[a-z]+\[\d+\]", "a split and how many of its ima
 Sha256 = Annotated[str, _match(r"[0-9a-f]{64}", "a sha256 of 64 hex digits")]
 Commit = Annotated[str, _match(r"[0-9a-f]{40}", "a commit of 40 hex digits")]
 Repo = Annotated[str, _match(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", "organization/name")]
+Proven = Annotated[Guarantee, Must(lambda one: one.proves, "a guarantee of certificates")]
 SampleFile = Annotated[str, _match(SAMPLE, "a file such as sample-1.jsonl.gz")]
 Status = Annotated[str, Must(STATUSES.__contains__, f"one of {', '.join(STATUSES)}")]
 
@@ -135,7 +136,7 @@ class Measured:
     date: Date
     command: Text
     patchcert: Text
-    guarantee: Guarantee = Guarantee.RECOVERY
+    guarantee: Proven = Guarantee.RECOVERY
     arithmetic: Arithmetic | None = None
     rules: ClassVar[tuple[Rule, ...]] = (_ordered_counts, _interval_holds_the_share)
 
@@ -163,7 +164,7 @@ class Sample:
     command: Text
     patchcert: Text
     records: SampleFile
-    guarantee: Guarantee = Guarantee.RECOVERY
+    guarantee: Proven = Guarantee.RECOVERY
     arithmetic: Arithmetic = Arithmetic.MEASURED
     masks: str = ""
     rules: ClassVar[tuple[Rule, ...]] = (_ordered_counts, _interval_holds_the_share)
@@ -178,6 +179,33 @@ class Published:
     certified: Share
     source: Text
     rules: ClassVar[tuple[Rule, ...]] = (_ordered_shares,)
+
+
+def _right_of_clean(images: int, clean: int, right: int) -> Iterable[str]:
+    if not right <= clean <= images:
+        yield f"right {right}, clean {clean}, images {images}: each must be at most the next"
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """Accuracy under attacks that were run: right answers that none of them changed. It proves nothing, so no table of
+    certificates holds it.
+
+    Attributes:
+        attacks: their names; an image counts as right if it withstood all of them.
+    """
+
+    dataset: Text
+    split: Text
+    images: Positive
+    threat: ThreatField
+    clean: Count
+    right: Count
+    attacks: Annotated[tuple[Text, ...], Must(bool, "the name of one attack or more")]
+    date: Date
+    command: Text
+    patchcert: Text
+    rules: ClassVar[tuple[Rule, ...]] = (_right_of_clean,)
 
 
 def weights_sha256(files: Mapping[str, File]) -> str:
@@ -279,6 +307,19 @@ def _samples_fit(samples: tuple[Sample, ...], files: dict[str, File], status: st
     yield from _repeated("samples", [(one.records, str(one.threat), one.guarantee, one.method) for one in samples])
 
 
+def _nothing_is_proven(
+    guarantee: Guarantee,
+    results: tuple[Measured, ...],
+    samples: tuple[Sample, ...],
+    published: tuple[Published, ...],
+    validation: Validation | None,
+) -> Iterable[str]:
+    """All that a card may claim of a defense without certificates is accuracy under named attacks (``attacked``)."""
+    claims: dict[str, Any] = {"results": results, "samples": samples, "published": published, "validation": validation}
+    if not guarantee.proves:
+        yield from (f"{name} must be empty while guarantee is {guarantee}" for name, claim in claims.items() if claim)
+
+
 def _one_result_each(results: tuple[Measured, ...]) -> Iterable[str]:
     yield from _repeated("results", [(one.dataset, one.split, str(one.threat), one.guarantee, one.method) for one in results])
 
@@ -289,5 +330,5 @@ def _repeated(field: str, keys: list[tuple[str, ...]]) -> Iterable[str]:
 
 CARD_RULES: tuple[Rule, ...] = (
     *(_plain_files, _status_fits, _classifier_fits, _recipe_agrees, _recipe_is_plain, _one_result_each),
-    _samples_fit,
+    *(_samples_fit, _nothing_is_proven),
 )

@@ -26,7 +26,7 @@ def hub_metadata(card: Card) -> dict[str, Any]:
         "pipeline_tag": "image-classification",
         "license": card.license,
         **({} if ":" in card.dataset else {"datasets": [HUB_DATASETS.get(card.dataset, card.dataset)]}),  # not a local folder
-        "tags": ["certified-robustness", f"{card.threat.kind}-attack", card.defense],
+        "tags": [*(["certified-robustness"] if card.guarantee.proves else []), f"{card.threat.kind}-attack", card.defense],
     }
     if card.results:
         results = [_hub_result(one) for one in card.results]
@@ -66,9 +66,9 @@ def prose(card: Card) -> str:
         f"# {card.name}",
         _summary(card),
         *([card.notes] if card.notes else []),
-        "## Measured beside published",
-        *_comparison(card),
+        *(["## Measured beside published", *_comparison(card)] if card.guarantee.proves else []),
         *_samples(card),
+        *_attacked(card),
         "## Use",
         *_use(card),
         "## How it was made",
@@ -88,7 +88,7 @@ def _summary(card: Card) -> str:
         "Network": card.network,
         "Data set": card.dataset,
         "Made for" if card.public else "Trained against": f"`{card.threat}`",
-        **({"Guarantee": "detection"} if card.guarantee is Guarantee.DETECTION else {}),
+        **({} if card.guarantee is Guarantee.RECOVERY else {"Guarantee": str(card.guarantee)}),
         **({"Weights": card.origin} if card.origin else {}),
         "Licence": card.license,
         "Hub": f"{card.hub.repo} @ {card.hub.revision}" if card.hub.revision else _unpinned(card),
@@ -167,6 +167,20 @@ def _samples(card: Card) -> list[str]:
     return ["## Measured on other images", known, "\n".join(lines), "Measured with:", "\n".join(made)]
 
 
+def _attacked(card: Card) -> list[str]:
+    """Accuracy under named attacks, apart from everything that is proven."""
+    if not card.attacked:
+        return []
+    lines = ["| threat | data | n | clean | right under all attacks | attacks |", "|" + " --- |" * 6]
+    for one in card.attacked:
+        shares = [percent(one.clean, one.images), percent(one.right, one.images)]
+        about = [f"`{one.threat}`", f"{one.dataset} {one.split}", str(one.images), *shares, ", ".join(one.attacks)]
+        lines.append("| " + " | ".join(about) + " |")
+    made = dict.fromkeys(f"- `{one.command}` (patchcert {one.patchcert}, {one.date})" for one in card.attacked)
+    known = "This proves nothing: a stronger attack may leave less."
+    return ["## Accuracy under attack", known, "\n".join(lines), "Measured with:", "\n".join(made)]
+
+
 def _row(cells: list[str], report: Published | None) -> str:
     shares = [f"{report.clean:.2%}", f"{report.certified:.2%}"] if report else ["", ""]
     return "| " + " | ".join([*cells, *shares]) + " |"
@@ -177,17 +191,18 @@ def _use(card: Card) -> list[str]:
         return [f"The weights are public, `{card.classifier}`: nothing is trained. Measure them:", _code("bash", card.command)]
     if not card.files:
         return ["There are no weights yet. Train them:", _code("bash", card.command)]
-    option = as_options(card.threat)
+    option, verb = as_options(card.threat), "certify" if card.guarantee.proves else "attack"
     option += " --data imagefolder:./val" if card.public else ""
     name = card.name if card.hub.repo == f"patchcert/{card.name}" else f"{card.hub.repo}@{card.hub.revision or 'COMMIT'}"
+    proof = f'certificate = defense.certify(images, patchcert_cli.parse_threat("{card.threat}"))'
     python = [
         "import patchcert_cli",
         "",
         "# a torch module; images are [B, C, H, W] in [0, 1]",
         f'defense = patchcert_cli.load("{name}")',
-        f'certificate = defense.certify(images, patchcert_cli.parse_threat("{card.threat}"))',
+        proof if card.guarantee.proves else "answers = defense.predict(images)",
     ]
-    return [_code("bash", f"patchcert certify {name} {option}"), _code("python", "\n".join(python))]
+    return [_code("bash", f"patchcert {verb} {name} {option}"), _code("python", "\n".join(python))]
 
 
 def _making(card: Card) -> list[str]:
@@ -206,6 +221,10 @@ def _making(card: Card) -> list[str]:
 
 
 def _proof(card: Card) -> list[str]:
+    if not card.guarantee.proves:
+        return [
+            f"Nothing is proven: {card.defense} has no certificate. All that is known is how often it withstood given attacks."
+        ]
     change = CHANGES.get(card.threat.kind, "makes any change that the threat allows")
     detects = card.guarantee is Guarantee.DETECTION
     proven = (

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from patchcert_cli.arithmetic import Arithmetic, former, weakest
-from patchcert_cli.cards.entries import Measured, Sha256, Text, ThreatField
+from patchcert_cli.cards.entries import Measured, Proven, Sha256, Text, ThreatField
 from patchcert_cli.cards.results import CertifyResult, read_records
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError
 from patchcert_cli.schema import Count
@@ -35,7 +35,7 @@ class ClaimKey:
 
     threat: ThreatField
     method: Text
-    guarantee: Guarantee = Guarantee.RECOVERY
+    guarantee: Proven = Guarantee.RECOVERY
     arithmetic: Arithmetic | None = None
 
     def to_dict(self) -> dict[str, str]:

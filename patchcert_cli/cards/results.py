@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from patchcert_cli.arithmetic import Arithmetic
-from patchcert_cli.cards.entries import Date, Sha256, Share, Text, ThreatField
+from patchcert_cli.cards.entries import Date, Proven, Sha256, Share, Text, ThreatField
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.schema import Count, Invalid, Positive, read
 from patchcert_cli.storage import files
@@ -24,17 +24,27 @@ CLAIM = (  # the fields of a claim in a result
     *("threat", "method", "guarantee", "arithmetic", "clean_accuracy", "certified_accuracy", "certified_interval", "counts"),
     "thresholds",
 )
-VERDICT = ("certified", "margin", "worst", "runner_up", "method", "arithmetic", "thresholds")  # and in a record
+VERDICT = ("certified", "margin", "worst", "runner_up", "method", "arithmetic")  # and in a record
+DETECTION = ("or_alarm", "thresholds", "or_alarm_thresholds")  # and of certified detection
 FORMER_NAMES = {"rival": "runner_up"}  # of fields of records
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Right answers, and right answers that are certified; alarms where the defense raises them."""
+    """Right answers, and right answers that are certified.
+
+    Attributes:
+        clean: right answers, none of them an alarm.
+        certified: those of them that are certified.
+        alarms: of certified detection, images that raise an alarm without an attack.
+        or_alarm: of certified detection, images of which every attack is answered right or with an alarm, those that raise one
+            without an attack included; the published metric.
+    """
 
     clean: Count
     certified: Count
     alarms: Count = 0
+    or_alarm: Count = 0
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class ClaimResult:
     certified_accuracy: Share
     certified_interval: tuple[Share, Share]
     counts: Counts
-    guarantee: Guarantee = Guarantee.RECOVERY
+    guarantee: Proven = Guarantee.RECOVERY
     arithmetic: Arithmetic | None = None
 
 
@@ -109,7 +119,7 @@ def current_record(values: Mapping[str, Any]) -> dict[str, Any]:
     """A record in format 2; of one in format 1 the same verdicts."""
     verdicts = values.get("claims")
     if verdicts is None:
-        held = {name: value for name, value in values.items() if FORMER_NAMES.get(name, name) in VERDICT}
+        held = {name: value for name, value in values.items() if FORMER_NAMES.get(name, name) in (*VERDICT, *DETECTION)}
         values = {name: value for name, value in values.items() if name not in held}
         verdicts = [held] if "certified" in held else []
     renamed = [{FORMER_NAMES.get(name, name): value for name, value in one.items()} for one in verdicts]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from patchcert_cli.cli import loading, several, show
+from patchcert_cli.cli import launch, loading, several, show
+from patchcert_cli.cli.attack_options import JoinOptions, KeepOptions, SavedOptions, SearchOptions
 from patchcert_cli.cli.groups import grouped
 from patchcert_cli.cli.options import (
-    RUN,
     ClassifierOptions,
     DataOptions,
     DryRunOption,
@@ -24,105 +20,22 @@ from patchcert_cli.cli.options import (
 from patchcert_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from patchcert_cli.attacks import Attack
-    from patchcert_cli.evaluation.task import EvaluationTask
+    from patchcert_cli.attacks import AnyAttack
+    from patchcert_cli.data.resize_crop import ResizeCrop
+    from patchcert_cli.defenses import Claim, Defense
+    from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
     from patchcert_cli.threats import Threat
+
+    _Attacker = tuple[AnyAttack, dict[str, Any]]
 
 EXAMPLES = (
     "Examples:  patchcert attack mnist-ibp-p5 --patch 5 --limit 500   |   patchcert attack runs/x --threat sparse --k 4"
-    "   |   patchcert attack NAME --patch 50 --saved ./patches --data imagefolder:./val   |   patchcert attack --attack list"
+    "   |   patchcert attack NAME --patch 5 --attack all   |   patchcert attack NAME --patch 50 --saved ./patches"
+    "   |   patchcert attack --attack list"
 )
 OLD = {"--labels": "--precision"}  # spellings of earlier versions
-ATTACK, SAVED = "Attack", "Images to paste"
 COLUMNS = ("model", "threat", "right under attack", "certified", "flipped")  # where there is little room
 LIST = "list"
-
-AttackOption = Annotated[
-    str | None,
-    typer.Option(
-        "--attack",
-        metavar="NAME|list",
-        help="Attack by name; list prints all names with the threats they know. Default: the documented one of the threat.",
-        rich_help_panel=ATTACK,
-    ),
-]
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """Which attack searches, and how long."""
-
-    attack: AttackOption = None
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Gradient steps.", rich_help_panel=ATTACK)] = None
-    restarts: Annotated[
-        int | None, typer.Option("--restarts", min=0, help="Random restarts per location (patch).", rich_help_panel=ATTACK)
-    ] = None
-    locations: Annotated[
-        int | None,
-        typer.Option(
-            "--locations", min=1, help="How many of the most damaging locations to attack (patch).", rich_help_panel=ATTACK
-        ),
-    ] = None
-    iterations: Annotated[
-        int | None, typer.Option("--iterations", min=0, help="Rounds of random search (sparse).", rich_help_panel=ATTACK)
-    ] = None
-
-    def settings(self) -> dict[str, Any]:
-        """What is given of the attack's own options."""
-        own = ("steps", "restarts", "locations", "iterations")
-        return {name: value for name in own if (value := getattr(self, name)) is not None}
-
-
-@dataclass(frozen=True)
-class SavedOptions:
-    """Given images that are pasted in the place of a search."""
-
-    saved: Annotated[
-        Path | None,
-        typer.Option("--saved", metavar="FOLDER", help="Paste these images at random places instead.", rich_help_panel=SAVED),
-    ] = None
-    places: Annotated[
-        int | None,
-        typer.Option("--places", min=1, help="How often each is pasted on an image. Default: 1.", rich_help_panel=SAVED),
-    ] = None
-    turn: Annotated[
-        float | None,
-        typer.Option("--turn", metavar="DEGREES", help="Turn each by up to DEGREES to either side.", rich_help_panel=SAVED),
-    ] = None
-    shrink: Annotated[
-        float | None,
-        typer.Option("--shrink", metavar="SHARE", help="Scale each by a factor between SHARE and 1.", rich_help_panel=SAVED),
-    ] = None
-
-    def settings(self) -> dict[str, Any]:
-        """What is given of how they are pasted."""
-        return {name: value for name in ("places", "turn", "shrink") if (value := getattr(self, name)) is not None}
-
-
-@dataclass(frozen=True)
-class JoinOptions:
-    """How long, and whether certificates are checked against it."""
-
-    join: Annotated[
-        bool,
-        typer.Option(
-            "--certify/--no-certify", help="Certify the same images; exit 8 if a certified one is flipped.", rich_help_panel=RUN
-        ),
-    ] = True
-    max_seconds: Annotated[
-        float | None,
-        typer.Option(
-            "--max-seconds",
-            metavar="S",
-            help="Stop after S seconds and report which images are left; the same command goes on with them.",
-            rich_help_panel=RUN,
-        ),
-    ] = None
-
-    def check(self) -> None:
-        """Refuse a time that is none."""
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise UsageError(f"--max-seconds {self.max_seconds:g} must be more than 0.")
 
 
 @grouped
@@ -134,6 +47,7 @@ def attack(
     saved: SavedOptions,
     classifier: ClassifierOptions,
     data: DataOptions,
+    keep: KeepOptions,
     run: RunOptions,
     join: JoinOptions,
     dry_run: DryRunOption = False,
@@ -148,26 +62,37 @@ def attack(
         return
     chosen = threat.one()
     request = classifier.request(dry_run=dry_run, download=data.download)
-    several.alone(models or [], {"--out": run.out})
+    several.alone(models or [], {"--out": run.out, **keep.of_one_model})
     join.check()
+    keep.check(data, run, join, dry_run)
     _check_options(search, saved)
+    launch.start(run.processes, dry_run=dry_run)
 
     from patchcert_cli.defenses import Claim
-    from patchcert_cli.evaluation import results
+    from patchcert_cli.evaluation import results, single_image
     from patchcert_cli.reporting import text
 
     def claims(own: Threat | None, shape: tuple[int, int, int]) -> list[Claim]:
         return [Claim(chosen or threat.own(own))]
 
+    def attacker(defense: Defense, threat: Threat) -> _Attacker:
+        return _attacker(defense, threat, search, saved, run.seed, join.join)
+
     def one(model: str | None, command: str) -> several.Value:
+        if keep.image is not None:
+            opened = loading.open_image(model, claims, request, data.dataset, run.device, keep.image)
+            return _attack_image(*opened, attacker, keep, join)
         if dry_run:
             task, total = loading.open_sample(model, claims, data, run, command, request)
-            return _estimate(task, total, *_attacker(task, search, saved, run.seed), run, join)
+            return _estimate(task, total, *attacker(task.model.defense, task.threat), run, join)
         task = loading.open_task(model, claims, data, run, command, request)
-        return _attack(task, *_attacker(task, search, saved, run.seed), run, join)
+        return _attack(task, *attacker(task.model.defense, task.threat), run, join, keep)
 
     if dry_run:
         several.run(models, one, several.estimates, output.json, one_table=several.in_two_columns(text.plain_rows))
+    elif keep.image is not None:
+        rows = several.in_two_columns(text.attacked_image_rows)
+        several.run(models, one, _table, output.json, one_table=rows, check=single_image.check)
     else:
         several.run(
             models, one, _table, output.json, one_table=several.in_two_columns(text.attack_rows), check=results.check_claim
@@ -187,12 +112,14 @@ def print_attacks(json_to: str | None) -> None:
 
 
 def _attack(
-    task: EvaluationTask, attacker: Attack, settings: dict[str, Any], run: RunOptions, join: JoinOptions
+    task: EvaluationTask, attacker: AnyAttack, settings: dict[str, Any], run: RunOptions, join: JoinOptions, keep: KeepOptions
 ) -> several.Value:
+    """Attack test images, and draw the plot if asked."""
     from patchcert_cli.evaluation import evaluate
+    from patchcert_cli.reporting import attack_plots
 
     with show.progress() as progress:
-        return evaluate.attack(
+        found = evaluate.attack(
             task,
             attacker,
             settings,
@@ -201,16 +128,57 @@ def _attack(
             fresh=run.fresh,
             progress=progress,
             max_seconds=join.max_seconds,
+            save=keep.save,
         )
+    if keep.plot is not None:
+        attack_plots.queries([found], keep.plot)
+        show.say(f"drew {keep.plot}")
+    return found
+
+
+def _attack_image(
+    model: EvaluatedModel,
+    claims: Sequence[Claim],
+    resize_crop: ResizeCrop,
+    attacker: Callable[[Defense, Threat], _Attacker],
+    keep: KeepOptions,
+    join: JoinOptions,
+) -> several.Value:
+    """Attack one image, and draw it if asked."""
+    from patchcert_cli.evaluation import single_image
+    from patchcert_cli.reporting import attack_plots
+
+    assert keep.image is not None
+    threat = claims[0].threat
+    with show.progress() as progress:
+        found = single_image.attack(
+            model,
+            keep.image,
+            threat,
+            *attacker(model.defense, threat),
+            join=join.join,
+            resize_crop=resize_crop,
+            resize=keep.resize,
+            save=keep.save,
+            progress=progress,
+        )
+    values = found.values
+    if keep.map_ is not None:
+        attack_plots.attacked_image(values, found.clean, found.adversarial, keep.map_)
+        values |= {"map": str(keep.map_)}
+        found.notes.append(f"drew {keep.map_}")
+    show.say("\n".join(found.notes))
+    return values
 
 
 def _estimate(
-    task: EvaluationTask, total: int, attacker: Attack, settings: dict[str, Any], run: RunOptions, join: JoinOptions
+    task: EvaluationTask, total: int, attacker: AnyAttack, settings: dict[str, Any], run: RunOptions, join: JoinOptions
 ) -> several.Value:
     """What attacking ``total`` images would take, measured on the few of the task."""
     from patchcert_cli.evaluation import estimate
 
-    folder = run.out or task.folder("attack", {"attack": settings, "joined": join.join})
+    joined = join.join and task.model.defense.guarantee.proves
+    folder = run.out or task.folder("attack", {"attack": settings, "joined": joined})
     with show.progress() as progress:
         return estimate.evaluation(task, folder, attacker, total, join=join.join, progress=progress)
 
@@ -227,41 +195,46 @@ def _check_options(search: SearchOptions, saved: SavedOptions) -> None:
     if search.attack is not None:
         from patchcert_cli import attacks
 
-        attacks.check_name(search.attack)
+        chosen = attacks.listed(search.attack)
+        if len(chosen) > 1 and "saved" in chosen:
+            raise UsageError("the attack saved does not search, and cannot be in a list.", hint="Run it alone: --saved FOLDER")
 
 
-def _attacker(task: EvaluationTask, search: SearchOptions, saved: SavedOptions, seed: int) -> tuple[Attack, dict[str, Any]]:
+def _attacker(defense: Defense, threat: Threat, search: SearchOptions, saved: SavedOptions, seed: int, hinted: bool) -> _Attacker:
     """The attack that the options name, and its settings for the manifest."""
     from patchcert_cli import attacks
 
-    if saved.saved is None:
-        settings = search.settings()
-        chosen = attacks.for_threat(task.threat, search.attack, seed=seed, **settings)
-        return chosen, settings | {"name": type(chosen).__name__, "seed": seed}
-    settings = saved.settings()
-    shape = task.model.defense.input_shape
-    pasted, pictures = attacks.pasted(saved.saved, task.threat, shape, seed=seed, **settings)
-    return pasted, settings | {"name": type(pasted).__name__, "seed": seed, "pictures": pictures}
+    settings, chosen = search.settings() | saved.settings(), attacks.listed(search.attack) if search.attack else []
+    if saved.saved is not None:
+        pasted, pictures = attacks.pasted(saved.saved, threat, defense.input_shape, seed=seed, **settings)
+        return pasted, settings | attacks.identity(pasted) | {"pictures": pictures}
+    if len(chosen) > 1 or chosen == [attacks.ALL]:
+        several_: AnyAttack = attacks.combined(chosen, threat, defense, hinted=hinted, seed=seed, **settings)
+        return several_, settings | attacks.identity(several_)
+    single = attacks.for_threat(threat, chosen[0] if chosen else None, seed=seed, **settings)
+    return single, settings | attacks.identity(single)
 
 
 def _table(results: Sequence[several.Value]) -> None:
     """One row for each model."""
     from patchcert_cli.reporting.numbers import share
+    from patchcert_cli.threats import Guarantee
 
-    rows = []
-    for result in results:
+    rows, guarantees = [], [result.get("guarantee", "recovery") for result in results]
+    for result, guarantee in zip(results, guarantees, strict=True):
         images, counts = result["images"], result["counts"]
         survived = round(result["attacked_accuracy"] * images)
         certified = [claim["counts"]["certified"] for claim in result["claims"]]
+        proven = {"certified": share(certified[0], images) if certified else "-"} if Guarantee(guarantee).proves else {}
         rows.append(
             {
                 "model": str(result["model"]),
                 "threat": result["threat"],
                 "clean": share(counts["clean"], images),
                 "right under attack": share(survived, images),
-                "certified": share(certified[0], images) if certified else "-",
+                **proven,
                 "flipped": f"{len(result['broken'])} certified images" if certified else f"{result['flipped']} images",
                 "time": f"{result['seconds']:.1f} s",
             }
         )
-    several.by_guarantee(rows, [result.get("guarantee", "recovery") for result in results], COLUMNS)
+    several.by_guarantee(rows, guarantees, COLUMNS)

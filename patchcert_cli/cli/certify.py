@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import loading, several, show
+from patchcert_cli.cli import launch, loading, several, show
 from patchcert_cli.cli.groups import grouped
 from patchcert_cli.cli.options import (
     ClassifierOptions,
@@ -22,6 +22,7 @@ from patchcert_cli.cli.options import (
     file_to_write,
 )
 from patchcert_cli.errors import UsageError
+from patchcert_cli.parallel import workers
 from patchcert_cli.threats import patches_of_area
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class ImageOptions:
         typer.Option(
             "--plot-thresholds",
             callback=file_to_write("--plot-thresholds"),
-            help="Certified detection: draw alarms on unattacked images and certified answers over the threshold into this file.",
+            help="Certified detection: draw alarms on unattacked images and certified ones over the threshold into this file.",
             rich_help_panel=IMAGE,
         ),
     ] = None
@@ -130,6 +131,7 @@ class ImageOptions:
             of_many |= {
                 "--dry-run": dry_run,
                 "--fresh": run.fresh,
+                "--processes": run.processes,
                 "--plot": self.plot,
                 "--plot-thresholds": self.plot_thresholds,
             }
@@ -165,7 +167,12 @@ def certify(
     claims = _claims(threat, proof)
     request = classifier.request(dry_run=dry_run, download=data.download, compare=image.plot_thresholds is not None)
     several.alone(models or [], {"--out": run.out, "--image": image.image, **image.drawn})
+    if request.defense is not None:
+        from patchcert_cli import defenses
+
+        defenses.by_name(request.defense).check_proves()  # before anything is loaded
     image.check(data, run, dry_run)
+    launch.start(run.processes, dry_run=dry_run)
 
     from patchcert_cli.reporting import text
 
@@ -216,6 +223,8 @@ def _certify(
         found = evaluate.certify(task, run.out, fresh=run.fresh, progress=progress)
     show.say("\n".join(filter(None, dict.fromkeys(task.model.defense.note(claim.threat) for claim in task.claims))))
     found |= {} if area is None else {"patch_area": area}
+    if not workers.current().first:
+        return found
     if image.plot is not None:
         plots.plot(text.claim_list(found), image.plot, title=text.plot_title(found), area=area)
         show.say(f"drew {image.plot}")
@@ -240,20 +249,11 @@ def _certify_image(
     model: str | None, claims: Claims, request: DefenseRequest, dataset: str | None, device: str, image: ImageOptions
 ) -> several.Value:
     """Certify one image, and draw its map if asked."""
-    from patchcert_cli import device as devices
-    from patchcert_cli.data.datasets import open_dataset
     from patchcert_cli.evaluation import single_image
     from patchcert_cli.reporting import margin_maps
 
     assert image.image is not None
-    place = devices.resolve(device)
-    images = None if dataset is None else open_dataset(dataset)
-    candidate = loading.find(model, dataset, request, place)
-    resize_crop = candidate.meant(images, image.image)
-    shape = (candidate.channels, *resize_crop.size)
-    claimed = claims(candidate.threat, shape)
-    evaluated = candidate.evaluated(shape, [claim.threat for claim in claimed], place)
-    show.say("\n".join(evaluated.notes))
+    evaluated, claimed, resize_crop = loading.open_image(model, claims, request, dataset, device, image.image)
     with show.progress() as progress:
         found = single_image.certify(
             evaluated,
@@ -273,6 +273,13 @@ def _certify_image(
     return values
 
 
+def _share_of(name: str, claim: dict[str, Any]) -> str:
+    """A count of a claim as a share of its images; results of older versions do not have all counts."""
+    from patchcert_cli.reporting.numbers import share
+
+    return share(claim[name], claim["images"]) if name in claim else "-"
+
+
 def _table(results: Sequence[several.Value]) -> None:
     """One row for each model and claim."""
     from patchcert_cli.reporting import text
@@ -287,6 +294,7 @@ def _table(results: Sequence[several.Value]) -> None:
             **({"proof": claim["method"]} if methods else {}),
             "clean": share(claim["clean"], claim["images"]),
             "certified": share(claim["certified"], claim["images"]),
+            **({"published metric": _share_of("or_alarm", claim)} if claim["guarantee"] == "detection" else {}),
             "95 % interval": interval(claim["certified_interval"]),
             "arithmetic": claim["arithmetic"],
             "time": f"{result['seconds']:.1f} s",

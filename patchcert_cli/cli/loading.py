@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from patchcert_cli.cli import show
 from patchcert_cli.cli.options import DataOptions, RunOptions
 from patchcert_cli.errors import DataError, UsageError
+from patchcert_cli.parallel import workers
 
 if TYPE_CHECKING:
     from patchcert_cli.data.datasets import Dataset
     from patchcert_cli.data.images import Images
+    from patchcert_cli.data.resize_crop import ResizeCrop
     from patchcert_cli.defenses import Claim
     from patchcert_cli.evaluation.models import DefenseRequest, ModelSource
     from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
@@ -37,7 +39,11 @@ def open_task(
     images = opened.dataset.load("test", download=data.download, fetch=f"{command} --download")
     total = datasets.whole_split(images)
     _report(opened.dataset, images, total)
-    return opened.task(images.limit(data.limit, run.seed), total, run, command)
+    chosen, ranks = images.limit(data.limit, run.seed), workers.current().size
+    if ranks > len(chosen):
+        hint = f"Use --processes {len(chosen)} or fewer."
+        raise UsageError(f"{ranks} processes are more than the {len(chosen)} image{'s' * (len(chosen) != 1)}.", hint=hint)
+    return opened.task(chosen, total, run, command)
 
 
 def open_sample(
@@ -55,6 +61,24 @@ def open_sample(
     chosen = images.limit(data.limit, run.seed)
     sample = chosen if chosen.reader is None else chosen.limit(estimate.MOST, run.seed)
     return opened.task(sample, total, run, command), len(chosen)
+
+
+def open_image(
+    model: str | None, claims: Claims, request: DefenseRequest, dataset: str | None, device: str, path: Path
+) -> tuple[EvaluatedModel, Sequence[Claim], ResizeCrop]:
+    """Load a model for one image file; also returns the claims, and how the file is resized and cropped."""
+    from patchcert_cli import device as devices
+    from patchcert_cli.data.datasets import open_dataset
+
+    place = devices.resolve(device)
+    images = None if dataset is None else open_dataset(dataset)
+    candidate = find(model, dataset, request, place)
+    resize_crop = candidate.meant(images, path)
+    shape = (candidate.channels, *resize_crop.size)
+    claimed = claims(candidate.threat, shape)
+    evaluated = candidate.evaluated(shape, [claim.threat for claim in claimed], place)
+    show.say("\n".join(evaluated.notes))
+    return evaluated, claimed, resize_crop
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from patchcert_cli.cli import show
+from patchcert_cli.cli.groups import without
 from patchcert_cli.cli.threat_options import own_threat, threat_from, threats_from
 from patchcert_cli.errors import UsageError
 from patchcert_cli.schema import LARGEST_SEED
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 THREAT, DATA, RUN, OUTPUT = "Threat model", "Data", "Run", "Output"
 CLASSIFIER = "Plain classifiers and masks"
 PRECISIONS = ("float32", "bfloat16")
+PROCESSES = "--processes"
 
 
 def file_to_write(flag: str) -> Callable[[Any], Any]:
@@ -147,6 +149,15 @@ OutOption = Annotated[
     ),
 ]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming the run folder.", rich_help_panel=RUN)]
+ProcessesOption = Annotated[
+    str | None,
+    typer.Option(
+        PROCESSES,
+        metavar="N|auto",
+        help="Share the work among N processes, as torchrun would start them; auto: one per GPU, or per 2 cores.",
+        rich_help_panel=RUN,
+    ),
+]
 DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Report what would be done and how long it takes; write nothing.", rich_help_panel=RUN),
@@ -236,8 +247,9 @@ class ClassifierOptions:
         str | None,
         typer.Option(
             "--mask-shape",
-            metavar="square|column|row",
-            help="column: strips over the whole height, which cover patches of any height; row: over the width.",
+            metavar="square|column|row|any",
+            help="column: strips over the whole height, which cover patches of any height; row: over the width; any, with"
+            " --passes: the shape that hides the fewest pixels.",
             rich_help_panel=CLASSIFIER,
         ),
     ] = None
@@ -273,7 +285,17 @@ class ClassifierOptions:
         typer.Option(
             "--threshold",
             metavar="P",
-            help="Certified detection: a masked prediction that differs raises an alarm from confidence P on. Default: 0.",
+            help="Certified detection: confidence in [0, 1] by which alarms are raised; default: the model's.",
+            rich_help_panel=CLASSIFIER,
+        ),
+    ] = None
+
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            metavar="NAME=VALUE",
+            help="A setting of a defense without masks, such as threshold=0.2 of lgs. Repeatable.",
             rich_help_panel=CLASSIFIER,
         ),
     ] = None
@@ -289,21 +311,28 @@ class ClassifierOptions:
         for flag, value in (("--masks", self.masks), ("--passes", self.passes)):
             if value is not None and value < 1:
                 raise UsageError(f"{flag} {value} must be 1 or more.")
-        if self.threshold is not None and not 0 <= self.threshold < 1:
-            hint = "Allowed: from 0 (any contradiction) to below 1."
-            raise UsageError(f"--threshold {self.threshold:g} is not a confidence.", hint=hint)
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise UsageError(f"--threshold {self.threshold:g} is not a confidence.", hint="Allowed: from 0 to 1.")
         if self.precision not in (None, *PRECISIONS):
             raise UsageError(f"invalid --precision '{self.precision}'.", hint=f"Use {' or '.join(PRECISIONS)}.")
         if self.weights == "none" and not dry_run:
             raise UsageError("--weights none means random weights, whose answers mean nothing.", hint="Add --dry-run.")
 
-        from patchcert_cli.certifiers.masks.mask_sets import SHAPES
+        from patchcert_cli.certifiers.masks.mask_sets import ANY, SHAPES
         from patchcert_cli.evaluation.models import DefenseRequest
 
-        if self.mask_shape not in (None, *SHAPES):
-            raise UsageError(f"invalid --mask-shape '{self.mask_shape}'.", hint=f"Use {', '.join(SHAPES[:-1])} or {SHAPES[-1]}.")
+        if self.mask_shape not in (None, *SHAPES, ANY):
+            raise UsageError(f"invalid --mask-shape '{self.mask_shape}'.", hint=f"Use {', '.join(SHAPES)} or {ANY}.")
+        if self.mask_shape == ANY and self.passes is None:
+            hint = "Say how many passes, for example --passes 105, or choose a shape."
+            raise UsageError("--mask-shape any is chosen for a number of passes.", hint=hint)
         made = (self.defense, self.masks, self.passes, self.weights, self.classes, self.precision)
-        return DefenseRequest(*made, download, self.threshold, compare, self.mask_shape)
+        settings = {}
+        if self.option:
+            from patchcert_cli.training import overrides
+
+            settings = overrides.pairs(self.option, "--option")
+        return DefenseRequest(*made, download, self.threshold, compare, self.mask_shape, settings)
 
 
 @dataclass(frozen=True)
@@ -325,6 +354,7 @@ class RunOptions:
     seed: SeedOption = 0
     out: OutOption = None
     fresh: FreshOption = False
+    processes: ProcessesOption = None
 
 
 @dataclass(frozen=True)
@@ -336,6 +366,9 @@ class OutputOptions:
 
 
 def typed_command(model: str | None = None, models: Sequence[str] = ()) -> str:
-    """What the user typed, for manifests and cards; of several models as if only ``model`` had been typed."""
+    """What the user typed, for manifests and cards; of several models as if only ``model`` had been typed.
+
+    It does not say how many processes there were: nothing depends on it.
+    """
     others = set(models) - {model}
-    return shlex.join(["patchcert", *(word for word in sys.argv[1:] if word not in others)])
+    return shlex.join(["patchcert", *(word for word in without(sys.argv[1:], PROCESSES) if word not in others)])

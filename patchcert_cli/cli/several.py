@@ -93,10 +93,11 @@ def estimates(values: Sequence[Value]) -> None:
 
 
 def by_guarantee(rows: Sequence[Mapping[str, str]], guarantees: Sequence[str], first: Sequence[str]) -> None:
-    """Print rows in one table for each guarantee: recovery and detection are never in one."""
+    """Print rows in one table for each guarantee: recovery, detection, and what proves nothing, are never in one."""
     for guarantee in Guarantee:
         part = [row for row, of in zip(rows, guarantees, strict=True) if of == guarantee]
         if part and guarantee is not Guarantee.RECOVERY:
-            typer.echo(f"Certified {guarantee}: {guarantee.phrase}.")
+            promised = f"Certified {guarantee}" if guarantee.proves else "No certificates"
+            typer.echo(f"{promised}: {guarantee.phrase}.")
         if part:
             show.table(part, first)

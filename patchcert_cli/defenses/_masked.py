@@ -47,7 +47,8 @@ class MaskedOptions(AugmentedOptions):
     Attributes:
         per_axis: masks of the deployed model along each axis, at most.
         mask_shape: ``square``, ``column`` or ``row``, the shape of the deployed masks.
-        sides: random masks are squares of one of these sides; empty for the shapes of the deployed masks.
+        sides: random masks are squares of one of these sides, or strips of one of these widths, at any offset; empty for the
+            sides of the deployed masks.
         masks: random masks an image.
         greedy_from: part of the run after which masks are chosen by greedy cutout.
         greedy_share: part of the images of which they are chosen so; the others have random ones.
@@ -157,8 +158,9 @@ class MaskedClassifier(Trainable, MarginMaps, WrapsClassifier):
             UsageError: there are no such masks for images of this size.
         """
         super().__init__(input_shape=input_shape, classes=classes)
-        self.network, self.plan, self.prediction_dtype = network, masks, prediction_dtype
-        self.set, self._memory = masks.masks(*input_shape[1:]), CalibrationCache()
+        self.network, self.prediction_dtype = network, prediction_dtype
+        self.plan, self._why = masks.chosen(*input_shape[1:])
+        self.set, self._memory = self.plan.masks(*input_shape[1:]), CalibrationCache()
         self.deployed = fixed_point.FrozenNetworkCache(network) if getattr(network, "freezable", False) else None
         self._exact: ExactMaskedPredictor | None = None
         if self.deployed is not None:
@@ -255,7 +257,8 @@ class MaskedClassifier(Trainable, MarginMaps, WrapsClassifier):
         """What it costs."""
         least, most = self.passes_per_image()
         passes = f"{least}" if least == most else f"{least} to {most}"
-        return f"masks: {self.set.sizes} pixels; {passes} passes of the network an image, with the proof"
+        why = f" ({self._why})" if self._why else ""
+        return f"masks: {self.set.sizes} pixels{why}; {passes} passes of the network an image, with the proof"
 
     def settings(self) -> dict[str, Any]:
         """Masks, what labels are computed in, and the colour of masks."""
@@ -329,12 +332,14 @@ class MaskedClassifier(Trainable, MarginMaps, WrapsClassifier):
 
     def _random(self, x: Tensor, options: MaskedOptions, generator: torch.Generator) -> Tensor:
         """Random masks wholly inside the images, bool [B, H, W]."""
+        image = torch.tensor(x.shape[2:])
+        whole = torch.tensor([self.plan.shape == "column", self.plan.shape == "row"])  # axes that strips fill
         shapes = [(side, side) for side in options.sides] or sorted({box[2:] for union in self.set.boxes for box in union})
         occluded = torch.zeros(len(x), *x.shape[2:], dtype=torch.bool, device=x.device)
         for _ in range(options.masks):
             drawn = torch.tensor(shapes)[torch.randint(len(shapes), (len(x),), generator=generator)]  # [B, 2]
-            sides = torch.minimum(drawn, torch.tensor(x.shape[2:]))
-            room = torch.tensor(x.shape[2:]) - sides + 1
+            sides = torch.where(whole, image, torch.minimum(drawn, image))
+            room = image - sides + 1
             starts = torch.stack([torch.rand(len(x), generator=generator) for _ in range(2)], dim=1) * room
             occluded |= box_mask(torch.cat([starts.long(), sides], dim=1), *x.shape[2:]).to(x.device)
         return occluded

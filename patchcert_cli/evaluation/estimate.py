@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from patchcert_cli import defenses
-from patchcert_cli.attacks import Attack, Start
+from patchcert_cli.attacks import AnyAttack
 from patchcert_cli.data.images import Images, to_float
-from patchcert_cli.evaluation import results
+from patchcert_cli.evaluation import hints, results
 from patchcert_cli.evaluation.pace import Clock, Pace
 from patchcert_cli.evaluation.task import EvaluationTask
 from patchcert_cli.layers import passes
@@ -36,7 +36,7 @@ HOPE = 4  # times the time limit that the most queries of an image may take for 
 def evaluation(
     task: EvaluationTask,
     folder: Path,
-    attacker: Attack | None = None,
+    attacker: AnyAttack | None = None,
     total: int | None = None,
     *,
     join: bool = True,
@@ -45,10 +45,16 @@ def evaluation(
 ) -> dict[str, Any]:
     """What certifying, or attacking, all images would take, where ``task`` holds them all, or some of ``total``.
 
-    With ``join``, attacked images are certified first. Where not even one image is finished in :data:`PATIENCE` seconds, or an
-    attack is hopelessly slow, the estimate is of the most that an image can take.
+    With ``join``, attacked images are certified first if the defense has certificates. Where not even one image is finished in
+    :data:`PATIENCE` seconds, or an attack is hopelessly slow, the estimate is of the most that an image can take.
+
+    Raises:
+        UnsupportedThreat: a defense without certificates is to be certified.
     """
+    if attacker is None:
+        task.model.defense.check_proves()
     task.check()
+    join = join and task.model.defense.guarantee.proves
     total, defense = total or len(task.images), task.model.defense
     masks = defense.set if isinstance(defense, defenses.MaskedClassifier) else None
     said: dict[str, Any] = {
@@ -220,7 +226,7 @@ def _bound(passes: int, pace: float, once: float, images: int) -> dict[str, Any]
     }
 
 
-def _attacking(task: EvaluationTask, total: int, trial: _Trial, attacker: Attack, join: bool) -> dict[str, Any]:
+def _attacking(task: EvaluationTask, total: int, trial: _Trial, attacker: AnyAttack, join: bool) -> dict[str, Any]:
     """What attacking takes: the most from one query, and from whole images where that is not hopeless."""
     defense = task.model.defense
     query = _one_query(task, trial.clock)
@@ -231,9 +237,7 @@ def _attacking(task: EvaluationTask, total: int, trial: _Trial, attacker: Attack
 
     def batch(part: Images) -> tuple[list[int], int]:
         x = to_float(part.read()).to(defense.device)
-        certificate = defense.certify(x, task.threat) if join else None
-        start = None if certificate is None else Start(certificate.worst, certificate.runner_up)
-        attacker(defense, x, task.threat, index=part.index, start=start)
+        _, certificate = hints.search(defense, x, task.threat, attacker, part.index, join=join)
         return [], 0 if certificate is None else _bytes(part, [certificate])
 
     hopeless = effort is not None and effort.queries * query > HOPE * PATIENCE

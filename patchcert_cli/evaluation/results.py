@@ -21,8 +21,11 @@ from patchcert_cli.data.images import Images
 from patchcert_cli.errors import ClaimError
 from patchcert_cli.evaluation.run_folder import Record, Run
 from patchcert_cli.evaluation.task import EvaluationTask
+from patchcert_cli.parallel.workers import Workers
 from patchcert_cli.storage import files
 from patchcert_cli.version import __version__
+
+ABOVE = 2.0  # above all thresholds
 
 
 def certify_records(part: Images, certificates: Sequence[Certificate], plain: Tensor | None = None) -> Iterable[Record]:
@@ -31,7 +34,7 @@ def certify_records(part: Images, certificates: Sequence[Certificate], plain: Te
     An image from a folder is named by its path there (``picture``). Where the proof counts them, ``passes`` is the number of
     forward passes for all claims together. ``plain``, int64 [B], are the answers of a plain classifier without the defense.
     """
-    columns = [list(_verdicts(certificate)) for certificate in certificates]
+    columns = [list(_verdicts(certificate, part.labels)) for certificate in certificates]
     predictions = certificates[0].prediction.tolist()
     counted = certificates[0].passes
     passes = None if counted is None else counted.tolist()
@@ -45,25 +48,32 @@ def certify_records(part: Images, certificates: Sequence[Certificate], plain: Te
             record["passes"] = passes[position]
         if certificates[0].plain is not None:
             record["whole"] = int(certificates[0].plain[position])
+        if certificates[0].silent is not None:
+            record["silent"] = certificates[0].silent[position].tolist()
         yield {**record, "claims": [column[position] for column in columns]}
 
 
-def _verdicts(certificate: Certificate) -> Iterable[dict[str, Any]]:
+def _verdicts(certificate: Certificate, labels: Tensor) -> Iterable[dict[str, Any]]:
     parts = (certificate.certified, certificate.margin, certificate.worst, certificate.runner_up)
     same = (certificate.method, str(certificate.arithmetic))
-    between = None if certificate.thresholds is None else certificate.thresholds.tolist()
+    images = torch.arange(len(labels))
+    of_labels = {"or_alarm": certificate.or_alarm, "or_alarm_thresholds": certificate.or_alarm_thresholds}  # [B, K] or [B, K, 2]
+    lists = {name: value.cpu()[images, labels].tolist() for name, value in of_labels.items() if value is not None}
+    lists |= {} if certificate.thresholds is None else {"thresholds": certificate.thresholds.tolist()}
     for at, values in enumerate(zip(*(part.tolist() for part in parts), strict=True)):
-        found = dict(zip(VERDICT, (*values, *same), strict=False))  # thresholds are of detection
-        yield found if between is None else found | {"thresholds": between[at]}
+        found = dict(zip(VERDICT, (*values, *same), strict=False))
+        yield found | {name: value[at] for name, value in lists.items()}
 
 
 class RunningCounts:
-    """Clean and certified accuracy of the first claim, counted as the records are made."""
+    """Clean and certified accuracy of the first claim, counted as the records are made, by all ranks of a job."""
 
-    def __init__(self, records: Iterable[Record] = ()) -> None:
-        self.images = self.right = 0
-        self.certified: int | None = None
+    def __init__(self, records: Iterable[Record] = (), workers: Workers | None = None) -> None:
+        self.images = self.right = self.certified = 0
+        self.claimed = False
         self.add(records)
+        self._before, self._own = self._now(), self._now()
+        self._workers = workers or Workers()
 
     def add(self, records: Iterable[Record]) -> None:
         """Count more records."""
@@ -71,13 +81,25 @@ class RunningCounts:
             right = record["prediction"] == record["label"]
             self.images, self.right = self.images + 1, self.right + right
             for first in record["claims"][:1]:
-                self.certified = (self.certified or 0) + bool(first["certified"] and right)
+                self.claimed, self.certified = True, self.certified + bool(first["certified"] and right)
+
+    def share(self) -> None:
+        """Give what was counted since the last call to the other ranks, and take what they have counted."""
+        if self._workers.alone:
+            return
+        more = [now - own for now, own in zip(self._now(), self._own, strict=True)]
+        totals = [self._workers.add(name, count) for name, count in zip(("images", "right", "certified"), more, strict=True)]
+        self.images, self.right, self.certified = (b + t for b, t in zip(self._before, totals, strict=True))
+        self._own = self._now()
+
+    def _now(self) -> tuple[int, int, int]:
+        return self.images, self.right, self.certified
 
     def __str__(self) -> str:
         if not self.images:
             return "no image yet"
         text = f"clean {self.right / self.images:.2%}"
-        return text if self.certified is None else f"{text}, certified {self.certified / self.images:.2%}"
+        return f"{text}, certified {self.certified / self.images:.2%}" if self.claimed else text
 
 
 def ordered(task: EvaluationTask, run: Run) -> list[Record]:
@@ -146,28 +168,42 @@ def _row(task: EvaluationTask, records: Sequence[Record], at: int) -> dict[str, 
         "clean_accuracy": tally.clean_accuracy,
         "certified_accuracy": tally.certified_accuracy,
         "certified_interval": list(tally.certified_interval),
-        "counts": {"clean": tally.clean, "certified": tally.certified, **_alarms(task, records)},
+        "counts": {"clean": tally.clean, "certified": tally.certified, **_alarms(task, records), **_or_alarm(verdicts)},
         **_compared(task, records, verdicts),
     }
 
 
 def _compared(task: EvaluationTask, records: Sequence[Record], verdicts: Sequence[Record]) -> dict[str, Any]:
-    """What other thresholds would give: how many alarms on unattacked images, right answers, and certified ones."""
+    """What other thresholds would give: how many alarms on unattacked images, right answers, certified ones, and images that
+    count for the published metric."""
     rows = []
     for threshold in task.model.setting.get("compared", ()):
         right = [r["whole"] == r["label"] for r in records]
-        silent = [threshold > v["thresholds"][0] for v in verdicts]
-        held = [threshold < v["thresholds"][1] for v in verdicts]
+        quiet = [r.get("silent", (v["thresholds"][0], ABOVE)) for r, v in zip(records, verdicts, strict=True)]  # older records
+        silent = [_between(threshold, one) for one in quiet]
+        held = [_between(threshold, v["thresholds"]) for v in verdicts]
         counts = {"alarms": silent.count(False), "clean": sum(map(all, zip(right, silent, strict=True)))}
-        counts["certified"] = sum(map(all, zip(right, silent, held, strict=True)))
+        counts["certified"] = sum(map(all, zip(right, held, strict=True)))
+        if all("or_alarm_thresholds" in v for v in verdicts):
+            counts["or_alarm"] = sum(_between(threshold, v["or_alarm_thresholds"]) for v in verdicts)
         rows.append({"threshold": threshold, **counts})
     return {"thresholds": rows} if rows else {}
+
+
+def _between(threshold: float, ends: Sequence[float]) -> bool:
+    return ends[0] < threshold < ends[1]
 
 
 def _alarms(task: EvaluationTask, records: Sequence[Record]) -> dict[str, int]:
     """How many images raise an alarm without an attack, for a defense of detection."""
     detects = task.model.defense.guarantee is Guarantee.DETECTION
     return {"alarms": sum(r["prediction"] == ALERT for r in records)} if detects else {}
+
+
+def _or_alarm(verdicts: Sequence[Record]) -> dict[str, int]:
+    """How many images count for the published metric of detection; nothing if a verdict does not say it, as in older records."""
+    said = bool(verdicts) and all("or_alarm" in one for one in verdicts)
+    return {"or_alarm": sum(one["or_alarm"] for one in verdicts)} if said else {}
 
 
 def certified_tally(records: Sequence[Record], verdicts: Sequence[Record]) -> Tally:

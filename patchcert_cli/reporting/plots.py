@@ -85,7 +85,7 @@ def curve(rows: Rows, path: Path, *, title: str) -> None:
     series = _by_method(points)
     heading = Heading.of(title, f"{threat}, anywhere in the image · {_images(rows)} · with exact 95 % intervals", WIDTH)
     with figure_style.figure(path, WIDTH, HEIGHT + heading.height) as figure:
-        axes = _accuracy_axes(figure, heading, below=0.55)
+        axes = accuracy_axes(figure, heading, below=0.55)
         axes.set_xlabel(unit)
         positions = _set_positions(axes, series)
         _draw_methods(axes, series, bars=len(positions) == 1)
@@ -110,7 +110,7 @@ def shapes(rows: Rows, path: Path, *, title: str, area: int | None = None) -> No
     upright = len(order) > 24  # tick labels
     below = 0.9 + 0.3 * upright
     with figure_style.figure(path, width, below + HEIGHT - 0.55 + heading.height) as figure:
-        axes = _accuracy_axes(figure, heading, below=below)
+        axes = accuracy_axes(figure, heading, below=below)
         axes.set_xlabel("patch, height x width in pixels, from wide to tall")
         axes.set_xticks(range(len(order)), [f"{height}x{width}" for height, width in order])
         axes.tick_params(axis="x", pad=28, labelrotation=90 * upright)
@@ -121,9 +121,10 @@ def shapes(rows: Rows, path: Path, *, title: str, area: int | None = None) -> No
 
 def thresholds(rows: Rows, path: Path, *, title: str) -> None:
     """Draw how the threshold of certified detection decides, in % of all images: alarms on unattacked ones, right answers
-    without an alarm, and certified ones with exact 95 % intervals.
+    without an alarm, certified ones with exact 95 % intervals, and the published metric, which counts clean alarms as success.
 
-    Rows are those of other plots with ``threshold`` and ``alarms``, and without ``method`` and ``certified_interval``.
+    Rows are those of other plots with ``threshold`` and ``alarms``, and without ``method`` and ``certified_interval``; those of
+    older results have no ``or_alarm``.
     """
     from patchcert_cli.certificate import clopper_pearson  # imports torch, which other plots do not need
 
@@ -133,9 +134,11 @@ def thresholds(rows: Rows, path: Path, *, title: str) -> None:
         raise UsageError("one plot of thresholds cannot show different threats.", hint="Give one.")
     heading = Heading.of(title, f"{threats.pop()}, anywhere in the image · {_images(order)} · with exact 95 % intervals", WIDTH)
     lines = {"alarms, unattacked": ("alarms", Look(1)), "right, no alarm": ("clean", None), "certified": ("certified", Look(0))}
+    if all("or_alarm" in row for row in order):
+        lines["published metric\n(incl. clean alerts)"] = ("or_alarm", Look(3))
     with figure_style.figure(path, WIDTH, HEIGHT + heading.height) as figure:
-        axes = _accuracy_axes(figure, heading, below=0.55)
-        axes.set(xlabel="confidence from which a contradicting mask raises an alarm", ylabel="of all images, %")
+        axes = accuracy_axes(figure, heading, below=0.55)
+        axes.set(xlabel="confidence threshold of alarms", ylabel="of all images, %")
         axes.set_xlim(-0.03, 1.03)
         for i, (name, (key, look)) in enumerate(lines.items()):
             shares = [100 * row[key] / max(row["images"], 1) for row in order]
@@ -227,7 +230,7 @@ def _side_by_side(series: Sequence[Series]) -> list[Series]:
     ]
 
 
-def _accuracy_axes(figure: Figure, heading: Heading, *, below: float) -> Axes:
+def accuracy_axes(figure: Figure, heading: Heading, *, below: float) -> Axes:
     """Axes from 0 to 100 % with the heading above; ``below`` inches for the x axis."""
     heading.write(figure)
     across, up = (float(size) for size in figure.get_size_inches())

@@ -9,9 +9,11 @@ from typing import Any
 from patchcert_cli.arithmetic import Arithmetic, former
 from patchcert_cli.data.datasets import is_custom
 from patchcert_cli.reporting.numbers import interval, percent, share
+from patchcert_cli.threats import Guarantee
 
 Rows = list[tuple[str, str]]
 EMPIRICAL = " (empirical: a stronger attack may find more)"
+NO_CERTIFICATE = "nothing: this defense has no certificate"
 ANYWHERE = "anywhere in the image, any content in [0, 1]"
 PROOFS = {  # descriptions of proofs
     "best": "interval bounds, and linear ones for images that these leave undecided",
@@ -24,6 +26,7 @@ PROOFS = {  # descriptions of proofs
     "masking": "the exact worst case of robust masking",
     "rows": "double masking, for each location one mask with every other mask",
     "pairs": "double masking, all pairs of masks",
+    "combined": "what can be forced of each member at the same location",
     "agreement": "for each location one mask that agrees with the answer",
     "all": "every mask agrees with the answer",
 }
@@ -31,7 +34,7 @@ AT_CHANCE = (
     "the accuracy is at chance: one and the same answer is right on {:.1f} % of these images."
     " The model has learned next to nothing; give it more --epochs, or another --learning-rate"
 )
-OR_ALARM = {"recovery": "", "detection": " or with an alarm"}  # detection counts an alarm as a success too
+OR_ALARM = {"recovery": "", "detection": " or with an alarm", "none": ""}  # detection counts an alarm as a success too
 
 
 def certify_rows(result: dict[str, Any]) -> Rows:
@@ -47,15 +50,19 @@ def certify_rows(result: dict[str, Any]) -> Rows:
     if len(claims) == 1:
         rows.insert(2, ("threat", f"{claims[0]['threat']}, {ANYWHERE}"))
         proof = PROOFS.get(claims[0]["method"], claims[0]["method"])
-        rows += [("certified", _certified(claims[0])), ("guarantee", f"{_promised(claims[0])}, proof: {proof}")]
+        rows += [("certified", _certified(claims[0])), *_published(claims[0])]
+        rows += [("guarantee", f"{_promised(claims[0])}, proof: {proof}")]
     else:
         rows.append(("guarantee", f"{_promised(claims[0])}; {ANYWHERE}"))
         if "patch_area" in result:
             rows.append(("shapes", f"the largest of at most {result['patch_area']} pixels, one of each height"))
         several = len({claim["method"] for claim in claims}) > 1
-        rows += [(claim["threat"] + (f", {claim['method']}" if several else ""), _certified(claim)) for claim in claims]
+        for claim in claims:
+            rows.append((claim["threat"] + (f", {claim['method']}" if several else ""), _certified(claim)))
+            rows += _published(claim)
     for one in compared(result):
-        shares = [f"{name} {share(one[name], images)}" for name in ("alarms", "clean", "certified")]
+        named = {"alarms": "alarms", "clean": "clean", "certified": "certified", "or_alarm": "published metric"}
+        shares = [f"{name} {share(one[key], images)}" for key, name in named.items() if key in one]
         rows.append((f"threshold {one['threshold']:g}", ", ".join(shares)))
     rows.append(_arithmetic(claim["arithmetic"] for claim in claims))
     return [*rows, ("time", _time(result)), ("records", str(result["records"]))]
@@ -126,6 +133,13 @@ def _alarms(claim: dict[str, Any]) -> Rows:
     return [("alarms", f"{share(claim['alarms'], claim['images'])} of the unattacked images")]
 
 
+def _published(claim: dict[str, Any]) -> Rows:
+    """The published metric of certified detection; no row for other guarantees, and for results that do not say it."""
+    if "or_alarm" not in claim:
+        return []
+    return [("published metric", f"{share(claim['or_alarm'], claim['images'])} certified incl. clean alerts")]
+
+
 def plot_title(result: dict[str, Any]) -> str:
     """The title of a plot of a certify result: the model, and below it the data and the guarantee."""
     claims = claim_list(result)
@@ -170,7 +184,8 @@ def _answer(result: dict[str, Any]) -> str:
 
 
 def _certified(claim: dict[str, Any]) -> str:
-    return f"{share(claim['certified'], claim['images'])}, 95 % interval {interval(claim['certified_interval'])} %"
+    silent = ", silent on the clean image, right" if claim["guarantee"] == "detection" else ""
+    return f"{share(claim['certified'], claim['images'])}{silent}, 95 % interval {interval(claim['certified_interval'])} %"
 
 
 def _promised(claim: dict[str, Any]) -> str:
@@ -194,10 +209,12 @@ def attack_rows(result: dict[str, Any]) -> Rows:
         *_plain(result),
         ("clean", share(counts["clean"], images) + (" with the defense" if _plain(result) else "")),
         ("right under attack", f"{share(survived, images)}{OR_ALARM[guarantee]}{EMPIRICAL}"),
-        ("judged for", guarantee),
+        ("judged for", guarantee) if Guarantee(guarantee).proves else ("certified", NO_CERTIFICATE),
     ]
     if "pasted" in result:
         rows += _pasted(result["pasted"])
+    if "by" in result:
+        rows.append(("flipped", f"{flipped_by(result)}; {share(result['flipped'], images)} in all"))
     for claim in result["claims"]:
         rows.append(("certified", share(claim["counts"]["certified"], images)))
         rows.append(("verdict", f"{len(result['broken'])} certified images flipped"))
@@ -205,7 +222,42 @@ def attack_rows(result: dict[str, Any]) -> Rows:
     if result.get("left"):
         of = images + result["left"]
         rows.append(("left", f"{result['left']} of {of} images: the time was up; the same command goes on with them"))
+    rows += _saved(result)
     return [*rows, ("queries", f"{result['queries']:,}"), ("time", _time(result)), ("records", str(result["records"]))]
+
+
+def attacked_image_rows(result: dict[str, Any]) -> Rows:
+    """The result of attacking one image."""
+    rows = [("image", str(result["image"])), ("model", _model(result)), ("prediction", _answer(result))]
+    if "plain" in result:
+        rows += [("in front", result["in_front"]), ("plain", f"{result['plain_label']} without defense and masks")]
+    rows.append(("threat", f"{result['threat']}, {ANYWHERE}"))
+    if result["flipped"]:
+        top, left, height, width = result["changed"]
+        by = f" by {result['by']}" if "by" in result else ""
+        where = f"within {height}x{width} pixels at row {top}, column {left}"
+        rows.append(("flipped", f"to {result['attacked_class']}{by} after {result['flipped_at']:,} queries, {where}"))
+    else:
+        rows.append(("flipped", f"no{EMPIRICAL}"))
+    for claim in result["claims"]:
+        rows.append(("certified", "yes" if claim["certified"] else f"no: margin {claim['margin']:g}"))
+    rows += _saved(result)
+    return [*rows, ("queries", f"{result['queries']:,}"), *([("map", result["map"])] if "map" in result else [])]
+
+
+def _saved(result: dict[str, Any]) -> Rows:
+    """Which adversarial images were kept, and what rounding to 8 bits does to them."""
+    if "saved" not in result:
+        return []
+    kept = result["saved"]
+    rounded = f"; rounded to 8 bits, {kept['png_flips']} of {kept['png']} still flip the answer" if kept["png"] else ""
+    return [("saved", f"{kept['images']} adversarial images in {kept['folder']}{rounded}")]
+
+
+def flipped_by(result: dict[str, Any]) -> str:
+    """How many images each of several attacks flipped, of those that it was given."""
+    each = [f"{one['attack']} {one['flipped']} of {one['images']} images" for one in result["by"]]
+    return ", ".join(each[:1] + [f"{text} left" for text in each[1:]])
 
 
 def _pasted(counts: dict[str, int]) -> Rows:

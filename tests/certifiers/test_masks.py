@@ -105,6 +105,7 @@ PLANS = [
     MaskSpec(("patch:1x3", "patch:2x2"), stride=1, shape="row"),
     MaskSpec(("patch:2x2",), passes=10, shape="column"),
     MaskSpec(("patches:2:1x2",), per_axis=3, shape="row"),
+    MaskSpec(("patch:2x2",), passes=21, shape="any"),
 ]
 THREATS = (
     "patch:1x1",
@@ -182,6 +183,33 @@ def test_a_budget_of_passes_buys_as_many_masks_as_it_can_pay() -> None:
         assert more.passes > passes
     with pytest.raises(UsageError, match="9 passes are too few for masks against patch:5x5. Allow 10 or more"):
         MaskSpec(("patch:5x5",), passes=9).masks(32, 32)
+
+
+def test_any_is_the_shape_whose_masks_hide_the_fewest_pixels_within_the_budget() -> None:
+    for passes in (10, 28, 45, 105, 136, 666):
+        plan = MaskSpec(("patch:5x5",), passes=passes, shape="any")
+        spec, why = plan.chosen(32, 32)
+        each = {shape: replace(plan, shape=shape).masks(32, 32) for shape in ("square", "column", "row")}
+        hidden = {shape: max(len(mask) for mask in occluded(made)) for shape, made in each.items()}
+        assert spec == replace(plan, shape=min(hidden, key=lambda shape: hidden[shape])), "the first of equal ones"
+        assert all(f"{shape} {hidden[shape]} ({len(made)} masks)" in why for shape, made in each.items())
+        assert plan.masks(32, 32).boxes == each[spec.shape].boxes and spec.chosen(32, 32) == (spec, "")
+    assert [MaskSpec(("patch:5x5",), passes=p, shape="any").chosen(32, 32)[0].shape for p in (28, 105, 666)] == [
+        "column",
+        "column",
+        "square",
+    ]
+    assert MaskSpec(("patch:2x9",), passes=28, shape="any").chosen(32, 32)[0].shape == "row", "a low patch"
+
+
+def test_any_needs_a_budget_that_some_shape_fits() -> None:
+    one_axis = MaskSpec(("patch:5x5",), passes=3, shape="any")
+    assert one_axis.chosen(32, 32)[0].shape == "column", "two squares along each axis are ten passes"
+    with pytest.raises(UsageError, match="2 passes are too few for masks against patch:5x5. Allow 10 or more"):
+        replace(one_axis, passes=2).masks(32, 32)
+    with pytest.raises(IntegrityError, match="shape any is chosen for a budget, so it needs passes"):
+        MaskSpec.read({"covers": ["patch:5x5"], "per_axis": 3, "shape": "any"})
+    assert MaskSpec.read(one_axis.to_dict()) == one_axis
 
 
 @pytest.mark.parametrize(("per_axis", "strips", "width", "pairs"), [(7, 7, 8, 28), (14, 14, 6, 105)])

@@ -195,6 +195,7 @@ def test_one_picture_and_an_attack(patchcert) -> None:  # type: ignore[no-untype
         ("mine:build --defense patchcleanser --patch 2 --masks 90 --data imagefolder:./val@224 C", 2, "more than 4096 masks"),
         ("mine:build D V C --passes 9", 2, "--masks and --passes both choose how many masks there are."),
         ("mine:build --defense patchcleanser --patch 3 --masks 0 V C", 2, "--masks 0 must be 1 or more."),
+        ("mine:build D V C --mask-shape any --masks 3", 2, "--mask-shape any is chosen for a number of passes."),
         ("mine:build D V C --labels int8", 2, "invalid --precision 'int8'."),
         (
             "mnist-ibp-p5 --patch 5 --masks 3",
@@ -502,7 +503,7 @@ def test_a_threshold_of_certified_detection_and_the_picture_of_all(patchcert) ->
     places = {found["records"]}
     for threshold in (0.0, 0.5, 0.9):
         one = json.loads(patchcert(*said, "--threshold", str(threshold), "--json", "-").out)
-        counts = {key: rows[threshold][key] for key in ("clean", "alarms", "certified")}
+        counts = {key: rows[threshold][key] for key in ("clean", "alarms", "certified", "or_alarm")}
         assert one["claims"][0]["counts"] == counts and "thresholds" not in one["claims"][0]
         places.add(one["records"])
     assert len(places) == 4
@@ -511,7 +512,8 @@ def test_a_threshold_of_certified_detection_and_the_picture_of_all(patchcert) ->
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--threshold", "1"], "--threshold 1 is not a confidence."),
+        (["--threshold", "1"], "with --threshold 1 minority never raises an alarm."),
+        (["--threshold", "1.5"], "--threshold 1.5 is not a confidence."),
         (["--threshold", "-0.1"], "--threshold -0.1 is not a confidence"),
         (["--threshold", "nan"], "--threshold nan is not a confidence"),
     ],
@@ -519,6 +521,14 @@ def test_a_threshold_of_certified_detection_and_the_picture_of_all(patchcert) ->
 def test_what_is_no_threshold_is_refused(patchcert, more: list[str], words: str) -> None:  # type: ignore[no-untyped-def]
     done = patchcert("certify", "mine:build", *DETECT, *VAL, *CLASSES, *more)
     assert done.code == 2 and words in done.err
+
+
+def test_hicert_warns_of_everything_at_threshold_one_and_the_published_metric_counts_it(patchcert) -> None:  # type: ignore[no-untyped-def]
+    done = patchcert("certify", "mine:build", *DETECT, "--defense", "hicert", *VAL, *CLASSES, "--threshold", "1")
+    assert done.code == 0, done.err
+    shown = " ".join(done.out.split())
+    assert "100.00 % (12/12) of the unattacked images" in shown and "published metric 100.00 % (12/12) certified incl." in shown
+    assert "certified 0.00 % (0/12), silent on the clean image, right" in shown
 
 
 def test_a_defense_that_raises_no_alarms_has_no_threshold(patchcert) -> None:  # type: ignore[no-untyped-def]

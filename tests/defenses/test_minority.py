@@ -21,7 +21,8 @@ from patchcert_cli.certifiers.masks import masked_detection
 from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage, MaskSet, MaskSpec
 from patchcert_cli.certifiers.masks.masked_predictions import TOLERANCE
 from patchcert_cli.defenses import Claim
-from patchcert_cli.defenses.minority import GRID, Minority
+from patchcert_cli.defenses._detection import GRID
+from patchcert_cli.defenses.minority import Minority
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import ClaimError, DataError, IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.evaluation import evaluate, reproduce, results, single_image

@@ -404,6 +404,29 @@ def test_random_masks_lie_anywhere_inside_and_are_drawn_from_the_generator_alone
     assert set(two.tolist()) == {4, 6, 7, 8}
 
 
+@pytest.mark.parametrize(("shape", "whole"), [("column", 0), ("row", 1)])
+def test_random_strips_have_the_widths_of_the_options_and_lie_anywhere(shape: str, whole: int) -> None:
+    made, x = defense((1, 6, 5), MaskSpec(("patch:1x2",), per_axis=2, shape=shape)), images((1, 6, 5), 400)
+    deployed = {box[3 - whole] for union in made.set.boxes for box in union}
+    for options, widths in (({}, deployed), ({"sides": (1, 3)}, {1, 3})):
+        drawn = made._random(x, MaskedOptions(masks=1, **options), torch.Generator().manual_seed(0))
+        assert bool((drawn.amin(dim=1 + whole) == drawn.amax(dim=1 + whole)).all()), "over the whole image"
+        lines = drawn.amax(dim=1 + whole)  # [B, n]
+        found = {(int(one.sum()), int(one.float().argmax())) for one in lines}
+        assert found == {(width, start) for width in widths for start in range(lines.shape[1] - width + 1)}, "every offset"
+    greedy = made._greedy(x[:12], torch.arange(12) % 3, MaskedOptions(), torch.Generator().manual_seed(0))
+    pairs = (made.masks[:, None] | made.masks[None]).flatten(0, 1)
+    assert bool((greedy[:, None] == pairs).flatten(2).all(dim=2).any(dim=1).all()), "two of the deployed strips"
+
+
+def test_a_shape_chosen_for_a_budget_is_deployed_and_named_with_the_reason() -> None:
+    made = defense((1, 6, 6), MaskSpec(("patch:2x2",), passes=15, shape="any"))
+    assert made.plan == MaskSpec(("patch:2x2",), passes=15, shape="column")
+    assert made.settings()["masks"] == {"covers": ["patch:2x2"], "passes": 15, "shape": "column"}
+    assert "column 12 (5 masks), row 12 (5 masks), square 16 (4 masks); the fewest are taken" in made.note(Patch(2, 2))
+    assert "fewest" not in defense((1, 6, 6), made.plan).note(Patch(2, 2))
+
+
 def worst_pair(made: PatchCleanser, x: Tensor, label: Tensor) -> Tensor:
     """The worst mask, and the worst one with it in place, image by image: bool [B, H, W]."""
     found = []

@@ -377,8 +377,12 @@ def test_thresholds_are_drawn_as_the_rows_say(tmp_path: Path, saved: list[Figure
     said = " ".join(texts(tmp_path / "t.svg"))
     for words in ("patch:32x32", "n = 20 images", "alarms, unattacked", "certified", "of all images, %"):
         assert words in said
-    plots.thresholds(LEVELS, tmp_path / "t.png", title="net\nfolder")
+    published = "published metric\n(incl. clean alerts)"
+    assert published not in lines, "older results do not have it"
+    plots.thresholds([{**row, "or_alarm": 8 + at} for at, row in enumerate(LEVELS)], tmp_path / "t.png", title="net\nfolder")
     drawn(tmp_path / "t.png")
+    (line,) = (line for line in saved[-1].axes[0].lines if line.get_label() == published)
+    assert list(np.asarray(line.get_ydata())) == pytest.approx([40, 45, 50, 55])
 
 
 def test_thresholds_of_nothing_or_of_several_threats_are_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, product
 from typing import Annotated, Any
@@ -38,11 +38,13 @@ from patchcert_cli.threats import Threat, parse_threat
 PER_AXIS = 6  # masks along each axis, as published
 MAX_MASKS = 4096  # masks of a set
 MAX_TABLE_ENTRIES = 1 << 28  # of the table of which masks hide which sets of locations
-SHAPES = ("square", "column", "row")
+SHAPES = ("square", "column", "row")  # of masks that hide equally many pixels, the first is taken
+ANY = "any"  # the shape whose masks hide the fewest pixels
 ROWS_COMPARED = 1024  # rows of a coverage compared at a time
 
 Box = tuple[int, int, int, int]
 Shape = Annotated[str, Must(SHAPES.__contains__, " or ".join(SHAPES))]
+ShapeOrAny = Annotated[str, Must((*SHAPES, ANY).__contains__, " or ".join((*SHAPES, ANY)))]
 
 
 def axis_masks(length: int, side: int, *, stride: int, wider: int = 0) -> tuple[int, list[int]]:
@@ -55,6 +57,11 @@ def axis_masks(length: int, side: int, *, stride: int, wider: int = 0) -> tuple[
 def _exclusive(per_axis: int, stride: int, passes: int) -> Iterable[str]:
     if sum(value > 0 for value in (per_axis, stride, passes)) > 1:
         yield "per_axis, stride and passes exclude each other"
+
+
+def _budget_of_any(shape: str, passes: int) -> Iterable[str]:
+    if shape == ANY and not passes:
+        yield "shape any is chosen for a budget, so it needs passes"
 
 
 def _covers_something(covers: tuple[Threat, ...]) -> Iterable[str]:
@@ -73,7 +80,8 @@ class MaskSpec:
         passes: the largest mask set whose pairs fit into this many forward passes.
         wider: pixels by which each side exceeds what covers the threat, so that masks overlap more.
         shape: ``square`` for rectangles of a length of their own along both axes, ``column`` for strips over the whole height,
-            ``row`` for strips over the whole width; a strip has one axis, so pairs of strips are few.
+            ``row`` for strips over the whole width; a strip has one axis, so pairs of strips are few. ``any``, together with
+            ``passes``: the one whose masks hide the fewest pixels (:meth:`chosen`).
     """
 
     covers: tuple[Annotated[Threat, Parsed(parse_threat)], ...]
@@ -81,8 +89,8 @@ class MaskSpec:
     stride: Count = 0
     passes: Count = 0
     wider: Count = 0
-    shape: Shape = "square"
-    rules = (_exclusive, _covers_something)
+    shape: ShapeOrAny = "square"
+    rules = (_exclusive, _budget_of_any, _covers_something)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "covers", tuple(parse_threat(one) if isinstance(one, str) else one for one in self.covers))
@@ -111,6 +119,8 @@ class MaskSpec:
         Raises:
             UsageError: a patch does not fit, or the budget of passes or memory is too small for any masks that leave something.
         """
+        if self.shape == ANY:
+            return self.chosen(height, width)[0].masks(height, width)
         if not self.passes:
             return self._set(height, width, self._unions(height, width, per_axis=self.per_axis or PER_AXIS, stride=self.stride))
         best = self._set(height, width, self._unions(height, width, per_axis=2))
@@ -125,6 +135,30 @@ class MaskSpec:
                 break
             best = MaskSet(height, width, unions)
         return best
+
+    def chosen(self, height: int, width: int) -> tuple[MaskSpec, str]:
+        """These masks with a shape other than ``any``, and why it was taken; without text if it was given.
+
+        Of the shapes whose pairs fit into the passes it is the one whose largest mask hides the fewest pixels. The masks of every
+        shape cover the threats, so the choice concerns accuracy alone.
+
+        Raises:
+            UsageError: no shape fits the budget; the message is that of the first one.
+        """
+        if self.shape != ANY:
+            return self, ""
+        fitting, problems = [], []
+        for shape in SHAPES:
+            spec = replace(self, shape=shape)
+            try:
+                fitting.append((spec, spec.masks(height, width)))
+            except UsageError as problem:
+                problems.append(problem)
+        if not fitting:
+            raise problems[0]
+        fitting.sort(key=lambda one: one[1].most_hidden)
+        each = ", ".join(f"{spec.shape} {found.most_hidden} ({len(found)} masks)" for spec, found in fitting)
+        return fitting[0][0], f"pixels that a mask hides with at most {self.passes} passes: {each}; the fewest are taken"
 
     def _set(self, height: int, width: int, unions: tuple[tuple[Box, ...], ...] | None) -> MaskSet:
         if unions is None:
@@ -202,6 +236,11 @@ class MaskSet:
         shapes = [" and ".join(dict.fromkeys(f"{rows}x{columns}" for _, _, rows, columns in union)) for union in self.boxes]
         found = Counter(zip(map(len, self.boxes), shapes, strict=True))
         return ", ".join(f"{many} of {'' if each == 1 else f'{each} of '}{shape}" for (each, shape), many in found.items())
+
+    @property
+    def most_hidden(self) -> int:
+        """The pixels that the largest mask hides."""
+        return int(self.occluded.flatten(1).sum(dim=1).max())
 
     @cached_property
     def occluded(self) -> Tensor:

@@ -46,11 +46,14 @@ Key = tuple[str, str, Threat, Guarantee]  # data set, split, threat, guarantee
 
 
 def leaderboards(cards: Iterable[Card]) -> list[Leaderboard]:
-    """All leaderboards, by data set, threat, split and guarantee; recovery and detection are never in one."""
+    """All leaderboards, by data set, threat, split and guarantee; recovery and detection are never in one.
+
+    What has no certificates is in none.
+    """
     found: dict[Key, list[Entry]] = {}
     for card in cards:
         best: dict[Key, Measured] = {}
-        for one in card.results:
+        for one in (result for result in card.results if result.guarantee.proves):
             key = (one.dataset, one.split, one.threat, one.guarantee)
             if key not in best or _share(one) > _share(best[key]):
                 best[key] = one

@@ -161,7 +161,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"share": numbers.share, "guarantees": list(Guarantee)}
+    environment.globals |= {"share": numbers.share, "guarantees": [one for one in Guarantee if one.proves]}
     environment.filters |= {
         "percent": numbers.percent,
         "interval": numbers.interval,
