@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import loading, several, show
+from patchcert_cli.cli import launch, loading, several, show
 from patchcert_cli.cli.groups import grouped
 from patchcert_cli.cli.options import (
     ClassifierOptions,
@@ -22,6 +22,7 @@ from patchcert_cli.cli.options import (
     file_to_write,
 )
 from patchcert_cli.errors import UsageError
+from patchcert_cli.parallel import workers
 from patchcert_cli.threats import patches_of_area
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ class ImageOptions:
             of_many |= {
                 "--dry-run": dry_run,
                 "--fresh": run.fresh,
+                "--processes": run.processes,
                 "--plot": self.plot,
                 "--plot-thresholds": self.plot_thresholds,
             }
@@ -170,6 +172,7 @@ def certify(
 
         defenses.by_name(request.defense).check_proves()  # before anything is loaded
     image.check(data, run, dry_run)
+    launch.start(run.processes, dry_run=dry_run)
 
     from patchcert_cli.reporting import text
 
@@ -220,6 +223,8 @@ def _certify(
         found = evaluate.certify(task, run.out, fresh=run.fresh, progress=progress)
     show.say("\n".join(filter(None, dict.fromkeys(task.model.defense.note(claim.threat) for claim in task.claims))))
     found |= {} if area is None else {"patch_area": area}
+    if not workers.current().first:
+        return found
     if image.plot is not None:
         plots.plot(text.claim_list(found), image.plot, title=text.plot_title(found), area=area)
         show.say(f"drew {image.plot}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from patchcert_cli.cli import show
 from patchcert_cli.cli.options import DataOptions, RunOptions
 from patchcert_cli.errors import DataError, UsageError
+from patchcert_cli.parallel import workers
 
 if TYPE_CHECKING:
     from patchcert_cli.data.datasets import Dataset
@@ -38,7 +39,11 @@ def open_task(
     images = opened.dataset.load("test", download=data.download, fetch=f"{command} --download")
     total = datasets.whole_split(images)
     _report(opened.dataset, images, total)
-    return opened.task(images.limit(data.limit, run.seed), total, run, command)
+    chosen, ranks = images.limit(data.limit, run.seed), workers.current().size
+    if ranks > len(chosen):
+        hint = f"Use --processes {len(chosen)} or fewer."
+        raise UsageError(f"{ranks} processes are more than the {len(chosen)} image{'s' * (len(chosen) != 1)}.", hint=hint)
+    return opened.task(chosen, total, run, command)
 
 
 def open_sample(
