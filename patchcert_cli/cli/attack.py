@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from patchcert_cli.cli import loading, several, show
+from patchcert_cli.cli import launch, loading, several, show
 from patchcert_cli.cli.attack_options import JoinOptions, KeepOptions, SavedOptions, SearchOptions
 from patchcert_cli.cli.groups import grouped
 from patchcert_cli.cli.options import (
@@ -66,6 +66,7 @@ def attack(
     join.check()
     keep.check(data, run, join, dry_run)
     _check_options(search, saved)
+    launch.start(run.processes, dry_run=dry_run)
 
     from patchcert_cli.defenses import Claim
     from patchcert_cli.evaluation import results, single_image

@@ -222,6 +222,13 @@ class Defense(nn.Module, ABC):
         """What else decides its answers and can be chosen when it is evaluated, as plain values for the manifest."""
         return {}
 
+    def group(self, claims: Sequence[Claim]) -> int:
+        """How many images evaluation certifies in one call, where the last bits of margins depend on that; 0 if they do not.
+
+        Evaluations are the same bytes in any number of processes because of this. Verdicts never depend on it.
+        """
+        return 0
+
     def passes_per_image(self) -> tuple[int, int] | None:
         """The fewest and the most passes of the network that a certificate takes, if the defense counts them."""
         return None

@@ -41,6 +41,7 @@ class Overrides:
     network: str | None = None
     network_options: Mapping[str, Any] = field(default_factory=dict)
     epochs: int | None = None
+    steps: tuple[int, ...] | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
     optimizer: str | None = None
