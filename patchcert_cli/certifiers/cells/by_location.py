@@ -82,7 +82,7 @@ def ranges(votes: Votes, cover: CellCoverage) -> Iterator[Ranges]:
 
 
 def _few_images(votes: Votes, entries: int) -> Iterator[Votes]:
-    """Some images after others, so many that ``entries`` numbers of each fit into a chunk."""
+    """A few images at a time, of which ``entries`` numbers each fit into a chunk."""
     return in_chunks(votes, max(1, CHUNK // max(1, entries, votes.scores[:1].numel())))
 
 
@@ -149,7 +149,7 @@ def _first(votes: Votes, cover: CellCoverage, top: int) -> tuple[Tensor, Tensor,
 
 
 def _stay(votes: Votes, cover: CellCoverage, size: Tensor, label: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Margin, location and rival of one class ``label`` of each image, [b] each."""
+    """Margin, location and runner-up of one class ``label`` of each image, [b] each."""
     least, most = extremes(votes)
     image, classes = torch.arange(len(label), device=label.device), torch.arange(least.shape[1], device=label.device)
     own = least[image, label][:, None]  # [b, 1, N, M]
@@ -174,7 +174,7 @@ def _stay(votes: Votes, cover: CellCoverage, size: Tensor, label: Tensor, top: i
 
 
 def _cheapest(need: Tensor, top: int, *, add: bool) -> tuple[Tensor, Tensor]:
-    """The ``top``-th smallest need over classes, or with ``add`` the sum of so many of the smallest, none below 0.
+    """The ``top``-th smallest need over classes, or with ``add`` the sum of the ``top`` smallest, none below 0.
 
     Args:
         need: [b, K, A]; if one of them is NaN, so is the result.
