@@ -119,3 +119,19 @@ def test_a_rendezvous_that_never_comes_is_one_line(started: list[subprocess.Pope
     assert found.returncode == 7 and not found.stdout
     assert errors[0].startswith("error[7]: rank 1 of 2 does not reach 127.0.0.1:9 within 1 s") and len(errors) == 2
     assert "Traceback" not in found.stderr
+
+
+LAUNCHER = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; from patchcert_cli.parallel import workers; "
+    "workers.end_with_launcher(0.05); print('up', flush=True); time.sleep(300)"])
+time.sleep(300)
+"""
+
+
+def test_no_rank_outlives_a_launcher_that_is_killed(started: list[subprocess.Popen[str]]) -> None:
+    started.append(subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True))
+    output = started[-1].stdout
+    assert output is not None and output.readline() == "up\n"
+    started[-1].kill()
+    assert output.read() == ""  # at the end of the last process that has it

@@ -6,6 +6,7 @@ Ranks are threads that share a store; tests/e2e/test_processes.py starts real pr
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -229,6 +230,66 @@ def test_variables_of_a_launcher_that_mean_nothing(given: dict[str, str], messag
     with pytest.raises(UsageError, match=message):
         workers.current()
     workers._of_environment.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 is not a port"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0 is not a port"),
+        ({"PATCHCERT_MEETING_SECONDS": "soon", "RANK": "1"}, "PATCHCERT_MEETING_SECONDS=soon is not a number of seconds"),
+        ({"PATCHCERT_MEETING_SECONDS": "nan", "RANK": "1"}, "PATCHCERT_MEETING_SECONDS=nan is not a number of seconds"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(given: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_variables_of_a_launcher_that_mean_nothing(given, message, monkeypatch)
+
+
+def listening() -> socket.socket:
+    server = socket.socket()
+    server.bind(("127.0.0.1", 0))
+    server.listen()
+    return server
+
+
+def test_a_port_in_use_and_a_host_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHCERT_MEETING_SECONDS", "0.2")
+    with listening() as server:
+        port = server.getsockname()[1]
+        with pytest.raises(MachineError, match=f"port {port} is in use"):
+            workers._store(0, 2, "127.0.0.1", port)
+    with pytest.raises(MachineError, match=rf"rank 1 of 2 does not reach 127\.0\.0\.1:{port} within 0\.2 s \(Connection refused"):
+        workers._store(1, 2, "127.0.0.1", port)
+
+
+def test_a_rank_that_never_begins_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHCERT_MEETING_SECONDS", "0.05")
+    with pytest.raises(MachineError, match=r"rank 1 of 2 did not begin within 0\.05 s"):
+        Workers(0, 2, HashStore()).agree({"models": "x"})
+
+
+def test_the_rank_that_hosts_the_store_leaves_last() -> None:
+    store, ended = HashStore(), []
+    host = threading.Thread(target=lambda: (workers.leave(store, 3), ended.append("host")))
+    host.start()
+    for rank in (1, 2):
+        ended.append(rank)
+        workers.leave(store, 0)
+    host.join(20)
+    assert ended == [1, 2, "host"]
+    workers.leave(HashStore(), 2, seconds=0.01)  # the other one was killed
+
+
+def test_a_rank_ends_with_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[object] = []
+    alive = workers.end_with_launcher(0.001, codes.append)
+    assert alive.is_alive() and not codes
+    monkeypatch.setenv(workers.LAUNCHER, "0")  # the number of no process
+    workers.end_with_launcher(0.001, codes.append).join(20)
+    assert codes == [MachineError.code]
+    monkeypatch.setattr(workers.os, "getppid", lambda: 0)  # as if this one's were gone
+    alive.join(20)
+    assert codes == [MachineError.code] * 2
 
 
 def test_errors_keep_their_class_from_rank_to_rank() -> None:
