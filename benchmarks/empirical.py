@@ -41,7 +41,7 @@ CERTIFIED = {
     "mnist": ("mnist-ibp-p5", "mnist-masked-cnn"),
     "cifar10": ("cifar-ibp-p5", "cifar-bagcert-rf7", "cifar-masked-cnn"),
 }
-BATCH = 10  # images between two points where a stopped run goes on
+BATCH = 5  # images between two points where a stopped run goes on
 HEADER = (
     "| data | model | clean | under the blind attack | under all attacks | certified |",
     "| --- | --- | --- | --- | --- | --- |",
