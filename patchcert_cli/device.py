@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import torch
 
 from patchcert_cli.errors import MachineError, UsageError
+from patchcert_cli.parallel import workers
 
 
 def resolve(text: str) -> str:
@@ -17,7 +19,10 @@ def resolve(text: str) -> str:
         MachineError: this machine has no such device.
     """
     if text == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return "cpu"
+        local = os.environ.get("LOCAL_RANK", "") if workers.inside() else ""  # each rank of a machine has a GPU of its own
+        return f"cuda:{int(local) % torch.cuda.device_count()}" if local.isdecimal() else "cuda"
     if text == "cpu":
         return text
     match = re.fullmatch(r"cuda(?::(\d+))?", text)

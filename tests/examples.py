@@ -18,6 +18,7 @@ from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.clipped import Clip, Clipped
+from patchcert_cli.defenses.ensemble import RULES, Ensemble
 from patchcert_cli.defenses.hicert import HiCert
 from patchcert_cli.defenses.ibp import IntervalDefense
 from patchcert_cli.defenses.lgs import LocalGradientsSmoothing
@@ -100,6 +101,20 @@ def hicert() -> HiCert:
     return HiCert(network, **_masks(), threshold=_one_of((0.0, 0.4))).eval()
 
 
+def ensemble() -> Ensemble:
+    """A majority of three, a cross-check of two, or the sum of two."""
+    rule = RULES[int(torch.randint(len(RULES), ()))]
+    members = {"majority": (_region_votes, ibp, smoothing), "cross": (_region_votes, ibp), "sum": (_region_votes, smoothing)}
+    return Ensemble([make() for make in members[rule]], rule)
+
+
+def _region_votes() -> BagCert:
+    """Cells of one pixel."""
+    defense = BagCert(_region(1), input_shape=SHAPE, classes=CLASSES).eval()
+    _lean(defense, factor=2)
+    return defense
+
+
 def ibp() -> IntervalDefense:
     return IntervalDefense(_mlp(), input_shape=SHAPE, classes=CLASSES)
 
@@ -173,6 +188,7 @@ EXAMPLES: dict[str, Callable[[], Defense]] = {
     "bagcert": bagcert,
     "clipped": clipped,
     "hicert": hicert,
+    "ensemble": ensemble,
     "ibp": ibp,
     "lgs": lgs,
     "minority": minority,
