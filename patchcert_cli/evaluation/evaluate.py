@@ -225,6 +225,10 @@ class _Work:
         """The result of all records, which is written if none is missing."""
         run, task = self._run, self._task
         run.merge()
+        until = time.monotonic() + jobs.VISIBLE
+        while len(run.records) < self._counts.images and not self._workers.alone and time.monotonic() < until:
+            time.sleep(1.0)  # until this node sees what others have written
+            run.merge()
         left = len(task.images) - len(run.records)
         if left and self._max is None:
             raise IntegrityError(f"{left} records are missing in '{run.folder}'.", hint="Resume with the same command.")
