@@ -48,6 +48,7 @@ FLAT: dict[str, Any] = {"network": "mlp", "network_options": {"hidden": [4]}}
 LARGEST = 512  # images at a time
 WARM = 2  # images of the pass that is not timed
 SPARE = 0.9  # share of its time that a line plans with
+STEPS = 50  # of training, at most
 PASSES = 1024  # of the vision transformer, at most
 TINY = " Tiny networks, whose speeds mean nothing."
 Work = Callable[[Tensor], object]
@@ -215,7 +216,7 @@ def training(bench: Bench, name: str) -> Row:
     state, epoch = State.of(recipe, beginning, str(bench.device)), recipe.epochs - 1
     count, spent = 0, 0.0
     steps.epoch(recipe, epoch, state, images, Silent())
-    while not count or bench.left > spent / count:
+    while not count or (count < (2 if bench.small else STEPS) and bench.left > spent / count):
         spent, count = spent + bench.timed(lambda _: steps.epoch(recipe, epoch, state, images, Silent()), bench.x), count + 1
     return Row(what, count, spent, "steps", note=f"{size} images a step, {recipe.precision}")
 
