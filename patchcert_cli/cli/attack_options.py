@@ -170,6 +170,7 @@ class KeepOptions:
         if self.image is not None:
             of_many: dict[str, Any] = {"--limit": data.limit, "--batch-size": run.batch_size, "--out": run.out}
             of_many |= {"--dry-run": dry_run, "--fresh": run.fresh, "--plot": self.plot, "--max-seconds": join.max_seconds}
+            of_many |= {"--processes": run.processes}
             given = [flag for flag, value in of_many.items() if value not in (None, False)]
             if given:
                 hint = "It is about one image: leave one of them out."

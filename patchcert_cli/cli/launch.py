@@ -19,6 +19,7 @@ from patchcert_cli.errors import Interrupted, MachineError, UsageError
 from patchcert_cli.parallel import workers
 
 CORES_EACH = 2  # of a machine without GPU, for "auto"
+MOST_PER_CORE = 8  # processes: more would hardly start
 LAST_LINES = 20  # of a rank that failed with a traceback
 
 
@@ -51,6 +52,11 @@ def _number(text: str) -> int:
         raise UsageError(
             f"{PROCESSES} {text} is not a number of processes.", hint=f"Use 1 or more, or auto; there are {cores} cores."
         )
+    if int(text) > MOST_PER_CORE * cores:
+        raise UsageError(
+            f"{PROCESSES} {text} is more than {MOST_PER_CORE} for each of {cores} cores.",
+            hint=f"Use {PROCESSES} auto, or torchrun for several machines: see docs/scaling.md.",
+        )
     return int(text)
 
 
@@ -67,6 +73,7 @@ def _launch(number: int, words: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its long reports; one line is printed below
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // number, 1)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of the ranks
+    os.environ[workers.LAUNCHER] = str(os.getpid())
     with tempfile.TemporaryDirectory(prefix="patchcert-") as logs:
         config = LaunchConfig(
             min_nodes=1,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from patchcert_cli.threats import Threat
 
     Claims = Callable[[Threat | None, tuple[int, int, int]], Sequence[Claim]]
+    OpenedForImage = tuple[EvaluatedModel, Sequence[Claim], ResizeCrop]
 
 NAME_DATA = "Name the images: --data imagefolder:./val, or a data set such as cifar10."
 
@@ -65,20 +66,34 @@ def open_sample(
 
 def open_image(
     model: str | None, claims: Claims, request: DefenseRequest, dataset: str | None, device: str, path: Path
-) -> tuple[EvaluatedModel, Sequence[Claim], ResizeCrop]:
+) -> OpenedForImage:
     """Load a model for one image file; also returns the claims, and how the file is resized and cropped."""
+    return image_opener(model, claims, request, dataset, device)(path)
+
+
+def image_opener(
+    model: str | None, claims: Claims, request: DefenseRequest, dataset: str | None, device: str
+) -> Callable[[Path], OpenedForImage]:
+    """As :func:`open_image`, for several files: the model is loaded once, and prepared once for each size of images."""
     from patchcert_cli import device as devices
     from patchcert_cli.data.datasets import open_dataset
 
     place = devices.resolve(device)
     images = None if dataset is None else open_dataset(dataset)
     candidate = find(model, dataset, request, place)
-    resize_crop = candidate.meant(images, path)
-    shape = (candidate.channels, *resize_crop.size)
-    claimed = claims(candidate.threat, shape)
-    evaluated = candidate.evaluated(shape, [claim.threat for claim in claimed], place)
-    show.say("\n".join(evaluated.notes))
-    return evaluated, claimed, resize_crop
+    prepared: dict[tuple[int, int, int], tuple[EvaluatedModel, Sequence[Claim]]] = {}
+
+    def opened(path: Path) -> OpenedForImage:
+        resize_crop = candidate.meant(images, path)
+        shape = (candidate.channels, *resize_crop.size)
+        if shape not in prepared:
+            claimed = claims(candidate.threat, shape)
+            evaluated = candidate.evaluated(shape, [claim.threat for claim in claimed], place)
+            show.say("\n".join(evaluated.notes))
+            prepared[shape] = evaluated, claimed
+        return *prepared[shape], resize_crop
+
+    return opened
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ def _as_rank() -> None:
     if workers.inside():
         show.set_silent(os.environ["RANK"] != "0")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        workers.end_with_launcher()
 
 
 def _fail(problem: PatchcertError) -> NoReturn:

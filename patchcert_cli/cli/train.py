@@ -130,7 +130,7 @@ class TrainingRunOptions:
     def check(self) -> None:
         """Refuse a time that is not one."""
         if self.max_minutes is not None and not 0 < self.max_minutes < float("inf"):
-            raise UsageError(f"--max-minutes {self.max_minutes:g} must be more than 0.")
+            raise UsageError(f"--max-minutes {self.max_minutes:g} must be more than 0.", hint="Use for example --max-minutes 12.")
         if self.max_minutes is not None and self.dry_run:
             raise UsageError("--dry-run measures the recipe as it is.", hint="Leave --max-minutes out.")
 
@@ -152,6 +152,8 @@ def train(*, threats: ThreatOptions, recipe: RecipeOptions, where: TrainingRunOp
 
     changes = recipe.changes(threats.one())
     where.check()
+    if where.max_minutes is not None and recipe.steps is not None:
+        raise UsageError("--max-minutes chooses the steps, and --steps gives them.", hint="Leave one of them out.")
     resolved = overrides.resolved(recipe.recipe, changes, fetch=not where.dry_run, say=show.say)
     folder = where.out or Path("runs") / resolved.name
     if where.dry_run:

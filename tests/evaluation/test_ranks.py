@@ -6,6 +6,7 @@ Ranks are threads that share a store; tests/e2e/test_processes.py starts real pr
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from patchcert_cli import attacks
 from patchcert_cli.errors import IntegrityError, Interrupted, MachineError, PatchcertError, UsageError
-from patchcert_cli.evaluation import evaluate
+from patchcert_cli.evaluation import evaluate, run_folder
 from patchcert_cli.evaluation.pace import Pace
 from patchcert_cli.evaluation.task import EvaluationTask
 from patchcert_cli.parallel import workers
@@ -184,9 +186,46 @@ def test_an_error_of_the_first_rank_reaches_all(tmp_path: Path) -> None:
     assert all(isinstance(one, UsageError) and "not empty" in one.message for one in found)
 
 
-def test_ranks_that_do_not_share_the_folder_are_refused(tmp_path: Path) -> None:
+def test_ranks_that_do_not_share_the_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "VISIBLE", 0.05)
     found = together(2, lambda rank: evaluate.certify(make_task(), tmp_path / str(rank)) if rank else first(tmp_path))
     assert isinstance(found[1], MachineError) and "does not see the run folder" in found[1].message
+
+
+def test_a_file_that_becomes_visible_late_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "a.json").write_text("{}")
+
+    def late(rank: int) -> None:
+        if rank == 0:
+            return workers.current().check_shared(tmp_path / "0" / "a.json")
+        timer = threading.Timer(0.05, (tmp_path / "1").symlink_to, [tmp_path / "0"])
+        timer.start()
+        return workers.current().check_shared(tmp_path / "1" / "a.json")
+
+    assert together(2, late) == [None, None]
+
+
+def test_records_that_become_visible_late_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = run_folder.Run.merge, []
+
+    def merge(self: run_folder.Run) -> None:
+        calls.append(1)
+        if len(calls) != 2:  # the first one opens the folder, and this is the first after all have finished
+            real(self)
+
+    monkeypatch.setattr(run_folder.Run, "merge", merge)
+    monkeypatch.setattr(evaluate.time, "sleep", lambda _: None)
+    together(2, lambda rank: evaluate.certify(make_task(), tmp_path / "run"))
+    assert len(calls) == 3 and len(content(tmp_path / "run").splitlines()) == 40
+
+
+@pytest.mark.parametrize("name", ["patchcert", "torch"])
+def test_ranks_of_other_versions_are_refused(name: str) -> None:
+    store = HashStore()
+    store.set("about 1", json.dumps({"patchcert": workers.__version__, "torch": str(torch.__version__), name: "0.0"}))
+    with pytest.raises(UsageError, match=f"rank 1 has another {name} than rank 0: 0.0, not"):
+        Workers(0, 2, store).agree({})
 
 
 def first(tmp_path: Path) -> Any:
@@ -229,6 +268,66 @@ def test_variables_of_a_launcher_that_mean_nothing(given: dict[str, str], messag
     with pytest.raises(UsageError, match=message):
         workers.current()
     workers._of_environment.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 is not a port"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0 is not a port"),
+        ({"PATCHCERT_MEETING_SECONDS": "soon", "RANK": "1"}, "PATCHCERT_MEETING_SECONDS=soon is not a number of seconds"),
+        ({"PATCHCERT_MEETING_SECONDS": "nan", "RANK": "1"}, "PATCHCERT_MEETING_SECONDS=nan is not a number of seconds"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(given: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_variables_of_a_launcher_that_mean_nothing(given, message, monkeypatch)
+
+
+def listening() -> socket.socket:
+    server = socket.socket()
+    server.bind(("127.0.0.1", 0))
+    server.listen()
+    return server
+
+
+def test_a_port_in_use_and_a_host_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHCERT_MEETING_SECONDS", "0.2")
+    with listening() as server:
+        port = server.getsockname()[1]
+        with pytest.raises(MachineError, match=f"port {port} is in use"):
+            workers._store(0, 2, "127.0.0.1", port)
+    with pytest.raises(MachineError, match=rf"rank 1 of 2 does not reach 127\.0\.0\.1:{port} within 0\.2 s \(Connection refused"):
+        workers._store(1, 2, "127.0.0.1", port)
+
+
+def test_a_rank_that_never_begins_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHCERT_MEETING_SECONDS", "0.05")
+    with pytest.raises(MachineError, match=r"rank 1 of 2 did not begin within 0\.05 s"):
+        Workers(0, 2, HashStore()).agree({"models": "x"})
+
+
+def test_the_rank_that_hosts_the_store_leaves_last() -> None:
+    store, ended = HashStore(), []
+    host = threading.Thread(target=lambda: (workers.leave(store, 3), ended.append("host")))
+    host.start()
+    for rank in (1, 2):
+        ended.append(rank)
+        workers.leave(store, 0)
+    host.join(20)
+    assert ended == [1, 2, "host"]
+    workers.leave(HashStore(), 2, seconds=0.01)  # the other one was killed
+
+
+def test_a_rank_ends_with_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[object] = []
+    alive = workers.end_with_launcher(0.001, codes.append)
+    assert alive.is_alive() and not codes
+    monkeypatch.setenv(workers.LAUNCHER, "0")  # the number of no process
+    workers.end_with_launcher(0.001, codes.append).join(20)
+    assert codes == [MachineError.code]
+    monkeypatch.setattr(workers.os, "getppid", lambda: 0)  # as if this one's were gone
+    alive.join(20)
+    assert codes == [MachineError.code] * 2
 
 
 def test_errors_keep_their_class_from_rank_to_rank() -> None:
