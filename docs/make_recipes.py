@@ -87,7 +87,7 @@ def of_class(kind: type) -> str:
 def page() -> str:
     """The whole page."""
     parts = [INTRODUCTION, "## Entries", of_class(Recipe)]
-    for name in defenses.names():
+    for name in defenses.trained():
         options = defenses.trainable(name).options
         parts += [f"## Options of `{name}`", f"Default network: `{defenses.trainable(name).default_network}`.", of_class(options)]
     for name in models.names():

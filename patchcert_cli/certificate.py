@@ -22,10 +22,19 @@ from patchcert_cli.threats import Threat
 
 @dataclass(frozen=True)
 class Claim:
-    """What is to be certified: a threat model, and the name of a proof, by default the defense's best."""
+    """What is to be certified: a threat model, and the name of a proof, by default the defense's best.
+
+    Attributes:
+        threat: the threat model.
+        method: the name of a proof; None for the defense's best.
+        forced: whether the certificate is to say what the attacker can force at each location.
+        top: the answer is to stay among this many first classes.
+    """
 
     threat: Threat
     method: str | None = None
+    forced: bool = False
+    top: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +51,7 @@ class Proof:
         tolerance: float64 [B] or one number, see :class:`Certificate`.
         method: the name of the proof in records; empty for the claim's.
         arithmetic: what is known of its rounding; the author states it, since nothing follows from silence.
-        passes, or_alarm, thresholds, silent, or_alarm_thresholds, plain: see :class:`Certificate`.
+        passes, or_alarm, thresholds, silent, or_alarm_thresholds, plain, forced, ranking, stays: see :class:`Certificate`.
     """
 
     answer: Tensor
@@ -58,6 +67,9 @@ class Proof:
     silent: Tensor | None = None
     or_alarm_thresholds: Tensor | None = None
     plain: Tensor | None = None
+    forced: Tensor | None = None
+    ranking: Tensor | None = None
+    stays: Tensor | None = None
 
     @classmethod
     def cat(cls, parts: Sequence[Proof]) -> Proof:
@@ -92,6 +104,13 @@ class Certificate:
         silent: float64 [B, 2], of the same, between which the image raises no alarm.
         or_alarm_thresholds: float64 [B, K, 2], of the same, between which ``or_alarm`` holds.
         plain: int64 [B], of the same, the label of the whole image, whether or not an alarm is raised.
+        forced: bool [B, A, K] where the claim asks for it, else None: the answers that an attacker who changes only location
+            a of ``threat.locations(H, W)`` may be able to cause. The answer itself is always among them. An answer
+            that is missing is proven to be impossible.
+        top: how many first classes the claim is about; with more than 1, ``certified``, ``margin``, ``worst`` and ``runner_up``
+            are about whether the answer stays among them.
+        ranking: int64 [B, top], the first classes of the unchanged image, the answer first; None where ``top`` is 1.
+        stays: bool [B, top], which of them stay among the first ``top`` under every allowed change; None where ``top`` is 1.
     """
 
     prediction: Tensor
@@ -110,6 +129,10 @@ class Certificate:
     silent: Tensor | None = None
     or_alarm_thresholds: Tensor | None = None
     plain: Tensor | None = None
+    forced: Tensor | None = None
+    top: int = 1
+    ranking: Tensor | None = None
+    stays: Tensor | None = None
 
     @classmethod
     def of(cls, proof: Proof, claim: Claim, guarantee: Guarantee, *, size: tuple[int, int], device: torch.device) -> Certificate:
@@ -137,6 +160,10 @@ class Certificate:
             silent=moved(proof.silent),
             or_alarm_thresholds=moved(proof.or_alarm_thresholds),
             plain=moved(proof.plain),
+            forced=moved(proof.forced),
+            top=claim.top,
+            ranking=moved(proof.ranking),
+            stays=moved(proof.stays),
         )
 
     @classmethod

@@ -229,11 +229,23 @@ def _configuration(path: Path, expected: str | None) -> dict[str, Any]:
         raise IntegrityError(f"'{path}' has {len(content)} bytes.", hint=f"A configuration has at most {CONFIG_BYTES}.")
     config = upgraded(parse_json(content, path), path)
     deployed = config.get("deployed")
-    deployed = deployed if isinstance(deployed, dict) else {}
-    shape, network = deployed.get("input_shape"), deployed.get("network")
-    problems = []
+    problems = _implausible(deployed if isinstance(deployed, dict) else {})
+    if problems:
+        raise IntegrityError(
+            f"'{path}' does not describe a defense: {'; '.join(problems)}.", hint="Fetch or train the model again."
+        )
+    return config
+
+
+def _implausible(deployed: Mapping[str, Any], *, member: bool = False) -> list[str]:
+    """What is wrong with the sizes in a section ``deployed``, and in those of the members of an ensemble."""
+    shape, network, members, problems = deployed.get("input_shape"), deployed.get("network"), deployed.get("members"), []
     if not (isinstance(shape, list) and len(shape) == 3 and all(type(side) is int and 1 <= side <= SIDE for side in shape)):
         problems.append(f"input_shape is {_short(shape)}, not three whole numbers from 1 to {SIDE}")
+    if members is not None and not member:
+        whole = isinstance(members, list) and len(members) <= ENTRIES and all(isinstance(one, dict) for one in members)
+        found = [_implausible(one, member=True) for one in members] if whole else [["members is not a short list of sections"]]
+        return problems + [f"member {at}: {said}" if whole else said for at, each in enumerate(found, 1) for said in each]
     options = network.get("options") if isinstance(network, dict) else None
     if not isinstance(options, dict) or not isinstance(network, dict) or not isinstance(network.get("name"), str):
         problems.append("network is not a name and its options")
@@ -243,11 +255,7 @@ def _configuration(path: Path, expected: str | None) -> dict[str, Any]:
         values = value if isinstance(value, list) else [value]
         if any(isinstance(one, float) and not math.isfinite(one) for one in values):
             problems.append(f"network option {name} is {_short(value)}, which is not finite")
-    if problems:
-        raise IntegrityError(
-            f"'{path}' does not describe a defense: {'; '.join(problems)}.", hint="Fetch or train the model again."
-        )
-    return config
+    return problems
 
 
 def _short(value: object) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import torch
+from torch import Tensor
 
 from patchcert_cli.errors import MachineError, UsageError
+from patchcert_cli.parallel import workers
 
 
 def resolve(text: str) -> str:
@@ -17,9 +20,14 @@ def resolve(text: str) -> str:
         MachineError: this machine has no such device.
     """
     if text == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return "cpu"
+        local = os.environ.get("LOCAL_RANK", "") if workers.inside() else ""  # each rank of a machine has a GPU of its own
+        return f"cuda:{int(local) % torch.cuda.device_count()}" if local.isdecimal() else "cuda"
     if text == "cpu":
         return text
+    if text.partition(":")[0] == "mps":
+        raise UsageError(f"proofs need float64, which device '{text}' does not compute in.", hint="Use --device cpu or auto.")
     match = re.fullmatch(r"cuda(?::(\d+))?", text)
     if not match:
         raise UsageError(f"invalid device '{text}'.", hint="Use auto, cpu, cuda or cuda:N.")
@@ -30,6 +38,13 @@ def resolve(text: str) -> str:
             hint="Use --device cpu or auto.",
         )
     return text
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on ``device``; to a GPU it goes from pinned memory, and nobody waits until it is there."""
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:

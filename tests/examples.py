@@ -18,14 +18,18 @@ from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.clipped import Clip, Clipped
+from patchcert_cli.defenses.ensemble import RULES, Ensemble
 from patchcert_cli.defenses.hicert import HiCert
 from patchcert_cli.defenses.ibp import IntervalDefense
+from patchcert_cli.defenses.lgs import LocalGradientsSmoothing
 from patchcert_cli.defenses.minority import Minority
 from patchcert_cli.defenses.partition import Division, Partition, divided, listed
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.defenses.patchguard import PatchGuard
 from patchcert_cli.defenses.roots import Roots
 from patchcert_cli.defenses.smoothing import ABLATIONS, VOTES, Ablations, Smoothing, view_shape
+from patchcert_cli.defenses.undefended import Undefended
+from patchcert_cli.defenses.watermark import DigitalWatermarking
 from patchcert_cli.threats import Patch
 
 SHAPE, CLASSES = (1, 4, 4), ("a", "b", "c")
@@ -97,8 +101,34 @@ def hicert() -> HiCert:
     return HiCert(network, **_masks(), threshold=_one_of((0.0, 0.4))).eval()
 
 
+def ensemble() -> Ensemble:
+    """A majority of three, a cross-check of two, or the sum of two."""
+    rule = RULES[int(torch.randint(len(RULES), ()))]
+    members = {"majority": (_region_votes, ibp, smoothing), "cross": (_region_votes, ibp), "sum": (_region_votes, smoothing)}
+    return Ensemble([make() for make in members[rule]], rule)
+
+
+def _region_votes() -> BagCert:
+    """Cells of one pixel."""
+    defense = BagCert(_region(1), input_shape=SHAPE, classes=CLASSES).eval()
+    _lean(defense, factor=2)
+    return defense
+
+
 def ibp() -> IntervalDefense:
     return IntervalDefense(_mlp(), input_shape=SHAPE, classes=CLASSES)
+
+
+def lgs() -> LocalGradientsSmoothing:
+    return LocalGradientsSmoothing(_mlp(), input_shape=SHAPE, classes=CLASSES)
+
+
+def undefended() -> Undefended:
+    return Undefended(_mlp(), input_shape=SHAPE, classes=CLASSES)
+
+
+def watermark() -> DigitalWatermarking:
+    return DigitalWatermarking(_mlp(), input_shape=SHAPE, classes=CLASSES)
 
 
 def _masks() -> dict[str, Any]:
@@ -158,13 +188,17 @@ EXAMPLES: dict[str, Callable[[], Defense]] = {
     "bagcert": bagcert,
     "clipped": clipped,
     "hicert": hicert,
+    "ensemble": ensemble,
     "ibp": ibp,
+    "lgs": lgs,
     "minority": minority,
     "partition": partition,
     "patchcleanser": patchcleanser,
     "patchguard": patchguard,
     "roots": roots,
     "smoothing": smoothing,
+    "undefended": undefended,
+    "watermark": watermark,
 }
 
 

@@ -101,7 +101,7 @@ def listed(text: str) -> list[str]:
     for name in chosen:
         if not name or name == ALL:
             hint = f"Separate names by commas, as in patch_pgd,patch_rs, or give {ALL} alone."
-            raise UsageError(f"--attack {text} is no list of attacks.", hint=hint)
+            raise UsageError(f"--attack {text} is not a list of attacks.", hint=hint)
         check_name(name)
     if len(set(chosen)) < len(chosen):
         raise UsageError(f"--attack {text} names an attack twice.", hint="Name each once.")

@@ -73,18 +73,20 @@ class LocalEvaluator:
 
     Attributes:
         boxes: int64 [n, S, 4].
+        share: how much of the network each candidate takes.
     """
 
     def __init__(self, surrogate: Surrogate, clean: Tensor, boxes: Tensor) -> None:
         """For n distinct images [n, C, H, W]."""
-        self.surrogate, self.boxes = surrogate, boxes
+        self.surrogate, self.boxes, self.share = surrogate, boxes, surrogate.share(boxes)
         with torch.no_grad():
             self._rest = surrogate.rest(clean, boxes)
 
     def take(self, images: Tensor) -> LocalEvaluator:
         """The same for some of the images, bool [n]."""
         taken = object.__new__(LocalEvaluator)
-        taken.surrogate, taken.boxes, taken._rest = self.surrogate, self.boxes[images], self._rest[images]
+        taken.surrogate, taken.boxes, taken.share = self.surrogate, self.boxes[images], self.share
+        taken._rest = self._rest[images]
         return taken
 
     def __call__(self, rows: Tensor, part: Tensor) -> Tensor:
@@ -146,6 +148,11 @@ class Target:
             self._plain = self._plainly(self._x, torch.arange(len(self._x), device=self._x.device))
         return self.answer if self._plain is None else self._plain
 
+    @property
+    def undefended(self) -> Defense | None:
+        """The classifier inside the defense, as it answers without it; None if there is none."""
+        return self._defense.undefended()
+
     @torch.no_grad()
     def _plainly(self, rows: Tensor, owner: Tensor) -> Tensor | None:
         """The labels of a plain classifier, int64 [R]; None if there is none inside the defense."""
@@ -175,6 +182,11 @@ class Target:
         self._count(owner, 1)
         return LocalEvaluator(self.surrogates[which], clean, boxes)
 
+    def _parts(self, rows: Tensor, evaluator: LocalEvaluator | None) -> Iterator[Tensor]:
+        """The numbers of the rows [R, C, H, W], int64, in parts that go through the network at once."""
+        most = self.rows if evaluator is None else int(self.rows / evaluator.share)
+        yield from torch.split(torch.arange(len(rows), device=rows.device), max(1, most))
+
     def _logits(self, rows: Tensor, part: Tensor, evaluator: LocalEvaluator | None) -> Tensor:
         return self.surrogates[0].whole(rows) if evaluator is None else evaluator(rows, part)
 
@@ -183,7 +195,7 @@ class Target:
         """The logits of the first surrogate or of a evaluator, [R, C, H, W] and int64 [R] -> [R, K]."""
         self._count(owner, 1)
         found = []
-        for part in torch.split(torch.arange(len(rows), device=rows.device), self.rows):
+        for part in self._parts(rows, evaluator):
             found.append(self._logits(rows[part], part, evaluator))
             passes.made(len(part))
         return torch.cat(found)
@@ -211,7 +223,7 @@ class Target:
         """
         self._count(owner, 2)
         values, gradients = [], []
-        for part in torch.split(torch.arange(len(rows), device=rows.device), self.rows):
+        for part in self._parts(rows, evaluator):
             with torch.enable_grad():
                 point = rows[part].detach().requires_grad_()
                 logits = self._logits(point, part, evaluator)
@@ -222,10 +234,18 @@ class Target:
         return torch.cat(values), torch.cat(gradients)
 
     def rivals(self, x: Tensor, owner: Tensor, most: int) -> Tensor:
-        """The classes but the answer, highest logit on [n, C, H, W] first, at most ``most`` of them: int64 [n, T]."""
+        """The classes but the answer, highest logit on [n, C, H, W] first, at most ``most`` of them: int64 [n, T].
+
+        The class of the hint is among them.
+        """
         logits = self.logits(x, owner)
         ranked = logits.scatter(1, self._class[owner][:, None], -torch.inf).sort(dim=1, descending=True, stable=True).indices
-        return ranked[:, : min(most, logits.shape[1] - 1)]
+        ranked = ranked[:, : min(most, logits.shape[1] - 1)].clone()
+        if self.start is not None:
+            aim = self.start.rival[owner]
+            missing = (ranked != aim[:, None]).all(dim=1) & (aim != self._class[owner])
+            ranked[missing, -1] = aim[missing]
+        return ranked
 
     def offer(self, candidates: Tensor, margins: Tensor, owner: Tensor, boxes: Tensor | None = None) -> None:
         """Keep the best of each image's candidates, [n, S, C, H, W] with margins [n, S] of the distinct images ``owner`` [n].

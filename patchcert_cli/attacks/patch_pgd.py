@@ -40,8 +40,9 @@ class PatchPGD(Attack):
     content is the corner of [0, 1] that maximizes the linearized ``f_j - f_y`` inside the location, for the class j that gains
     most there; for a linear model this is the strongest patch there is.
 
-    Where it is not, one location is climbed in, and if that went far, the best content is carried to ``carried`` locations on a
-    grid and next to the best one, and climbs on in the worst of these with half the step, ``rounds`` times.
+    Where it is not, one location is climbed in. If that went far, the best content is carried to further locations of the hint,
+    where it climbs on each surrogate; then to ``carried`` locations on a grid and next to the best one, and it climbs on in the
+    worst of these with half the step, ``rounds`` times.
 
     Attributes:
         seed: source of all randomness, together with each image's number.
@@ -52,6 +53,7 @@ class PatchPGD(Attack):
         rivals: classes whose gradient at the clean image is used, highest logit first.
         screen: whether every location is looked at with three contents; by default where that is cheap.
         hope: share of the way from the clean margin to zero that the first location must have brought, or no other is tried.
+        starts: locations of the hint to climb in, the first one included.
         carried: locations of the grid that the best content is carried to.
         rounds: how often.
     """
@@ -63,9 +65,11 @@ class PatchPGD(Attack):
     rivals: int = 9
     screen: bool | None = None
     hope: float = 0.7
+    starts: int = 12
     carried: int = 100
     rounds: int = 3
     kinds: ClassVar[tuple[str, ...]] = ("patch",)
+    revision: ClassVar[int] = 2  # the first one climbed at one location of the hint alone
 
     def __post_init__(self) -> None:
         require("locations", self.locations, 1)
@@ -74,6 +78,7 @@ class PatchPGD(Attack):
         require("step_size", self.step_size, 0, 1)
         require("rivals", self.rivals, 1)
         require("hope", self.hope, 0, 1)
+        require("starts", self.starts, 1)
         require("carried", self.carried, 1)
         require("rounds", self.rounds, 0)
 
@@ -97,6 +102,7 @@ class PatchPGD(Attack):
             parts += [self._climbing(min(self.locations, len(locations)), 0)] * climbs
         else:
             parts.append(Effort(1, 0))
+            parts += [self._climbing(self.starts - 1, which) for which in range(count if hinted and self.starts > 1 else 0)]
             for number in range(self.rounds):
                 parts.append(Effort(1 + len(_grid(locations, self.carried, number)) + 8, 1))
                 parts += [self._climbing((self.locations + 1) // 2, 0)] if self.steps else []
@@ -124,6 +130,8 @@ class PatchPGD(Attack):
                 self._search(target, x, owner, index, locations)
             else:
                 owner = self._hopeful(target, x, owner)
+                if target.start is not None:
+                    self._climb_further(target, x, owner, target.start.places[:, 1 : self.starts])
                 for number in range(self.rounds):
                     self._carry(target, x, owner, locations, number)
         return target.best
@@ -145,6 +153,15 @@ class PatchPGD(Attack):
                     aim = rival[live, None].expand(-1, rows.shape[1]) if aimed else None
                     self._climb(target, x, owner[live], boxes, rows, aim, which=which)
                     content = content[:, :2]
+
+    def _climb_further(self, target: Target, x: Tensor, owner: Tensor, places: Tensor) -> None:
+        """Carry each image's best content to the further locations int64 [B, S, 4] of the hint, and climb there."""
+        for which in range(len(target.surrogates)):
+            owner = owner[~target.done[owner]]
+            if not len(owner) or not places.shape[1]:
+                return
+            content = _moved(target.best[owner], target.box[owner], places[owner])
+            self._climb(target, x, owner, places[owner], content, which=which)
 
     def _hopeful(self, target: Target, x: Tensor, owner: Tensor) -> Tensor:
         """Those images, int64 [n] -> int64 [n'], that withstood so far, but not by much."""

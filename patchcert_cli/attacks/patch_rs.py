@@ -37,6 +37,7 @@ class PatchRS(RandomSearch):
     """Random search that begins at the hint, if there is one, and at random locations with stripes of corner colors."""
 
     kinds: ClassVar[tuple[str, ...]] = ("patch",)
+    revision: ClassVar[int] = 2  # the first one began at one location of the hint
 
     def run(self, target: Target, x: Tensor, threat: Threat, index: Tensor) -> Tensor:
         """Work through the images in groups whose proposals make one chunk."""
@@ -67,10 +68,11 @@ class PatchRS(RandomSearch):
             corner, content = self._propose(index[owner[live]], number, part, held_corner[live], held[live], locations)
 
     def _begin(self, target: Target, x: Tensor, owner: Tensor, index: Tensor, locations: Tensor) -> tuple[Tensor, Tensor]:
-        """Locations [n, P, 2] and contents [n, P, C, h, w] of the first round, the first one at the hint."""
+        """Locations [n, P, 2] and contents [n, P, C, h, w] of the first round, up to half of them as the hint says."""
         corner, content = self._fresh(index[owner], FIRST_STREAM - 1, self.candidates, x, locations)
         if target.start is not None:
-            corner[:, 0] = target.start.location[owner, :2]
+            hinted = target.start.places[owner, : (self.candidates + 1) // 2, :2]
+            corner[:, : hinted.shape[1]] = hinted
         return corner, content
 
     def _fresh(self, index: Tensor, stream: int, count: int, x: Tensor, locations: Tensor) -> tuple[Tensor, Tensor]:

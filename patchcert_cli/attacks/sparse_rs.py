@@ -28,6 +28,7 @@ class SparseRS(RandomSearch):
     """Random search over which entries are changed, and to which corner of [0, 1]."""
 
     kinds: ClassVar[tuple[str, ...]] = ("sparse",)
+    revision: ClassVar[int] = 2  # the first one ignored hints
 
     def run(self, target: Target, x: Tensor, threat: Threat, index: Tensor) -> Tensor:
         """Work through the images in groups whose proposals make one chunk."""
@@ -49,6 +50,8 @@ class SparseRS(RandomSearch):
             exchanged = k if number == 0 else max(1, round(k * share(part, SHARES)))
             drawn = self.draw(index[owner[live]], FIRST_STREAM + number, count * (entries + x[0].numel()))
             lot, bits = torch.split(drawn.reshape(len(live), count, -1), [entries, x[0].numel()], dim=2)
+            if number == 0 and target.start is not None:
+                lot = self._hinted(lot, target.start.location[owner], x)
             before = chosen[live, None].expand(-1, count, -1)
             kept = _highest(torch.where(before, lot, -1.0), k - exchanged) & before  # [n, P, E]
             added = _highest(torch.where(before, lot - 1, lot), k, k - kept.sum(dim=2, keepdim=True)) & ~kept
@@ -66,6 +69,13 @@ class SparseRS(RandomSearch):
             live = live[~target.done[owner[live]]]
             if not len(live):
                 return
+
+    def _hinted(self, lot: Tensor, location: Tensor, x: Tensor) -> Tensor:
+        """The lots [n, P, E] of the first round, such that half of the proposals have the pixel at int64 [n, 4]."""
+        pixel = torch.arange(lot.shape[2], device=x.device) % x[0, 0].numel()  # of each entry
+        chosen = pixel == (location[:, :1] * x.shape[3] + location[:, 1:2])  # [n, E]
+        half = torch.arange(lot.shape[1], device=x.device) < (lot.shape[1] + 1) // 2
+        return torch.where(chosen[:, None] & half[None, :, None], 2.0, lot)
 
 
 def _as_values(entries: Tensor, x: Tensor, threat: Sparse) -> Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from patchcert_cli.cli import loading, several, show
-from patchcert_cli.cli.attack_options import JoinOptions, SavedOptions, SearchOptions
+from patchcert_cli.cli import launch, loading, several, show
+from patchcert_cli.cli.attack_options import JoinOptions, KeepOptions, SavedOptions, SearchOptions
 from patchcert_cli.cli.groups import grouped
 from patchcert_cli.cli.options import (
     ClassifierOptions,
@@ -21,8 +21,12 @@ from patchcert_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from patchcert_cli.attacks import AnyAttack
-    from patchcert_cli.evaluation.task import EvaluationTask
+    from patchcert_cli.data.resize_crop import ResizeCrop
+    from patchcert_cli.defenses import Claim, Defense
+    from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
     from patchcert_cli.threats import Threat
+
+    _Attacker = tuple[AnyAttack, dict[str, Any]]
 
 EXAMPLES = (
     "Examples:  patchcert attack mnist-ibp-p5 --patch 5 --limit 500   |   patchcert attack runs/x --threat sparse --k 4"
@@ -43,6 +47,7 @@ def attack(
     saved: SavedOptions,
     classifier: ClassifierOptions,
     data: DataOptions,
+    keep: KeepOptions,
     run: RunOptions,
     join: JoinOptions,
     dry_run: DryRunOption = False,
@@ -57,26 +62,37 @@ def attack(
         return
     chosen = threat.one()
     request = classifier.request(dry_run=dry_run, download=data.download)
-    several.alone(models or [], {"--out": run.out})
+    several.alone(models or [], {"--out": run.out, **keep.of_one_model})
     join.check()
+    keep.check(data, run, join, dry_run)
     _check_options(search, saved)
+    launch.start(run.processes, dry_run=dry_run)
 
     from patchcert_cli.defenses import Claim
-    from patchcert_cli.evaluation import results
+    from patchcert_cli.evaluation import results, single_image
     from patchcert_cli.reporting import text
 
     def claims(own: Threat | None, shape: tuple[int, int, int]) -> list[Claim]:
         return [Claim(chosen or threat.own(own))]
 
+    def attacker(defense: Defense, threat: Threat) -> _Attacker:
+        return _attacker(defense, threat, search, saved, run.seed, join.join)
+
     def one(model: str | None, command: str) -> several.Value:
+        if keep.image is not None:
+            opened = loading.open_image(model, claims, request, data.dataset, run.device, keep.image)
+            return _attack_image(*opened, attacker, keep, join)
         if dry_run:
             task, total = loading.open_sample(model, claims, data, run, command, request)
-            return _estimate(task, total, *_attacker(task, search, saved, run.seed, join.join), run, join)
+            return _estimate(task, total, *attacker(task.model.defense, task.threat), run, join)
         task = loading.open_task(model, claims, data, run, command, request)
-        return _attack(task, *_attacker(task, search, saved, run.seed, join.join), run, join)
+        return _attack(task, *attacker(task.model.defense, task.threat), run, join, keep)
 
     if dry_run:
         several.run(models, one, several.estimates, output.json, one_table=several.in_two_columns(text.plain_rows))
+    elif keep.image is not None:
+        rows = several.in_two_columns(text.attacked_image_rows)
+        several.run(models, one, _table, output.json, one_table=rows, check=single_image.check)
     else:
         several.run(
             models, one, _table, output.json, one_table=several.in_two_columns(text.attack_rows), check=results.check_claim
@@ -96,12 +112,14 @@ def print_attacks(json_to: str | None) -> None:
 
 
 def _attack(
-    task: EvaluationTask, attacker: AnyAttack, settings: dict[str, Any], run: RunOptions, join: JoinOptions
+    task: EvaluationTask, attacker: AnyAttack, settings: dict[str, Any], run: RunOptions, join: JoinOptions, keep: KeepOptions
 ) -> several.Value:
+    """Attack test images, and draw the plot if asked."""
     from patchcert_cli.evaluation import evaluate
+    from patchcert_cli.reporting import attack_plots
 
     with show.progress() as progress:
-        return evaluate.attack(
+        found = evaluate.attack(
             task,
             attacker,
             settings,
@@ -110,7 +128,47 @@ def _attack(
             fresh=run.fresh,
             progress=progress,
             max_seconds=join.max_seconds,
+            save=keep.save,
         )
+    if keep.plot is not None:
+        attack_plots.queries([found], keep.plot)
+        show.say(f"drew {keep.plot}")
+    return found
+
+
+def _attack_image(
+    model: EvaluatedModel,
+    claims: Sequence[Claim],
+    resize_crop: ResizeCrop,
+    attacker: Callable[[Defense, Threat], _Attacker],
+    keep: KeepOptions,
+    join: JoinOptions,
+) -> several.Value:
+    """Attack one image, and draw it if asked."""
+    from patchcert_cli.evaluation import single_image
+    from patchcert_cli.reporting import attack_plots
+
+    assert keep.image is not None
+    threat = claims[0].threat
+    with show.progress() as progress:
+        found = single_image.attack(
+            model,
+            keep.image,
+            threat,
+            *attacker(model.defense, threat),
+            join=join.join,
+            resize_crop=resize_crop,
+            resize=keep.resize,
+            save=keep.save,
+            progress=progress,
+        )
+    values = found.values
+    if keep.map_ is not None:
+        attack_plots.attacked_image(values, found.clean, found.adversarial, keep.map_)
+        values |= {"map": str(keep.map_)}
+        found.notes.append(f"drew {keep.map_}")
+    show.say("\n".join(found.notes))
+    return values
 
 
 def _estimate(
@@ -139,24 +197,21 @@ def _check_options(search: SearchOptions, saved: SavedOptions) -> None:
 
         chosen = attacks.listed(search.attack)
         if len(chosen) > 1 and "saved" in chosen:
-            raise UsageError("the attack saved does not search, and is no part of a list.", hint="Run it alone: --saved FOLDER")
+            raise UsageError("the attack saved does not search, and cannot be in a list.", hint="Run it alone: --saved FOLDER")
 
 
-def _attacker(
-    task: EvaluationTask, search: SearchOptions, saved: SavedOptions, seed: int, hinted: bool
-) -> tuple[AnyAttack, dict[str, Any]]:
+def _attacker(defense: Defense, threat: Threat, search: SearchOptions, saved: SavedOptions, seed: int, hinted: bool) -> _Attacker:
     """The attack that the options name, and its settings for the manifest."""
     from patchcert_cli import attacks
 
     settings, chosen = search.settings() | saved.settings(), attacks.listed(search.attack) if search.attack else []
     if saved.saved is not None:
-        shape = task.model.defense.input_shape
-        pasted, pictures = attacks.pasted(saved.saved, task.threat, shape, seed=seed, **settings)
+        pasted, pictures = attacks.pasted(saved.saved, threat, defense.input_shape, seed=seed, **settings)
         return pasted, settings | attacks.identity(pasted) | {"pictures": pictures}
     if len(chosen) > 1 or chosen == [attacks.ALL]:
-        several_: AnyAttack = attacks.combined(chosen, task.threat, task.model.defense, hinted=hinted, seed=seed, **settings)
+        several_: AnyAttack = attacks.combined(chosen, threat, defense, hinted=hinted, seed=seed, **settings)
         return several_, settings | attacks.identity(several_)
-    single = attacks.for_threat(task.threat, chosen[0] if chosen else None, seed=seed, **settings)
+    single = attacks.for_threat(threat, chosen[0] if chosen else None, seed=seed, **settings)
     return single, settings | attacks.identity(single)
 
 

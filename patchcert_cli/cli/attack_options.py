@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from patchcert_cli.cli.options import RUN
+from patchcert_cli.cli.options import RUN, DataOptions, RunOptions, file_to_write
 from patchcert_cli.errors import UsageError
 
-ATTACK, SAVED = "Attack", "Images to paste"
+ATTACK, SAVED, IMAGE = "Attack", "Images to paste", "One image, plots, and images to keep"
 
 AttackOption = Annotated[
     str | None,
@@ -40,6 +40,12 @@ class SearchOptions:
             "--locations", min=1, help="How many of the most damaging locations to attack (patch).", rich_help_panel=ATTACK
         ),
     ] = None
+    starts: Annotated[
+        int | None,
+        typer.Option(
+            "--starts", min=1, help="At how many of the certificate's weakest locations to begin (patch).", rich_help_panel=ATTACK
+        ),
+    ] = None
     iterations: Annotated[
         int | None, typer.Option("--iterations", min=0, help="Rounds of random search (sparse).", rich_help_panel=ATTACK)
     ] = None
@@ -54,7 +60,7 @@ class SearchOptions:
 
     def settings(self) -> dict[str, Any]:
         """What is given of the attack's own options."""
-        own = ("steps", "restarts", "locations", "iterations", "budget", "proposals")
+        own = ("steps", "restarts", "locations", "starts", "iterations", "budget", "proposals")
         return {name: value for name in own if (value := getattr(self, name)) is not None}
 
 
@@ -110,3 +116,71 @@ class JoinOptions:
         """Refuse a time that is none."""
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise UsageError(f"--max-seconds {self.max_seconds:g} must be more than 0.")
+
+
+@dataclass(frozen=True)
+class KeepOptions:
+    """One image in the place of test images, what is drawn, and which images are kept."""
+
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            "--save",
+            metavar="FOLDER",
+            help="Keep the adversarial images in this new folder: as PNG, and bit for bit as safetensors.",
+            rich_help_panel=IMAGE,
+        ),
+    ] = None
+    image: Annotated[
+        Path | None, typer.Option("--image", help="Attack this one image instead of test images.", rich_help_panel=IMAGE)
+    ] = None
+    resize: Annotated[
+        bool, typer.Option("--resize", help="Resize and crop it, as the images of a folder are.", rich_help_panel=IMAGE)
+    ] = False
+    map_: Annotated[
+        Path | None,
+        typer.Option(
+            "--map",
+            callback=file_to_write("--map"),
+            help="Draw it, its adversarial image and their difference into this file.",
+            rich_help_panel=IMAGE,
+        ),
+    ] = None
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            callback=file_to_write("--plot"),
+            help="Draw accuracy under attack over the queries of an image into this file.",
+            rich_help_panel=IMAGE,
+        ),
+    ] = None
+
+    @property
+    def of_one_model(self) -> dict[str, Path | None]:
+        """What is given of these, by flag."""
+        return {"--save": self.save, "--image": self.image, "--map": self.map_, "--plot": self.plot}
+
+    def check(self, data: DataOptions, run: RunOptions, join: JoinOptions, dry_run: bool) -> None:
+        """Refuse what does not go together, and what cannot be written, before anything is computed."""
+        if self.image is None and self.map_ is not None:
+            raise UsageError("--map draws one image.", hint="Add --image FILE.")
+        if self.image is None and self.resize:
+            raise UsageError("--resize goes with --image.", hint="The images of a folder are always resized and cropped.")
+        if self.image is not None:
+            of_many: dict[str, Any] = {"--limit": data.limit, "--batch-size": run.batch_size, "--out": run.out}
+            of_many |= {"--dry-run": dry_run, "--fresh": run.fresh, "--plot": self.plot, "--max-seconds": join.max_seconds}
+            of_many |= {"--processes": run.processes}
+            given = [flag for flag, value in of_many.items() if value not in (None, False)]
+            if given:
+                hint = "It is about one image: leave one of them out."
+                raise UsageError(f"{given[0]} does not go with --image.", hint=hint)
+        if self.save is not None:
+            from patchcert_cli.evaluation import adversarial_images
+
+            adversarial_images.check(self.save)
+        for path in filter(None, (self.map_, self.plot)):
+            from patchcert_cli.reporting import plots
+
+            plots.require()
+            plots.check_path(path)

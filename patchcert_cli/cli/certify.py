@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import loading, several, show
+from patchcert_cli.cli import launch, loading, several, show
 from patchcert_cli.cli.groups import grouped
 from patchcert_cli.cli.options import (
     ClassifierOptions,
@@ -22,12 +22,15 @@ from patchcert_cli.cli.options import (
     file_to_write,
 )
 from patchcert_cli.errors import UsageError
+from patchcert_cli.parallel import workers
 from patchcert_cli.threats import patches_of_area
 
 if TYPE_CHECKING:
     from patchcert_cli.cli.loading import Claims
+    from patchcert_cli.data.resize_crop import ResizeCrop
     from patchcert_cli.defenses import Claim
     from patchcert_cli.evaluation.models import DefenseRequest
+    from patchcert_cli.evaluation.task import EvaluatedModel
     from patchcert_cli.threats import Threat
 
 EXAMPLES = (
@@ -37,8 +40,9 @@ EXAMPLES = (
 OLD = {"--labels": "--precision"}  # spellings of earlier versions
 CONDITIONS = ("exact", "3.1", "3.2", "3.3")
 BOUNDS = ("interval", "linear", "best")
-PROOF, IMAGE = "Proof", "One image, and plots"
+PROOF, IMAGE = "Proof", "Image files, and plots"
 COLUMNS = ("model", "threat", "certified", "clean", "95 % interval")  # where there is little room
+IMAGE_COLUMNS = ("image", "prediction", "certified", "threat")
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,13 @@ class ProofOptions:
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """One image in the place of test images, and what is drawn."""
+    """Image files in the place of test images, and what is drawn."""
 
     image: Annotated[
-        Path | None, typer.Option("--image", help="Certify this one image instead of test images.", rich_help_panel=IMAGE)
+        list[Path] | None,
+        typer.Option(
+            "--image", help="Certify this image file instead of test images; repeatable, for one table.", rich_help_panel=IMAGE
+        ),
     ] = None
     resize: Annotated[
         bool, typer.Option("--resize", help="Resize and crop it, as the images of a folder are.", rich_help_panel=IMAGE)
@@ -121,21 +128,26 @@ class ImageOptions:
 
     def check(self, data: DataOptions, run: RunOptions, dry_run: bool) -> None:
         """Refuse what does not go together, and what cannot be drawn, before anything is computed."""
-        if self.image is None and self.map_ is not None:
+        if not self.image and self.map_ is not None:
             raise UsageError("--map draws one image.", hint="Add --image FILE.")
-        if self.image is None and self.resize:
+        if not self.image and self.resize:
             raise UsageError("--resize goes with --image.", hint="The images of a folder are always resized and cropped.")
-        if self.image is not None:
+        if self.image and len(self.image) > 1 and self.map_ is not None:
+            raise UsageError(
+                f"--map draws one image, and {len(self.image)} are given.", hint="Give one --image, or leave --map out."
+            )
+        if self.image:
             of_many: dict[str, Any] = {"--limit": data.limit, "--batch-size": run.batch_size, "--out": run.out}
             of_many |= {
                 "--dry-run": dry_run,
                 "--fresh": run.fresh,
+                "--processes": run.processes,
                 "--plot": self.plot,
                 "--plot-thresholds": self.plot_thresholds,
             }
             given = [flag for flag, value in of_many.items() if value not in (None, False)]
             if given:
-                hint = "It is about one image: leave one of them out."
+                hint = "It is about image files: leave one of them out."
                 raise UsageError(f"{given[0]} does not go with --image.", hint=hint)
         for path in filter(None, self.drawn.values()):
             from patchcert_cli.reporting import plots
@@ -164,23 +176,27 @@ def certify(
     """
     claims = _claims(threat, proof)
     request = classifier.request(dry_run=dry_run, download=data.download, compare=image.plot_thresholds is not None)
-    several.alone(models or [], {"--out": run.out, "--image": image.image, **image.drawn})
+    several.alone(models or [], {"--out": run.out, "--image": image.image or None, **image.drawn})
+    if request.defense is not None:
+        from patchcert_cli import defenses
+
+        defenses.by_name(request.defense).check_proves()  # before anything is loaded
     image.check(data, run, dry_run)
+    launch.start(run.processes, dry_run=dry_run)
 
     from patchcert_cli.reporting import text
 
     def one(model: str | None, command: str) -> several.Value:
-        if image.image is not None:
-            return _certify_image(model, claims, request, data.dataset, run.device, image)
         if dry_run:
             return _estimate(model, claims, request, data, run, command)
         return _certify(model, claims, request, data, run, command, image, threat.patch_area)
 
     if dry_run:
         several.run(models, one, several.estimates, output.json, one_table=several.in_two_columns(text.plain_rows))
+    elif image.image:
+        _certify_images(models[0] if models else None, claims, request, data.dataset, run.device, image, output.json)
     else:
-        rows = text.certify_rows if image.image is None else text.single_rows
-        several.run(models, one, _table, output.json, one_table=several.in_two_columns(rows))
+        several.run(models, one, _table, output.json, one_table=several.in_two_columns(text.certify_rows))
 
 
 def _claims(threat: ThreatsOptions, proof: ProofOptions) -> Claims:
@@ -216,6 +232,8 @@ def _certify(
         found = evaluate.certify(task, run.out, fresh=run.fresh, progress=progress)
     show.say("\n".join(filter(None, dict.fromkeys(task.model.defense.note(claim.threat) for claim in task.claims))))
     found |= {} if area is None else {"patch_area": area}
+    if not workers.current().first:
+        return found
     if image.plot is not None:
         plots.plot(text.claim_list(found), image.plot, title=text.plot_title(found), area=area)
         show.say(f"drew {image.plot}")
@@ -236,29 +254,40 @@ def _estimate(
         return estimate.evaluation(task, run.out or task.folder("certify", {}), None, total, progress=progress)
 
 
+def _certify_images(
+    model: str | None,
+    claims: Claims,
+    request: DefenseRequest,
+    dataset: str | None,
+    device: str,
+    image: ImageOptions,
+    json_to: str | None,
+) -> None:
+    """Certify image files, each as if alone, and print what was found: one result, or one table."""
+    from patchcert_cli.reporting import text
+
+    opened = loading.image_opener(model, claims, request, dataset, device)
+
+    def one(name: str | None, _: str) -> several.Value:
+        path = Path(name or "")
+        return _certify_image(path, *opened(path), image)
+
+    rows = several.in_two_columns(text.single_rows)
+    several.run([str(path) for path in image.image or ()], one, _image_table, json_to, one_table=rows, about="image")
+
+
 def _certify_image(
-    model: str | None, claims: Claims, request: DefenseRequest, dataset: str | None, device: str, image: ImageOptions
+    path: Path, model: EvaluatedModel, claims: Sequence[Claim], resize_crop: ResizeCrop, image: ImageOptions
 ) -> several.Value:
     """Certify one image, and draw its map if asked."""
-    from patchcert_cli import device as devices
-    from patchcert_cli.data.datasets import open_dataset
     from patchcert_cli.evaluation import single_image
     from patchcert_cli.reporting import margin_maps
 
-    assert image.image is not None
-    place = devices.resolve(device)
-    images = None if dataset is None else open_dataset(dataset)
-    candidate = loading.find(model, dataset, request, place)
-    resize_crop = candidate.meant(images, image.image)
-    shape = (candidate.channels, *resize_crop.size)
-    claimed = claims(candidate.threat, shape)
-    evaluated = candidate.evaluated(shape, [claim.threat for claim in claimed], place)
-    show.say("\n".join(evaluated.notes))
     with show.progress() as progress:
         found = single_image.certify(
-            evaluated,
-            image.image,
-            claimed,
+            model,
+            path,
+            claims,
             resize_crop=resize_crop,
             resize=image.resize,
             mapped=image.map_ is not None,
@@ -271,6 +300,24 @@ def _certify_image(
         found.notes.append(f"drew {image.map_}")
     show.say("\n".join(found.notes))
     return values
+
+
+def _image_table(results: Sequence[several.Value]) -> None:
+    """One row for each image and claim."""
+    claims = [(result, claim) for result in results for claim in result["claims"]]
+    rows = [
+        {
+            "image": str(result["image"]),
+            "prediction": str(result["class"]),
+            "threat": claim["threat"],
+            "proof": claim["method"],
+            "certified": "yes" if claim["certified"] else "no",
+            "margin": f"{claim['margin']:g}",
+            "arithmetic": claim["arithmetic"],
+        }
+        for result, claim in claims
+    ]
+    several.by_guarantee(rows, [claim["guarantee"] for _, claim in claims], IMAGE_COLUMNS)
 
 
 def _share_of(name: str, claim: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ Typer sees ``certify(model: str, *, seed: ...)``; the function gets a ``RunOptio
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -66,3 +66,14 @@ def _current(words: list[str], old: Mapping[str, str]) -> list[str]:
         if word == "--json" and following != "-" and (not following or following.startswith("-")):
             current.append("-")
     return current
+
+
+def without(words: Sequence[str], flag: str) -> list[str]:
+    """What was typed, without a flag and its value."""
+    kept: list[str] = []
+    value = False
+    for word in words:
+        if not value and word != flag and not word.startswith(f"{flag}="):
+            kept.append(word)
+        value = word == flag and not value
+    return kept

@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING
 from patchcert_cli.cli import show
 from patchcert_cli.cli.options import DataOptions, RunOptions
 from patchcert_cli.errors import DataError, UsageError
+from patchcert_cli.parallel import workers
 
 if TYPE_CHECKING:
     from patchcert_cli.data.datasets import Dataset
     from patchcert_cli.data.images import Images
+    from patchcert_cli.data.resize_crop import ResizeCrop
     from patchcert_cli.defenses import Claim
     from patchcert_cli.evaluation.models import DefenseRequest, ModelSource
     from patchcert_cli.evaluation.task import EvaluatedModel, EvaluationTask
     from patchcert_cli.threats import Threat
 
     Claims = Callable[[Threat | None, tuple[int, int, int]], Sequence[Claim]]
+    OpenedForImage = tuple[EvaluatedModel, Sequence[Claim], ResizeCrop]
 
 NAME_DATA = "Name the images: --data imagefolder:./val, or a data set such as cifar10."
 
@@ -37,7 +40,11 @@ def open_task(
     images = opened.dataset.load("test", download=data.download, fetch=f"{command} --download")
     total = datasets.whole_split(images)
     _report(opened.dataset, images, total)
-    return opened.task(images.limit(data.limit, run.seed), total, run, command)
+    chosen, ranks = images.limit(data.limit, run.seed), workers.current().size
+    if ranks > len(chosen):
+        hint = f"Use --processes {len(chosen)} or fewer."
+        raise UsageError(f"{ranks} processes are more than the {len(chosen)} image{'s' * (len(chosen) != 1)}.", hint=hint)
+    return opened.task(chosen, total, run, command)
 
 
 def open_sample(
@@ -55,6 +62,38 @@ def open_sample(
     chosen = images.limit(data.limit, run.seed)
     sample = chosen if chosen.reader is None else chosen.limit(estimate.MOST, run.seed)
     return opened.task(sample, total, run, command), len(chosen)
+
+
+def open_image(
+    model: str | None, claims: Claims, request: DefenseRequest, dataset: str | None, device: str, path: Path
+) -> OpenedForImage:
+    """Load a model for one image file; also returns the claims, and how the file is resized and cropped."""
+    return image_opener(model, claims, request, dataset, device)(path)
+
+
+def image_opener(
+    model: str | None, claims: Claims, request: DefenseRequest, dataset: str | None, device: str
+) -> Callable[[Path], OpenedForImage]:
+    """As :func:`open_image`, for several files: the model is loaded once, and prepared once for each size of images."""
+    from patchcert_cli import device as devices
+    from patchcert_cli.data.datasets import open_dataset
+
+    place = devices.resolve(device)
+    images = None if dataset is None else open_dataset(dataset)
+    candidate = find(model, dataset, request, place)
+    prepared: dict[tuple[int, int, int], tuple[EvaluatedModel, Sequence[Claim]]] = {}
+
+    def opened(path: Path) -> OpenedForImage:
+        resize_crop = candidate.meant(images, path)
+        shape = (candidate.channels, *resize_crop.size)
+        if shape not in prepared:
+            claimed = claims(candidate.threat, shape)
+            evaluated = candidate.evaluated(shape, [claim.threat for claim in claimed], place)
+            show.say("\n".join(evaluated.notes))
+            prepared[shape] = evaluated, claimed
+        return *prepared[shape], resize_crop
+
+    return opened
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from typing import Annotated, NoReturn
 
@@ -12,6 +13,7 @@ import typer
 from patchcert_cli.cli import attack, certify, convert, doctor, report, show, streams, train, zoo
 from patchcert_cli.cli.groups import command
 from patchcert_cli.errors import PatchcertError, UsageError
+from patchcert_cli.parallel import workers
 from patchcert_cli.version import __version__
 
 HELP = """Train, certify, attack and share certified defenses against adversarial patches and sparse attacks.
@@ -56,6 +58,7 @@ def run() -> None:
     with streams.guarded():
         try:
             streams.require_stdout()
+            _as_rank()
             app()
         except PatchcertError as problem:
             if os.environ.get("PATCHCERT_DEBUG"):
@@ -65,6 +68,14 @@ def run() -> None:
             if problem.errno != errno.ENAMETOOLONG:  # of what is read, wherever it is looked for
                 raise
             _fail(UsageError(f"the name of a file is too long: '{str(problem.filename)[:60]}...'.", hint="Check what was typed."))
+
+
+def _as_rank() -> None:
+    """Of a process that torchrun has started: the first rank prints for all, and a job that ends early ends without a word."""
+    if workers.inside():
+        show.set_silent(os.environ["RANK"] != "0")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        workers.end_with_launcher()
 
 
 def _fail(problem: PatchcertError) -> NoReturn:

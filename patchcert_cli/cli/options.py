@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from patchcert_cli.cli import show
+from patchcert_cli.cli.groups import without
 from patchcert_cli.cli.threat_options import own_threat, threat_from, threats_from
 from patchcert_cli.errors import UsageError
 from patchcert_cli.schema import LARGEST_SEED
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 THREAT, DATA, RUN, OUTPUT = "Threat model", "Data", "Run", "Output"
 CLASSIFIER = "Plain classifiers and masks"
 PRECISIONS = ("float32", "bfloat16")
+PROCESSES = "--processes"
 
 
 def file_to_write(flag: str) -> Callable[[Any], Any]:
@@ -147,6 +149,15 @@ OutOption = Annotated[
     ),
 ]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming the run folder.", rich_help_panel=RUN)]
+ProcessesOption = Annotated[
+    str | None,
+    typer.Option(
+        PROCESSES,
+        metavar="N|auto",
+        help="Share the work among N processes, as torchrun would start them; auto: one per GPU, or per 2 cores.",
+        rich_help_panel=RUN,
+    ),
+]
 DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Report what would be done and how long it takes; write nothing.", rich_help_panel=RUN),
@@ -279,6 +290,16 @@ class ClassifierOptions:
         ),
     ] = None
 
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            metavar="NAME=VALUE",
+            help="A setting of a defense without masks, such as threshold=0.2 of lgs. Repeatable.",
+            rich_help_panel=CLASSIFIER,
+        ),
+    ] = None
+
     def request(self, *, dry_run: bool, download: bool, compare: bool = False) -> DefenseRequest:
         """What is to be made of the model.
 
@@ -306,7 +327,12 @@ class ClassifierOptions:
             hint = "Say how many passes, for example --passes 105, or choose a shape."
             raise UsageError("--mask-shape any is chosen for a number of passes.", hint=hint)
         made = (self.defense, self.masks, self.passes, self.weights, self.classes, self.precision)
-        return DefenseRequest(*made, download, self.threshold, compare, self.mask_shape)
+        settings = {}
+        if self.option:
+            from patchcert_cli.training import overrides
+
+            settings = overrides.pairs(self.option, "--option")
+        return DefenseRequest(*made, download, self.threshold, compare, self.mask_shape, settings)
 
 
 @dataclass(frozen=True)
@@ -328,6 +354,7 @@ class RunOptions:
     seed: SeedOption = 0
     out: OutOption = None
     fresh: FreshOption = False
+    processes: ProcessesOption = None
 
 
 @dataclass(frozen=True)
@@ -339,6 +366,9 @@ class OutputOptions:
 
 
 def typed_command(model: str | None = None, models: Sequence[str] = ()) -> str:
-    """What the user typed, for manifests and cards; of several models as if only ``model`` had been typed."""
+    """What the user typed, for manifests and cards; of several models as if only ``model`` had been typed.
+
+    It does not say how many processes there were: nothing depends on it.
+    """
     others = set(models) - {model}
-    return shlex.join(["patchcert", *(word for word in sys.argv[1:] if word not in others)])
+    return shlex.join(["patchcert", *(word for word in without(sys.argv[1:], PROCESSES) if word not in others)])

@@ -1,4 +1,4 @@
-"""``patchcert report``: pages made from what was measured."""
+"""``patchcert report``: pages and plots made from what was measured."""
 
 from __future__ import annotations
 
@@ -8,16 +8,46 @@ from typing import Annotated
 import typer
 
 from patchcert_cli.cli.groups import command, grouped
-from patchcert_cli.cli.options import DatasetFilter, OutputOptions, folder_to_write
+from patchcert_cli.cli.options import DatasetFilter, OutputOptions, file_to_write, folder_to_write
 from patchcert_cli.cli.show import printed
 
+ATTACKS = "Example:\n\n patchcert report attacks runs/pgd runs/random --plot queries.png"
 EXAMPLES = "Examples:\n\n patchcert report zoo\n\n patchcert report zoo --out site/ --data cifar10"
-app = typer.Typer(name="report", help="Make pages from what was measured.", no_args_is_help=True)
+app = typer.Typer(name="report", help="Make pages and plots from what was measured.", no_args_is_help=True)
 
 
 @app.callback()
 def report() -> None:
-    """Make pages from what was measured."""
+    """Make pages and plots from what was measured."""
+
+
+@app.command("attacks", cls=command(), epilog=ATTACKS)
+@grouped
+def attacks(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders of patchcert attack.")],
+    *,
+    plot: Annotated[Path, typer.Option("--plot", callback=file_to_write("--plot"), help="Draw it into this file.")] = Path(
+        "queries.png"
+    ),
+    output: OutputOptions,
+) -> None:
+    """Draw accuracy under attack over the queries spent on an image, a line for each run.
+
+    All runs are attacks on the same images under the same threat.
+    """
+    from patchcert_cli.cards.results import read_result
+    from patchcert_cli.errors import UsageError
+    from patchcert_cli.reporting import attack_plots, plots
+    from patchcert_cli.storage.files import RESULT
+
+    plots.require()
+    plots.check_path(plot)
+    found = [read_result(folder / RESULT) for folder in runs]
+    strange = [folder for folder, one in zip(runs, found, strict=True) if one.get("method") != "attack"]
+    if strange:
+        raise UsageError(f"'{strange[0]}' is not a run of patchcert attack.", hint="Give folders such as runs/attack-...")
+    attack_plots.queries(found, plot)
+    printed(lambda: typer.echo(str(plot)), {"plot": str(plot), "runs": [str(folder) for folder in runs]}, output.json)
 
 
 @app.command("zoo", cls=command(), epilog=EXAMPLES)

@@ -1,4 +1,4 @@
-"""One command for several models: each is run as if alone, an error loses no other's result, and one table is printed."""
+"""One command for several models or image files: each is run as if alone, an error loses no other result, one table shows all."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def run(
     *,
     one_table: Callable[[Value], None],
     check: Callable[[Value], None] | None = None,
+    about: str = "model",
 ) -> None:
-    """Run a command for its models and print what it found.
+    """Run a command for its models, or for what ``about`` says, and print what it found.
 
     ``one(model, command)`` computes a result; ``command`` is what would have been typed for that model alone.
     One model, or the default (None), prints ``one_table``; several print ``table`` and give a list as JSON. ``check`` raises the
@@ -58,7 +59,7 @@ def run(
     values: list[Value] = []
     codes: list[int] = []
     for name in names:
-        value = {"model": name}
+        value = {about: name}
         try:
             value = one(name, typed_command(name, names))
             if check is not None:
@@ -72,7 +73,7 @@ def run(
         values.append(value)
         if codes and codes[-1] == Interrupted.code:
             break
-    complete = [value for value in values if set(value) - {"model", "error"}]
+    complete = [value for value in values if set(value) - {about, "error"}]
     show.printed(lambda: table(complete) if complete else None, values, json_to)
     if codes:
         raise typer.Exit(codes[-1] if codes[-1] == Interrupted.code else codes[0])

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PATIENCE = 1.0  # seconds before any progress is shown
 PLAIN_EVERY = 10.0  # seconds between plain progress lines
 _quiet = False
+_silent = False  # of all ranks of a job but the first
 
 
 def set_quiet(value: bool) -> bool:
@@ -34,6 +35,12 @@ def set_quiet(value: bool) -> bool:
     global _quiet
     _quiet = value
     return value
+
+
+def set_silent(value: bool) -> None:
+    """From now on nothing is printed but errors, and no file of a result is written; or again all of it."""
+    global _silent
+    _silent = value
 
 
 class TerminalProgress:
@@ -89,7 +96,7 @@ class TerminalProgress:
 @contextmanager
 def progress() -> Iterator[Progress]:
     """Progress on the terminal, removed at the end, whatever happens; none with ``--quiet``."""
-    if _quiet:
+    if _quiet or _silent:
         yield Silent()
         return
     shown = TerminalProgress()
@@ -101,7 +108,7 @@ def progress() -> Iterator[Progress]:
 
 def say(text: str) -> None:
     """A remark on stderr; nothing if it is empty, and nothing with ``--quiet``."""
-    if text and not _quiet:
+    if text and not _quiet and not _silent:
         typer.echo(text, err=True)
 
 
@@ -120,6 +127,8 @@ def result(rows: Rows, value: Any, json_to: str | None) -> None:
 
 def printed(table: Callable[[], None], value: Any, json_to: str | None) -> None:
     """Print something on stdout, or ``value`` as JSON in its place (``-``), and write that to a file if asked."""
+    if _silent:
+        return
     if json_to == "-":
         typer.echo(json.dumps(value, indent=2))
         return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import show
+from patchcert_cli.cli import launch, show
 from patchcert_cli.cli.groups import grouped
 from patchcert_cli.cli.options import (
     RUN,
@@ -18,10 +18,13 @@ from patchcert_cli.cli.options import (
     DryRunOption,
     FreshOption,
     OutputOptions,
+    ProcessesOption,
     ThreatOptions,
     folder_to_write,
     typed_command,
 )
+from patchcert_cli.errors import UsageError
+from patchcert_cli.parallel import workers
 
 if TYPE_CHECKING:
     from patchcert_cli.threats import Threat
@@ -66,6 +69,10 @@ class RecipeOptions:
         _recipe_option("--network-option", text="NAME=VALUE for the network, for example hidden=512,256; repeatable."),
     ] = None
     epochs: Annotated[int | None, _recipe_option("--epochs", text="Passes over the training images.")] = None
+    steps: Annotated[
+        str | None,
+        _recipe_option("--steps", metavar="N|LIST", text="Steps of each epoch, or of all alike; default: all images."),
+    ] = None
     batch_size: Annotated[int | None, _recipe_option("--batch-size", text="Images per step.")] = None
     learning_rate: Annotated[float | None, _recipe_option("--learning-rate", text="The highest learning rate.")] = None
     optimizer: Annotated[str | None, _recipe_option("--optimizer", text="adam, adamw, muon or sgd.")] = None
@@ -89,9 +96,10 @@ class RecipeOptions:
         """The entries of the recipe that the user changes, with the threat model that was given."""
         from patchcert_cli.training import overrides
 
+        steps = None if self.steps is None else _steps(self.steps)
         same = {field.name: getattr(self, field.name) for field in fields(overrides.Overrides) if hasattr(self, field.name)}
         return overrides.Overrides(
-            **same,
+            **{**same, "steps": steps},
             threat=threat,
             network_options=overrides.pairs(self.network_option, "--network-option"),
             options=overrides.pairs(self.option, "--option"),
@@ -111,6 +119,28 @@ class TrainingRunOptions:
     ] = None
     fresh: FreshOption = False
     dry_run: DryRunOption = False
+    processes: ProcessesOption = None
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(
+            "--max-minutes", metavar="M", help="Scale the schedule so that all of it takes M minutes.", rich_help_panel=RUN
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Refuse a time that is not one."""
+        if self.max_minutes is not None and not 0 < self.max_minutes < float("inf"):
+            raise UsageError(f"--max-minutes {self.max_minutes:g} must be more than 0.", hint="Use for example --max-minutes 12.")
+        if self.max_minutes is not None and self.dry_run:
+            raise UsageError("--dry-run measures the recipe as it is.", hint="Leave --max-minutes out.")
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    """Numbers with commas between them."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as problem:
+        raise UsageError(f"--steps {text} is not a number or a list of them.", hint="Use --steps 100, or 100,90,80.") from problem
 
 
 @grouped
@@ -121,6 +151,9 @@ def train(*, threats: ThreatOptions, recipe: RecipeOptions, where: TrainingRunOp
     from patchcert_cli.training import estimate, overrides, run
 
     changes = recipe.changes(threats.one())
+    where.check()
+    if where.max_minutes is not None and recipe.steps is not None:
+        raise UsageError("--max-minutes chooses the steps, and --steps gives them.", hint="Leave one of them out.")
     resolved = overrides.resolved(recipe.recipe, changes, fetch=not where.dry_run, say=show.say)
     folder = where.out or Path("runs") / resolved.name
     if where.dry_run:
@@ -130,6 +163,7 @@ def train(*, threats: ThreatOptions, recipe: RecipeOptions, where: TrainingRunOp
         value = {**listing, **cost, "out": str(folder)}
         show.result(_dry_rows(value), value, output.json)
         return
+    launch.start(where.processes)
     with show.progress() as progress:
         result = run.train(
             resolved,
@@ -140,8 +174,10 @@ def train(*, threats: ThreatOptions, recipe: RecipeOptions, where: TrainingRunOp
             fresh=where.fresh,
             fetch=f"{typed_command()} --download",
             progress=progress,
+            max_minutes=where.max_minutes,
         )
-    show.result(text.train_rows(result), result, output.json)
+    if workers.current().first:
+        show.result(text.train_rows(result), result, output.json)
 
 
 def _dry_rows(value: dict[str, Any]) -> list[tuple[str, str]]:

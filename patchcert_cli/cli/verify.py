@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import loading, several, show
+from patchcert_cli.cli import launch, loading, several, show
 from patchcert_cli.cli.groups import grouped
 from patchcert_cli.cli.options import DATA, DataOptions, OutputOptions, RunOptions, ThreatOptions
 
@@ -72,6 +72,7 @@ def verify(
         from patchcert_cli import attacks
 
         attacks.check_name(verification.attack)
+    launch.start(run.processes)
 
     from patchcert_cli.defenses import Claim
     from patchcert_cli.evaluation import reproduce

@@ -23,6 +23,7 @@ from patchcert_cli.defenses._cells import CellSurrogate as CellSurrogate
 from patchcert_cli.defenses._cells import LocalFeatureDefense as LocalFeatureDefense
 from patchcert_cli.defenses._cells import RegionDefense as RegionDefense
 from patchcert_cli.defenses._cells import VotingDefense as VotingDefense
+from patchcert_cli.defenses._empirical import EmpiricalDefense as EmpiricalDefense
 from patchcert_cli.defenses._masked import MaskedClassifier as MaskedClassifier
 from patchcert_cli.defenses._masked import MaskedOptions as MaskedOptions
 from patchcert_cli.defenses._training import Augment as Augment
@@ -48,8 +49,13 @@ def trainable(name: str) -> type[Trainable]:
     """The class of defense ``name``, if ``patchcert train`` can train it."""
     found = by_name(name)
     if not issubclass(found, Trainable):
-        raise UsageError(f"{name} cannot be trained.", hint=f"Allowed: {', '.join(_that_are(Trainable))}.")
+        raise UsageError(f"{name} cannot be trained.", hint=f"Allowed: {', '.join(trained())}.")
     return found
+
+
+def trained() -> list[str]:
+    """Defenses that ``patchcert train`` can train."""
+    return _that_are(Trainable)
 
 
 def wrapping(name: str) -> type[WrapsClassifier]:
@@ -60,9 +66,11 @@ def wrapping(name: str) -> type[WrapsClassifier]:
     return found
 
 
-def around() -> list[str]:
-    """Defenses that can be put around any classifier."""
-    return _that_are(WrapsClassifier)
+def around(*, masked: bool | None = None, proves: bool | None = None) -> list[str]:
+    """Defenses that can be put around any classifier; only those that have masks, or certificates, or have none."""
+    kinds = {name: wrapping(name) for name in _that_are(WrapsClassifier)}
+    found = [name for name, kind in kinds.items() if masked is None or kind.masked is masked]
+    return [name for name in found if proves is None or by_name(name).guarantee.proves is proves]
 
 
 def _that_are(kind: type) -> list[str]:

@@ -40,6 +40,10 @@ class Surrogate:
         """The part that boxes can alter, [B, C, H, W] and int64 [B, 4], all of one size -> [B, K]."""
         return self.whole(x)
 
+    def share(self, boxes: Tensor) -> float:
+        """How much of the network :meth:`near` computes for such boxes, int64 [..., 4], at most 1: more of them go at once."""
+        return 1.0
+
     def rest(self, x: Tensor, boxes: Tensor) -> Tensor:
         """The other part, [B, C, H, W] and int64 [B, S, 4] -> [B, S, K], or 1 for K where it is zero."""
         return x.new_zeros(*boxes.shape[:2], 1)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, final
+from typing import Any, ClassVar, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from patchcert_cli import models, schema
 from patchcert_cli.certificate import Certificate, Claim, Proof
 from patchcert_cli.errors import DataError, IntegrityError, PatchcertError, UnsupportedThreat, UsageError
 from patchcert_cli.threats import ALERT, Guarantee, Threat, parse_threat
-
-if TYPE_CHECKING:
-    from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
 
 
 class Defense(nn.Module, ABC):
@@ -45,7 +42,7 @@ class Defense(nn.Module, ABC):
 
     source: ClassVar[str] = ""
     methods: ClassVar[tuple[str, ...]] = ("proof",)
-    guarantee: ClassVar[Guarantee] = Guarantee.RECOVERY
+    guarantee: Guarantee = Guarantee.RECOVERY
     precision: Mapping[str, str] = {}
 
     def __init__(self, *, input_shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
@@ -93,10 +90,11 @@ class Defense(nn.Module, ABC):
         """
         self.check_proves()
         self.check_input(x)
-        named = [Claim(claim.threat, self.check_method(claim.method)) for claim in claims]
+        named = [replace(claim, method=self.check_method(claim.method)) for claim in claims]
         channels, height, width = self.input_shape
         for claim in named:
             claim.threat.check(height, width, channels)
+            self.check_wishes(claim)
         if not named:
             return []
         self.test_once()
@@ -107,19 +105,83 @@ class Defense(nn.Module, ABC):
                     f"{type(self).__name__} returned a proof of shape {tuple(proof.margin.shape)}, {proof.margin.dtype}.",
                     hint=f"This is a bug of the defense: margins are float64 [{len(x)}].",
                 )
+        for proof, claim in zip(proofs, named, strict=True):
+            self._check_more(proof, claim)
         return [
             Certificate.of(proof, claim, self.guarantee, size=(height, width), device=x.device)
             for proof, claim in zip(proofs, named, strict=True)
         ]
 
-    def certify(self, x: Tensor, threat: Threat | str, method: str | None = None) -> Certificate:
-        """One claim; see :meth:`certify_claims`. A threat model may be given as its text, such as ``patch:5x5``."""
+    def _check_more(self, proof: Proof, claim: Claim) -> None:
+        """Raise unless a proof has the sets and the ranking that its claim asks for, and its answer in each of them."""
+        batch, classes = len(proof.answer), len(self.classes)
+        problems = []
+        if claim.forced:
+            shape, held = (batch, claim.threat.count(*self.input_shape[1:]), classes), proof.forced
+            if held is None or held.dtype != torch.bool or held.shape != shape:
+                problems.append(f"sets of answers that are not bool {shape}")
+            elif not bool(held[torch.arange(batch), :, proof.answer.to(held.device)].all()):
+                problems.append("sets of answers without the answer itself")
+        if claim.top > 1:
+            wanted, ranking, stays = (batch, claim.top), proof.ranking, proof.stays
+            if ranking is None or stays is None or ranking.shape != wanted or stays.shape != wanted:
+                problems.append(f"no ranking and stays of shape {wanted}")
+            elif not bool((ranking[:, 0] == proof.answer).all() & (stays[:, 0] == (proof.margin > proof.tolerance)).all()):
+                problems.append("a ranking that does not begin with the answer")
+        if problems:
+            raise PatchcertError(f"{type(self).__name__} returned {problems[0]}.", hint="This is a bug of the defense.")
+
+    def certify(
+        self, x: Tensor, threat: Threat | str, method: str | None = None, *, forced: bool = False, top: int = 1
+    ) -> Certificate:
+        """One claim; see :meth:`certify_claims`. A threat model may be given as its text, such as ``patch:5x5``.
+
+        Args:
+            x: [B, C, H, W] in [0, 1].
+            threat: the threat model.
+            method: the name of a proof; None for the best one.
+            forced: also return what can be forced at each location, :attr:`Certificate.forced`.
+            top: the answer is to stay among this many first classes.
+        """
         parsed = parse_threat(threat) if isinstance(threat, str) else threat
         if not isinstance(parsed, Threat):
             raise UsageError(
                 f"{type(parsed).__name__} is not a threat model.", hint="Give Patch(5, 5), or its text: 'patch:5x5'."
             )
-        return self.certify_claims(x, [Claim(parsed, method)])[0]
+        return self.certify_claims(x, [Claim(parsed, method, forced, top)])[0]
+
+    @property
+    def locates(self) -> bool:
+        """Whether its proofs can say what an attacker can force at each location (:attr:`Certificate.forced`)."""
+        return False
+
+    @property
+    def ranks(self) -> bool:
+        """Whether its proofs can say which classes stay among the first few (:attr:`Certificate.stays`)."""
+        return False
+
+    def check_wishes(self, claim: Claim) -> None:
+        """Raise :class:`UsageError` if a claim asks for sets by location or for a ranking that this defense has no proof of."""
+        classes = len(self.classes)
+        if claim.top != 1 and not 1 <= claim.top < classes:
+            raise UsageError(
+                f"the first {claim.top} of {classes} classes make no claim.", hint=f"Allowed for top: 1 to {classes - 1}."
+            )
+        if claim.top > 1 and not self.ranks:
+            raise UsageError(
+                f"{type(self).__name__} has no proof that an answer stays among the first {claim.top}.",
+                hint="Leave top out; sums of votes and interval bounds have such a proof.",
+            )
+        if claim.forced and not self.locates:
+            raise UsageError(
+                f"{type(self).__name__} cannot say what can be forced at each location.",
+                hint="Votes, interval bounds, double masking and robust masking can.",
+            )
+        if claim.forced and claim.threat.budget != 1:
+            raise UsageError(
+                f"with {claim.threat} an attacker has {claim.threat.budget} locations, so a set for each of them means nothing.",
+                hint="Ask for sets by location under one patch, or under sparse:1.",
+            )
 
     def check_method(self, method: str | None) -> str:
         """The method, or the best one for None, empty if there are no proofs.
@@ -144,6 +206,10 @@ class Defense(nn.Module, ABC):
         """The labels of the classifier inside the defense for whole images [B, C, H, W], int64 [B]; None if there is none."""
         return None
 
+    def undefended(self) -> Defense | None:
+        """The classifier inside the defense, as it answers without it; None if there is none."""
+        return None
+
     def class_name(self, answer: int) -> str:
         """What an answer is called: the name of its class, or ``alarm``."""
         return "alarm" if answer == ALERT else self.classes[answer]
@@ -155,6 +221,13 @@ class Defense(nn.Module, ABC):
     def settings(self) -> dict[str, Any]:
         """What else decides its answers and can be chosen when it is evaluated, as plain values for the manifest."""
         return {}
+
+    def group(self, claims: Sequence[Claim]) -> int:
+        """How many images evaluation certifies in one call, where the last bits of margins depend on that; 0 if they do not.
+
+        Evaluations are the same bytes in any number of processes because of this. Verdicts never depend on it.
+        """
+        return 0
 
     def passes_per_image(self) -> tuple[int, int] | None:
         """The fewest and the most passes of the network that a certificate takes, if the defense counts them."""
@@ -204,7 +277,7 @@ class MarginMaps(ABC):
         unit: what they count.
     """
 
-    unit: ClassVar[str] = "votes"
+    unit: str = "votes"
 
     @abstractmethod
     def margin_map(self, x: Tensor, patch: Threat) -> Tensor:
@@ -216,21 +289,22 @@ class MarginMaps(ABC):
 
 
 class WrapsClassifier(ABC):
-    """A defense that can be put around any classifier, such as ``timm:NAME``."""
+    """A defense that can be put around any classifier, such as ``timm:NAME``.
+
+    Attributes:
+        masked: whether it evaluates the classifier under masks, which the threat model decides; else it has settings instead.
+    """
+
+    masked: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod
-    def wrap(
-        cls,
-        network: nn.Module,
-        *,
-        input_shape: tuple[int, int, int],
-        classes: tuple[str, ...],
-        masks: MaskSpec,
-        fill: Sequence[float],
-        prediction_dtype: str = "float32",
-    ) -> Defense:
-        """The defense around ``network``: images [B, C, H, W] in [0, 1] -> logits [B, K]; see :class:`MaskedClassifier`."""
+    def wrap(cls, network: nn.Module, *, input_shape: tuple[int, int, int], classes: tuple[str, ...], **given: Any) -> Defense:
+        """The defense around ``network``: images [B, C, H, W] in [0, 1] -> logits [B, K].
+
+        A masked one is given ``masks`` (:class:`patchcert_cli.MaskSpec`), ``fill`` and, if it is wished, ``prediction_dtype``,
+        see :class:`patchcert_cli.defenses.MaskedClassifier`; any other one its settings by name.
+        """
 
     def fingerprint(self) -> dict[str, Any] | None:
         """Answers that show whether the network is the same; None where its weights do."""

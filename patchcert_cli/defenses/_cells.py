@@ -10,7 +10,7 @@ Shapes: B images, C channels, H x W pixels, K classes, N x M cells, P x Q locati
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from patchcert_cli.certificate import Arithmetic, Claim, Proof
-from patchcert_cli.certifiers.cells import additive
+from patchcert_cli.certifiers.cells import additive, by_location
 from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 from patchcert_cli.defenses._attackable import Surrogate
@@ -76,18 +76,30 @@ class LocalFeatureDefense(Trainable, MarginMaps, Generic[CellOutputs]):
         """All claims from one evaluation of the cells."""
         covers = [self.cover_of(claim.threat) for claim in claims]
         outputs = self.count(self.scores(x))
-        proofs = [(self.prove(outputs, cover, claim), claim) for claim, cover in zip(claims, covers, strict=True)]
-        return [
-            Proof(  # whole numbers, so no tolerance; the attacker decides what rounding may decide
-                answer=proof.answer,
-                margin=proof.margin,
-                location=proof.worst,
-                runner_up=proof.rival,
-                method=self.title(str(claim.method)),
-                arithmetic=Arithmetic.EXACT,
-            )
-            for proof, claim in proofs
-        ]
+        return [self._proof(outputs, *pair) for pair in zip(claims, covers, strict=True)]
+
+    def _proof(self, outputs: CellOutputs, claim: Claim, cover: CellCoverage) -> Proof:
+        ranked = self.prove_first(outputs, cover, claim) if claim.top > 1 else None
+        proof = self.prove(outputs, cover, claim) if ranked is None else ranked
+        return Proof(  # whole numbers, so no tolerance; the attacker decides what rounding may decide
+            answer=proof.answer,
+            margin=proof.margin,
+            location=proof.worst,
+            runner_up=proof.rival,
+            method=self.title(str(claim.method)),
+            arithmetic=Arithmetic.EXACT,
+            forced=self.forced(outputs, cover, claim) if claim.forced else None,
+            ranking=None if ranked is None else ranked.ranking,
+            stays=None if ranked is None else ranked.margins > 0,
+        )
+
+    def forced(self, outputs: CellOutputs, cover: CellCoverage, claim: Claim) -> Tensor:
+        """What can be forced at each location of the claim's threat, bool [B, A, K]; ``locates`` says whether it is known."""
+        raise NotImplementedError
+
+    def prove_first(self, outputs: CellOutputs, cover: CellCoverage, claim: Claim) -> by_location.Ranking:
+        """Which of the first ``claim.top`` classes stay among them; ``ranks`` says whether it is known."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def margin_map(self, x: Tensor, patch: Threat) -> Tensor:
@@ -152,6 +164,27 @@ class VotingDefense(LocalFeatureDefense[Votes]):
         if method == "3.1" and cover.budget > 1:
             raise UnsupportedThreat(f"condition 3.1 is not for {claim.threat}.", hint="It is for one patch or one pixel.")
         return additive.prove(outputs, cover, method)
+
+    @property
+    def locates(self) -> bool:
+        """A defense with another answer than the largest sum needs a proof of its own."""
+        return type(self).answer is VotingDefense.answer
+
+    @property
+    def ranks(self) -> bool:
+        return self.locates
+
+    def ranges(self, outputs: Votes, cover: CellCoverage, threat: Threat) -> Iterator[by_location.Ranges]:
+        """What the sums can be under an attack at each location of a threat of one location, a few images at a time."""
+        return by_location.ranges(outputs, cover)
+
+    def forced(self, outputs: Votes, cover: CellCoverage, claim: Claim) -> Tensor:
+        return by_location.forced(self.ranges(outputs, cover, claim.threat))
+
+    def prove_first(self, outputs: Votes, cover: CellCoverage, claim: Claim) -> by_location.Ranking:
+        if claim.method != "exact":
+            raise UnsupportedThreat(f"condition {claim.method} is about one answer.", hint="For top use the exact proof.")
+        return by_location.prove_first(outputs, cover, claim.top)
 
     def margins(self, outputs: Votes, cover: CellCoverage) -> Tensor:
         return additive.margin_map(outputs, cover)
@@ -255,6 +288,12 @@ class CellSurrogate(Surrogate):
         row, column = self._window(boxes, x)  # cells
         weight = self._weight[row[:, :, None], column[:, None, :]]
         return (self._vote(self._scorer.score(seen)) * weight[:, None]).sum(dim=(2, 3))
+
+    def share(self, boxes: Tensor) -> float:
+        found = 1.0
+        for axis, cells in enumerate(self._weight.shape):
+            found *= min(1.0, (int(boxes[..., 2 + axis].amax()) + self._reach) / (cells * self._stride))
+        return found
 
     def rest(self, x: Tensor, boxes: Tensor) -> Tensor:
         votes = self._vote(self._scorer(x)) * self._weight

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +35,21 @@ class Options:
     def fitted(self, epochs: int) -> Options:
         """These options with phases shortened where a run is too short for them."""
         return self
+
+    def scaled(self, epochs: float, steps: float) -> Options:
+        """These options for a run of ``epochs`` times as many epochs and ``steps`` times as many steps.
+
+        Phases, fields whose names end in ``_epochs`` or ``_every``, keep their share of the run, and a running average of weights
+        looks back over the same share of it.
+        """
+        changed: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name.endswith(("_epochs", "_every")) and value > 0:
+                changed[item.name] = max(1, round(value * epochs))
+            if item.name == "average" and value > 0:
+                changed[item.name] = round(max(1 - (1 - value) / steps, 0.0), 6)
+        return replace(self, **changed)
 
     def lr_multiplier(self, progress: float, epochs: int) -> float:
         """Share of the peak learning rate after ``progress`` of ``epochs`` epochs: a short climb, then linearly to zero."""

@@ -20,7 +20,7 @@ Shapes: B images, C channels, H x W pixels, K classes, N x M sets (N = M), n = N
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, cast
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from patchcert_cli import schema
 from patchcert_cli.certificate import Claim
-from patchcert_cli.certifiers.cells import additive
+from patchcert_cli.certifiers.cells import additive, by_location
 from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 from patchcert_cli.defenses._attackable import Surrogate
@@ -204,7 +204,7 @@ class Partition(VotingDefense):
         if self.how.vote == "independent":
             return Votes((scores > 0).contiguous())
         best = scores == scores.amax(dim=1, keepdim=True)
-        return Votes((best & (best.cumsum(dim=1) == 1)).contiguous())  # the first of equals
+        return Votes((best & (best.cumsum(dim=1) == 1)).contiguous(), one_hot=True)  # the first of equals
 
     def cover_of(self, threat: Threat) -> CellCoverage:
         """For sparse threats the locations are the sets; see the proof above."""
@@ -225,9 +225,21 @@ class Partition(VotingDefense):
 
     def prove(self, outputs: Votes, cover: CellCoverage, claim: Claim) -> additive.Proof:
         proof = super().prove(outputs, cover, claim)
-        if isinstance(claim.threat, Sparse):  # the worst set -> its first pixel
-            return replace(proof, worst=self.members[:, 0].to(proof.worst.device)[proof.worst])
-        return proof
+        return replace(proof, worst=self._pixel(proof.worst)) if isinstance(claim.threat, Sparse) else proof
+
+    def ranges(self, outputs: Votes, cover: CellCoverage, threat: Threat) -> Iterator[by_location.Ranges]:
+        """For a pixel those of its set."""
+        number = self.sets.flatten() if isinstance(threat, Sparse) else slice(None)
+        for part in super().ranges(outputs, cover, threat):
+            yield by_location.Ranges(part.low[:, :, number], part.high[:, :, number])
+
+    def prove_first(self, outputs: Votes, cover: CellCoverage, claim: Claim) -> by_location.Ranking:
+        found = super().prove_first(outputs, cover, claim)
+        return replace(found, worst=self._pixel(found.worst)) if isinstance(claim.threat, Sparse) else found
+
+    def _pixel(self, number: Tensor) -> Tensor:
+        """The first pixel of each set, int64 of any shape."""
+        return self.members[:, 0].to(number.device)[number]
 
     @torch.no_grad()
     def self_test(self) -> None:

@@ -60,6 +60,7 @@ class PatchCleanser(MaskedClassifier):
     def _proof(self, table: Table, answer: Tensor, known: Tensor, views: Predictor, claim: Claim, cover: MaskCoverage) -> Proof:
         by, location = self.sets(cover, whole=claim.method == "pairs")  # "pairs": every mask is to have a whole row
         found = double_masking.prove(table, answer, by, views.tolerance, known)
+        forced = self._forced(table, answer, found.certified, views, claim) if claim.forced else None
         return Proof(
             answer=answer,
             margin=torch.where(found.certified, found.margin, found.margin.clamp(max=views.tolerance)),
@@ -67,7 +68,18 @@ class PatchCleanser(MaskedClassifier):
             runner_up=found.rival,
             tolerance=views.tolerance,
             arithmetic=views.arithmetic,
+            forced=forced,
         )
+
+    @property
+    def locates(self) -> bool:
+        return True
+
+    def _forced(self, table: Table, answer: Tensor, certified: Tensor, views: Predictor, claim: Claim) -> Tensor:
+        """The answer alone where the theorem holds for a location, else every class: bool [b, A, K]."""
+        harmed = double_masking.forced(table, answer, self.set.hides(claim.threat), views.tolerance, certified)
+        own = torch.arange(len(self.classes)) == answer[:, None]
+        return harmed[:, :, None] | own[:, None, :]
 
     def _tables(self, x: Tensor, views: Predictor) -> Iterator[Table]:
         """What is known of the images, a group at a time; an empty batch is one group."""

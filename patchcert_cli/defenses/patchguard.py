@@ -145,6 +145,13 @@ class PatchGuard(RegionDefense[Tensor]):
     def prove(self, outputs: Tensor, cover: CellCoverage, claim: Claim) -> additive.Proof:
         return robust_masking.prove(outputs, self.masking, cover)
 
+    @property
+    def locates(self) -> bool:
+        return True
+
+    def forced(self, outputs: Tensor, cover: CellCoverage, claim: Claim) -> Tensor:
+        return robust_masking.forced(outputs, self.masking, cover)
+
     def margins(self, outputs: Tensor, cover: CellCoverage) -> Tensor:
         return robust_masking.margin_map(outputs, self.masking, cover)
 

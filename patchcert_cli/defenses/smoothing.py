@@ -177,7 +177,9 @@ class Smoothing(VotingDefense):
     def count(self, scores: Tensor) -> Votes:
         """``top-one``: no vote is in doubt, since logits are not rounded; ``threshold``: those next to it are."""
         if self.how.vote == "top-one":
-            return Votes(torch.zeros_like(scores, dtype=torch.bool).scatter(1, first_largest(scores)[:, None], True))
+            return Votes(
+                torch.zeros_like(scores, dtype=torch.bool).scatter(1, first_largest(scores)[:, None], True), one_hot=True
+            )
         away = scores.double().softmax(dim=1) - self.how.threshold
         return Votes(away >= 0, unknown=away.abs() <= ROUNDING)
 

@@ -237,9 +237,7 @@ def _attacking(task: EvaluationTask, total: int, trial: _Trial, attacker: AnyAtt
 
     def batch(part: Images) -> tuple[list[int], int]:
         x = to_float(part.read()).to(defense.device)
-        certificate = defense.certify(x, task.threat) if join else None
-        start = None if certificate is None else hints.start(defense, x, task.threat, certificate)
-        attacker(defense, x, task.threat, index=part.index, start=start)
+        _, certificate = hints.search(defense, x, task.threat, attacker, part.index, join=join)
         return [], 0 if certificate is None else _bytes(part, [certificate])
 
     hopeless = effort is not None and effort.queries * query > HOPE * PATIENCE

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patchcert_cli.attacks import Start
+from patchcert_cli.attacks import AnyAttack, AttackResult, Start
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.defenses import Defense, MarginMaps
+from patchcert_cli.errors import UsageError
 from patchcert_cli.threats import Patch, PatchPercent, Threat
 
-FURTHER = 15  # locations besides the worst one
+FURTHER = 31  # locations besides the worst one
 
 
 def start(defense: Defense, x: Tensor, threat: Threat, certificate: Certificate) -> Start:
@@ -24,9 +25,21 @@ def start(defense: Defense, x: Tensor, threat: Threat, certificate: Certificate)
         return first
     if not isinstance(defense, MarginMaps):
         return first
-    margins = defense.margin_map(x, threat).flatten(1)  # [B, A]
+    try:
+        margins = defense.margin_map(x, threat).flatten(1)  # [B, A]
+    except UsageError:  # none for this defense, or for a patch as large as this one
+        return first
     locations = threat.locations(int(x.shape[2]), int(x.shape[3])).to(margins.device)
     return Start(first.location, first.rival, spread(margins, locations, first.location.to(margins.device), FURTHER))
+
+
+def search(
+    defense: Defense, x: Tensor, threat: Threat, attacker: AnyAttack, index: Tensor | None = None, *, join: bool
+) -> tuple[AttackResult, Certificate | None]:
+    """Attack images [B, C, H, W] with numbers [B]; with ``join`` certify them before, and begin where the margin is smallest."""
+    certificate = defense.certify(x, threat) if join else None
+    hint = None if certificate is None else start(defense, x, threat, certificate)
+    return attacker(defense, x, threat, index=index, start=hint), certificate
 
 
 def spread(margins: Tensor, locations: Tensor, first: Tensor, count: int) -> Tensor:

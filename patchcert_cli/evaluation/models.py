@@ -10,8 +10,8 @@ Shapes: C channels, H x W pixels, K classes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from patchcert_cli.data import class_names, datasets, image_files
 from patchcert_cli.data.class_names import Names
 from patchcert_cli.data.datasets import Dataset
 from patchcert_cli.data.resize_crop import ResizeCrop
-from patchcert_cli.defenses import Defense, MaskedClassifier
+from patchcert_cli.defenses import Defense, EmpiricalDefense, MaskedClassifier
 from patchcert_cli.defenses._detection import DetectingClassifier
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.evaluation.task import EvaluatedModel
@@ -53,6 +53,7 @@ class DefenseRequest:
         threshold: confidence by which certified detection raises an alarm; None for the model's own.
         compare: whether other thresholds are to be compared with it.
         mask_shape: ``square``, ``column`` or ``row``.
+        settings: of a defense without masks, by name.
     """
 
     defense: str | None = None
@@ -65,6 +66,7 @@ class DefenseRequest:
     threshold: float | None = None
     compare: bool = False
     mask_shape: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def masked(self) -> bool:
@@ -167,18 +169,25 @@ class ZooModel(ModelSource):
         kind = str(self.config["deployed"]["defense"])
         defense: Any = self.defense
         asked, request = self.request.defense or kind, self.request
-        if asked != kind or request.masked or request.labels:
+        if asked != kind or request.masked or request.labels or request.settings:
             if self.request.defense is None and kind not in defenses.around():
-                hint = f"Choose a defense that has them: --defense {' or '.join(defenses.around())}."
-                raise UsageError(f"{self.name} is a model of {kind}, which has no masks to choose.", hint=hint)
-            defenses.wrapping(asked)
+                hint = f"Choose a defense that has them: --defense {' or '.join(defenses.around(masked=not request.settings))}."
+                what = "settings" if request.settings else "masks"
+                raise UsageError(f"{self.name} is a model of {kind}, which has no {what} to choose.", hint=hint)
             inner: nn.Module = defense
             mean: Sequence[float] | None = self.config["deployed"]["network"]["options"].get("mean")
             if isinstance(defense, MaskedClassifier):
                 inner, mean = defense.network, defense.fill.flatten().tolist()
-            plan = defense.plan if asked == kind and not request.masked else request.plan(threats, shape)
-            numbers = request.labels or str(getattr(defense, "prediction_dtype", ""))
-            defense = put_around(inner, asked, shape, defense.classes, plan, mean, numbers).to(torch.device(device))
+            elif isinstance(defense, EmpiricalDefense):
+                inner = defense.network
+            if takes_masks(asked, request):
+                plan = defense.plan if asked == kind and not request.masked else request.plan(threats, shape)
+                numbers = request.labels or str(getattr(defense, "prediction_dtype", ""))
+                defense = put_around(inner, asked, shape, defense.classes, plan, mean, numbers)
+            else:
+                settings = {**(defense.settings() if asked == kind else {}), **request.settings}
+                defense = defenses.wrapping(asked).wrap(inner, input_shape=shape, classes=defense.classes, **settings).eval()
+            defense = defense.to(torch.device(device))
         alarming(defense, asked, request, getattr(self.defense, "threshold", None) if asked == kind else None)
         setting = defense.settings()
         if asked != kind:
@@ -213,12 +222,18 @@ class WrappedClassifier(ModelSource):
         return dataset.shape
 
     def evaluated(self, shape: tuple[int, int, int], threats: Sequence[Threat], device: str) -> EvaluatedModel:
-        plan = self.request.plan(threats, shape)
-        plan.masks(*shape[1:])  # raises what cannot be masked before the network is evaluated
+        plan = self.request.plan(threats, shape) if takes_masks(self.kind, self.request) else None
+        if plan is not None:
+            plan.masks(*shape[1:])  # raises what cannot be masked before the network is evaluated
         about, notes = loaders.settled(self.classifier, shape, device)
         count, numbers = addresses.outputs(about, shape, device), self.request.labels or ""
         classes = class_names.words(self.names) if len(self.names) == count else tuple(map(str, range(count)))
-        defense = put_around(about.network, self.kind, shape, classes, plan, about.mean, numbers).to(torch.device(device))
+        if plan is None:
+            wrap = defenses.wrapping(self.kind).wrap
+            defense = wrap(about.network, input_shape=shape, classes=classes, **self.request.settings).eval()
+        else:
+            defense = put_around(about.network, self.kind, shape, classes, plan, about.mean, numbers)
+        defense = defense.to(torch.device(device))
         alarming(defense, self.kind, self.request)
         try:
             defense.test_once()
@@ -248,7 +263,7 @@ def find(model: str | None, dataset: str | None, request: DefenseRequest, device
     if addresses.is_address(name):
         if request.defense is None:
             raise UsageError(
-                f"{name} is a plain classifier.", hint=f"Choose a defense: --defense {' or '.join(defenses.around())}."
+                f"{name} is a plain classifier.", hint=f"Choose a defense: --defense {' or '.join(defenses.around(proves=True))}."
             )
         defenses.wrapping(request.defense)
         opened = addresses.open_(name, weights=request.weights, classes=request.classes, typed=True, download=request.download)
@@ -263,6 +278,22 @@ def find(model: str | None, dataset: str | None, request: DefenseRequest, device
     if model is None:
         made.note = f"no model given: {name}, the default for {dataset or bundled.DEFAULT_DATASET}. {made.note}"
     return made
+
+
+def takes_masks(kind: str, request: DefenseRequest) -> bool:
+    """Whether defense ``kind``, to be put around a classifier, has masks, or settings of its own.
+
+    Raises:
+        UsageError: it is to have what it has not.
+    """
+    masked = defenses.wrapping(kind).masked
+    others = ", ".join(defenses.around(masked=not masked))
+    if masked and request.settings:
+        raise UsageError(f"{kind} has masks and no settings, so --option means nothing.", hint=f"It is for {others}.")
+    if not masked and (request.masked or request.labels):
+        flag = "--precision" if request.labels and not request.masked else "--masks, --passes or --mask-shape"
+        raise UsageError(f"{kind} has no masks, so {flag} means nothing.", hint=f"It is for {others}; {kind} has --option.")
+    return masked
 
 
 def put_around(

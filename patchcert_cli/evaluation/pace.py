@@ -45,6 +45,11 @@ class Pace:
         units = int(room) // self._unit
         self.size = self._unit * (self._most if units >= self._most else 1 << max(units.bit_length() - 1, 0))
 
+    def share(self, left: int, ranks: int) -> int:
+        """How many of ``left`` images one of ``ranks`` processes takes: the next batch, or fewer, so that all end together."""
+        units = max(left // (2 * ranks * self._unit), 1)
+        return min(self.size, self._unit << (units.bit_length() - 1))
+
     def halve(self, images: int) -> None:
         """A batch of ``images`` was too large for the memory: never more than half as many from now on."""
         self._unit, self._most = min(self._unit, images // 2), max(images // 2 // min(self._unit, images // 2), 1)

@@ -23,6 +23,7 @@ from patchcert_cli.errors import ClaimError, DataError, IntegrityError
 from patchcert_cli.evaluation import evaluate
 from patchcert_cli.evaluation.run_folder import Record
 from patchcert_cli.evaluation.task import EvaluationTask
+from patchcert_cli.parallel import workers
 from patchcert_cli.progress import Progress
 from patchcert_cli.storage import files
 
@@ -87,7 +88,8 @@ def reproduce(
         outcome |= {"attacked": found["images"], "broken": found["broken"], "attack": dict(settings)}
         outcome["seconds"] += found["seconds"]
     outcome["holds"] = not outcome["different"] and not outcome["broken"] and not outcome["overstated"]
-    files.write_json(folder / "verdict.json", outcome)
+    if workers.current().first:
+        files.write_json(folder / "verdict.json", outcome)
     return {**outcome, "out": str(folder), "result": str(folder / "certify" / files.RESULT)}
 
 

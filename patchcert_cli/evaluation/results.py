@@ -21,6 +21,7 @@ from patchcert_cli.data.images import Images
 from patchcert_cli.errors import ClaimError
 from patchcert_cli.evaluation.run_folder import Record, Run
 from patchcert_cli.evaluation.task import EvaluationTask
+from patchcert_cli.parallel.workers import Workers
 from patchcert_cli.storage import files
 from patchcert_cli.version import __version__
 
@@ -35,20 +36,22 @@ def certify_records(part: Images, certificates: Sequence[Certificate], plain: Te
     """
     columns = [list(_verdicts(certificate, part.labels)) for certificate in certificates]
     predictions = certificates[0].prediction.tolist()
-    counted = certificates[0].passes
-    passes = None if counted is None else counted.tolist()
+    first = certificates[0]
+    passes, whole, silent, plains = (
+        None if values is None else values.tolist() for values in (first.passes, first.plain, first.silent, plain)
+    )
     for position, (index, label) in enumerate(zip(part.index.tolist(), part.labels.tolist(), strict=True)):
         record = {"index": index, "label": label, "prediction": predictions[position]}
         if part.files:
             record["picture"] = part.files[index]
-        if plain is not None:
-            record["plain"] = int(plain[position])
+        if plains is not None:
+            record["plain"] = plains[position]
         if passes is not None:
             record["passes"] = passes[position]
-        if certificates[0].plain is not None:
-            record["whole"] = int(certificates[0].plain[position])
-        if certificates[0].silent is not None:
-            record["silent"] = certificates[0].silent[position].tolist()
+        if whole is not None:
+            record["whole"] = whole[position]
+        if silent is not None:
+            record["silent"] = silent[position]
         yield {**record, "claims": [column[position] for column in columns]}
 
 
@@ -65,12 +68,14 @@ def _verdicts(certificate: Certificate, labels: Tensor) -> Iterable[dict[str, An
 
 
 class RunningCounts:
-    """Clean and certified accuracy of the first claim, counted as the records are made."""
+    """Clean and certified accuracy of the first claim, counted as the records are made, by all ranks of a job."""
 
-    def __init__(self, records: Iterable[Record] = ()) -> None:
-        self.images = self.right = 0
-        self.certified: int | None = None
+    def __init__(self, records: Iterable[Record] = (), workers: Workers | None = None) -> None:
+        self.images = self.right = self.certified = 0
+        self.claimed = False
         self.add(records)
+        self._before, self._own = self._now(), self._now()
+        self._workers = workers or Workers()
 
     def add(self, records: Iterable[Record]) -> None:
         """Count more records."""
@@ -78,13 +83,25 @@ class RunningCounts:
             right = record["prediction"] == record["label"]
             self.images, self.right = self.images + 1, self.right + right
             for first in record["claims"][:1]:
-                self.certified = (self.certified or 0) + bool(first["certified"] and right)
+                self.claimed, self.certified = True, self.certified + bool(first["certified"] and right)
+
+    def share(self) -> None:
+        """Give what was counted since the last call to the other ranks, and take what they have counted."""
+        if self._workers.alone:
+            return
+        more = [now - own for now, own in zip(self._now(), self._own, strict=True)]
+        totals = [self._workers.add(name, count) for name, count in zip(("images", "right", "certified"), more, strict=True)]
+        self.images, self.right, self.certified = (b + t for b, t in zip(self._before, totals, strict=True))
+        self._own = self._now()
+
+    def _now(self) -> tuple[int, int, int]:
+        return self.images, self.right, self.certified
 
     def __str__(self) -> str:
         if not self.images:
             return "no image yet"
         text = f"clean {self.right / self.images:.2%}"
-        return text if self.certified is None else f"{text}, certified {self.certified / self.images:.2%}"
+        return f"{text}, certified {self.certified / self.images:.2%}" if self.claimed else text
 
 
 def ordered(task: EvaluationTask, run: Run) -> list[Record]:

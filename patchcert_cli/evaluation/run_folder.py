@@ -1,7 +1,9 @@
 """Run folders of evaluations: claimed for one set of settings, appended to image by image, safe against crashes.
 
 A folder holds ``manifest.json`` (what is run), ``records.jsonl`` (one line per image) and, once every image is done,
-``result.json``. One process at a time works in it.
+``result.json``. One process at a time works in it, or the ranks of one job: then each appends to a file of its own,
+``records-RANK.jsonl``, and the first merges them in the end. What a stopped job leaves is merged when the run is opened again, by
+any number of processes.
 """
 
 from __future__ import annotations
@@ -10,19 +12,23 @@ import datetime
 import json
 import platform
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from patchcert_cli.cards.results import FORMAT, current_record
-from patchcert_cli.errors import IntegrityError, MachineError, UsageError
+from patchcert_cli.errors import IntegrityError, MachineError, PatchcertError, UsageError
+from patchcert_cli.parallel.workers import Workers
 from patchcert_cli.storage import files, locks
 from patchcert_cli.storage.files import MANIFEST, RECORDS
 from patchcert_cli.version import __version__
 
 Record = dict[str, Any]
+
+
+PARTS = "records-*.jsonl"  # of the ranks of one job
 
 
 @contextmanager
@@ -34,19 +40,42 @@ def opened(
     command: str,
     fresh: bool,
     answers: dict[str, Any] | None = None,
+    workers: Workers | None = None,
 ) -> Iterator[Run]:
-    """A :class:`Run` that no other process writes to as long as the block lasts.
+    """A :class:`Run` that no process outside of the job ``workers`` writes to as long as the block lasts.
 
     Raises:
-        MachineError: another process uses the folder.
-        UsageError: the folder holds another run, or something else.
+        MachineError: another process uses the folder, or the ranks do not share it.
+        UsageError: the folder holds another run, or something else; or the ranks are about different runs.
     """
-    with locks.held(folder, MANIFEST):
-        yield Run(folder, identity, device=device, command=command, fresh=fresh, answers=answers)
+    workers = workers or Workers()
+    workers.agree({name: str(value) for name, value in identity.items()})
+    with ExitStack() as held:
+        if workers.first:
+            try:
+                held.enter_context(locks.held(folder, MANIFEST))
+                run = Run(folder, identity, device=device, command=command, fresh=fresh, answers=answers)
+            except PatchcertError as problem:
+                workers.failed("opened", problem)
+                raise
+            workers.tell("opened", True)
+            workers.check_shared(folder / MANIFEST)
+        else:
+            workers.outcome("opened")
+            workers.check_shared(folder / MANIFEST)
+            run = Run(folder, identity, device=device, command=command, fresh=False, answers=answers, joins=True)
+        if not workers.alone:
+            run.part = f"records-{workers.rank}.jsonl"
+        yield run
 
 
 class Run:
-    """A run folder: claimed for one identity, appended to image by image."""
+    """A run folder: claimed for one identity, appended to image by image.
+
+    Attributes:
+        records: by the number of the image, those that there were and those that this process has made.
+        part: the file that this process appends to.
+    """
 
     def __init__(
         self,
@@ -57,6 +86,7 @@ class Run:
         command: str,
         fresh: bool,
         answers: dict[str, Any] | None = None,
+        joins: bool = False,
     ) -> None:
         """Claim ``folder``, which this process holds (see :func:`opened`), or go on with it.
 
@@ -67,11 +97,12 @@ class Run:
             command: what the user typed.
             fresh: whether to start over.
             answers: shows whether a user's network is still the same, see :meth:`check_answers`.
+            joins: another rank of the job holds the folder, and has claimed it.
 
         Raises:
             UsageError: the folder holds another run, or one of a network that gave other answers.
         """
-        self.folder, self.identity, self.answers = folder, identity, answers
+        self.folder, self.identity, self.answers, self.part = folder, identity, answers, RECORDS
         files.check_folder(folder, "--out")
         if fresh and (folder / MANIFEST).exists():
             locks.clear(folder)
@@ -95,7 +126,9 @@ class Run:
                     "command": command,
                 },
             )
-        self.records = self._read()
+        self.records = self._lines(folder / RECORDS)
+        if not joins:
+            self.merge()
 
     def _check_same(self, manifest: dict[str, Any]) -> None:
         changed = list(_differences(manifest, self.identity))
@@ -123,9 +156,26 @@ class Run:
                 hint="Use another --out, or --fresh to start over.",
             )
 
-    def _read(self) -> dict[int, Record]:
-        """Records so far; a last line torn by a crash is cut off."""
-        path = self.folder / RECORDS
+    def merge(self) -> None:
+        """Join the records that ranks have made with the others, in the order of the images, and bring the file in this order.
+
+        Raises:
+            IntegrityError: two ranks have different records of an image.
+        """
+        parts = sorted(self.folder.glob(PARTS))
+        for path in parts:
+            for index, record in self._lines(path).items():
+                if self.records.setdefault(index, record) != record:
+                    raise IntegrityError(f"'{path}' has another record of image {index}.", hint="Use --fresh to start over.")
+        if parts or list(self.records) != sorted(self.records):
+            self.records = dict(sorted(self.records.items()))
+            content = "".join(json.dumps(record) + "\n" for record in self.records.values())
+            files.write_atomically(self.folder / RECORDS, content.encode())
+        for path in parts:
+            path.unlink()
+
+    def _lines(self, path: Path) -> dict[int, Record]:
+        """The records of a file; a last line torn by a crash is cut off."""
         if not path.exists():
             return {}
         content = files.read(path)
@@ -142,11 +192,11 @@ class Run:
         """Write the records of one batch."""
         records = list(records)
         try:
-            with (self.folder / RECORDS).open("a", encoding="utf-8") as stream:
+            with (self.folder / self.part).open("a", encoding="utf-8") as stream:
                 stream.write("".join(json.dumps(record) + "\n" for record in records))
         except OSError as problem:
             raise MachineError(
-                f"cannot write '{self.folder / RECORDS}': {problem.strerror or problem}.",
+                f"cannot write '{self.folder / self.part}': {problem.strerror or problem}.",
                 hint=f"Free some space and run the same command: {len(self.records)} images are kept.",
             ) from problem
         self.records.update((record["index"], record) for record in records)

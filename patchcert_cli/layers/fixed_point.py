@@ -227,6 +227,12 @@ def freeze(network: Freezable) -> nn.Module:
     return frozen.eval().to(memory_format=torch.channels_last)
 
 
+def state_of(network: nn.Module) -> tuple[tuple[int, int | None], ...]:
+    """What differs once weights have changed, except through ``.data``."""
+    tensors = network.state_dict(keep_vars=True).values()
+    return tuple((tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in tensors)
+
+
 class FrozenNetworkCache:
     """The frozen form of a network, made again when its weights have changed (changes through ``.data`` go unnoticed)."""
 
@@ -236,8 +242,7 @@ class FrozenNetworkCache:
 
     def __call__(self) -> nn.Module:
         """The network to predict and certify with, on the device of the weights."""
-        tensors = self.network.state_dict(keep_vars=True).values()
-        state = tuple((tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in tensors)
+        state = state_of(self.network)
         if self.made is None or self.made[0] != state:
             device = next(iter(self.network.parameters())).device
             self.made = (state, freeze(cast(Freezable, self.network)).to(device))
@@ -245,7 +250,7 @@ class FrozenNetworkCache:
 
 
 def execution_type(frozen: nn.Module, device: torch.device) -> torch.dtype:
-    """What to compute a frozen network in: off the CPU float64, whose convolutions are plain sums of products everywhere."""
+    """What to compute a frozen network in: off the CPU float64, in which all sums fit."""
     weight = next(layer.weight for layer in frozen.modules() if isinstance(layer, Affine))
     if device.type != "cpu" and weight.dtype != torch.float64:
         frozen.double()

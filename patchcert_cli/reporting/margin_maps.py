@@ -7,6 +7,7 @@ Shapes: C channels, H x W pixels, P x Q locations of the patch's top-left corner
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,19 +79,21 @@ def margin_map(
         for axes, name in zip(panels, ("worst location of the patch", "margin for each top-left corner"), strict=True):
             axes.set_title(name, fontsize=9.5, pad=6, loc="left" if slot == wide else "center")
             axes.tick_params(length=3, labelsize=8.5)
-        _draw_image(panels[0], image, box)
+        draw_image(panels[0], image, box)
         _draw_margins(panels[1], margins, (height, width), (top, left), 72 * dots / DPI)
         _draw_scale(panels[1], axes_at(figure, lefts[1] + wide + 0.16, bottom, 0.14, high), margins, f"margin, {unit}")
 
 
-def _draw_image(axes: Axes, image: Tensor, box: tuple[int, int, int, int]) -> None:
-    """The image uint8 [C, H, W] with a frame around the pixels of ``box``."""
+def draw_image(axes: Axes, image: Tensor, box: Sequence[int] | None) -> None:
+    """The image uint8 [C, H, W] with a frame around the pixels of ``box``, if there is one."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
     pixels = image.detach().cpu().permute(1, 2, 0).squeeze(2).numpy()  # [H, W] or [H, W, 3]
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set(xlabel="column, pixels", ylabel="row, pixels")
+    if box is None:
+        return
     top, left, height, width = box
     frame = Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=MARK, linewidth=1.8, clip_on=False)
     frame.set_path_effects([withStroke(linewidth=3.4, foreground="black")])

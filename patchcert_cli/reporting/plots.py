@@ -85,7 +85,7 @@ def curve(rows: Rows, path: Path, *, title: str) -> None:
     series = _by_method(points)
     heading = Heading.of(title, f"{threat}, anywhere in the image · {_images(rows)} · with exact 95 % intervals", WIDTH)
     with figure_style.figure(path, WIDTH, HEIGHT + heading.height) as figure:
-        axes = _accuracy_axes(figure, heading, below=0.55)
+        axes = accuracy_axes(figure, heading, below=0.55)
         axes.set_xlabel(unit)
         positions = _set_positions(axes, series)
         _draw_methods(axes, series, bars=len(positions) == 1)
@@ -110,7 +110,7 @@ def shapes(rows: Rows, path: Path, *, title: str, area: int | None = None) -> No
     upright = len(order) > 24  # tick labels
     below = 0.9 + 0.3 * upright
     with figure_style.figure(path, width, below + HEIGHT - 0.55 + heading.height) as figure:
-        axes = _accuracy_axes(figure, heading, below=below)
+        axes = accuracy_axes(figure, heading, below=below)
         axes.set_xlabel("patch, height x width in pixels, from wide to tall")
         axes.set_xticks(range(len(order)), [f"{height}x{width}" for height, width in order])
         axes.tick_params(axis="x", pad=28, labelrotation=90 * upright)
@@ -137,7 +137,7 @@ def thresholds(rows: Rows, path: Path, *, title: str) -> None:
     if all("or_alarm" in row for row in order):
         lines["published metric\n(incl. clean alerts)"] = ("or_alarm", Look(3))
     with figure_style.figure(path, WIDTH, HEIGHT + heading.height) as figure:
-        axes = _accuracy_axes(figure, heading, below=0.55)
+        axes = accuracy_axes(figure, heading, below=0.55)
         axes.set(xlabel="confidence threshold of alarms", ylabel="of all images, %")
         axes.set_xlim(-0.03, 1.03)
         for i, (name, (key, look)) in enumerate(lines.items()):
@@ -230,7 +230,7 @@ def _side_by_side(series: Sequence[Series]) -> list[Series]:
     ]
 
 
-def _accuracy_axes(figure: Figure, heading: Heading, *, below: float) -> Axes:
+def accuracy_axes(figure: Figure, heading: Heading, *, below: float) -> Axes:
     """Axes from 0 to 100 % with the heading above; ``below`` inches for the x axis."""
     heading.write(figure)
     across, up = (float(size) for size in figure.get_size_inches())

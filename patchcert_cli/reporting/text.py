@@ -26,6 +26,7 @@ PROOFS = {  # descriptions of proofs
     "masking": "the exact worst case of robust masking",
     "rows": "double masking, for each location one mask with every other mask",
     "pairs": "double masking, all pairs of masks",
+    "combined": "what can be forced of each member at the same location",
     "agreement": "for each location one mask that agrees with the answer",
     "all": "every mask agrees with the answer",
 }
@@ -221,7 +222,36 @@ def attack_rows(result: dict[str, Any]) -> Rows:
     if result.get("left"):
         of = images + result["left"]
         rows.append(("left", f"{result['left']} of {of} images: the time was up; the same command goes on with them"))
+    rows += _saved(result)
     return [*rows, ("queries", f"{result['queries']:,}"), ("time", _time(result)), ("records", str(result["records"]))]
+
+
+def attacked_image_rows(result: dict[str, Any]) -> Rows:
+    """The result of attacking one image."""
+    rows = [("image", str(result["image"])), ("model", _model(result)), ("prediction", _answer(result))]
+    if "plain" in result:
+        rows += [("in front", result["in_front"]), ("plain", f"{result['plain_label']} without defense and masks")]
+    rows.append(("threat", f"{result['threat']}, {ANYWHERE}"))
+    if result["flipped"]:
+        top, left, height, width = result["changed"]
+        by = f" by {result['by']}" if "by" in result else ""
+        where = f"within {height}x{width} pixels at row {top}, column {left}"
+        rows.append(("flipped", f"to {result['attacked_class']}{by} after {result['flipped_at']:,} queries, {where}"))
+    else:
+        rows.append(("flipped", f"no{EMPIRICAL}"))
+    for claim in result["claims"]:
+        rows.append(("certified", "yes" if claim["certified"] else f"no: margin {claim['margin']:g}"))
+    rows += _saved(result)
+    return [*rows, ("queries", f"{result['queries']:,}"), *([("map", result["map"])] if "map" in result else [])]
+
+
+def _saved(result: dict[str, Any]) -> Rows:
+    """Which adversarial images were kept, and what rounding to 8 bits does to them."""
+    if "saved" not in result:
+        return []
+    kept = result["saved"]
+    rounded = f"; rounded to 8 bits, {kept['png_flips']} of {kept['png']} still flip the answer" if kept["png"] else ""
+    return [("saved", f"{kept['images']} adversarial images in {kept['folder']}{rounded}")]
 
 
 def flipped_by(result: dict[str, Any]) -> str:

@@ -66,9 +66,9 @@ def waiting(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def empty(folder: Path) -> bool:
-    """Whether a folder does not exist, or holds nothing but the lock."""
-    return not folder.is_dir() or all(path.name == LOCK for path in folder.iterdir())
+def empty(folder: Path, *but: str) -> bool:
+    """Whether a folder does not exist, or holds nothing but the lock and files of the names ``but``."""
+    return not folder.is_dir() or all(path.name in (LOCK, *but) for path in folder.iterdir())
 
 
 def clear(folder: Path) -> None:

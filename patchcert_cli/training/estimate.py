@@ -7,7 +7,7 @@ from typing import Any
 
 from patchcert_cli import data
 from patchcert_cli.errors import DataError
-from patchcert_cli.training import loop
+from patchcert_cli.training import steps
 from patchcert_cli.training.recipe import Recipe
 from patchcert_cli.training.state import Beginning
 
@@ -21,14 +21,14 @@ def training(
     except DataError as problem:
         return {"not_measured": str(problem)}
     kept, _ = images.limit(recipe.limit or None, recipe.seed).hold_out(recipe.validation, recipe.seed)
-    tried = loop.trial(recipe, images.limit(recipe.batch_size, recipe.seed), device=device, beginning=beginning)
-    steps = (len(kept) // recipe.batch_size or 1) * recipe.epochs
-    seconds = sum(tried.seconds) / len(tried.seconds) * steps
+    tried = steps.trial(recipe, images.limit(recipe.batch_size, recipe.seed), device=device, beginning=beginning)
+    count = sum(recipe.steps_of(epoch, len(kept)) for epoch in range(recipe.epochs))
+    seconds = sum(tried.seconds) / len(tried.seconds) * count
     return {
-        "steps": steps,
+        "steps": count,
         "estimated_seconds": round(seconds, 1),
         "estimated_hours": round(seconds / 3600, 2),
-        "disk_bytes": tried.weights + tried.state,
+        "disk_bytes": tried.weights + tried.kept,
         "measured_on": "a step of the first epoch and one of the last; validation not included",
         "device": device,
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,19 @@ import torch
 
 from patchcert_cli import checkpoint
 from patchcert_cli.certificate import Tally
-from patchcert_cli.data.images import Images, to_float
-from patchcert_cli.defenses import Trainable, TrainingStep
+from patchcert_cli.data.images import Images
+from patchcert_cli.defenses import Trainable
 from patchcert_cli.errors import IntegrityError, Interrupted, MachineError, UsageError
+from patchcert_cli.parallel.workers import Workers
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage import files, locks
-from patchcert_cli.training import augment, recipe_files
+from patchcert_cli.training import ranks, recipe_files, steps
+from patchcert_cli.training.budget import PLAN, Budget
+from patchcert_cli.training.ranks import Ranks
 from patchcert_cli.training.recipe import Recipe
-from patchcert_cli.training.state import Beginning, State, restore, save, some_images
+from patchcert_cli.training.state import Beginning, State, restore, save
 
+MONITORED = 0.05  # share of a given time that may go into certifying on the way
 REPORTS = 10  # points of a run at which some validation images are certified; the last epoch certifies all
 
 
@@ -35,6 +39,7 @@ class Trained:
 
     Attributes:
         folder: where config, weights and metrics are.
+        recipe: what was done; with a budget its steps are those that were made.
         defense: in eval mode.
         validation: counts on the whole held-out split.
         epochs_run: epochs that this call trained itself; 0 if the run was finished before.
@@ -44,6 +49,7 @@ class Trained:
     """
 
     folder: Path
+    recipe: Recipe
     defense: Trainable
     validation: Tally
     epochs_run: int
@@ -66,6 +72,8 @@ def train(
     fresh: bool = False,
     progress: Progress | None = None,
     beginning: Beginning | None = None,
+    budget: Budget | None = None,
+    workers: Workers | None = None,
 ) -> Trained:
     """Train ``recipe`` into ``folder``, continuing a stopped run of the same recipe.
 
@@ -77,81 +85,156 @@ def train(
         fresh: start over, even if there is a run.
         progress: hears how far the run is.
         beginning: fresh weights of this recipe, and what loads others into them; None for the fresh ones alone.
+        budget: decides how many steps each epoch takes; None for the recipe's.
+        workers: the processes that share the work; by default this one alone.
 
     Raises:
         UsageError: the folder holds a run of another recipe.
         MachineError: out of memory.
         Interrupted: stopped by Ctrl-C; whole epochs are kept.
     """
-    progress = progress or Silent()
-    files.check_folder(folder, "--out")
-    if fresh and (folder / files.CONFIG).exists():  # a folder without one is not a run, and is left alone
-        locks.clear(folder)
-    config = recipe.config()
-    _claim(folder, config)
-    recipe_files.write(recipe, folder)
-    kept, held = images.limit(recipe.limit or None, recipe.seed).hold_out(recipe.validation, recipe.seed)
+    progress, workers = progress or Silent(), workers or Workers()
+    images = images.limit(recipe.limit or None, recipe.seed)
+    workers.agree({**{name: str(value) for name, value in recipe.to_dict().items()}, "images": images.digest()})
+    workers.lead("begun", lambda: _begin(recipe, folder, fresh=fresh))
+    workers.check_shared(folder / files.CONFIG)
+    kept, held = images.hold_out(recipe.validation, recipe.seed)
     new = not (folder / files.STATE).exists()
     state = State.of(recipe, beginning or Beginning.of(recipe), device, kept if new else None)
     start = restore(folder, state)
     if 0 < start < recipe.epochs:
         progress.note(f"resuming {folder}: {start} of {recipe.epochs} epochs done")
-    rows = _kept_metrics(folder, start)
-    try:
-        for epoch in range(start, recipe.epochs):
-            rows.append({})
-            _run_epoch(recipe, epoch, state, (kept, held), folder, rows, progress)
-        validated = rows and "clean" in rows[-1]
-        tally = _validated(rows[-1]) if validated else monitor(state.deployed, held, recipe)
-    except torch.OutOfMemoryError as problem:
-        raise MachineError(
-            "out of memory while training.", hint=f"Try --batch-size {max(recipe.batch_size // 2, 1)}."
-        ) from problem
-    except KeyboardInterrupt as problem:
-        done = len([row for row in rows if row])
-        raise Interrupted(
-            f"interrupted after {done} of {recipe.epochs} epochs.", hint="Resume with the same command."
-        ) from problem
-    if rows:
-        rows[-1] |= _validation_row(tally)
-        _write_metrics(folder, rows)
-    checkpoint.save_defense(folder, state.deployed, config, stored=recipe.stored)
-    seconds, chance = sum(row["seconds"] for row in rows), float(held.labels.bincount().max()) / len(held)
-    return Trained(folder, state.deployed.eval(), tally, recipe.epochs - start, seconds, len(kept), chance)
+    with ranks.joined(workers, device, recipe.batch_size) as together:
+        course = _Course(recipe, state, kept, held, folder, together, budget, progress)
+        course.rows = _kept_metrics(folder, start)
+        try:
+            for epoch in range(start, recipe.epochs):
+                course.run(epoch)
+            tally = course.validated()
+        except torch.OutOfMemoryError as problem:
+            raise MachineError(
+                "out of memory while training.", hint=f"Try --batch-size {max(recipe.batch_size // 2, 1)}."
+            ) from problem
+        except KeyboardInterrupt as problem:
+            done = len([row for row in course.rows if row])
+            raise Interrupted(
+                f"interrupted after {done} of {recipe.epochs} epochs.", hint="Resume with the same command."
+            ) from problem
+    recipe = course.done()
+    if workers.first:
+        files.write_json(folder / files.CONFIG, recipe.config())
+        recipe_files.write(recipe, folder)
+        checkpoint.save_defense(folder, state.deployed, recipe.config(), stored=recipe.stored)
+    seconds, chance = sum(row["seconds"] for row in course.rows), float(held.labels.bincount().max()) / len(held)
+    return Trained(folder, recipe, state.deployed.eval(), tally, recipe.epochs - start, seconds, len(kept), chance)
 
 
-def _run_epoch(
-    recipe: Recipe,
-    epoch: int,
-    state: State,
-    images: tuple[Images, Images],
-    folder: Path,
-    rows: list[dict[str, Any]],
-    progress: Progress,
-) -> None:
-    """Train an epoch on the first of ``images``, keep its state, and certify some of the second now and then.
+def clear(folder: Path) -> None:
+    """Delete a run; a folder that holds none is left alone."""
+    if (folder / files.CONFIG).exists():
+        locks.clear(folder)
 
-    The last of ``rows`` is filled with its metrics.
+
+def _begin(recipe: Recipe, folder: Path, *, fresh: bool) -> None:
+    """Claim the run folder, and write the recipe into it."""
+    files.check_folder(folder, "--out")
+    if fresh:
+        clear(folder)
+    _claim(folder, recipe.config())
+    recipe_files.write(recipe, folder)
+
+
+@dataclass
+class _Course:
+    """A run on its way.
+
+    Attributes:
+        rows: the metrics of each epoch so far, as ``metrics.jsonl`` has them.
     """
-    kept, held = images
-    began = time.perf_counter()
-    loss = _epoch(recipe, epoch, state, kept, progress)
-    seconds = time.perf_counter() - began
-    last = epoch + 1 == recipe.epochs
-    rows[-1] |= {"epoch": epoch + 1, "loss": loss, "learning_rate": _rate(recipe, epoch + 1), "seconds": seconds}
-    due = last or (epoch + 1) % max(recipe.epochs // REPORTS, 1) == 0
-    if due:
-        _finish(recipe, state.deployed, kept, rounded=last)
-    _write_metrics(folder, rows)
-    save(folder, recipe, state, epoch + 1)  # certifying may take longer than the epoch did
-    line = f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f} ({seconds:.0f} s)"
-    if due and not last:
-        tally = monitor(state.deployed, held.limit(state.deployed.validation_size, recipe.seed), recipe)
-        rows[-1] |= _validation_row(tally)
-        _write_metrics(folder, rows)
-        clean, certified = tally.clean_accuracy, tally.certified_accuracy
-        line += f", validation clean {clean:.2%}, certified {certified:.2%} of {tally.images}"
-    progress.note(line)
+
+    recipe: Recipe
+    state: State
+    kept: Images
+    held: Images
+    folder: Path
+    ranks: Ranks
+    budget: Budget | None
+    progress: Progress
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self, epoch: int) -> None:
+        """Train an epoch, keep its state, and certify some held-out images now and then."""
+        recipe, last = self.recipe, epoch + 1 == self.recipe.epochs
+        self.rows.append({})
+        count, began = self._steps(epoch), time.perf_counter()
+        loss = steps.epoch(recipe, epoch, self.state, self.kept, self.progress, self.ranks, count)
+        seconds = time.perf_counter() - began
+        rate = steps.rate_at(recipe, epoch + 1)
+        self.rows[-1] |= {"epoch": epoch + 1, "loss": loss, "learning_rate": rate, "seconds": seconds, "steps": count}
+        due = last or (epoch + 1) % max(recipe.epochs // REPORTS, 1) == 0
+        if due:
+            steps.finish(recipe, self.state.deployed, self.kept, rounded=last)
+        self._keep()
+        if self.ranks.workers.first:
+            save(self.folder, recipe, self.state, epoch + 1)  # certifying may take longer than the epoch did
+        line = f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f} ({seconds:.0f} s)"
+        if due and not last and self._time_for_some():
+            tally = self._monitor(self.held.limit(self.state.deployed.validation_size, recipe.seed))
+            self.rows[-1] |= _validation_row(tally)
+            self._keep()
+            clean, certified = tally.clean_accuracy, tally.certified_accuracy
+            line += f", validation clean {clean:.2%}, certified {certified:.2%} of {tally.images}"
+        if self.budget is not None and epoch + 1 in (self.recipe.epochs // 2, 3 * self.recipe.epochs // 4):
+            self._monitor(self.held.limit(min(steps.PROBED, len(self.held)), recipe.seed))  # what certifying takes by now
+        self.progress.note(line)
+
+    def validated(self) -> Tally:
+        """Counts on all held-out images, which were made before if the run was finished."""
+        if self.rows and "clean" in self.rows[-1]:
+            return _validated(self.rows[-1])
+        tally = self._monitor(self.held)
+        if self.rows:
+            self.rows[-1] |= _validation_row(tally)
+            self._keep()
+        return tally
+
+    def done(self) -> Recipe:
+        """The recipe of what was done: with a budget it has the steps of each epoch."""
+        if self.budget is None:
+            return self.recipe
+        made = tuple(int(row["steps"]) for row in self.rows)
+        return replace(self.recipe, steps=made[:1] if len(set(made)) == 1 else made)
+
+    def _steps(self, epoch: int) -> int:
+        """How many steps the epoch takes."""
+        most = self.recipe.steps_of(epoch, len(self.kept))
+        if self.budget is None:
+            return most
+        before = [row for row in self.rows[:-1] if row.get("steps")][-2:]
+        each = sum(row["seconds"] for row in before) / sum(row["steps"] for row in before) if before else self.budget.step
+        return int(self.ranks.first_of(self.budget.steps(self.recipe.epochs - epoch, each, most)))
+
+    def _time_for_some(self) -> bool:
+        """Whether certifying some images on the way takes a small part of a given time."""
+        if self.budget is None:
+            return True
+        size = min(self.state.deployed.validation_size, len(self.held))
+        cost = self.budget.reserve * size / len(self.held) * REPORTS
+        return bool(self.ranks.first_of(cost < MONITORED * self.budget.total))
+
+    def _monitor(self, images: Images) -> Tally:
+        began = time.perf_counter()
+        tally = steps.monitor(self.state.deployed, images, self.recipe, ranks=self.ranks)
+        if self.budget is not None:
+            self.budget.validated(len(images), time.perf_counter() - began, len(self.held))
+        return tally
+
+    def _keep(self) -> None:
+        """Write the metrics."""
+        if self.budget is not None:
+            self.rows[-1]["spent"] = self.budget.spent
+        if self.ranks.workers.first:
+            _write_metrics(self.folder, self.rows)
 
 
 def _write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -172,7 +255,7 @@ def _claim(folder: Path, config: dict[str, Any]) -> None:
     """Write the configuration into an empty folder, or check that the folder is this very run."""
     path = folder / files.CONFIG
     if not path.exists():
-        if not locks.empty(folder):
+        if not locks.empty(folder, PLAN):
             raise UsageError(f"'{folder}' is not empty and holds no training run.", hint="Use another --out.")
         files.write_json(path, config)
         return
@@ -185,90 +268,6 @@ def _claim(folder: Path, config: dict[str, Any]) -> None:
             f"'{folder}' was made with other settings ({'; '.join(changed)}).",
             hint="Use another --out, or --fresh to start over.",
         )
-
-
-def _rate(recipe: Recipe, progress: float) -> float:
-    return recipe.learning_rate * recipe.options.lr_multiplier(progress, recipe.epochs)
-
-
-@torch.no_grad()
-def _finish(recipe: Recipe, defense: Trainable, images: Images, *, rounded: bool) -> None:
-    """What a defense needs before it is validated; at the end its weights are rounded as they will be stored."""
-    if rounded:
-        defense.fuse()
-    if rounded and recipe.stored != "float32":
-        for weight in defense.parameters():
-            if weight.ndim > 1:
-                weight.copy_(weight.to(getattr(torch, recipe.stored)))
-    defense.calibrate(some_images(defense, images))
-
-
-def _epoch(recipe: Recipe, epoch: int, state: State, images: Images, progress: Progress) -> float:
-    """One pass over the training images; returns the mean loss."""
-    defense, optimizer, average = state.defense, state.optimizer, state.average
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
-    order = torch.randperm(len(images), generator=generator)
-    threat, options, steps = recipe.threat, recipe.options, len(order) // recipe.batch_size or 1
-    reduced, total = recipe.precision == "bfloat16", 0.0
-    defense.train()
-    for number in range(steps):
-        at = epoch + number / steps
-        picked = order[number * recipe.batch_size : (number + 1) * recipe.batch_size]
-        x, label = to_float(images.read(picked).to(defense.device)), images.labels[picked].to(defense.device)
-        x = augment.apply(x, options.augment(at, recipe.epochs), generator)
-        if reduced:
-            x = x.contiguous(memory_format=torch.channels_last)
-        for group in optimizer.param_groups:
-            group["lr"] = group.get("share", 1.0) * recipe.learning_rate * options.lr_multiplier(at, recipe.epochs)
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(defense.device.type, torch.bfloat16, enabled=reduced):
-            loss = defense.training_loss(x, label, TrainingStep(threat, options, at, recipe.epochs, generator, state.auxiliary))
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        if average:
-            average.follow(defense, options.ema_decay)
-        total += float(loss.detach())
-        line = f"epoch {epoch + 1} of {recipe.epochs}: loss {total / (number + 1):.4f}"
-        progress.update(epoch * steps + number + 1, recipe.epochs * steps, line)
-    defense.eval()
-    return total / steps
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What two steps of a run took: seconds of each, and bytes of the weights and of the state that every epoch keeps."""
-
-    seconds: tuple[float, float]
-    weights: int
-    state: int
-
-
-def trial(recipe: Recipe, images: Images, *, device: str = "cpu", beginning: Beginning | None = None) -> Trial:
-    """A step as in the first epoch and one as in the last, on at least one batch of images; nothing is kept.
-
-    The first step of all, which sets things up, is not timed.
-    """
-    state = State.of(recipe, beginning or Beginning.of(recipe), device)
-    batch, spent = images.take(torch.arange(min(recipe.batch_size, len(images)))), []
-    for epoch in (0, 0, recipe.epochs - 1):
-        began = time.perf_counter()
-        _epoch(recipe, epoch, state, batch, Silent())
-        spent.append(time.perf_counter() - began)
-    weights, kept = (sum(one.nbytes for one in tensors.values()) for tensors in (state.defense.state_dict(), state.tensors()))
-    return Trial((spent[1], spent[2]), weights, kept)
-
-
-@torch.no_grad()
-def monitor(defense: Trainable, images: Images, recipe: Recipe, batch: int = 500) -> Tally:
-    """Clean and certified counts on held-out training images."""
-    defense.eval()
-    threat = recipe.threat
-    prediction, certified = [], []
-    for start in range(0, len(images), batch):
-        certificate = defense.certify(to_float(images.read(slice(start, start + batch)).to(defense.device)), threat)
-        prediction.append(certificate.prediction.cpu())
-        certified.append(certificate.certified.cpu())
-    return Tally.of(images.labels, torch.cat(prediction), torch.cat(certified))
 
 
 def _kept_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:

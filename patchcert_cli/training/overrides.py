@@ -41,6 +41,7 @@ class Overrides:
     network: str | None = None
     network_options: Mapping[str, Any] = field(default_factory=dict)
     epochs: int | None = None
+    steps: tuple[int, ...] | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
     optimizer: str | None = None
@@ -167,7 +168,7 @@ def _let_shorthands_decide(values: dict[str, Any], changes: Overrides) -> None:
     """Leave out of the basis what follows from a shorthand that the user gives, such as kernels from ``rf``."""
     defense = changes.defense or values.get("defense", Recipe.defense)
     network = changes.network or values.get("network")
-    if not network and defense in defenses.names():
+    if not network and defense in defenses.trained():
         network = defenses.trainable(defense).default_network
     if network not in models.names():  # which the recipe refuses
         return

@@ -17,6 +17,11 @@ from patchcert_cli.threats import Patch, Patches, Sparse, Threat, as_options, pa
 Result = TypeVar("Result")
 
 
+def _one_or_all(steps: tuple[int, ...], epochs: int) -> Iterator[str]:
+    if len(steps) not in (0, 1, epochs):
+        yield f"steps has {len(steps)} numbers, neither 1 nor one for each of {epochs} epochs"
+
+
 def _more_than_validation(limit: int, validation: int) -> Iterator[str]:
     if 0 < limit <= validation:
         yield f"limit is {limit}, not more than the {validation} images of validation"
@@ -36,6 +41,8 @@ class Recipe:
         network: network name; empty for the defense's default.
         network_options: options of the network besides shapes and normalization; those left out have the network's defaults.
         epochs: passes over the training images.
+        steps: steps of each epoch, one number for all or a list of one for each, where an epoch is a random part of the images;
+            empty for all images.
         batch_size: images per step.
         learning_rate: the highest; the defense's options say how it rises and falls.
         optimizer: ``adam``, ``adamw``, ``muon`` (matrices; AdamW at a tenth of the rate for the rest) or ``sgd`` (Nesterov
@@ -61,6 +68,7 @@ class Recipe:
     network: str = ""
     network_options: dict[str, Any] = field(default_factory=dict)
     epochs: Positive = 80
+    steps: tuple[Positive, ...] = ()
     batch_size: Positive = 256
     learning_rate: Annotated[float, Must(lambda rate: 0 < rate <= 1, "in (0, 1]")] = 1e-3
     optimizer: Literal["adam", "adamw", "muon", "sgd"] = "adam"
@@ -74,7 +82,7 @@ class Recipe:
     start_sha256: str = ""
     options: Options = field(default_factory=Options)
     images: Dataset = field(init=False, repr=False, compare=False)
-    rules: ClassVar[tuple[Rule, ...]] = (_more_than_validation,)
+    rules: ClassVar[tuple[Rule, ...]] = (_more_than_validation, _one_or_all)
 
     def __post_init__(self) -> None:
         entries, problems = _read({item.name: getattr(self, item.name) for item in fields(self) if item.init})
@@ -102,14 +110,19 @@ class Recipe:
             raise UsageError(problem.message.replace("this recipe", where or "this recipe", 1), hint=problem.hint) from problem
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON and YAML."""
+        """As plain values for JSON and YAML; ``steps`` only if there are any."""
         plain: dict[str, Any] = schema.plain(self)
-        return plain
+        return {name: value for name, value in plain.items() if name != "steps" or value}
 
     def fitted(self) -> Recipe:
         """With phases shortened where the run is too short for them."""
         options = self.options.fitted(self.epochs)
         return self if options == self.options else replace(self, options=options)
+
+    def steps_of(self, epoch: int, images: int) -> int:
+        """How many steps epoch number ``epoch``, from 0, takes with ``images`` training images."""
+        most = images // self.batch_size or 1
+        return min(self.steps[epoch % len(self.steps)], most) if self.steps else most
 
     def all_network_options(self) -> dict[str, Any]:
         """Every option of the network with its value, besides shapes and normalization."""
@@ -158,8 +171,8 @@ class Recipe:
             if flag:
                 changed = {key: item for key, item in value.items() if default[name].get(key) != item}
                 words += [f"--{flag} {key}={shlex.quote(written(item))}" for key, item in changed.items()]
-            elif name not in ("threat", "defense", "start_sha256") and value != default[name]:
-                words.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
+            elif name not in ("threat", "defense", "start_sha256") and value != default.get(name):
+                words.append(f"--{name.replace('_', '-')} {shlex.quote(written(value))}")
         return " ".join(["patchcert train", *words])
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,21 @@ from patchcert_cli import device as devices
 from patchcert_cli.catalog import resolve
 from patchcert_cli.classifiers import addresses
 from patchcert_cli.defenses import Trainable
-from patchcert_cli.errors import IntegrityError, UsageError
+from patchcert_cli.errors import IntegrityError, PatchcertError, UsageError
+from patchcert_cli.parallel import workers as jobs
+from patchcert_cli.parallel.workers import Workers
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.storage import files, locks
-from patchcert_cli.training import loop
+from patchcert_cli.training import budget as budgets
+from patchcert_cli.training import loop, steps
+from patchcert_cli.training.budget import Budget, Pace
 from patchcert_cli.training.overrides import hash_of_start
 from patchcert_cli.training.recipe import Recipe
 from patchcert_cli.training.state import Beginning
 from patchcert_cli.version import __version__
+
+PATIENCE = 3600.0  # seconds that ranks wait for the first one to measure
+SAVED_PER_SECOND = 1e8  # bytes, about
 
 
 def begin(recipe: Recipe) -> Beginning:
@@ -59,8 +69,12 @@ def train(
     fresh: bool = False,
     fetch: str = "",
     progress: Progress | None = None,
+    max_minutes: float | None = None,
 ) -> dict[str, Any]:
     """Train ``recipe`` into ``folder``, continuing a stopped run, and write its card; returns a summary of plain values.
+
+    With ``max_minutes`` the schedule is scaled to what fits into this time (:mod:`patchcert_cli.training.budget`).
+    The processes of a job share the work.
 
     Raises:
         DataError: the training data is not there; the message names the command that fetches it.
@@ -69,19 +83,76 @@ def train(
         Interrupted: stopped by Ctrl-C; whole epochs are kept.
     """
     progress = progress or Silent()
-    place = devices.resolve(device)
+    began, place = time.perf_counter(), devices.resolve(device)
     beginning = begin(recipe)
     images = data.open_dataset(recipe.dataset, data_dir=data_dir).load("train", download=download, fetch=fetch)
     images = images.limit(recipe.limit or None, recipe.seed).checked(progress)
     for remark in images.remarks:
         progress.note(remark)
-    with locks.held(folder, files.CONFIG):
-        made = loop.train(recipe, images, folder, device=place, fresh=fresh, progress=progress, beginning=beginning)
-        return _described(recipe, folder, made, place, progress)
+    workers = jobs.current().scope()
+    with locks.held(folder, files.CONFIG) if workers.first else nullcontext():
+        budget = None
+        if max_minutes is not None:
+            if fresh and workers.first:
+                loop.clear(folder)
+            recipe, pace = _fitting(recipe, images, folder, max_minutes, place, beginning, workers, progress)
+            beginning, fresh = replace(begin(recipe), load=beginning.load), False
+            budget = Budget(max_minutes, pace, spent=budgets.spent(folder) + time.perf_counter() - began)
+        made = loop.train(
+            recipe,
+            images,
+            folder,
+            device=place,
+            fresh=fresh,
+            progress=progress,
+            beginning=beginning,
+            budget=budget,
+            workers=workers,
+        )
+        return _described(made.recipe, folder, made, place, progress, workers)
 
 
-def _described(recipe: Recipe, folder: Path, made: loop.Trained, place: str, progress: Progress) -> dict[str, Any]:
+def _fitting(
+    recipe: Recipe,
+    images: data.Images,
+    folder: Path,
+    minutes: float,
+    device: str,
+    beginning: Beginning,
+    workers: Workers,
+    progress: Progress,
+) -> tuple[Recipe, Pace]:
+    """The recipe that fits into some minutes, by measuring a few steps, and what was measured; the plan of a run that goes on."""
+    if workers.first:
+        try:
+            plan = budgets.planned(folder, recipe, minutes)
+            if plan is None:
+                files.check_folder(folder, "--out")
+                kept, held = images.hold_out(recipe.validation, recipe.seed)
+                tried = steps.trial(recipe, kept, device=device, beginning=copy.deepcopy(beginning))
+                certifying = steps.time_to_certify(recipe, tried.state, held) * len(held) / workers.size
+                pace = Pace(sum(tried.seconds) / len(tried.seconds), certifying, tried.kept / SAVED_PER_SECOND)
+                plan = budgets.fitted(recipe, minutes, len(kept), pace), pace
+                budgets.write(folder, recipe, minutes, *plan)
+                progress.note(
+                    f"{plan[0].epochs} epochs fit into {minutes:g} minutes: a step takes {pace.step:.2g} s,"
+                    f" and certifying {len(held)} held-out images about {pace.validation:.0f} s"
+                )
+        except PatchcertError as problem:
+            workers.failed("plan", problem)
+            raise
+        workers.tell("plan", [plan[0].to_dict(), asdict(plan[1])])
+        return plan
+    values, measured = workers.outcome("plan", PATIENCE)
+    return Recipe.from_dict(values), Pace(**measured)
+
+
+def _described(
+    recipe: Recipe, folder: Path, made: loop.Trained, place: str, progress: Progress, workers: Workers
+) -> dict[str, Any]:
     """Write the card of a trained model, and say what it is."""
+    if not workers.first:
+        return {"out": str(folder)}
     weights = cards.weights_sha256({name: cards.File.of(folder / name) for name in cards.weights_of(folder)})
     validation = {"images": made.validation.images, "clean": made.validation.clean, "certified": made.validation.certified}
     if made.epochs_run or not (folder / files.CARD).exists():
@@ -94,7 +165,7 @@ def _described(recipe: Recipe, folder: Path, made: loop.Trained, place: str, pro
             trained={
                 "seconds": round(made.seconds, 1),
                 "device": place,
-                "threads": torch.get_num_threads(),
+                "threads": torch.get_num_threads() * workers.size,
                 "torch": str(torch.__version__),
                 "patchcert": __version__,
             },

@@ -109,8 +109,8 @@ def test_an_attack_that_does_not_suit_the_defense_is_no_part_of_all(cnn: Build, 
 
 BAD_LISTS = [
     ("patch_pgd,patch_sr", UnknownName, "patch_rs"),
-    ("patch_pgd,,patch_rs", UsageError, "no list of attacks"),
-    ("all,patch_rs", UsageError, "no list of attacks"),
+    ("patch_pgd,,patch_rs", UsageError, "not a list of attacks"),
+    ("all,patch_rs", UsageError, "not a list of attacks"),
     ("patch_rs,patch_rs", UsageError, "twice"),
 ]
 

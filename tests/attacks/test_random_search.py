@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from patchcert_cli import attacks
-from patchcert_cli.attacks import AttackResult, Start
+from patchcert_cli.attacks import AttackResult, Start, Target
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import UsageError
 from patchcert_cli.threats import parse_threat
@@ -87,3 +87,30 @@ def test_the_search_for_a_patch_begins_where_the_hint_says(linear: Callable[[Ten
 def test_options_out_of_range_are_refused(name: str, option: dict[str, int]) -> None:
     with pytest.raises(UsageError, match=f"{next(iter(option))} 0 is out of range"):
         attacks.by_name(name)(**option)
+
+
+def test_random_search_begins_at_every_location_of_the_hint(linear: Callable[[Tensor, Tensor], IntervalDefense]) -> None:
+    weight = torch.zeros(2, 1, 9, 9)
+    weight[1, 0, 7, 7] = 1
+    defense = linear(weight, torch.tensor([0.5, 0.0]))
+    x, goal = torch.zeros(40, 1, 9, 9), torch.ones(40, dtype=torch.int64)
+    first, other = torch.tensor([[0, 0, 1, 1]]).expand(40, 4), torch.tensor([[7, 7, 1, 1]]).expand(40, 4)
+    patch, pixel = parse_threat("patch:1"), parse_threat("sparse:1")
+    search = attacks.by_name("patch_rs")(budget=4, proposals=4)
+    hint = Start(first, goal, other[:, None])
+    assert search(defense, x, patch, start=hint).success.float().mean() > 0.3  # one candidate in four, of a random corner color
+    assert search(defense, x, patch, start=Start(first, goal)).success.float().mean() < 0.2
+    for text, share in (("sparse:1", 0.5), ("sparse:1:value", 0.5)):
+        found = attacks.by_name("sparse_rs")(budget=4, proposals=4)(defense, x, parse_threat(text), start=Start(other, goal))
+        assert found.success.float().mean() > share  # two candidates in four
+    assert attacks.by_name("sparse_rs")(budget=4, proposals=4)(defense, x, pixel).success.float().mean() < 0.2
+
+
+def test_the_class_of_the_hint_is_among_the_rivals(cnn: Build) -> None:
+    defense, x = cnn(0), images(6, (3, 6, 6), 0)
+    everyone, location = torch.arange(6), torch.tensor([[0, 0, 1, 1]]).expand(6, 4)
+    ranked = Target(defense, x).rivals(x, everyone, 3)
+    for at in range(3):
+        rivals = Target(defense, x, Start(location, ranked[:, at])).rivals(x, everyone, 2)
+        assert torch.equal(rivals[:, 0], ranked[:, 0])
+        assert torch.equal(rivals[:, 1], ranked[:, max(at, 1)])

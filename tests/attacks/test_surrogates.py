@@ -242,6 +242,39 @@ def test_the_start_is_tried_first(screen: bool) -> None:
     assert bool(result.success[1]) is screen  # a start that promises nothing ends the search where looking is dear
 
 
+def test_the_further_locations_of_a_hint_are_climbed_in() -> None:
+    """Hopeless at the worst location, and no grid location is tried: only who is told of the others finds more."""
+    threat, x = Patch(3, 3), images(12, SHAPE, 9)
+    locations = threat.locations(*SHAPE[1:])
+    corner = torch.tensor([[0, 0, 3, 3]]).expand(12, 4)  # which few cells see
+    further = locations[torch.tensor([40, 44, 60, 64])].expand(12, -1, -1)
+    common: dict[str, Any] = {"screen": False, "hope": 1.0, "steps": 10, "restarts": 0, "rounds": 0}
+    one = several = 0
+    for seed in range(2):
+        defense = scorer(seed=seed)
+        rival = start_of(defense, x, threat).rival
+        one += int(PatchPGD(**common)(defense, x, threat, start=Start(corner, rival)).success.sum())
+        hint = Start(corner, rival, further)
+        found = PatchPGD(**common)(defense, x, threat, start=hint)
+        check(defense, x, threat, found)
+        most = PatchPGD(**common).most(defense, threat, hinted=True)
+        assert (found.queries <= most.queries + most.answers).all()
+        several += int(found.success.sum())
+        single = PatchPGD(**common, starts=1)(defense, x, threat, start=hint)
+        assert torch.equal(single.success, PatchPGD(**common)(defense, x, threat, start=Start(corner, rival)).success)
+    assert several > one
+
+
+def test_more_candidates_go_at_once_where_a_box_reaches_a_small_part() -> None:
+    defense, x = scorer(), images(1, SHAPE)
+    target, boxes = Target(defense, x), torch.tensor([[[2, 2, 1, 1]] * 9])
+    target.rows = 2
+    evaluator = target.local_evaluator(x, torch.zeros(1, dtype=torch.int64), boxes)
+    assert evaluator.share == pytest.approx(min(1, 5 / 9) * min(1, 5 / 7))  # of 9x7 cells, those that a window of 5x5 pixels has
+    assert [len(part) for part in target._parts(x.expand(9, -1, -1, -1), evaluator)] == [5, 4]
+    assert [len(part) for part in target._parts(x.expand(9, -1, -1, -1), None)] == [2, 2, 2, 2, 1]
+
+
 def test_a_content_is_carried_to_where_it_works() -> None:
     """Every start but one row is hopeless for slopes; a content found at the start flips the answer elsewhere."""
     threat, x = Patch(3, 3), images(12, SHAPE, 9)

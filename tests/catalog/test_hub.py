@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import quick_process
 import torch
 from model_folders import COMMIT, make_run, make_zoo, write_result
 
@@ -183,7 +183,7 @@ def client(zoo: Path, code: str, **environment: str) -> subprocess.CompletedProc
     """Run ``code`` in a process of its own: the Hub client reads its environment once."""
     variables = {**os.environ, "PATCHCERT_ZOO": str(zoo), "HF_HOME": str(zoo.parent / "hf"), **environment}
     program = f"{NO_WAITING}\nfrom patchcert_cli import errors\nfrom patchcert_cli.catalog import resolve\n{code}"
-    return subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=60, check=False)
+    return quick_process.run([""], variables, program)
 
 
 SHOW = f"found = resolve.pull('{NAME}'); print(found.source, found.note)"

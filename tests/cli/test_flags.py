@@ -11,13 +11,16 @@ from typing import Annotated, Any
 
 import pytest
 import typer
+from refusals import check_refused
 from typer.testing import CliRunner
 
-from patchcert_cli.cli import attack, certify, convert, main, sharing, verify
+from patchcert_cli.cli import attack, certify, convert, launch, main, sharing, verify
 from patchcert_cli.cli.groups import command, grouped
+from patchcert_cli.errors import UsageError
 
 # What a flag says besides its one meaning, where commands differ in more than a default.
 DIFFERENT = {
+    "--image": "certify takes several files, attack one",
     "--force": "replace what is there",
     "--out": "what is written on this disk, a folder or, of convert, a file",
     "--seed": "the recipe's seed, in train, is a default that may be left open",
@@ -115,9 +118,38 @@ def test_help_of_every_command_is_in_panels_and_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code, *COMMANDS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     panels = {option.rich_help_panel for option in COMMANDS["certify"].params}
-    assert {"Threat model", "Proof", "Plain classifiers and masks", "Data", "One image, and plots", "Run", "Output"} <= panels
+    assert {"Threat model", "Proof", "Plain classifiers and masks", "Data", "Image files, and plots", "Run", "Output"} <= panels
 
 
 def test_the_version_has_a_short_flag() -> None:
     long, short = (CliRunner().invoke(main.app, [flag]).output for flag in ("--version", "-V"))
     assert long == short and long.startswith("patchcert ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("certify --processes 0", "--processes 0 is not a number of processes"),
+        ("attack --patch 5 --processes 1.5", "--processes 1.5 is not a number of processes"),
+        ("zoo verify mnist-ibp-p2 --processes many", "--processes many is not a number of processes"),
+        ("certify --processes 100000", "--processes 100000 is more than 8 for each of"),
+        ("attack --image x.png --patch 5 --processes 2", "--processes does not go with --image"),
+        ("train --max-minutes 0", "--max-minutes 0 must be more than 0"),
+        ("train --max-minutes nan", "--max-minutes nan must be more than 0"),
+        ("train --max-minutes 5 --steps 3", "--max-minutes chooses the steps, and --steps gives them"),
+        ("train --max-minutes 5 --dry-run", "--dry-run measures the recipe as it is"),
+        ("train --patch 5 --epochs 3 --steps 3,4", "steps has 2 numbers, neither 1 nor one for each of 3 epochs"),
+        ("train --patch 5 --epochs 2 --steps 3,", "--steps 3, is not a number or a list of them"),
+    ],
+)
+def test_processes_and_times_that_cannot_be(patchcert: Any, words: str, message: str) -> None:
+    done = patchcert(*words.split())
+    assert (done.code, done.out) == (2, "")
+    check_refused(done.err, 2, message)
+
+
+def test_processes_within_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=r"torchrun has started this one\. Leave --processes out\."):
+        launch.start("2")

@@ -84,6 +84,24 @@ def test_one_picture_with_its_map(patchcert, model: str, picture: str) -> None: 
     assert table.count("margin") == 3
 
 
+def test_several_pictures_are_one_table(patchcert, model: str, picture: str) -> None:  # type: ignore[no-untyped-def]
+    with Image.open(picture) as opened:
+        opened.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save("dog.png")
+    words = ("certify", model, "--image", picture, "--image", "dog.png", "--patch", "2,5")
+    found = json.loads(patchcert(*words, "--json", "-").out)
+    alone = json.loads(patchcert("certify", model, "--image", "dog.png", "--patch", "2,5", "--json", "-").out)
+    assert [one["image"] for one in found] == [picture, "dog.png"] and found[1] == alone
+    done = patchcert(*words, "--image", "none.png")
+    head, *rows = done.out.splitlines()
+    assert head.split()[:4] == ["image", "prediction", "threat", "proof"]
+    assert [row.split()[0] for row in rows] == [picture, picture, "dog.png", "dog.png"]
+    assert done.code == 6 and done.err.count("error[6]: there is no image 'none.png'") == 1
+    assert done.err.count("runs/m") == 1, "the model was loaded once"
+    refused = patchcert(*words, "--map", "map.png")
+    check_refused(refused.err, 2, "--map draws one image, and 2 are given")
+    check_refused(patchcert(*words, "--processes", "2").err, 2, "--processes does not go with --image")
+
+
 @pytest.mark.parametrize(
     ("make", "said", "code"),
     [

@@ -23,6 +23,7 @@ MODELS: dict[tuple[str, ...], list[str]] = {
     ("train",): [],
     ("doctor",): [],
     ("report", "zoo"): [],
+    ("report", "attacks"): ["nope"],
     ("convert",): ["nope", "--out", "nope.safetensors"],
     ("zoo", "verify"): ["nope"],
     ("zoo", "add"): ["nope", "--name", "x"],
@@ -38,8 +39,12 @@ WRITES = {
         (command, "--out")
         for command in [("certify",), ("attack",), ("train",), ("zoo", "verify"), ("zoo", "add"), ("report", "zoo")]
     ),
+    (("report", "attacks"), "--plot"),
     (("certify",), "--plot"),
     (("certify",), "--map"),
+    (("attack",), "--plot"),
+    (("attack",), "--map"),
+    (("attack",), "--save"),
 }
 
 
@@ -63,7 +68,7 @@ def test_every_option_that_writes_is_in_the_list() -> None:
     found = set()
     for path, command in leaves(typer.main.get_command(main.app)):
         for option in command.params:
-            if not getattr(option, "is_flag", False) and {"--json", "--out", "--plot", "--map"} & set(option.opts):
+            if not getattr(option, "is_flag", False) and {"--json", "--out", "--plot", "--map", "--save"} & set(option.opts):
                 found.add((path, option.opts[0]))
     assert found == WRITES | {(("convert",), "--out")}  # which classifiers/convert.py checks, as Python does
 

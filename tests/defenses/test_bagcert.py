@@ -20,7 +20,7 @@ from patchcert_cli.defenses.bagcert import BagCert, BagCertOptions, Step
 from patchcert_cli.errors import DataError, IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.layers import fixed_point, precision
 from patchcert_cli.threats import Patch, Sparse, Threat, parse_threat
-from patchcert_cli.training import loop
+from patchcert_cli.training import loop, steps
 from patchcert_cli.training.recipe import Recipe
 from tests.examples import file_of, section
 
@@ -202,11 +202,11 @@ def test_training_raises_certified_accuracy(tmp_path: Path) -> None:
         untrained = checkpoint.defenses.build(TINY.config()["deployed"])
     kept, held = some.hold_out(TINY.validation, TINY.seed)
     untrained.calibrate(kept.pixels[:100].float() / 255)
-    before = loop.monitor(untrained, held, TINY)
+    before = steps.monitor(untrained, held, TINY)
     assert made.validation.certified >= 10 > 2 * before.certified
     assert made.validation.clean >= 60 > 2 * before.clean
     again, _ = checkpoint.load_defense(made.folder)
-    assert loop.monitor(again, held, TINY) == made.validation
+    assert steps.monitor(again, held, TINY) == made.validation
 
 
 def same(one: Certificate, other: Certificate) -> None:

@@ -41,7 +41,47 @@ def knows(defense: Defense, x: torch.Tensor, threat: Threat) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", defenses.names())
+PROVING = [name for name in defenses.names() if defenses.by_name(name).guarantee.proves]
+UNPROVEN = sorted(set(defenses.names()) - set(PROVING))
+
+
+def test_the_defenses_without_a_certificate_are_these() -> None:
+    """No proof is lost from the tests below because a guarantee was changed."""
+    assert UNPROVEN == ["lgs", "undefended", "watermark"]
+
+
+@pytest.mark.parametrize("name", UNPROVEN)
+class TestDefensesWithoutCertificate:
+    def test_no_threat_is_certified(self, name: str) -> None:
+        defense, x = tiny(name), torch.rand(3, 1, 4, 4)
+        assert defense.methods == ()
+        for threat in THREATS:
+            with pytest.raises(UnsupportedThreat, match="has no certificate"):
+                defense.certify(x, threat)
+        with pytest.raises(UnsupportedThreat, match="has no certificate"):
+            defense.certify_claims(x, [Claim(Patch(2, 2), "guess")])
+
+    def test_answers(self, name: str) -> None:
+        defense, x = tiny(name), torch.rand(5, 1, 4, 4)
+        before = {key: value.clone() for key, value in defense.state_dict().items()}
+        assert not defense.training and defense.input_shape == (1, 4, 4) and len(defense.classes) == 3
+        answers = defense.predict(x)
+        assert answers.dtype == torch.int64 and answers.shape == (5,) and defense(x).shape == (5, 3)
+        assert defense.predict(x[:0]).shape == (0,)
+        assert torch.equal(torch.cat([defense.predict(one) for one in x.split(1)]), answers)
+        assert all(torch.equal(value, before[key]) for key, value in defense.state_dict().items())
+
+    @pytest.mark.parametrize("bad", [-0.01, 1.01, float("nan"), float("inf")])
+    def test_pixels_outside_the_unit_interval_are_refused(self, name: str, bad: float) -> None:
+        x = torch.rand(2, 1, 4, 4)
+        x[1, 0, 3, 3] = bad
+        with pytest.raises(DataError, match="outside"):
+            tiny(name).predict(x)
+        with pytest.raises(DataError, match="do not fit"):
+            tiny(name).predict(torch.rand(2, 1, 4, 5))
+
+
+@pytest.mark.parametrize("name", PROVING)
 class TestEveryDefense:
     def tiny(self, name: str) -> Defense:
         return tiny(name)

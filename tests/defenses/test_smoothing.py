@@ -26,6 +26,7 @@ from patchcert_cli.models.resnet import ResNet, convolution
 from patchcert_cli.threats import Patch, Sparse
 from patchcert_cli.training import loop
 from patchcert_cli.training.recipe import Recipe
+from patchcert_cli.training.steps import monitor
 from tests.examples import file_of, section
 
 SHAPE = (2, 6, 10)
@@ -360,7 +361,7 @@ def test_training_learns_and_all_of_it_is_stored(tmp_path: Path) -> None:
     assert isinstance(again, Smoothing)
     assert again.how == Ablations(band=20, stride=9)
     assert read == TINY.config()
-    assert loop.monitor(again, held, TINY) == made.validation
+    assert monitor(again, held, TINY) == made.validation
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16"])

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from patchcert_cli import attacks
-from patchcert_cli.evaluation import attack_results, evaluate, hints
+from patchcert_cli import attacks, checkpoint
+from patchcert_cli.attacks import AttackResult
+from patchcert_cli.certificate import Certificate
+from patchcert_cli.data import image_files
+from patchcert_cli.data.images import to_float
+from patchcert_cli.data.resize_crop import ResizeCrop
+from patchcert_cli.defenses import Claim
+from patchcert_cli.errors import ClaimError, UsageError
+from patchcert_cli.evaluation import attack_results, evaluate, hints, single_image
+from patchcert_cli.evaluation.adversarial_images import LIST, AdversarialFolder, png
 from patchcert_cli.evaluation.run_folder import Record
 from patchcert_cli.progress import Silent
 from patchcert_cli.storage import files
@@ -101,3 +112,85 @@ def test_hints_begin_at_the_worst_location_and_spread() -> None:
     far = hints.spread(margins, Patch(4, 4).locations(7, 7), torch.tensor([[0, 0, 4, 4]]), 2)[0].tolist()
     assert far[0] == [3, 3, 4, 4]  # not next to the worst one
     assert hints.spread(torch.zeros(2, 1), locations[:1], locations[:1].expand(2, 4), 5).shape == (2, 0, 4)
+
+
+def test_kept_images_flip_the_answer_bit_by_bit_and_pngs_say_whether_they_do(tmp_path: Path) -> None:
+    task, folder = make_task(count=8), tmp_path / "kept"
+    attacker = attacks.for_threat(task.threat, steps=2, restarts=0, locations=1)
+    plain = evaluate.attack(task, attacker, {}, tmp_path / "run")
+    found = evaluate.attack(task, attacker, {}, tmp_path / "run", save=folder)  # of a run that kept none
+    assert {key: value for key, value in found.items() if key != "saved"} == plain
+    listed = files.read_json(folder / LIST)["images"]
+    flipped = {r["index"]: r for r in read(tmp_path / "run") if r["flipped"]}
+    assert found["saved"]["images"] == found["saved"]["png"] == len(listed) == len(flipped) > 0
+    defense = task.model.defense
+    for note in listed:
+        record = flipped[note["index"]]
+        tensors, own = checkpoint.unpack(folder / f"{note['index']}.safetensors")
+        clean, adversarial = tensors["clean"][None], tensors["adversarial"][None]
+        assert own == note and note["label"] == record["label"]
+        assert int(defense.predict(clean)) == record["prediction"] == note["prediction"]
+        assert int(defense.predict(adversarial)) == record["attacked"] == note["attacked"] != note["prediction"]
+        assert task.threat.contains(adversarial != clean).all()
+        top, left, height, width = note["changed"]
+        outside = (adversarial != clean)[0, 0]
+        outside[top : top + height, left : left + width] = False
+        assert not outside.any() and height <= 2 and width <= 2
+        pixels, _ = image_files.read(folder / note["png"], ResizeCrop((28, 28)), 1)
+        answer = int(defense.predict(to_float(pixels)[None]))
+        assert answer == note["png_answer"] and note["png_flips"] == (answer != note["prediction"])
+    evaluate.attack(task, attacker, {}, tmp_path / "other", save=folder)  # the same run goes on with it
+    again = evaluate.attack(task, attacker, {}, tmp_path / "third", save=tmp_path / "new")
+    for note in listed:
+        name = f"{note['index']}.safetensors"
+        assert (folder / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
+    assert again["saved"]["images"] == len(listed)
+
+
+def test_rounding_can_undo_a_flip_and_is_told(tmp_path: Path) -> None:
+    task = make_task(count=1)
+    defense, x = task.model.defense, torch.full((1, 1, 28, 28), 100 / 255)
+    adversarial = x.clone()
+    adversarial[0, 0, 3, 4] += 1e-4
+    outcome = AttackResult(*(torch.zeros(1) for _ in fields(AttackResult)))
+    outcome = replace(outcome, adversarial=adversarial, success=torch.ones(1).bool(), clean_prediction=defense.predict(x))
+    kept = AdversarialFolder(tmp_path / "kept", {"run": 1})
+    kept.claim()
+    kept.keep(defense, x, [7], [None], task.threat, outcome)
+    assert kept.has(7) and not kept.has(8)
+    assert kept.listed() == {"folder": str(tmp_path / "kept"), "images": 1, "png": 1, "png_flips": 0}
+    assert files.read_json(tmp_path / "kept" / LIST)["images"][0]["changed"] == [3, 4, 1, 1]
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is not empty and holds no adversarial images"):
+        AdversarialFolder(tmp_path / "mine", {}).claim()
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    AdversarialFolder(tmp_path / "one", {"seed": 0}).claim()
+    AdversarialFolder(tmp_path / "one", {"seed": 0}).claim()
+    before = (tmp_path / "one" / LIST).read_bytes()
+    with pytest.raises(UsageError, match="of another run"):
+        AdversarialFolder(tmp_path / "one", {"seed": 1}).claim()
+    assert (tmp_path / "one" / LIST).read_bytes() == before
+
+
+def test_a_flipped_certified_image_file_is_a_broken_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task(count=1)
+    path = tmp_path / "one.png"
+    path.write_bytes(png(to_float(task.images.read())[0]))
+    attacker = attacks.for_threat(Patch(14, 14), steps=2, restarts=0, locations=2)
+    found = single_image.attack(task.model, path, Patch(14, 14), attacker, {"name": "x"}, save=tmp_path / "kept").values
+    assert found["flipped"] and found["broken"] == [] and found["saved"]["images"] == 1
+    assert found["attacked"] != found["prediction"] and found["flipped_at"] < found["queries"]
+    single_image.check(found)
+    real = task.model.defense.certify_claims
+
+    def everything(x: Tensor, claims: Sequence[Claim]) -> list[Certificate]:
+        return [replace(one, certified=torch.ones_like(one.certified)) for one in real(x, claims)]
+
+    monkeypatch.setattr(task.model.defense, "certify_claims", everything)
+    found = single_image.attack(task.model, path, Patch(14, 14), attacker, {"name": "x"}).values
+    with pytest.raises(ClaimError, match="is certified and was flipped"):
+        single_image.check(found)

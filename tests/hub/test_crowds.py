@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,19 +60,25 @@ def test_pulls_of_one_model_at_once_fetch_it_once(tmp_path: Path, count: int) ->
 DRIVER = """
 import contextlib, io, json, os, shutil, sys
 from pathlib import Path
-sys.path[:0] = {paths!r}
+sys.path.insert(0, sys.argv[1])
 from hub.faults import random_fault
 from hub.loopback import LoopbackHub
 from hub.test_crowds import NAME, REPO, publish
+from patchcert_cli.cli import main
 
-home = Path(sys.argv[1])
-with LoopbackHub() as hub:
+assert "huggingface_hub" not in sys.modules  # it reads its environment when it is imported
+shares = json.loads(sys.argv[3])
+for place, seeds in enumerate(shares):
+    if not os.fork():
+        break
+else:
+    sys.exit(any([os.wait()[1] for _ in shares]))
+home = Path(sys.argv[2], str(place))
+with LoopbackHub() as hub, open(f"{home}.jsonl", "w") as rows:
     os.environ |= hub.environment(home / "hf", PATCHCERT_ZOO=str(home / "zoo"), HF_HUB_DOWNLOAD_TIMEOUT="1")
     os.environ["HF_HUB_ETAG_TIMEOUT"] = "1"
-    os.environ.pop("HF_HUB_OFFLINE", None)
     card = publish(hub, home / "zoo")
-    from patchcert_cli.cli import main
-    for seed in map(int, sys.argv[2:]):
+    for seed in seeds:
         fault = random_fault(seed)
         hub.faults[:] = [fault] if fault else []
         out, err, code = io.StringIO(), io.StringIO(), 0
@@ -83,34 +89,29 @@ with LoopbackHub() as hub:
                 main.run()
             except SystemExit as stop:
                 code = stop.code or 0
-        print(json.dumps([seed, str(fault), code, out.getvalue(), err.getvalue()]))
-        sys.stdout.flush()
+        print(json.dumps([seed, str(fault), code, out.getvalue(), err.getvalue()]), file=rows)
         if seed % 2:
             shutil.rmtree(home / "hf", ignore_errors=True)
 """
 
 
-def pulls(home: Path, seeds: range) -> list[tuple[int, str, int, str, str]]:
-    """Pull under one fault per seed, all in one process with a Hub of its own; every other time from an empty cache."""
-    tests = Path(__file__).parents[1]
-    program = DRIVER.format(paths=[str(tests)])
-    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("HF_HUB_OFFLINE", "HF_HOME"):
-        variables.pop(name, None)
-    variables["HF_HOME"] = str(home / "hf")
-    command = [sys.executable, "-c", program, str(home), *map(str, seeds)]
+def pulls(home: Path, shares: list[list[int]]) -> Iterator[tuple[int, str, int, str, str]]:
+    """Pull under one fault per seed; each share of the seeds in a process with a Hub of its own, every other time from an empty
+    cache.
+    """
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    command = [sys.executable, "-c", DRIVER, str(Path(__file__).parents[1]), str(home), json.dumps(shares)]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=3600, check=False)
     assert done.returncode == 0, done.stderr
-    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+    for place in range(len(shares)):
+        yield from (tuple(json.loads(line)) for line in (home / f"{place}.jsonl").read_text().splitlines())
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("count", [10, pytest.param(1000, marks=pytest.mark.slow)])
 def test_no_fault_ever_serves_wrong_content_or_a_traceback(tmp_path: Path, count: int) -> None:
     workers = 10 if count < 100 else 40  # most of the time is the patience of the client
-    share = [range(first, count, workers) for first in range(workers)]
-    with ThreadPoolExecutor(workers) as pool:
-        told = [row for rows in pool.map(lambda at: pulls(tmp_path / str(at), share[at]), range(workers)) for row in rows]
+    told = list(pulls(tmp_path, [[*range(first, count, workers)] for first in range(workers)]))
     assert sorted(row[0] for row in told) == list(range(count))
     codes: Counter[int] = Counter()
     for seed, fault, code, out, err in told:

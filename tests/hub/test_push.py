@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import quick_process
 import yaml
 from model_folders import make_run, make_zoo, write_result
 
@@ -40,8 +40,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def patchcert(variables: dict[str, str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "patchcert_cli", *map(str, arguments)]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
+    return quick_process.run(["patchcert", *map(str, arguments)], variables)
 
 
 def push(hub: LoopbackHub, run: Path, *arguments: str | Path, token: str = TOKEN) -> subprocess.CompletedProcess[str]:

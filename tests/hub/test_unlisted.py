@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import quick_process
 
 from .faults import Fault, refused_endpoint
 from .loopback import LoopbackHub, environment
@@ -37,8 +36,8 @@ def hub() -> Iterator[LoopbackHub]:
 
 
 def fetch(variables: dict[str, str], revision: str | None, names: list[str] = WANTED) -> list[Any]:
-    command = [sys.executable, "-c", PROGRAM, json.dumps([REPO, revision, names])]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=True)
+    done = quick_process.run(["", json.dumps([REPO, revision, names])], variables, PROGRAM)
+    assert done.returncode == 0, done.stderr
     found: list[Any] = json.loads(done.stdout)
     return found
 

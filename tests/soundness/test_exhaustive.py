@@ -59,7 +59,7 @@ def test_random_networks_are_certified_soundly(family: str, threats: list[Attack
     assert found["linear"] > found["interval"]
 
 
-@pytest.mark.parametrize("name", defenses.names())
+@pytest.mark.parametrize("name", [name for name in defenses.names() if defenses.by_name(name).guarantee.proves])
 def test_registered_defenses_are_certified_soundly(name: str) -> None:
     arenas = registered_arenas(name)
     patches, pixels, values = (check(arenas, some) for some in ([*PATCHES, Patch(2, 3)], PIXELS, VALUES))

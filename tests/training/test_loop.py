@@ -20,7 +20,7 @@ from patchcert_cli.errors import DataError, IntegrityError, Interrupted, UsageEr
 from patchcert_cli.progress import Silent
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch, Sparse, parse_threat
-from patchcert_cli.training import loop, overrides, recipe_files, run
+from patchcert_cli.training import loop, overrides, recipe_files, run, steps
 from patchcert_cli.training.recipe import Recipe, default_recipe
 
 TINY = Recipe(
@@ -66,11 +66,11 @@ for step in map(int, sys.argv[2:]):
 
 
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
-    whole, steps = loop.train(TINY, images(), tmp_path / "whole"), (2, 6, 11)
-    program = [sys.executable, "-c", KILLED, str(tmp_path), *map(str, steps)]
+    whole, killed_at = loop.train(TINY, images(), tmp_path / "whole"), (2, 6, 11)
+    program = [sys.executable, "-c", KILLED, str(tmp_path), *map(str, killed_at)]
     killed = subprocess.run(program, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert killed.returncode == 0, killed.stderr
-    for step in steps:
+    for step in killed_at:
         cut = tmp_path / str(step)
         assert not (cut / files.WEIGHTS).exists()
         again = loop.train(TINY, images(), cut)
@@ -82,18 +82,18 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Pa
 
 
 def test_a_run_stopped_in_its_last_validation_only_validates_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, honest = loop.train(TINY, images(), tmp_path / "whole"), loop.monitor
+    whole, honest = loop.train(TINY, images(), tmp_path / "whole"), steps.monitor
 
-    def stop(defense: Defense, held: data.Images, recipe: Recipe, batch: int = 500) -> Tally:
+    def stop(defense: Defense, held: data.Images, recipe: Recipe, **more: Any) -> Tally:
         if len(held) == TINY.validation:
             raise KeyboardInterrupt
-        return honest(defense, held, recipe, batch)
+        return honest(defense, held, recipe, **more)
 
-    monkeypatch.setattr(loop, "monitor", stop)
+    monkeypatch.setattr(steps, "monitor", stop)
     monkeypatch.setattr(Trainable, "validation_size", 50)
     with pytest.raises(Interrupted, match="after 3 of 3 epochs"):
         loop.train(TINY, images(), tmp_path / "cut")
-    monkeypatch.setattr(loop, "monitor", honest)
+    monkeypatch.setattr(steps, "monitor", honest)
     again = loop.train(TINY, images(), tmp_path / "cut")
     assert again.epochs_run == 0 and again.validation == whole.validation
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
@@ -294,7 +294,7 @@ def test_training_raises_certified_accuracy(tmp_path: Path, threat: str, locatio
         torch.manual_seed(9)
         untrained = checkpoint.defenses.build(recipe.config()["deployed"])
     held = images(1100).hold_out(recipe.validation, recipe.seed)[1]
-    assert made.validation.certified > 2 * loop.monitor(untrained, held, recipe).certified
+    assert made.validation.certified > 2 * steps.monitor(untrained, held, recipe).certified
     assert made.validation.certified >= 20
 
 

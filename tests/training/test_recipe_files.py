@@ -144,14 +144,14 @@ def test_typed_pairs() -> None:
 
 def test_defaults_are_those_of_the_defense() -> None:
     assert (default_recipe(Sparse(3), "ibp", "cifar10").dataset, default_recipe(Sparse(3)).dataset) == ("cifar10", "mnist")
-    for name in defenses.names():
+    for name in defenses.trained():
         recipe = default_recipe(Patch(2, 2), name)
         assert recipe.defense == name and recipe.network == defenses.trainable(name).default_network
 
 
 def test_the_document_lists_every_entry_and_option() -> None:
     text = (ROOT / "docs" / "recipes.md").read_text()
-    for kind in (Recipe, *(defenses.trainable(name).options for name in defenses.names())):
+    for kind in (Recipe, *(defenses.trainable(name).options for name in defenses.trained())):
         for entry in schema.entries(kind):
             assert f"| `{entry.name}` | " in text, f"run {Path(sys.executable).name} docs/make_recipes.py"
     for name in models.names():

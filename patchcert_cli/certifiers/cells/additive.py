@@ -36,7 +36,7 @@ the condition of Levine & Feizi except for ties.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,11 +60,13 @@ class Votes:
         scores: whole numbers [B, K, N, M] of any type, 0 <= s <= weight.
         unknown: bool of the same shape, scores that rounding may have decided; None for none.
         weight: whole numbers [N, M], None for 1.
+        one_hot: each cell votes for exactly one class, whatever it sees, and there are no weights.
     """
 
     scores: Tensor
     unknown: Tensor | None = None
     weight: Tensor | None = None
+    one_hot: bool = False
 
     def sums(self) -> Tensor:
         """S, int64 [B, K]."""
@@ -165,20 +167,22 @@ def prove(votes: Votes, cover: CellCoverage, method: str = "exact") -> Proof:
         keep = (tuple(range(len(cover.rows.touched))), tuple(range(len(cover.columns.touched))))
     rows, columns = cover.rows.select(keep[0]), cover.columns.select(keep[1])
     size = max(1, CHUNK // max(1, votes.scores[:1].numel()))
-    parts = [_prove(part, CellCoverage(rows, columns, cover.budget), method) for part in _chunks(votes, size)]
+    parts = [_prove(part, CellCoverage(rows, columns, cover.budget), method) for part in in_chunks(votes, size)]
     answer, margin, worst, rival = (torch.cat(part) for part in zip(*parts, strict=True))
     of_row, of_column = (torch.tensor(kept, device=worst.device) for kept in keep)  # numbers of the kept locations -> of all
     worst = of_row[worst % len(keep[0])] * len(cover.columns.touched) + of_column[worst // len(keep[0])]
     return Proof(answer, margin.double(), worst, rival)
 
 
-def _chunks(votes: Votes, size: int) -> Iterator[Votes]:
+def in_chunks(votes: Votes, size: int) -> Iterator[Votes]:
+    """``size`` images after others; one empty part of no images."""
     for begin in range(0, max(len(votes.scores), 1), size):
         part = slice(begin, begin + size)
-        yield Votes(votes.scores[part], None if votes.unknown is None else votes.unknown[part], votes.weight)
+        unknown = None if votes.unknown is None else votes.unknown[part]
+        yield replace(votes, scores=votes.scores[part], unknown=unknown)
 
 
-def _ends(votes: Votes, classes: slice = slice(None)) -> tuple[Tensor, Tensor]:
+def extremes(votes: Votes, classes: slice = slice(None)) -> tuple[Tensor, Tensor]:
     """The least and the most that every score of some classes can be, float32; the same tensor where all are known."""
     scores = votes.scores[:, classes].float()
     if votes.unknown is None:
@@ -193,15 +197,15 @@ def _prove(votes: Votes, cover: CellCoverage, method: str) -> tuple[Tensor, Tens
     rows, columns, budget = cover.rows, cover.columns, cover.budget
     classes = votes.scores.shape[1]
     block = max(1, CHUNK // max(1, votes.scores[:, :1].numel()))
-    ends = _ends(votes) if block >= classes else None
+    ends = extremes(votes) if block >= classes else None
     answer = first_largest(ends[0].sum(dim=(2, 3))) if ends and votes.unknown is None else votes.answer()
-    own = _of(ends[0], answer) if ends else _ends(votes.of(answer))[0]  # [B, 1, N, M]
-    size = _sizes(votes, rows, columns).t().contiguous()  # [Q, P], the largest sum of scores in each location
+    own = _of(ends[0], answer) if ends else extremes(votes.of(answer))[0]  # [B, 1, N, M]
+    size = location_weights(votes, rows, columns).t().contiguous()  # [Q, P], the largest sum of scores in each location
     total = own.sum(dim=(2, 3))  # [B, 1]
     base = (size + _turned_sums(own, rows, columns)).flatten(2)  # [B, 1, Q * P]
     margins, places = [], []
     for first in range(0, classes, block):
-        most = ends[1] if ends else _ends(votes, slice(first, first + block))[1]  # [B, K', N, M]
+        most = ends[1] if ends else extremes(votes, slice(first, first + block))[1]  # [B, K', N, M]
         difference = total - most.sum(dim=(2, 3))  # [B, K'], S_y - S_j
         if method == "3.3":
             largest, where = size.flatten().max(dim=0)
@@ -222,7 +226,12 @@ def _prove(votes: Votes, cover: CellCoverage, method: str) -> tuple[Tensor, Tens
     return answer, smallest, worst.gather(1, rival[:, None])[:, 0], rival
 
 
-def _sizes(votes: Votes, rows: Axis, columns: Axis) -> Tensor:
+def location_weights(votes: Votes, rows: Axis, columns: Axis) -> Tensor:
+    """w(A(L)), float32 [P, Q].
+
+    Raises:
+        ValueError: sums of all weights would not be exact in float32.
+    """
     scores = votes.scores
     weight = torch.ones(scores.shape[2:], device=scores.device) if votes.weight is None else votes.weight.float()
     if float(weight.sum()) >= LARGEST_SUM:
@@ -239,10 +248,10 @@ def _of(values: Tensor, answer: Tensor) -> Tensor:
 def margin_map(votes: Votes, cover: CellCoverage) -> Tensor:
     """The smallest margin over classes at every location, budget 1, float64 [B, P, Q]; see the theorem."""
     rows, columns = cover.rows, cover.columns
-    size, maps = _sizes(votes, rows, columns), []
-    for part in _chunks(votes, max(1, CHUNK // max(1, votes.scores[:1].numel()))):
+    size, maps = location_weights(votes, rows, columns), []
+    for part in in_chunks(votes, max(1, CHUNK // max(1, votes.scores[:1].numel()))):
         answer = part.answer()
-        least, most = _ends(part)
+        least, most = extremes(part)
         own = _of(least, answer)
         difference = own.sum(dim=(2, 3)) - most.sum(dim=(2, 3))  # [B, K]
         difference = difference + (answer[:, None] < torch.arange(difference.shape[1], device=difference.device))
@@ -261,7 +270,7 @@ def prove_aggregate(votes: Votes, cover: CellCoverage, aggregate: Aggregate) -> 
     """
     if cover.budget != 1:
         raise ValueError("condition 3.1 is for one location")
-    least, most = (part.double() for part in _ends(votes))
+    least, most = (part.double() for part in extremes(votes))
     weight = least.new_ones(least.shape[2:]) if votes.weight is None else votes.weight.double()
     total = aggregate(votes.scores.double())
     answer = first_largest(total)

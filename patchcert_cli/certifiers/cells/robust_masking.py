@@ -117,8 +117,31 @@ def margin_map(evidence: Tensor, masking: Masking, cover: CellCoverage) -> Tenso
 
 
 @exact_arithmetic()
+def forced(evidence: Tensor, masking: Masking, cover: CellCoverage) -> Tensor:
+    """What can be forced at each location, bool [B, P * Q, K]: the answer, and every class that has no positive margin there.
+
+    A class with a positive margin stays behind y, so it is not the answer, whatever the others do. Of an image without a class
+    that can be forced at any location, :func:`prove` has a positive margin, and the other way round.
+    """
+    parts = []
+    for margins, label in _margins(evidence, masking, cover):
+        own = label[:, None] == torch.arange(margins.shape[1], device=label.device)
+        parts.append((~(margins > 0) | own[:, :, None, None]).flatten(2).transpose(1, 2))
+    return torch.cat(parts)
+
+
+@exact_arithmetic()
 def _charts(evidence: Tensor, masking: Masking, cover: CellCoverage) -> tuple[Tensor, Tensor]:
     """Margin and runner-up at every location, float64 and int64 [B, P, Q]."""
+    parts = []
+    for margins, label in _margins(evidence, masking, cover):
+        own = label[:, None] == torch.arange(margins.shape[1], device=label.device)
+        parts.append(margins.masked_fill(own[:, :, None, None], float("inf")).min(dim=1))
+    return torch.cat([margin for margin, _ in parts]), torch.cat([rival for _, rival in parts])
+
+
+def _margins(evidence: Tensor, masking: Masking, cover: CellCoverage) -> Iterator[tuple[Tensor, Tensor]]:
+    """``low - high_j + [y < j]`` of all classes at every location, float64 [b, K, P, Q], and y [b], a few images at a time."""
     if cover.budget != 1:
         raise ValueError("robust masking is for one location")
     if evidence.dtype != torch.int64:  # which cannot hold NaN
@@ -126,16 +149,12 @@ def _charts(evidence: Tensor, masking: Masking, cover: CellCoverage) -> tuple[Te
     cells, window = evidence.shape[2] * evidence.shape[3], masking.window
     if window[0] > evidence.shape[2] or window[1] > evidence.shape[3] or cells * MOST * FINEST >= 2**53:
         raise ValueError(f"no masks of {window} cells on a map of {tuple(evidence.shape[2:])}")
-    charts, rivals = [], []
     pairs = len(cover.rows.touched) * (evidence.shape[2] + 1 - window[0]) * len(cover.columns.touched)
     for part in torch.split(evidence, max(1, CHUNK // (pairs * (evidence.shape[3] + 1 - window[1])))):
         label = answer(part, masking)
         own = part[torch.arange(len(part), device=part.device), label]  # [b, N, M]
         low = torch.cat(list(_lows(own, masking, cover)), dim=1)  # [b, P, Q]
-        difference, rival = _highs(part, label, masking, cover)
-        charts.append(low - difference)
-        rivals.append(rival)
-    return torch.cat(charts), torch.cat(rivals)
+        yield low[:, None] - _highs(part, label, masking, cover), label
 
 
 def _window_sums(values: Tensor, window: tuple[int, int]) -> Tensor:
@@ -171,8 +190,8 @@ def _lows(own: Tensor, masking: Masking, cover: CellCoverage) -> Iterator[Tensor
         yield outside - most
 
 
-def _highs(evidence: Tensor, label: Tensor, masking: Masking, cover: CellCoverage) -> tuple[Tensor, Tensor]:
-    """The largest ``high_j - [y < j]`` over classes j, float64 [b, P, Q] with inf, and a class that attains it, int64."""
+def _highs(evidence: Tensor, label: Tensor, masking: Masking, cover: CellCoverage) -> Tensor:
+    """``high_j - [y < j]`` of all classes j, float64 [b, K, P, Q] with inf."""
     held = _window_sums(evidence, masking.window)  # [b, K, R, S]
     heaviest = held.amax(dim=(2, 3), keepdim=True)
     for dim, axis, side in ((2, cover.rows, masking.window[0]), (3, cover.columns, masking.window[1])):
@@ -185,10 +204,7 @@ def _highs(evidence: Tensor, label: Tensor, masking: Masking, cover: CellCoverag
     if share > 0:
         high = high * share.denominator // (share.denominator - share.numerator)
     classes = torch.arange(evidence.shape[1], device=evidence.device)
-    difference = (high - (label[:, None] < classes).long()[:, :, None, None]).double().masked_fill(held < 0, float("inf"))
-    own = (classes == label[:, None])[:, :, None, None]
-    largest, rival = difference.masked_fill(own, -float("inf")).max(dim=1)
-    return largest, rival
+    return (high - (label[:, None] < classes).long()[:, :, None, None]).double().masked_fill(held < 0, float("inf"))
 
 
 def _spans(axis: Axis, device: torch.device) -> tuple[Tensor, Tensor]:

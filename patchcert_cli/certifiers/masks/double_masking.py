@@ -142,6 +142,30 @@ def lowest(table: Table, label: Tensor) -> Tensor:
     return torch.where(table.label == label[:, None, None], table.logit_margin, -table.logit_margin).amin(dim=2).double()
 
 
+def forced(table: Table, label: Tensor, hides: Tensor, tolerance: float, certified: Tensor) -> Tensor:
+    """At which locations an attacker may alter the answers: where no mask that hides the location has a whole row, bool [B, A].
+
+    This is the theorem for each location alone. With a whole row of another label the answer would be that one, so a whole row of
+    ``label`` is what there is to look for. Of images that are not certified all pairs are asked for.
+
+    Args:
+        table: what is known of the images.
+        label: int64 [B], the deployed answers.
+        hides: bool [A, M], which masks hide which location.
+        tolerance: a label counts if it is ahead by more.
+        certified: bool [B], the theorem holds for every location.
+    """
+    open_ = (~certified).nonzero()[:, 0]
+    image, pair = open_.repeat_interleave(table.masks**2), torch.arange(table.masks**2).repeat(len(open_))
+    first, second = pair // table.masks, pair % table.masks
+    wanted = (first <= second) & (table.label[image, first, second] < 0)
+    table.fill(image[wanted], first[wanted], second[wanted])
+    right = (table.label[open_] == label[open_, None, None]) & (table.logit_margin[open_] > tolerance)
+    found = torch.zeros(table.images, len(hides), dtype=torch.bool)
+    found[open_] = ~_served(right.all(dim=2), hides)
+    return found
+
+
 def prove(table: Table, label: Tensor, by: Tensor, tolerance: float, seen: Tensor | None = None) -> Proof:
     """Decide the theorem's condition for the answers ``label`` [B] and sets of masks ``by``, bool [U, M].
 

@@ -190,7 +190,7 @@ class MaskedPredictor:
     def reference_logits(self, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Logits float64 [n, K] and scale [n] on the CPU, each pass computed in one way, independent of the others."""
         kind = "float64" if self.calibration.double else "float32"
-        with _one_way(x.device):
+        with one_way(x.device):
             logits, scale = self._each(kind, x, first, second, self.calibration.head)
         return logits, scale.clamp(min=self.calibration.least)
 
@@ -263,7 +263,7 @@ class MaskedPredictor:
         """Find the last layer, the smallest scale, and whether float64 is really float64."""
         x, first, second = self.probe_images()
         quick = cast(nn.Module, self._networks["float32"])
-        with torch.no_grad(), _one_way(x.device):
+        with torch.no_grad(), one_way(x.device):
             self._run("float32", x, first, second, None)  # refuses what are not logits
             head = logit_scale.head_of(quick, lambda: self._behind("float32", quick, x, first, second))
             _, scale = self._each("float32", x, first, second, head)
@@ -358,7 +358,7 @@ class MaskedPredictor:
 
 
 @contextlib.contextmanager
-def _one_way(device: torch.device) -> Iterator[None]:
+def one_way(device: torch.device) -> Iterator[None]:
     """Fix what besides the batch decides the order of sums: threads of a CPU, the choice of algorithms of a GPU."""
     threads, cudnn = torch.get_num_threads(), cast(Any, torch.backends.cudnn)
     before = (cudnn.benchmark, cudnn.deterministic)

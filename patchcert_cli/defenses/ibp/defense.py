@@ -9,17 +9,17 @@ the threat, and certified by them, or by linear bounds for images that they leav
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from patchcert_cli.certificate import Arithmetic, Claim, Proof
-from patchcert_cli.certifiers.bounds import pairwise, rounding
+from patchcert_cli.certifiers.bounds import by_location, pairwise, rounding
 from patchcert_cli.certifiers.bounds.first_layer import Split
 from patchcert_cli.certifiers.bounds.folding import fold
 from patchcert_cli.certifiers.bounds.linear import refine
-from patchcert_cli.certifiers.bounds.rules import plain_sums
 from patchcert_cli.certifiers.bounds.windows import partition
 from patchcert_cli.defenses._base import NoEntries, build_network, own_entries, size_and_classes
 from patchcert_cli.defenses._training import Options, Trainable, TrainingStep
@@ -27,7 +27,7 @@ from patchcert_cli.defenses.ibp import losses, regularizers
 from patchcert_cli.defenses.ibp.guide import Guide
 from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.errors import IntegrityError, MachineError, UnsupportedThreat
-from patchcert_cli.layers.precision import first_largest
+from patchcert_cli.layers.precision import first_largest, plain_sums
 from patchcert_cli.layers.supported_layers import rebuilt
 from patchcert_cli.threats import Patch, PatchPercent, Sparse, Threat
 
@@ -85,6 +85,10 @@ class IntervalDefense(Trainable):
             )
         return first_largest(logits)
 
+    def group(self, claims: Sequence[Claim]) -> int:
+        """As many as make the products of matrices large."""
+        return 512 if all(claim.threat.kind == "sparse" for claim in claims) else 64
+
     def _certify(self, x: Tensor, claims: Sequence[Claim]) -> list[Proof]:
         exact = rebuilt(self.network, torch.float64)
         with plain_sums():
@@ -99,18 +103,47 @@ class IntervalDefense(Trainable):
                 found, linear = bounds[claim.threat], claim.method != "interval"
                 if linear:
                     found = refine.improve(exact, x, prediction, claim.threat, found)
-                proofs.append(
-                    Proof(
-                        answer=prediction,
-                        margin=found.margin,
-                        location=found.worst,
-                        runner_up=found.rival,
-                        tolerance=found.tolerance,
-                        method="linear" if linear else "interval",
-                        arithmetic=Arithmetic.BOUNDED,
-                    )
+                proof = Proof(
+                    answer=prediction,
+                    margin=found.margin,
+                    location=found.worst,
+                    runner_up=found.rival,
+                    tolerance=found.tolerance,
+                    method="linear" if linear else "interval",
+                    arithmetic=Arithmetic.BOUNDED,
                 )
+                if claim.forced:
+                    certified = found.margin > found.tolerance
+                    sets = by_location.forced(network, exact, x, prediction, claim.threat, certified)
+                    proof = replace(proof, forced=sets)
+                proofs.append(self._ranked(proof, network, exact, x, claim) if claim.top > 1 else proof)
         return proofs
+
+    @property
+    def locates(self) -> bool:
+        return True
+
+    @property
+    def ranks(self) -> bool:
+        return True
+
+    def _ranked(self, proof: Proof, network: nn.Module, exact: nn.Module, x: Tensor, claim: Claim) -> Proof:
+        """The proof, and whether each of the first classes stays among them; an answer that stays the first one does."""
+        logits: Tensor = exact(x.double())
+        ranking = logits.sort(dim=1, descending=True, stable=True).indices[:, : claim.top]
+        found = [by_location.stay(network, exact, x, ranking[:, at], claim.threat, claim.top) for at in range(claim.top)]
+        stays = torch.stack([one.margin > one.tolerance for one in found], dim=1)
+        already, first = proof.margin > proof.tolerance, found[0]
+        stays[:, 0] |= already
+        return replace(
+            proof,
+            margin=torch.where(already, proof.margin, first.margin),
+            tolerance=torch.where(already, proof.tolerance, first.tolerance),
+            location=torch.where(already, proof.location, first.worst),
+            runner_up=torch.where(already, proof.runner_up, first.rival),
+            ranking=ranking,
+            stays=stays,
+        )
 
     @torch.no_grad()
     def self_test(self) -> None:

@@ -1,0 +1,1 @@
+"""The processes of one job: ranks, and what they share."""

@@ -1,0 +1,136 @@
+"""The steps of an epoch, and what is measured of steps: of any defense, on one process or on the ranks of a job."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from patchcert_cli.certificate import Tally
+from patchcert_cli.data.images import Images, to_float
+from patchcert_cli.defenses import Trainable, TrainingStep
+from patchcert_cli.device import sent
+from patchcert_cli.parallel.workers import Workers
+from patchcert_cli.progress import Progress, Silent
+from patchcert_cli.training import augment
+from patchcert_cli.training.ranks import Ranks
+from patchcert_cli.training.recipe import Recipe
+from patchcert_cli.training.state import Beginning, State, some_images
+
+LOOK = 10  # steps between two looks at the loss
+PROBED = 8  # held-out images that are certified to know what that takes
+
+
+def rate_at(recipe: Recipe, progress: float) -> float:
+    """The learning rate after ``progress`` epochs."""
+    return recipe.learning_rate * recipe.options.lr_multiplier(progress, recipe.epochs)
+
+
+@torch.no_grad()
+def finish(recipe: Recipe, defense: Trainable, images: Images, *, rounded: bool) -> None:
+    """What a defense needs before it is validated; at the end its weights are rounded as they will be stored."""
+    if rounded:
+        defense.fuse()
+    if rounded and recipe.stored != "float32":
+        for weight in defense.parameters():
+            if weight.ndim > 1:
+                weight.copy_(weight.to(getattr(torch, recipe.stored)))
+    defense.calibrate(some_images(defense, images))
+
+
+def epoch(
+    recipe: Recipe,
+    at_epoch: int,
+    state: State,
+    images: Images,
+    progress: Progress,
+    together: Ranks | None = None,
+    steps: int | None = None,
+) -> float:
+    """``steps`` steps on random training images, by default one pass over all of them; returns the mean loss."""
+    defense, optimizer, average = state.defense, state.optimizer, state.average
+    together = together or Ranks(Workers(), defense.device)
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + at_epoch)
+    order = torch.randperm(len(images), generator=generator)
+    if not together.alone:  # what is drawn for a rank's images
+        generator.manual_seed((recipe.seed * 1_000_003 + at_epoch) * 4_099 + together.workers.rank)
+    threat, options, steps = recipe.threat, recipe.options, steps or recipe.steps_of(at_epoch, len(images))
+    reduced, total = recipe.precision == "bfloat16", torch.zeros((), dtype=torch.float64, device=defense.device)
+    defense.train()
+    loss_of = together.loss(defense, state.auxiliary)
+    for number in range(steps):
+        at = at_epoch + number / steps
+        batch = order[number * recipe.batch_size : (number + 1) * recipe.batch_size]
+        picked = together.share(batch)
+        x, label = to_float(sent(images.read(picked), defense.device)), sent(images.labels[picked], defense.device)
+        x = augment.apply(x, options.augment(at, recipe.epochs), generator)
+        if reduced:
+            x = x.contiguous(memory_format=torch.channels_last)
+        for group in optimizer.param_groups:
+            group["lr"] = group.get("share", 1.0) * recipe.learning_rate * options.lr_multiplier(at, recipe.epochs)
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(defense.device.type, torch.bfloat16, enabled=reduced):
+            loss = loss_of(x, label, TrainingStep(threat, options, at, recipe.epochs, generator, state.auxiliary))
+        loss = loss * together.weight(len(picked), len(batch))
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if average:
+            average.follow(defense, options.ema_decay)
+        total += loss.detach()
+        if number % LOOK == 0 or number + 1 == steps:  # reading a loss waits for the device
+            line = f"epoch {at_epoch + 1} of {recipe.epochs}: loss {float(total) / (number + 1):.4f}"
+        progress.update(at_epoch * steps + number + 1, recipe.epochs * steps, line)
+    together.agree([defense, *([average.defense] if average else [])])
+    defense.eval()
+    return together.total(float(total) / steps)[0] / together.workers.size
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What two steps of a run took: seconds of each, and bytes of the weights and of what every epoch keeps, the state."""
+
+    seconds: tuple[float, float]
+    weights: int
+    kept: int
+    state: State
+
+
+def trial(recipe: Recipe, images: Images, *, device: str = "cpu", beginning: Beginning | None = None) -> Trial:
+    """A step as in the first epoch and one as in the last, on at least one batch of images; nothing is kept.
+
+    The first step of all, which sets things up, is not timed. Held-out images are certified with the weights that there are then:
+    trained ones may take longer.
+    """
+    state = State.of(recipe, beginning or Beginning.of(recipe), device)
+    batch, spent = images.take(torch.arange(min(recipe.batch_size, len(images)))), []
+    for number in (0, 0, recipe.epochs - 1):
+        began = time.perf_counter()
+        epoch(recipe, number, state, batch, Silent())
+        spent.append(time.perf_counter() - began)
+    weights, kept = (sum(one.nbytes for one in tensors.values()) for tensors in (state.defense.state_dict(), state.tensors()))
+    return Trial((spent[1], spent[2]), weights, kept, state)
+
+
+def time_to_certify(recipe: Recipe, state: State, images: Images) -> float:
+    """Seconds that certifying an image takes, measured on a few."""
+    finish(recipe, state.deployed, images, rounded=False)
+    few = images.limit(min(PROBED, len(images)), recipe.seed)
+    began = time.perf_counter()
+    monitor(state.deployed, few, recipe)
+    return (time.perf_counter() - began) / len(few)
+
+
+@torch.no_grad()
+def monitor(defense: Trainable, images: Images, recipe: Recipe, batch: int = 500, ranks: Ranks | None = None) -> Tally:
+    """Clean and certified counts on held-out training images, which ranks take from a shared counter."""
+    defense.eval()
+    ranks = ranks or Ranks(Workers(), defense.device)
+    scope, threat, counts = ranks.workers.scope(), recipe.threat, [0, 0, 0]
+    batch = batch if ranks.alone else max(1, min(batch, len(images) // (4 * ranks.workers.size)))
+    while (start := scope.add("taken", batch) - batch) < len(images):
+        part = slice(start, start + batch)
+        certificate = defense.certify(to_float(sent(images.read(part), defense.device)), threat)
+        tally = Tally.of(images.labels[part], certificate.prediction.cpu(), certificate.certified.cpu())
+        counts = [sum(pair) for pair in zip(counts, (tally.images, tally.clean, tally.certified), strict=True)]
+    return Tally(*(int(count) for count in ranks.total(*counts)))
