@@ -6,6 +6,7 @@ import os
 import re
 
 import torch
+from torch import Tensor
 
 from patchcert_cli.errors import MachineError, UsageError
 from patchcert_cli.parallel import workers
@@ -25,6 +26,8 @@ def resolve(text: str) -> str:
         return f"cuda:{int(local) % torch.cuda.device_count()}" if local.isdecimal() else "cuda"
     if text == "cpu":
         return text
+    if text.partition(":")[0] == "mps":
+        raise UsageError(f"proofs need float64, which device '{text}' does not compute in.", hint="Use --device cpu or auto.")
     match = re.fullmatch(r"cuda(?::(\d+))?", text)
     if not match:
         raise UsageError(f"invalid device '{text}'.", hint="Use auto, cpu, cuda or cuda:N.")
@@ -35,6 +38,13 @@ def resolve(text: str) -> str:
             hint="Use --device cpu or auto.",
         )
     return text
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on ``device``; to a GPU from pinned memory, without waiting for the copy."""
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:

@@ -20,6 +20,7 @@ from patchcert_cli.attacks import AnyAttack, AttackResult
 from patchcert_cli.cards.results import read_result
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.data.images import Images, to_float
+from patchcert_cli.device import sent
 from patchcert_cli.errors import IntegrityError, Interrupted, MachineError, PatchcertError, UsageError
 from patchcert_cli.evaluation import attack_results, hints, results, run_folder
 from patchcert_cli.evaluation.adversarial_images import AdversarialFolder
@@ -62,7 +63,7 @@ def certify(
     group = defense.group(task.claims)
 
     def batch(part: Images) -> list[Record]:
-        x = to_float(part.read()).to(defense.device)
+        x = sent(to_float(part.read()), defense.device)
         groups = [defense.certify_claims(group, task.claims) for group in torch.split(x, group or len(x))]
         certificates = [Certificate.cat(parts) for parts in zip(*groups, strict=True)]
         return list(results.certify_records(part, certificates, task.model.plain(x)))
@@ -116,7 +117,7 @@ def attack(
     kept = None if save is None else AdversarialFolder(save, json.loads(json.dumps(task.identity("attack", extra))))
 
     def searched(part: Images) -> list[Record]:
-        x = to_float(part.read()).to(defense.device)
+        x = sent(to_float(part.read()), defense.device)
         outcome, certificate = hints.search(defense, x, task.threat, attacker, part.index, join=join)
         if certificate is not None:
             _keep_broken(folder, part, certificate, outcome)
@@ -224,6 +225,10 @@ class _Work:
         """The result of all records, which is written if none is missing."""
         run, task = self._run, self._task
         run.merge()
+        until = time.monotonic() + jobs.VISIBLE
+        while len(run.records) < self._counts.images and not self._workers.alone and time.monotonic() < until:
+            time.sleep(1.0)  # until this node sees what others have written
+            run.merge()
         left = len(task.images) - len(run.records)
         if left and self._max is None:
             raise IntegrityError(f"{left} records are missing in '{run.folder}'.", hint="Resume with the same command.")

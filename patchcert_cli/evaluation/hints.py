@@ -8,6 +8,7 @@ from torch import Tensor
 from patchcert_cli.attacks import AnyAttack, AttackResult, Start
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.defenses import Defense, MarginMaps
+from patchcert_cli.errors import UsageError
 from patchcert_cli.threats import Patch, PatchPercent, Threat
 
 FURTHER = 31  # locations besides the worst one
@@ -24,7 +25,10 @@ def start(defense: Defense, x: Tensor, threat: Threat, certificate: Certificate)
         return first
     if not isinstance(defense, MarginMaps):
         return first
-    margins = defense.margin_map(x, threat).flatten(1)  # [B, A]
+    try:
+        margins = defense.margin_map(x, threat).flatten(1)  # [B, A]
+    except UsageError:  # none for this defense, or for a patch as large as this one
+        return first
     locations = threat.locations(int(x.shape[2]), int(x.shape[3])).to(margins.device)
     return Start(first.location, first.rival, spread(margins, locations, first.location.to(margins.device), FURTHER))
 

@@ -36,20 +36,22 @@ def certify_records(part: Images, certificates: Sequence[Certificate], plain: Te
     """
     columns = [list(_verdicts(certificate, part.labels)) for certificate in certificates]
     predictions = certificates[0].prediction.tolist()
-    counted = certificates[0].passes
-    passes = None if counted is None else counted.tolist()
+    first = certificates[0]
+    passes, whole, silent, plains = (
+        None if values is None else values.tolist() for values in (first.passes, first.plain, first.silent, plain)
+    )
     for position, (index, label) in enumerate(zip(part.index.tolist(), part.labels.tolist(), strict=True)):
         record = {"index": index, "label": label, "prediction": predictions[position]}
         if part.files:
             record["picture"] = part.files[index]
-        if plain is not None:
-            record["plain"] = int(plain[position])
+        if plains is not None:
+            record["plain"] = plains[position]
         if passes is not None:
             record["passes"] = passes[position]
-        if certificates[0].plain is not None:
-            record["whole"] = int(certificates[0].plain[position])
-        if certificates[0].silent is not None:
-            record["silent"] = certificates[0].silent[position].tolist()
+        if whole is not None:
+            record["whole"] = whole[position]
+        if silent is not None:
+            record["silent"] = silent[position]
         yield {**record, "claims": [column[position] for column in columns]}
 
 

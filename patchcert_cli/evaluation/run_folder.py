@@ -9,7 +9,6 @@ any number of processes.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import platform
 from collections.abc import Iterable, Iterator, Mapping
@@ -50,7 +49,7 @@ def opened(
         UsageError: the folder holds another run, or something else; or the ranks are about different runs.
     """
     workers = workers or Workers()
-    workers.agree({**{name: str(value) for name, value in identity.items()}, "torch": str(torch.__version__)})
+    workers.agree({name: str(value) for name, value in identity.items()})
     with ExitStack() as held:
         if workers.first:
             try:
@@ -59,23 +58,15 @@ def opened(
             except PatchcertError as problem:
                 workers.failed("opened", problem)
                 raise
-            workers.tell("opened", _digest(folder / MANIFEST))
+            workers.tell("opened", True)
+            workers.check_shared(folder / MANIFEST)
         else:
-            digest = workers.outcome("opened")
-            if _digest(folder / MANIFEST) != digest:
-                raise MachineError(
-                    f"rank {workers.rank} does not see the run folder '{folder.absolute()}' of rank 0.",
-                    hint="All ranks need one --out on a file system that they share.",
-                )
+            workers.outcome("opened")
+            workers.check_shared(folder / MANIFEST)
             run = Run(folder, identity, device=device, command=command, fresh=False, answers=answers, joins=True)
         if not workers.alone:
             run.part = f"records-{workers.rank}.jsonl"
         yield run
-
-
-def _digest(path: Path) -> str:
-    """The sha256 of a file; empty if there is none."""
-    return hashlib.sha256(files.read(path)).hexdigest() if path.exists() else ""
 
 
 class Run:

@@ -250,7 +250,7 @@ class FrozenNetworkCache:
 
 
 def execution_type(frozen: nn.Module, device: torch.device) -> torch.dtype:
-    """What to compute a frozen network in: off the CPU float64, whose convolutions are plain sums of products everywhere."""
+    """What to compute a frozen network in: off the CPU float64, in which all sums fit."""
     weight = next(layer.weight for layer in frozen.modules() if isinstance(layer, Affine))
     if device.type != "cpu" and weight.dtype != torch.float64:
         frozen.double()

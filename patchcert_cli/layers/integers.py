@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from patchcert_cli.errors import IntegrityError, MachineError
 from patchcert_cli.layers.fixed_point import power
-from patchcert_cli.layers.precision import exact_arithmetic
+from patchcert_cli.layers.precision import exact_sums
 
 LARGEST = 64  # of a weight: two products with 255 fit 16 bits
 ROOM = 1 << 24  # whole numbers that float32 holds
@@ -128,7 +128,7 @@ def _in_floats(layer: Whole, kind: torch.dtype) -> Run:
     bias, scale = layer.bias.to(kind), power(-layer.down).to(kind)[:, None, None].to(layer.bias.device)
 
     def run(q: Tensor) -> Tensor:
-        with exact_arithmetic():
+        with exact_sums(q.device):
             return F.conv2d(q.to(kind), weight, bias).mul_(scale).round_().clamp_(0, 255).to(torch.uint8)
 
     return run

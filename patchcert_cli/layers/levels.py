@@ -142,7 +142,7 @@ class Levels(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """float64 [n, K], of features, or of the sum of those of an image and its mirrored one."""
-        with precision.exact_arithmetic():
+        with precision.exact_sums(features.device):
             return cast(Tensor, self.head(features.double()[:, :, None, None])).flatten(1)
 
 

@@ -24,7 +24,8 @@ STRICT = "STRICT"
 def exact_arithmetic() -> Iterator[None]:
     """Switch off everything that computes in less than the tensors' own precision (TF32, bfloat16 products, autocast).
 
-    Also switches off NNPACK, whose convolutions are not plain sums of products.
+    Also switches off NNPACK, whose convolutions are not plain sums of products, and cuDNN's search for the fastest algorithm,
+    which may find another one in each run.
 
     Raises:
         MachineError: an environment variable lets oneDNN compute in less. It is read once, so that cannot be undone.
@@ -51,11 +52,43 @@ def exact_arithmetic() -> Iterator[None]:
             setattr(owner, name, value)
 
 
+@contextlib.contextmanager
+def plain_sums() -> Iterator[None]:
+    """Let torch compute convolutions as sums of products alone, and in the tensors' own precision (:func:`exact_arithmetic`).
+
+    Rounding rules, and sums that are never rounded, are about sums of products in any order. Fast algorithms (Winograd, FFT)
+    transform inputs and weights first and err more, by how much depends on the algorithm. torch takes them from cuDNN, oneDNN and
+    NNPACK only. Without these it writes the columns of every window side by side and multiplies matrices (``slow_conv2d``,
+    ``slow_conv_dilated2d`` in its source) or sums up products directly (``conv_depthwise2d``). Bounds, and the answers that they
+    are about, are computed inside.
+    """
+    owners: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+    with exact_arithmetic():
+        before = [owner.enabled for owner in owners]
+        try:
+            for owner in owners:
+                owner.enabled = False
+            yield
+        finally:
+            for owner, value in zip(owners, before, strict=True):
+                owner.enabled = value
+
+
+def exact_sums(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Inside, convolutions of whole numbers on ``device`` have no rounding error where their sums fit.
+
+    On the CPU the fast ways are compared with float64 before they are used (:mod:`patchcert_cli.layers.integers`). Elsewhere
+    nothing compares them, and cuDNN has FFT algorithms even for float64, so convolutions are :func:`plain_sums` there.
+    """
+    return exact_arithmetic() if device.type == "cpu" else plain_sums()
+
+
 def _precision_switches() -> list[tuple[Any, str, Any]]:
     """``(owner, attribute, exact value)`` of torch's precision flags, in whichever of its two interfaces this process uses."""
     backends: Any = torch.backends
     # set last, and restored last: other switches change those of oneDNN along with their own
     onednn = [(owner, "fp32_precision", "ieee") for owner in (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)]
+    search = (backends.cudnn, "benchmark", False)
     legacy = [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
     try:
         for owner, name, _ in legacy:
@@ -63,8 +96,9 @@ def _precision_switches() -> list[tuple[Any, str, Any]]:
         torch.get_float32_matmul_precision()
     except RuntimeError:  # the newer interface has been used, and torch refuses to mix them
         owners = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
-        return [*((owner, "fp32_precision", "ieee") for owner in owners), *onednn]
-    return [(_MatmulPrecision(), "value", "highest"), *legacy, *onednn]
+        return [search, *((owner, "fp32_precision", "ieee") for owner in owners), *onednn]
+    # the process-wide value after those that it decides about: each of them changes it to what it can express
+    return [search, *legacy, (_MatmulPrecision(), "value", "highest"), *onednn]
 
 
 class _MatmulPrecision:

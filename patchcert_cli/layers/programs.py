@@ -207,7 +207,7 @@ class Runner:
         program = self.program(network) if steps.device.type == "cpu" else None
         if program is None:
             kind = fixed_point.execution_type(network, steps.device)
-            with precision.exact_arithmetic():
+            with precision.exact_sums(steps.device):
                 return cast(Tensor, network(steps.to(kind).contiguous(memory_format=torch.channels_last)))
         forced = integers.forced()
         if forced is not None:

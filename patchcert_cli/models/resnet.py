@@ -210,7 +210,7 @@ class _Head(nn.Module):
 
     def total(self, v: Tensor) -> Tensor:
         """Of the sums [B, C, 1, 1]."""
-        with precision.exact_arithmetic():
+        with precision.exact_sums(v.device):
             return cast(Tensor, self.layer(v)).flatten(1)
 
 

@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import datetime
 import functools
+import hashlib
 import json
 import os
 import socket
@@ -21,9 +22,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchcert_cli.errors import MachineError, PatchcertError, UsageError, first_line
+from patchcert_cli.version import __version__
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 PATIENCE = 600.0  # seconds that a rank waits for what another one does at once, such as opening the run folder
 LONGEST = 30 * 24 * 3600.0  # and for what others compute
 MEETING = 300.0  # and for the others to appear at all, unless the variable says otherwise
+VISIBLE = 60.0  # and until it sees a file that another one has written, which network file systems delay
 LEAVING = 20.0  # and at most for the others to leave, where it hosts the store
 MEETING_VARIABLE = "PATCHCERT_MEETING_SECONDS"
 LAUNCHER = "PATCHCERT_LAUNCHER"  # the process that starts the ranks, if it is ours
@@ -130,15 +134,38 @@ class Workers:
             raise
         self.tell(key, True)
 
+    def check_shared(self, path: Path) -> None:
+        """Check that all ranks see the file that the first one has written, at once or soon: nodes cache what a folder holds.
+
+        Raises:
+            MachineError: this rank does not; the folder is not shared.
+        """
+        if self.store is None:
+            return
+        if self.first:
+            self.tell(f"content of {path.name}", _digest(path))
+            return
+        digest, until = self.ask(f"content of {path.name}"), time.monotonic() + VISIBLE
+        while _digest(path) != digest:
+            if time.monotonic() > until:
+                raise MachineError(
+                    f"rank {self.rank} does not see the run folder '{path.parent.absolute()}' of rank 0.",
+                    hint="All ranks need one --out on a file system that they share.",
+                )
+            time.sleep(min(1.0, VISIBLE / 10))
+
     def agree(self, about: Mapping[str, str]) -> None:
-        """Check that all ranks say the same ``about`` what the job works on.
+        """Check that all ranks say the same ``about`` what the job works on, and have the same versions of patchcert and torch.
 
         Raises:
             UsageError: they do not, on every rank alike; names the first entry that differs.
         """
         if self.store is None:
             return
-        self.tell(f"about {self.rank}", dict(about))
+        import torch
+
+        about = {**about, "patchcert": __version__, "torch": str(torch.__version__)}
+        self.tell(f"about {self.rank}", about)
         if self.first:
             try:
                 for other in range(1, self.size):
@@ -150,6 +177,11 @@ class Workers:
             self.tell("agreed", True)
         else:
             self.outcome("agreed", 2 * meeting())  # the first one waits for others
+
+
+def _digest(path: Path) -> str:
+    """The sha256 of a file; empty if there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def _check_same(rank: int, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:

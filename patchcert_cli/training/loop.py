@@ -97,6 +97,7 @@ def train(
     images = images.limit(recipe.limit or None, recipe.seed)
     workers.agree({**{name: str(value) for name, value in recipe.to_dict().items()}, "images": images.digest()})
     workers.lead("begun", lambda: _begin(recipe, folder, fresh=fresh))
+    workers.check_shared(folder / files.CONFIG)
     kept, held = images.hold_out(recipe.validation, recipe.seed)
     new = not (folder / files.STATE).exists()
     state = State.of(recipe, beginning or Beginning.of(recipe), device, kept if new else None)

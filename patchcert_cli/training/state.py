@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from patchcert_cli import checkpoint, defenses
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.defenses import Trainable
+from patchcert_cli.device import sent
 from patchcert_cli.storage import files
 from patchcert_cli.training.average import Average
 from patchcert_cli.training.muon import Muon
@@ -118,7 +119,7 @@ def some_images(defense: Trainable, images: Images) -> Tensor:
     count = min(FITTED, len(images))
     ordered = bool((images.labels.diff() >= 0).all())  # by class, as folders are: then the first ones do not stand for all
     some = torch.arange(count) * (len(images) // count if ordered else 1)
-    return to_float(images.read(some).to(defense.device))
+    return to_float(sent(images.read(some), defense.device))
 
 
 def _laid_out(defense: Trainable, recipe: Recipe) -> Trainable:

@@ -10,6 +10,7 @@ import torch
 from patchcert_cli.certificate import Tally
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.defenses import Trainable, TrainingStep
+from patchcert_cli.device import sent
 from patchcert_cli.parallel.workers import Workers
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.training import augment
@@ -62,7 +63,7 @@ def epoch(
         at = at_epoch + number / steps
         batch = order[number * recipe.batch_size : (number + 1) * recipe.batch_size]
         picked = together.share(batch)
-        x, label = to_float(images.read(picked).to(defense.device)), images.labels[picked].to(defense.device)
+        x, label = to_float(sent(images.read(picked), defense.device)), sent(images.labels[picked], defense.device)
         x = augment.apply(x, options.augment(at, recipe.epochs), generator)
         if reduced:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -129,7 +130,7 @@ def monitor(defense: Trainable, images: Images, recipe: Recipe, batch: int = 500
     batch = batch if ranks.alone else max(1, min(batch, len(images) // (4 * ranks.workers.size)))
     while (start := scope.add("taken", batch) - batch) < len(images):
         part = slice(start, start + batch)
-        certificate = defense.certify(to_float(images.read(part).to(defense.device)), threat)
+        certificate = defense.certify(to_float(sent(images.read(part), defense.device)), threat)
         tally = Tally.of(images.labels[part], certificate.prediction.cpu(), certificate.certified.cpu())
         counts = [sum(pair) for pair in zip(counts, (tally.images, tally.clean, tally.certified), strict=True)]
     return Tally(*(int(count) for count in ranks.total(*counts)))

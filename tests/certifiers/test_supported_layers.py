@@ -17,7 +17,7 @@ from patchcert_cli.certifiers.bounds import intervals, rules
 from patchcert_cli.certifiers.bounds.first_layer import Split
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat
-from patchcert_cli.layers import supported_layers
+from patchcert_cli.layers import precision, supported_layers
 from patchcert_cli.threats import Patch
 
 from .networks import images, rounding_error
@@ -245,7 +245,7 @@ def test_fast_convolutions_are_off_where_bounds_are_computed(monkeypatch: pytest
     seen = []
     made, x = defense(layers()), images(SHAPE, 2)
     switches = [torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled]
-    with rules.plain_sums():
+    with precision.plain_sums():
         seen.append((torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled))
     assert seen == [(False, False)]
     assert [torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled] == switches

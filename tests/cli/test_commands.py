@@ -90,6 +90,7 @@ def test_a_dry_run_writes_nothing(patchcert, model: str) -> None:  # type: ignor
         ("certify M --patch 5 --limit 0", 2, "--limit 0 leaves no image"),
         ("certify M --patch 5 --batch-size 0", 2, "--batch-size 0 must be 1 or more"),
         ("certify M --patch 5 --device tpu", 2, "invalid device 'tpu'"),
+        ("certify M --patch 5 --device mps", 2, "proofs need float64, which device 'mps' does not compute in"),
         ("certify M --patch 5 --device cuda:99", 7, "no device 'cuda:99'"),
         ("certify M --patch 5 --dataset mnits", 3, "Did you mean mnist?"),
         ("certify M --patch 5 --dataset cifar10 --data-dir .", 6, "no cifar10 test data"),

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from patchcert_cli import attacks
 from patchcert_cli.errors import IntegrityError, Interrupted, MachineError, PatchcertError, UsageError
-from patchcert_cli.evaluation import evaluate
+from patchcert_cli.evaluation import evaluate, run_folder
 from patchcert_cli.evaluation.pace import Pace
 from patchcert_cli.evaluation.task import EvaluationTask
 from patchcert_cli.parallel import workers
@@ -185,9 +186,46 @@ def test_an_error_of_the_first_rank_reaches_all(tmp_path: Path) -> None:
     assert all(isinstance(one, UsageError) and "not empty" in one.message for one in found)
 
 
-def test_ranks_that_do_not_share_the_folder_are_refused(tmp_path: Path) -> None:
+def test_ranks_that_do_not_share_the_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "VISIBLE", 0.05)
     found = together(2, lambda rank: evaluate.certify(make_task(), tmp_path / str(rank)) if rank else first(tmp_path))
     assert isinstance(found[1], MachineError) and "does not see the run folder" in found[1].message
+
+
+def test_a_file_that_becomes_visible_late_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "a.json").write_text("{}")
+
+    def late(rank: int) -> None:
+        if rank == 0:
+            return workers.current().check_shared(tmp_path / "0" / "a.json")
+        timer = threading.Timer(0.05, (tmp_path / "1").symlink_to, [tmp_path / "0"])
+        timer.start()
+        return workers.current().check_shared(tmp_path / "1" / "a.json")
+
+    assert together(2, late) == [None, None]
+
+
+def test_records_that_become_visible_late_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = run_folder.Run.merge, []
+
+    def merge(self: run_folder.Run) -> None:
+        calls.append(1)
+        if len(calls) != 2:  # the first one opens the folder, and this is the first after all have finished
+            real(self)
+
+    monkeypatch.setattr(run_folder.Run, "merge", merge)
+    monkeypatch.setattr(evaluate.time, "sleep", lambda _: None)
+    together(2, lambda rank: evaluate.certify(make_task(), tmp_path / "run"))
+    assert len(calls) == 3 and len(content(tmp_path / "run").splitlines()) == 40
+
+
+@pytest.mark.parametrize("name", ["patchcert", "torch"])
+def test_ranks_of_other_versions_are_refused(name: str) -> None:
+    store = HashStore()
+    store.set("about 1", json.dumps({"patchcert": workers.__version__, "torch": str(torch.__version__), name: "0.0"}))
+    with pytest.raises(UsageError, match=f"rank 1 has another {name} than rank 0: 0.0, not"):
+        Workers(0, 2, store).agree({})
 
 
 def first(tmp_path: Path) -> Any:

@@ -17,16 +17,11 @@ Which layers have rules, and how look-alikes are recognized: :mod:`supported_lay
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat
-from patchcert_cli.layers.precision import exact_arithmetic
 from patchcert_cli.layers.preprocessing import Normalize
 from patchcert_cli.layers.supported_layers import IDENTITY, MONOTONE, check_padding, no_rule
 
@@ -36,28 +31,6 @@ REPORT = "Nothing was certified. Please report this network as a bug of patchcer
 ROUNDINGS = 8  # roundings besides the dot product itself: midpoint, radius, their sum, bias, normalization
 SINGLE = 2.0**-24  # unit roundoff of float32
 UNIT = {torch.float32: SINGLE, torch.float64: 2.0**-53}
-
-
-@contextlib.contextmanager
-def plain_sums() -> Iterator[None]:
-    """Let torch compute convolutions as sums of products alone, and in the tensors' own precision (:func:`exact_arithmetic`).
-
-    The rounding rules of this package are about sums of products in any order. Fast algorithms (Winograd, FFT) transform inputs
-    and weights first and err more, by how much depends on the algorithm. torch takes them from cuDNN, oneDNN and NNPACK only.
-    Without these it writes the columns of every window side by side and multiplies matrices (``slow_conv2d``,
-    ``slow_conv_dilated2d`` in its source) or sums up products directly (``conv_depthwise2d``). Proofs, and the answers that they
-    are about, are computed inside.
-    """
-    owners: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
-    with exact_arithmetic():
-        before = [owner.enabled for owner in owners]
-        try:
-            for owner in owners:
-                owner.enabled = False
-            yield
-        finally:
-            for owner, value in zip(owners, before, strict=True):
-                owner.enabled = value
 
 
 def ordered(bounds: Box) -> Box:

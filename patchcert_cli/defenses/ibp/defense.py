@@ -20,7 +20,6 @@ from patchcert_cli.certifiers.bounds import by_location, pairwise, rounding
 from patchcert_cli.certifiers.bounds.first_layer import Split
 from patchcert_cli.certifiers.bounds.folding import fold
 from patchcert_cli.certifiers.bounds.linear import refine
-from patchcert_cli.certifiers.bounds.rules import plain_sums
 from patchcert_cli.certifiers.bounds.windows import partition
 from patchcert_cli.defenses._base import NoEntries, build_network, own_entries, size_and_classes
 from patchcert_cli.defenses._training import Options, Trainable, TrainingStep
@@ -28,7 +27,7 @@ from patchcert_cli.defenses.ibp import losses, regularizers
 from patchcert_cli.defenses.ibp.guide import Guide
 from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.errors import IntegrityError, MachineError, UnsupportedThreat
-from patchcert_cli.layers.precision import first_largest
+from patchcert_cli.layers.precision import first_largest, plain_sums
 from patchcert_cli.layers.supported_layers import rebuilt
 from patchcert_cli.threats import Patch, PatchPercent, Sparse, Threat
 

@@ -71,7 +71,7 @@ class Magnitudes:
         """Magnitudes for images of the shape of ``like``."""
         size = torch.ones_like(like[:1], dtype=torch.float64)
         error, rate = torch.zeros_like(size), gamma(size.numel(), UNIT)
-        shapes, inflation, largest = [], [], 1.0
+        shapes, inflation, sizes = [], [], []
         for layer in layers:
             before = size
             shapes.append(before.shape[1:])
@@ -79,9 +79,10 @@ class Magnitudes:
             inflation.append(BOX_MARGIN * (error.amax(dim=(2, 3), keepdim=True) if error.ndim == 4 else error))
             size, error = noise(layer, size, error, UNIT)
             rate += gamma(before.numel() + size.numel(), UNIT)
-            largest = max(largest, float(size.max()))
-        sane = bool(torch.isfinite(error).all()) and largest < HUGE
-        return cls(shapes, inflation, 8 * rate * 2 * float(size.max()) * (1 + 1e-6) if sane else float("inf"))
+            sizes.append(size.max())
+        largest: list[float] = torch.stack(sizes).tolist()  # one look at the device; not a number is not below HUGE
+        sane = bool(torch.isfinite(error).all()) and all(one < HUGE for one in largest)
+        return cls(shapes, inflation, 8 * rate * 2 * largest[-1] * (1 + 1e-6) if sane else float("inf"))
 
 
 def zero(lower: Tensor, upper: Tensor) -> Tensor:
