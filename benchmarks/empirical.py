@@ -41,7 +41,7 @@ CERTIFIED = {
     "mnist": ("mnist-ibp-p5", "mnist-masked-cnn"),
     "cifar10": ("cifar-ibp-p5", "cifar-bagcert-rf7", "cifar-masked-cnn"),
 }
-BATCH = 10  # images between two points where a stopped run goes on
+BATCH = 5  # images between two points where a stopped run goes on
 HEADER = (
     "| data | model | clean | under the blind attack | under all attacks | certified |",
     "| --- | --- | --- | --- | --- | --- |",
@@ -70,11 +70,12 @@ def opened(kind: str, name: str, images: Images) -> Defense:
 def outcomes(name: str, images: Images, given: argparse.Namespace) -> Outcomes:
     """All attacks on all defenses, image by image; only images that are answered right are attacked."""
     made = {kind: opened(kind, NETWORKS[name], images) for kind in DEFENSES}
-    path = given.out / f"{name}-{len(images)}-{given.seed}-{given.budget}-{given.steps}-{given.locations}.jsonl"
+    path = given.out / f"{name}-{given.seed}-{given.budget}-{given.steps}-{given.locations}.jsonl"
     files.check_folder(given.out, "--out")
     given.out.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines() if path.exists() else []
-    found: Outcomes = {row.pop("index"): row for row in map(json.loads, lines)}
+    known: Outcomes = {row.pop("index"): row for row in map(json.loads, lines)}
+    found = {index: known[index] for index in images.index.tolist() if index in known}  # also those of a smaller --limit
     open_ = torch.tensor([at for at, index in enumerate(images.index.tolist()) if index not in found], dtype=torch.int64)
     for some in torch.split(open_, BATCH) if len(open_) else ():
         part = images.take(some)
@@ -94,14 +95,12 @@ def attacked(made: dict[str, Defense], part: Images, given: argparse.Namespace) 
     pgd = PatchPGD(seed=given.seed, steps=given.steps, locations=given.locations)
     random = PatchRS(seed=given.seed, budget=given.budget)
     blind = pgd(made["undefended"], x, PATCH, index=part.index).adversarial
+    ready = Ready(found=dict(zip(part.index.tolist(), blind, strict=True)))
     for kind, defense in made.items():
         right = (defense.predict(x) == part.labels).nonzero()[:, 0]
-        first = (
-            ("patch_pgd", pgd)
-            if kind == "undefended"
-            else ("transfer", Ready(found=dict(zip(part.index.tolist(), blind, strict=True))))
-        )
-        turns: dict[str, Attack] = dict([first, ("patch_rs", random), ("patch_pgd", pgd)])
+        turns: dict[str, Attack] = {"transfer": ready, "patch_rs": random, "patch_pgd": pgd}
+        if kind == "undefended":  # of which the first is this
+            turns = {"patch_pgd": ready, "patch_rs": random}
         left = right
         for name, attack in turns.items():
             if len(left):

@@ -302,8 +302,8 @@ class WrapsClassifier(ABC):
     def wrap(cls, network: nn.Module, *, input_shape: tuple[int, int, int], classes: tuple[str, ...], **given: Any) -> Defense:
         """The defense around ``network``: images [B, C, H, W] in [0, 1] -> logits [B, K].
 
-        A masked one is given ``masks`` (:class:`~patchcert_cli.certifiers.masks.mask_sets.MaskSpec`), ``fill`` and, if it is
-        wished, ``prediction_dtype``, see :class:`MaskedClassifier`; any other one its settings by name.
+        A masked one is given ``masks`` (:class:`patchcert_cli.MaskSpec`), ``fill`` and, if it is wished, ``prediction_dtype``,
+        see :class:`patchcert_cli.defenses.MaskedClassifier`; any other one its settings by name.
         """
 
     def fingerprint(self) -> dict[str, Any] | None:

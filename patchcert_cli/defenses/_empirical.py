@@ -115,9 +115,12 @@ class EmpiricalDefense(Defense, WrapsClassifier):
         return self._labels(x, lambda part: part)
 
     def undefended(self) -> Defense:
+        """The same classifier without the filter; what was found out about it is shared."""
         from patchcert_cli.defenses.undefended import Undefended
 
-        return Undefended(self.network, input_shape=self.input_shape, classes=self.classes).to(self.device).eval()
+        made = Undefended(self.network, input_shape=self.input_shape, classes=self.classes).to(self.device).eval()
+        made.deployed, made._memory, made._tested = self.deployed, self._memory, self._tested
+        return made
 
     def _labels(self, x: Tensor, filtered: Callable[[Tensor], Tensor]) -> Tensor:
         """The labels of images after a filter, int64 [B]."""

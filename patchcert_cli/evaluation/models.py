@@ -263,7 +263,7 @@ def find(model: str | None, dataset: str | None, request: DefenseRequest, device
     if addresses.is_address(name):
         if request.defense is None:
             raise UsageError(
-                f"{name} is a plain classifier.", hint=f"Choose a defense: --defense {' or '.join(defenses.around())}."
+                f"{name} is a plain classifier.", hint=f"Choose a defense: --defense {' or '.join(defenses.around(proves=True))}."
             )
         defenses.wrapping(request.defense)
         opened = addresses.open_(name, weights=request.weights, classes=request.classes, typed=True, download=request.download)

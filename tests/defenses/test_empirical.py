@@ -182,6 +182,15 @@ def test_the_same_bits_in_any_batch(kind: str) -> None:
         assert not torch.equal(once, x)
 
 
+def test_the_classifier_inside_is_tested_and_frozen_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, x = around("lgs"), images(2)
+    made.predict(x)
+    monkeypatch.setattr(EmpiricalDefense, "self_test", lambda self: pytest.fail("tested again"))
+    inside = made.undefended()
+    assert torch.equal(inside.predict(x), made.plain(x))
+    assert isinstance(inside, EmpiricalDefense) and inside._memory is made._memory and inside.deployed is made.deployed
+
+
 def test_watermark_sees_new_weights() -> None:
     made, x = around("watermark", share=0.3), images(3)
     before = made.filtered(x)
