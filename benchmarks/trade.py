@@ -4,7 +4,7 @@
 
 Appends a row for each setting below to a JSON file, and skips settings that it has; ``docs/make_trade.py`` draws them. Speeds are
 of the processor's time on one thread, the self-test not counted. The images are the N test images of CIFAR-10 that ``certify
---limit N`` takes. Models whose card has a result on all test images are timed here, and their accuracies are read from the card.
+--limit N`` takes, the same for every row of 5x5 patches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from patchcert_cli import data
 from patchcert_cli.catalog import resolve
 from patchcert_cli.certificate import Tally
-from patchcert_cli.certifiers.masks.mask_sets import MaskSpec
+from patchcert_cli.certifiers.masks.mask_sets import PER_AXIS, MaskSpec
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.patchcleanser import PatchCleanser
@@ -29,18 +29,20 @@ from patchcert_cli.threats import Patch, Threat, parse_threat
 
 MASKED, FIVE = "cifar-masked-cnn", Patch(5, 5)
 OTHERS = ("cifar-bagcert-rf7", "cifar-smoothing-column", "cifar-ibp-p5", "cifar-ibp-p2")  # timed with the threat of their card
-SQUARES, STRIPS = (2, 3, 4, 5, 6), (4, 7, 14, 28)  # masks along an axis
-SIZES = (1, 2, 3, 4, 6, 8, 10)  # of patches, besides 5, which the card has on all images
+TEST_IMAGES, KEPT = 10_000, 100  # of the first, how many the file has, in the order of samples
+SQUARES, COLUMNS, ROWS = (2, 3, 4, 5, 6), (4, 7, 14, 28), (7, 14)  # masks along an axis
+SIZES = (1, 2, 3, 4, 6, 7, 8, 9, 10)  # of patches besides 5, with the default number of masks
 
 
 def settings(strips: str) -> list[tuple[str, MaskSpec | None, Threat]]:
-    """Model, masks and threat of every row; ``strips`` is a model trained behind strips, if there is one."""
+    """Model, masks and threat of every row; ``strips`` is a model trained with strips, if there is one."""
     found: list[tuple[str, MaskSpec | None, Threat]] = []
     for name in dict.fromkeys(filter(None, (MASKED, strips))):
-        found += [(name, MaskSpec((FIVE,), per_axis=count, shape=shape), FIVE) for shape in ("column", "row") for count in STRIPS]
+        found += [(name, MaskSpec((FIVE,), per_axis=count, shape="column"), FIVE) for count in COLUMNS]
+        found += [(name, MaskSpec((FIVE,), per_axis=count, shape="row"), FIVE) for count in ROWS]
     found += [(MASKED, MaskSpec((FIVE,), per_axis=count), FIVE) for count in SQUARES]
-    found += [(MASKED, MaskSpec((Patch(side, side),), per_axis=7), Patch(side, side)) for side in SIZES]
-    return [*found, (MASKED, None, FIVE), *((name, None, parse_threat(resolve_threat(name))) for name in OTHERS)]
+    found += [(name, None, parse_threat(resolve_threat(name))) for name in (*OTHERS, MASKED)]
+    return found + [(MASKED, MaskSpec((Patch(side, side),), per_axis=PER_AXIS), Patch(side, side)) for side in SIZES]
 
 
 def resolve_threat(name: str) -> str:
@@ -90,6 +92,11 @@ def row(name: str, plan: MaskSpec | None, threat: Threat, images: Images) -> dic
     }
 
 
+def order() -> list[int]:
+    """The test images in the order in which samples grow: ``--images N`` takes the first N of them."""
+    return torch.randperm(TEST_IMAGES, generator=torch.Generator().manual_seed(0))[:KEPT].tolist()
+
+
 def _views(defense: Defense) -> int:
     """How often an image is given to the network: once for each band of smoothing, else once."""
     return defense.cells if isinstance(defense, Smoothing) else 1
@@ -100,7 +107,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "trade.json")
     parser.add_argument("--only", default="", help="settings whose text contains this")
-    parser.add_argument("--strips", default="", help="a model trained behind strips")
+    parser.add_argument("--strips", default="", help="a model trained with strips")
     parser.add_argument("--data-dir", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -110,7 +117,7 @@ def main() -> None:
         key = {"model": name, "threat": str(threat), "own": plan is None} | ({"masks": plan.to_dict()} if plan else {})
         if options.only in str(key) and not any(key.items() <= one.items() for one in rows):
             rows.append(row(name, plan, threat, images))
-            files.write_json(options.out, {"rows": rows})
+            files.write_json(options.out, {"sample": order(), "rows": rows})
             print({name: value for name, value in rows[-1].items() if name != "verdicts"}, flush=True)
 
 
