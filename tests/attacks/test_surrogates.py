@@ -191,15 +191,15 @@ def test_tiny_votes_are_attacked_nearly_as_well_as_by_trying_everything(
 ) -> None:
     attack = attacks.for_threat(threat, **options)
     best = found = certified = 0
-    for one in arena.registered_arenas("bagcert"):
+    for one in arena.registered_arenas("bagcert")[:5]:
         breakable, proof = one.breakable(threat), one.defense.certify(one.images, threat)
         result = attack(one.defense, one.images, threat, start=Start(proof.worst, proof.runner_up))
         assert not (proof.certified & result.success).any()
         best += int(breakable.sum())
         found += int((result.success & breakable).sum())
         certified += int(proof.certified.sum())
-    assert best >= 10
-    assert certified >= 10 or threat == Patch(2, 2)  # which touches all cells
+    assert best >= 5
+    assert certified >= 5 or threat == Patch(2, 2)  # which touches all cells
     assert found >= share * best
 
 
@@ -289,7 +289,7 @@ def test_a_content_is_carried_to_where_it_works() -> None:
 
 
 def test_a_hopeless_start_ends_the_search() -> None:
-    defense, x, threat = scorer(), images(8, SHAPE, 5), Patch(1, 1)
+    defense, x, threat = scorer(), images(4, SHAPE, 5), Patch(1, 1)
     start = start_of(defense, x, threat)
     queries = [PatchPGD(screen=False, hope=hope)(defense, x, threat, start=start).queries for hope in (0.0, 0.99, 1.0)]
     assert (queries[0] >= queries[1]).all()

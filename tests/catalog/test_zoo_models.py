@@ -11,11 +11,12 @@ from patchcert_cli.cards.published import PublishedRecords
 from patchcert_cli.catalog import bundled
 from patchcert_cli.certificate import Tally
 from patchcert_cli.storage import files
+from patchcert_cli.threats import Sparse
 
 NAMES = [name for name, card in bundled.cards().items() if card.results]
-DEAR = {"smoothing": 4, "patchcleanser": 4}  # images for attacks on defenses that run a network for every band or mask
-SAMPLE = 12  # images whose published verdicts are held against new ones
-DEAR_SAMPLE = {"patchcleanser": 4}
+DEAR = ("smoothing", "patchcleanser")  # defenses that run a network for every band or mask
+SAMPLE = 6  # images whose published verdicts are held against new ones
+DEAR_SAMPLE = {"cifar-masked-cnn": 2, "mnist-masked-cnn": 2, "cifar-ibp-k4-value": 3, "cifar-ibp-k10-value": 3}
 
 
 def certified_again(name: str, count: int | None) -> tuple[data.Images, Certificate, cards.Measured]:
@@ -32,7 +33,7 @@ def certified_again(name: str, count: int | None) -> tuple[data.Images, Certific
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sample_has_the_answers_and_verdicts_of_the_records(name: str) -> None:
     """Image by image: one verdict that differs fails. That all records add up to the card's counts is tested with the cards."""
-    count = DEAR_SAMPLE.get(bundled.card(name).defense, SAMPLE)
+    count = DEAR_SAMPLE.get(name, SAMPLE)
     images, certificate, result = certified_again(name, count)
     published = PublishedRecords.read(bundled.folder() / name / files.PUBLISHED_RECORDS)
     at = published.position(result.threat, result.method, result.guarantee)
@@ -55,16 +56,21 @@ ALIKE = ("mnist-ibp-p5-linear", "cifar-ibp-k10-value")  # another model of the s
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in NAMES])
-def test_the_attack_breaks_no_certificate(name: str) -> None:
-    card = bundled.card(name)
+@pytest.mark.parametrize("effort", ["short", pytest.param("long", marks=pytest.mark.slow)])
+def test_the_attack_breaks_no_certificate(name: str, effort: str) -> None:
+    card, dear = bundled.card(name), bundled.card(name).defense in DEAR
     threat, defense = card.threat, patchcert_cli.load(name)
-    images = data.load(card.dataset, "test").limit(DEAR.get(card.defense, 6), 2)
+    images = data.load(card.dataset, "test").limit((3 if dear else 4) if effort == "short" else 6, 2)
     x = data.to_float(images.pixels)
     from patchcert_cli import attacks
 
     certificate = defense.certify(x, threat)
-    options = {"steps": 6, "restarts": 0, "rounds": 0} if card.defense in DEAR else {}
+    options: dict[str, object] = {}
+    if isinstance(threat, Sparse):
+        options = {"steps": 8, "iterations": 40} if effort == "short" else {}
+    elif dear or effort == "short":
+        options = {"steps": 6, "restarts": 0, "rounds": 0} | ({"locations": 2 if dear else 5} if effort == "short" else {})
     outcome = attacks.for_threat(threat, **options)(defense, x, threat, index=images.index)
     assert not bool((outcome.success & certificate.certified).any())
-    assert int(certificate.certified.sum()) >= len(x) // 4
+    assert bool(certificate.certified.any())
     assert torch.equal(outcome.clean_prediction, certificate.prediction)

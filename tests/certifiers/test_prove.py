@@ -55,7 +55,7 @@ def broken(judge: IntervalDefense, x: Tensor, certificate: Certificate) -> list[
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_certificate_is_about_the_deployed_answer(name: str) -> None:
     layout = LAYOUTS[name]
-    for seed in range(3):
+    for seed in range(2):
         judge, x = defense(network(name, seed), layout.shape, 4), images(layout.shape, 9, seed)
         logits = precision.double(judge.network)(x.double())
         expected = torch.tensor([row.index(max(row)) for row in logits.tolist()])
@@ -72,7 +72,7 @@ def test_the_certificate_is_about_the_deployed_answer(name: str) -> None:
 @pytest.mark.parametrize("threat", [Patch(2, 2), Sparse(2)], ids=str)
 def test_nothing_is_certified_whose_exact_margin_is_not_positive(threat: Threat) -> None:
     certified = 0
-    for seed in range(10):
+    for seed in range(5):
         layers, x = network("mlp2", seed), images((1, 4, 5), 4, seed)
         certificate = defense(layers, (1, 4, 5)).certify(x, threat, "interval")
         path = reference.steps(layers, (1, 4, 5), Fraction)

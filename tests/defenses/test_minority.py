@@ -462,7 +462,7 @@ MASK_BREAKS = [last_border_mask_dropped, one_column_short, any_mask_will_do]
 def test_masks_that_leave_something_out_are_caught(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks under every change of 2x2 pixels, with masks or a cover that is wrong in one way."""
     violations = certified = 0
-    for seed in range(12):
+    for seed in range(8):
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
             defense = minority()
@@ -473,6 +473,8 @@ def test_masks_that_leave_something_out_are_caught(change: Any, monkeypatch: pyt
         score = check([Arena("tiny", defense, draw_images(SHAPE, 16, seed))], [Patch(2, 2)])
         violations, certified = violations + len(score.violations), certified + score.certified
         monkeypatch.undo()
+        if violations and certified >= 20:
+            break
     assert certified >= 20
     assert (violations > 0) == (change in MASK_BREAKS)
 

@@ -58,7 +58,7 @@ PLANS: list[tuple[MaskSpec, list[Attack]]] = [
 
 
 def arenas(plan: MaskSpec, shape: tuple[int, int, int], count: int = 2) -> list[Arena]:
-    return [Arena(f"{shape} {seed}", defense(shape, plan, seed=seed), images(shape, 10, seed)) for seed in range(count)]
+    return [Arena(f"{shape} {seed}", defense(shape, plan, seed=seed), images(shape, 6, seed)) for seed in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_an_unmasked_prediction_that_is_trusted_is_caught() -> None:
         plan = MaskSpec(("patch:2x2",), per_axis=2)
         wrong = Trusting(network((1, 4, 4), seed), input_shape=(1, 4, 4), classes=CLASSES, masks=plan, fill=(0.3,)).eval()
         made.append(Arena(str(seed), wrong, images(count=10, seed=seed)))
-    assert broken(made, [Patch(2, 2)]) > 0
+    assert any(broken([one], [Patch(2, 2)]) > 0 for one in made)
 
 
 class Told(nn.Module):

@@ -71,6 +71,8 @@ class Arena:
 
     def breakable(self, threat: Attack) -> Tensor:
         """Whether some allowed change moves ``defense.predict``, without an alarm if that is promised: bool [B]."""
+        if isinstance(threat, Sparse) and self.images.shape[1] == 1:
+            threat = Sparse(threat.k)  # with one channel a value is a pixel
         if threat not in self._truth:
             before = self.defense.predict(self.images)
             mask, value = changes(self.defense.input_shape, threat)
@@ -176,11 +178,11 @@ def random_defense(kind: str, shape: tuple[int, int, int], seed: int, *, whole: 
 
 
 @cache
-def random_arenas(family: str) -> list[Arena]:
+def random_arenas(family: str, seeds: int = 2) -> list[Arena]:
     """Many random networks: ``dense`` or ``convolutional``, one and two channels, 3x3 and 4x4 images."""
     kinds = ("mlp", "mlp", "deep") if family == "dense" else ("cnn", "strided", "two convolutions")
     arenas = []
-    for kind, shape, seed in product(kinds, ((1, 3, 3), (1, 4, 4), (2, 3, 3)), range(4)):
+    for kind, shape, seed in product(kinds, ((1, 3, 3), (1, 4, 4), (2, 3, 3)), range(seeds)):
         for whole in (False, True):
             defense = random_defense(kind, shape, len(arenas), whole=whole)
             arenas.append(Arena(f"{kind} {shape} {seed} {whole}", defense, draw_images(shape, 24, len(arenas))))

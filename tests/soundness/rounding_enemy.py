@@ -205,9 +205,12 @@ def search(
     among: int | None = None,
     sizes: tuple[int, ...] = SIZES,
     precisions: tuple[str, ...] = PRECISIONS,
+    keep: int = 8,
+    rounds: int = 8,
 ) -> list[Find]:
-    """Pictures, of ``trials`` aimed from images [B, C, H, W], whose pass behind a random pair is treated in more than one way.
+    """Pictures whose pass behind a random pair is treated in more than one way.
 
+    In each of ``trials``, ``keep`` pictures are aimed from one of the images [B, C, H, W].
     ``among`` as in :func:`aimed`, by default all classes and two in turn.
     """
     generator, finds = torch.Generator().manual_seed(seed), []
@@ -215,8 +218,8 @@ def search(
         first, second = torch.randint(len(defense.masks), (2,), generator=generator).tolist()
         occluded = defense.masks[first] | defense.masks[second]
         many = among or (len(defense.classes), 2)[trial % 2]
-        for picture in aimed(defense, images[trial % len(images)], occluded, many):
-            for some in (sizes[:2], sizes):  # most of what is to be found is found in small batches
+        for picture in aimed(defense, images[trial % len(images)], occluded, many, keep=keep, rounds=rounds):
+            for some in dict.fromkeys((sizes[:2], sizes)):  # most of what is to be found is found in small batches
                 find = contradiction(picture, quick_look(defense, picture, first, second, some, precisions))
                 if find:
                     finds.append(find)

@@ -27,13 +27,13 @@ TINY = Recipe(
     "patch:5x5",
     network_options={"hidden": [12]},
     epochs=3,
-    batch_size=50,
-    validation=100,
+    batch_size=25,
+    validation=50,
     options={"natural_epochs": 0, "ramp_epochs": 1, "bounded_epochs": 1},
 )
 
 
-def images(count: int = 300) -> data.Images:
+def images(count: int = 150) -> data.Images:
     """A few real digits; which split they are from does not matter here."""
     return data.load("mnist", "test").limit(count, 0)
 
@@ -66,7 +66,7 @@ for step in map(int, sys.argv[2:]):
 
 
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
-    whole, killed_at = loop.train(TINY, images(), tmp_path / "whole"), (2, 6, 11)
+    whole, killed_at = loop.train(TINY, images(), tmp_path / "whole"), (2, 11)
     program = [sys.executable, "-c", KILLED, str(tmp_path), *map(str, killed_at)]
     killed = subprocess.run(program, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert killed.returncode == 0, killed.stderr
@@ -90,7 +90,7 @@ def test_a_run_stopped_in_its_last_validation_only_validates_again(tmp_path: Pat
         return honest(defense, held, recipe, **more)
 
     monkeypatch.setattr(steps, "monitor", stop)
-    monkeypatch.setattr(Trainable, "validation_size", 50)
+    monkeypatch.setattr(Trainable, "validation_size", 25)
     with pytest.raises(Interrupted, match="after 3 of 3 epochs"):
         loop.train(TINY, images(), tmp_path / "cut")
     monkeypatch.setattr(steps, "monitor", honest)
@@ -186,7 +186,7 @@ MASKED = Recipe(
     defense="patchcleanser",
     network_options={"stem": 4, "widths": [6, 8], "takes_mask": True},
     epochs=2,
-    batch_size=40,
+    batch_size=20,
     learning_rate=0.2,
     optimizer="sgd",
     precision="bfloat16",
@@ -218,13 +218,13 @@ def test_a_stopped_run_with_averaged_weights_ends_with_those_of_an_uninterrupted
         def note(self, text: str) -> None:
             pass
 
-    whole = loop.train(recipe, images(360), tmp_path / "whole")
+    whole = loop.train(recipe, images(200), tmp_path / "whole")
     with pytest.raises(Interrupted, match="after 1 of 2 epochs"):
-        loop.train(recipe, images(360), tmp_path / "cut", progress=Stop())
-    again = loop.train(recipe, images(360), tmp_path / "cut")
+        loop.train(recipe, images(200), tmp_path / "cut", progress=Stop())
+    again = loop.train(recipe, images(200), tmp_path / "cut")
     assert again.epochs_run == 1 and again.validation == whole.validation
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
-    assert loop.train(recipe, images(360), tmp_path / "cut").epochs_run == 0
+    assert loop.train(recipe, images(200), tmp_path / "cut").epochs_run == 0
     tensors, note = checkpoint.unpack(tmp_path / "cut" / files.STATE)
     assert note["averaged"] == 14
     saved, config = checkpoint.load_defense(tmp_path / "cut")
@@ -288,12 +288,14 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("threat", "locations"), [("patch:3x3", 0), ("sparse:4", 5)])
 def test_training_raises_certified_accuracy(tmp_path: Path, threat: str, locations: int) -> None:
     options = {**schema.plain(TINY.options), "ramp_epochs": 2, "locations": locations}
-    recipe = replace(TINY, threat=threat, network_options={"hidden": [32]}, epochs=6, batch_size=40, options=options)
-    made = loop.train(recipe, images(1100), tmp_path / "run")
+    recipe = replace(
+        TINY, threat=threat, network_options={"hidden": [32]}, epochs=5, batch_size=40, validation=100, options=options
+    )
+    made = loop.train(recipe, images(900), tmp_path / "run")
     with torch.random.fork_rng():
         torch.manual_seed(9)
         untrained = checkpoint.defenses.build(recipe.config()["deployed"])
-    held = images(1100).hold_out(recipe.validation, recipe.seed)[1]
+    held = images(900).hold_out(recipe.validation, recipe.seed)[1]
     assert made.validation.certified > 2 * steps.monitor(untrained, held, recipe).certified
     assert made.validation.certified >= 20
 
