@@ -34,7 +34,7 @@ SIZES = (1, 2, 3, 4, 6, 8, 10)  # of patches, besides 5, which the card has on a
 
 
 def settings(strips: str) -> list[tuple[str, MaskSpec | None, Threat]]:
-    """Model, masks and threat of every row; ``strips`` is a model trained behind strips, if there is one."""
+    """Model, masks and threat of every row; ``strips`` is a model trained under strips, if there is one."""
     found: list[tuple[str, MaskSpec | None, Threat]] = []
     for name in dict.fromkeys(filter(None, (MASKED, strips))):
         found += [(name, MaskSpec((FIVE,), per_axis=count, shape=shape), FIVE) for shape in ("column", "row") for count in STRIPS]
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "trade.json")
     parser.add_argument("--only", default="", help="settings whose text contains this")
-    parser.add_argument("--strips", default="", help="a model trained behind strips")
+    parser.add_argument("--strips", default="", help="a model trained under strips")
     parser.add_argument("--data-dir", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
