@@ -119,7 +119,7 @@ def test_the_enemy_finds_nothing_around_a_network_of_whole_numbers(backend: str)
     defense = loaded("cifar-masked-cnn")
     assert isinstance(defense.views(), ExactMaskedPredictor)
     with integers.only(backend) if backend else contextlib.nullcontext():
-        assert enemy.search(defense, case()[0], 1, precisions=WAYS, sizes=(1, 2), keep=3, rounds=4) == []
+        assert enemy.search(defense, case()[0], 1, precisions=WAYS, sizes=(1, 2), keep=3) == []
 
 
 @pytest.mark.slow
