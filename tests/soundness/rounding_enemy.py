@@ -206,10 +206,6 @@ def search(
     sizes: tuple[int, ...] = SIZES,
     precisions: tuple[str, ...] = PRECISIONS,
     keep: int = 8,
-<<<<<<< HEAD
-    rounds: int = 8,
-=======
->>>>>>> main
 ) -> list[Find]:
     """Pictures whose pass behind a random pair is treated in more than one way.
 
@@ -221,11 +217,7 @@ def search(
         first, second = torch.randint(len(defense.masks), (2,), generator=generator).tolist()
         occluded = defense.masks[first] | defense.masks[second]
         many = among or (len(defense.classes), 2)[trial % 2]
-<<<<<<< HEAD
-        for picture in aimed(defense, images[trial % len(images)], occluded, many, keep=keep, rounds=rounds):
-=======
         for picture in aimed(defense, images[trial % len(images)], occluded, many, keep=keep):
->>>>>>> main
             for some in dict.fromkeys((sizes[:2], sizes)):  # most of what is to be found is found in small batches
                 find = contradiction(picture, quick_look(defense, picture, first, second, some, precisions))
                 if find:
