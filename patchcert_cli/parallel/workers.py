@@ -277,7 +277,9 @@ def _number(name: str) -> int:
     try:
         return int(os.environ[name])
     except ValueError as problem:
-        raise UsageError(f"{name}={os.environ[name]!r} is not a whole number.", hint="torchrun sets it.") from problem
+        raise UsageError(
+            f"{name}={os.environ[name]!r} is not a whole number.", hint="Start the job with torchrun, which sets it."
+        ) from problem
 
 
 def meeting() -> float:

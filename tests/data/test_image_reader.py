@@ -360,7 +360,7 @@ def test_a_defense_is_finished_with_all_classes(tmp_path: Path, small: None, mon
     """Class folders come sorted: the first images would be of one class alone."""
     fill(tmp_path / "imagenet" / "train", each=13)
     monkeypatch.setattr(state, "FITTED", 6)
-    defense: Any = SimpleNamespace(device="cpu")
+    defense: Any = SimpleNamespace(device=torch.device("cpu"))
     images = imagenet(tmp_path, "train")
     assert torch.equal(state.some_images(defense, images), data.to_float(images.read(torch.arange(6) * 6)))
     assert images.labels[::6][:6].tolist() == [0, 0, 0, 1, 1, 2]

@@ -20,7 +20,10 @@ from patchcert_cli.training.recipe import Recipe
 from tests.training.test_loop import TINY, digest, images
 
 LONG = replace(
-    TINY, epochs=40, options=IntervalOptions(natural_epochs=2, ramp_epochs=16, bounded_epochs=8, decay="step", decay_every=4)
+    TINY,
+    batch_size=50,
+    epochs=40,
+    options=IntervalOptions(natural_epochs=2, ramp_epochs=16, bounded_epochs=8, decay="step", decay_every=4),
 )
 PACE = Pace(step=2.0, validation=60.0, saving=1.0)
 
@@ -141,7 +144,7 @@ def test_a_plan_is_kept_and_another_one_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("steps", [(3,), (2, 3, 4)])
 def test_steps_are_part_of_a_recipe(steps: tuple[int, ...]) -> None:
-    recipe = replace(TINY, steps=steps)
+    recipe = replace(TINY, batch_size=50, steps=steps)
     assert Recipe.from_dict(recipe.to_dict()) == recipe and "steps" not in TINY.to_dict()
     assert [recipe.steps_of(epoch, 1000) for epoch in range(3)] == list(steps * 3)[:3]
     assert recipe.steps_of(2, 50) == 1, "no more than there are images for"
