@@ -41,7 +41,7 @@ def resolve(text: str) -> str:
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor on ``device``; to a GPU it goes from pinned memory, and nobody waits until it is there."""
+    """A tensor on ``device``; to a GPU from pinned memory, without waiting for the copy."""
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)

@@ -90,6 +90,11 @@ class CertifyResult:
         result = current_result(values)
         if "attack" in result or not all("certified" in (claim.get("counts") or {}) for claim in result["claims"]):
             raise IntegrityError(f"'{where}' is not a result of patchcert certify.")
+        if any(claim.get("top", 1) != 1 for claim in result["claims"]):
+            raise IntegrityError(
+                f"'{where}' is about the first {result['claims'][0]['top']} classes.",
+                hint="A card claims answers: leave --top out.",
+            )
         try:
             claims = [_known(ClaimResult, claim) for claim in result["claims"]]
             return read(cls, {**_known(cls, result), "claims": claims})

@@ -19,9 +19,9 @@ least u. If z != y wins by number then n_z > u, against m_z > 0. If it wins by t
 and the earlier one is y's: a contradiction. Choices are independent, so the proof needs nothing of R^K combinations. That every
 choice can be had at once by one content of L is not known, so for the defense the condition is sufficient.
 
-**What can be forced of a majority.** Let a class be ahead of another if it has more members, or as many and an earlier one. j
-can be forced at L only if n_j > 0 and the n_j members are not behind the members of any i != j with F_r = {i}. Proof: these
-give i in every choice, and j has at most the n_j.
+**What can be forced of a majority.** Let a class be ahead of another if it has more members, or as many and an earlier one. j can
+be forced at L only if n_j > 0 and no class i != j is ahead of it when the members with F_r = {i} give i, and the n_j members give
+j. Proof: the former give i in every choice, and j has at most the n_j.
 
 **Cross-check** (CrossCert, detection). If all members give one class it is the answer, else an alarm is raised. Under an attack
 at L the answer is another class than y without an alarm only if all members give it. So with ``m_j(L)`` the number of members
@@ -79,8 +79,8 @@ def prove_majority(answer: Tensor, sets: Sequence[Tensor]) -> Combined:
     own = answer[:, None, None].expand(-1, number.shape[1], 1)
     margins = fixed.gather(2, own) - number + (earliest.gather(2, own) < first)
     members = len(sets)
-    ahead, behind = number * (members + 1) - first, fixed * (members + 1) - earliest
-    return Combined(margins, (number > 0) & (ahead >= behind.amax(dim=2, keepdim=True)))
+    ahead, other = number * (members + 1) - first, fixed * (members + 1) - earliest
+    return Combined(margins, (number > 0) & (ahead >= other.amax(dim=2, keepdim=True)))
 
 
 def prove_cross_check(sets: Sequence[Tensor]) -> Combined:

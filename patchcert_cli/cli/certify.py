@@ -21,6 +21,7 @@ from patchcert_cli.cli.options import (
     ThreatsOptions,
     file_to_write,
 )
+from patchcert_cli.cli.proof_options import ProofOptions
 from patchcert_cli.errors import UsageError
 from patchcert_cli.parallel import workers
 from patchcert_cli.threats import patches_of_area
@@ -38,46 +39,9 @@ EXAMPLES = (
     "   |   patchcert certify --patch 1..10 --plot curve.png   |   patchcert certify --image cat.png --patch 5 --map map.png"
 )
 OLD = {"--labels": "--precision"}  # spellings of earlier versions
-CONDITIONS = ("exact", "3.1", "3.2", "3.3")
-BOUNDS = ("interval", "linear", "best")
 PROOF, IMAGE = "Proof", "Image files, and plots"
 COLUMNS = ("model", "threat", "certified", "clean", "95 % interval")  # where there is little room
 IMAGE_COLUMNS = ("image", "prediction", "certified", "threat")
-
-
-@dataclass(frozen=True)
-class ProofOptions:
-    """Which of a defense's proofs."""
-
-    condition: Annotated[
-        str | None,
-        typer.Option(
-            "--condition",
-            metavar="exact|3.1|3.2|3.3|all",
-            help="Proof for votes: exact, or a published looser condition, or all side by side.",
-            rich_help_panel=PROOF,
-        ),
-    ] = None
-    bounds: Annotated[
-        str | None,
-        typer.Option(
-            "--bounds",
-            metavar="interval|linear|best|all",
-            help="Bounds for networks: interval, or also linear ones for images that they leave undecided (best, the default).",
-            rich_help_panel=PROOF,
-        ),
-    ] = None
-
-    def methods(self) -> list[str | None]:
-        """The names of the proofs; None is the defense's best."""
-        if self.bounds is not None and self.condition is not None:
-            raise UsageError("--condition is for votes and --bounds for networks.", hint="Give one of them.")
-        for kind, given, known in (("bounds", self.bounds, BOUNDS), ("condition", self.condition, CONDITIONS)):
-            if given not in (None, *known, "all"):
-                raise UsageError(f"no {kind} '{given}'.", hint=f"Use one of {', '.join(known)}, or all.")
-        if self.bounds == "all":
-            return ["interval", "linear"]
-        return list(CONDITIONS) if self.condition == "all" else [self.bounds or self.condition]
 
 
 @dataclass(frozen=True)
@@ -174,7 +138,7 @@ def certify(
     The run folder holds result.json, records.jsonl (one line per image) and manifest.json.
     The same command resumes a stopped run.
     """
-    claims = _claims(threat, proof)
+    claims, models = _claims(threat, proof), proof.combined(models)
     request = classifier.request(dry_run=dry_run, download=data.download, compare=image.plot_thresholds is not None)
     several.alone(models or [], {"--out": run.out, "--image": image.image or None, **image.drawn})
     if request.defense is not None:
@@ -208,7 +172,7 @@ def _claims(threat: ThreatsOptions, proof: ProofOptions) -> Claims:
 
         shapes = [] if threat.patch_area is None else patches_of_area(threat.patch_area, *shape[1:])
         threats = [*given, *shapes] or [threat.own(own)]
-        return [Claim(one, method) for one in threats for method in methods]
+        return [Claim(one, method, top=proof.top) for one in threats for method in methods]
 
     return claims
 
@@ -339,8 +303,8 @@ def _table(results: Sequence[several.Value]) -> None:
             "model": str(result["model"]),
             "threat": claim["threat"],
             **({"proof": claim["method"]} if methods else {}),
-            "clean": share(claim["clean"], claim["images"]),
-            "certified": share(claim["certified"], claim["images"]),
+            f"clean{text.ranked(claim)}": share(claim["clean"], claim["images"]),
+            f"certified{text.ranked(claim)}": share(claim["certified"], claim["images"]),
             **({"published metric": _share_of("or_alarm", claim)} if claim["guarantee"] == "detection" else {}),
             "95 % interval": interval(claim["certified_interval"]),
             "arithmetic": claim["arithmetic"],
@@ -348,4 +312,5 @@ def _table(results: Sequence[several.Value]) -> None:
         }
         for result, claim in claims
     ]
-    several.by_guarantee(rows, [claim["guarantee"] for _, claim in claims], COLUMNS)
+    among = {name: f"{name}{text.ranked(claims[0][1])}" for name in ("clean", "certified")}  # --top is the same for all
+    several.by_guarantee(rows, [claim["guarantee"] for _, claim in claims], [among.get(name, name) for name in COLUMNS])

@@ -224,6 +224,10 @@ class Ensemble(MarginMaps, Defense):
             maps.append(least.masked_fill((answer == ALERT)[:, None], 0))
         return torch.cat(maps).reshape(-1, height - sides.height + 1, width - sides.width + 1)
 
+    def group(self, claims: Sequence[Claim]) -> int:
+        """The largest that a member wishes for."""
+        return max(member.group(claims) for member in self._each)
+
     def passes_per_image(self) -> tuple[int, int] | None:
         """Those of the members that count them."""
         known = [passes for member in self._each if (passes := member.passes_per_image()) is not None]

@@ -260,6 +260,10 @@ def find(model: str | None, dataset: str | None, request: DefenseRequest, device
             :func:`patchcert_cli.checkpoint.load_defense` and :func:`patchcert_cli.classifiers.open_`.
     """
     name = model or bundled.default_model(dataset or bundled.DEFAULT_DATASET)
+    from patchcert_cli.evaluation import combined
+
+    if combined.is_combined(name):
+        return combined.find(name, request, device)
     if addresses.is_address(name):
         if request.defense is None:
             raise UsageError(

@@ -62,9 +62,24 @@ def _verdicts(certificate: Certificate, labels: Tensor) -> Iterable[dict[str, An
     of_labels = {"or_alarm": certificate.or_alarm, "or_alarm_thresholds": certificate.or_alarm_thresholds}  # [B, K] or [B, K, 2]
     lists = {name: value.cpu()[images, labels].tolist() for name, value in of_labels.items() if value is not None}
     lists |= {} if certificate.thresholds is None else {"thresholds": certificate.thresholds.tolist()}
+    if certificate.ranking is not None and certificate.stays is not None:
+        lists |= {"ranking": certificate.ranking.tolist(), "stays": certificate.stays.tolist()}
     for at, values in enumerate(zip(*(part.tolist() for part in parts), strict=True)):
         found = dict(zip(VERDICT, (*values, *same), strict=False))
         yield found | {name: value[at] for name, value in lists.items()}
+
+
+def counted(record: Record, verdict: Record) -> tuple[bool, bool]:
+    """Whether an image is answered right, and whether that is certified.
+
+    Of a claim about the first k classes: whether its label is among them, and whether it is certified to stay there.
+    """
+    label = record["label"]
+    if "ranking" not in verdict:
+        right = record["prediction"] == label
+        return right, right and verdict["certified"]
+    stays = dict(zip(verdict["ranking"], verdict["stays"], strict=True))
+    return label in stays, stays.get(label, False)
 
 
 class RunningCounts:
@@ -80,10 +95,9 @@ class RunningCounts:
     def add(self, records: Iterable[Record]) -> None:
         """Count more records."""
         for record in records:
-            right = record["prediction"] == record["label"]
-            self.images, self.right = self.images + 1, self.right + right
+            self.images, self.right = self.images + 1, self.right + (record["prediction"] == record["label"])
             for first in record["claims"][:1]:
-                self.claimed, self.certified = True, self.certified + bool(first["certified"] and right)
+                self.claimed, self.certified = True, self.certified + counted(record, first)[1]
 
     def share(self) -> None:
         """Give what was counted since the last call to the other ranks, and take what they have counted."""
@@ -162,8 +176,10 @@ def claim_rows(task: EvaluationTask, records: Sequence[Record]) -> list[dict[str
 def _row(task: EvaluationTask, records: Sequence[Record], at: int) -> dict[str, Any]:
     verdicts = [record["claims"][at] for record in records]
     tally = certified_tally(records, verdicts)
+    top = task.claims[at].top
     return {
         "threat": str(task.claims[at].threat),
+        **({"top": top} if top > 1 else {}),
         "method": verdicts[0]["method"],
         "guarantee": str(task.model.defense.guarantee),
         "arithmetic": str(weakest(one.get("arithmetic") or former(task.model.kind) for one in verdicts)),
@@ -210,11 +226,8 @@ def _or_alarm(verdicts: Sequence[Record]) -> dict[str, int]:
 
 def certified_tally(records: Sequence[Record], verdicts: Sequence[Record]) -> Tally:
     """Counts of records whose claim has these verdicts."""
-
-    def column(rows: Sequence[Record], name: str) -> Tensor:
-        return torch.tensor([int(row[name]) for row in rows])
-
-    return Tally.of(column(records, "label"), column(records, "prediction"), column(verdicts, "certified").bool())
+    found = [counted(record, verdict) for record, verdict in zip(records, verdicts, strict=True)]
+    return Tally(len(found), sum(right for right, _ in found), sum(certified for _, certified in found))
 
 
 def judged(outcome: AttackResult, inside: bool) -> Iterable[Record]:

@@ -192,7 +192,16 @@ def _claim_row(defense: Defense, certificate: Certificate) -> dict[str, Any]:
         "margin": float(certificate.margin[0]),
         "worst": certificate.worst[0].tolist(),
         "runner_up": _called(defense, int(certificate.runner_up[0])),
+        **_ranked(defense, certificate),
     }
+
+
+def _ranked(defense: Defense, certificate: Certificate) -> dict[str, Any]:
+    """The first k classes of a claim about them, and which of them stay among them; nothing for other claims."""
+    if certificate.ranking is None or certificate.stays is None:
+        return {}
+    names = [_called(defense, answer) for answer in certificate.ranking[0].tolist()]
+    return {"top": certificate.top, "ranking": names, "stays": certificate.stays[0].tolist()}
 
 
 @contextmanager

@@ -89,10 +89,11 @@ class EvaluationTask:
     @property
     def _said(self) -> dict[str, Any]:
         """The claims, as a manifest tells them."""
+        top = {"top": self.claims[0].top} if self.claims[0].top > 1 else {}  # the same for all
         if len(self.claims) == 1:
             method = self.claims[0].method
-            return {"threat": str(self.threat)} | ({"method": method} if method else {})
-        return {"claims": [[str(claim.threat), claim.method] for claim in self.claims]}
+            return {"threat": str(self.threat)} | ({"method": method} if method else {}) | top
+        return {"claims": [[str(claim.threat), claim.method] for claim in self.claims]} | top
 
     def check(self) -> None:
         """Raise unless images, model and threat fit together."""
@@ -106,6 +107,7 @@ class EvaluationTask:
         for claim in self.claims:
             claim.threat.check(shape[1], shape[2], shape[0])
             self.model.defense.check_method(claim.method)
+            self.model.defense.check_wishes(claim)
 
     def identity(self, kind: str, extra: dict[str, Any]) -> dict[str, Any]:
         """Everything that decides the records; two runs that differ here never share a folder."""

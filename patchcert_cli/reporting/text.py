@@ -50,7 +50,7 @@ def certify_rows(result: dict[str, Any]) -> Rows:
     if len(claims) == 1:
         rows.insert(2, ("threat", f"{claims[0]['threat']}, {ANYWHERE}"))
         proof = PROOFS.get(claims[0]["method"], claims[0]["method"])
-        rows += [("certified", _certified(claims[0])), *_published(claims[0])]
+        rows += [*_first(claims[0]), (f"certified{ranked(claims[0])}", _certified(claims[0])), *_published(claims[0])]
         rows += [("guarantee", f"{_promised(claims[0])}, proof: {proof}")]
     else:
         rows.append(("guarantee", f"{_promised(claims[0])}; {ANYWHERE}"))
@@ -58,7 +58,7 @@ def certify_rows(result: dict[str, Any]) -> Rows:
             rows.append(("shapes", f"the largest of at most {result['patch_area']} pixels, one of each height"))
         several = len({claim["method"] for claim in claims}) > 1
         for claim in claims:
-            rows.append((claim["threat"] + (f", {claim['method']}" if several else ""), _certified(claim)))
+            rows.append((claim["threat"] + ranked(claim) + (f", {claim['method']}" if several else ""), _certified(claim)))
             rows += _published(claim)
     for one in compared(result):
         named = {"alarms": "alarms", "clean": "clean", "certified": "certified", "or_alarm": "published metric"}
@@ -118,12 +118,23 @@ def claim_list(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             **{key: claim[key] for key in ("threat", "method", "guarantee", "certified_interval")},
+            **({"top": claim["top"]} if "top" in claim else {}),
             "arithmetic": claim.get("arithmetic") or str(former(result["defense"])),
             "images": result["images"],
             **claim["counts"],
         }
         for claim in result["claims"]
     ]
+
+
+def ranked(claim: dict[str, Any]) -> str:
+    """`` top-k`` of a claim about the first k classes, for the name of its numbers; else nothing."""
+    return f" top-{claim['top']}" if "top" in claim else ""
+
+
+def _first(claim: dict[str, Any]) -> Rows:
+    """How many labels are among the first k classes without an attack; no row for a claim about the answer."""
+    return [(f"clean{ranked(claim)}", share(claim["clean"], claim["images"]))] if "top" in claim else []
 
 
 def _alarms(claim: dict[str, Any]) -> Rows:
@@ -169,13 +180,23 @@ def single_rows(result: dict[str, Any]) -> Rows:
     for claim in result["claims"]:
         top, left, height, width = claim["worst"]
         without = " without an alarm" if claim["guarantee"] == "detection" else ""
-        verdict = f"certified: no such change alters the prediction{without}" if claim["certified"] else "not certified"
+        verdict = f"certified: no such change {_done(claim)}{without}" if claim["certified"] else "not certified"
         place = f"weakest at row {top}, column {left} ({height}x{width}), towards {claim['runner_up']}"
         rows.append((f"{claim['threat']}, {claim['method']}", f"{verdict}; margin {claim['margin']:g}, {place}"))
+        if "top" in claim:
+            places = zip(claim["ranking"], claim["stays"], strict=True)
+            rows.append(
+                (f"first {claim['top']}", ", ".join(f"{name} ({'stays' if stays else 'open'})" for name, stays in places))
+            )
     rows.append(_arithmetic(claim["arithmetic"] for claim in result["claims"]))
     if "map" in result:
         rows.append(("locations", f"{result['weak_locations']} of {result['locations']} are weak; map in {result['map']}"))
     return rows
+
+
+def _done(claim: dict[str, Any]) -> str:
+    """What a certificate of one image excludes."""
+    return f"expels the prediction from the first {claim['top']}" if "top" in claim else "alters the prediction"
 
 
 def _answer(result: dict[str, Any]) -> str:

@@ -38,10 +38,13 @@ class Find:
         return "; ".join(f"{way}: answer {answer}, certified {certified}" for way, (answer, certified) in self.ways.items())
 
 
-def aimed(defense: PatchCleanser, x: Tensor, occluded: Tensor, among: int, *, keep: int = 8, rounds: int = 8) -> Tensor:
+def aimed(
+    defense: PatchCleanser, x: Tensor, occluded: Tensor, among: int, *, keep: int = 8, rounds: int = 8, pairs: int = 256
+) -> Tensor:
     """8-bit pictures [keep, C, H, W], float32, near x [C, H, W], with the smallest logit margins behind ``occluded`` bool [H, W].
 
-    ``among`` is how many of the largest logits are brought together; with all K of them they are brought to zero.
+    ``among`` is how many of the largest logits are brought together; with all K of them they are brought to zero. Of so many
+    ``pairs`` of steps the best are kept.
     """
     network = copy.deepcopy(defense.network).double().requires_grad_(False).eval()
 
@@ -63,14 +66,14 @@ def aimed(defense: PatchCleanser, x: Tensor, occluded: Tensor, among: int, *, ke
     at = (at * 255).round() / 255
     for _ in range(4 * rounds):
         z, slope = _slopes(logits, at, which)
-        near = _stepped(at, _pairs(at, slope, missing(z[None])[0], 64))
+        near = _stepped(at, _pairs(at, slope, missing(z[None])[0], pairs // 4))
         left = missing(logits(near)[:, which]).abs().amax(dim=1)
         if float(left.min()) >= float(missing(z[None]).abs().max()):
             break
         at = near[int(left.argmin())]
     z, slope = _slopes(logits, at, which)
     first, second = z.topk(2).indices.tolist()
-    near = _stepped(at, _pairs(at, (slope[first] - slope[second])[None], (z[second] - z[first])[None], 256))
+    near = _stepped(at, _pairs(at, (slope[first] - slope[second])[None], (z[second] - z[first])[None], pairs))
     best = logits(near).topk(2, dim=1).values
     return near[(best[:, 0] - best[:, 1]).argsort()[:keep]].float()
 
@@ -206,6 +209,7 @@ def search(
     sizes: tuple[int, ...] = SIZES,
     precisions: tuple[str, ...] = PRECISIONS,
     keep: int = 8,
+    pairs: int = 256,
 ) -> list[Find]:
     """Pictures whose pass behind a random pair is treated in more than one way.
 
@@ -217,7 +221,7 @@ def search(
         first, second = torch.randint(len(defense.masks), (2,), generator=generator).tolist()
         occluded = defense.masks[first] | defense.masks[second]
         many = among or (len(defense.classes), 2)[trial % 2]
-        for picture in aimed(defense, images[trial % len(images)], occluded, many, keep=keep):
+        for picture in aimed(defense, images[trial % len(images)], occluded, many, keep=keep, pairs=pairs):
             for some in dict.fromkeys((sizes[:2], sizes)):  # most of what is to be found is found in small batches
                 find = contradiction(picture, quick_look(defense, picture, first, second, some, precisions))
                 if find:

@@ -110,7 +110,10 @@ def test_the_enemy_makes_what_it_says() -> None:
 
 @pytest.mark.parametrize("precisions", [("float32",), pytest.param(("bfloat16",), marks=pytest.mark.slow)])
 def test_the_enemy_finds_nothing_around_a_network_of_others(precisions: tuple[str, ...]) -> None:
-    assert enemy.search(foreign("mnist-masked-cnn"), noise((1, 28, 28)), 2, precisions=precisions, sizes=(1, 2), keep=3) == []
+    assert (
+        enemy.search(foreign("mnist-masked-cnn"), noise((1, 28, 28)), 2, precisions=precisions, sizes=(1, 2), keep=3, pairs=48)
+        == []
+    )
 
 
 @pytest.mark.parametrize("backend", ["", *(pytest.param(one, marks=pytest.mark.slow) for one in ("float32", "float64"))])
@@ -119,7 +122,7 @@ def test_the_enemy_finds_nothing_around_a_network_of_whole_numbers(backend: str)
     defense = loaded("cifar-masked-cnn")
     assert isinstance(defense.views(), ExactMaskedPredictor)
     with integers.only(backend) if backend else contextlib.nullcontext():
-        assert enemy.search(defense, case()[0], 1, precisions=WAYS, sizes=(1, 2), keep=3) == []
+        assert enemy.search(defense, case()[0], 1, precisions=WAYS, sizes=(1, 2), keep=3, pairs=48) == []
 
 
 @pytest.mark.slow

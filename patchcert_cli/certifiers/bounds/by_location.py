@@ -6,7 +6,7 @@ Shapes: B images, C channels, H x W pixels, A locations, K classes.
 m_j(L) exceeds what rounding may have added to it (:mod:`rounding`), f_y is larger than f_j under every change of L, so j is not
 the answer: L can force y and the classes whose bound is not so large. Of an image that is certified it is y alone.
 
-**The first k classes.** A class c is lost from the first k only if at least k classes are not behind it. With m_j(L) the lower
+**The first k classes.** A class c is lost from the first k only if at least k classes are not below it. With m_j(L) the lower
 bound of ``f_c - f_j``: c stays if at every L fewer than k classes have a bound that is not above the tolerance, that is, if the
 k-th smallest m_j(L) over j != c is above it.
 

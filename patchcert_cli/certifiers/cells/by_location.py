@@ -82,7 +82,7 @@ def ranges(votes: Votes, cover: CellCoverage) -> Iterator[Ranges]:
 
 
 def _few_images(votes: Votes, entries: int) -> Iterator[Votes]:
-    """Some images after others, so many that ``entries`` numbers of each fit into a chunk."""
+    """A few images at a time, of which ``entries`` numbers each fit into a chunk."""
     return in_chunks(votes, max(1, CHUNK // max(1, entries, votes.scores[:1].numel())))
 
 
@@ -149,7 +149,7 @@ def _first(votes: Votes, cover: CellCoverage, top: int) -> tuple[Tensor, Tensor,
 
 
 def _stay(votes: Votes, cover: CellCoverage, size: Tensor, label: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Margin, location and rival of one class ``label`` of each image, [b] each."""
+    """Margin, location and runner-up of one class ``label`` of each image, [b] each."""
     least, most = extremes(votes)
     image, classes = torch.arange(len(label), device=label.device), torch.arange(least.shape[1], device=label.device)
     own = least[image, label][:, None]  # [b, 1, N, M]
@@ -174,13 +174,16 @@ def _stay(votes: Votes, cover: CellCoverage, size: Tensor, label: Tensor, top: i
 
 
 def _cheapest(need: Tensor, top: int, *, add: bool) -> tuple[Tensor, Tensor]:
-    """The ``top``-th smallest need over classes, or with ``add`` the sum of so many of the smallest, none below 0.
+    """The ``top``-th smallest need over classes, or with ``add`` the sum of the ``top`` smallest, none below 0.
 
     Args:
         need: [b, K, A]; if one of them is NaN, so is the result.
 
     Returns: float64 [b, A], and int64 [b, A], the class of the largest of these needs.
     """
-    lowest, rivals = need.double().topk(top, dim=1, largest=False)
-    cost = lowest.clamp(min=0).sum(dim=1) if add else lowest[:, -1]
-    return cost.masked_fill(need.isnan().any(dim=1), float("nan")), rivals[:, -1]
+    left, cost = need.clone(), torch.zeros_like(need[:, 0], dtype=torch.float64)
+    for _ in range(top):
+        lowest, rival = left.min(dim=1)
+        cost = cost + lowest.clamp(min=0) if add else lowest.double()
+        left.scatter_(1, rival[:, None], float("inf"))
+    return cost.masked_fill(need.isnan().any(dim=1), float("nan")), rival

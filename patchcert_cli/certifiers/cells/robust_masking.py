@@ -120,7 +120,7 @@ def margin_map(evidence: Tensor, masking: Masking, cover: CellCoverage) -> Tenso
 def forced(evidence: Tensor, masking: Masking, cover: CellCoverage) -> Tensor:
     """What can be forced at each location, bool [B, P * Q, K]: the answer, and every class that has no positive margin there.
 
-    A class with a positive margin stays behind y, so it is not the answer, whatever the others do. Of an image without a class
+    A class with a positive margin stays below y, so it is not the answer, whatever the others do. Of an image without a class
     that can be forced at any location, :func:`prove` has a positive margin, and the other way round.
     """
     parts = []

@@ -146,7 +146,7 @@ def forced(table: Table, label: Tensor, hides: Tensor, tolerance: float, certifi
     """At which locations an attacker may alter the answers: where no mask that hides the location has a whole row, bool [B, A].
 
     This is the theorem for each location alone. With a whole row of another label the answer would be that one, so a whole row of
-    ``label`` is what there is to look for. Of images that are not certified all pairs are asked for.
+    ``label`` is what there is to look for. For images that are not certified all pairs are evaluated.
 
     Args:
         table: what is known of the images.
