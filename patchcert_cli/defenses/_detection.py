@@ -14,6 +14,7 @@ Shapes: B images, C channels, H x W pixels, K classes, M masks, V = M + 1 views,
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -69,7 +70,6 @@ class DetectingClassifier(MaskedClassifier):
     guarantee = Guarantee.DETECTION
     options: ClassVar[type[DetectionOptions]] = DetectionOptions
     deployed_entries = DetectionMasking
-    rule: ClassVar[Rule]
     compared: ClassVar[tuple[float, ...]] = GRID
     grid: tuple[float, ...] = ()
 
@@ -97,6 +97,11 @@ class DetectingClassifier(MaskedClassifier):
         except schema.Invalid:
             return False
         return True
+
+    @property
+    @abstractmethod
+    def rule(self) -> Rule:
+        """When an alarm is raised, and what follows."""
 
     def alarm_settings(self) -> dict[str, Any]:
         return {"threshold": self.threshold} | ({"compared": list(self.grid)} if self.grid else {})
