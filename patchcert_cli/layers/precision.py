@@ -20,8 +20,8 @@ from patchcert_cli.errors import MachineError, UsageError
 FAST_MATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")  # variables that let oneDNN compute in less than float32
 STRICT = "STRICT"
 ONE_THREAD = threading.RLock()
-"""Held by the thread that has changed torch's settings of the whole process. Another one waits: restoring its own values meanwhile,
-it would switch the fast ways on inside a proof, or leave them off for good."""
+"""Held by the thread that has changed torch's settings of the whole process. Another one waits: restoring its own values
+meanwhile, it would switch the fast ways on inside a proof, or leave them off for good."""
 
 
 @contextlib.contextmanager
