@@ -34,3 +34,23 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Run inside an empty folder, so that nothing is found or left by accident."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def own_settings() -> Iterator[None]:
+    """A test leaves torch's settings of the process as they were: the next one would compute otherwise."""
+    before = settings()
+    yield
+    assert settings() == before, "the test leaves other settings of torch than it found"
+
+
+def settings() -> tuple[object, ...]:
+    backends = torch.backends
+    return (
+        backends.cudnn.enabled,
+        backends.mkldnn.enabled,
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+    )

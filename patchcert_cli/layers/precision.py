@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,9 @@ from patchcert_cli.errors import MachineError, UsageError
 
 FAST_MATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")  # variables that let oneDNN compute in less than float32
 STRICT = "STRICT"
+ONE_THREAD = threading.RLock()
+"""Held by the thread that has changed torch's settings of the whole process. Another one waits: restoring its own values
+meanwhile, it would switch the fast ways on inside a proof, or leave them off for good."""
 
 
 @contextlib.contextmanager
@@ -25,7 +29,7 @@ def exact_arithmetic() -> Iterator[None]:
     """Switch off everything that computes in less than the tensors' own precision (TF32, bfloat16 products, autocast).
 
     Also switches off NNPACK, whose convolutions are not plain sums of products, and cuDNN's search for the fastest algorithm,
-    which may find another one in each run.
+    which may find another one in each run. These are settings of the whole process: of several threads one is inside at a time.
 
     Raises:
         MachineError: an environment variable lets oneDNN compute in less. It is read once, so that cannot be undone.
@@ -36,20 +40,21 @@ def exact_arithmetic() -> Iterator[None]:
                 f"{name}={os.environ[name]} lets convolutions and products compute in less than float32.",
                 hint=f"Start again without it: env -u {name} patchcert ...",
             )
-    switches = _precision_switches()
-    before = [getattr(owner, name) for owner, name, _ in switches]
-    try:
-        for owner, name, exact in switches:
-            setattr(owner, name, exact)
-        with (
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-            torch.backends.nnpack.flags(enabled=False),
-        ):
-            yield
-    finally:
-        for (owner, name, _), value in zip(switches, before, strict=True):
-            setattr(owner, name, value)
+    with ONE_THREAD:
+        switches = _precision_switches()
+        before = [getattr(owner, name) for owner, name, _ in switches]
+        try:
+            for owner, name, exact in switches:
+                setattr(owner, name, exact)
+            with (
+                torch.autocast("cpu", enabled=False),
+                torch.autocast("cuda", enabled=False),
+                torch.backends.nnpack.flags(enabled=False),
+            ):
+                yield
+        finally:
+            for (owner, name, _), value in zip(switches, before, strict=True):
+                setattr(owner, name, value)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from patchcert_cli.certifiers.masks.masked_predictions import one_way
 from patchcert_cli.layers import precision
 from patchcert_cli.layers.precision import exact_arithmetic, exact_sums, plain_sums
 
+Block = Callable[[], contextlib.AbstractContextManager[None]]
 cudnn: Any = torch.backends.cudnn
 SET: list[tuple[Any, str, Any]] = [
     (cudnn, "benchmark", True),
@@ -71,7 +73,7 @@ def test_each_setting_is_exact_inside_and_restored_after_an_exception() -> None:
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this torch has no newer interface")
 @pytest.mark.parametrize("block", [exact_arithmetic, plain_sums])
-def test_the_newer_interface_is_restored_as_well(block: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+def test_the_newer_interface_is_restored_as_well(block: Block) -> None:
     backends: Any = torch.backends
     owners = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv]
     before, fast = [owner.fp32_precision for owner in owners], ["tf32", "tf32", "tf32", "bf16", "bf16"]
@@ -98,6 +100,29 @@ def test_whole_numbers_are_summed_plainly_where_nothing_compares_the_sums() -> N
     found = {kind: fails_inside(exact_sums(torch.device(kind))) for kind in ("cpu", "cuda")}
     assert found["cpu"]["cudnn"] and found["cpu"]["mkldnn"]
     assert not found["cuda"]["cudnn"] and not found["cuda"]["mkldnn"]
+
+
+@pytest.mark.parametrize("inner", [exact_arithmetic, plain_sums, lambda: one_way(torch.device("cpu"))])
+@pytest.mark.parametrize("outer", [plain_sums, lambda: one_way(torch.device("cpu"))])
+def test_another_thread_changes_nothing_inside_a_proof_and_leaves_nothing_changed(outer: Block, inner: Block) -> None:
+    """Settings belong to the process. A second thread that left its block would restore them inside the first one's."""
+    before, entered, left = settings(), threading.Event(), threading.Event()
+
+    def second() -> None:
+        with inner():
+            entered.set()
+            left.wait(10)
+
+    thread = threading.Thread(target=second)
+    with outer():
+        inside = settings()
+        thread.start()
+        assert not entered.wait(0.05), "two threads are inside"
+        assert settings() == inside
+    assert entered.wait(10)
+    left.set()
+    thread.join(10)
+    assert settings() == before and not thread.is_alive()
 
 
 def test_measured_predictions_take_one_algorithm_and_restore_the_choice() -> None:

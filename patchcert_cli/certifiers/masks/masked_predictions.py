@@ -4,8 +4,7 @@ A label is decided by how far the largest logit is ahead of the next, as a share
 (:mod:`patchcert_cli.certifiers.masks.logit_scale`). Where this logit margin is above what rounding is allowed in a quick
 precision (:data:`TOLERANCE`), it decides, in whatever batch. Every other pass is **in doubt**, and is computed the same way each
 time: in float64, each image alone, in one memory format, on one thread of a CPU. So on one machine ``predict`` and ``certify``
-    ask one
-function of the image, as long as quick passes err by less than they are allowed.
+ask one function of the image, as long as quick passes err by less than they are allowed.
 
 **This is measured, not proven**: nothing bounds the rounding errors of an arbitrary network. :meth:`MaskedPredictor.test`
 measures them, on ordinary images and on ones whose logits were driven together, and refuses a network that uses a quarter of its
@@ -340,16 +339,18 @@ class MaskedPredictor:
         def differ(order: Tensor, images: Tensor = x) -> bool:
             return not torch.equal(self.reference_logits(images[order.to(x.device)], first[order], second[order])[0], best[order])
 
-        every, threads, failed = torch.arange(len(x)), torch.get_num_threads(), []
+        every, failed = torch.arange(len(x)), list[str]()
         failed += ["its position in the batch"] if differ(every.flip(0)) else []
         failed += ["the size of the batch"] if any(differ(every[at : at + 1]) for at in every.tolist()) else []
         failed += ["the memory format"] if differ(every, x.contiguous(memory_format=torch.channels_last)) else []
-        try:
-            for count in (1, 2):
-                torch.set_num_threads(count)
-                failed += [f"the threads ({count})"] if differ(every) else []
-        finally:
-            torch.set_num_threads(threads)
+        with precision.ONE_THREAD:
+            threads = torch.get_num_threads()
+            try:
+                for count in (1, 2):
+                    torch.set_num_threads(count)
+                    failed += [f"the threads ({count})"] if differ(every) else []
+            finally:
+                torch.set_num_threads(threads)
         if failed:
             raise IntegrityError(
                 f"the logits of an image depend on {', '.join(failed)}.",
@@ -360,14 +361,15 @@ class MaskedPredictor:
 @contextlib.contextmanager
 def one_way(device: torch.device) -> Iterator[None]:
     """Fix what besides the batch decides the order of sums: threads of a CPU, the choice of algorithms of a GPU."""
-    threads, cudnn = torch.get_num_threads(), cast(Any, torch.backends.cudnn)
-    before = (cudnn.benchmark, cudnn.deterministic)
-    try:
-        if device.type == "cpu" and threads != 1:
-            torch.set_num_threads(1)
-        cudnn.benchmark, cudnn.deterministic = False, True
-        yield
-    finally:
-        cudnn.benchmark, cudnn.deterministic = before
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
+    with precision.ONE_THREAD:
+        threads, cudnn = torch.get_num_threads(), cast(Any, torch.backends.cudnn)
+        before = (cudnn.benchmark, cudnn.deterministic)
+        try:
+            if device.type == "cpu" and threads != 1:
+                torch.set_num_threads(1)
+            cudnn.benchmark, cudnn.deterministic = False, True
+            yield
+        finally:
+            cudnn.benchmark, cudnn.deterministic = before
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
