@@ -8,15 +8,11 @@ import math
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 import typer
-from refusals import check_refused
 
 from patchcert_cli import papers
 from patchcert_cli.catalog import bundled
