@@ -229,7 +229,7 @@ def with_runs(paper: FilledPaper, found: Mapping[Row, Measurement]) -> FilledPap
 def from_result(result: Mapping[str, Any], request: RunRequest) -> dict[Row, Measurement]:
     """The measurements of the request's rows in the result of certify for its claims."""
     whole = result["full_split"] and result["split"] == "test"
-    about = "" if whole else f"{result['images']} images of {result['dataset']} {result['split']}"
+    about = "" if whole else f"not all of {result['dataset']} {result['split']}"
     found = dict(zip(request.claims, result["claims"], strict=True))
     measured = {}
     for row in request.rows:
@@ -300,5 +300,4 @@ def _counted(counted: Counted, card: Card) -> tuple[Measurement | None, str]:
 
     interval = clopper_pearson(counted.certified, counted.images)
     counts = (counted.images, counted.clean, counted.certified, interval)
-    about = f"{counted.images} test images, a fixed sample"
-    return Measurement(*counts, "rows", "exact", counted.file, about), ""
+    return Measurement(*counts, counted.method, str(counted.arithmetic), counted.file, "a fixed sample of the test images"), ""

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from patchcert_cli import schema
+from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.cards.entries import Name, Sha256, Share, Text, ThreatField
 from patchcert_cli.errors import IntegrityError, unknown
 from patchcert_cli.schema import Count, NonNegative, Positive, Rule
@@ -71,6 +72,8 @@ class Counted:
     clean: Count
     certified: Count
     model_sha256: Sha256
+    method: Text
+    arithmetic: Arithmetic
     file: Text
     rules: ClassVar[tuple[Rule, ...]] = (_counts_in_order,)
 

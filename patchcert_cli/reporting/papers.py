@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from patchcert_cli.papers import NOT_KNOWN
-from patchcert_cli.papers.fill import FilledPaper, FilledRow, FilledTable
+from patchcert_cli.papers.fill import FilledPaper, FilledRow, FilledTable, Measurement
 from patchcert_cli.papers.paper import Gap, PublishedNumbers
 from patchcert_cli.reporting.numbers import interval, percent
 
 NONE = "-"
-FIRST = ("row", "published", "measured", "verdict", "images", "difference")  # on a terminal with little room
+FIRST = ("row", "published", "measured", "verdict", "difference", "images")  # on a terminal with little room
 ABOUT = "Accuracies are clean / certified, in percent; published numbers belong to the paper's own weights."
 
 
@@ -41,7 +41,7 @@ def cells(one: FilledRow, table: FilledTable) -> dict[str, str]:
         found |= {"measured": NONE, "95 % interval": NONE, "images": NONE, "arithmetic": NONE}
     else:
         found["measured"] = pair(measured.clean / measured.images, measured.certified / measured.images)
-        found |= {"95 % interval": interval(measured.certified_interval), "images": str(measured.images)}
+        found |= {"95 % interval": interval(measured.certified_interval), "images": images(measured)}
         found["arithmetic"] = measured.arithmetic
     if table.table.training:
         found |= {"published training": published.training or NOT_KNOWN, "training": training(one)}
@@ -58,6 +58,11 @@ def pair(clean: float | None, certified: float | None) -> str:
 def number(value: float | None) -> str:
     """A number, or that it is not known."""
     return NOT_KNOWN if value is None else f"{value:g}"
+
+
+def images(measured: Measurement) -> str:
+    """How many images, and which, where they are not a whole test split: ``150, one of each of 150 classes``."""
+    return f"{measured.images}, {measured.about}" if measured.about else str(measured.images)
 
 
 def size(parameters: int | None) -> str:
@@ -101,9 +106,8 @@ def notes(paper: FilledPaper, table: FilledTable) -> list[tuple[str, str]]:
             found.setdefault(f"Published: {one.row.published.where}", []).append(one.row.name)
     waiting = [one.row.name for one in table.rows if one.can_run]
     for one in table.rows:
-        about = f"Measured on {one.measured.about}" if one.measured and one.measured.about else ""
-        if text := ". ".join(filter(None, (about, one.why))):
-            found.setdefault(text, []).append(one.row.name)
+        if one.why:
+            found.setdefault(one.why, []).append(one.row.name)
     if waiting:
         found[f"Not measured yet: `patchcert reproduce {paper.paper.name} --table {table.table.id} --run`"] = waiting
     for one in table.rows:

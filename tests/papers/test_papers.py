@@ -114,7 +114,7 @@ def test_what_a_benchmark_counted_is_in_its_file(filled: dict[str, fill.FilledPa
         names = ("images", "clean", "certified", "model_sha256")
         assert [getattr(found, name) for name in names] == [line[name] for name in names]
         if one.measured is not None:  # with these weights
-            assert line["arithmetic"] == one.measured.arithmetic and found.images < 10_000
+            assert line["arithmetic"] == one.measured.arithmetic and one.measured.about
             check_interval(found.certified, found.images, one.measured.certified_interval)
 
 
@@ -179,8 +179,17 @@ def test_unknown_cells_stay_unknown(filled: dict[str, fill.FilledPaper]) -> None
     table = next(one for one in filled["metzen-2021"].tables if one.table.id == "receptive-fields")
     cells = {row.row.name: texts.cells(row, table) for row in table.rows}
     assert cells["RF 9"]["published"] == "not known" and cells["RF 9"]["published network"] == "57M parameters"
-    assert cells["RF 7"]["published"] == "86.00 / 60.00" and cells["RF 7"]["published training"] == "not known"
+    assert cells["RF 7"]["published"] == "86.00 / 60.00" and cells["RF 9"]["network"] == texts.NONE
+    table = next(one for one in filled["chiang-2020"].tables if one.table.id == "best")
+    cells = {row.row.name: texts.cells(row, table) for row in table.rows}
+    assert cells["MNIST 5x5"]["published training"] == "not known" and cells["MNIST 5x5"]["training"] == "65 min, cpu, 1 thread"
     assert texts.pair(None, 0.5) == "not known / 50.00"
+
+
+def test_a_sample_is_shown_with_its_images_in_the_same_line(filled: dict[str, fill.FilledPaper]) -> None:
+    table = next(one for one in filled["xiang-2022"].tables if one.table.id == "imagenet-samples")
+    (cells,) = [texts.cells(row, table) for row in table.rows if row.row.name.endswith(" 2 %")]
+    assert cells["images"].startswith("150, one training image of each of 150 classes") and cells["measured"] == "83.33 / 21.33"
 
 
 def test_attacks_share_no_table_with_certificates() -> None:

@@ -27,7 +27,7 @@ from patchcert_cli.version import __version__
 GENERATOR = "patchcert reproduce"
 PUBLISHED = "published"
 AXES = {"side": "side of a square patch, pixels", "masks": "masks along each axis"}
-HUES = len(figure_style.PALETTE)
+HOLLOW = {"●": "○", "■": "□", "◆": "◇", "▲": "△", "▼": "▽", "✚": "✛"}  # marks of published numbers
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class Line:
 
     series: Series
     tips: tuple[str, ...]
+
+    @property
+    def glyph(self) -> str:
+        """The mark as text."""
+        return HOLLOW[self.series.look.glyph] if self.series.hollow else self.series.look.glyph
 
 
 def write(papers: Sequence[FilledPaper], folder: Path, *, force: bool = False) -> list[Path]:
@@ -106,18 +111,20 @@ def lines(table: FilledTable) -> list[Line]:
         if one.row.published and one.row.published.clean is not None and one.row.published.certified is not None:
             clean, certified = 100 * one.row.published.clean, 100 * one.row.published.certified
             tip = f"published, {one.row.name}: clean {clean:.2f} %, certified {certified:.2f} %; {one.row.published.where}"
-            published.setdefault(f"{PUBLISHED}, {one.row.model or one.row.name}", []).append(
+            published.setdefault(one.row.model or one.row.name, []).append(
                 (Point(x, clean, certified, certified, certified), tip)
             )
-    start = max((look.index for look in looks.values()), default=0) + 1
-    unknown = {name: Look(start + i) for i, name in enumerate(name for name in (*measured, *published) if name not in looks)}
-    found = {**measured, **published}
-    return [_line(name, (looks | unknown)[name], found[name]) for name in found]
+    models = list(dict.fromkeys((*measured, *published)))
+    start = max((look.index for look in looks.values()), default=-1) + 1
+    looks |= {name: Look(start + i) for i, name in enumerate(name for name in models if name not in looks)}
+    both = (*((name, False) for name in measured), *((name, True) for name in published))
+    return [_line(name, looks[name], (published if hollow else measured)[name], hollow) for name, hollow in both]
 
 
-def _line(name: str, look: Look, found: list[tuple[Point, str]]) -> Line:
+def _line(name: str, look: Look, found: list[tuple[Point, str]], hollow: bool) -> Line:
     ordered = sorted(found, key=lambda pair: pair[0].x)
-    return Line(Series(name, look, tuple(point for point, _ in ordered)), tuple(tip for _, tip in ordered))
+    label = f"{name}, {PUBLISHED}" if hollow else name
+    return Line(Series(label, look, tuple(point for point, _ in ordered), hollow), tuple(tip for _, tip in ordered))
 
 
 def place(row: Row, axis: str) -> int | None:
@@ -152,13 +159,18 @@ def draw_file(table: FilledTable, found: Sequence[Line], path: Path) -> None:
         for line in found:
             series, color = line.series, line.series.look.color
             x, y = [point.x for point in series.points], [point.certified for point in series.points]
-            hollow = series.name.startswith(PUBLISHED)
-            if not hollow:
+            if not series.hollow:
                 axes.vlines(x, [p.low for p in series.points], [p.high for p in series.points], colors=color, linewidth=1.2)
                 axes.plot(x, [point.clean for point in series.points], color=color, linewidth=1.2, linestyle=DASHES[1])
-            (drawn,) = axes.plot(x, y, color=color, linewidth=0 if hollow else 1.8, zorder=4 if hollow else 3, label=series.name)
-            drawn.set(marker=series.look.marker, markersize=8 if hollow else 6, markeredgecolor=color if hollow else "white")
-            drawn.set(markerfacecolor="white" if hollow else color, clip_on=False)
+            (drawn,) = axes.plot(
+                x, y, color=color, linewidth=0 if series.hollow else 1.8, zorder=4 if series.hollow else 3, label=series.name
+            )
+            drawn.set(
+                marker=series.look.marker,
+                markersize=8,
+                markeredgecolor=color if series.hollow else "white",
+            )
+            drawn.set(markerfacecolor="white" if series.hollow else color, clip_on=False)
         figure_style.add_legend(axes)
 
 
