@@ -18,7 +18,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:
@@ -55,6 +55,17 @@ def command(old: Mapping[str, str] | None = None) -> type[TyperCommand]:
             return super().parse_args(ctx, _current(args, spelled))
 
     return Command
+
+
+def group(default: str) -> type[TyperGroup]:
+    """The class of a group whose command ``default`` may be left out: what does not begin with a command's name is for it."""
+
+    class Group(TyperGroup):
+        def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+            named = not args or args[0] in self.commands or args[0] in ctx.help_option_names
+            return super().parse_args(ctx, args if named else [default, *args])
+
+    return Group
 
 
 def _current(words: list[str], old: Mapping[str, str]) -> list[str]:

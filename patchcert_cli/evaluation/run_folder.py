@@ -182,11 +182,7 @@ class Run:
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             files.write_atomically(path, whole)
-        try:
-            lines = [current_record(json.loads(line)) for line in whole.splitlines()]
-            return {int(line["index"]): line for line in lines}
-        except (ValueError, TypeError, LookupError) as problem:
-            raise IntegrityError(f"'{path}' is damaged: {problem!r}.", hint="Use --fresh to start over.") from problem
+        return _parsed(path, whole)
 
     def append(self, records: Iterable[Record]) -> None:
         """Write the records of one batch."""
@@ -200,6 +196,30 @@ class Run:
                 hint=f"Free some space and run the same command: {len(self.records)} images are kept.",
             ) from problem
         self.records.update((record["index"], record) for record in records)
+
+
+def read(folder: Path) -> tuple[dict[str, Any], list[Record]]:
+    """Manifest and records of a run, finished or not, in the order of the images; nothing in the folder is changed.
+
+    A last line that is being written, or was torn by a crash, does not count.
+
+    Raises:
+        IntegrityError: a file is missing or damaged.
+    """
+    manifest, found = files.read_json(folder / MANIFEST), dict[int, Record]()
+    for path in (folder / RECORDS, *sorted(folder.glob(PARTS))):
+        content = files.read(path) if path.exists() else b""
+        found |= _parsed(path, content[: content.rfind(b"\n") + 1])
+    return manifest, [found[index] for index in sorted(found)]
+
+
+def _parsed(path: Path, whole: bytes) -> dict[int, Record]:
+    """Records from whole lines of a file."""
+    try:
+        lines = [current_record(json.loads(line)) for line in whole.splitlines()]
+        return {int(line["index"]): line for line in lines}
+    except (ValueError, TypeError, LookupError) as problem:
+        raise IntegrityError(f"'{path}' is damaged: {problem!r}.", hint="Use --fresh to start over.") from problem
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> Iterator[str]:

@@ -24,6 +24,7 @@ MODELS: dict[tuple[str, ...], list[str]] = {
     ("doctor",): [],
     ("report", "zoo"): [],
     ("report", "attacks"): ["nope"],
+    ("report", "runs"): ["nope"],
     ("convert",): ["nope", "--out", "nope.safetensors"],
     ("zoo", "verify"): ["nope"],
     ("zoo", "add"): ["nope", "--name", "x"],
@@ -37,7 +38,15 @@ WRITES = {
     *((command, "--json") for command in MODELS),
     *(
         (command, "--out")
-        for command in [("certify",), ("attack",), ("train",), ("zoo", "verify"), ("zoo", "add"), ("report", "zoo")]
+        for command in [
+            ("certify",),
+            ("attack",),
+            ("train",),
+            ("zoo", "verify"),
+            ("zoo", "add"),
+            ("report", "zoo"),
+            ("report", "runs"),
+        ]
     ),
     (("report", "attacks"), "--plot"),
     (("certify",), "--plot"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -66,17 +66,12 @@ def render(cards: Iterable[Card], *, version: str = __version__) -> str:
     Raises:
         MachineError: matplotlib is not installed.
     """
-    figure_style.require()
     models = sorted(cards, key=lambda card: card.name)
     boards = leaderboards(models)
-    environment = _environment()
-    style = Markup(environment.get_template("style.css").render(palette=figure_style.PALETTE))
-    script = Markup(_source(environment, "script.js"))
-    return environment.get_template("page.html").render(
-        policy=policy(style, script),
-        style=style,
-        script=script,
-        generator=GENERATOR,
+    return filled(
+        "page.html",
+        GENERATOR,
+        script="script.js",
         version=version,
         cards=models,
         measured=sum(bool(card.results) for card in models),
@@ -86,6 +81,42 @@ def render(cards: Iterable[Card], *, version: str = __version__) -> str:
         threats=list(dict.fromkeys(str(board.threat) for board in sorted(boards, key=lambda board: difficulty(board.threat)))),
         charts=charts(boards),
         unmeasured=unmeasured(models),
+    )
+
+
+def filled(
+    template: str,
+    generator: str,
+    *,
+    script: str = "",
+    images: bool = False,
+    filters: Mapping[str, Any] | None = None,
+    **values: Any,
+) -> str:
+    """A page from a template, with the style sheet inside.
+
+    Args:
+        template: its name.
+        generator: the command that writes the page, by which :func:`write_page` knows its own pages.
+        script: the name of the script inside, if there is one.
+        filters: functions that the template calls besides those of the zoo's page.
+        images: whether the page may show images that are in it as ``data:`` addresses.
+        values: what the template shows; ``version`` is by default this version.
+
+    Raises:
+        MachineError: matplotlib is not installed.
+    """
+    figure_style.require()
+    environment = _environment().overlay()
+    environment.filters = {**environment.filters, **(filters or {})}
+    style = Markup(environment.get_template("style.css").render(palette=figure_style.PALETTE))
+    code = Markup(_source(environment, script)) if script else Markup("")
+    return environment.get_template(template).render(
+        **{"version": __version__, **values},
+        policy=policy(style, code, images=images),
+        style=style,
+        script=code,
+        generator=generator,
         arithmetics=list(Arithmetic),
     )
 
@@ -97,31 +128,43 @@ def write(cards: Iterable[Card], folder: Path, *, force: bool = False) -> Path:
         UsageError: the folder is a file or below one, or has an ``index.html`` that is not such a page, without ``force``.
         MachineError: it cannot be written, or matplotlib is not installed.
     """
-    path = folder / INDEX
-    files.check_folder(folder, "--out")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"'{path}' is not a regular file.", hint="Choose another --out.")
-    if path.exists() and not force and not _is_page(path):
-        raise UsageError(f"'{path}' was not written by this command.", hint="Choose another --out, or replace it with --force.")
+    path = page_path(folder, GENERATOR, force=force)
     files.write_named(path, render(cards).encode())
     return path
 
 
-def _is_page(path: Path) -> bool:
+def page_path(folder: Path, generator: str, *, force: bool = False) -> Path:
+    """``index.html`` of a folder that a page is to be written into, by the command ``generator``; nothing is changed.
+
+    Raises:
+        UsageError: the folder is a file or below one, or has an ``index.html`` that is not a page of this command, without
+            ``force``.
+        MachineError: nothing can be written there.
+    """
+    path = folder / INDEX
+    files.check_folder(folder, "--out")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"'{path}' is not a regular file.", hint="Choose another --out.")
+    if path.exists() and not force and not _is_page(path, generator):
+        raise UsageError(f"'{path}' was not written by this command.", hint="Choose another --out, or replace it with --force.")
+    return path
+
+
+def _is_page(path: Path, generator: str) -> bool:
     try:
         with path.open("rb") as stream:
-            return f'content="{GENERATOR}'.encode() in stream.read(2000)
+            return f'content="{generator} '.encode() in stream.read(2000)
     except OSError:
         return False
 
 
-def policy(style: str, script: str) -> str:
-    """The Content-Security-Policy: nothing but this style and this script."""
+def policy(style: str, script: str = "", *, images: bool = False) -> str:
+    """The Content-Security-Policy: nothing but this style and this script, and images inside the page if it has any."""
     parts = ["default-src 'none'"]
     for name, text in (("style-src", style), ("script-src", script)):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        parts.append(f"{name} 'sha256-{digest}'")
-    return "; ".join([*parts, "base-uri 'none'", "form-action 'none'"])
+        parts += [f"{name} 'sha256-{digest}'"] if text else []
+    return "; ".join([*parts, *(["img-src data:"] if images else []), "base-uri 'none'", "form-action 'none'"])
 
 
 def unmeasured(cards: Sequence[Card]) -> list[Unmeasured]:
