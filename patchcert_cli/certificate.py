@@ -15,6 +15,7 @@ from torch import Tensor
 
 from patchcert_cli.arithmetic import Arithmetic as Arithmetic  # also a word of this module
 from patchcert_cli.arithmetic import weakest
+from patchcert_cli.notebook import Tabular
 from patchcert_cli.threats import ALERT as ALERT  # also words of this module
 from patchcert_cli.threats import Guarantee as Guarantee
 from patchcert_cli.threats import Threat
@@ -78,7 +79,7 @@ class Proof:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(Tabular):
     """One claim, image by image. It knows no labels: "certified correct" is computed by :class:`Tally`.
 
     Attributes:
@@ -171,6 +172,20 @@ class Certificate:
         """Join certificates of consecutive batches of one threat and method."""
         return _joined(parts)
 
+    def columns(self) -> dict[str, list[Any]]:
+        """A row for each image, with the location that comes nearest as its top, left, height and width."""
+        sides = zip(("top", "left", "height", "width"), self.worst.T.tolist(), strict=True)
+        rows = {name: getattr(self, name).tolist() for name in ("prediction", "certified", "margin", "tolerance", "runner_up")}
+        rows |= dict(sides) | ({} if self.passes is None else {"passes": self.passes.tolist()})
+        claim = {"threat": self.threat, "method": self.method, "guarantee": self.guarantee, "arithmetic": self.arithmetic}
+        return rows | {name: [str(value)] * len(self.prediction) for name, value in claim.items()}
+
+    def caption(self) -> str:
+        """How many images are certified, whatever their labels are."""
+        about = f"{self.threat}, {self.method}, {self.guarantee}, arithmetic {self.arithmetic}"
+        top = f" to stay among the first {self.top}" if self.top > 1 else ""
+        return f"{about}: {int(self.certified.sum())} of {len(self.prediction)} answers certified{top}"
+
 
 Joined = TypeVar("Joined", Proof, Certificate)
 
@@ -186,7 +201,7 @@ def _joined(parts: Sequence[Joined]) -> Joined:
 
 
 @dataclass(frozen=True)
-class Tally:
+class Tally(Tabular):
     """Counts over a data set; accuracies are fractions of ``images``."""
 
     images: int
@@ -211,6 +226,17 @@ class Tally:
     def certified_interval(self) -> tuple[float, float]:
         """Exact 95 % confidence interval of the certified accuracy on the distribution the images were drawn from."""
         return clopper_pearson(self.certified, self.images)
+
+    def columns(self) -> dict[str, list[Any]]:
+        """One row: counts and accuracies, with the confidence interval if there is an image."""
+        low, high = self.certified_interval if self.images else (None, None)
+        accuracies = {"clean_accuracy": [self.clean_accuracy], "certified_accuracy": [self.certified_accuracy]}
+        counts = {"images": [self.images], "clean": [self.clean], "certified": [self.certified]}
+        return {**counts, **accuracies, "certified_low": [low], "certified_high": [high]}
+
+    def caption(self) -> str:
+        """Counts among all images."""
+        return f"{self.clean} of {self.images} images right, {self.certified} right and certified"
 
 
 def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:

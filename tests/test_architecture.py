@@ -19,7 +19,7 @@ LONGEST_FILE, LONGEST_FUNCTION, MOST_AT_THE_ROOT = 380, 80, 12
 # From the ground up. A wing imports from itself and from lines above its own, never from its own line or from one below it.
 WINGS = [
     ("errors", "version", "progress"),
-    ("arithmetic", "schema", "registry", "threats", "parallel", "storage"),
+    ("arithmetic", "schema", "registry", "threats", "parallel", "storage", "notebook"),
     ("device",),
     ("layers", "certificate", "cards", "data"),
     ("models", "certifiers", "hub"),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from patchcert_cli.attacks._target import Start, Target, rows_at_once
 from patchcert_cli.defenses import Defense, activations
 from patchcert_cli.errors import PatchcertError, UsageError
+from patchcert_cli.notebook import Tabular
 from patchcert_cli.threats import Threat
 
 
@@ -40,7 +41,7 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class AttackResult:
+class AttackResult(Tabular):
     """What an attack found, one entry for each image of a batch.
 
     Attributes:
@@ -71,6 +72,15 @@ class AttackResult:
     def cat(cls, parts: list[AttackResult]) -> AttackResult:
         """Join the results of consecutive batches."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    def columns(self) -> dict[str, list[Any]]:
+        """A row for each image."""
+        names = ("clean_prediction", "prediction", "success", "queries", "flipped_at", "by")
+        return {name: getattr(self, name).tolist() for name in names}
+
+    def caption(self) -> str:
+        """How many answers were changed, and by how many queries."""
+        return f"{int(self.success.sum())} of {len(self.success)} answers changed, {int(self.queries.sum())} queries"
 
 
 @dataclass(frozen=True, kw_only=True)

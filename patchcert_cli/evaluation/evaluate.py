@@ -46,7 +46,7 @@ def certify(
     fresh: bool = False,
     progress: Progress | None = None,
     clock: Clock = time.perf_counter,
-) -> dict[str, Any]:
+) -> results.Result:
     """Certify every image of a task; returns what ``result.json`` holds.
 
     Batches are as large as fits into some seconds (:mod:`patchcert_cli.evaluation.pace`), by ``clock``.
@@ -79,7 +79,8 @@ def certify(
             clock,
             most=defense.passes_per_image(),
         )
-        return work.finish(batch, lambda seconds, resumed: results.certify_result(task, run, seconds, resumed))
+        found = work.finish(batch, lambda seconds, resumed: results.certify_result(task, run, seconds, resumed))
+        return results.Result(found)
 
 
 def attack(
@@ -94,7 +95,7 @@ def attack(
     clock: Clock = time.perf_counter,
     max_seconds: float | None = None,
     save: Path | None = None,
-) -> dict[str, Any]:
+) -> results.Result:
     """Attack every image of a task; with ``join`` certify the same images and hold the attack against the certificates.
 
     ``settings`` names the attack's options in the manifest. The attack sees the defense and, with ``join``, the location and the
@@ -138,10 +139,10 @@ def attack(
         pace = Pace(task.batch_size, unit=unit)
         found = _Work(task, run, workers, pace, progress or Silent(), clock, max_seconds=max_seconds).finish(searched, result)
         if kept is None:
-            return found
+            return results.Result(found)
         for some in torch.split(_lost(task, run, kept), unit):
             searched(task.images.take(some))
-        return found | {"saved": kept.listed()}
+        return results.Result(found | {"saved": kept.listed()})
 
 
 def _lost(task: EvaluationTask, run: Run, kept: AdversarialFolder) -> Tensor:

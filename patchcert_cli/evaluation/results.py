@@ -21,11 +21,31 @@ from patchcert_cli.data.images import Images
 from patchcert_cli.errors import ClaimError
 from patchcert_cli.evaluation.run_folder import Record, Run
 from patchcert_cli.evaluation.task import EvaluationTask
+from patchcert_cli.notebook import Tabular
 from patchcert_cli.parallel.workers import Workers
 from patchcert_cli.storage import files
 from patchcert_cli.version import __version__
 
 ABOVE = 2.0  # above all thresholds
+
+
+class Result(dict[str, Any], Tabular):
+    """What ``result.json`` holds, as a dictionary; its rows are the claims."""
+
+    def columns(self) -> dict[str, list[Any]]:
+        """A row for each claim; for an attack without certificates one row."""
+        same = ("model", "dataset", "split", "images")
+        own = ("threat", "top", "method", "guarantee", "arithmetic", "clean_accuracy", "certified_accuracy")
+        rows = self["claims"] or [{"clean_accuracy": self["clean_accuracy"], "threat": self.get("threat")}]
+        found = {name: [row.get(name, self.get(name)) for row in rows] for name in (*same, *own)}
+        low, high = zip(*(row.get("certified_interval", (None, None)) for row in rows), strict=True)
+        found |= {"certified_low": list(low), "certified_high": list(high)}
+        found["attacked_accuracy"] = [self.get("attacked_accuracy")] * len(rows)
+        return {name: column for name, column in found.items() if any(value is not None for value in column)}
+
+    def caption(self) -> str:
+        """The model, the images and the time."""
+        return f"{self['model']} on {self['images']} images of {self['dataset']} {self['split']}, {self['seconds']:.1f} s"
 
 
 def certify_records(part: Images, certificates: Sequence[Certificate], plain: Tensor | None = None) -> Iterable[Record]:
