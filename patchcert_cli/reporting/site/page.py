@@ -108,7 +108,7 @@ def filled(
         MachineError: matplotlib is not installed.
     """
     figure_style.require()
-    environment = _environment().overlay()
+    environment = templates().overlay()
     environment.filters = {**environment.filters, **(filters or {})}
     style = Markup(environment.get_template("style.css").render(palette=figure_style.PALETTE))
     code = Markup(_source(environment, script)) if script else Markup("")
@@ -195,7 +195,7 @@ def unmeasured(cards: Sequence[Card]) -> list[Unmeasured]:
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def templates() -> jinja2.Environment:
     """The templates, with everything that they call."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("patchcert_cli.reporting.site"),
