@@ -101,7 +101,7 @@ def test_a_vote_sees_all_of_its_set_and_nothing_else(options: dict[str, Any]) ->
 def test_looks_are_sums_of_scores_of_moved_images_set_by_set(options: dict[str, Any], shape: tuple[int, int, int]) -> None:
     """Pixel by pixel: a set is where its pixels are in the moved image, and what comes in is 0."""
     defense, plain = build(shape, **options), build(shape)
-    x, (channels, height, width), most = images(3, shape), shape, options.get("moves", 0)
+    x, (_, height, width), most = images(3, shape), shape, options.get("moves", 0)
     sums = torch.zeros_like(plain.scores(x)).double()
     for mirrored in (False, True)[: 1 + options.get("mirrored", False)]:
         for down, right in product(range(-most, most + 1), repeat=2):
