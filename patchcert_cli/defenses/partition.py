@@ -86,7 +86,7 @@ class Division:
 
 @dataclass(frozen=True)
 class PartitionOptions(Division, AugmentedOptions):
-    """How pixels are divided and sets vote, see :class:`Division`; and the training, of which looks are no part.
+    """How pixels are divided and sets vote, see :class:`Division`; and the training, which has one look at a set.
 
     Attributes:
         drawn: sets of each image that a training step looks at, drawn for each image; 0 for all.
