@@ -222,9 +222,9 @@ class Partition(VotingDefense):
         width, spacing = steps.shape[3], self.how.spacing
         total: Tensor | int = 0
         for down, right, mirrored in self.how.looks:
-            rows = (torch.arange(spacing) + down) % spacing  # where the sets of the image are in the one that is looked at
-            columns = torch.arange(spacing)
-            columns = ((width - 1 - columns if mirrored else columns) + right) % spacing
+            own = torch.arange(spacing, device=steps.device)
+            rows = (own + down) % spacing  # where the sets of the image are in the one that is looked at
+            columns = ((width - 1 - own if mirrored else own) + right) % spacing
             image = F.pad(steps.flip(3) if mirrored else steps, (right, -right, down, -down))
             total = total + self.run(self.values(image)).double()[:, :, rows[:, None], columns]
         return cast(Tensor, total)
