@@ -126,9 +126,22 @@ class TrainingRunOptions:
             "--max-minutes", metavar="M", help="Scale the schedule so that all of it takes M minutes.", rich_help_panel=RUN
         ),
     ] = None
+    track: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--track",
+            metavar="tensorboard|wandb|trackio",
+            help="Also show the metrics of each epoch there; repeatable.",
+            rich_help_panel=RUN,
+        ),
+    ] = None
 
     def check(self) -> None:
-        """Refuse a time that is not one."""
+        """Refuse a time that is not one, and trackers that cannot be used."""
+        from patchcert_cli.training import trackers
+
+        for name in self.track or ():
+            trackers.by_name(name)
         if self.max_minutes is not None and not 0 < self.max_minutes < float("inf"):
             raise UsageError(f"--max-minutes {self.max_minutes:g} must be more than 0.", hint="Use for example --max-minutes 12.")
         if self.max_minutes is not None and self.dry_run:
@@ -175,6 +188,7 @@ def train(*, threats: ThreatOptions, recipe: RecipeOptions, where: TrainingRunOp
             fetch=f"{typed_command()} --download",
             progress=progress,
             max_minutes=where.max_minutes,
+            track=where.track or (),
         )
     if workers.current().first:
         show.result(text.train_rows(result), result, output.json)

@@ -21,7 +21,7 @@ FAST_MATH = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")  # variab
 STRICT = "STRICT"
 ONE_THREAD = threading.RLock()
 """Held by the thread that has changed torch's settings of the whole process. Another one waits: restoring its own values
-meanwhile, it would switch the fast ways on inside a proof, or leave them off for good."""
+meanwhile, it would switch the fast ways on inside a proof, or leave them off permanently."""
 
 
 @contextlib.contextmanager
