@@ -26,7 +26,7 @@ WINGS = [
     ("defenses",),
     ("checkpoint", "attacks"),
     ("catalog",),
-    ("classifiers",),
+    ("classifiers", "papers"),
     ("training", "evaluation"),
     ("reporting",),
     ("cli",),

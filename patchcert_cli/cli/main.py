@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from patchcert_cli.cli import attack, certify, convert, doctor, report, show, streams, train, zoo
+from patchcert_cli.cli import attack, certify, convert, doctor, report, reproduce, show, streams, train, zoo
 from patchcert_cli.cli.groups import command
 from patchcert_cli.errors import PatchcertError, UsageError
 from patchcert_cli.parallel import workers
@@ -34,6 +34,7 @@ app.command("certify", cls=command(certify.OLD), epilog=certify.EXAMPLES)(certif
 app.command("attack", cls=command(attack.OLD), epilog=attack.EXAMPLES)(attack.attack)
 app.command("convert", cls=command(convert.OLD), epilog=convert.EXAMPLES)(convert.convert)
 app.command("doctor", cls=command(), epilog=doctor.EXAMPLES)(doctor.doctor)
+app.command("reproduce", cls=command(), epilog=reproduce.EXAMPLES)(reproduce.reproduce)
 app.add_typer(zoo.app, name="zoo")
 app.add_typer(report.app, name="report")
 

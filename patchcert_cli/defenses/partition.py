@@ -7,6 +7,11 @@ reach at most k votes, whatever k is, so one evaluation certifies every k.
 The deployed network computes without rounding error (:mod:`patchcert_cli.layers.fixed_point`): a vote depends on the pixels of
 its set and on nothing else, neither on the batch nor on the machine.
 
+A set of a lattice may be looked at several times (``mirrored``, ``moves``). In the mirrored image, and in images moved by some
+pixels, a set's pixels are a set of the lattice again, with another number; what comes in from outside is 0 for every image. So
+each score of a set still depends on its own pixels alone. Scores are added in float64, look by look in one order, each set by
+itself, so their sum is the same in any batch and on any machine.
+
 **Proof.** A set is a location of :mod:`patchcert_cli.certifiers.cells.additive` that reaches one cell, itself, and an attacker
 with k pixels has min(k, n) of the n locations: each pixel lies in one set. No location reaches another's cell, so the loss of
 several locations is the sum of their losses, and the largest is the sum of the k largest: the theorem's condition with a budget
@@ -22,6 +27,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -59,17 +65,28 @@ class Division:
         shuffle: seed of random sets.
         vote: ``top-one``, a set votes for the class of its largest score; or ``independent``, for each class whose score is
             positive, which may be several or none.
+        mirrored: the deployed network also looks at each set of a lattice in the mirrored image, in twice the time.
+        moves: m; the deployed network looks at each set of a lattice in all images moved by up to m pixels along both axes, in
+            (2 m + 1)^2 times the time.
     """
 
     layout: Literal["lattice", "random"] = "lattice"
     spacing: Positive = 8
     shuffle: Count = 0
     vote: Literal["top-one", "independent"] = "top-one"
+    mirrored: bool = False
+    moves: Count = 0
+
+    @property
+    def looks(self) -> list[tuple[int, int, bool]]:
+        """How the image is moved down and right, and whether it is mirrored before, for each look at its sets."""
+        moves = sorted(range(-self.moves, self.moves + 1), key=abs)
+        return list(product(moves, moves, (False, True) if self.mirrored else (False,)))
 
 
 @dataclass(frozen=True)
 class PartitionOptions(Division, AugmentedOptions):
-    """How pixels are divided and sets vote, see :class:`Division`, the same in training and deployed; and the training.
+    """How pixels are divided and sets vote, see :class:`Division`; and the training, of which looks are no part.
 
     Attributes:
         drawn: sets of each image that a training step looks at, drawn for each image; 0 for all.
@@ -195,9 +212,22 @@ class Partition(VotingDefense):
         return ballots
 
     def scores(self, x: Tensor) -> Tensor:
-        """The scores of all sets as the deployed network computes them, without rounding error, [B, K, N, M]."""
+        """The scores of all sets as the deployed network computes them, without rounding error, or the sums of all looks' scores,
+        [B, K, N, M]."""
         size = programs.at_once(self.activations, x.device, PIECE)
-        return torch.cat([self.run(self.values(fixed_point.to_steps(part))) for part in torch.split(x, size)])
+        return torch.cat([self._looks(fixed_point.to_steps(part)) for part in torch.split(x, size)])
+
+    def _looks(self, steps: Tensor) -> Tensor:
+        """The sum of all looks' scores of images in whole steps; each set's at its own place, [B, K, N, M]."""
+        width, spacing = steps.shape[3], self.how.spacing
+        total: Tensor | int = 0
+        for down, right, mirrored in self.how.looks:
+            rows = (torch.arange(spacing) + down) % spacing  # where the sets of the image are in the one that is looked at
+            columns = torch.arange(spacing)
+            columns = ((width - 1 - columns if mirrored else columns) + right) % spacing
+            image = F.pad(steps.flip(3) if mirrored else steps, (right, -right, down, -down))
+            total = total + self.run(self.values(image)).double()[:, :, rows[:, None], columns]
+        return cast(Tensor, total)
 
     def count(self, scores: Tensor) -> Votes:
         """No vote is in doubt, since scores are not rounded."""
@@ -312,8 +342,14 @@ def divided(shape: tuple[int, ...], how: Division) -> Tensor:
             hint=f"Use a spacing from 1 to {most} instead of {how.spacing}.",
         )
     if how.layout == "lattice":
+        if how.moves >= most:
+            raise UsageError(
+                f"moves = {how.moves} leaves nothing of {height}x{width} pixels.", hint=f"Use moves from 0 to {most - 1}."
+            )
         rows, columns = torch.arange(height) % how.spacing, torch.arange(width) % how.spacing
         return rows[:, None] * how.spacing + columns
+    if len(how.looks) > 1:
+        raise UsageError("mirrored and moves need sets of a lattice.", hint="Use layout=lattice, or leave them out.")
     keys = [hashlib.sha256(f"{how.shuffle}:{pixel}".encode()).digest() for pixel in range(height * width)]
     order = sorted(range(height * width), key=keys.__getitem__)
     sets = torch.empty(height * width, dtype=torch.int64)

@@ -51,11 +51,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points that one line joins, from left to right."""
+    """Points that one line joins, from left to right; hollow marks set published numbers apart from measured ones."""
 
     name: str
     look: Look
     points: tuple[Point, ...]
+    hollow: bool = False
 
 
 def plot(rows: Rows, path: Path, *, title: str, area: int | None = None) -> None:
@@ -181,6 +182,8 @@ def model_curves(
             axes.vlines(x, *_ends(one), colors=one.look.color, linewidth=1.3, clip_on=False)
             (line,) = axes.plot(x, [point.certified for point in one.points], color=one.look.color, linewidth=1.8, zorder=3)
             line.set(marker=one.look.marker, markersize=8, markeredgecolor="white", clip_on=False, gid=one.name)
+            if one.hollow:
+                line.set(markerfacecolor="white", markeredgecolor=one.look.color, markeredgewidth=1.6)
         return figure_style.inline_svg(figure, about, titles)
 
 

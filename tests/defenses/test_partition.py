@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations, product
+from itertools import combinations, count, product
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from tests.examples import section
 SHAPE = (2, 5, 7)
 LAYOUTS = ("lattice", "random")
 VOTES = ("top-one", "independent")
+LOOKS = ({"mirrored": True}, {"moves": 1}, {"mirrored": True, "moves": 2})
 
 
 def build(shape: tuple[int, int, int] = SHAPE, classes: int = 3, seed: int = 0, **options: Any) -> Partition:
@@ -37,7 +38,8 @@ def build(shape: tuple[int, int, int] = SHAPE, classes: int = 3, seed: int = 0, 
     }
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        defense = Partition.from_config(section("partition", config)).eval()
+        looks = {name: value for name, value in options.items() if name in ("mirrored", "moves")}
+        defense = Partition.from_config(section("partition", config) | looks).eval()
         for name, buffer in defense.network.named_buffers():
             if name.endswith("running_mean"):
                 buffer.normal_(0, 0.1)
@@ -79,10 +81,10 @@ def test_random_sets_are_the_same_for_ever() -> None:
     assert sets.flatten().tolist() == SETS
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_vote_sees_all_of_its_set_and_nothing_else(layout: str) -> None:
+@pytest.mark.parametrize("options", [{"layout": layout} for layout in LAYOUTS] + list(LOOKS))
+def test_a_vote_sees_all_of_its_set_and_nothing_else(options: dict[str, Any]) -> None:
     """A not-a-number in every pixel, through the deployed network, and a change of every pixel."""
-    defense, x = build(layout=layout), images(1).repeat(35, 1, 1, 1)
+    defense, x = build(**options), images(1).repeat(35, 1, 1, 1)
     broken, changed = x.clone(), x.clone()
     for pixel in range(35):
         broken[pixel, :, pixel // 7, pixel % 7] = float("nan")
@@ -92,6 +94,29 @@ def test_a_vote_sees_all_of_its_set_and_nothing_else(layout: str) -> None:
         assert torch.equal(defense.scores(broken).isnan().any(dim=1).flatten(1), own)
         assert torch.equal((defense.scores(changed) != defense.scores(x)).any(dim=1).flatten(1), own)
     defense.self_test()
+
+
+@pytest.mark.parametrize("options", LOOKS)
+@pytest.mark.parametrize("shape", [SHAPE, (1, 6, 4)])
+def test_looks_are_sums_of_scores_of_moved_images_set_by_set(options: dict[str, Any], shape: tuple[int, int, int]) -> None:
+    """Pixel by pixel: a set is where its pixels are in the moved image, and what comes in is 0."""
+    defense, plain = build(shape, **options), build(shape)
+    x, (_, height, width), most = images(3, shape), shape, options.get("moves", 0)
+    sums = torch.zeros_like(plain.scores(x)).double()
+    for mirrored in (False, True)[: 1 + options.get("mirrored", False)]:
+        for down, right in product(range(-most, most + 1), repeat=2):
+            image, places = torch.zeros_like(x), {}
+            for i, j in product(range(height), range(width)):
+                to = i + down, (width - 1 - j if mirrored else j) + right
+                places.setdefault((i % 3, j % 3), set()).add((to[0] % 3, to[1] % 3))
+                if 0 <= to[0] < height and 0 <= to[1] < width:
+                    image[:, :, to[0], to[1]] = x[:, :, i, j]
+            scores = plain.scores(image)
+            for (row, column), (there,) in places.items():
+                sums[:, :, row, column] += scores[:, :, there[0], there[1]]
+    scores = defense.scores(x)
+    assert torch.allclose(scores, sums, rtol=0, atol=1e-9)
+    assert torch.equal(torch.cat([defense.scores(image[None]) for image in x]), scores)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -150,11 +175,23 @@ def test_certified_is_exactly_what_no_votes_of_k_pixels_can_change(layout: str, 
     assert {certified for _, certified in found} == {True, False} or layout == "random"
 
 
+def test_looks_whose_scores_are_not_put_back_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look alone is a partition, but another one."""
+    defense = build(mirrored=True, moves=1)
+    values = Partition.values
+    turns = count()
+    monkeypatch.setattr(Partition, "values", lambda self, x: values(self, x).roll(next(turns), dims=3))
+    with pytest.raises(IntegrityError, match="not its own alone"):
+        defense.self_test()
+
+
 @pytest.mark.parametrize(("layout", "vote"), list(product(LAYOUTS, VOTES)))
 def test_no_change_of_pixels_or_values_moves_a_certified_answer(layout: str, vote: str) -> None:
     threats: list[Any] = [Sparse(1), Sparse(2), Sparse(2, "value")] + ([Patch(1, 2)] if layout == "lattice" else [])
     shape = (1, 3, 3)
+    looks = {"mirrored": True, "moves": 1} if layout == "lattice" else {}
     arenas = [Arena(str(s), build(shape, layout=layout, vote=vote, seed=s), draw_images(shape, 8, s)) for s in range(3)]
+    arenas += [Arena("looks", build(shape, layout=layout, vote=vote, **looks), draw_images(shape, 8, 9))] if looks else []
     score = check(arenas, threats)
     assert score.violations == [] and score.unsupported == 0
     assert score.certified >= 5 and score.broken >= 5
@@ -248,6 +285,11 @@ def test_bad_partitions_are_refused() -> None:
         build(layout="random", spacing=6)
     with pytest.raises(IntegrityError, match="layout"):
         build(layout="spiral")
+    for options in LOOKS:
+        with pytest.raises(UsageError, match="mirrored and moves need sets of a lattice"):
+            build(layout="random", **options)
+    with pytest.raises(UsageError, match="moves = 5 leaves nothing of 5x7 pixels. Use moves from 0 to 4"):
+        build(moves=5)
     network = {"name": "mlp", "options": {"mean": [0.4], "std": [0.3]}}
     with pytest.raises(IntegrityError):
         Partition.from_config(

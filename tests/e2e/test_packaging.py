@@ -25,7 +25,8 @@ def test_a_wheel_holds_code_zoo_samples_and_types(tmp_path: Path) -> None:
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "patchcert_cli").rglob("*.py")}
     code |= {str(path.relative_to(ROOT)) for path in (ROOT / "patchcert_cli/reporting/site/templates").iterdir()}
     zoo = {f"patchcert_cli/zoo/{name}/{file}" for name in bundled.names() for file in bundled.card(name).files}
-    assert wanted | code | zoo <= names
+    papers = {str(path.relative_to(ROOT)) for path in (ROOT / "patchcert_cli/papers").glob("*.yaml")}
+    assert papers and wanted | code | zoo | papers <= names
     assert not any(name.startswith(("zoo/", "tests/")) for name in names)
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     program = "import patchcert_cli.catalog.bundled as c; print(*c.names()); print(c.folder())"

@@ -46,7 +46,7 @@ def test_every_command_of_the_readme_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     commands = block("## What you can type")
-    assert len(commands) == 26
+    assert len(commands) == 27
     picture = data.load("cifar10", "test").pixels[0].permute(1, 2, 0).numpy()
     Image.fromarray(picture).save("cat.png")
     Path("patches").mkdir()

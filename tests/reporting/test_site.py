@@ -17,6 +17,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -397,6 +398,7 @@ def test_words_for_threats_and_letters_for_sources() -> None:
     assert [letters(i) for i in (0, 25, 26, 701, 702)] == ["a", "z", "aa", "zz", "aaa"]
 
 
+MAKE_ZOO = Path(__file__).parents[2] / "docs" / "make_zoo.py"
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -488,7 +490,57 @@ def test_without_matplotlib_there_is_no_page_rather_than_one_without_charts(
     check_refused(err, 7, "matplotlib", "pip install 'patchcert[plots]'")
 
 
-def test_the_readme_and_its_picture_show_the_cards(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = Path(__file__).parents[2] / "docs" / "make_zoo.py"
-    monkeypatch.setattr(sys, "argv", [str(path), "--check"])
-    assert runpy.run_path(str(path))["main"]() == 0
+def test_the_readme_and_its_plots_show_the_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(MAKE_ZOO), "--check"])
+    assert runpy.run_path(str(MAKE_ZOO))["main"]() == 0
+
+
+def test_the_plot_by_threat_shows_the_best_of_the_cards_beside_numbers_that_stand_on_cards() -> None:
+    made = runpy.run_path(str(MAKE_ZOO))
+    rows, cards = made["field"](), bundled.cards().values()
+    assert [(row.dataset, str(row.threat)) for row in rows] == [
+        *((data, threat) for data in ("mnist", "cifar10") for threat in ("patch:2x2", "patch:5x5", "sparse:4", "sparse:10")),
+        ("imagenet", "patch:2%"),
+    ]
+    papers = {(card.dataset, paper.clean, paper.certified) for card in cards for paper in card.published}
+    for row in rows:
+        one = row.published
+        known = (row.dataset, one["clean"], one["certified"]) in papers
+        assert known or not one.get("checked", True) or row.dataset == "imagenet"
+        own = [
+            result.certified
+            for card in cards
+            for result in card.results
+            if (result.dataset, result.threat, result.guarantee) == (row.dataset, row.threat, "recovery")
+        ]
+        if row.found is None:
+            assert not own and row.missing.startswith("not measured")
+        else:
+            assert row.found.images == 10_000 and row.found.certified >= max(own) and row.found in row.card.results
+            assert (row.found.threat == row.threat) == ("proven for" not in row.remark)
+    assert any(row.remark == "proven for patch:5x5" for row in rows)
+    (away,) = [row for row in rows if row.dataset == "imagenet"]
+    assert away.missing == "not measured on the test split; 21.33 % of a sample (n = 150)"
+
+
+def test_a_threat_covers_another_if_it_allows_all_its_changes() -> None:
+    covers = runpy.run_path(str(MAKE_ZOO))["covers"]
+    names = ["patch:1x1", "patch:2x2", "patch:2x3", "patch:3x2", "patch:2%", "sparse:1", "sparse:4", "sparse:4:value"]
+    found = {name: parse_threat(name) for name in [*names, "sparse:12:value", "patches:2:1x1"]}
+    random = torch.Generator().manual_seed(0)
+    for weak_name, weak in found.items():
+        changed = torch.zeros(60, 3, 6, 6, dtype=torch.bool)
+        for image in changed:
+            for _ in range(int(torch.randint(1, 4, (), generator=random))):
+                top, left, high, wide = torch.randint(1, 4, (4,), generator=random).tolist()
+                image[:, top : top + high, left : left + wide] = torch.rand(3, high, wide, generator=random).ge(0.3)[
+                    :, : 6 - top, : 6 - left
+                ]
+        allowed = changed[weak.contains(changed)]
+        assert covers(weak, weak)
+        for strong_name, strong in found.items():
+            if covers(strong, weak):
+                assert bool(strong.contains(allowed).all()), (strong_name, weak_name)
+    pairs = {(strong, weak) for strong in found for weak in found if strong != weak and covers(found[strong], found[weak])}
+    assert {("patch:2x3", "patch:2x2"), ("sparse:4", "patch:2x2"), ("sparse:4", "sparse:4:value")} <= pairs
+    assert not {("patch:2x2", "patch:2x3"), ("sparse:4:value", "sparse:4"), ("sparse:1", "patch:2x2")} & pairs

@@ -25,7 +25,7 @@ from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.cards import Card, Measured, Published
 from patchcert_cli.errors import UsageError
 from patchcert_cli.reporting import figure_style, numbers
-from patchcert_cli.reporting.site.charts import Chart, charts
+from patchcert_cli.reporting.site.charts import Chart, charts, looks
 from patchcert_cli.reporting.site.leaderboards import describe, difficulty, leaderboards, own, paper_for, title
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Guarantee, as_options
@@ -77,6 +77,7 @@ def render(cards: Iterable[Card], *, version: str = __version__) -> str:
         measured=sum(bool(card.results) for card in models),
         newest=max((one.date for card in models for one in card.results), default=""),
         boards=boards,
+        looks=looks({entry.card.name: entry.card for board in boards for entry in board.entries}.values()),
         datasets=list(dict.fromkeys(board.dataset for board in boards)),
         threats=list(dict.fromkeys(str(board.threat) for board in sorted(boards, key=lambda board: difficulty(board.threat)))),
         charts=charts(boards),
@@ -107,7 +108,7 @@ def filled(
         MachineError: matplotlib is not installed.
     """
     figure_style.require()
-    environment = _environment().overlay()
+    environment = templates().overlay()
     environment.filters = {**environment.filters, **(filters or {})}
     style = Markup(environment.get_template("style.css").render(palette=figure_style.PALETTE))
     code = Markup(_source(environment, script)) if script else Markup("")
@@ -194,7 +195,7 @@ def unmeasured(cards: Sequence[Card]) -> list[Unmeasured]:
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def templates() -> jinja2.Environment:
     """The templates, with everything that they call."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("patchcert_cli.reporting.site"),

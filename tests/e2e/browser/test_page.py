@@ -10,15 +10,20 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from reporting.test_runs_page import write_run
 from reporting.test_site import hostile
 from site_cards import HOSTILE, card, result, zoo
 
 from e2e.browser.driver import Browser, missing
 from patchcert_cli.catalog import bundled
 from patchcert_cli.reporting import site
+from patchcert_cli.reporting.site import runs, weakest
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "a browser is here")
 
+PNG = (  # one white pixel
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAG7buVgAAAABJRU5ErkJggg=="
+)
 ENTER = "\ue007"
 TABLE = 'section[id="mnist/patch:3x3"]'
 SHOWN = """
@@ -301,3 +306,30 @@ def test_the_bundled_zoo(browser: Browser, tmp_path: Path) -> None:
     visit(browser, site.write(bundled.cards().values(), tmp_path / "bundled").as_uri())
     assert browser.run("return document.querySelectorAll('details.card').length") == len(bundled.names())
     assert len(boards(browser)) >= 5 and browser.run(OVERLAPS) == []
+    wide = "return [...document.querySelectorAll('main > section .scroll')].filter((one) => one.checkVisibility()"
+    assert browser.run(f"{wide} && one.scrollWidth > one.clientWidth).map((one) => one.ariaLabel)") == []
+    looks = """
+    const looks = {};
+    const add = (name, mark, glyph) => { (looks[name] ||= new Set()).add(getComputedStyle(mark).color + glyph); };
+    document.querySelectorAll(".board .key").forEach((one) => add(one.nextSibling.textContent, one, one.dataset.glyph));
+    for (const {firstChild, lastChild} of document.querySelectorAll(".legend li")) {
+      add(lastChild.textContent, firstChild, firstChild.textContent);
+    }
+    return Object.values(looks).map((found) => found.size);
+    """
+    assert set(browser.run(looks)) == {1}
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (700, "dark"), (375, "light")])
+def test_the_page_of_a_users_runs(browser: Browser, tmp_path: Path, width: int, scheme: str) -> None:
+    found = runs.read([write_run(tmp_path / "one", [3, -1, 5, 9]), write_run(tmp_path / "two", [3, 4, 5, 9])])
+    image = weakest.WeakImage("image 3", "cat", "dog", -1.0, False, (0, 0, 5, 5), PNG)
+    path = tmp_path / "index.html"
+    path.write_text(runs.render(found, [(found[0], weakest.Weakest(found[0].main, (image,), ""))]))
+    browser.resize(width, 900)
+    browser.scheme(scheme)
+    visit(browser, path.as_uri())
+    needed, given = browser.run("const it = document.documentElement; return [it.scrollWidth, it.clientWidth]")
+    assert needed <= given and browser.run(OVERLAPS) == [] and browser.run(CONTRAST) == []
+    assert browser.run("return [...document.images].map((one) => one.naturalWidth)") == [1]
+    assert {address for address in browser.requests() if not address.startswith("data:")} == {path.as_uri()}

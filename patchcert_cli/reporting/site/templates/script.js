@@ -66,7 +66,7 @@
     }
     for (const part of all("section.data")) part.hidden = !all("section.threat, figure.curve", part).some((each) => !each.hidden);
     for (const part of all("section.unmeasured")) {
-      const rows = all("tbody tr", part);
+      const rows = all(".board tbody tr", part);
       for (const each of all("[data-words]", part)) each.hidden = !(named(each) && ours(each));
       part.hidden = rows.every((row) => row.hidden);
     }
