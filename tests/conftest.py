@@ -20,6 +20,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+number_of_threads = torch.get_num_threads  # tests replace the function
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,7 +50,7 @@ def settings() -> tuple[object, ...]:
     return (
         backends.cudnn.enabled,
         backends.mkldnn.enabled,
-        torch.get_num_threads(),
+        number_of_threads(),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_grad_enabled(),
         torch.get_default_dtype(),

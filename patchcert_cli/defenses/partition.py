@@ -86,7 +86,7 @@ class Division:
 
 @dataclass(frozen=True)
 class PartitionOptions(Division, AugmentedOptions):
-    """How pixels are divided and sets vote, see :class:`Division`; and the training, of which looks are no part.
+    """How pixels are divided and sets vote, see :class:`Division`; and the training, which has one look at a set.
 
     Attributes:
         drawn: sets of each image that a training step looks at, drawn for each image; 0 for all.
@@ -222,9 +222,9 @@ class Partition(VotingDefense):
         width, spacing = steps.shape[3], self.how.spacing
         total: Tensor | int = 0
         for down, right, mirrored in self.how.looks:
-            rows = (torch.arange(spacing) + down) % spacing  # where the sets of the image are in the one that is looked at
-            columns = torch.arange(spacing)
-            columns = ((width - 1 - columns if mirrored else columns) + right) % spacing
+            own = torch.arange(spacing, device=steps.device)
+            rows = (own + down) % spacing  # where the sets of the image are in the one that is looked at
+            columns = ((width - 1 - own if mirrored else own) + right) % spacing
             image = F.pad(steps.flip(3) if mirrored else steps, (right, -right, down, -down))
             total = total + self.run(self.values(image)).double()[:, :, rows[:, None], columns]
         return cast(Tensor, total)

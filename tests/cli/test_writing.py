@@ -25,6 +25,7 @@ MODELS: dict[tuple[str, ...], list[str]] = {
     ("report", "zoo"): [],
     ("report", "attacks"): ["nope"],
     ("report", "runs"): ["nope"],
+    ("reproduce",): ["nope"],
     ("convert",): ["nope", "--out", "nope.safetensors"],
     ("zoo", "verify"): ["nope"],
     ("zoo", "add"): ["nope", "--name", "x"],
@@ -46,6 +47,7 @@ WRITES = {
             ("zoo", "add"),
             ("report", "zoo"),
             ("report", "runs"),
+            ("reproduce",),
         ]
     ),
     (("report", "attacks"), "--plot"),
