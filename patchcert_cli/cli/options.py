@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import show
+from patchcert_cli.cli import complete, show
 from patchcert_cli.cli.groups import without
 from patchcert_cli.cli.threat_options import own_threat, threat_from, threats_from
 from patchcert_cli.errors import UsageError
@@ -54,7 +54,9 @@ MODEL_HELP = (
     "Zoo model, run folder, or a plain classifier: timm:NAME, torchvision:NAME, hf-hub:ORG/REPO@COMMIT, "
     "onnx:FILE, PACKAGE.MODULE:FUNCTION. Several give one table. Default: the documented default model of the data set."
 )
-ModelsArgument = Annotated[list[str] | None, typer.Argument(metavar="NAME|PATH|ADDRESS", help=MODEL_HELP)]
+ModelsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="NAME|PATH|ADDRESS", help=MODEL_HELP, autocompletion=complete.models)
+]
 PatchOption = Annotated[
     str | None,
     typer.Option(
@@ -111,6 +113,7 @@ DatasetOption = Annotated[
         "--data",
         "--dataset",
         metavar="NAME|imagefolder:PATH",
+        autocompletion=complete.datasets,
         help="Data set, or a folder of class folders; add @SIDE or @HxW for images of that size. "
         "Default: the model's own, else cifar10.",
         rich_help_panel=DATA,
@@ -180,7 +183,10 @@ QuietOption = Annotated[
 ]
 
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Use what is on this disk; ask no network.")]
-DatasetFilter = Annotated[str | None, typer.Option("--data", "--dataset", metavar="NAME", help="Only models for this data set.")]
+DatasetFilter = Annotated[
+    str | None,
+    typer.Option("--data", "--dataset", metavar="NAME", help="Only models for this data set.", autocompletion=complete.datasets),
+]
 
 
 @dataclass(frozen=True)
@@ -227,7 +233,10 @@ class ClassifierOptions:
     defense: Annotated[
         str | None,
         typer.Option(
-            "--defense", help="Put this defense around the classifier, such as patchcleanser.", rich_help_panel=CLASSIFIER
+            "--defense",
+            autocompletion=complete.defenses,
+            help="Put this defense around the classifier, such as patchcleanser.",
+            rich_help_panel=CLASSIFIER,
         ),
     ] = None
     masks: Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import launch, show
+from patchcert_cli.cli import complete, launch, show
 from patchcert_cli.cli.groups import grouped
 from patchcert_cli.cli.options import (
     RUN,
@@ -47,13 +47,23 @@ class RecipeOptions:
 
     recipe: Annotated[
         str | None,
-        _recipe_option("--recipe", metavar="FILE.yaml|NAME|PATH", text="Begin with the recipe in this file, or of this model."),
+        _recipe_option(
+            "--recipe",
+            autocompletion=complete.recipes,
+            metavar="FILE.yaml|NAME|PATH",
+            text="Begin with the recipe in this file, or of this model.",
+        ),
     ] = None
     dataset: Annotated[
         str | None,
-        _recipe_option("--data", "--dataset", text="Data set, or imagefolder:PATH; mnist unless the recipe says otherwise."),
+        _recipe_option(
+            "--data",
+            "--dataset",
+            autocompletion=complete.datasets,
+            text="Data set, or imagefolder:PATH; mnist unless the recipe says otherwise.",
+        ),
     ] = None
-    defense: Annotated[str | None, _recipe_option("--defense", text="Defense to train.")] = None
+    defense: Annotated[str | None, _recipe_option("--defense", autocompletion=complete.defenses, text="Defense to train.")] = None
     model: Annotated[
         str | None,
         _recipe_option("--model", text="Begin with published weights: timm:NAME, or hf-hub:ORG/REPO@COMMIT; see --weights."),
@@ -62,7 +72,10 @@ class RecipeOptions:
         str | None, _recipe_option("--weights", text="Safetensors for --model to begin with, or none for random ones.")
     ] = None
     network: Annotated[
-        str | None, _recipe_option("--network", text="Network; the defense's own unless the recipe says otherwise.")
+        str | None,
+        _recipe_option(
+            "--network", autocompletion=complete.networks, text="Network; the defense's own unless the recipe says otherwise."
+        ),
     ] = None
     network_option: Annotated[
         list[str] | None,
@@ -90,7 +103,10 @@ class RecipeOptions:
         int | None, _recipe_option("--limit", text="Only this many training images, the held-out ones included.")
     ] = None
     seed: Annotated[int | None, _recipe_option("--seed", text="Seed of everything random.")] = None
-    start: Annotated[str | None, _recipe_option("--start", metavar="NAME|PATH", text="Begin with this model's weights.")] = None
+    start: Annotated[
+        str | None,
+        _recipe_option("--start", autocompletion=complete.models, metavar="NAME|PATH", text="Begin with this model's weights."),
+    ] = None
 
     def changes(self, threat: Threat | None) -> Overrides:
         """The entries of the recipe that the user changes, with the threat model that was given."""
@@ -130,6 +146,7 @@ class TrainingRunOptions:
         list[str] | None,
         typer.Option(
             "--track",
+            autocompletion=complete.trackers,
             metavar="tensorboard|wandb|trackio",
             help="Also show the metrics of each epoch there; repeatable.",
             rich_help_panel=RUN,

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, final
 
-from patchcert_cli.errors import MachineError
+from patchcert_cli.errors import MachineError, first_line
 
 PROJECT = "patchcert"
 
@@ -59,5 +59,5 @@ def require(name: str, tracker: type[Tracker]) -> None:
     try:
         import_module(tracker.module)
     except ImportError as problem:
-        said = f"--track {name} needs a package that is not installed."
+        said = f"--track {name} cannot import '{tracker.module}': {first_line(problem)}."
         raise MachineError(said, hint=f"Type: pip install 'patchcert[{name}]'") from problem

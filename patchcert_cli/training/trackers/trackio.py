@@ -13,10 +13,10 @@ class Trackio(Tracker):
     module = "trackio"
 
     def start(self, run: TrackedRun) -> None:
-        self.run = self.library.init(project=PROJECT, name=f"{run.name}-{run.id}", resume="allow", config=run.recipe)
+        self.library.init(project=PROJECT, name=f"{run.name}-{run.id}", resume="allow", config=run.recipe)
 
     def log(self, epoch: int, values: Mapping[str, float]) -> None:
-        self.run.log(dict(values), step=epoch)
+        self.library.log(dict(values), step=epoch)
 
     def finish(self) -> None:
-        self.run.finish()
+        self.library.finish()  # not the run's own, which finishes it again when the process ends
