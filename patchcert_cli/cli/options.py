@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from patchcert_cli.evaluation.models import DefenseRequest
     from patchcert_cli.threats import Threat
 
-THREAT, DATA, RUN, OUTPUT = "Threat model", "Data", "Run", "Output"
-CLASSIFIER = "Plain classifiers and masks"
+THREAT, DATA, RUN, OUTPUT, CLASSIFIER = "Threat model", "Data", "Run", "Output", "Plain classifiers and masks"
 PRECISIONS = ("float32", "bfloat16")
 PROCESSES = "--processes"
 
@@ -181,7 +180,6 @@ QuietOption = Annotated[
         "--quiet", "-q", callback=show.set_quiet, help="No progress and no remarks; errors are printed.", rich_help_panel=OUTPUT
     ),
 ]
-
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Use what is on this disk; ask no network.")]
 DatasetFilter = Annotated[
     str | None,
@@ -298,7 +296,6 @@ class ClassifierOptions:
             rich_help_panel=CLASSIFIER,
         ),
     ] = None
-
     option: Annotated[
         list[str] | None,
         typer.Option(
