@@ -201,7 +201,8 @@ class Partition(VotingDefense):
         return cast(Tensor, likely.mean(dim=(2, 3)))
 
     def surrogates(self) -> tuple[Surrogate, ...]:
-        """Votes with the gradient of likelihoods (straight-through), and their smooth form."""
+        """Votes with the gradient of likelihoods (straight-through), and their smooth form, both of the
+        look at the image itself: all looks would cost as many times as much, and the deployed answer judges what is found."""
         votes = Surrogate(lambda x: self._ballots(self.network(self.values(x)).permute(0, 2, 3, 1)).sum(dim=(1, 2)))
         votes.tolerance = 2.0  # the deployed network is rounded, and some sets say something else
         return votes, Surrogate(self)

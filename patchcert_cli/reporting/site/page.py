@@ -144,17 +144,28 @@ def page_path(folder: Path, generator: str, *, force: bool = False) -> Path:
     """
     path = folder / INDEX
     files.check_folder(folder, "--out")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"'{path}' is not a regular file.", hint="Choose another --out.")
-    if path.exists() and not force and not _is_page(path, generator):
-        raise UsageError(f"'{path}' was not written by this command.", hint="Choose another --out, or replace it with --force.")
+    keep_others(path, f'content="{generator} ', force=force)
     return path
 
 
-def _is_page(path: Path, generator: str) -> bool:
+def keep_others(path: Path, mark: str, *, force: bool = False) -> None:
+    """Refuse to replace a file that this command did not write: its first bytes lack the command's ``mark``.
+
+    Raises:
+        UsageError: it is not a regular file, or lacks the mark, without ``force``.
+    """
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise UsageError(f"'{path}' is not a regular file.", hint="Choose another --out.")
+    if not force and not _has(path, mark):
+        raise UsageError(f"'{path}' was not written by this command.", hint="Choose another --out, or replace it with --force.")
+
+
+def _has(path: Path, mark: str) -> bool:
     try:
         with path.open("rb") as stream:
-            return f'content="{generator} '.encode() in stream.read(2000)
+            return mark.encode() in stream.read(2000)
     except OSError:
         return False
 

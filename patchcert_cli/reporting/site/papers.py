@@ -13,7 +13,6 @@ from pathlib import Path
 from markupsafe import Markup
 
 from patchcert_cli.catalog import bundled
-from patchcert_cli.errors import UsageError
 from patchcert_cli.papers.fill import FilledPaper, FilledRow, FilledTable
 from patchcert_cli.papers.paper import Row
 from patchcert_cli.reporting import figure_style, plots
@@ -22,7 +21,6 @@ from patchcert_cli.reporting.figure_style import DASHES, Heading, Look
 from patchcert_cli.reporting.plots import HEIGHT, WIDTH, Point, Series
 from patchcert_cli.reporting.site import charts, page
 from patchcert_cli.storage import files
-from patchcert_cli.version import __version__
 
 GENERATOR = "patchcert reproduce"
 PUBLISHED = "published"
@@ -55,11 +53,8 @@ def write(papers: Sequence[FilledPaper], folder: Path, *, force: bool = False) -
     files.check_folder(folder, "--out")
     drawn = {paper.paper.name: {table.table.id: lines(table) for table in paper.tables if table.table.axis} for paper in papers}
     names = [f"{name}{end}" for name, found in drawn.items() for end in (".html", ".md", *(f"-{id_}.svg" for id_ in found))]
-    for path in (folder / name for name in names):
-        if path.exists() and not force and not _is_ours(path):
-            raise UsageError(
-                f"'{path}' was not written by this command.", hint="Choose another --out, or replace it with --force."
-            )
+    for name in names:
+        page.keep_others(folder / name, GENERATOR, force=force)
     written = []
     for paper in papers:
         name = paper.paper.name
@@ -75,16 +70,11 @@ def write(papers: Sequence[FilledPaper], folder: Path, *, force: bool = False) -
 
 def render(paper: FilledPaper, drawn: dict[str, list[Line]]) -> str:
     """The page about a paper."""
-    environment = page.templates()
-    style = Markup(environment.get_template("style.css").render(palette=figure_style.PALETTE))
-    inline = {id_: Markup(draw_inline(paper, id_, found)) for id_, found in drawn.items() if found}
-    return environment.get_template("paper.html").render(
-        policy=page.policy(style, ""),
-        style=style,
-        generator=GENERATOR,
-        version=__version__,
+    return page.filled(
+        "paper.html",
+        GENERATOR,
         paper=paper,
-        charts=inline,
+        charts={id_: Markup(draw_inline(paper, id_, found)) for id_, found in drawn.items() if found},
         lines=drawn,
         texts=texts,
         newest=max((one.date for row in _rows(paper) if row.card for one in row.card.results), default=""),
@@ -182,11 +172,3 @@ def _tip(one: FilledRow) -> str:
 
 def _rows(paper: FilledPaper) -> list[FilledRow]:
     return [row for table in paper.tables for row in table.rows]
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        with path.open("rb") as stream:
-            return GENERATOR.encode() in stream.read(2000)
-    except OSError:
-        return False
