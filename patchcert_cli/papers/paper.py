@@ -145,6 +145,11 @@ def _gaps_exist(rows: tuple[Row, ...], gaps: tuple[Gap, ...]) -> Iterable[str]:
     yield from (f"gaps: there is no row {name}" for gap in gaps for name in (gap.more, gap.less) if name not in known)
 
 
+def _unit_has_seconds(rows: tuple[Row, ...], seconds_of: str) -> Iterable[str]:
+    if seconds_of and not any(row.name == seconds_of and row.published and row.published.seconds for row in rows):
+        yield f"seconds_of: there is no row {seconds_of} with published seconds"
+
+
 def _attacks_have_no_certificates(rows: tuple[Row, ...], guarantee: Guarantee) -> Iterable[str]:
     if not guarantee.proves:
         yield from (f"rows: {row.name} has a model, but nothing is certified here" for row in rows if row.model)
@@ -162,6 +167,7 @@ class Table:
         axis: what its chart is drawn over; empty for no chart.
         guarantee: of all its rows; ``none`` for accuracy under attacks, which shares no table with certificates.
         training: whether it shows what training took.
+        seconds_of: the row in whose seconds those of all rows are also shown, since ratios travel between machines.
         gaps: differences between its rows.
     """
 
@@ -174,8 +180,9 @@ class Table:
     axis: Literal["", "side", "masks"] = ""
     guarantee: Guarantee = Guarantee.RECOVERY
     training: bool = False
+    seconds_of: str = ""
     gaps: tuple[Gap, ...] = ()
-    rules: ClassVar[tuple[Rule, ...]] = (_rows_differ, _gaps_exist, _attacks_have_no_certificates)
+    rules: ClassVar[tuple[Rule, ...]] = (_rows_differ, _gaps_exist, _unit_has_seconds, _attacks_have_no_certificates)
 
 
 def _tables_differ(tables: tuple[Table, ...]) -> Iterable[str]:

@@ -37,6 +37,9 @@ def cells(one: FilledRow, table: FilledTable) -> dict[str, str]:
         }
     if any(other.row.published and other.row.published.seconds for other in table.rows):
         found["published seconds"] = number(published.seconds)
+        if unit := next((other.row.published for other in table.rows if other.row.name == table.table.seconds_of), None):
+            share = published.seconds and unit.seconds and f"{published.seconds / unit.seconds:.2f}"
+            found[f"published seconds / {table.table.seconds_of}"] = share or NOT_KNOWN
     if measured is None:
         found |= {"measured": NONE, "95 % interval": NONE, "images": NONE, "arithmetic": NONE}
     else:

@@ -180,6 +180,8 @@ def test_unknown_cells_stay_unknown(filled: dict[str, fill.FilledPaper]) -> None
     cells = {row.row.name: texts.cells(row, table) for row in table.rows}
     assert cells["RF 9"]["published"] == "not known" and cells["RF 9"]["published network"] == "57M parameters"
     assert cells["RF 7"]["published"] == "86.00 / 60.00" and cells["RF 9"]["network"] == texts.NONE
+    ratios = {name: row["published seconds / RF 7"] for name, row in cells.items()}
+    assert ratios["RF 5"] == "0.96" and ratios["RF 7"] == "1.00" and ratios["Block smoothing"] == "19.41"
     table = next(one for one in filled["chiang-2020"].tables if one.table.id == "best")
     cells = {row.row.name: texts.cells(row, table) for row in table.rows}
     assert cells["MNIST 5x5"]["published training"] == "not known" and cells["MNIST 5x5"]["training"] == "65 min, cpu, 1 thread"
@@ -221,6 +223,9 @@ def test_a_wrong_file_lists_every_problem() -> None:
     wrong = wrong.replace("kind: figure", "kind: drawing").replace("venue: NeurIPS 2020", "year: 2020")
     with pytest.raises(IntegrityError) as refused:
         Paper.from_text(wrong, "levine.yaml")
+    other = (ROOT / "patchcert_cli/papers/metzen-2021.yaml").read_text().replace("seconds_of: RF 7", "seconds_of: RF 1")
+    with pytest.raises(IntegrityError, match="seconds_of: there is no row RF 1 with published seconds"):
+        Paper.from_text(other, "metzen.yaml")
     for part in (
         "certified is 57.6, not a fraction in [0, 1]",
         "invalid patch 'x'",
