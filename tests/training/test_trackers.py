@@ -183,6 +183,18 @@ def test_a_missing_library_is_refused_before_anything_else(
     assert hint == f"hint: Type: pip install 'patchcert[{name}]'"
 
 
+def test_a_library_that_is_broken_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "wandb":
+                raise AttributeError("numpy has no attribute float_")
+
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(MachineError, match="--track wandb cannot import 'wandb': numpy has no attribute float_"):
+        Tracking(["wandb"])
+
+
 def test_an_unknown_tracker_is_refused_with_suggestions() -> None:
     with pytest.raises(UnknownName, match="no tracker 'wanb'") as unknown:
         Tracking(["wanb"])

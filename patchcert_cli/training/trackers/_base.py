@@ -58,6 +58,6 @@ def require(name: str, tracker: type[Tracker]) -> None:
     """Raise :class:`MachineError` unless the library of a tracker can be imported."""
     try:
         import_module(tracker.module)
-    except ImportError as problem:
+    except Exception as problem:  # a broken library may raise anything
         said = f"--track {name} cannot import '{tracker.module}': {first_line(problem)}."
         raise MachineError(said, hint=f"Type: pip install 'patchcert[{name}]'") from problem
