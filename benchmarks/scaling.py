@@ -1,11 +1,12 @@
 """Many processes: measured on this machine, simulated for larger jobs, and what the counter that they share costs.
 
-    python benchmarks/scaling.py measure [--limit N] [--steps N] [--repeats N] [--data-dir DIR]
+    python benchmarks/scaling.py measure [--limit N] [--steps N] [--repeats N] [--only NAME] [--data-dir DIR]
     python benchmarks/scaling.py simulate [--images N] [--workers 8,64,512] [--seed N]
     python benchmarks/scaling.py counter [--clients N] [--processes N] [--images N]
 
 ``measure`` runs the same commands with 1 and 2 processes of one thread each, in turns, and prints ratios of the times that the
-runs report, without the loading of models. ``simulate`` shares images among workers as evaluation does, with the same rule for
+runs report, without the loading of models; and what this machine can give at most: the same work twice at once, in two
+processes that share nothing. ``simulate`` shares images among workers as evaluation does, with the same rule for
 sizes (:class:`patchcert_cli.evaluation.pace.Pace`), in simulated time. ``counter`` adds to a real store from many clients at
 once, and merges the records of a job of that size.
 """
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -327,8 +329,14 @@ def folders() -> Iterator[Callable[[], Path]]:
         yield lambda: Path(place) / str(next(number))
 
 
-def measure(limit: int, bounded: int, steps: int, repeats: int, data: Sequence[str]) -> None:
-    """Print the ratio of 1 and 2 processes for two ways to certify, and for training."""
+def apart(run: Callable[[int, Path], float], new: Callable[[], Path]) -> float:
+    """Seconds of the slower one of two single processes that do the same work at once."""
+    with ThreadPoolExecutor(2) as pool:
+        return max(pool.map(lambda out: run(1, out), [new(), new()]))
+
+
+def measure(limit: int, bounded: int, steps: int, repeats: int, data: Sequence[str], only: str) -> None:
+    """Print the ratio of 1 and 2 processes for two ways to certify, and for training: those with ``only`` in their names."""
     work: dict[str, Callable[[int, Path], float]] = {
         f"certify cifar-masked-cnn, {limit} images": lambda n, out: certified("cifar-masked-cnn", limit, n, out),
         f"certify cifar-ibp-p5, {bounded} images": lambda n, out: certified("cifar-ibp-p5", bounded, n, out),
@@ -336,10 +344,13 @@ def measure(limit: int, bounded: int, steps: int, repeats: int, data: Sequence[s
     }
     with folders() as new:
         for name, run in work.items():
-            times = [[run(processes, new()) for processes in (1, 2)] for _ in range(repeats)]
-            one, two = (statistics.median(column) for column in zip(*times, strict=True))
-            each = ", ".join(f"{a / b:.2f}" for a, b in times)
+            if only not in name:
+                continue
+            times = [(run(1, new()), run(2, new()), apart(run, new)) for _ in range(repeats)]
+            one, two, twice = (statistics.median(column) for column in zip(*times, strict=True))
+            each = ", ".join(f"{a / b:.2f}" for a, b, _ in times)
             print(f"{name}: {one:.2f} s with 1 process, {two:.2f} s with 2: {one / two:.2f} times ({each})", flush=True)
+            print(f"  two processes that share nothing do {2 * one / twice:.2f} times the work of one", flush=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -351,6 +362,7 @@ def parser() -> argparse.ArgumentParser:
     of.add_argument("--steps", type=int, default=10)
     of.add_argument("--repeats", type=int, default=3)
     of.add_argument("--data-dir", help="where CIFAR-10 is, for training")
+    of.add_argument("--only", default="", help="only what has this in its name: masked, ibp or train")
     of = commands.add_parser("simulate")
     of.add_argument("--images", type=int, default=50_000)
     of.add_argument("--workers", default="8,64,512")
@@ -367,7 +379,7 @@ def main(words: Sequence[str] | None = None) -> None:
     given = parser().parse_args(words)
     if given.what == "measure":
         data = ["--data-dir", given.data_dir] if given.data_dir else []
-        measure(given.limit, given.bounded, given.steps, given.repeats, data)
+        measure(given.limit, given.bounded, given.steps, given.repeats, data, given.only)
     elif given.what == "simulate":
         simulate(given.images, [int(size) for size in given.workers.split(",")], given.seed)
     else:

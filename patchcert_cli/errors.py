@@ -102,3 +102,9 @@ def first_line(problem: BaseException) -> str:
 
 def _folded(name: str) -> str:
     return name.lower().replace("_", "-")
+
+
+def of_code(code: int) -> type[PatchcertError]:
+    """The class of errors of an exit code."""
+    kinds = [kind for kind in PatchcertError.__subclasses__() if kind.code == code]
+    return kinds[0] if kinds else PatchcertError

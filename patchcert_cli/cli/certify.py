@@ -105,7 +105,7 @@ class ImageOptions:
             of_many |= {
                 "--dry-run": dry_run,
                 "--fresh": run.fresh,
-                "--processes": run.processes,
+                "--processes": run.processes if len(self.image) == 1 else None,
                 "--plot": self.plot,
                 "--plot-thresholds": self.plot_thresholds,
             }
@@ -237,7 +237,7 @@ def _certify_images(
         return _certify_image(path, *opened(path), image)
 
     rows = several.in_two_columns(text.single_rows)
-    several.run([str(path) for path in image.image or ()], one, _image_table, json_to, one_table=rows, about="image")
+    several.run([str(path) for path in image.image or ()], one, _image_table, json_to, one_table=rows, about="image", shared=True)
 
 
 def _certify_image(

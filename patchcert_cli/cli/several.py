@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import typer
 
 from patchcert_cli.cli import show
 from patchcert_cli.cli.options import typed_command
-from patchcert_cli.errors import Interrupted, PatchcertError, UsageError
+from patchcert_cli.errors import Interrupted, PatchcertError, UsageError, of_code
+from patchcert_cli.parallel import workers as jobs
 from patchcert_cli.threats import Guarantee
 
 Value = dict[str, Any]
@@ -38,12 +39,14 @@ def run(
     one_table: Callable[[Value], None],
     check: Callable[[Value], None] | None = None,
     about: str = "model",
+    shared: bool = False,
 ) -> None:
     """Run a command for its models, or for what ``about`` says, and print what it found.
 
     ``one(model, command)`` computes a result; ``command`` is what would have been typed for that model alone.
     One model, or the default (None), prints ``one_table``; several print ``table`` and give a list as JSON. ``check`` raises the
-    error that a result ends in; the result is still printed.
+    error that a result ends in; the result is still printed. With ``shared`` the processes of a job share them; otherwise they
+    work on each of them together.
 
     Raises:
         PatchcertError: of one model alone.
@@ -56,10 +59,9 @@ def run(
         if check is not None:
             check(value)
         return
-    values: list[Value] = []
-    codes: list[int] = []
-    for name in names:
-        value = {about: name}
+
+    def attempt(name: str) -> Value:
+        value: Value = {about: name}
         try:
             value = one(name, typed_command(name, names))
             if check is not None:
@@ -67,16 +69,51 @@ def run(
         except PatchcertError as problem:
             if os.environ.get("PATCHCERT_DEBUG"):
                 raise
-            show.error(problem, name)
             value = value | {"error": {"code": problem.code, "message": problem.message, "hint": problem.hint}}
-            codes.append(problem.code)
+        return value
+
+    values, codes = [], []
+    for value in _shared(names, attempt, about) if shared else map(attempt, names):
         values.append(value)
-        if codes and codes[-1] == Interrupted.code:
-            break
+        if "error" in value:
+            problem = value["error"]
+            codes.append(int(problem["code"]))
+            show.error(of_code(codes[-1])(problem["message"], hint=problem["hint"]), value[about])
+            if codes[-1] == Interrupted.code:
+                break
     complete = [value for value in values if set(value) - {about, "error"}]
     show.printed(lambda: table(complete) if complete else None, values, json_to)
     if codes:
         raise typer.Exit(codes[-1] if codes[-1] == Interrupted.code else codes[0])
+
+
+def _shared(names: Sequence[str], attempt: Callable[[str], Value], about: str) -> Iterator[Value]:
+    """What is found for each name, in their order, on the first rank of a job; each rank takes the next one that none has taken.
+
+    Raises:
+        UsageError: there are more ranks than names, or the ranks have other names or models.
+    """
+    workers = jobs.current().scope()
+    if workers.size > len(names):
+        raise UsageError(
+            f"{workers.size} processes are more than the {len(names)} {about}s.", hint=f"Use --processes {len(names)} or fewer."
+        )
+    workers.agree({f"{about}s": " ".join(names)})
+    own = {}
+    while (at := workers.add("taken", 1) - 1) < len(names):
+        own[at] = attempt(names[at])
+        workers.tell(f"found {at}", own[at])
+        if workers.alone:
+            yield own[at]
+    if workers.alone or not workers.first:
+        return
+    model = None
+    for at in range(len(names)):
+        value = own.get(at) or workers.ask(f"found {at}", jobs.LONGEST)
+        found = value.get("model_sha256")
+        if found is not None and found != (model := model or found):
+            raise UsageError(f"the ranks have other models: {model} and {found}.", hint="All ranks need the same models.")
+        yield value
 
 
 def in_two_columns(rows: Callable[[Value], Sequence[tuple[str, str]]]) -> Callable[[Value], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -176,6 +177,8 @@ def _steps(text: str) -> tuple[int, ...]:
 @grouped
 def train(*, threats: ThreatOptions, recipe: RecipeOptions, where: TrainingRunOptions, output: OutputOptions) -> None:
     """Train a certified defense; the run folder has the shape of a zoo folder, and the same command resumes a stopped run."""
+    began = time.perf_counter()
+
     from patchcert_cli import device as devices
     from patchcert_cli.reporting import text
     from patchcert_cli.training import estimate, overrides, run
@@ -205,6 +208,7 @@ def train(*, threats: ThreatOptions, recipe: RecipeOptions, where: TrainingRunOp
             fetch=f"{typed_command()} --download",
             progress=progress,
             max_minutes=where.max_minutes,
+            began=began,
             track=where.track or (),
         )
     if workers.current().first:

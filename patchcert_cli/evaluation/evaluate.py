@@ -105,7 +105,7 @@ def attack(
     and is not written into the folder; the same call goes on with these.
 
     With ``save``, the adversarial images are kept in that folder, also those of an earlier call that kept none: they are attacked
-    again. The returned result says under ``saved`` how many there are.
+    again. The returned result says under ``saved`` how many there are, on the first rank of a job.
 
     Raises:
         UsageError: no image was finished within ``max_seconds``, or ``save`` holds something else; and as :func:`certify`.
@@ -130,15 +130,13 @@ def attack(
         return attack_results.result(task, run, attacker, settings, join, seconds, resumed)
 
     workers = jobs.current().scope()
-    if kept is not None and not workers.alone:
-        raise UsageError("--save is for one process.", hint="Run the same command without --processes afterwards.")
     with _opened(task, "attack", extra, folder, fresh, workers) as run:
         if kept is not None:
-            kept.claim()
+            workers.lead("kept", kept.claim)
         unit = attacker.together(defense)
         pace = Pace(task.batch_size, unit=unit)
         found = _Work(task, run, workers, pace, progress or Silent(), clock, max_seconds=max_seconds).finish(searched, result)
-        if kept is None:
+        if kept is None or not workers.first:
             return results.Result(found)
         for some in torch.split(_lost(task, run, kept), unit):
             searched(task.images.take(some))

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patchcert_cli.errors import MachineError, PatchcertError, UsageError, first_line
+from patchcert_cli.errors import MachineError, PatchcertError, UsageError, first_line, of_code
 from patchcert_cli.version import __version__
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Workers:
         value = self.ask(key, seconds)
         if isinstance(value, Mapping) and "error" in value:
             code, message, hint = value["error"]
-            raise _error(int(code))(str(message), hint=str(hint))
+            raise of_code(int(code))(str(message), hint=str(hint))
         return value
 
     def lead(self, key: str, action: Callable[[], None]) -> None:
@@ -191,12 +191,6 @@ def _check_same(rank: int, theirs: Mapping[str, str], ours: Mapping[str, str]) -
                 f"rank {rank} has another {name} than rank 0: {theirs.get(name)}, not {ours.get(name)}.",
                 hint="All ranks need the same models, images, options and versions.",
             )
-
-
-def _error(code: int) -> type[PatchcertError]:
-    """The class of errors of an exit code."""
-    kinds = [kind for kind in PatchcertError.__subclasses__() if kind.code == code]
-    return kinds[0] if kinds else PatchcertError
 
 
 @contextmanager

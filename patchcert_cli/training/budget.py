@@ -20,7 +20,7 @@ from patchcert_cli.storage import files
 from patchcert_cli.training.recipe import Recipe
 
 PLAN = "plan.json"  # what was asked for and what it became
-FEWEST_EPOCHS = 8  # the steps are chosen again at least as often, where there is time for as many
+FEWEST_EPOCHS = 16  # the steps are chosen again at least as often, where there is time for as many
 SPARE = 0.02  # share of the time that is left for what was not measured
 Clock = Callable[[], float]
 
@@ -65,9 +65,9 @@ class Budget:
         """Certifying ``images`` took so long: the reserve is for ``held`` of them."""
         self.reserve = seconds / max(images, 1) * held + self.saving
 
-    def steps(self, epochs: int, seconds: float, most: int) -> int:
-        """How many steps, of ``seconds`` each, the next of ``epochs`` epochs may take: 1 to ``most``."""
-        left = self.total * (1 - SPARE) - self.reserve - self.spent
+    def steps(self, epochs: int, seconds: float, most: int, made: int = 0) -> int:
+        """How many steps, of ``seconds`` each, the next of ``epochs`` epochs may take: 1 to ``most``, those ``made`` included."""
+        left = self.total * (1 - SPARE) - self.reserve - self.spent + made * seconds
         return max(1, min(most, int(left / max(epochs, 1) / max(seconds, 1e-9))))
 
 

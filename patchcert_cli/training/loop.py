@@ -171,8 +171,15 @@ class _Course:
         """Train an epoch, keep its state, and certify some held-out images now and then."""
         recipe, last = self.recipe, epoch + 1 == self.recipe.epochs
         self.rows.append({})
-        count, began = self._steps(epoch), time.perf_counter()
-        loss = steps.epoch(recipe, epoch, self.state, self.kept, self.progress, self.ranks, count)
+        began, count = time.perf_counter(), recipe.steps_of(epoch, len(self.kept))
+
+        def chosen(first: float) -> int:
+            nonlocal count
+            count = self._steps(epoch, first)
+            return count
+
+        choose = None if self.budget is None else chosen
+        loss = steps.epoch(recipe, epoch, self.state, self.kept, self.progress, self.ranks, choose)
         seconds = time.perf_counter() - began
         rate = steps.rate_at(recipe, epoch + 1)
         self.rows[-1] |= {"epoch": epoch + 1, "loss": loss, "learning_rate": rate, "seconds": seconds, "steps": count}
@@ -190,7 +197,8 @@ class _Course:
             clean, certified = tally.clean_accuracy, tally.certified_accuracy
             line += f", validation clean {clean:.2%}, certified {certified:.2%} of {tally.images}"
         if self.budget is not None and epoch + 1 in (self.recipe.epochs // 2, 3 * self.recipe.epochs // 4):
-            self._monitor(self.held.limit(min(steps.PROBED, len(self.held)), recipe.seed))  # what certifying takes by now
+            # what certifying takes by now
+            self.budget.validated(*steps.probe(self.state.deployed, self.held, recipe, self.ranks), len(self.held))
         self.progress.note(line)
         self.tracking.update(self.rows[:-1] if last else self.rows)  # the last row is whole when the model is validated
 
@@ -213,14 +221,18 @@ class _Course:
         made = tuple(int(row["steps"]) for row in self.rows)
         return replace(self.recipe, steps=made[:1] if len(set(made)) == 1 else made)
 
-    def _steps(self, epoch: int) -> int:
-        """How many steps the epoch takes."""
-        most = self.recipe.steps_of(epoch, len(self.kept))
-        if self.budget is None:
-            return most
-        before = [row for row in self.rows[:-1] if row.get("steps")][-2:]
-        each = sum(row["seconds"] for row in before) / sum(row["steps"] for row in before) if before else self.budget.step
-        return int(self.ranks.first_of(self.budget.steps(self.recipe.epochs - epoch, each, most)))
+    def _steps(self, epoch: int, first: float) -> int:
+        """How many steps the epoch takes in a given time, now that its first one has taken ``first`` seconds.
+
+        A step takes what it took in the epoch before, unless its first one takes twice or half of that: then the recipe has
+        come to another phase.
+        """
+        assert self.budget is not None
+        before = self.rows[-2] if len(self.rows) > 1 else {}
+        each = before["seconds"] / before["steps"] if before.get("steps") else self.budget.step
+        each = each if each / 2 < first < 2 * each else first
+        count = self.budget.steps(self.recipe.epochs - epoch, each, self.recipe.steps_of(epoch, len(self.kept)), made=1)
+        return int(self.ranks.first_of(count))
 
     def _time_for_some(self) -> bool:
         """Whether certifying some images on the way takes a small part of a given time."""

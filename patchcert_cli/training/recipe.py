@@ -48,7 +48,8 @@ class Recipe:
         optimizer: ``adam``, ``adamw``, ``muon`` (matrices; AdamW at a tenth of the rate for the rest) or ``sgd`` (Nesterov
             momentum 0.9).
         weight_decay: of every parameter.
-        precision: what the network computes in while it trains; ``bfloat16`` means autocast.
+        precision: what the network computes in while it trains; ``bfloat16`` means autocast, or float32 on a processor without
+            it.
         stored: what the weights of the finished model are rounded to; it is validated and certified as stored.
         validation: training images held out.
         limit: training images to use, the held-out ones included: a fixed subset; 0 for all.

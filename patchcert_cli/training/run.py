@@ -72,11 +72,13 @@ def train(
     fetch: str = "",
     progress: Progress | None = None,
     max_minutes: float | None = None,
+    began: float | None = None,
     track: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train ``recipe`` into ``folder``, continuing a stopped run, and write its card; returns a summary of plain values.
 
-    With ``max_minutes`` the schedule is scaled to what fits into this time (:mod:`patchcert_cli.training.budget`).
+    With ``max_minutes`` the schedule is scaled to what fits into this time (:mod:`patchcert_cli.training.budget`), which began at
+    ``began`` of ``time.perf_counter``, by default now.
     The processes of a job share the work. ``track`` names trackers of its metrics (:mod:`patchcert_cli.training.trackers`).
 
     Raises:
@@ -87,12 +89,14 @@ def train(
         Interrupted: stopped by Ctrl-C; whole epochs are kept.
     """
     progress = progress or Silent()
-    began, place = time.perf_counter(), devices.resolve(device)
+    began, place = time.perf_counter() if began is None else began, devices.resolve(device)
     workers = jobs.current().scope()
     tracking = Tracking(track if workers.first else (), progress)
     beginning = begin(recipe)
     images = data.open_dataset(recipe.dataset, data_dir=data_dir).load("train", download=download, fetch=fetch)
     images = images.limit(recipe.limit or None, recipe.seed).checked(progress)
+    if recipe.precision == "bfloat16" and not steps.reduced(recipe, torch.device(place)):
+        progress.note("this processor has no bfloat16 arithmetic: training computes in float32")
     for remark in images.remarks:
         progress.note(remark)
     with locks.held(folder, files.CONFIG) if workers.first else nullcontext():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from patchcert_cli.certificate import Tally
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.defenses import Trainable, TrainingStep
-from patchcert_cli.device import sent
+from patchcert_cli.device import computes_in_bfloat16, sent
 from patchcert_cli.parallel.workers import Workers
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.training import augment
@@ -20,6 +21,12 @@ from patchcert_cli.training.state import Beginning, State, some_images
 
 LOOK = 10  # steps between two looks at the loss
 PROBED = 8  # held-out images that are certified to know what that takes
+PROBING = 0.5  # seconds; where they took less, as many times more are certified
+
+
+def reduced(recipe: Recipe, device: torch.device) -> bool:
+    """Whether the network computes in bfloat16: if the recipe says so, and it is not many times slower there than float32."""
+    return recipe.precision == "bfloat16" and computes_in_bfloat16(device)
 
 
 def rate_at(recipe: Recipe, progress: float) -> float:
@@ -46,31 +53,34 @@ def epoch(
     images: Images,
     progress: Progress,
     together: Ranks | None = None,
-    steps: int | None = None,
+    choose: Callable[[float], int] | None = None,
 ) -> float:
-    """``steps`` steps on random training images, by default one pass over all of them; returns the mean loss."""
+    """The recipe's steps on random training images, or as many as ``choose`` says, given the seconds of the first one.
+
+    Nothing that the first step does depends on how many follow. Returns the mean loss.
+    """
     defense, optimizer, average = state.defense, state.optimizer, state.average
     together = together or Ranks(Workers(), defense.device)
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + at_epoch)
     order = torch.randperm(len(images), generator=generator)
     if not together.alone:  # what is drawn for a rank's images
         generator.manual_seed((recipe.seed * 1_000_003 + at_epoch) * 4_099 + together.workers.rank)
-    threat, options, steps = recipe.threat, recipe.options, steps or recipe.steps_of(at_epoch, len(images))
-    reduced, total = recipe.precision == "bfloat16", torch.zeros((), dtype=torch.float64, device=defense.device)
+    threat, options, steps = recipe.threat, recipe.options, recipe.steps_of(at_epoch, len(images))
+    lower, total = reduced(recipe, defense.device), torch.zeros((), dtype=torch.float64, device=defense.device)
     defense.train()
-    loss_of = together.loss(defense, state.auxiliary)
-    for number in range(steps):
+    loss_of, number, began = together.loss(defense, state.auxiliary), 0, time.perf_counter()
+    while number < steps:
         at = at_epoch + number / steps
         batch = order[number * recipe.batch_size : (number + 1) * recipe.batch_size]
         picked = together.share(batch)
         x, label = to_float(sent(images.read(picked), defense.device)), sent(images.labels[picked], defense.device)
         x = augment.apply(x, options.augment(at, recipe.epochs), generator)
-        if reduced:
+        if lower:
             x = x.contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
             group["lr"] = group.get("share", 1.0) * recipe.learning_rate * options.lr_multiplier(at, recipe.epochs)
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(defense.device.type, torch.bfloat16, enabled=reduced):
+        with torch.autocast(defense.device.type, torch.bfloat16, enabled=lower):
             loss = loss_of(x, label, TrainingStep(threat, options, at, recipe.epochs, generator, state.auxiliary))
         loss = loss * together.weight(len(picked), len(batch))
         loss.backward()  # type: ignore[no-untyped-call]
@@ -80,7 +90,10 @@ def epoch(
         total += loss.detach()
         if number % LOOK == 0 or number + 1 == steps:  # reading a loss waits for the device
             line = f"epoch {at_epoch + 1} of {recipe.epochs}: loss {float(total) / (number + 1):.4f}"
-        progress.update(at_epoch * steps + number + 1, recipe.epochs * steps, line)
+        number += 1
+        progress.update(at_epoch * steps + number, recipe.epochs * steps, line)
+        if choose is not None and number == 1:
+            steps = choose(time.perf_counter() - began)
     together.agree([defense, *([average.defense] if average else [])])
     defense.eval()
     return together.total(float(total) / steps)[0] / together.workers.size
@@ -115,10 +128,22 @@ def trial(recipe: Recipe, images: Images, *, device: str = "cpu", beginning: Beg
 def time_to_certify(recipe: Recipe, state: State, images: Images) -> float:
     """Seconds that certifying an image takes, measured on a few."""
     finish(recipe, state.deployed, images, rounded=False)
-    few = images.limit(min(PROBED, len(images)), recipe.seed)
-    began = time.perf_counter()
-    monitor(state.deployed, few, recipe)
-    return (time.perf_counter() - began) / len(few)
+    count, seconds = probe(state.deployed, images, recipe)
+    return seconds / count
+
+
+def probe(defense: Trainable, images: Images, recipe: Recipe, ranks: Ranks | None = None) -> tuple[int, float]:
+    """A few images, and the seconds that certifying them takes: more images where that is quick, for together each costs less."""
+    ranks, count = ranks or Ranks(Workers(), defense.device), PROBED
+    monitor(defense, images.limit(1, recipe.seed), recipe, ranks=ranks)  # sets things up
+    while True:
+        few = images.limit(min(count, len(images)), recipe.seed)
+        began = time.perf_counter()
+        monitor(defense, few, recipe, ranks=ranks)
+        seconds = ranks.first_of(time.perf_counter() - began)
+        if seconds > PROBING or len(few) == len(images):
+            return len(few), seconds
+        count *= PROBED
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 from refusals import check_refused
 
 from patchcert_cli import checkpoint, defenses
+from patchcert_cli.cli import several
+from patchcert_cli.errors import UsageError
 from patchcert_cli.training.recipe import Recipe
+from tests.evaluation.test_ranks import together
 
 
 @pytest.fixture
@@ -136,3 +140,28 @@ def test_attacks_are_chosen_by_name(patchcert: Any, two: tuple[str, str]) -> Non
         done = patchcert(*words[:6], *more)
         assert done.code == code, done.err
         check_refused(done.err[done.err.index("error[") :], code, part)
+
+
+def test_ranks_share_what_is_alone_and_the_first_has_all_in_order() -> None:
+    names, taken = ["d", "a", "bad", "c"], []
+
+    def attempt(name: str) -> dict[str, Any]:
+        taken.append(name)
+        return {"image": name, "model_sha256": "one"} if name != "bad" else {"image": name, "error": {"code": 2}}
+
+    first, second = together(2, lambda _: list(several._shared(names, attempt, "image")))
+    assert [one["image"] for one in first] == names and first == [attempt(name) for name in names] and second == []
+    assert sorted(taken[:4]) == sorted(names)
+    assert list(several._shared(names, attempt, "image")) == first
+    other = threading.Event()
+
+    def unlike(rank: int) -> dict[str, Any]:
+        _ = other.set() if rank else other.wait(20)  # each rank takes some
+        return {"model_sha256": str(rank)}
+
+    first, _ = together(2, lambda rank: list(several._shared(names, lambda _: unlike(rank), "image")))
+    assert isinstance(first, UsageError) and "the ranks have other models" in first.message
+    refused = together(3, lambda _: list(several._shared(names[:2], attempt, "image")))
+    assert all(isinstance(one, UsageError) and "3 processes are more than the 2 images" in one.message for one in refused)
+    refused = together(2, lambda rank: list(several._shared([*names, str(rank)], attempt, "image")))
+    assert all(isinstance(one, UsageError) and "another images" in one.message for one in refused)

@@ -95,6 +95,23 @@ def test_attacks_are_shared_alike(tmp_path: Path) -> None:
     assert [timeless(one) for one in found] == [timeless(alone)] * 2
 
 
+def test_ranks_keep_the_adversarial_images_that_one_process_keeps(tmp_path: Path) -> None:
+    attacker = attacks.for_threat(make_task(count=8).threat, steps=2, restarts=0, locations=1)
+
+    def attack(run: Path, folder: Path) -> dict[str, Any]:
+        return evaluate.attack(make_task(count=8), attacker, {}, run, save=folder)
+
+    alone = attack(tmp_path / "alone", tmp_path / "kept")
+    first, _ = together(2, lambda _: attack(tmp_path / "two", tmp_path / "shared"))
+    assert first["saved"] == alone["saved"] | {"folder": str(tmp_path / "shared")} and alone["saved"]["images"] > 0
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "shared").iterdir()} == kept
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x.txt").write_text("of somebody")
+    refused = together(2, lambda _: attack(tmp_path / "three", tmp_path / "other"))
+    assert all(isinstance(one, UsageError) and "--save" in one.message for one in refused)
+
+
 class Stop(Silent):
     """Interrupts a run once some images are done."""
 

@@ -42,7 +42,7 @@ def test_the_course_is_scaled_to_what_fits() -> None:
 def test_a_short_time_has_short_epochs_and_phases() -> None:
     found = fitted(LONG, 2, 50 * 1000, PACE)  # 28 steps of a thousand
     assert found.epochs == budget.FEWEST_EPOCHS
-    assert found.options == replace(LONG.options, natural_epochs=1, ramp_epochs=3, bounded_epochs=2, decay_every=1)
+    assert found.options == replace(LONG.options, natural_epochs=1, ramp_epochs=6, bounded_epochs=3, decay_every=2)
 
 
 def test_an_average_of_weights_looks_back_over_the_same_share() -> None:
@@ -129,6 +129,26 @@ def test_a_run_with_a_budget_is_repeated_by_its_recipe(tmp_path: Path, clock: Cl
     spent = budget.spent(tmp_path / "cut")
     assert 0 < spent < 12
     assert loop.train(recipe, images(), tmp_path / "cut", budget=time(spent)).epochs_run == 2
+
+
+class Phases(Silent):
+    """Steps of the first four epochs take a second, and of the others four."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def update(self, done: int, total: int, text: str) -> None:
+        self.clock.now += 1.0 if int(text.split()[1]) <= 4 else 4.0
+
+
+def test_a_costly_phase_has_fewer_steps_from_its_first_epoch_on(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("patchcert_cli.training.loop.time.perf_counter", clock)
+    recipe, pace = replace(TINY, epochs=8), Pace(1.0, 0.0, 0.0)
+    loop.train(recipe, images(), tmp_path, budget=Budget(40 / 60, pace, clock=clock), progress=Phases(clock))
+    made = [json.loads(line)["steps"] for line in (tmp_path / files.METRICS).read_text().splitlines()]
+    assert made[:4] == [4, 4, 4, 4] and made[4:] == [1, 1, 1, 2] and clock.now == 36
 
 
 def test_a_plan_is_kept_and_another_one_is_refused(tmp_path: Path) -> None:
