@@ -1,8 +1,8 @@
 """Finding defenses, attacks and networks by name: files of this package, and entry points of installed ones.
 
 Each module or package in a folder is an entry under its file name, except names that begin with ``_``. An outside package names
-its modules in its ``pyproject.toml``, in the groups ``patchcert.defenses``, ``patchcert.attacks``, ``patchcert.networks`` and
-``patchcert.datasets``.
+its modules in its ``pyproject.toml``, in the groups ``patchcert.defenses``, ``patchcert.attacks``, ``patchcert.networks``,
+``patchcert.datasets`` and ``patchcert.trackers``.
 """
 
 from __future__ import annotations

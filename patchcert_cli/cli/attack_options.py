@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from patchcert_cli.cli import complete
 from patchcert_cli.cli.options import RUN, DataOptions, RunOptions, file_to_write
 from patchcert_cli.errors import UsageError
 
@@ -17,6 +18,7 @@ AttackOption = Annotated[
     str | None,
     typer.Option(
         "--attack",
+        autocompletion=complete.attacks,
         metavar="NAME|NAME,NAME|all|list",
         help="Attack by name; several, or all, take turns on the images that are not flipped yet; list prints all names with the "
         "threats they know. Default: the documented one of the threat.",

@@ -60,7 +60,7 @@ def run() -> None:
         try:
             streams.require_stdout()
             _as_rank()
-            app()
+            app(prog_name="patchcert")  # also for python -m patchcert_cli
         except PatchcertError as problem:
             if os.environ.get("PATCHCERT_DEBUG"):
                 raise

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import show
+from patchcert_cli.cli import complete, show
 from patchcert_cli.cli.groups import without
 from patchcert_cli.cli.threat_options import own_threat, threat_from, threats_from
 from patchcert_cli.errors import UsageError
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from patchcert_cli.evaluation.models import DefenseRequest
     from patchcert_cli.threats import Threat
 
-THREAT, DATA, RUN, OUTPUT = "Threat model", "Data", "Run", "Output"
-CLASSIFIER = "Plain classifiers and masks"
+THREAT, DATA, RUN, OUTPUT, CLASSIFIER = "Threat model", "Data", "Run", "Output", "Plain classifiers and masks"
 PRECISIONS = ("float32", "bfloat16")
 PROCESSES = "--processes"
 
@@ -54,7 +53,9 @@ MODEL_HELP = (
     "Zoo model, run folder, or a plain classifier: timm:NAME, torchvision:NAME, hf-hub:ORG/REPO@COMMIT, "
     "onnx:FILE, PACKAGE.MODULE:FUNCTION. Several give one table. Default: the documented default model of the data set."
 )
-ModelsArgument = Annotated[list[str] | None, typer.Argument(metavar="NAME|PATH|ADDRESS", help=MODEL_HELP)]
+ModelsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="NAME|PATH|ADDRESS", help=MODEL_HELP, autocompletion=complete.models)
+]
 PatchOption = Annotated[
     str | None,
     typer.Option(
@@ -111,6 +112,7 @@ DatasetOption = Annotated[
         "--data",
         "--dataset",
         metavar="NAME|imagefolder:PATH",
+        autocompletion=complete.datasets,
         help="Data set, or a folder of class folders; add @SIDE or @HxW for images of that size. "
         "Default: the model's own, else cifar10.",
         rich_help_panel=DATA,
@@ -178,9 +180,11 @@ QuietOption = Annotated[
         "--quiet", "-q", callback=show.set_quiet, help="No progress and no remarks; errors are printed.", rich_help_panel=OUTPUT
     ),
 ]
-
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Use what is on this disk; ask no network.")]
-DatasetFilter = Annotated[str | None, typer.Option("--data", "--dataset", metavar="NAME", help="Only models for this data set.")]
+DatasetFilter = Annotated[
+    str | None,
+    typer.Option("--data", "--dataset", metavar="NAME", help="Only models for this data set.", autocompletion=complete.datasets),
+]
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,10 @@ class ClassifierOptions:
     defense: Annotated[
         str | None,
         typer.Option(
-            "--defense", help="Put this defense around the classifier, such as patchcleanser.", rich_help_panel=CLASSIFIER
+            "--defense",
+            autocompletion=complete.defenses,
+            help="Put this defense around the classifier, such as patchcleanser.",
+            rich_help_panel=CLASSIFIER,
         ),
     ] = None
     masks: Annotated[
@@ -289,7 +296,6 @@ class ClassifierOptions:
             rich_help_panel=CLASSIFIER,
         ),
     ] = None
-
     option: Annotated[
         list[str] | None,
         typer.Option(

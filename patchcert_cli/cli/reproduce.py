@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import loading, show
+from patchcert_cli.cli import complete, loading, show
 from patchcert_cli.cli.groups import grouped
 from patchcert_cli.cli.options import (
     BatchOption,
@@ -84,7 +84,8 @@ class CertifyOptions:
 @grouped
 def reproduce(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME", help="A paper, or several. Default: list the papers.")
+        list[str] | None,
+        typer.Argument(metavar="NAME", autocompletion=complete.papers, help="A paper, or several. Default: list the papers."),
     ] = None,
     *,
     papers: PaperOptions,

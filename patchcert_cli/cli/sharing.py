@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from patchcert_cli.cli import show
+from patchcert_cli.cli import complete, show
 from patchcert_cli.cli.groups import grouped
 from patchcert_cli.cli.options import OutputOptions, folder_to_write
 
@@ -109,7 +109,12 @@ def _published(text: str, source: str) -> Published:
 
 @grouped
 def push(
-    model: Annotated[str, typer.Argument(help="The folder of a finished run, or a model of the zoo.", metavar="RUN|NAME")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="The folder of a finished run, or a model of the zoo.", metavar="RUN|NAME", autocompletion=complete.models
+        ),
+    ],
     *,
     to: Annotated[
         str | None, typer.Option("--to", metavar="ORG/NAME", help="The repository. Default: the one that the card names.")

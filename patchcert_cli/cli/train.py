@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import launch, show
+from patchcert_cli.cli import complete, launch, show
 from patchcert_cli.cli.groups import grouped
 from patchcert_cli.cli.options import (
     RUN,
@@ -48,13 +48,23 @@ class RecipeOptions:
 
     recipe: Annotated[
         str | None,
-        _recipe_option("--recipe", metavar="FILE.yaml|NAME|PATH", text="Begin with the recipe in this file, or of this model."),
+        _recipe_option(
+            "--recipe",
+            autocompletion=complete.recipes,
+            metavar="FILE.yaml|NAME|PATH",
+            text="Begin with the recipe in this file, or of this model.",
+        ),
     ] = None
     dataset: Annotated[
         str | None,
-        _recipe_option("--data", "--dataset", text="Data set, or imagefolder:PATH; mnist unless the recipe says otherwise."),
+        _recipe_option(
+            "--data",
+            "--dataset",
+            autocompletion=complete.datasets,
+            text="Data set, or imagefolder:PATH; mnist unless the recipe says otherwise.",
+        ),
     ] = None
-    defense: Annotated[str | None, _recipe_option("--defense", text="Defense to train.")] = None
+    defense: Annotated[str | None, _recipe_option("--defense", autocompletion=complete.defenses, text="Defense to train.")] = None
     model: Annotated[
         str | None,
         _recipe_option("--model", text="Begin with published weights: timm:NAME, or hf-hub:ORG/REPO@COMMIT; see --weights."),
@@ -63,7 +73,10 @@ class RecipeOptions:
         str | None, _recipe_option("--weights", text="Safetensors for --model to begin with, or none for random ones.")
     ] = None
     network: Annotated[
-        str | None, _recipe_option("--network", text="Network; the defense's own unless the recipe says otherwise.")
+        str | None,
+        _recipe_option(
+            "--network", autocompletion=complete.networks, text="Network; the defense's own unless the recipe says otherwise."
+        ),
     ] = None
     network_option: Annotated[
         list[str] | None,
@@ -91,7 +104,10 @@ class RecipeOptions:
         int | None, _recipe_option("--limit", text="Only this many training images, the held-out ones included.")
     ] = None
     seed: Annotated[int | None, _recipe_option("--seed", text="Seed of everything random.")] = None
-    start: Annotated[str | None, _recipe_option("--start", metavar="NAME|PATH", text="Begin with this model's weights.")] = None
+    start: Annotated[
+        str | None,
+        _recipe_option("--start", autocompletion=complete.models, metavar="NAME|PATH", text="Begin with this model's weights."),
+    ] = None
 
     def changes(self, threat: Threat | None) -> Overrides:
         """The entries of the recipe that the user changes, with the threat model that was given."""
@@ -127,9 +143,23 @@ class TrainingRunOptions:
             "--max-minutes", metavar="M", help="Scale the schedule so that all of it takes M minutes.", rich_help_panel=RUN
         ),
     ] = None
+    track: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--track",
+            autocompletion=complete.trackers,
+            metavar="tensorboard|wandb|trackio",
+            help="Also show the metrics of each epoch there; repeatable.",
+            rich_help_panel=RUN,
+        ),
+    ] = None
 
     def check(self) -> None:
-        """Refuse a time that is not one."""
+        """Refuse a time that is not one, and trackers that cannot be used."""
+        from patchcert_cli.training import trackers
+
+        for name in self.track or ():
+            trackers.by_name(name)
         if self.max_minutes is not None and not 0 < self.max_minutes < float("inf"):
             raise UsageError(f"--max-minutes {self.max_minutes:g} must be more than 0.", hint="Use for example --max-minutes 12.")
         if self.max_minutes is not None and self.dry_run:
@@ -179,6 +209,7 @@ def train(*, threats: ThreatOptions, recipe: RecipeOptions, where: TrainingRunOp
             progress=progress,
             max_minutes=where.max_minutes,
             began=began,
+            track=where.track or (),
         )
     if workers.current().first:
         show.result(text.train_rows(result), result, output.json)

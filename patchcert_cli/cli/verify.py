@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import launch, loading, several, show
+from patchcert_cli.cli import complete, launch, loading, several, show
 from patchcert_cli.cli.groups import grouped
 from patchcert_cli.cli.options import DATA, DataOptions, OutputOptions, RunOptions, ThreatOptions
 
@@ -37,6 +37,7 @@ class VerifyOptions:
         str | None,
         typer.Option(
             "--attack",
+            autocompletion=complete.one_attack,
             metavar="NAME|none",
             help="Attack the certified images with this attack, or with none. Default: the documented one of the threat.",
             rich_help_panel=ATTACK,
@@ -52,7 +53,11 @@ class VerifyOptions:
 def verify(
     names: Annotated[
         list[str],
-        typer.Argument(help="Models of the zoo, org/model@COMMIT, or folders. Several give one table.", metavar="NAME"),
+        typer.Argument(
+            help="Models of the zoo, org/model@COMMIT, or folders. Several give one table.",
+            metavar="NAME",
+            autocompletion=complete.models,
+        ),
     ],
     *,
     threat: ThreatOptions,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchcert_cli.cli import several, sharing, verify
+from patchcert_cli.cli import complete, several, sharing, verify
 from patchcert_cli.cli import show as terminal
 from patchcert_cli.cli.groups import command, grouped
 from patchcert_cli.cli.options import DatasetFilter, OfflineOption, OutputOptions
@@ -51,7 +51,11 @@ def list_(
 
 @app.command("show", cls=command(), epilog=SHOW)
 @grouped
-def show(name: Annotated[str, typer.Argument(help="A model of the zoo.", metavar="NAME")], *, output: OutputOptions) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="A model of the zoo.", metavar="NAME", autocompletion=complete.models)],
+    *,
+    output: OutputOptions,
+) -> None:
     """Show a model's card: facts, measured beside published accuracy, command, recipe, provenance, what is proven."""
     from patchcert_cli import cards
     from patchcert_cli.catalog import bundled
@@ -80,7 +84,11 @@ def show(name: Annotated[str, typer.Argument(help="A model of the zoo.", metavar
 def pull(
     names: Annotated[
         list[str],
-        typer.Argument(help="Models of the zoo, or of the Hub: org/model@COMMIT. Several give one table.", metavar="NAME"),
+        typer.Argument(
+            help="Models of the zoo, or of the Hub: org/model@COMMIT. Several give one table.",
+            metavar="NAME",
+            autocompletion=complete.models,
+        ),
     ],
     *,
     revision: Annotated[
@@ -114,7 +122,11 @@ def pull(
 @app.command("remove", cls=command(), epilog="Examples:\n\n patchcert zoo remove mnist-ibp-p5\n\n patchcert zoo remove org/model")
 @grouped
 def remove(
-    name: Annotated[str, typer.Argument(help="A model of the zoo, or org/model.", metavar="NAME")], *, output: OutputOptions
+    name: Annotated[
+        str, typer.Argument(help="A model of the zoo, or org/model.", metavar="NAME", autocompletion=complete.models)
+    ],
+    *,
+    output: OutputOptions,
 ) -> None:
     """Take a model, all its revisions, out of the Hub's cache. Copies that are bundled with patchcert stay."""
     from patchcert_cli.catalog import bundled, resolve

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from patchcert_cli.data.resize_crop import ResizeCrop, Size, written
 from patchcert_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXTENSIONS = (  # torchvision's, and other formats that Pillow reads
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
@@ -138,6 +138,8 @@ def decode(path: Path, resize_crop: ResizeCrop, channels: int = 3) -> DecodedIma
         image = _crop(image, *resize_crop.corner(*resized), resize_crop)
     if channels == 1:
         image = image.convert("L")
+    import torch
+
     pixels = torch.from_numpy(numpy.array(image))
     pixels = pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
     return DecodedImage(pixels, size, resized, rotated, transparent, grey)

@@ -17,7 +17,12 @@ from patchcert_cli.hub import client
 from patchcert_cli.storage import files, hub_cache
 from patchcert_cli.version import __version__
 
-EXTRAS = {"matplotlib": "plots", "timm": "timm", "onnxruntime": "onnx", "pandas": "pandas"}
+EXTRAS = {
+    "matplotlib": "plots",
+    "timm": "timm",
+    "onnxruntime": "onnx",
+    **{name: name for name in ("pandas", "tensorboard", "wandb", "trackio")},
+}
 MIN_FREE_BYTES = 100e6
 REPAIR = "pip install --force-reinstall torch torchvision"
 

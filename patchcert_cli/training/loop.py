@@ -28,6 +28,7 @@ from patchcert_cli.training.budget import PLAN, Budget
 from patchcert_cli.training.ranks import Ranks
 from patchcert_cli.training.recipe import Recipe
 from patchcert_cli.training.state import Beginning, State, restore, save
+from patchcert_cli.training.trackers import Tracking
 
 MONITORED = 0.05  # share of a given time that may go into certifying on the way
 REPORTS = 10  # points of a run at which some validation images are certified; the last epoch certifies all
@@ -74,6 +75,7 @@ def train(
     beginning: Beginning | None = None,
     budget: Budget | None = None,
     workers: Workers | None = None,
+    tracking: Tracking | None = None,
 ) -> Trained:
     """Train ``recipe`` into ``folder``, continuing a stopped run of the same recipe.
 
@@ -87,13 +89,14 @@ def train(
         beginning: fresh weights of this recipe, and what loads others into them; None for the fresh ones alone.
         budget: decides how many steps each epoch takes; None for the recipe's.
         workers: the processes that share the work; by default this one alone.
+        tracking: gets the metrics of each epoch.
 
     Raises:
         UsageError: the folder holds a run of another recipe.
         MachineError: out of memory.
         Interrupted: stopped by Ctrl-C; whole epochs are kept.
     """
-    progress, workers = progress or Silent(), workers or Workers()
+    progress, workers, tracking = progress or Silent(), workers or Workers(), tracking or Tracking()
     images = images.limit(recipe.limit or None, recipe.seed)
     workers.agree({**{name: str(value) for name, value in recipe.to_dict().items()}, "images": images.digest()})
     workers.lead("begun", lambda: _begin(recipe, folder, fresh=fresh))
@@ -104,8 +107,9 @@ def train(
     start = restore(folder, state)
     if 0 < start < recipe.epochs:
         progress.note(f"resuming {folder}: {start} of {recipe.epochs} epochs done")
-    with ranks.joined(workers, device, recipe.batch_size) as together:
-        course = _Course(recipe, state, kept, held, folder, together, budget, progress)
+    tracked = tracking.of(recipe.to_dict(), folder, recipe.epochs)
+    with ranks.joined(workers, device, recipe.batch_size) as together, tracked:
+        course = _Course(recipe, state, kept, held, folder, together, budget, progress, tracking)
         course.rows = _kept_metrics(folder, start)
         try:
             for epoch in range(start, recipe.epochs):
@@ -160,6 +164,7 @@ class _Course:
     ranks: Ranks
     budget: Budget | None
     progress: Progress
+    tracking: Tracking
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, epoch: int) -> None:
@@ -195,15 +200,18 @@ class _Course:
             # what certifying takes by now
             self.budget.validated(*steps.probe(self.state.deployed, self.held, recipe, self.ranks), len(self.held))
         self.progress.note(line)
+        self.tracking.update(self.rows[:-1] if last else self.rows)  # the last row is whole when the model is validated
 
     def validated(self) -> Tally:
         """Counts on all held-out images, which were made before if the run was finished."""
         if self.rows and "clean" in self.rows[-1]:
-            return _validated(self.rows[-1])
-        tally = self._monitor(self.held)
-        if self.rows:
-            self.rows[-1] |= _validation_row(tally)
-            self._keep()
+            tally = _validated(self.rows[-1])
+        else:
+            tally = self._monitor(self.held)
+            if self.rows:
+                self.rows[-1] |= _validation_row(tally)
+                self._keep()
+        self.tracking.update(self.rows)
         return tally
 
     def done(self) -> Recipe:

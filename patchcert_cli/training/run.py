@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from patchcert_cli.training.budget import Budget, Pace
 from patchcert_cli.training.overrides import hash_of_start
 from patchcert_cli.training.recipe import Recipe
 from patchcert_cli.training.state import Beginning
+from patchcert_cli.training.trackers import Tracking
 from patchcert_cli.version import __version__
 
 PATIENCE = 3600.0  # seconds that ranks wait for the first one to measure
@@ -71,21 +73,25 @@ def train(
     progress: Progress | None = None,
     max_minutes: float | None = None,
     began: float | None = None,
+    track: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train ``recipe`` into ``folder``, continuing a stopped run, and write its card; returns a summary of plain values.
 
     With ``max_minutes`` the schedule is scaled to what fits into this time (:mod:`patchcert_cli.training.budget`), which began at
     ``began`` of ``time.perf_counter``, by default now.
-    The processes of a job share the work.
+    The processes of a job share the work. ``track`` names trackers of its metrics (:mod:`patchcert_cli.training.trackers`).
 
     Raises:
         DataError: the training data is not there; the message names the command that fetches it.
         UsageError: the recipe is wrong, or the folder holds a run of another one.
-        MachineError: another process uses the folder.
+        UnknownName: there is no such tracker.
+        MachineError: another process uses the folder, or the library of a tracker is not installed.
         Interrupted: stopped by Ctrl-C; whole epochs are kept.
     """
     progress = progress or Silent()
     began, place = time.perf_counter() if began is None else began, devices.resolve(device)
+    workers = jobs.current().scope()
+    tracking = Tracking(track if workers.first else (), progress)
     beginning = begin(recipe)
     images = data.open_dataset(recipe.dataset, data_dir=data_dir).load("train", download=download, fetch=fetch)
     images = images.limit(recipe.limit or None, recipe.seed).checked(progress)
@@ -93,7 +99,6 @@ def train(
         progress.note("this processor has no bfloat16 arithmetic: training computes in float32")
     for remark in images.remarks:
         progress.note(remark)
-    workers = jobs.current().scope()
     with locks.held(folder, files.CONFIG) if workers.first else nullcontext():
         budget = None
         if max_minutes is not None:
@@ -112,6 +117,7 @@ def train(
             beginning=beginning,
             budget=budget,
             workers=workers,
+            tracking=tracking,
         )
         return _described(made.recipe, folder, made, place, progress, workers)
 
