@@ -28,6 +28,13 @@ def cells(one: FilledRow, table: FilledTable) -> dict[str, str]:
         "model": row.model or NONE,
         "published": pair(published.clean, published.certified),
     }
+    if measured is None:
+        found |= {"measured": NONE, "95 % interval": NONE, "images": NONE, "arithmetic": NONE}
+    else:
+        found["measured"] = pair(measured.clean / measured.images, measured.certified / measured.images)
+        found |= {"95 % interval": interval(measured.certified_interval), "images": images(measured)}
+        found["arithmetic"] = measured.arithmetic
+    found |= {"difference": difference(one), "verdict": str(one.verdict)}
     if any(other.row.published and other.row.published.images for other in table.rows):
         found["published images"] = number(published.images)
     if any(other.row.published and other.row.published.parameters for other in table.rows):
@@ -40,15 +47,9 @@ def cells(one: FilledRow, table: FilledTable) -> dict[str, str]:
         if unit := next((other.row.published for other in table.rows if other.row.name == table.table.seconds_of), None):
             share = published.seconds and unit.seconds and f"{published.seconds / unit.seconds:.2f}"
             found[f"published seconds / {table.table.seconds_of}"] = share or NOT_KNOWN
-    if measured is None:
-        found |= {"measured": NONE, "95 % interval": NONE, "images": NONE, "arithmetic": NONE}
-    else:
-        found["measured"] = pair(measured.clean / measured.images, measured.certified / measured.images)
-        found |= {"95 % interval": interval(measured.certified_interval), "images": images(measured)}
-        found["arithmetic"] = measured.arithmetic
     if table.table.training:
         found |= {"published training": published.training or NOT_KNOWN, "training": training(one)}
-    return {**found, "difference": difference(one), "verdict": str(one.verdict)}
+    return found
 
 
 def pair(clean: float | None, certified: float | None) -> str:
