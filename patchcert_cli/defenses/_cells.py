@@ -253,7 +253,7 @@ class RegionDefense(LocalFeatureDefense[CellOutputs]):
         """Choose the steps of the deployed network's activations from some training images."""
         self.eval()
         with fixed_point.observing(self.scorer):
-            for part in torch.split(x, 250):
+            for part in torch.split(x, programs.at_once(self.activations, x.device, PIECE)):
                 self.scorer(part)
 
 

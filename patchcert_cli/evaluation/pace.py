@@ -47,7 +47,7 @@ class Pace:
 
     def share(self, left: int, ranks: int) -> int:
         """How many of ``left`` images one of ``ranks`` processes takes: the next batch, or fewer, so that all end together."""
-        units = max(left // (2 * ranks * self._unit), 1)
+        units = max(left // (3 * ranks * self._unit), 1)
         return min(self.size, self._unit << (units.bit_length() - 1))
 
     def halve(self, images: int) -> None:

@@ -33,11 +33,18 @@ class Pace:
         step: seconds of a step.
         validation: seconds of certifying all held-out images.
         saving: seconds of keeping the state once.
+        finishing: seconds of what a defense needs before it certifies.
     """
 
     step: float
     validation: float
     saving: float
+    finishing: float = 0.0
+
+    @property
+    def end(self) -> float:
+        """Seconds of all that follows the last step."""
+        return self.finishing + self.validation + self.saving
 
 
 class Budget:
@@ -46,14 +53,14 @@ class Budget:
     Attributes:
         total: seconds that all of it may take.
         step: seconds of a step, as it was measured before.
-        saving: seconds of keeping the state.
-        reserve: seconds for certifying all held-out images in the end, and for saving.
+        finishing: seconds of what a defense needs before it certifies.
+        reserve: seconds for all that follows the last step.
     """
 
     def __init__(self, minutes: float, pace: Pace, *, spent: float = 0.0, clock: Clock = time.perf_counter) -> None:
         """Begin now; measuring, and earlier processes of the run, took ``spent`` seconds."""
         self.total, self._clock = 60 * minutes, clock
-        self.step, self.saving, self.reserve = pace.step, pace.saving, pace.validation + pace.saving
+        self.step, self.finishing, self.reserve, self._saving = pace.step, pace.finishing, pace.end, pace.saving
         self._began = clock() - spent
 
     @property
@@ -63,7 +70,7 @@ class Budget:
 
     def validated(self, images: int, seconds: float, held: int) -> None:
         """Certifying ``images`` took so long: the reserve is for ``held`` of them."""
-        self.reserve = seconds / max(images, 1) * held + self.saving
+        self.reserve = self.finishing + seconds / max(images, 1) * held + self._saving
 
     def steps(self, epochs: int, seconds: float, most: int, made: int = 0) -> int:
         """How many steps, of ``seconds`` each, the next of ``epochs`` epochs may take: 1 to ``most``, those ``made`` included."""
@@ -78,10 +85,10 @@ def fitted(recipe: Recipe, minutes: float, images: int, pace: Pace) -> Recipe:
         UsageError: not even a step fits.
     """
     each = max(images // recipe.batch_size, 1)
-    seconds = 60 * minutes * (1 - SPARE) - pace.validation - pace.saving
+    seconds = 60 * minutes * (1 - SPARE) - pace.end
     steps = int(seconds / pace.step)
     if steps < 1:
-        least = (pace.validation + pace.saving + pace.step) / (1 - SPARE) / 60
+        least = (pace.end + pace.step) / (1 - SPARE) / 60
         raise UsageError(
             f"{minutes:g} minutes are too few: a step takes {pace.step:.2g} s,"
             f" and certifying {recipe.validation} held-out images about {pace.validation:.0f} s.",

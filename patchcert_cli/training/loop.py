@@ -184,20 +184,21 @@ class _Course:
         rate = steps.rate_at(recipe, epoch + 1)
         self.rows[-1] |= {"epoch": epoch + 1, "loss": loss, "learning_rate": rate, "seconds": seconds, "steps": count}
         due = last or (epoch + 1) % max(recipe.epochs // REPORTS, 1) == 0
-        if due:
+        some = due and not last and self._time_for_some()
+        probed = self.budget is not None and epoch + 1 in (recipe.epochs // 2, 3 * recipe.epochs // 4)
+        if last or some or probed:
             steps.finish(recipe, self.state.deployed, self.kept, rounded=last)
         self._keep()
         if self.ranks.workers.first:
             save(self.folder, recipe, self.state, epoch + 1)  # certifying may take longer than the epoch did
         line = f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f} ({seconds:.0f} s)"
-        if due and not last and self._time_for_some():
+        if some:
             tally = self._monitor(self.held.limit(self.state.deployed.validation_size, recipe.seed))
             self.rows[-1] |= _validation_row(tally)
             self._keep()
             clean, certified = tally.clean_accuracy, tally.certified_accuracy
             line += f", validation clean {clean:.2%}, certified {certified:.2%} of {tally.images}"
-        if self.budget is not None and epoch + 1 in (self.recipe.epochs // 2, 3 * self.recipe.epochs // 4):
-            # what certifying takes by now
+        if self.budget is not None and probed:  # what certifying takes by now
             self.budget.validated(*steps.probe(self.state.deployed, self.held, recipe, self.ranks), len(self.held))
         self.progress.note(line)
         self.tracking.update(self.rows[:-1] if last else self.rows)  # the last row is whole when the model is validated
@@ -239,7 +240,7 @@ class _Course:
         if self.budget is None:
             return True
         size = min(self.state.deployed.validation_size, len(self.held))
-        cost = self.budget.reserve * size / len(self.held) * REPORTS
+        cost = (self.budget.reserve * size / len(self.held) + self.budget.finishing) * REPORTS
         return bool(self.ranks.first_of(cost < MONITORED * self.budget.total))
 
     def _monitor(self, images: Images) -> Tally:

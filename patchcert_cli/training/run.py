@@ -140,8 +140,9 @@ def _fitting(
                 files.check_folder(folder, "--out")
                 kept, held = images.hold_out(recipe.validation, recipe.seed)
                 tried = steps.trial(recipe, kept, device=device, beginning=copy.deepcopy(beginning))
-                certifying = steps.time_to_certify(recipe, tried.state, held) * len(held) / workers.size
-                pace = Pace(sum(tried.seconds) / len(tried.seconds), certifying, tried.kept / SAVED_PER_SECOND)
+                finishing, certifying = steps.time_to_certify(recipe, tried.state, held)
+                certifying *= len(held) / workers.size
+                pace = Pace(sum(tried.seconds) / len(tried.seconds), certifying, tried.kept / SAVED_PER_SECOND, finishing)
                 plan = budgets.fitted(recipe, minutes, len(kept), pace), pace
                 budgets.write(folder, recipe, minutes, *plan)
                 progress.note(
