@@ -15,9 +15,11 @@ class PatchcertError(Exception):
         code: the exit code of the command line.
         message: one line: what is wrong, and what was given.
         hint: one line: what is allowed, or what to type next. It begins with a capital letter or a command; may be empty.
+        of_first: the first of several processes has the same error, and reports it.
     """
 
     code = 1
+    of_first = False
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -26,6 +28,12 @@ class PatchcertError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}" if self.hint else self.message
+
+
+def on_all_ranks(problem: PatchcertError) -> PatchcertError:
+    """The same error, which every process of a job has alike."""
+    problem.of_first = True
+    return problem
 
 
 class UsageError(PatchcertError):

@@ -20,6 +20,8 @@ from typing import Any, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from patchcert_cli.errors import Interrupted
+
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:
     """The function as Typer should see it: the fields of each option group in the place of the group."""
@@ -64,6 +66,20 @@ def group(default: str) -> type[TyperGroup]:
         def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
             named = not args or args[0] in self.commands or args[0] in ctx.help_option_names
             return super().parse_args(ctx, args if named else [default, *args])
+
+    return Group
+
+
+def interruptible() -> type[TyperGroup]:
+    """The class of a group whose commands end with one line at Ctrl-C, wherever they are."""
+
+    class Group(TyperGroup):
+        def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt as problem:
+                hint = "The same command goes on where a run folder has results, or else begins again."
+                raise Interrupted("interrupted.", hint=hint) from problem
 
     return Group
 

@@ -15,7 +15,7 @@ import typer
 
 from patchcert_cli.cli.groups import without
 from patchcert_cli.cli.options import PROCESSES
-from patchcert_cli.errors import Interrupted, MachineError, UsageError
+from patchcert_cli.errors import Interrupted, MachineError, UsageError, on_all_ranks
 from patchcert_cli.parallel import workers
 
 CORES_EACH = 2  # of a machine without GPU, for "auto"
@@ -36,7 +36,8 @@ def start(processes: str | None, *, dry_run: bool = False) -> None:
     if processes is None:
         return
     if workers.inside():
-        raise UsageError(f"{PROCESSES} starts processes, and torchrun has started this one.", hint=f"Leave {PROCESSES} out.")
+        problem = UsageError(f"{PROCESSES} starts processes, and torchrun has started this one.", hint=f"Leave {PROCESSES} out.")
+        raise on_all_ranks(problem)
     number = _number(processes)
     if number > 1 and not dry_run:
         raise typer.Exit(_launch(number, ["-m", "patchcert_cli", *without(sys.argv[1:], PROCESSES)]))
@@ -70,7 +71,8 @@ def _launch(number: int, words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its long reports; one line is printed below
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # long reports; one line is printed below
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // number, 1)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of the ranks
     os.environ[workers.LAUNCHER] = str(os.getpid())

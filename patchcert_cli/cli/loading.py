@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from patchcert_cli.cli import show
 from patchcert_cli.cli.options import DataOptions, RunOptions
-from patchcert_cli.errors import DataError, UsageError
+from patchcert_cli.errors import DataError, UsageError, on_all_ranks
 from patchcert_cli.parallel import workers
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def open_task(
     chosen, ranks = images.limit(data.limit, run.seed), workers.current().size
     if ranks > len(chosen):
         hint = f"Use --processes {len(chosen)} or fewer."
-        raise UsageError(f"{ranks} processes are more than the {len(chosen)} image{'s' * (len(chosen) != 1)}.", hint=hint)
+        problem = UsageError(f"{ranks} processes are more than the {len(chosen)} image{'s' * (len(chosen) != 1)}.", hint=hint)
+        raise on_all_ranks(problem)
     return opened.task(chosen, total, run, command)
 
 

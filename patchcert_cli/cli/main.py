@@ -11,8 +11,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from patchcert_cli.cli import attack, certify, convert, doctor, report, reproduce, show, streams, train, zoo
-from patchcert_cli.cli.groups import command
-from patchcert_cli.errors import PatchcertError, UsageError
+from patchcert_cli.cli.groups import command, interruptible
+from patchcert_cli.errors import PatchcertError, UsageError, on_all_ranks
 from patchcert_cli.parallel import workers
 from patchcert_cli.version import __version__
 
@@ -22,7 +22,10 @@ Results go to stdout, everything else to stderr. Exit codes: 0 ok, 1 bug, 2 usag
 5 integrity, 6 data, 7 machine, 8 claim broken, 130 interrupted.
 """
 
+WRONGLY_TYPED: type[typer.BadParameter] = typer.BadParameter.__mro__[1]  # UsageError, of the click that typer has
+
 app = typer.Typer(
+    cls=interruptible(),
     help=HELP,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -60,7 +63,10 @@ def run() -> None:
         try:
             streams.require_stdout()
             _as_rank()
-            app(prog_name="patchcert")  # also for python -m patchcert_cli
+            code = app(prog_name="patchcert", standalone_mode=False)  # also for python -m patchcert_cli
+            sys.exit(code if isinstance(code, int) else 0)
+        except WRONGLY_TYPED as problem:
+            _fail(_wrongly_typed(problem))
         except PatchcertError as problem:
             if os.environ.get("PATCHCERT_DEBUG"):
                 raise
@@ -79,8 +85,20 @@ def _as_rank() -> None:
         workers.end_with_launcher()
 
 
+def _wrongly_typed(problem: typer.BadParameter) -> PatchcertError:
+    """What typer found wrong in the command line, as an error like any other."""
+    if type(problem).__name__ == "NoArgsIsHelpError":
+        problem.show()
+        sys.exit(problem.exit_code)
+    typed = "patchcert" if problem.ctx is None else problem.ctx.command_path
+    message = " ".join(problem.format_message().split())
+    end = "" if message.endswith((".", "?")) else "."
+    return on_all_ranks(UsageError(f"{message[:1].lower()}{message[1:]}{end}", hint=f"Type: {typed} -h"))
+
+
 def _fail(problem: PatchcertError) -> NoReturn:
-    show.error(problem)
+    if not (problem.of_first and os.environ.get("RANK", "0") != "0"):  # the first rank says it
+        show.error(problem)
     sys.exit(problem.code)
 
 

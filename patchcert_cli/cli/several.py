@@ -10,7 +10,7 @@ import typer
 
 from patchcert_cli.cli import show
 from patchcert_cli.cli.options import typed_command
-from patchcert_cli.errors import Interrupted, PatchcertError, UsageError, of_code
+from patchcert_cli.errors import Interrupted, PatchcertError, UsageError, of_code, on_all_ranks
 from patchcert_cli.parallel import workers as jobs
 from patchcert_cli.threats import Guarantee
 
@@ -95,9 +95,8 @@ def _shared(names: Sequence[str], attempt: Callable[[str], Value], about: str) -
     """
     workers = jobs.current().scope()
     if workers.size > len(names):
-        raise UsageError(
-            f"{workers.size} processes are more than the {len(names)} {about}s.", hint=f"Use --processes {len(names)} or fewer."
-        )
+        hint = f"Use --processes {len(names)} or fewer."
+        raise on_all_ranks(UsageError(f"{workers.size} processes are more than the {len(names)} {about}s.", hint=hint))
     workers.agree({f"{about}s": " ".join(names)})
     own = {}
     while (at := workers.add("taken", 1) - 1) < len(names):

@@ -36,6 +36,7 @@ EXAMPLES = (
 )
 
 RECIPE = "Recipe (default: the recipe of the threat model)"
+MOST_MINUTES = 525_600
 
 
 def _recipe_option(*flags: str, text: str, **more: Any) -> Any:
@@ -160,8 +161,9 @@ class TrainingRunOptions:
 
         for name in self.track or ():
             trackers.by_name(name)
-        if self.max_minutes is not None and not 0 < self.max_minutes < float("inf"):
-            raise UsageError(f"--max-minutes {self.max_minutes:g} must be more than 0.", hint="Use for example --max-minutes 12.")
+        if self.max_minutes is not None and not 0 < self.max_minutes <= MOST_MINUTES:
+            allowed = f"more than 0, and at most {MOST_MINUTES:,}, a year"
+            raise UsageError(f"--max-minutes {self.max_minutes:g} is not allowed.", hint=f"Allowed: {allowed}.")
         if self.max_minutes is not None and self.dry_run:
             raise UsageError("--dry-run measures the recipe as it is.", hint="Leave --max-minutes out.")
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patchcert_cli.errors import MachineError, PatchcertError, UsageError, first_line, of_code
+from patchcert_cli.errors import MachineError, PatchcertError, UsageError, first_line, of_code, on_all_ranks
 from patchcert_cli.version import __version__
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Workers:
         value = self.ask(key, seconds)
         if isinstance(value, Mapping) and "error" in value:
             code, message, hint = value["error"]
-            raise of_code(int(code))(str(message), hint=str(hint))
+            raise on_all_ranks(of_code(int(code))(str(message), hint=str(hint)))
         return value
 
     def lead(self, key: str, action: Callable[[], None]) -> None:

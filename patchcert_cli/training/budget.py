@@ -9,6 +9,7 @@ the run (``steps``), which repeats it by steps, whatever they take then.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -72,27 +73,35 @@ class Budget:
         """Certifying ``images`` took so long: the reserve is for ``held`` of them."""
         self.reserve = self.finishing + seconds / max(images, 1) * held + self._saving
 
+    def late(self, epochs: int, seconds: float) -> bool:
+        """Whether the next of ``epochs`` epochs is to be left out: not each of them has the time for one step of ``seconds``."""
+        fits = int(self._left / max(seconds, 1e-9))
+        return fits < 1 or epochs % -(-epochs // fits) != 0
+
     def steps(self, epochs: int, seconds: float, most: int, made: int = 0) -> int:
         """How many steps, of ``seconds`` each, the next of ``epochs`` epochs may take: 1 to ``most``, those ``made`` included."""
-        left = self.total * (1 - SPARE) - self.reserve - self.spent + made * seconds
-        return max(1, min(most, int(left / max(epochs, 1) / max(seconds, 1e-9))))
+        return max(1, min(most, int((self._left + made * seconds) / max(epochs, 1) / max(seconds, 1e-9))))
+
+    @property
+    def _left(self) -> float:
+        return self.total * (1 - SPARE) - self.reserve - self.spent
 
 
-def fitted(recipe: Recipe, minutes: float, images: int, pace: Pace) -> Recipe:
-    """The recipe whose course takes ``minutes`` with ``images`` training images.
+def fitted(recipe: Recipe, minutes: float, images: int, pace: Pace, *, spent: float = 0.0) -> Recipe:
+    """The recipe whose course takes ``minutes`` with ``images`` training images, of which ``spent`` seconds are over.
 
     Raises:
         UsageError: not even a step fits.
     """
     each = max(images // recipe.batch_size, 1)
-    seconds = 60 * minutes * (1 - SPARE) - pace.end
+    seconds = 60 * minutes * (1 - SPARE) - pace.end - spent
     steps = int(seconds / pace.step)
     if steps < 1:
-        least = (pace.end + pace.step) / (1 - SPARE) / 60
+        least = (spent + pace.end + pace.step) / (1 - SPARE) / 60
         raise UsageError(
-            f"{minutes:g} minutes are too few: a step takes {pace.step:.2g} s,"
+            f"--max-minutes {minutes:g} is too little: beginning took {spent:.0f} s, a step takes {pace.step:.2g} s,"
             f" and certifying {recipe.validation} held-out images about {pace.validation:.0f} s.",
-            hint=f"Use --max-minutes {least:.1f} or more, or fewer --validation images.",
+            hint=f"Use --max-minutes {math.ceil(10 * least) / 10:.1f} or more, or fewer --validation images.",
         )
     epochs = max(-(-steps // each), min(FEWEST_EPOCHS, steps))
     share = epochs / recipe.epochs

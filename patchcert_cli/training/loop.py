@@ -178,11 +178,17 @@ class _Course:
             count = self._steps(epoch, first)
             return count
 
-        choose = None if self.budget is None else chosen
-        loss = steps.epoch(recipe, epoch, self.state, self.kept, self.progress, self.ranks, choose)
+        if self._late(epoch):
+            count = 0
+        loss = self.rows[-2]["loss"] if len(self.rows) > 1 else 0.0
+        if count:
+            choose = None if self.budget is None else chosen
+            loss = steps.epoch(recipe, epoch, self.state, self.kept, self.progress, self.ranks, choose)
         seconds = time.perf_counter() - began
         rate = steps.rate_at(recipe, epoch + 1)
         self.rows[-1] |= {"epoch": epoch + 1, "loss": loss, "learning_rate": rate, "seconds": seconds, "steps": count}
+        if not count and not last:
+            return
         due = last or (epoch + 1) % max(recipe.epochs // REPORTS, 1) == 0
         some = due and not last and self._time_for_some()
         probed = self.budget is not None and epoch + 1 in (recipe.epochs // 2, 3 * recipe.epochs // 4)
@@ -208,6 +214,7 @@ class _Course:
         if self.rows and "clean" in self.rows[-1]:
             tally = _validated(self.rows[-1])
         else:
+            self.progress.note(f"certifying {len(self.held)} held-out images")
             tally = self._monitor(self.held)
             if self.rows:
                 self.rows[-1] |= _validation_row(tally)
@@ -229,11 +236,23 @@ class _Course:
         come to another phase.
         """
         assert self.budget is not None
-        before = self.rows[-2] if len(self.rows) > 1 else {}
-        each = before["seconds"] / before["steps"] if before.get("steps") else self.budget.step
+        each = self._each
         each = each if each / 2 < first < 2 * each else first
         count = self.budget.steps(self.recipe.epochs - epoch, each, self.recipe.steps_of(epoch, len(self.kept)), made=1)
         return int(self.ranks.first_of(count))
+
+    @property
+    def _each(self) -> float:
+        """Seconds of a step, lately."""
+        assert self.budget is not None
+        before = next((row for row in reversed(self.rows) if row.get("steps")), None)
+        return self.budget.step if before is None else float(before["seconds"] / before["steps"])
+
+    def _late(self, epoch: int) -> bool:
+        """Whether a given time has no room for a step of this epoch; the first one that is made always has."""
+        if self.budget is None or not any(row.get("steps") for row in self.rows):
+            return False
+        return bool(self.ranks.first_of(self.budget.late(self.recipe.epochs - epoch, self._each)))
 
     def _time_for_some(self) -> bool:
         """Whether certifying some images on the way takes a small part of a given time."""

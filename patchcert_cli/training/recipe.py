@@ -20,6 +20,8 @@ Result = TypeVar("Result")
 def _one_or_all(steps: tuple[int, ...], epochs: int) -> Iterator[str]:
     if len(steps) not in (0, 1, epochs):
         yield f"steps has {len(steps)} numbers, neither 1 nor one for each of {epochs} epochs"
+    if steps and not any(steps):
+        yield "steps has no step"
 
 
 def _more_than_validation(limit: int, validation: int) -> Iterator[str]:
@@ -69,7 +71,7 @@ class Recipe:
     network: str = ""
     network_options: dict[str, Any] = field(default_factory=dict)
     epochs: Positive = 80
-    steps: tuple[Positive, ...] = ()
+    steps: tuple[Count, ...] = ()
     batch_size: Positive = 256
     learning_rate: Annotated[float, Must(lambda rate: 0 < rate <= 1, "in (0, 1]")] = 1e-3
     optimizer: Literal["adam", "adamw", "muon", "sgd"] = "adam"

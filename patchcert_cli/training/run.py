@@ -104,7 +104,7 @@ def train(
         if max_minutes is not None:
             if fresh and workers.first:
                 loop.clear(folder)
-            recipe, pace = _fitting(recipe, images, folder, max_minutes, place, beginning, workers, progress)
+            recipe, pace = _fitting(recipe, images, folder, max_minutes, place, beginning, workers, progress, began)
             beginning, fresh = replace(begin(recipe), load=beginning.load), False
             budget = Budget(max_minutes, pace, spent=budgets.spent(folder) + time.perf_counter() - began)
         made = loop.train(
@@ -131,6 +131,7 @@ def _fitting(
     beginning: Beginning,
     workers: Workers,
     progress: Progress,
+    began: float,
 ) -> tuple[Recipe, Pace]:
     """The recipe that fits into some minutes, by measuring a few steps, and what was measured; the plan of a run that goes on."""
     if workers.first:
@@ -138,15 +139,17 @@ def _fitting(
             plan = budgets.planned(folder, recipe, minutes)
             if plan is None:
                 files.check_folder(folder, "--out")
+                progress.note("measuring some steps, and what certifying takes")
                 kept, held = images.hold_out(recipe.validation, recipe.seed)
                 tried = steps.trial(recipe, kept, device=device, beginning=copy.deepcopy(beginning))
                 finishing, certifying = steps.time_to_certify(recipe, tried.state, held)
                 certifying *= len(held) / workers.size
                 pace = Pace(sum(tried.seconds) / len(tried.seconds), certifying, tried.kept / SAVED_PER_SECOND, finishing)
-                plan = budgets.fitted(recipe, minutes, len(kept), pace), pace
+                plan = budgets.fitted(recipe, minutes, len(kept), pace, spent=time.perf_counter() - began), pace
                 budgets.write(folder, recipe, minutes, *plan)
+                epochs = f"{plan[0].epochs} epoch{'s' * (plan[0].epochs != 1)}"
                 progress.note(
-                    f"{plan[0].epochs} epochs fit into {minutes:g} minutes: a step takes {pace.step:.2g} s,"
+                    f"--max-minutes {minutes:g}: time for {epochs}; a step takes {pace.step:.2g} s,"
                     f" and certifying {len(held)} held-out images about {pace.validation:.0f} s"
                 )
         except PatchcertError as problem:

@@ -21,6 +21,7 @@ from patchcert_cli.training.state import Beginning, State, some_images
 
 LOOK = 10  # steps between two looks at the loss
 PROBED = 8  # held-out images that are certified to know what that takes
+DEAR = 6.0  # times as long: such proofs are not repeated
 PROBING = 0.5  # seconds; where they took less, as many times more are certified
 
 
@@ -143,7 +144,7 @@ def probe(defense: Trainable, images: Images, recipe: Recipe, ranks: Ranks | Non
         began = time.perf_counter()
         monitor(defense, few, recipe, ranks=ranks)
         seconds = ranks.first_of(time.perf_counter() - began)
-        if seconds > PROBING and count > PROBED:  # the first batch of a new size sets more up
+        if PROBING < seconds < DEAR * PROBING:  # the first batch of a new size sets more up
             began = time.perf_counter()
             monitor(defense, few, recipe, ranks=ranks)
             seconds = min(seconds, ranks.first_of(time.perf_counter() - began))

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,6 +149,40 @@ def test_help_is_quick_and_loads_no_torch() -> None:
         )
         assert done.returncode == 0, done.stderr
         assert "Usage: patchcert" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        ("cert", "no such command 'cert'", "Type: patchcert -h"),
+        ("certify --ptch 5", "no such option: --ptch", "Type: patchcert certify -h"),
+        ("certify --limit many", "invalid value for '--limit'", "Type: patchcert certify -h"),
+        ("zoo show", "missing argument 'NAME'", "Type: patchcert zoo show -h"),
+    ],
+)
+def test_what_is_typed_wrongly_is_one_line_and_a_hint(patchcert: Any, words: str, message: str, hint: str) -> None:
+    done = patchcert(*words.split())
+    assert (done.code, done.out) == (2, "")
+    first, second = done.err.splitlines()
+    assert first.startswith(f"error[2]: {message}") and first[-1] in ".?" and second == f"hint: {hint}"
+
+
+def test_ctrl_c_is_one_line_wherever_a_command_is(patchcert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("patchcert_cli.catalog.bundled.names", stopped)
+    done = patchcert("zoo", "list")
+    assert done.code == 130 and done.err.splitlines()[0] == "error[130]: interrupted." and len(done.err.splitlines()) == 2
+
+
+def test_of_several_ranks_the_first_says_what_all_found(patchcert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patchcert_cli.cli.main._as_rank", lambda: None)
+    assert patchcert("certify", "--ptch", "5").err
+    monkeypatch.setenv("RANK", "1")
+    done = patchcert("certify", "--ptch", "5")
+    assert (done.code, done.err) == (2, "")
+    assert patchcert("certify", "--threat", "what").err, "an error that may be of this rank alone"
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

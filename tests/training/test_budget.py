@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,10 @@ def test_an_average_of_weights_looks_back_over_the_same_share() -> None:
 
 
 def test_too_little_time_is_one_line() -> None:
-    with pytest.raises(UsageError, match=r"1 minutes are too few: a step takes 2 s.* --max-minutes 1\.1 or more"):
-        fitted(LONG, 1, 200, PACE)
+    with pytest.raises(
+        UsageError, match=r"--max-minutes 1 is too little: beginning took 9 s, a step takes 2 s.* --max-minutes 1\.3 or more"
+    ):
+        fitted(LONG, 1, 200, PACE, spent=9.0)
 
 
 class Clock:
@@ -151,6 +154,28 @@ def test_a_costly_phase_has_fewer_steps_from_its_first_epoch_on(
     assert made[:4] == [4, 4, 4, 4] and made[4:] == [1, 1, 1, 2] and clock.now == 36
 
 
+class Slow(Silent):
+    """Every step takes three seconds."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def update(self, done: int, total: int, text: str) -> None:
+        self.clock.now += 3.0
+
+
+def test_epochs_are_left_out_where_not_each_has_the_time_for_a_step(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("patchcert_cli.training.loop.time.perf_counter", clock)
+    recipe, pace = replace(TINY, epochs=40), Pace(1.0, 0.0, 0.0)
+    made = loop.train(recipe, images(), tmp_path / "run", budget=Budget(1, pace, clock=clock), progress=Slow(clock)).recipe
+    assert 0.9 * 60 < clock.now <= 60 and sum(made.steps) == clock.now / 3 and len(made.steps) == 40
+    assert made.steps[0] > 0 and max(b - a for a, b in pairwise([at for at, count in enumerate(made.steps) if count])) <= 3
+    loop.train(made, images(), tmp_path / "again")
+    assert digest(tmp_path / "again") == digest(tmp_path / "run")
+
+
 def test_a_plan_is_kept_and_another_one_is_refused(tmp_path: Path) -> None:
     assert budget.planned(tmp_path, LONG, 10) is None
     fits = fitted(LONG, 10, 200, PACE)
@@ -174,3 +199,5 @@ def test_steps_are_part_of_a_recipe(steps: tuple[int, ...]) -> None:
 def test_steps_that_fit_no_epochs_are_refused() -> None:
     with pytest.raises(UsageError, match="steps has 2 numbers, neither 1 nor one for each of 3 epochs"):
         replace(TINY, steps=(1, 2))
+    with pytest.raises(UsageError, match="steps has no step"):
+        replace(TINY, steps=(0,))
