@@ -237,9 +237,15 @@ class RegionDefense(LocalFeatureDefense[CellOutputs]):
         return self.scorer.widest * self.input_shape[1] * self.input_shape[2]
 
     def scores(self, x: Tensor) -> Tensor:
-        """The scores of all cells as the deployed network computes them, [B, K, N, M]."""
+        """The scores of all cells as the deployed network computes them, [B, K, N, M].
+
+        Of a mirrored network the mean of both looks: float64 has room for the sum of two scores, so no digit is lost.
+        """
         size = programs.at_once(self.activations, x.device, PIECE)
-        return torch.cat([self.run(fixed_point.to_steps(part)) for part in torch.split(x, size)])
+        steps = [fixed_point.to_steps(part) for part in torch.split(x, size)]
+        if not self.scorer.mirrored:
+            return torch.cat([self.run(part) for part in steps])
+        return torch.cat([(self.run(part).double() + self.run(part.flip(3)).flip(3).double()) / 2 for part in steps])
 
     def cover(self, patch: Patch) -> CellCoverage:
         height, width = self.input_shape[1:]

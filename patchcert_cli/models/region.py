@@ -87,7 +87,13 @@ class Stage(nn.Module):
 
 
 class RegionScorer(nn.Module):
-    """[B, C, H, W] in [0, 1] -> scores [B, K, N, M]; a cell votes for a class where its score is positive."""
+    """[B, C, H, W] in [0, 1] -> scores [B, K, N, M]; a cell votes for a class where its score is positive.
+
+    Attributes:
+        mirrored: whether scores, except in training, are the mean of two looks: at the image, and at the mirrored image, whose
+            cells are put back. Mirroring moves the window of a cell onto the window of the cell on the other side, so a cell
+            still depends on its own window alone.
+    """
 
     places: Tensor | None
 
@@ -103,6 +109,7 @@ class RegionScorer(nn.Module):
         stride: int = 1,
         whiten: bool = False,
         weight_bits: int = 0,
+        mirrored: bool = False,
     ) -> None:
         super().__init__()
         if weight_bits and not LEAST_BITS <= weight_bits <= MOST_BITS:
@@ -121,7 +128,10 @@ class RegionScorer(nn.Module):
                 f"a receptive field of {self.receptive_field} is larger than the {shape[1]}x{shape[2]} image.",
                 hint=f"Allowed: up to {min(shape[1:])}.",
             )
-        self.stride = stride
+        if mirrored and (places or (shape[2] - self.receptive_field) % stride):
+            why = "cells that know where they are" if places else "a stride that leaves columns at the edge"
+            raise UsageError(f"mirrored does not go with {why}.", hint="Leave one of them out.")
+        self.stride, self.mirrored = stride, mirrored
         widths = [shape[0] + (2 if places else 0), *(width for width, *_ in plan)]
         self.stages = nn.ModuleList(
             Stage(before, after, kernel, step, apart, mixes, bits, whiten and at == 0)
@@ -172,7 +182,13 @@ class RegionScorer(nn.Module):
         return v if self.places is None else torch.cat([v, (self.places / 127.5 - 1).to(v).expand(len(v), -1, -1, -1)], dim=1)
 
     def score(self, v: Tensor, every: int = 1) -> Tensor:
-        """Scores of the cells of a prepared image, or of any part of one that begins with a cell's first pixel."""
+        """Scores of the cells of a prepared image, or of any part of one that begins with a cell's first pixel and ends with a
+        cell's last one."""
+        if not self.mirrored or self.training or every > 1:
+            return self._score(v, every)
+        return (self._score(v) + self._score(v.flip(3)).flip(3)) / 2
+
+    def _score(self, v: Tensor, every: int = 1) -> Tensor:
         if self.one_window and every * self.stride > self.receptive_field // 2:
             return self._cells(v, every * self.stride)
         for stage, (step, apart) in zip(self.stages, self._steps(every), strict=True):
@@ -337,6 +353,7 @@ def build(
     whiten: bool = False,
     bits: int = 8,
     weight_bits: int = 0,
+    mirrored: bool = False,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Any:
@@ -347,6 +364,7 @@ def build(
     sparsely as the dilations of the later ones allow. With ``whiten`` the first convolution sees whitened windows while it is
     trained. Activations of the deployed network have ``bits`` bits, and its weights as many as exact sums allow, or at most
     ``weight_bits``, sign included, if that is not 0: 7 is about twice as fast where integers are faster than floating point.
+    With ``mirrored`` the deployed network looks at each image twice, for twice the time.
     """
     plan = list(zip(widths, kernels, dilations, mixes, strict=True))
     return RegionScorer(
@@ -359,4 +377,5 @@ def build(
         stride=stride,
         whiten=whiten,
         weight_bits=weight_bits,
+        mirrored=mirrored,
     )

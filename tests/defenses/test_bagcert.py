@@ -100,6 +100,32 @@ def test_every_so_manieth_cell_has_the_scores_of_the_whole_map(reach: int) -> No
             assert torch.allclose(some, whole[:, :, ::every, ::every], atol=1e-12), every
 
 
+def mirrored(reach: int, **more: Any) -> dict[str, Any]:
+    given = config(reach)
+    given["network"]["options"] |= {"mirrored": True, **more}
+    return given
+
+
+@pytest.mark.parametrize("reach", PLANS)
+def test_a_mirrored_scorer_looks_twice_and_cells_keep_their_windows(reach: int) -> None:
+    one, both, x = build(config(reach)), build(mirrored(reach)), images(4)
+    both.load_state_dict(one.state_dict())
+    wanted = (one.scores(x).double() + one.scores(x.flip(3)).flip(3).double()) / 2
+    assert torch.equal(both.scores(x), wanted) and torch.equal(both.scores(x.flip(3)), wanted.flip(3))
+    both.self_test()
+    with torch.no_grad():
+        assert torch.allclose(both.scorer(x), (one.scorer(x) + one.scorer(x.flip(3)).flip(3)) / 2, atol=1e-5)
+        assert torch.equal(both.scorer.train()(x), one.scorer.train()(x)), "training looks once"
+
+
+def test_a_mirrored_scorer_needs_windows_that_mirror_to_windows() -> None:
+    for more, why in ({"places": True}, "where they are"), ({"stride": 2}, "columns at the edge"):
+        given = mirrored(5, **more)
+        with pytest.raises(UsageError, match=why):
+            BagCert.from_config(section("bagcert", given))
+    build(mirrored(5, stride=3)).self_test()  # 14 - 5 = 9
+
+
 def test_votes_are_the_signs_of_the_deployed_scores() -> None:
     defense, x = build(), images(9)
     network = defense.deployed()

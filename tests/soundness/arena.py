@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import combinations, product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -199,10 +200,11 @@ def registered_arenas(name: str) -> list[Arena]:
     return arenas
 
 
-REGIONS: dict[str, tuple[tuple[int, int, int], dict[str, list[int]]]] = {
+REGIONS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "pairs": ((1, 6, 6), {"widths": [3, 4], "kernels": [2, 1], "dilations": [1, 1], "mixes": [0, 1]}),
     "colour": ((2, 5, 6), {"widths": [4], "kernels": [2], "dilations": [1], "mixes": [0]}),
     "dilated": ((1, 7, 6), {"widths": [3], "kernels": [2], "dilations": [2], "mixes": [1]}),
+    "mirrored": ((1, 5, 6), {"widths": [3], "kernels": [2], "dilations": [1], "mixes": [0], "mirrored": True}),
     "single": ((1, 4, 5), {"widths": [3], "kernels": [1], "dilations": [1], "mixes": [0]}),
 }
 
@@ -223,9 +225,9 @@ def random_region(name: str, seed: int, *, classes: int = 3, lean: float = 2.0) 
     return defense
 
 
-def pixel_votes(bias: float = 0.5) -> BagCert:
+def pixel_votes(bias: float = 0.5, *, mirrored: bool = False) -> BagCert:
     """Cells of one pixel each: a bright one votes for b, a dark one for a, and all can be set independently."""
-    options = {"widths": [2], "kernels": [1], "dilations": [1], "mixes": [0], "mean": [0.0], "std": [1.0]}
+    options = {"widths": [2], "kernels": [1], "dilations": [1], "mixes": [0], "mean": [0.0], "std": [1.0], "mirrored": mirrored}
     made = {"input_shape": (1, 4, 4), "classes": ["a", "b"], "network": {"name": "region", "options": options}}
     defense = BagCert.from_config(section("bagcert", made)).eval()
     stage, head = defense.scorer.stages[0], defense.scorer.head
@@ -249,8 +251,8 @@ def voting_arenas() -> list[Arena]:
 
 
 @cache
-def pixel_arena() -> Arena:
+def pixel_arena(*, mirrored: bool = False) -> Arena:
     """Images of every brightness, from all dark to all bright, for :func:`pixel_votes`."""
     generator = torch.Generator().manual_seed(0)
     share = torch.linspace(0, 1, 80)[:, None, None, None]
-    return Arena("pixels", pixel_votes(), (torch.rand(80, 1, 4, 4, generator=generator) < share).float())
+    return Arena("pixels", pixel_votes(mirrored=mirrored), (torch.rand(80, 1, 4, 4, generator=generator) < share).float())

@@ -16,7 +16,9 @@ from patchcert_cli.certifiers.bounds import first_layer, intervals, margin_chunk
 from patchcert_cli.certifiers.bounds.windows import patch_windows, windows
 from patchcert_cli.certifiers.geometry import touched_range
 from patchcert_cli.defenses import VotingDefense
+from patchcert_cli.defenses._cells import RegionDefense
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
+from patchcert_cli.layers import fixed_point
 from patchcert_cli.threats import Patch, PatchPercent, Sparse
 
 Break = Callable[[pytest.MonkeyPatch], None]
@@ -218,6 +220,20 @@ def answer_of_another_network(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
 
     monkeypatch.setattr(VotingDefense, "certify_claims", certify_claims)
+
+
+def mirrored_cells_left_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cells of the mirrored image are added where they are, not where they belong."""
+    original = RegionDefense.scores
+
+    def scores(self: Any, x: Tensor) -> Tensor:
+        found = original(self, x)
+        if not self.scorer.mirrored:
+            return found
+        steps = fixed_point.to_steps(x)
+        return (self.run(steps).double() + self.run(steps.flip(3)).double()) / 2
+
+    monkeypatch.setattr(RegionDefense, "scores", scores)
 
 
 # those about wrapping and about a third class are caught by the enemy of ``test_additive.py``

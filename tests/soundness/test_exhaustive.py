@@ -16,7 +16,9 @@ from torch import nn
 from patchcert_cli import defenses
 from patchcert_cli.certifiers.cells import additive
 from patchcert_cli.defenses import Defense
+from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
+from patchcert_cli.errors import IntegrityError
 from patchcert_cli.threats import Patch, Sparse
 
 from .arena import (
@@ -32,7 +34,16 @@ from .arena import (
     registered_arenas,
     voting_arenas,
 )
-from .breaks import COMMON_BREAKS, PATCH_BREAKS, SPARSE_BREAKS, VOTE_BREAKS, VOTE_SPARSE_BREAKS, WINDOW_BREAKS, Break
+from .breaks import (
+    COMMON_BREAKS,
+    PATCH_BREAKS,
+    SPARSE_BREAKS,
+    VOTE_BREAKS,
+    VOTE_SPARSE_BREAKS,
+    WINDOW_BREAKS,
+    Break,
+    mirrored_cells_left_there,
+)
 
 PATCHES: list[Attack] = [Patch(1, 1), Patch(1, 2), Patch(2, 1), Patch(2, 2), Patch(1, 3)]
 PIXELS: list[Attack] = [Sparse(1), Sparse(2)]
@@ -126,6 +137,16 @@ def assert_votes_caught(apply: Break, method: str, threats: list[Attack], monkey
     assert check(arenas[:3], threats, method=method).violations == []
     apply(monkeypatch)
     assert check(arenas, threats, method=method, until_found=True).violations != []
+
+
+def test_mirrored_cells_that_are_not_put_back_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check([pixel_arena(mirrored=True)], PATCHES).violations == []
+    mirrored_cells_left_there(monkeypatch)
+    broken = pixel_arena.__wrapped__(mirrored=True)  # whose answers are not known yet
+    with pytest.raises(IntegrityError, match="reaches"):
+        broken.defense.self_test()
+    monkeypatch.setattr(BagCert, "self_test", lambda self: None)  # so that the proof is asked at all
+    assert check([broken], PATCHES, until_found=True).violations != []
 
 
 def test_every_defense_of_the_folder_is_registered() -> None:
