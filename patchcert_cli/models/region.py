@@ -90,9 +90,8 @@ class RegionScorer(nn.Module):
     """[B, C, H, W] in [0, 1] -> scores [B, K, N, M]; a cell votes for a class where its score is positive.
 
     Attributes:
-        mirrored: whether scores, except in training, are the mean of two looks: at the image, and at the mirrored image, whose
-            cells are put back. Mirroring moves the window of a cell onto the window of the cell on the other side, so a cell
-            still depends on its own window alone.
+        mirrored: whether scores, except in training, are the mean of those of the image and of the mirrored one, put back.
+            Mirroring moves a cell's window onto that of the cell on the other side, so it depends on its own window alone.
     """
 
     places: Tensor | None
