@@ -89,13 +89,14 @@ def _options(attack: type[Attack]) -> set[str]:
 
 
 def listed(text: str) -> list[str]:
-    """The attacks of a list such as ``patch_pgd,patch_rs``; :data:`ALL` stands for itself.
+    """The attacks of a list such as ``patch_pgd,patch_rs``; :data:`ALL` stands for itself. ``patch-rs`` is ``patch_rs`` too.
 
     Raises:
         UnknownName: there is no attack of such a name.
         UsageError: a name is missing, or given twice.
     """
-    chosen = [name.strip() for name in text.split(",")]
+    known = names()
+    chosen = [name if name in known else name.replace("-", "_") for name in map(str.strip, text.split(","))]
     if chosen == [ALL]:
         return chosen
     for name in chosen:

@@ -126,7 +126,7 @@ def test_attacks_that_do_not_know_the_threat_and_strange_options_are_refused(cnn
         attacks.combined(["patch_pgd", "sparse"], PATCH, cnn(0))
     with pytest.raises(UsageError, match="none of patch_rs, patch_pgd has an option iterations"):
         attacks.combined(["patch_rs", "patch_pgd"], PATCH, cnn(0), iterations=3)
-    assert attacks.listed("patch_rs, patch_pgd") == ["patch_rs", "patch_pgd"]
+    assert attacks.listed("patch-rs, patch_pgd") == ["patch_rs", "patch_pgd"]
 
 
 WRONG_PLACES = [torch.zeros(2, 3, 4), torch.zeros(3, 4), torch.tensor([[[9, 0, 2, 3]]] * 3)]
