@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -116,6 +116,7 @@ def trial(recipe: Recipe, images: Images, *, device: str = "cpu", beginning: Beg
     The first step of all, which sets things up, is not timed. Held-out images are certified with the weights that there are then:
     trained ones may take longer.
     """
+    recipe = replace(recipe, steps=())  # an epoch of the recipe may have none
     state = State.of(recipe, beginning or Beginning.of(recipe), device)
     batch, spent = images.take(torch.arange(min(recipe.batch_size, len(images)))), []
     for number in (0, 0, recipe.epochs - 1):

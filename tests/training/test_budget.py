@@ -15,7 +15,7 @@ from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.errors import Interrupted, UsageError
 from patchcert_cli.progress import Silent
 from patchcert_cli.storage import files
-from patchcert_cli.training import budget, loop, recipe_files
+from patchcert_cli.training import budget, loop, recipe_files, steps
 from patchcert_cli.training.budget import Budget, Pace, fitted
 from patchcert_cli.training.recipe import Recipe
 from tests.training.test_loop import TINY, digest, images
@@ -174,6 +174,7 @@ def test_epochs_are_left_out_where_not_each_has_the_time_for_a_step(
     assert made.steps[0] > 0 and max(b - a for a, b in pairwise([at for at, count in enumerate(made.steps) if count])) <= 3
     loop.train(made, images(), tmp_path / "again")
     assert digest(tmp_path / "again") == digest(tmp_path / "run")
+    assert min(made.steps) == 0 < steps.trial(replace(made, steps=made.steps[::-1]), images()).weights
 
 
 def test_a_plan_is_kept_and_another_one_is_refused(tmp_path: Path) -> None:
