@@ -49,13 +49,15 @@ while [ $# -gt 0 ]; do
         ;;
     --dry-run) dry=1 && shift ;;
     --) shift && train+=("$@") && break ;;
+    -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0" && exit 0 ;;
+    -[0-9]*) usage "'$1' is not a number of minutes." ;;
     -*) usage "there is no option $1." ;;
     *)
         if [ -z "$minutes" ]; then
             [[ $1 =~ ^[0-9]+(\.[0-9]+)?$ ]] || usage "'$1' is not a number of minutes."
             minutes=$1
         else
-            known "$1" || usage "'$1' is not in the table of this script."
+            known "$1" || usage "'$1' is not one of the recipes that this script trains."
             names="$names $1 "
         fi
         shift
@@ -73,6 +75,7 @@ plan=$(awk -v minutes="$minutes" -v names="$names" -v start="$START" -v least="$
     NF && (names == "" || index(names, " " $2 " ")) { share[++n] = $1; all += $1; $1 = ""; line[n] = $0 }
     function shortest(   i, found) { for (i = n; i; i--) if (!(i in out) && (!found || share[i] < share[found])) found = i; return found }
     END {
+        if (minutes < least) exit
         while ((i = shortest()) && minutes * share[i] / all < least - 1e-9) {
             out[i] = 1; all -= share[i]; split(line[i], word)
             print "too little time for " word[1] ": it is left out" >"/dev/stderr"

@@ -95,8 +95,8 @@ def listed(text: str) -> list[str]:
         UnknownName: there is no attack of such a name.
         UsageError: a name is missing, or given twice.
     """
-    known = names()
-    chosen = [name if name in known else name.replace("-", "_") for name in map(str.strip, text.split(","))]
+    known = {name.replace("_", "-"): name for name in names()}
+    chosen = [known.get(name.replace("_", "-"), name) for name in map(str.strip, text.split(","))]
     if chosen == [ALL]:
         return chosen
     for name in chosen:

@@ -12,6 +12,7 @@ import typer
 
 from patchcert_cli.cli import attack, certify, convert, doctor, report, reproduce, show, streams, train, zoo
 from patchcert_cli.cli.groups import command, interruptible
+from patchcert_cli.cli.interrupts import interrupts
 from patchcert_cli.errors import PatchcertError, UsageError, on_all_ranks
 from patchcert_cli.parallel import workers
 from patchcert_cli.version import __version__
@@ -59,7 +60,7 @@ def options(
 
 def run() -> None:
     """Entry point of the ``patchcert`` command."""
-    with streams.guarded():
+    with streams.guarded(), interrupts():
         try:
             streams.require_stdout()
             _as_rank()

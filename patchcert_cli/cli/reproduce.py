@@ -108,7 +108,7 @@ def reproduce(
     found = [known.load(name) for name in chosen]
     if papers.table is not None and len(found) > 1:
         raise UsageError("--table is of one paper, and several are given.", hint="Name one paper, or leave --table out.")
-    given = {"--data": data.dataset, "--data-dir": data.data_dir, "--limit": data.limit, "--download": data.download}
+    given = {"--data": data.dataset, "--limit": data.limit, "--download": data.download}
     unused = [flag for flag, value in {**given, "--fresh": how.fresh}.items() if value not in (None, False)]
     if unused and not papers.run:
         raise UsageError(f"{unused[0]} says how rows are certified.", hint="Add --run, or leave it out: records need no images.")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from refusals import check_refused
 
 from patchcert_cli import checkpoint, defenses
 from patchcert_cli.cli import main
+from patchcert_cli.cli.interrupts import interrupts
 from patchcert_cli.training.recipe import Recipe
 
 
@@ -192,3 +196,31 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(UsageError):
         main.run()
+
+
+def test_ctrl_c_during_an_import_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
+        "import signal",
+        "try:",
+        "    signal.raise_signal(signal.SIGINT)",
+        "except KeyboardInterrupt:",
+        "    pass",
+        "ended = True",
+    ]
+    (tmp_path / "swallowing_module.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+
+    def waits() -> None:
+        with interrupts():
+            assert importlib.import_module("swallowing_module").ended
+            threading.Event().wait(30)
+
+    def stops() -> None:
+        with interrupts():
+            signal.raise_signal(signal.SIGINT)
+
+    for action in (waits, stops):
+        with pytest.raises(KeyboardInterrupt):
+            action()
+        assert signal.getsignal(signal.SIGINT) is before

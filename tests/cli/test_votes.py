@@ -99,7 +99,8 @@ def test_several_pictures_are_one_table(patchcert, model: str, picture: str) -> 
     assert done.err.count("runs/m") == 1, "the model was loaded once"
     refused = patchcert(*words, "--map", "map.png")
     check_refused(refused.err, 2, "--map draws one image, and 2 are given")
-    check_refused(patchcert(*words, "--processes", "2").err, 2, "--processes does not go with --image")
+    one = ("certify", model, "--image", picture, "--patch", "2,5", "--processes", "2")
+    check_refused(patchcert(*one).err, 2, "--processes does not go with --image")
 
 
 @pytest.mark.parametrize(

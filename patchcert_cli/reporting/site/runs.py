@@ -234,13 +234,19 @@ def management(claim: Claimed) -> str:
     if not exact:
         certified, wrong = 100 * certified // tally.images, -(-100 * wrong // tally.images)
     rest = max(whole - certified - wrong, 0)
-    is_right = "are classified right" if claim.top == 1 else f"have the right class among the first {claim.top}"
+
+    def is_right(count: int) -> str:
+        if claim.top == 1:
+            return f"{'is' if count == 1 else 'are'} classified right"
+        return f"{'has' if count == 1 else 'have'} the right class among the first {claim.top}"
+
     without = "" if claim.alarms is None else " without an alarm"
-    is_wrong = "are classified wrong" if claim.top == 1 else "do not have it"
+    one = wrong == 1
+    is_wrong = f"{'is' if one else 'are'} classified wrong" if claim.top == 1 else f"{'does' if one else 'do'} not have it"
     among = f"{whole} images, {certified}" if exact else f"every 100 images, about {certified}"
     return (
-        f"Of {among} {is_right} and {nothing(claim.threat)} can change that{without}{_doubt(claim)};"
-        f" {rest} more {is_right}, without such a proof; {wrong} {is_wrong}{' or raise an alarm' if without else ''}."
+        f"Of {among} {is_right(certified)} and {nothing(claim.threat)} can change that{without}{_doubt(claim)};"
+        f" {rest} more {is_right(rest)}, without such a proof; {wrong} {is_wrong}{' or raise an alarm' if without else ''}."
     )
 
 
