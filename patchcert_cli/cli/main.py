@@ -91,7 +91,8 @@ def _wrongly_typed(problem: typer.BadParameter) -> PatchcertError:
     if type(problem).__name__ == "NoArgsIsHelpError":
         problem.show()
         sys.exit(problem.exit_code)
-    typed = "patchcert" if problem.ctx is None else problem.ctx.command_path
+    named = [word for word in sys.argv[1:2] if not word.startswith("-")]  # of an option without its value nothing else is known
+    typed = " ".join(["patchcert", *named]) if problem.ctx is None else problem.ctx.command_path
     message = " ".join(problem.format_message().split())
     end = "" if message.endswith((".", "?")) else "."
     return on_all_ranks(UsageError(f"{message[:1].lower()}{message[1:]}{end}", hint=f"Type: {typed} -h"))

@@ -162,6 +162,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
         ("certify --ptch 5", "no such option: --ptch", "Type: patchcert certify -h"),
         ("certify --limit many", "invalid value for '--limit'", "Type: patchcert certify -h"),
         ("zoo show", "missing argument 'NAME'", "Type: patchcert zoo show -h"),
+        ("certify --patch", "option '--patch' requires an argument", "Type: patchcert certify -h"),
     ],
 )
 def test_what_is_typed_wrongly_is_one_line_and_a_hint(patchcert: Any, words: str, message: str, hint: str) -> None:
