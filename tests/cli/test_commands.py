@@ -210,7 +210,8 @@ def test_ctrl_c_during_an_import_is_not_lost(tmp_path: Path, monkeypatch: pytest
     ]
     (tmp_path / "swallowing_module.py").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(tmp_path)
-    before = signal.getsignal(signal.SIGINT)
+    outside, before = signal.getsignal(signal.SIGINT), signal.default_int_handler  # a program in the background may ignore it
+    signal.signal(signal.SIGINT, before)
 
     def waits() -> None:
         with interrupts():
@@ -221,7 +222,10 @@ def test_ctrl_c_during_an_import_is_not_lost(tmp_path: Path, monkeypatch: pytest
         with interrupts():
             signal.raise_signal(signal.SIGINT)
 
-    for action in (waits, stops):
-        with pytest.raises(KeyboardInterrupt):
-            action()
-        assert signal.getsignal(signal.SIGINT) is before
+    try:
+        for action in (waits, stops):
+            with pytest.raises(KeyboardInterrupt):
+                action()
+            assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, outside)
