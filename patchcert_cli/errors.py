@@ -30,12 +30,6 @@ class PatchcertError(Exception):
         return f"{self.message} {self.hint}" if self.hint else self.message
 
 
-def on_all_ranks(problem: PatchcertError) -> PatchcertError:
-    """The same error, which every process of a job has alike."""
-    problem.of_first = True
-    return problem
-
-
 class UsageError(PatchcertError):
     """An option or argument that is invalid."""
 
@@ -116,3 +110,9 @@ def of_code(code: int) -> type[PatchcertError]:
     """The class of errors of an exit code."""
     kinds = [kind for kind in PatchcertError.__subclasses__() if kind.code == code]
     return kinds[0] if kinds else PatchcertError
+
+
+def on_all_ranks(problem: PatchcertError) -> PatchcertError:
+    """The same error, which every process of a job has alike."""
+    problem.of_first = True
+    return problem

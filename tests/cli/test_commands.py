@@ -209,6 +209,7 @@ def test_ctrl_c_during_an_import_is_not_lost(tmp_path: Path, monkeypatch: pytest
         "ended = True",
     ]
     (tmp_path / "swallowing_module.py").write_text("\n".join(lines))
+    (tmp_path / "waiting_module.py").write_text("import signal\nwhile True:\n    signal.raise_signal(signal.SIGINT)\n")
     monkeypatch.syspath_prepend(tmp_path)
     outside, before = signal.getsignal(signal.SIGINT), signal.default_int_handler  # a program in the background may ignore it
     signal.signal(signal.SIGINT, before)
@@ -222,8 +223,12 @@ def test_ctrl_c_during_an_import_is_not_lost(tmp_path: Path, monkeypatch: pytest
         with interrupts():
             signal.raise_signal(signal.SIGINT)
 
+    def insists() -> None:
+        with interrupts():
+            importlib.import_module("waiting_module")
+
     try:
-        for action in (waits, stops):
+        for action in (waits, stops, insists):
             with pytest.raises(KeyboardInterrupt):
                 action()
             assert signal.getsignal(signal.SIGINT) is before
