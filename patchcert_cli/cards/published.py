@@ -11,8 +11,8 @@ import io
 import json
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -142,14 +142,30 @@ class PublishedRecords:
             raise IntegrityError(f"'{path}' holds no published records: {problem}.") from problem
 
     @classmethod
-    def from_runs(cls, results: Mapping[str, CertifyResult]) -> PublishedRecords | None:
-        """The records of certify results, by the path of their ``result.json``, all about the same weights and images.
+    def from_runs(
+        cls, results: Mapping[str, CertifyResult], *, before: PublishedRecords | None = None
+    ) -> PublishedRecords | None:
+        """The records of certify results, by the path of their ``result.json``, after those of ``before``.
+
+        All are about the same weights and images.
 
         Raises:
             ClaimError: records are missing, or results or records contradict each other.
         """
         parts = [_of_run(Path(where), result) for where, result in results.items()]
+        parts = [before, *parts] if before else parts
         return _joined(parts) if parts else None
+
+    def only(self, claims: Collection[tuple[Threat, str, Guarantee]]) -> PublishedRecords:
+        """The same with these claims alone."""
+        places = [at for at, one in enumerate(self.claims) if (one.threat, one.method, one.guarantee) in claims]
+
+        def row(one: PublishedRecord) -> PublishedRecord:
+            certified, margins = zip(*((one.certified[at], one.margin[at]) for at in places), strict=True)
+            return replace(one, certified=certified, margin=margins)
+
+        rows = {index: row(one) for index, one in self.rows.items()}
+        return replace(self, claims=tuple(self.claims[at] for at in places), rows=rows)
 
 
 def _record(line: Mapping[str, Any], claims: int) -> PublishedRecord:
@@ -213,7 +229,8 @@ def _joined(parts: Sequence[PublishedRecords]) -> PublishedRecords:
     for other in parts[1:]:
         if {index: (row.label, row.prediction) for index, row in other.rows.items()} != answers:
             raise ClaimError(
-                "the results are about other images, or their predictions differ.", hint="Certify again with --fresh."
+                "the results are about other images, or their predictions differ.",
+                hint="Certify again with --fresh. A zoo folder has older records: add the training run instead, with all its results.",
             )
     columns: dict[ClaimKey, tuple[PublishedRecords, int]] = {}
     for records in parts:

@@ -15,7 +15,7 @@ from patchcert_cli.cards.results import CertifyResult, ClaimResult, current_resu
 from patchcert_cli.catalog.resolve import ResolvedModel
 from patchcert_cli.errors import ClaimError, PatchcertError
 from patchcert_cli.storage import files
-from patchcert_cli.threats import as_options
+from patchcert_cli.threats import Guarantee, Threat, as_options
 
 MAX_SAMPLE_FILES = 999  # of one card
 
@@ -23,9 +23,10 @@ Results = Mapping[str, Mapping[str, Any]]  # results of certify, by the path of 
 
 
 def card_with_results(model: ResolvedModel, results: Results) -> tuple[Card, bytes | None]:
-    """The card of ``model`` with these results as its measurements, and their records as one file.
+    """The card of ``model`` with these results beside or instead of its earlier measurements, and all records as one file.
 
-    The card is not validated as a whole yet; that is done when it is rendered.
+    A measurement of the same claim is replaced, the others stay: they are about the same weights and images. The card is not
+    validated as a whole yet; that is done when it is rendered.
 
     Raises:
         ClaimError: a result is about other weights, does not cover the test split, or has counts that its records do not have.
@@ -36,8 +37,15 @@ def card_with_results(model: ResolvedModel, results: Results) -> tuple[Card, byt
     for where, result in measured.items():
         _check_full_split(result, where, model.card)
         _check_accuracies(result, where)
-    entries = tuple(_entry(result, claim, model.card) for result in measured.values() for claim in result.claims)
-    published = PublishedRecords.from_runs(measured)
+    new = [_entry(result, claim, model.card) for result in measured.values() for claim in result.claims]
+    replaced = {_claim(one) for one in new}
+    kept_entries = [one for one in model.card.results if _claim(one) not in replaced]
+    entries = (*kept_entries, *new)
+    before = None
+    if kept_entries:
+        check_results(model.card, model.folder)
+        before = PublishedRecords.read(model.folder / files.PUBLISHED_RECORDS).only({_claim(one) for one in kept_entries})
+    published = PublishedRecords.from_runs(measured, before=before)
     status = model.card.status if model.card.public else "measured" if entries else "trained"
     kept = {name: file for name, file in model.card.files.items() if name != files.PUBLISHED_RECORDS}
     card = replace(model.card, status=status, results=entries, files=kept)
@@ -78,8 +86,12 @@ def card_with_samples(model: ResolvedModel, results: Results, pictures: Mapping[
     return card, {name: content for name, content in packed.items() if name in card.files}
 
 
+def _claim(one: Measured | Sample) -> tuple[Threat, str, Guarantee]:
+    return one.threat, one.method, one.guarantee
+
+
 def _sample_key(one: Sample) -> tuple[Any, ...]:
-    return one.pictures, one.threat, one.method, one.guarantee
+    return one.pictures, *_claim(one)
 
 
 def _sample(result: CertifyResult, claim: ClaimResult, pictures: str, masks: str, records: str) -> Sample:

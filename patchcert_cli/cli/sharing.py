@@ -25,7 +25,12 @@ PUSH = "Examples:\n\n patchcert zoo push runs/x --to org/name --dry-run\n\n patc
 
 @grouped
 def add(
-    run: Annotated[Path, typer.Argument(help="The folder of a finished training run.", metavar="RUN")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="The folder of a finished training run, or of a model of the zoo, which keeps its other results.", metavar="RUN"
+        ),
+    ],
     *,
     name: Annotated[str, typer.Option("--name", help="Its name in the zoo.")],
     result: Annotated[

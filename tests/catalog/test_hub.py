@@ -13,12 +13,14 @@ from model_folders import COMMIT, make_run, make_zoo, write_result
 import patchcert_cli
 from patchcert_cli import checkpoint
 from patchcert_cli.cards import Card, Published
-from patchcert_cli.catalog import add_to_zoo, bundled, resolve
+from patchcert_cli.cards.published import PublishedRecords
+from patchcert_cli.catalog import add_to_zoo, bundled, claims, resolve
 from patchcert_cli.errors import ClaimError, IntegrityError, PatchcertError, UnknownName, UsageError
 from patchcert_cli.storage import files
-from patchcert_cli.threats import Patch
+from patchcert_cli.threats import Patch, parse_threat
 
 NAME = "small-ibp-p2"
+FIVE = {"counts": {"clean": 9300, "certified": 5000}, "certified_accuracy": 0.5, "certified_interval": [0.49, 0.51]}
 
 
 @pytest.fixture
@@ -240,6 +242,35 @@ def test_add_replaces_only_with_force_and_keeps_the_revision_of_the_same_files(r
     assert add_to_zoo.add(run, "x", given(tmp_path, run), to=zoo, force=True).hub.revision == COMMIT
     assert add_to_zoo.add(run, "x", {}, to=zoo, force=True).hub.revision is None  # without its records it is something else
     assert bundled.card("x", zoo).status == "trained"
+
+
+def test_add_keeps_what_the_zoo_has_measured_before(run: Path, tmp_path: Path) -> None:
+    zoo = tmp_path / "new"
+    add_to_zoo.add(run, "x", given(tmp_path, run), to=zoo)
+    with_three = add_to_zoo.add(zoo / "x", "x", given(tmp_path, run, threat="patch:3x3", **FIVE), to=zoo, force=True)
+    assert [(str(one.threat), one.certified) for one in with_three.results] == [("patch:2x2", 6000), ("patch:3x3", 5000)]
+    assert with_three.hub.revision is None
+    claims.check_results(with_three, zoo / "x")
+    records = PublishedRecords.read(zoo / "x" / files.PUBLISHED_RECORDS)
+    assert [records.counts(records.position(parse_threat(threat))) for threat in ("patch:2x2", "patch:3x3")] == [
+        (9300, 6000),
+        (9300, 5000),
+    ]
+    again = add_to_zoo.add(zoo / "x", "x", given(tmp_path, run, **FIVE), to=zoo, force=True)  # 2x2, certified anew
+    assert [(str(one.threat), one.certified) for one in again.results] == [("patch:3x3", 5000), ("patch:2x2", 5000)]
+    assert add_to_zoo.add(zoo / "x", "y", {}, to=zoo).results == again.results  # nothing is lost by a copy
+
+
+def test_add_refuses_results_with_other_predictions_than_before(run: Path, tmp_path: Path) -> None:
+    zoo = tmp_path / "new"
+    add_to_zoo.add(run, "x", given(tmp_path, run), to=zoo)
+    before = (zoo / "x" / files.CARD).read_text()
+    other = given(
+        tmp_path, run, threat="patch:3x3", **FIVE | {"clean_accuracy": 0.92, "counts": {"clean": 9200, "certified": 5000}}
+    )
+    with pytest.raises(ClaimError, match="predictions differ"):
+        add_to_zoo.add(zoo / "x", "x", other, to=zoo, force=True)
+    assert (zoo / "x" / files.CARD).read_text() == before
 
 
 @pytest.mark.parametrize(
