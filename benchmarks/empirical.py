@@ -4,8 +4,9 @@
 
 The defenses are put around the plain networks inside ``mnist-masked-cnn`` and ``cifar-masked-cnn``. Each image that is answered
 right meets, one after the other until one flips it: what gradient ascent finds against the undefended network (the blind attack),
-random search (``patch_rs``), and gradient ascent through the defense (``patch_pgd``). It writes a Markdown table; a stopped run
-goes on where it stopped. Accuracy under attack proves nothing.
+random search (``patch_rs``), and gradient ascent through the defense (``patch_pgd``). It writes a Markdown table, and
+``records.json`` with what happened to each image, of which ``docs/empirical.json`` is a copy; a stopped run goes on where it
+stopped. Accuracy under attack proves nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from patchcert_cli import data
 from patchcert_cli.attacks import Attack, Target
 from patchcert_cli.attacks.patch_pgd import PatchPGD
 from patchcert_cli.attacks.patch_rs import PatchRS
+from patchcert_cli.cards import weights_sha256
 from patchcert_cli.cards.published import PublishedRecords
 from patchcert_cli.catalog import bundled
 from patchcert_cli.data.images import Images, to_float
@@ -141,13 +143,18 @@ def run(given: argparse.Namespace) -> list[str]:
         if getattr(given, flag) < 1:
             raise UsageError(f"--{flag} {getattr(given, flag)} must be 1 or more.")
     table, counts = list(HEADER), []
+    records: dict[str, Any] = {"setting": {name: getattr(given, name) for name in ("seed", "budget", "steps", "locations")}}
     for name in names:
         split = data.open_dataset(name, data_dir=given.data_dir).load("test")
         images = split.limit(given.limit, given.seed)
         counts.append(f"{name}: {len(images)} of {len(split)} test images")
         found = outcomes(name, images, given)
+        sha256 = weights_sha256(bundled.card(NETWORKS[name]).files)
+        lines = [{"index": index, **row} for index, row in sorted(found.items())]
+        records[name] = {"network": NETWORKS[name], "model_sha256": sha256, "images": lines}
         table += [empirical_row(kind, name, found) for kind in DEFENSES]
         table += [certified_row(model, images) for model in CERTIFIED[name]]
+    files.write_named(given.out / "records.json", (json.dumps(records) + "\n").encode())
     about = f"{PATCH}, {'; '.join(counts)}; seed {given.seed}, budget {given.budget}, steps {given.steps},"
     return [f"{about} locations {given.locations}.", "", *table]
 

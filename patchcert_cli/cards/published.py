@@ -230,7 +230,7 @@ def _joined(parts: Sequence[PublishedRecords]) -> PublishedRecords:
         if {index: (row.label, row.prediction) for index, row in other.rows.items()} != answers:
             raise ClaimError(
                 "the results are about other images, or their predictions differ.",
-                hint="Certify again with --fresh. A zoo folder has older records: add the training run instead, with all its results.",
+                hint="Certify again with --fresh. If a zoo folder has older records, add the training run instead.",
             )
     columns: dict[ClaimKey, tuple[PublishedRecords, int]] = {}
     for records in parts:

@@ -69,6 +69,23 @@ def papers(incomplete: str) -> list[str]:
     return _beginning(papers.names(), incomplete)
 
 
+def tables(incomplete: str) -> list[str]:
+    """Tables and figures of all papers."""
+    from patchcert_cli import papers
+
+    return _beginning(dict.fromkeys(table.id for name in papers.names() for table in papers.load(name).tables), incomplete)
+
+
+def conditions(incomplete: str) -> list[str]:
+    """Proofs for votes."""
+    return _beginning(("exact", "3.1", "3.2", "3.3", "all"), incomplete)
+
+
+def bounds(incomplete: str) -> list[str]:
+    """Bounds for networks."""
+    return _beginning(("interval", "linear", "best", "all"), incomplete)
+
+
 def _of(kind: str, folder: str) -> list[str]:
     """The entries of the registry, whose packages, which need torch, are not imported."""
     return registry.names(kind, [str(ROOT / folder)])

@@ -20,7 +20,7 @@ from patchcert_cli.version import __version__
 HELP = """Train, certify, attack and share certified defenses against adversarial patches and sparse attacks.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 ok, 1 bug, 2 usage, 3 unknown name, 4 Hub out of reach,
-5 integrity, 6 data, 7 machine, 8 claim broken, 130 interrupted.
+5 integrity, 6 data, 7 machine, 8 claim broken, 130 interrupted, 141 the reader of stdout has left.
 """
 
 WRONGLY_TYPED: type[typer.BadParameter] = typer.BadParameter.__mro__[1]  # UsageError, of the click that typer has

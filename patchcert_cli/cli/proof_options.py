@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from patchcert_cli.cli import complete
 from patchcert_cli.errors import UsageError
 
 RULES, MOST = ("majority", "cross", "sum"), 5  # of ensembles, and their members
@@ -26,6 +27,7 @@ class ProofOptions:
             "--condition",
             metavar="exact|3.1|3.2|3.3|all",
             help="Proof for votes: exact, or a published looser condition, or all side by side.",
+            autocompletion=complete.conditions,
             rich_help_panel=PROOF,
         ),
     ] = None
@@ -35,6 +37,7 @@ class ProofOptions:
             "--bounds",
             metavar="interval|linear|best|all",
             help="Bounds for networks: interval, or also linear ones for images that they leave undecided (best, the default).",
+            autocompletion=complete.bounds,
             rich_help_panel=PROOF,
         ),
     ] = None

@@ -43,7 +43,14 @@ class PaperOptions:
     """What is shown and written."""
 
     table: Annotated[
-        str | None, typer.Option("--table", metavar="NAME", help="Only this table or figure.", rich_help_panel=PAPERS)
+        str | None,
+        typer.Option(
+            "--table",
+            metavar="NAME",
+            help="Only this table or figure.",
+            autocompletion=complete.tables,
+            rich_help_panel=PAPERS,
+        ),
     ] = None
     run: Annotated[
         bool,

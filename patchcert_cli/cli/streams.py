@@ -1,4 +1,7 @@
-"""stdout that says in one line when it cannot be written to, and stderr that never stops a command."""
+"""stdout that says in one line when it cannot be written to, and stderr that never stops a command.
+
+A reader that has enough, such as ``| head``, ends the command without a word, with the exit code that a shell shows for SIGPIPE.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
 from patchcert_cli.errors import MachineError
+
+READER_LEFT = 141  # 128 + SIGPIPE
 
 
 class _Stream:
@@ -58,6 +63,8 @@ class _Output(_Stream):
 
     def _tell(self) -> None:
         """Raise what happened, again and again: libraries try streams out and swallow what that raises."""
+        if isinstance(self._problem, BrokenPipeError):
+            raise SystemExit(READER_LEFT)
         if self._problem is not None:
             raise MachineError(
                 f"stdout cannot be written to: {self._problem.strerror or self._problem}.",

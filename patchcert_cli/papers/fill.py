@@ -1,7 +1,7 @@
 """A paper's tables filled from the zoo: what is measured for each row, how far it is from what is published, and why.
 
 A measurement counts only if its card and the records of the same weights agree; both are read here, image by image. No torch,
-except for the intervals of :class:`patchcert_cli.papers.paper.Counted`.
+except for the intervals of what is not counted in the zoo.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from patchcert_cli.cards import Card, Measured, Sample, weights_sha256
+from patchcert_cli.cards.entries import Training
 from patchcert_cli.catalog import bundled, claims
+from patchcert_cli.papers import trained
 from patchcert_cli.papers.paper import Counted, Gap, Paper, Row, Table
+from patchcert_cli.papers.trained import TrainedRow
 from patchcert_cli.schema import plain
 from patchcert_cli.threats import Threat, as_options
 
@@ -60,12 +63,26 @@ class FilledRow:
     Attributes:
         card: of the row's model; None if it has none or the zoo does not have it.
         missing: why there is no measurement; empty if there is one.
+        without_zoo: what was measured of a model that the row's command trained, whose weights were not kept.
     """
 
     row: Row
     card: Card | None
     measured: Measurement | None
     missing: str = ""
+    without_zoo: TrainedRow | None = None
+
+    @property
+    def network(self) -> str:
+        """The network of the row's model as short text; empty if there is none."""
+        known = self.card or self.without_zoo
+        return known.network if known else ""
+
+    @property
+    def trained(self) -> Training | None:
+        """What the training took; None if there was none."""
+        known = self.card or self.without_zoo
+        return known.trained if known else None
 
     @cached_property
     def difference(self) -> tuple[Fraction | None, Fraction | None]:
@@ -100,8 +117,8 @@ class FilledRow:
 
     @property
     def can_run(self) -> bool:
-        """Whether certify can measure the row: it is not measured, and its model has weights."""
-        return self.measured is None and self.card is not None and self.card.status != "recipe only"
+        """Whether certify can measure the row: it is not measured, has no command of its own, and its model has weights."""
+        return not (self.measured or self.row.command or self.card is None or self.card.status == "recipe only")
 
     @property
     def command(self) -> str:
@@ -118,7 +135,7 @@ class FilledRow:
             "difference": {"clean": clean, "certified": certified},
             "verdict": str(self.verdict),
             "why": self.why,
-            "trained": None if self.card is None or self.card.trained is None else plain(self.card.trained),
+            "trained": None if self.trained is None else plain(self.trained),
             "command": self.command,
         }
 
@@ -142,7 +159,12 @@ class FilledTable:
         """As plain values."""
         found = {name: getattr(self.table, name) for name in ("id", "kind", "title", "where", "about")}
         gaps = [{**plain(gap), "measured": None if (share := self.gap(gap)) is None else float(share)} for gap in self.table.gaps]
-        return {**found, "guarantee": str(self.table.guarantee), "rows": [row.to_dict() for row in self.rows], "gaps": gaps}
+        rows = [row.to_dict() for row in self.rows]
+        if not self.table.guarantee.proves:  # what no attack changed is not certified
+            for measured in filter(None, (row["measured"] for row in rows)):
+                measured |= {"withstood": measured.pop("certified"), "withstood_interval": measured.pop("certified_interval")}
+                measured["arithmetic"] = None
+        return {**found, "guarantee": str(self.table.guarantee), "rows": rows, "gaps": gaps}
 
 
 @dataclass(frozen=True)
@@ -259,13 +281,29 @@ def _checked(name: str, zoo: Path, state: tuple[tuple[str, int, int], ...]) -> C
 
 
 def _filled(row: Row, table: Table, zoo: Path) -> FilledRow:
-    card = _card(row.model, zoo) if row.model else None
+    if not row.model:
+        return _without_zoo(row)
+    card = _card(row.model, zoo)
     if card is None:
-        return FilledRow(row, None, None, f"The zoo has no model {row.model} yet" if row.model else "")
+        return FilledRow(row, None, None, f"The zoo has no model {row.model} yet")
     measured, why = _counted(row.counted, card) if row.counted else _from_card(row, table, card)
     if measured is None and card.status == "recipe only":
         why = "A recipe that was not run"
     return FilledRow(row, card, measured, "" if measured else why)
+
+
+def _without_zoo(row: Row) -> FilledRow:
+    """A row without a model, with what was measured of the one that its command trained."""
+    one = next((one for one in trained.read() if (one.command, one.threat) == (row.command, row.threat)), None)
+    if one is None:
+        return FilledRow(row, None, None)
+    from patchcert_cli.certificate import clopper_pearson  # imports torch
+
+    interval = clopper_pearson(one.certified, one.images)
+    about = f"a fixed sample of the test images (--limit {one.limit})" if one.limit else ""
+    counts = (one.images, one.clean, one.certified, interval)
+    measured = Measurement(*counts, one.method, str(one.arithmetic), f"papers/{trained.FILE.name}", about)
+    return FilledRow(row, None, measured, without_zoo=one)
 
 
 def _from_card(row: Row, table: Table, card: Card) -> tuple[Measurement | None, str]:

@@ -65,6 +65,7 @@ class Counted:
     """Counts from a file of benchmark results in the repository, whose weights had this hash; a test compares them with it.
 
     Attributes:
+        certified: in a table without a guarantee: how many right answers no attack changed.
         file: its path in the repository.
     """
 
@@ -101,8 +102,10 @@ class Row:
         mask_shape: likewise their shape.
         sample: whether it is measured on images that are not a test split, as the card's ``samples``.
         counted: what a benchmark counted.
+        band: width of the band or side of the block of smoothing, for a chart over it.
         differs: what differs from the paper: parameters, epochs, images.
-        command: what measures the row, where it does not follow from model and threat.
+        command: what measures the row, where it does not follow from model and threat. A row without a model whose command
+            trains one gets its measurement from :mod:`patchcert_cli.papers.trained`.
     """
 
     name: Text
@@ -115,6 +118,7 @@ class Row:
     mask_shape: str = ""
     sample: bool = False
     counted: Counted | None = None
+    band: Count = 0
     differs: str = ""
     command: str = ""
     rules: ClassVar[tuple[Rule, ...]] = (_measured_once,)
@@ -152,7 +156,8 @@ def _unit_has_seconds(rows: tuple[Row, ...], seconds_of: str) -> Iterable[str]:
 
 def _attacks_have_no_certificates(rows: tuple[Row, ...], guarantee: Guarantee) -> Iterable[str]:
     if not guarantee.proves:
-        yield from (f"rows: {row.name} has a model, but nothing is certified here" for row in rows if row.model)
+        of_models = (row for row in rows if row.model and not row.counted)
+        yield from (f"rows: {row.name} has a model, but nothing is certified here" for row in of_models)
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,7 @@ class Table:
     where: Text
     rows: tuple[Row, ...]
     about: str = ""
-    axis: Literal["", "side", "masks"] = ""
+    axis: Literal["", "side", "masks", "band"] = ""
     guarantee: Guarantee = Guarantee.RECOVERY
     training: bool = False
     seconds_of: str = ""

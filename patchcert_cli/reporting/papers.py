@@ -14,7 +14,8 @@ from patchcert_cli.papers.paper import Gap, PublishedNumbers
 from patchcert_cli.reporting.numbers import interval, percent
 
 NONE = "-"
-FIRST = ("row", "published", "measured", "verdict", "difference", "images")  # on a terminal with little room
+MEASURED, UNDER_ATTACKS = "measured", "clean / under attacks"  # columns; no certificate is in the second
+FIRST = ("row", "published", MEASURED, UNDER_ATTACKS, "verdict", "difference", "images")  # on a terminal with little room
 ABOUT = "Accuracies are clean / certified, in percent; published numbers belong to the paper's own weights."
 
 
@@ -28,19 +29,20 @@ def cells(one: FilledRow, table: FilledTable) -> dict[str, str]:
         "model": row.model or NONE,
         "published": pair(published.clean, published.certified),
     }
+    numbers = measured_column(table)
     if measured is None:
-        found |= {"measured": NONE, "95 % interval": NONE, "images": NONE, "arithmetic": NONE}
+        found |= {numbers: NONE, "95 % interval": NONE, "images": NONE, "arithmetic": NONE}
     else:
-        found["measured"] = pair(measured.clean / measured.images, measured.certified / measured.images)
+        found[numbers] = pair(measured.clean / measured.images, measured.certified / measured.images)
         found |= {"95 % interval": interval(measured.certified_interval), "images": images(measured)}
-        found["arithmetic"] = measured.arithmetic
+        found["arithmetic"] = measured.arithmetic if table.table.guarantee.proves else "no certificate"
     found |= {"difference": difference(one), "verdict": str(one.verdict)}
     if any(other.row.published and other.row.published.images for other in table.rows):
         found["published images"] = number(published.images)
     if any(other.row.published and other.row.published.parameters for other in table.rows):
         found |= {
             "published network": size(published.parameters),
-            "network": one.card.network if one.card else NONE,
+            "network": one.network or NONE,
         }
     if any(other.row.published and other.row.published.seconds for other in table.rows):
         found["published seconds"] = number(published.seconds)
@@ -50,6 +52,11 @@ def cells(one: FilledRow, table: FilledTable) -> dict[str, str]:
     if table.table.training:
         found |= {"published training": published.training or NOT_KNOWN, "training": training(one)}
     return found
+
+
+def measured_column(table: FilledTable) -> str:
+    """The name of the column of measured numbers."""
+    return MEASURED if table.table.guarantee.proves else UNDER_ATTACKS
 
 
 def pair(clean: float | None, certified: float | None) -> str:
@@ -75,10 +82,10 @@ def size(parameters: int | None) -> str:
 
 
 def training(one: FilledRow) -> str:
-    """What the card says of the training: ``65 min, cpu, 1 thread``."""
-    if one.card is None or one.card.trained is None:
+    """What the training took: ``65 min, cpu, 1 thread``."""
+    if one.trained is None:
         return NONE
-    done = one.card.trained
+    done = one.trained
     threads = f", {done.threads} thread{'s' * (done.threads != 1)}" if done.device == "cpu" else ""
     return f"{done.seconds / 60:.0f} min, {done.device}{threads}"
 

@@ -57,6 +57,9 @@ def offered(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
         ("patchcert train --dataset cif", ["cifar10"]),
         ("patchcert train --track wan", ["wandb"]),
         ("patchcert certify --data mn", ["mnist"]),
+        ("patchcert certify mnist-bagcert --condition 3.", ["3.1", "3.2", "3.3"]),
+        ("patchcert certify mnist-ibp-p5 --bounds lin", ["linear"]),
+        ("patchcert reproduce metzen-2021 --table cond", ["conditions"]),
         ("patchcert certify timm:resnet18 --defense hice", ["hicert"]),
         ("patchcert reproduce chiang", ["chiang-2020"]),
         ("patchcert certify ./runs/", []),  # the shell offers files

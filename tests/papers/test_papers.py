@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import typer
 
-from patchcert_cli import papers
+from patchcert_cli import papers, schema
 from patchcert_cli.catalog import bundled
 from patchcert_cli.cli import main
 from patchcert_cli.errors import ClaimError, IntegrityError, UnknownName
-from patchcert_cli.papers import fill
+from patchcert_cli.papers import fill, trained
 from patchcert_cli.papers.paper import Paper
 from patchcert_cli.reporting import papers as texts
 from patchcert_cli.threats import parse_threat
@@ -62,7 +62,7 @@ def test_every_measured_number_follows_from_the_records(filled: dict[str, fill.F
     checked = 0
     for one in (row for paper in filled.values() for row in rows(paper) if row.measured):
         assert one.measured is not None
-        if one.row.counted:
+        if one.row.counted or one.without_zoo:
             continue
         source = one.measured.source
         assert source.startswith(f"zoo/{one.row.model}/")
@@ -80,6 +80,59 @@ def test_every_measured_number_follows_from_the_records(filled: dict[str, fill.F
         check_interval(certified, len(records), one.measured.certified_interval)
         checked += 1
     assert checked > 80
+
+
+def test_rows_without_a_model_of_the_zoo_follow_from_verdicts(filled: dict[str, fill.FilledPaper]) -> None:
+    """Counted here from the characters of the file, without the code that reads it."""
+    kept = json.loads((ROOT / "patchcert_cli/papers/trained.json").read_text())["rows"]
+    entries = {(one["command"], parse_threat(one["threat"])): one for one in kept}
+    assert len(entries) == len(kept)
+    used = set()
+    for one in (row for paper in filled.values() for row in rows(paper) if row.without_zoo):
+        entry = entries[one.row.command, one.row.threat]
+        used.add((one.row.command, one.row.threat))
+        measured, verdicts = one.measured, entry["verdicts"]
+        assert measured is not None and entry["dataset"] == one.row.dataset
+        assert (measured.images, measured.certified) == (len(verdicts), verdicts.count("2"))
+        assert measured.clean == len(verdicts) - verdicts.count("0")
+        assert len(verdicts) == (entry["limit"] or 10_000) and bool(measured.about) == bool(entry["limit"])
+        check_interval(measured.certified, measured.images, measured.certified_interval)
+    assert used == set(entries), "trained.json has rows that no paper shows"
+
+
+def test_a_row_without_a_model_is_measured_once_its_command_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trained, "FILE", tmp_path / "trained.json")
+    paper = papers.load("levine-2020")
+    (row,) = [row for row in paper.table("bands").rows if row.name == "Row, band 4"]
+
+    def shown() -> fill.FilledRow:
+        (one,) = [one for one in fill.fill(paper, table="bands").tables[0].rows if one.row == row]
+        return one
+
+    assert shown().measured is None and not shown().can_run and shown().command == row.command
+    entry = {
+        "command": row.command,
+        "threat": "patch:5x5",
+        "dataset": "cifar10",
+        "method": "additive",
+        "arithmetic": "exact",
+        "model_sha256": "0" * 64,
+        "network": "ResNet",
+        "trained": {"date": "2026-01-01", "seconds": 90, "device": "cpu", "threads": 1, "torch": "2.6", "patchcert": "0.1.0"},
+        "limit": 5,
+        "seed": 0,
+        "verdicts": "01212",
+    }
+    trained.write([schema.read(trained.TrainedRow, {**entry, "threat": "patch:4x4"})], trained.FILE)
+    assert shown().measured is None  # another threat
+    trained.write([*trained.read(trained.FILE), schema.read(trained.TrainedRow, entry)], trained.FILE)
+    one = shown()
+    assert one.measured is not None and (one.measured.images, one.measured.clean, one.measured.certified) == (5, 4, 2)
+    assert "--limit 5" in one.measured.about and one.network == "ResNet" and one.verdict is fill.Verdict.NOTHING_PUBLISHED
+    for damage in ({"verdicts": "013"}, {"verdicts": ""}, {"arithmetic": "sure"}, {"model_sha256": "x"}):
+        trained.FILE.write_text(json.dumps({"rows": [{**entry, **damage}]}))
+        with pytest.raises(IntegrityError, match=next(iter(damage))):
+            fill.fill(paper, table="bands")
 
 
 def check_interval(count: int, images: int, ends: tuple[float, float]) -> None:
@@ -116,6 +169,21 @@ def test_what_a_benchmark_counted_is_in_its_file(filled: dict[str, fill.FilledPa
         if one.measured is not None:  # with these weights
             assert line["arithmetic"] == one.measured.arithmetic and one.measured.about
             check_interval(found.certified, found.images, one.measured.certified_interval)
+
+
+def test_what_withstood_attacks_is_in_its_file(filled: dict[str, fill.FilledPaper]) -> None:
+    kept = json.loads((ROOT / "docs/empirical.json").read_text())
+    (table,) = [one for one in filled["chiang-2020"].tables if not one.table.guarantee.proves]
+    assert len(table.rows) == 4
+    for one in table.rows:
+        row, found = one.row, one.row.counted
+        assert found is not None and found.file == "docs/empirical.json" and not one.can_run
+        of_data = kept[row.dataset]
+        assert (row.model, found.model_sha256) == (of_data["network"], of_data["model_sha256"])
+        outcomes = [line["lgs" if "gradients" in row.name else "watermark"] for line in of_data["images"]]
+        right = [line for line in outcomes if line["right"]]
+        assert (found.images, found.clean) == (len(outcomes), len(right))
+        assert found.certified == sum(line["by"] is None for line in right)
 
 
 def test_counts_about_other_weights_are_not_shown() -> None:
@@ -197,8 +265,14 @@ def test_a_sample_is_shown_with_its_images_in_the_same_line(filled: dict[str, fi
 def test_attacks_share_no_table_with_certificates() -> None:
     for name in papers.names():
         for table in papers.load(name).tables:
-            assert table.guarantee.proves or not any(row.model for row in table.rows)
-    assert not papers.load("chiang-2020").table("attacked-defenses").guarantee.proves
+            assert table.guarantee.proves or not any(row.model and not row.counted for row in table.rows)
+    (attacked,) = fill.fill(papers.load("chiang-2020"), table="attacked-defenses").tables
+    assert not attacked.table.guarantee.proves
+    for row in attacked.rows:
+        assert not {"measured", "certified"} & set(texts.cells(row, attacked))
+        assert texts.cells(row, attacked)["arithmetic"] == "no certificate"
+    for plain_row in attacked.to_dict()["rows"]:
+        assert "certified" not in plain_row["measured"] and plain_row["measured"]["withstood"] < 10
 
 
 def test_a_record_that_contradicts_its_card_is_refused(tmp_path: Path) -> None:

@@ -24,7 +24,11 @@ from patchcert_cli.storage import files
 
 GENERATOR = "patchcert reproduce"
 PUBLISHED = "published"
-AXES = {"side": "side of a square patch, pixels", "masks": "masks along each axis"}
+AXES = {
+    "side": "side of a square patch, pixels",
+    "masks": "masks along each axis",
+    "band": "width of the band or side of the block, pixels",
+}
 HOLLOW = {"●": "○", "■": "□", "◆": "◇", "▲": "△", "▼": "▽", "✚": "✛"}  # marks of published numbers
 
 
@@ -97,13 +101,11 @@ def lines(table: FilledTable) -> list[Line]:
             counts = one.measured
             low, high = (100 * end for end in counts.certified_interval)
             point = Point(x, 100 * counts.clean / counts.images, 100 * counts.certified / counts.images, low, high)
-            measured.setdefault(one.row.model, []).append((point, _tip(one)))
+            measured.setdefault(_line_of(one.row), []).append((point, _tip(one)))
         if one.row.published and one.row.published.clean is not None and one.row.published.certified is not None:
             clean, certified = 100 * one.row.published.clean, 100 * one.row.published.certified
             tip = f"published, {one.row.name}: clean {clean:.2f} %, certified {certified:.2f} %; {one.row.published.where}"
-            published.setdefault(one.row.model or one.row.name, []).append(
-                (Point(x, clean, certified, certified, certified), tip)
-            )
+            published.setdefault(_line_of(one.row), []).append((Point(x, clean, certified, certified, certified), tip))
     models = list(dict.fromkeys((*measured, *published)))
     start = max((look.index for look in looks.values()), default=-1) + 1
     looks |= {name: Look(start + i) for i, name in enumerate(name for name in models if name not in looks)}
@@ -117,12 +119,17 @@ def _line(name: str, look: Look, found: list[tuple[Point, str]], hollow: bool) -
     return Line(Series(label, look, tuple(point for point, _ in ordered), hollow), tuple(tip for _, tip in ordered))
 
 
+def _line_of(row: Row) -> str:
+    """The line that a row is a point of: its model, or without one what the name begins with (``Column, band 4``)."""
+    return row.model or row.name.partition(",")[0]
+
+
 def place(row: Row, axis: str) -> int | None:
     """Where a row is on an axis; None if it is not on it."""
     if axis == "side":
         found = charts.strength(row.threat)
         return found[1] if found and found[0] == "side" else None
-    return row.masks or None if axis == "masks" else None
+    return {"masks": row.masks, "band": row.band}.get(axis) or None
 
 
 def draw_inline(paper: FilledPaper, id_: str, found: Sequence[Line]) -> str:
@@ -167,7 +174,8 @@ def draw_file(table: FilledTable, found: Sequence[Line], path: Path) -> None:
 def _tip(one: FilledRow) -> str:
     assert one.measured is not None
     cell = texts.pair(one.measured.clean / one.measured.images, one.measured.certified / one.measured.images)
-    return f"{one.row.model}, {one.row.name}: {cell} %, n = {one.measured.images}, {one.measured.arithmetic}"
+    name = ", ".join(filter(None, (one.row.model, one.row.name)))
+    return f"{name}: {cell} %, n = {one.measured.images}, {one.measured.arithmetic}"
 
 
 def _rows(paper: FilledPaper) -> list[FilledRow]:
