@@ -186,8 +186,8 @@ def size_rows() -> dict[str, list[Setting]]:
         right = {index for index, one in zip(sample(row["images"]), row["verdicts"], strict=True) if one == "1"}
         found[MASKED].append(Setting(MASKED, "", row["threat"], len(chosen), len(right.intersection(chosen))))
     for name, card in cards().items():
-        for threat in dict.fromkeys(one.threat for one in card.results if isinstance(one.threat, Patch) and name != MASKED):
-            assert isinstance(threat, Patch)
+        squares = [one.threat for one in card.results if isinstance(one.threat, Patch) and one.threat.height == one.threat.width]
+        for threat in dict.fromkeys(squares if name != MASKED else ()):
             at, rows = records(name).position(threat), [records(name).rows[index] for index in chosen]
             count = sum(row.certified[at] and row.prediction == row.label for row in rows)
             found.setdefault(name, []).append(Setting(name, "", str(threat), len(rows), count, whole(name, str(threat))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,6 +37,7 @@ def card_with_results(model: ResolvedModel, results: Results) -> tuple[Card, byt
     measured = {where: _read(values, where, model) for where, values in results.items()}
     for where, result in measured.items():
         _check_full_split(result, where, model.card)
+        _check_own_masks(where, model)
         _check_accuracies(result, where)
     new = [_entry(result, claim, model.card) for result in measured.values() for claim in result.claims]
     replaced = {_claim(one) for one in new}
@@ -113,8 +115,27 @@ def _common(result: CertifyResult, claim: ClaimResult) -> dict[str, Any]:
 
 def _masks(run: Path) -> str:
     """The masks of a run as text; empty if it has none."""
-    masks = files.read_json(run / files.MANIFEST).get("setting", {}).get("masks", {})
+    masks = _setting(run).get("masks", {})
     return f"{masks['per_axis']} per axis" if masks.get("per_axis") else ""
+
+
+def _setting(run: Path) -> Mapping[str, Any]:
+    """What a run of certify used besides weights and images."""
+    setting: Mapping[str, Any] = files.read_json(run / files.MANIFEST).get("setting", {})
+    return setting
+
+
+def _check_own_masks(where: str, model: ResolvedModel) -> None:
+    """Other masks are another predictor with the same weights, whose numbers are not those of the model."""
+    from patchcert_cli import checkpoint  # imports torch
+
+    path = model.folder / files.CONFIG
+    own = checkpoint.upgraded(files.read_json(path), path)["deployed"].get("masks")
+    if own and (used := _setting(Path(where).parent).get("masks")) != own:
+        raise ClaimError(
+            f"'{where}' is about other masks than those of the model: {json.dumps(used)}, not {json.dumps(own)}.",
+            hint="Certify without --masks, or give the result as --sample.",
+        )
 
 
 def check_samples(card: Card, folder: Path) -> None:

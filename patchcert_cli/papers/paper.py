@@ -182,7 +182,7 @@ class Table:
     where: Text
     rows: tuple[Row, ...]
     about: str = ""
-    axis: Literal["", "side", "masks", "band"] = ""
+    axis: Literal["", "side", "width", "masks", "band"] = ""
     guarantee: Guarantee = Guarantee.RECOVERY
     training: bool = False
     seconds_of: str = ""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from dataclasses import replace
@@ -305,3 +306,19 @@ def test_add_refuses_a_damaged_run_and_a_bad_name(run: Path, tmp_path: Path) -> 
     (run / files.CARD).unlink()
     with pytest.raises(IntegrityError, match="no model card"):
         add_to_zoo.add(run, "x", {}, to=tmp_path / "new")
+
+
+@pytest.mark.parametrize(("masks", "own"), [({"covers": ["patch:5x5"], "per_axis": 6}, False), (None, True)])
+def test_other_masks_are_another_predictor_and_no_result_of_the_model(tmp_path: Path, masks: object, own: bool) -> None:
+    found = resolve.resolve("cifar-masked-cnn")
+    assert found.card is not None
+    used = masks or {"covers": ["patch:5x5"], "per_axis": 7}
+    path = write_result(tmp_path, found.folder, dataset="cifar10", defense="patchcleanser", threat="patch:5x5")
+    (tmp_path / files.MANIFEST).write_text(json.dumps({"setting": {"masks": used}}))
+    results = {str(path): files.read_json(path)}
+    bare = replace(found, card=replace(found.card, results=()))
+    if own:
+        assert claims.card_with_results(bare, results)[0].results[0].certified == 6000
+    else:
+        with pytest.raises(ClaimError, match=r"other masks than those of the model: .*\"per_axis\": 6"):
+            claims.card_with_results(bare, results)

@@ -21,11 +21,13 @@ from patchcert_cli.reporting.figure_style import DASHES, Heading, Look
 from patchcert_cli.reporting.plots import HEIGHT, WIDTH, Point, Series
 from patchcert_cli.reporting.site import charts, page
 from patchcert_cli.storage import files
+from patchcert_cli.threats import Patch
 
 GENERATOR = "patchcert reproduce"
 PUBLISHED = "published"
 AXES = {
     "side": "side of a square patch, pixels",
+    "width": "width of the patch, pixels",
     "masks": "masks along each axis",
     "band": "width of the band or side of the block, pixels",
 }
@@ -129,6 +131,8 @@ def place(row: Row, axis: str) -> int | None:
     if axis == "side":
         found = charts.strength(row.threat)
         return found[1] if found and found[0] == "side" else None
+    if axis == "width":
+        return row.threat.width if isinstance(row.threat, Patch) else None
     return {"masks": row.masks, "band": row.band}.get(axis) or None
 
 
