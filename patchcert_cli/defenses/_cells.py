@@ -248,11 +248,9 @@ class RegionDefense(LocalFeatureDefense[CellOutputs]):
         return torch.cat([(self.run(part).double() + self.run(part.flip(3)).flip(3).double()) / 2 for part in steps])
 
     def cover(self, patch: Patch) -> CellCoverage:
+        slide = {"kernel": self.receptive_field, "stride": self.scorer.stride, "padding": self.scorer.padding}
         height, width = self.input_shape[1:]
-        return CellCoverage(
-            Axis.sliding(height, patch.height, kernel=self.receptive_field, stride=self.scorer.stride),
-            Axis.sliding(width, patch.width, kernel=self.receptive_field, stride=self.scorer.stride),
-        )
+        return CellCoverage(Axis.sliding(height, patch.height, **slide), Axis.sliding(width, patch.width, **slide))
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
@@ -278,7 +276,7 @@ class CellSurrogate(Surrogate):
         self, defense: RegionDefense[Any], vote: Callable[[Tensor], Tensor], weight: Tensor | None = None, tolerance: float = 2.0
     ) -> None:
         self._scorer, self._vote, self._reach = defense.scorer, vote, defense.receptive_field - 1
-        self._stride = defense.scorer.stride
+        self._stride, self._padding = defense.scorer.stride, defense.scorer.padding
         cells = [defense.scorer.cells(side) for side in defense.input_shape[1:]]
         self._weight = torch.ones(cells, device=defense.device) if weight is None else weight.float()
         self.tolerance = tolerance
@@ -309,15 +307,17 @@ class CellSurrogate(Surrogate):
         return votes.sum(dim=(2, 3))[:, None] - inside.sum(dim=(2, 3))
 
     def _window(self, boxes: Tensor, x: Tensor, *, pixels: bool = False) -> list[Tensor]:
-        """Rows and columns, int64 [..., h] and [..., w], of the cells that see a box, or of all the pixels that they see.
+        """Rows and columns, int64 [..., h] and [..., w], of the cells that see a box, or of all the pixels that they see, as the
+        prepared image numbers them, which begins with its padding.
 
-        Cell i sees pixels ``i * stride`` to ``i * stride + reach``.
+        Cell i sees pixels ``i * stride`` to ``i * stride + reach`` there.
         """
         found, stride, reach = [], self._stride, self._reach
         for axis, length in enumerate(x.shape[2:]):
-            cells = (length - reach - 1) // stride + 1
+            cells = self._scorer.cells(length)
             size = min(cells, -(-(int(boxes[..., 2 + axis].amax()) + reach) // stride))
-            first = (-((reach - boxes[..., axis]) // stride)).clamp(0, cells - size)  # ceil((start - reach) / stride)
+            start = boxes[..., axis] + self._padding
+            first = (-((reach - start) // stride)).clamp(0, cells - size)  # ceil((start - reach) / stride)
             begin, count = (first * stride, (size - 1) * stride + reach + 1) if pixels else (first, size)
             found.append(begin[..., None] + torch.arange(count, device=x.device))
         return found

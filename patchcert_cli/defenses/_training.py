@@ -140,6 +140,9 @@ class Trainable(Defense):
     def fit_before(self, x: Tensor) -> None:
         """Fit what training starts from to some training images [B, C, H, W], before the first epoch."""
 
+    def fit_start(self, x: Tensor) -> None:
+        """The same for weights of another model that training starts with, once they are loaded; the function stays as it is."""
+
     @abstractmethod
     def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:
         """The scalar to minimize on a batch, [B, C, H, W] in [0, 1] and int64 [B]."""

@@ -151,6 +151,9 @@ class BagCert(RegionDefense[Votes], VotingDefense):
     def fit_before(self, x: Tensor) -> None:
         self.scorer.whiten(x)
 
+    def fit_start(self, x: Tensor) -> None:
+        self.scorer.whiten(x, keep=True)
+
     def fuse(self) -> None:
         self.scorer.fuse()
 

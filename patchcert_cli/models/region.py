@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from patchcert_cli.errors import UsageError
 from patchcert_cli.layers import fixed_point
-from patchcert_cli.layers.fixed_point import Quantizer, ValueRange
+from patchcert_cli.layers.fixed_point import Quantizer
 from patchcert_cli.layers.preprocessing import Normalize
-from patchcert_cli.layers.programs import Program
+from patchcert_cli.models._region_layers import Framed, Placed, WholeStep, coordinates
 
 LEAST_BITS, MOST_BITS = 4, 16  # of limited weights; with 7 one plane of integers holds them (:mod:`patchcert_cli.layers.planes`)
 SHORTHANDS = {"rf": "kernels"}  # options that are not of `build`, and what follows from them
@@ -109,6 +109,7 @@ class RegionScorer(nn.Module):
         whiten: bool = False,
         weight_bits: int = 0,
         mirrored: bool = False,
+        padding: int = 0,
     ) -> None:
         super().__init__()
         if weight_bits and not LEAST_BITS <= weight_bits <= MOST_BITS:
@@ -118,8 +119,9 @@ class RegionScorer(nn.Module):
         self.largest = 1 << (weight_bits - 1) if weight_bits else 0
         if stride < 1:
             raise UsageError(f"a stride of {stride} leaves no cells.", hint="Allowed: 1 or more.")
-        self.normalize = normalize
-        self.register_buffer("places", coordinates(shape[1], shape[2]) if places else None, persistent=False)
+        self.normalize, self.padding = normalize, padding
+        height, width = (side + 2 * padding for side in shape[1:])
+        self.register_buffer("places", coordinates(height, width) if places else None, persistent=False)
         self.dilations = [dilation for _, _, dilation, _ in plan]
         self.receptive_field = 1 + sum((kernel - 1) * dilation for _, kernel, dilation, _ in plan)
         if self.receptive_field > min(shape[1:]):
@@ -127,7 +129,12 @@ class RegionScorer(nn.Module):
                 f"a receptive field of {self.receptive_field} is larger than the {shape[1]}x{shape[2]} image.",
                 hint=f"Allowed: up to {min(shape[1:])}.",
             )
-        if mirrored and (places or (shape[2] - self.receptive_field) % stride):
+        if not 0 <= padding < self.receptive_field:
+            raise UsageError(
+                f"padding {padding} leaves cells that see no pixel of the image, or is below 0.",
+                hint=f"Allowed: 0 to {self.receptive_field - 1}; {self.receptive_field // 2} gives a cell for each pixel.",
+            )
+        if mirrored and (places or (width - self.receptive_field) % stride):
             why = "cells that know where they are" if places else "a stride that leaves columns at the edge"
             raise UsageError(f"mirrored does not go with {why}.", hint="Leave one of them out.")
         self.stride, self.mirrored = stride, mirrored
@@ -140,7 +147,8 @@ class RegionScorer(nn.Module):
         )
         self.one_window = self.receptive_field == plan[0][1] and plan[0][2] == 1  # all but the first convolution are 1x1
         self.head = nn.Conv2d(widths[-1], classes, 1)
-        self.widest = max(self._per_pixel(widths, classes))
+        framed = height * width / (shape[1] * shape[2])
+        self.widest = math.ceil(max(self._per_pixel(widths, classes)) * framed)
 
     def _steps(self, every: int) -> list[tuple[int, int]]:
         """Stride and dilation of each stage's convolution, if only every ``stride``-th cell along both axes is wanted."""
@@ -161,14 +169,15 @@ class RegionScorer(nn.Module):
 
     def cells(self, length: int) -> int:
         """How many cells there are along an axis of ``length`` pixels."""
-        return (length - self.receptive_field) // self.stride + 1
+        return (length + 2 * self.padding - self.receptive_field) // self.stride + 1
 
     @property
     def summary(self) -> str:
         """Kind and widths, for cards."""
         widths = "-".join(str(cast(Stage, stage).norm.num_features) for stage in self.stages)
-        return f"region scorer {widths}, receptive field {self.receptive_field}" + (
-            f", stride {self.stride}" if self.stride > 1 else ""
+        more = {"stride": self.stride if self.stride > 1 else 0, "padding": self.padding}
+        return f"region scorer {widths}, receptive field {self.receptive_field}" + "".join(
+            f", {name} {number}" for name, number in more.items() if number
         )
 
     def forward(self, x: Tensor, every: int = 1) -> Tensor:
@@ -176,8 +185,9 @@ class RegionScorer(nn.Module):
         return self.score(self.prepare(x), every)
 
     def prepare(self, x: Tensor) -> Tensor:
-        """What the first convolution sees, pixel by pixel: normalized, and with ``places`` coordinates from -1 to 1."""
-        v: Tensor = self.normalize(x)
+        """What the first convolution sees, pixel by pixel, [B, C, H + 2 P, W + 2 P]: normalized, with ``places`` coordinates from
+        -1 to 1, and around the image the colour that the normalization makes 0, up to rounding to whole steps."""
+        v: Tensor = F.pad(self.normalize(x), (self.padding,) * 4)
         return v if self.places is None else torch.cat([v, (self.places / 127.5 - 1).to(v).expand(len(v), -1, -1, -1)], dim=1)
 
     def score(self, v: Tensor, every: int = 1) -> Tensor:
@@ -206,10 +216,11 @@ class RegionScorer(nn.Module):
         return scores.reshape(*windows.shape[:3], -1).permute(0, 3, 1, 2)
 
     @torch.no_grad()
-    def whiten(self, x: Tensor) -> None:
+    def whiten(self, x: Tensor, *, keep: bool = False) -> None:
         """Fit the whitening of the first convolution, if it has one, to windows of images [B, C, H, W].
 
-        With U the eigenvectors and s the eigenvalues of the windows' covariance it is ``diag(1 / sqrt(s + WHITE)) U^T``.
+        With U the eigenvectors and s the eigenvalues of the windows' covariance it is ``diag(1 / sqrt(s + WHITE)) U^T``. With
+        ``keep`` the weights that meet the whitened windows are those of the same function as before.
         """
         stage = cast(Stage, self.stages[0])
         if stage.whitening is None:
@@ -218,7 +229,11 @@ class RegionScorer(nn.Module):
         windows = F.unfold(self.prepare(x), side, dilation=apart).transpose(1, 2).flatten(0, 1).double()  # [n, C k k]
         windows = windows - windows.mean(dim=0)
         value, direction = torch.linalg.eigh(windows.T @ windows / len(windows))
-        stage.whitening.copy_((direction / (value.clamp(min=0) + WHITE).sqrt()).T)
+        deviation = (value.clamp(min=0) + WHITE).sqrt()
+        if keep:
+            weight = stage.weight.flatten(1).double() @ (direction * deviation)  # times the inverse of the new whitening
+            stage.convolution.weight.copy_(weight.reshape(stage.convolution.weight.shape))
+        stage.whitening.copy_((direction / deviation).T)
 
     @torch.no_grad()
     def fuse(self) -> None:
@@ -234,6 +249,8 @@ class RegionScorer(nn.Module):
         layers: list[nn.Module] = []
         fewest, value_range = 53, fixed_point.PIXELS
         scale, shift = self.normalize.scale.double().cpu() / 255, self.normalize.shift.double().cpu()
+        if self.padding:
+            layers.append(Framed(-shift / scale, self.padding))
         if self.places is not None:
             layers.append(Placed(self.places))
             scale, shift = torch.cat([scale, scale.new_full((2,), 1 / 127.5)]), torch.cat([shift, shift.new_full((2,), -1.0)])
@@ -244,7 +261,7 @@ class RegionScorer(nn.Module):
             weight, bias = fixed_point.fold_normalization(weight, bias, scale, shift) if at == 0 else (weight, bias)
             layer, bits = fixed_point.affine(weight, bias, stage.convolution, value_range, precision, largest=self.largest)
             fewest, value_range = min(fewest, bits), stage.grid.value_range
-            layers.append(_Step(layer, value_range, residual=False))
+            layers.append(WholeStep(layer, value_range, residual=False))
             for mix in cast(list[Mix], list(stage.mixes)):
                 layer, bits = fixed_point.affine(
                     *fixed_point.fold_batchnorm(mix.convolution, mix.norm),
@@ -255,52 +272,11 @@ class RegionScorer(nn.Module):
                     largest=self.largest,
                 )
                 fewest, value_range = min(fewest, bits), mix.grid.value_range
-                layers.append(_Step(layer, value_range, residual=True))
+                layers.append(WholeStep(layer, value_range, residual=True))
         layer, bits = fixed_point.affine(
             *fixed_point.fold_batchnorm(self.head, None), self.head, value_range, precision, largest=self.largest
         )
         return nn.Sequential(*layers, layer), min(fewest, bits)
-
-
-def coordinates(height: int, width: int) -> Tensor:
-    """Row and column of each pixel in whole steps from 0 to 255, [1, 2, H, W]."""
-    row, column = ((torch.arange(side) * (255 / max(side - 1, 1))).round() for side in (height, width))
-    return torch.stack([row[:, None].expand(height, width), column[None, :].expand(height, width)])[None]
-
-
-class Placed(nn.Module):
-    """Pixels in whole steps, with maps beside them that are the same for every image, such as coordinates in whole steps."""
-
-    places: Tensor
-
-    def __init__(self, places: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("places", places)
-
-    def plan(self, program: Program) -> None:
-        """See :class:`patchcert_cli.layers.programs.Planned`."""
-        program.before.append(self)
-
-    def forward(self, v: Tensor) -> Tensor:
-        both = torch.cat([v, self.places.to(v).expand(len(v), -1, -1, -1)], dim=1)
-        return both.contiguous(memory_format=torch.channels_last)
-
-
-class _Step(nn.Module):
-    """Exact convolution, ReLU, with ``residual`` plus what came in, onto a grid."""
-
-    def __init__(self, layer: fixed_point.Affine, value_range: ValueRange, *, residual: bool) -> None:
-        super().__init__()
-        self.layer, self.value_range, self.residual = layer, value_range, residual
-
-    def plan(self, program: Program) -> None:
-        """See :class:`patchcert_cli.layers.programs.Planned`."""
-        at = program.last
-        program.add((at, self.layer), to=self.value_range, beside=at if self.residual else None, gated=True)
-
-    def forward(self, v: Tensor) -> Tensor:
-        out = self.layer(v).relu_()
-        return fixed_point.quantize_(out.add_(v) if self.residual else out, self.value_range)
 
 
 def expanded(every: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -353,6 +329,7 @@ def build(
     bits: int = 8,
     weight_bits: int = 0,
     mirrored: bool = False,
+    padding: int = 0,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Any:
@@ -363,7 +340,8 @@ def build(
     sparsely as the dilations of the later ones allow. With ``whiten`` the first convolution sees whitened windows while it is
     trained. Activations of the deployed network have ``bits`` bits, and its weights as many as exact sums allow, or at most
     ``weight_bits``, sign included, if that is not 0: 7 is about twice as fast where integers are faster than floating point.
-    With ``mirrored`` the deployed network looks at each image twice, for twice the time.
+    With ``mirrored`` the deployed network looks at each image twice, for twice the time. ``padding`` is the width of a constant
+    frame around the image; half the receptive field gives one cell for each pixel.
     """
     plan = list(zip(widths, kernels, dilations, mixes, strict=True))
     return RegionScorer(
@@ -377,4 +355,5 @@ def build(
         whiten=whiten,
         weight_bits=weight_bits,
         mirrored=mirrored,
+        padding=padding,
     )

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from patchcert_cli.layers import fixed_point
 from patchcert_cli.layers.fixed_point import Quantizer
 from patchcert_cli.layers.preprocessing import Normalize
-from patchcert_cli.models.region import Placed, normed
+from patchcert_cli.models._region_layers import Placed
+from patchcert_cli.models.region import normed
 from patchcert_cli.models.resnet import Block, ExactStem
 
 GENTLE = 0.3  # a block's gain at the start, so that it begins near the identity

@@ -63,9 +63,11 @@ class State:
         auxiliary = beginning.auxiliary.to(device)
         defense = _laid_out(beginning.defense.to(device), recipe)
         if images is not None:
-            defense.fit_before(some_images(defense, images))
+            some = some_images(defense, images)
+            defense.fit_before(some)
             if beginning.load is not None:
                 beginning.load(defense)
+                defense.fit_start(some)
         average = Average(defense) if recipe.options.ema_decay > 0 else None
         return cls(defense, auxiliary, average, _optimizer([*defense.parameters(), *auxiliary.parameters()], recipe))
 

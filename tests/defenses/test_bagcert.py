@@ -70,11 +70,20 @@ def images(count: int, shape: tuple[int, ...] = SHAPE, seed: int = 0) -> Tensor:
     return (255 * (level + 0.6 * noise - 0.3).clamp(0, 1)).round() / 255
 
 
+def framed(reach: int, frame: str) -> dict[str, Any]:
+    """A configuration with no frame, one of half the receptive field, or the widest."""
+    given = config(reach)
+    given["network"]["options"] |= {"padding": {"no": 0, "half": reach // 2, "widest": reach - 1}[frame]}
+    return given
+
+
 @pytest.mark.parametrize("reach", PLANS)
+@pytest.mark.parametrize("frame", ["no", "half", "widest"])
 @pytest.mark.parametrize("patch", [Patch(1, 1), Patch(3, 2), Patch(2, 6), Patch(15, 1)], ids=str)
-def test_a_patch_reaches_exactly_the_cells_that_are_claimed(reach: int, patch: Patch) -> None:
+def test_a_patch_reaches_exactly_the_cells_that_are_claimed(reach: int, patch: Patch, frame: str) -> None:
     """A not-a-number in the patch, through the deployed network, at every location."""
-    defense = build(config(reach))
+    defense = build(framed(reach, frame))
+    padding = defense.scorer.padding
     assert defense.receptive_field == reach
     cover, locations = defense.cover(patch), patch.locations(*SHAPE[1:])
     steps = fixed_point.to_steps(images(1)).repeat(len(locations), 1, 1, 1)
@@ -85,19 +94,58 @@ def test_a_patch_reaches_exactly_the_cells_that_are_claimed(reach: int, patch: P
         reached = network(steps.to(fixed_point.execution_type(network, steps.device))).isnan()
     assert torch.equal(reached.any(dim=1), reached.all(dim=1))
     claimed = cover.rows.matrix()[:, None, :, None] * cover.columns.matrix()[None, :, None, :]  # [P, Q, N, M]
-    assert reached.shape[2:] == (15 - reach + 1, 14 - reach + 1) == claimed.shape[2:]
+    assert reached.shape[2:] == tuple(side + 2 * padding - reach + 1 for side in (15, 14)) == claimed.shape[2:]
     assert torch.equal(reached.any(dim=1), claimed.flatten(0, 1).bool())
 
 
 @pytest.mark.parametrize("reach", PLANS)
-def test_every_so_manieth_cell_has_the_scores_of_the_whole_map(reach: int) -> None:
-    scorer, x = build(config(reach)).scorer.double(), images(3).double()
+@pytest.mark.parametrize("frame", ["no", "half"])
+def test_every_so_manieth_cell_has_the_scores_of_the_whole_map(reach: int, frame: str) -> None:
+    scorer, x = build(framed(reach, frame)).scorer.double(), images(3).double()
     with torch.no_grad():
         whole = scorer(x)
         for every in range(1, 7):
             some = scorer(x, every)
             assert some.shape == whole[:, :, ::every, ::every].shape
             assert torch.allclose(some, whole[:, :, ::every, ::every], atol=1e-12), every
+
+
+@pytest.mark.parametrize("reach", PLANS)
+def test_cells_inside_a_framed_image_have_the_scores_of_the_image_alone(reach: int) -> None:
+    """And the cells at the edge those of an image with the frame's colour around it, a whole number of steps."""
+    plain, x = build(config(reach)), images(4)
+    for frame in ("half", "widest"):
+        both = build(framed(reach, frame))
+        both.load_state_dict(plain.state_dict())
+        width, inside = both.scorer.padding, (slice(None), slice(None), *[slice(both.scorer.padding, -both.scorer.padding)] * 2)
+        if width:
+            assert torch.equal(both.scores(x)[inside], plain.scores(x))
+            around = torch.full((len(x), 2, 15 + 2 * width, 14 + 2 * width), 102 / 255)  # the mean, 0.4
+            around[:, :, width:-width, width:-width] = x
+            assert torch.equal(both.scores(x), plain.run(fixed_point.to_steps(around)))
+            with torch.no_grad():
+                assert torch.allclose(both.scorer(x), plain.scorer(around), atol=1e-4)
+        both.self_test()
+
+
+def test_a_frame_leaves_no_cell_without_a_pixel() -> None:
+    for padding in (-1, 5):
+        given = config(5)
+        given["network"]["options"] |= {"padding": padding}
+        with pytest.raises(UsageError, match=rf"padding {padding} .*below 0") as caught:
+            BagCert.from_config(section("bagcert", given))
+        assert "0 to 4; 2 gives" in str(caught.value.hint)
+
+
+def test_training_from_other_weights_whitens_and_keeps_their_function() -> None:
+    given = config(5)
+    given["network"]["options"] |= {"whiten": True, "padding": 2}
+    defense, x = build(given), images(40)
+    before = defense.scorer(x)
+    defense.fit_start(x)
+    stage = defense.scorer.stages[0]
+    assert not torch.allclose(stage.whitening, torch.eye(len(stage.whitening)), atol=0.1)
+    torch.testing.assert_close(defense.scorer(x), before, rtol=1e-4, atol=1e-4)
 
 
 def mirrored(reach: int, **more: Any) -> dict[str, Any]:

@@ -205,6 +205,8 @@ REGIONS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "colour": ((2, 5, 6), {"widths": [4], "kernels": [2], "dilations": [1], "mixes": [0]}),
     "dilated": ((1, 7, 6), {"widths": [3], "kernels": [2], "dilations": [2], "mixes": [1]}),
     "mirrored": ((1, 5, 6), {"widths": [3], "kernels": [2], "dilations": [1], "mixes": [0], "mirrored": True}),
+    "framed": ((1, 4, 5), {"widths": [3], "kernels": [2], "dilations": [1], "mixes": [0], "padding": 1}),
+    "framed wide": ((1, 4, 5), {"widths": [3], "kernels": [3], "dilations": [1], "mixes": [1], "padding": 2}),
     "single": ((1, 4, 5), {"widths": [3], "kernels": [1], "dilations": [1], "mixes": [0]}),
 }
 
@@ -225,14 +227,18 @@ def random_region(name: str, seed: int, *, classes: int = 3, lean: float = 2.0) 
     return defense
 
 
-def pixel_votes(bias: float = 0.5, *, mirrored: bool = False) -> BagCert:
-    """Cells of one pixel each: a bright one votes for b, a dark one for a, and all can be set independently."""
-    options = {"widths": [2], "kernels": [1], "dilations": [1], "mixes": [0], "mean": [0.0], "std": [1.0], "mirrored": mirrored}
+def pixel_votes(bias: float = 0.5, *, mirrored: bool = False, side: int = 1, padding: int = 0) -> BagCert:
+    """Cells of one pixel each: a bright one votes for b, a dark one for a, and all can be set independently.
+
+    With a larger ``side`` a cell votes for b if any pixel that it sees is bright; a frame of ``padding`` pixels is dark.
+    """
+    options = {"widths": [2], "kernels": [side], "dilations": [1], "mixes": [0], "mean": [0.0], "std": [1.0]}
+    options |= {"mirrored": mirrored, "padding": padding}
     made = {"input_shape": (1, 4, 4), "classes": ["a", "b"], "network": {"name": "region", "options": options}}
     defense = BagCert.from_config(section("bagcert", made)).eval()
     stage, head = defense.scorer.stages[0], defense.scorer.head
     with torch.no_grad():
-        stage.convolution.weight.copy_(torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1))
+        stage.convolution.weight.copy_(torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1).expand(2, 1, side, side))
         stage.norm.bias.copy_(torch.tensor([bias, -bias]))  # relu(bias - x), relu(x - bias)
         head.weight.copy_(torch.eye(2).reshape(2, 2, 1, 1))
         head.bias.zero_()
@@ -256,3 +262,12 @@ def pixel_arena(*, mirrored: bool = False) -> Arena:
     generator = torch.Generator().manual_seed(0)
     share = torch.linspace(0, 1, 80)[:, None, None, None]
     return Arena("pixels", pixel_votes(mirrored=mirrored), (torch.rand(80, 1, 4, 4, generator=generator) < share).float())
+
+
+def framed_arena() -> Arena:
+    """Images that are bright towards the bottom right, whose cells see 3x3 pixels of a framed image."""
+    generator = torch.Generator().manual_seed(0)
+    towards = torch.linspace(0, 1, 4)[:, None] + torch.linspace(0, 1, 4)
+    share = torch.linspace(0, 1, 80)[:, None, None, None] * towards / 2
+    images = (torch.rand(80, 1, 4, 4, generator=generator) < share).float()
+    return Arena("framed pixels", pixel_votes(side=3, padding=2), images)

@@ -14,7 +14,7 @@ from torch import Tensor
 from patchcert_cli.certificate import Certificate
 from patchcert_cli.certifiers.bounds import first_layer, intervals, margin_chunks, rounding
 from patchcert_cli.certifiers.bounds.windows import patch_windows, windows
-from patchcert_cli.certifiers.geometry import touched_range
+from patchcert_cli.certifiers.geometry import Axis, touched_range
 from patchcert_cli.defenses import VotingDefense
 from patchcert_cli.defenses._cells import RegionDefense
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
@@ -234,6 +234,17 @@ def mirrored_cells_left_there(monkeypatch: pytest.MonkeyPatch) -> None:
         return (self.run(steps).double() + self.run(steps.flip(3)).double()) / 2
 
     monkeypatch.setattr(RegionDefense, "scores", scores)
+
+
+def frame_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells are counted with the frame around the image, but numbered as if there were none."""
+
+    def sliding(length: int, side: int, *, kernel: int, stride: int = 1, padding: int = 0) -> Axis:
+        cells = (length + 2 * padding - kernel) // stride + 1
+        ranges = (touched_range(at, side, kernel=kernel, stride=stride, padding=0, size=cells) for at in range(length - side + 1))
+        return Axis(cells, tuple(tuple(range(*ends)) for ends in ranges))
+
+    monkeypatch.setattr(Axis, "sliding", sliding)
 
 
 # those about wrapping and about a third class are caught by the enemy of ``test_additive.py``

@@ -28,6 +28,7 @@ from .arena import (
     changes,
     check,
     draw_images,
+    framed_arena,
     pixel_arena,
     random_arenas,
     random_defense,
@@ -42,6 +43,7 @@ from .breaks import (
     VOTE_SPARSE_BREAKS,
     WINDOW_BREAKS,
     Break,
+    frame_forgotten,
     mirrored_cells_left_there,
 )
 
@@ -143,6 +145,16 @@ def test_mirrored_cells_that_are_not_put_back_are_caught(monkeypatch: pytest.Mon
     assert check([pixel_arena(mirrored=True)], PATCHES).violations == []
     mirrored_cells_left_there(monkeypatch)
     broken = pixel_arena.__wrapped__(mirrored=True)  # whose answers are not known yet
+    with pytest.raises(IntegrityError, match="reaches"):
+        broken.defense.self_test()
+    monkeypatch.setattr(BagCert, "self_test", lambda self: None)  # so that the proof is asked at all
+    assert check([broken], PATCHES, until_found=True).violations != []
+
+
+def test_cells_of_a_framed_image_that_are_misnumbered_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_sound(check([framed_arena()], PATCHES), 5)
+    frame_forgotten(monkeypatch)
+    broken = framed_arena()
     with pytest.raises(IntegrityError, match="reaches"):
         broken.defense.self_test()
     monkeypatch.setattr(BagCert, "self_test", lambda self: None)  # so that the proof is asked at all
