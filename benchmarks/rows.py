@@ -23,10 +23,9 @@ from typing import Any
 from patchcert_cli import papers
 from patchcert_cli.arithmetic import former
 from patchcert_cli.cards import Card, slug
-from patchcert_cli.cards.results import CertifyResult, current_result, read_records
+from patchcert_cli.cards.results import CertifyResult, read_records
 from patchcert_cli.papers import trained
 from patchcert_cli.papers.paper import Row
-from patchcert_cli.schema import read
 from patchcert_cli.storage import files
 from patchcert_cli.threats import as_options
 
@@ -75,7 +74,7 @@ def measure(row: Row, runs: Path, limit: int) -> trained.TrainedRow:
     patchcert(
         "certify", str(run), *shlex.split(as_options(row.threat)), *(["--limit", str(limit)] if limit else []), "--out", str(out)
     )
-    result = read(CertifyResult, current_result(files.read_json(out / files.RESULT)))
+    result = CertifyResult.from_dict(files.read_json(out / files.RESULT), str(out / files.RESULT))
     at = max(range(len(result.claims)), key=lambda at: result.claims[at].counts.certified)
     claim = result.claims[at]
     records = sorted(read_records(out / files.RECORDS), key=lambda record: int(record["index"]))

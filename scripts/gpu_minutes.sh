@@ -55,6 +55,7 @@ while [ $# -gt 0 ]; do
     *)
         if [ -z "$minutes" ]; then
             [[ $1 =~ ^[0-9]+(\.[0-9]+)?$ ]] || usage "'$1' is not a number of minutes."
+            [[ ${1%.*} =~ ^0*[0-9]{1,5}$ ]] || usage "'$1' minutes are more than 99,999."
             minutes=$1
         else
             known "$1" || usage "'$1' is not one of the recipes that this script trains."

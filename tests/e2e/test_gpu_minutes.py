@@ -92,6 +92,7 @@ def test_what_is_left_out_is_named() -> None:
         ("", "no minutes given."),
         ("soon", "'soon' is not a number of minutes."),
         ("-3", "'-3' is not a number of minutes."),
+        ("100000", "'100000' minutes are more than 99,999."),
         ("12 mnist-ibp", "'mnist-ibp' is not one of the recipes that this script trains."),
         ("12 --out", "--out needs a value."),
         ("12 --quick", "there is no option --quick."),

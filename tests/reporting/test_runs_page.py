@@ -78,6 +78,11 @@ def write_run(folder: Path, margins: list[float], *, images: int | None = None, 
             " alarm; 19 more are classified right, without such a proof; 8 are classified wrong or raise an alarm.",
         ),
         (
+            claim("patch:5x5", 40, 13, 13),
+            "Of 40 images, 13 are classified right and no 5x5 sticker anywhere can change that; not one more is classified right,"
+            " without such a proof; 27 are classified wrong.",
+        ),
+        (
             claim("sparse:2:value", top=3),
             "Of 40 images, 13 have the right class among the first 3 and no change of any 2 colour values can change that;"
             " 19 more have the right class among the first 3, without such a proof; 8 do not have it.",
@@ -90,9 +95,28 @@ def test_one_line_for_management(made: Claimed, said: str) -> None:
 
 @pytest.mark.parametrize(("images", "clean", "certified"), [(101, 101, 101), (999, 998, 997), (10_000, 9243, 6284), (3000, 1, 1)])
 def test_rounding_never_certifies_and_the_counts_add_up(images: int, clean: int, certified: int) -> None:
-    about, rest, wrong = map(int, re.findall(r"(?:about|;) (\d+)", management(claim("patch:1x1", images, clean, certified))))
+    said = management(claim("patch:1x1", images, clean, certified)).replace("fewer than one more is", "0 more are")
+    about, rest, wrong = map(int, re.findall(r"(?:about|;) (\d+)", said))
     assert about + rest + wrong == 100
     assert about * images <= 100 * certified and (about + rest) * images <= 100 * clean
+
+
+@pytest.mark.parametrize(
+    ("given", "message", "hint"),
+    [
+        ("zo", "'zo' is neither a run folder", "Did you mean zoo? "),
+        ("elsewhere", "'elsewhere' is neither a run folder", "Give folders of patchcert certify"),
+        ("one/records.jsonl", "'one/records.jsonl' is a file of a run.", "Give its folder: one"),
+    ],
+)
+def test_what_is_no_run_folder_is_refused_with_what_was_meant(
+    given: str, message: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "one", [3, -1])
+    with pytest.raises(UsageError) as caught:
+        runs.read([Path(given)])
+    assert caught.value.message.startswith(message) and str(caught.value.hint).startswith(hint)
 
 
 def test_several_patches_as_text() -> None:

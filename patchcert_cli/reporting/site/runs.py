@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 GENERATOR = "patchcert report runs"
 CERTIFY, ATTACK = "certify", "attack"
+COMMANDS = ("zoo", "runs", "attacks")  # of report, beside which run folders are given
 PERCENT = "percent"  # an axis besides those of the zoo
 LABELS = {axis: label for axis, (label, _) in AXES.items()} | {PERCENT: "area of a square patch, % of the image"}
 
@@ -184,6 +186,10 @@ def _evaluations(folder: Path, say: Callable[[str], object]) -> list[Path]:
     """The run folder itself, or of a folder of weights the runs that evaluate them."""
     hint = "Give folders of patchcert certify or patchcert attack, such as runs/certify-..."
     if not folder.is_dir():
+        if folder.is_file() and (folder.parent / files.MANIFEST).is_file():
+            raise UsageError(f"'{folder}' is a file of a run.", hint=f"Give its folder: {folder.parent}")
+        near = get_close_matches(str(folder), COMMANDS, 1)
+        hint = f"Did you mean {near[0]}? {hint}" if near else hint
         raise UsageError(f"'{folder}' is neither a run folder nor another command of report.", hint=f"{hint} See: report --help")
     if (folder / files.MANIFEST).exists():
         return [folder]
@@ -243,10 +249,12 @@ def management(claim: Claimed) -> str:
     without = "" if claim.alarms is None else " without an alarm"
     one = wrong == 1
     is_wrong = f"{'is' if one else 'are'} classified wrong" if claim.top == 1 else f"{'does' if one else 'do'} not have it"
+    others = "not one" if exact else "fewer than one"
     among = f"{whole} images, {certified}" if exact else f"every 100 images, about {certified}"
     return (
         f"Of {among} {is_right(certified)} and {nothing(claim.threat)} can change that{without}{_doubt(claim)};"
-        f" {rest} more {is_right(rest)}, without such a proof; {wrong} {is_wrong}{' or raise an alarm' if without else ''}."
+        f" {rest or others} more {is_right(rest or 1)}, without such a proof;"
+        f" {wrong} {is_wrong}{' or raise an alarm' if without else ''}."
     )
 
 
