@@ -44,7 +44,10 @@ def offered(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     [
         ("patchcert cert", ["certify"]),
         ("patchcert certify mnist-ibp-p5", ["mnist-ibp-p5", "mnist-ibp-p5-linear"]),
-        ("patchcert certify mnist-bagcert cifar-bagcert-rf7-", ["cifar-bagcert-rf7-large", "cifar-bagcert-rf7-wide"]),
+        (
+            "patchcert certify mnist-bagcert cifar-bagcert-rf7-",
+            ["cifar-bagcert-rf7-framed", "cifar-bagcert-rf7-large", "cifar-bagcert-rf7-wide"],
+        ),
         ("patchcert attack mnist-ibp-k", ["mnist-ibp-k10", "mnist-ibp-k4"]),
         ("patchcert attack mnist-bagcert --attack patch_p", ["patch_pgd"]),
         ("patchcert attack mnist-bagcert --attack patch_pgd,patch_r", ["patch_pgd,patch_rs"]),

@@ -19,7 +19,14 @@ from patchcert_cli.training.recipe import Recipe
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 # Much smaller than the published networks, and below their numbers.
-COMPACT = ("cifar-bagcert-rf7", "cifar-bagcert-rf7-wide", "cifar-ibp-p2", "cifar-ibp-p5", "cifar-smoothing-column")
+COMPACT = (
+    "cifar-bagcert-rf7",
+    "cifar-bagcert-rf7-framed",
+    "cifar-bagcert-rf7-wide",
+    "cifar-ibp-p2",
+    "cifar-ibp-p5",
+    "cifar-smoothing-column",
+)
 
 
 def block(heading: str) -> list[str]:
