@@ -119,6 +119,8 @@ def reproduce(
     unused = [flag for flag, value in {**given, "--fresh": how.fresh}.items() if value not in (None, False)]
     if unused and not papers.run:
         raise UsageError(f"{unused[0]} says how rows are certified.", hint="Add --run, or leave it out: records need no images.")
+    if data.limit is not None and data.limit < 1:
+        raise UsageError(f"--limit {data.limit} leaves no image.", hint="Allowed: 1 or more.")
     if papers.out is not None:
         from patchcert_cli.reporting import plots
 
