@@ -90,7 +90,7 @@ def measure(row: Row, runs: Path, limit: int) -> trained.TrainedRow:
         network=card.network,
         trained=card.trained,
         limit=0 if result.full_split else limit,
-        seed=0,
+        seed=files.read_json(out / files.MANIFEST)["subset_seed"] or 0,
         verdicts="".join(verdict(record, at) for record in records),
     )
     assert (found.clean, found.certified) == (claim.counts.clean, claim.counts.certified)

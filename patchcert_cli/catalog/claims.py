@@ -125,15 +125,24 @@ def _setting(run: Path) -> Mapping[str, Any]:
     return setting
 
 
-def _check_own_masks(where: str, model: ResolvedModel) -> None:
-    """Other masks are another predictor with the same weights, whose numbers are not those of the model."""
+def _other_masks(where: Path, model: ResolvedModel) -> str:
+    """How the masks of a run differ from those of the model; empty if they do not.
+
+    Other masks are another predictor with the same weights, whose numbers are not those of the model.
+    """
     from patchcert_cli import checkpoint  # imports torch
 
     path = model.folder / files.CONFIG
     own = checkpoint.upgraded(files.read_json(path), path)["deployed"].get("masks")
-    if own and (used := _setting(Path(where).parent).get("masks")) != own:
+    if not own or (used := _setting(where.parent).get("masks")) == own:
+        return ""
+    return f"{json.dumps(used)}, not {json.dumps(own)}"
+
+
+def _check_own_masks(where: str, model: ResolvedModel) -> None:
+    if difference := _other_masks(Path(where), model):
         raise ClaimError(
-            f"'{where}' is about other masks than those of the model: {json.dumps(used)}, not {json.dumps(own)}.",
+            f"'{where}' is about other masks than those of the model: {difference}.",
             hint="Certify without --masks, or give the result as --sample.",
         )
 
@@ -179,6 +188,8 @@ def results_about(model: ResolvedModel, places: list[Path]) -> dict[str, Mapping
             continue
         if result.get("split") != "test" or result.get("full_split") is not True:
             partial.append(f"{result.get('images')} images of {result.get('split')}")
+            continue
+        if _other_masks(path, model):
             continue
         claims = repr(sorted((str(one.get("threat")), str(one.get("method"))) for one in result["claims"]))
         entry = (path.stat().st_mtime, str(path), result)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from patchcert_cli import registry
@@ -76,14 +76,13 @@ def tables(incomplete: str) -> list[str]:
     return _beginning(dict.fromkeys(table.id for name in papers.names() for table in papers.load(name).tables), incomplete)
 
 
-def conditions(incomplete: str) -> list[str]:
-    """Proofs for votes."""
-    return _beginning(("exact", "3.1", "3.2", "3.3", "all"), incomplete)
+def among(*names: str) -> Callable[[str], list[str]]:
+    """The completion of an option that is one of these."""
 
+    def complete(incomplete: str) -> list[str]:
+        return _beginning(names, incomplete)
 
-def bounds(incomplete: str) -> list[str]:
-    """Bounds for networks."""
-    return _beginning(("interval", "linear", "best", "all"), incomplete)
+    return complete
 
 
 def _of(kind: str, folder: str) -> list[str]:

@@ -15,12 +15,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from patchcert_cli.errors import Interrupted
+from patchcert_cli.errors import Interrupted, UsageError
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:
@@ -65,6 +67,11 @@ def group(default: str) -> type[TyperGroup]:
     class Group(TyperGroup):
         def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
             named = not args or args[0] in self.commands or args[0] in ctx.help_option_names
+            near = [] if named or Path(args[0]).exists() else get_close_matches(args[0], self.commands, 1)
+            if near:
+                raise UsageError(
+                    f"{ctx.command_path} has no '{args[0]}', and there is no such path.", hint=f"Did you mean {near[0]}?"
+                )
             return super().parse_args(ctx, args if named else [default, *args])
 
     return Group

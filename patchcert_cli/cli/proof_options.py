@@ -27,7 +27,7 @@ class ProofOptions:
             "--condition",
             metavar="exact|3.1|3.2|3.3|all",
             help="Proof for votes: exact, or a published looser condition, or all side by side.",
-            autocompletion=complete.conditions,
+            autocompletion=complete.among(*CONDITIONS, "all"),
             rich_help_panel=PROOF,
         ),
     ] = None
@@ -37,7 +37,7 @@ class ProofOptions:
             "--bounds",
             metavar="interval|linear|best|all",
             help="Bounds for networks: interval, or also linear ones for images that they leave undecided (best, the default).",
-            autocompletion=complete.bounds,
+            autocompletion=complete.among(*BOUNDS, "all"),
             rich_help_panel=PROOF,
         ),
     ] = None

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "Examples:\n\n patchcert reproduce\n\n patchcert reproduce metzen-2021\n\n patchcert reproduce metzen-2021 --out site/"
-    "\n\n patchcert reproduce metzen-2021 --table aspect-ratios --run --limit 1000"
-    "\n\n patchcert reproduce xiang-2022 --table imagenet-samples --run --data imagefolder:./val"
+    "\n\n patchcert reproduce xiang-2022 --table imagenet-masks --run --data imagefolder:./val --limit 1000"
 )
 PAPERS = "Papers"
 

@@ -104,7 +104,7 @@ class PatchGuard(RegionDefense[Tensor]):
         if window == cells:
             raise UsageError(
                 f"masks for {', '.join(map(str, covers))} hide all of the {cells[0]}x{cells[1]} cells.",
-                hint="CellCoverage a smaller patch, or use a smaller receptive field.",
+                hint="Cover a smaller patch, or use a smaller receptive field.",
             )
         self.masking = Masking(window, Fraction(round(share * FINEST), FINEST))
 

@@ -120,8 +120,6 @@ class RegionScorer(nn.Module):
         if stride < 1:
             raise UsageError(f"a stride of {stride} leaves no cells.", hint="Allowed: 1 or more.")
         self.normalize, self.padding = normalize, padding
-        height, width = (side + 2 * padding for side in shape[1:])
-        self.register_buffer("places", coordinates(height, width) if places else None, persistent=False)
         self.dilations = [dilation for _, _, dilation, _ in plan]
         self.receptive_field = 1 + sum((kernel - 1) * dilation for _, kernel, dilation, _ in plan)
         if self.receptive_field > min(shape[1:]):
@@ -134,6 +132,8 @@ class RegionScorer(nn.Module):
                 f"padding {padding} leaves cells that see no pixel of the image, or is below 0.",
                 hint=f"Allowed: 0 to {self.receptive_field - 1}; {self.receptive_field // 2} gives a cell for each pixel.",
             )
+        height, width = (side + 2 * padding for side in shape[1:])
+        self.register_buffer("places", coordinates(height, width) if places else None, persistent=False)
         if mirrored and (places or (width - self.receptive_field) % stride):
             why = "cells that know where they are" if places else "a stride that leaves columns at the edge"
             raise UsageError(f"mirrored does not go with {why}.", hint="Leave one of them out.")

@@ -19,6 +19,7 @@ from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.cards.entries import Sha256, Text, ThreatField, Training
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.schema import Count, Rule
+from patchcert_cli.storage import files
 
 FILE = Path(__file__).parent / "trained.json"
 WRONG, RIGHT, CERTIFIED = "012"  # verdicts: a wrong answer, a right one, a right one that is certified
@@ -99,4 +100,4 @@ def write(rows: Iterable[TrainedRow], path: Path) -> None:
     """Write the file: a row a line, in the order of commands, so that versions can be compared."""
     ordered = sorted(rows, key=lambda row: (row.command, str(row.threat)))
     lines = ",\n".join(json.dumps(schema.plain(row)) for row in ordered)
-    path.write_text(f'{{"rows": [\n{lines}\n]}}\n')
+    files.write_atomically(path, f'{{"rows": [\n{lines}\n]}}\n'.encode())

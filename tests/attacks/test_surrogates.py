@@ -88,7 +88,11 @@ def test_straight_through_is_the_slope_of_sigmoids() -> None:
 BOXES = [(0, 0, 3, 4), (10, 7, 3, 4), (5, 4, 3, 4), (0, 7, 3, 4), (1, 2, 3, 4)]
 
 
-@pytest.mark.parametrize("more", [{}, {"aggregate": "weighted"}, {"places": True}, {"mirrored": True}, {"padding": 2}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"aggregate": "weighted"}, {"places": True}, {"mirrored": True}, {"padding": 2}, {"padding": 1, "places": True}],
+    ids=str,
+)
 @pytest.mark.parametrize("size", [(3, 4), (1, 1), (12, 10), (13, 11)])
 def test_near_and_rest_make_the_whole(more: dict[str, Any], size: tuple[int, int]) -> None:
     """Also where the window is cut at the border, and where it is the whole image."""

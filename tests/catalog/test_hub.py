@@ -317,8 +317,15 @@ def test_other_masks_are_another_predictor_and_no_result_of_the_model(tmp_path: 
     (tmp_path / files.MANIFEST).write_text(json.dumps({"setting": {"masks": used}}))
     results = {str(path): files.read_json(path)}
     bare = replace(found, card=replace(found.card, results=()))
+    (tmp_path / "runs").mkdir()
+    for name in ("result.json", "records.jsonl", files.MANIFEST):  # as zoo push looks for it
+        (tmp_path / "runs" / "one").mkdir(exist_ok=True)
+        (tmp_path / "runs" / "one" / name).write_bytes((tmp_path / name).read_bytes())
     if own:
+        assert len(claims.results_about(bare, [tmp_path / "runs"])) == 1
         assert claims.card_with_results(bare, results)[0].results[0].certified == 6000
     else:
         with pytest.raises(ClaimError, match=r"other masks than those of the model: .*\"per_axis\": 6"):
             claims.card_with_results(bare, results)
+        with pytest.raises(ClaimError, match="no result of these weights"):
+            claims.results_about(bare, [tmp_path / "runs"])

@@ -92,7 +92,7 @@ def test_the_answer_is_that_of_the_rule(share: float) -> None:
 )
 def test_masks_hold_what_the_patch_reaches(reach: int, covers: str, stride: int, window: tuple[int, int]) -> None:
     if (reach, covers) == (9, "5x2"):
-        with pytest.raises(UsageError, match=r"masks for patch:5x2 hide all of the 7x6 cells. CellCoverage a smaller patch"):
+        with pytest.raises(UsageError, match=r"masks for patch:5x2 hide all of the 7x6 cells. Cover a smaller patch"):
             build(config(reach, f"patch:{covers}", stride))
         return
     defense = build(config(reach, f"patch:{covers}", stride))

@@ -8,18 +8,21 @@ from __future__ import annotations
 import importlib
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from patchcert_cli import defenses
+from patchcert_cli import defenses, models
 from patchcert_cli.certifiers.cells import additive
 from patchcert_cli.defenses import Defense
 from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.defenses.ibp.defense import IntervalDefense
 from patchcert_cli.errors import IntegrityError
 from patchcert_cli.threats import Patch, Sparse
+from tests import examples
+from tests.examples import tiny
 
 from .arena import (
     Arena,
@@ -159,6 +162,20 @@ def test_cells_of_a_framed_image_that_are_misnumbered_are_caught(monkeypatch: py
         broken.defense.self_test()
     monkeypatch.setattr(BagCert, "self_test", lambda self: None)  # so that the proof is asked at all
     assert check([broken], PATCHES, until_found=True).violations != []
+
+
+@pytest.mark.parametrize("name", ["clipped", "patchguard", "roots"])
+def test_other_readers_of_framed_cells_are_certified_soundly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def region(kernel: int) -> Any:
+        plan = {"widths": (4,), "kernels": (2,), "dilations": (1,), "mixes": (1,), "padding": 1}
+        return models.build("region", {"input_shape": examples.SHAPE, "classes": 3, **examples.SCALING, **plan})
+
+    monkeypatch.setattr(examples, "_region", region)
+    made = [(seed, tiny(name, seed)) for seed in range(16)]
+    arenas = [Arena(f"framed {name} {seed}", one, draw_images(one.input_shape, 16, seed)) for seed, one in made]
+    for arena in arenas:
+        arena.defense.self_test()
+    assert_sound(check(arenas, [Patch(1, 1), Patch(1, 2), Patch(2, 1)]), 3)
 
 
 def test_every_defense_of_the_folder_is_registered() -> None:

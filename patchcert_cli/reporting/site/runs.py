@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 GENERATOR = "patchcert report runs"
 CERTIFY, ATTACK = "certify", "attack"
-COMMANDS = ("zoo", "runs", "attacks")  # of report, beside which run folders are given
 PERCENT = "percent"  # an axis besides those of the zoo
 LABELS = {axis: label for axis, (label, _) in AXES.items()} | {PERCENT: "area of a square patch, % of the image"}
 
@@ -188,8 +186,6 @@ def _evaluations(folder: Path, say: Callable[[str], object]) -> list[Path]:
     if not folder.is_dir():
         if folder.is_file() and (folder.parent / files.MANIFEST).is_file():
             raise UsageError(f"'{folder}' is a file of a run.", hint=f"Give its folder: {folder.parent}")
-        near = get_close_matches(str(folder), COMMANDS, 1)
-        hint = f"Did you mean {near[0]}? {hint}" if near else hint
         raise UsageError(f"'{folder}' is neither a run folder nor another command of report.", hint=f"{hint} See: report --help")
     if (folder / files.MANIFEST).exists():
         return [folder]
