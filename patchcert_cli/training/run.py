@@ -27,7 +27,7 @@ from patchcert_cli.training import loop, steps
 from patchcert_cli.training.budget import Budget, Pace
 from patchcert_cli.training.overrides import hash_of_start
 from patchcert_cli.training.recipe import Recipe
-from patchcert_cli.training.state import Beginning
+from patchcert_cli.training.state import Beginning, reduced
 from patchcert_cli.training.trackers import Tracking
 from patchcert_cli.version import __version__
 
@@ -95,7 +95,7 @@ def train(
     beginning = begin(recipe)
     images = data.open_dataset(recipe.dataset, data_dir=data_dir).load("train", download=download, fetch=fetch)
     images = images.limit(recipe.limit or None, recipe.seed).checked(progress)
-    if recipe.precision == "bfloat16" and not steps.reduced(recipe, torch.device(place)):
+    if recipe.precision == "bfloat16" and not reduced(recipe, torch.device(place)):
         progress.note("this processor has no bfloat16 arithmetic: training computes in float32")
     for remark in images.remarks:
         progress.note(remark)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from patchcert_cli import checkpoint, defenses
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.defenses import Trainable
-from patchcert_cli.device import sent
+from patchcert_cli.device import computes_in_bfloat16, sent
 from patchcert_cli.storage import files
 from patchcert_cli.training.average import Average
 from patchcert_cli.training.muon import Muon
@@ -91,6 +91,11 @@ class State:
         return parts | ({"average": self.average.defense} if self.average else {})
 
 
+def reduced(recipe: Recipe, device: torch.device) -> bool:
+    """Whether the network computes in bfloat16: if the recipe says so, and it is not many times slower there than float32."""
+    return recipe.precision == "bfloat16" and computes_in_bfloat16(device)
+
+
 def save(folder: Path, recipe: Recipe, state: State, epoch: int) -> None:
     """Keep the state after ``epoch`` whole epochs."""
     note = {"recipe": recipe.to_dict(), "epoch": epoch, "averaged": state.average.steps if state.average else 0}
@@ -134,7 +139,8 @@ def _optimizer(weights: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optim
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(weights, lr=rate, momentum=0.9, nesterov=True, weight_decay=decay)
     if recipe.optimizer == "muon":
-        return Muon(weights, rate, decay)
+        lower = reduced(recipe, weights[0].device)
+        return Muon(weights, rate, decay, torch.bfloat16 if lower else torch.float32)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=decay)
     return torch.optim.Adam(weights, lr=rate, weight_decay=decay)

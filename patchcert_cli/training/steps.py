@@ -11,23 +11,18 @@ import torch
 from patchcert_cli.certificate import Tally
 from patchcert_cli.data.images import Images, to_float
 from patchcert_cli.defenses import Trainable, TrainingStep
-from patchcert_cli.device import computes_in_bfloat16, sent
+from patchcert_cli.device import sent
 from patchcert_cli.parallel.workers import Workers
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.training import augment
 from patchcert_cli.training.ranks import Ranks
 from patchcert_cli.training.recipe import Recipe
-from patchcert_cli.training.state import Beginning, State, some_images
+from patchcert_cli.training.state import Beginning, State, reduced, some_images
 
 LOOK = 10  # steps between two looks at the loss
 PROBED = 8  # held-out images that are certified to know what that takes
 DEAR = 6.0  # times as long: such proofs are not repeated
 PROBING = 0.5  # seconds; where they took less, as many times more are certified
-
-
-def reduced(recipe: Recipe, device: torch.device) -> bool:
-    """Whether the network computes in bfloat16: if the recipe says so, and it is not many times slower there than float32."""
-    return recipe.precision == "bfloat16" and computes_in_bfloat16(device)
 
 
 def rate_at(recipe: Recipe, progress: float) -> float:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from patchcert_cli.training import muon
 from patchcert_cli.training.muon import Muon, orthogonal
+from patchcert_cli.training.recipe import Recipe
+from patchcert_cli.training.state import Beginning, State
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -32,6 +34,29 @@ def test_singular_values_come_near_one_and_directions_stay(shape: tuple[int, ...
 def test_size_does_not_matter_and_zero_stays_zero() -> None:
     assert torch.allclose(orthogonal(noise(6, 9) * 1e-3), orthogonal(noise(6, 9) * 1e3), atol=1e-3)
     assert not orthogonal(torch.zeros(4, 6)).any()
+
+
+def test_bfloat16_makes_nearly_the_same_step() -> None:
+    """The step of a run in bfloat16 is orthogonal in bfloat16, and the weights themselves stay in float32."""
+    first, second = (nn.Parameter(torch.zeros(24, 40)) for _ in range(2))
+    for weight, precision in ((first, torch.float32), (second, torch.bfloat16)):
+        weight.grad = noise(24, 40)
+        Muon([weight], lr=0.1, precision=precision).step()
+    assert second.dtype == torch.float32 and not torch.equal(first, second)
+    assert float((first - second).detach().norm() / first.detach().norm()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("precision", "fast", "kind"),
+    [("bfloat16", True, "bfloat16"), ("bfloat16", False, "float32"), ("float32", True, "float32")],
+)
+def test_a_run_takes_the_precision_in_which_its_network_computes(
+    precision: str, fast: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("patchcert_cli.training.state.computes_in_bfloat16", lambda device: fast)
+    recipe = Recipe("patch:5x5", network_options={"hidden": [12]}, precision=precision, optimizer="muon")
+    assert isinstance(optimizer := State.of(recipe, Beginning.of(recipe), "cpu").optimizer, Muon)
+    assert optimizer.precision == getattr(torch, kind)
 
 
 def network() -> nn.Sequential:
