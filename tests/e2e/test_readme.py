@@ -21,6 +21,7 @@ README = (ROOT / "README.md").read_text()
 # Much smaller than the published networks, and below their numbers.
 COMPACT = (
     "cifar-bagcert-rf7",
+    "cifar-bagcert-rf7-768",
     "cifar-bagcert-rf7-framed",
     "cifar-bagcert-rf7-wide",
     "cifar-ibp-p2",
