@@ -60,7 +60,7 @@ def call(module: str, function: str) -> nn.Module:
         raise unknown(f"function in {module}", function, known)
     try:
         made = found()
-    except Exception as problem:  # user code can raise anything
+    except (Exception, SystemExit) as problem:  # user code can raise anything, and scripts may end with sys.exit
         raise UsageError(f"{address} fails: {line(problem)}.", hint=f"It is called without arguments. {SHOW}") from problem
     finally:
         _remember(module, set(sys.modules) - before)
@@ -161,7 +161,7 @@ def _imported(name: str) -> Any:
         if not f"{name}.".startswith(f"{missing}."):  # the module is there, and needs another one
             raise UsageError(f"module '{name}' cannot be imported: {line(problem)}.", hint="Install what it needs.") from problem
         raise UnknownName(f"no module '{missing}'.", hint="Install it, or go to the folder that holds it.") from problem
-    except Exception as problem:  # user code can raise anything
+    except (Exception, SystemExit) as problem:  # user code can raise anything, and scripts may end with sys.exit
         raise UsageError(f"module '{name}' cannot be imported: {line(problem)}.", hint=SHOW) from problem
 
 

@@ -163,13 +163,17 @@ class Dataset:
             fetch: the command that an error message gives as the way to get the data.
 
         Raises:
-            UsageError: it cannot be downloaded.
+            UsageError: there is no such split, or it cannot be downloaded.
             DataError: it is not there, or damaged; the message says what to type.
         """
+        if split not in OFFERED:
+            raise UsageError(f"no split '{split}'.", hint=f"Allowed: {', '.join(OFFERED)}.")
         from patchcert_cli.data import images
 
         return images.load_split(self, split, download=download, fetch=fetch)
 
+
+OFFERED = ("train", "test")  # of a data set
 
 DATASETS = {
     info.name: info

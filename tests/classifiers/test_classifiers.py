@@ -224,11 +224,15 @@ def test_own_code_that_is_no_classifier(mine: str, function: str, kind: type[Exc
 def test_modules_that_cannot_be_imported(tmp_path: Path) -> None:
     (tmp_path / "mine_syntax.py").write_text("def (:")
     (tmp_path / "mine_needs.py").write_text("import surely_not_installed")
+    (tmp_path / "mine_script.py").write_text("import sys\nsys.exit(0)")
+    (tmp_path / "mine_ends.py").write_text("import sys\ndef build():\n    sys.exit(3)")
     for address, kind, said in (
         ("surely_not_there:build", UnknownName, "no module 'surely_not_there'. Install it, or go to the folder that holds it"),
         ("json.surely_not_there:build", UnknownName, "no module 'json.surely_not_there'"),
         ("mine_syntax:build", UsageError, "module 'mine_syntax' cannot be imported: SyntaxError"),
         ("mine_needs:build", UsageError, "cannot be imported: ModuleNotFoundError: No module named 'surely_not_installed'"),
+        ("mine_script:build", UsageError, "module 'mine_script' cannot be imported: SystemExit"),
+        ("mine_ends:build", UsageError, "mine_ends:build fails: SystemExit"),
     ):
         with pytest.raises(kind, match=said):
             addresses.open_(address, typed=True)

@@ -18,6 +18,14 @@ def val(tmp_path: Path) -> Path:
     return pictures(tmp_path / "pets" / "val", 2)
 
 
+@pytest.mark.parametrize("split", ["foo", "Test", ""])
+def test_a_split_that_is_none_is_refused(split: str) -> None:
+    for name in ("mnist", "cifar10"):
+        with pytest.raises(UsageError, match="Allowed: train, test") as caught:
+            data.load(name, split)
+        assert f"no split '{split}'" in str(caught.value)
+
+
 def test_a_folder_says_all_that_its_name_says(val: Path) -> None:
     facts = datasets.open_dataset(f"imagefolder:{val}@48/60")
     assert (facts.name, facts.shape, facts.resize_crop) == (f"imagefolder:{val}@48/60", (3, 48, 48), ResizeCrop.square(48, 60))
