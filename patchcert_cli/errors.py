@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 LISTED = 40  # names that an error lists in full
+FOREIGN = (Exception, SystemExit)  # what code of users and other packages may raise; a script may end with sys.exit
 
 
 class PatchcertError(Exception):

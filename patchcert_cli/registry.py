@@ -17,7 +17,7 @@ from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import TypeVar
 
-from patchcert_cli.errors import UsageError, first_line, unknown
+from patchcert_cli.errors import FOREIGN, UsageError, first_line, unknown
 
 Base = TypeVar("Base")
 
@@ -50,7 +50,7 @@ def entry(kind: str, package: str, name: str, path: Iterable[str]) -> ModuleType
         raise UsageError(f"two installed packages have {kind} '{name}': {places}.", hint="Uninstall one of them.")
     try:
         module = found[0].load()
-    except Exception as problem:  # code of another package may raise anything
+    except FOREIGN as problem:
         said = f"{kind} '{name}' of an installed package cannot be imported: {first_line(problem)}"
         raise UsageError(said, hint=f"Repair or uninstall the package of {found[0].value}.") from problem
     if not isinstance(module, ModuleType):

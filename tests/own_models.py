@@ -45,6 +45,7 @@ def broken(): return Returns(lambda x: torch.full((len(x), 3), float("nan")))
 def maps(): return nn.Conv2d(3, 3, 1)
 def pairs(): return Returns(lambda x: (x, x))
 def fails(): return Returns(lambda x: x.reshape(7, 7))
+def quits(): return Returns(lambda x: exit(0))
 def raises(): raise ValueError("no luck\\nat all")
 def number(): return 3
 def sizes():

@@ -31,7 +31,7 @@ from patchcert_cli.classifiers import user_code
 from patchcert_cli.data import class_names
 from patchcert_cli.data.class_names import Names
 from patchcert_cli.data.resize_crop import ResizeCrop
-from patchcert_cli.errors import HubError, IntegrityError, MachineError, PatchcertError, UsageError
+from patchcert_cli.errors import FOREIGN, HubError, IntegrityError, MachineError, PatchcertError, UsageError
 from patchcert_cli.hub import client
 from patchcert_cli.layers.preprocessing import WithPreprocessing
 from patchcert_cli.models import timm
@@ -141,7 +141,7 @@ def outputs(classifier: Classifier, shape: Sequence[int], device: str = "cpu") -
         raise
     except (torch.OutOfMemoryError, MemoryError) as problem:
         raise MachineError(f"out of memory {said}.", hint="Use a machine with more memory.") from problem
-    except Exception as problem:  # user code can raise anything
+    except FOREIGN as problem:
         raise IntegrityError(f"{name} fails {said}: {user_code.line(problem)}.", hint=user_code.SHOW) from problem
     if not isinstance(logits, Tensor):
         raise IntegrityError(

@@ -14,7 +14,7 @@ from patchcert_cli import checkpoint
 from patchcert_cli.classifiers import convert, normalization, user_code
 from patchcert_cli.classifiers.addresses import RANDOM, RANDOM_SOURCE, TORCHVISION, Classifier
 from patchcert_cli.data.resize_crop import ResizeCrop
-from patchcert_cli.errors import UsageError
+from patchcert_cli.errors import FOREIGN, UsageError
 from patchcert_cli.layers.preprocessing import WithPreprocessing
 from patchcert_cli.storage import files
 
@@ -65,7 +65,7 @@ def _state(address: str, network: nn.Module) -> dict[str, torch.Tensor]:
     try:
         state = network.state_dict()
         return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    except Exception as problem:  # user code can raise anything
+    except FOREIGN as problem:
         raise UsageError(f"the state of {address} cannot be read: {user_code.line(problem)}.", hint=user_code.SHOW) from problem
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchcert_cli.errors import UsageError
+from patchcert_cli.errors import FOREIGN, UsageError
 
 NEAR = 1e-4  # share of the largest logit by which two ways to compute the same may differ
 MEANS, STDS = ("mean", "mu"), ("std", "sigma")  # what names of statistics contain
@@ -53,7 +53,7 @@ def _answer(network: nn.Module, x: Tensor) -> Tensor | None:
     try:
         with torch.no_grad():
             found = network(x.clone())  # which it may write into
-    except Exception:  # the error is reported where its logits are computed
+    except FOREIGN:  # the error is reported where its logits are computed
         return None
     return found if isinstance(found, Tensor) and bool(found.isfinite().all()) else None
 

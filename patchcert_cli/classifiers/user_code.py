@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from patchcert_cli.data.class_names import Names
-from patchcert_cli.errors import UnknownName, UsageError, unknown
+from patchcert_cli.errors import FOREIGN, UnknownName, UsageError, unknown
 from patchcert_cli.storage import files
 
 SHOW = "Set PATCHCERT_DEBUG=1 to see where."
@@ -60,7 +60,7 @@ def call(module: str, function: str) -> nn.Module:
         raise unknown(f"function in {module}", function, known)
     try:
         made = found()
-    except (Exception, SystemExit) as problem:  # user code can raise anything, and scripts may end with sys.exit
+    except FOREIGN as problem:
         raise UsageError(f"{address} fails: {line(problem)}.", hint=f"It is called without arguments. {SHOW}") from problem
     finally:
         _remember(module, set(sys.modules) - before)
@@ -161,7 +161,7 @@ def _imported(name: str) -> Any:
         if not f"{name}.".startswith(f"{missing}."):  # the module is there, and needs another one
             raise UsageError(f"module '{name}' cannot be imported: {line(problem)}.", hint="Install what it needs.") from problem
         raise UnknownName(f"no module '{missing}'.", hint="Install it, or go to the folder that holds it.") from problem
-    except (Exception, SystemExit) as problem:  # user code can raise anything, and scripts may end with sys.exit
+    except FOREIGN as problem:
         raise UsageError(f"module '{name}' cannot be imported: {line(problem)}.", hint=SHOW) from problem
 
 

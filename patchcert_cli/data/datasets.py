@@ -29,6 +29,7 @@ ENVIRONMENT = "PATCHCERT_DATA"
 DEFAULT_DIRECTORY = "data"
 PREFIX = "imagefolder:"
 DEFAULT_SIZE = 224  # of square images, if neither the user nor the model states one
+OFFERED = ("train", "test")  # splits of a data set
 SPLITS = ("train", "training", "val", "valid", "validation", "test")  # folder names that do not describe the images
 
 
@@ -172,8 +173,6 @@ class Dataset:
 
         return images.load_split(self, split, download=download, fetch=fetch)
 
-
-OFFERED = ("train", "test")  # of a data set
 
 DATASETS = {
     info.name: info

@@ -26,7 +26,7 @@ from patchcert_cli.data import idx
 from patchcert_cli.data.class_folders import skipped_text
 from patchcert_cli.data.datasets import ENVIRONMENT, Dataset, directory, open_dataset
 from patchcert_cli.data.image_reader import ImageReader
-from patchcert_cli.errors import DataError, MachineError, UsageError, first_line
+from patchcert_cli.errors import FOREIGN, DataError, MachineError, UsageError, first_line
 from patchcert_cli.progress import Progress
 
 
@@ -178,7 +178,7 @@ def _outside(dataset: Dataset, root: Path, split: str, download: bool) -> Images
         raise UsageError(f"{dataset.name} cannot be downloaded by --download.", hint="Its package says where to get it.")
     try:
         pixels, labels = dataset.read(split, root)
-    except Exception as problem:  # code of another package may raise anything
+    except FOREIGN as problem:
         raise DataError(
             f"{dataset.name} could not be read from '{root}': {first_line(problem)}.",
             hint="Its package says what it needs there.",

@@ -213,6 +213,7 @@ def test_code_is_imported_only_where_its_address_was_typed(mine: str, typed: boo
         ("maps", IntegrityError, r"of shape \(2, 3, 8, 8\) .* It must return logits \[B, K\]"),
         ("pairs", IntegrityError, r"returns tuple for images \(2, 3, 8, 8\)"),
         ("fails", IntegrityError, "fails for images .*: RuntimeError: shape"),
+        ("quits", IntegrityError, "fails for images .*: SystemExit: 0"),
     ],
 )
 def test_own_code_that_is_no_classifier(mine: str, function: str, kind: type[Exception], said: str) -> None:
