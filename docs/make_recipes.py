@@ -19,8 +19,8 @@ from patchcert_cli.training.recipe import Recipe, written
 ROOT = Path(__file__).parents[1]
 INTRODUCTION = """# Recipes
 
-A recipe is everything that decides a training run. It is a YAML file of the entries below; those that are left out have their
-defaults. Every model of the zoo that is trained here has one, `zoo/NAME/recipe.yaml`, and every run folder gets one.
+A recipe is everything that decides a training run. It is a YAML file of the entries below; those that are left out have the
+defaults of these tables, for every defense. Every model of the zoo that is trained here has one, `zoo/NAME/recipe.yaml`, and every run folder gets one.
 
 ```
 patchcert train --patch 5 --dry-run                     # the default recipe for a threat model, and what it would cost

@@ -26,7 +26,7 @@ from patchcert_cli.reporting import figure_style
 from patchcert_cli.reporting.figure_style import GRID, INK, SOFT, Look
 from patchcert_cli.reporting.numbers import interval, percent
 from patchcert_cli.reporting.site.charts import looks
-from patchcert_cli.reporting.site.leaderboards import title
+from patchcert_cli.reporting.site.leaderboards import covers, title
 from patchcert_cli.storage.files import sha256_of
 from patchcert_cli.threats import Guarantee, Sparse, Threat, parse_threat
 from patchcert_cli.threats import Patch as PatchThreat
@@ -107,20 +107,6 @@ class Row(NamedTuple):
             return "not measured here"
         counts = f"{percent(self.sample.certified / self.sample.images)} % of a sample (n = {self.sample.images})"
         return f"not measured on the test split; {counts}"
-
-
-def covers(strong: Threat, weak: Threat) -> bool:
-    """Whether every change that ``weak`` allows is allowed by ``strong``, so that certificates against it hold for ``weak``.
-
-    A patch lies inside a larger one that is wholly inside the image; pixels are all values of these pixels.
-    """
-    if isinstance(strong, PatchThreat) and isinstance(weak, PatchThreat):
-        return strong.height >= weak.height and strong.width >= weak.width
-    if isinstance(strong, Sparse) and isinstance(weak, PatchThreat):
-        return strong.unit == "pixel" and strong.k >= weak.height * weak.width
-    if isinstance(strong, Sparse) and isinstance(weak, Sparse):
-        return strong.k >= weak.k and strong.unit in ("pixel", weak.unit)
-    return strong == weak
 
 
 def field() -> list[Row]:

@@ -19,10 +19,12 @@ from patchcert_cli.data.datasets import Dataset
 from patchcert_cli.defenses import Defense, Options
 from patchcert_cli.errors import IntegrityError, first_line
 from patchcert_cli.layers.fixed_point import Quantizer
+from patchcert_cli.schema import shown
 from patchcert_cli.storage import files
 from patchcert_cli.storage.files import CONFIG, INDEX, WEIGHTS, parse_json, refuse_pickle, shard, write_atomically, write_json
 from patchcert_cli.threats import Threat
 
+RESTORE = "Restore the folder; one of the zoo is fetched again by patchcert zoo pull NAME."
 HALF = (torch.float16, torch.bfloat16)
 FORMAT = 2  # of a configuration
 TOP_ENTRIES_1 = ("masks", "fill", "labels", "threshold")  # of format 1: at the top, and deployed
@@ -57,7 +59,7 @@ def unpack(path: Path, content: bytes | None = None) -> tuple[dict[str, Tensor],
         end = 8 + int.from_bytes(content[:8], "little")
         note = json.loads(json.loads(content[8:end]).get("__metadata__", {}).get("patchcert", "{}"))
     except (SafetensorError, OSError, ValueError, RecursionError) as problem:
-        raise IntegrityError(f"'{path}' is not an intact safetensors file: {first_line(problem)}.") from problem
+        raise IntegrityError(f"'{path}' is not an intact safetensors file: {first_line(problem)}.", hint=RESTORE) from problem
     return tensors, note
 
 
@@ -101,9 +103,7 @@ def upgraded(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if known == FORMAT:
         return dict(config)
     if known != 1:
-        raise IntegrityError(
-            f"'{path}' is a configuration of format {_short(known)}.", hint="Update patchcert: it reads 1 and 2."
-        )
+        raise IntegrityError(f"'{path}' is a configuration of format {shown(known)}.", hint="Update patchcert: it reads 1 and 2.")
     deployed = {name: config[name] for name in (*defenses.COMMON_ENTRIES, *TOP_ENTRIES_1) if name in config}
     options = config.get("options")
     if isinstance(options, dict):
@@ -156,10 +156,12 @@ def _weights(folder: Path, names: Sequence[str], contents: Mapping[str, bytes]) 
         part, _ = unpack(folder / name, contents[name])
         twice = tensors.keys() & part.keys()
         if twice:
-            raise IntegrityError(f"'{folder}' holds {min(twice)} in several files.")
+            raise IntegrityError(
+                f"'{folder}' holds {min(twice)} in several files.", hint="Each tensor belongs in one file: save the model again."
+            )
         tensors |= part
     if len(parts) > 1 and set(parse_json(contents[INDEX], folder / INDEX).get("weight_map", ())) != tensors.keys():
-        raise IntegrityError(f"'{folder / INDEX}' lists other tensors than its files hold.")
+        raise IntegrityError(f"'{folder / INDEX}' lists other tensors than its files hold.", hint=RESTORE)
     return tensors
 
 
@@ -200,8 +202,8 @@ def load_defense(
     try:
         defense = defenses.build(config["deployed"])
     except (KeyError, TypeError, ValueError, RuntimeError, MemoryError, OverflowError, RecursionError) as problem:
-        raise IntegrityError(f"{where}: {' '.join(repr(problem).split())}.") from problem
-    _check_weights(defense, tensors, folder, names)
+        raise IntegrityError(f"{where}: {' '.join(repr(problem).split())}.", hint=RESTORE) from problem
+    check_fit(defense.state_dict(), tensors, f"'{folder / names[0]}' does not fit its {CONFIG}")
     defense.load_state_dict(tensors, strict=True)  # half precision widens without a change
     defense = defense.to(torch.device(device)).eval()
     defense.test_once()
@@ -241,7 +243,7 @@ def _implausible(deployed: Mapping[str, Any], *, member: bool = False) -> list[s
     """What is wrong with the sizes in a section ``deployed``, and in those of the members of an ensemble."""
     shape, network, members, problems = deployed.get("input_shape"), deployed.get("network"), deployed.get("members"), []
     if not (isinstance(shape, list) and len(shape) == 3 and all(type(side) is int and 1 <= side <= SIDE for side in shape)):
-        problems.append(f"input_shape is {_short(shape)}, not three whole numbers from 1 to {SIDE}")
+        problems.append(f"input_shape is {shown(shape)}, not three whole numbers from 1 to {SIDE}")
     if members is not None and not member:
         whole = isinstance(members, list) and len(members) <= ENTRIES and all(isinstance(one, dict) for one in members)
         found = [_implausible(one, member=True) for one in members] if whole else [["members is not a short list of sections"]]
@@ -254,13 +256,8 @@ def _implausible(deployed: Mapping[str, Any], *, member: bool = False) -> list[s
             problems.append(f"network option {name} has {len(value)} entries, and {ENTRIES} are allowed")
         values = value if isinstance(value, list) else [value]
         if any(isinstance(one, float) and not math.isfinite(one) for one in values):
-            problems.append(f"network option {name} is {_short(value)}, which is not finite")
+            problems.append(f"network option {name} is {shown(value)}, which is not finite")
     return problems
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _check_size(config: Mapping[str, Any], held: int, where: str) -> None:
@@ -271,7 +268,10 @@ def _check_size(config: Mapping[str, Any], held: int, where: str) -> None:
     except Exception:  # the error is reported when the network is built for use
         return
     if wanted > held + MODEST:  # fewer missing ones are reported by name later
-        raise IntegrityError(f"{where} that fits its weights: its network has {wanted} numbers, and they are {held}.")
+        raise IntegrityError(
+            f"{where} that fits its weights: its network has {wanted} numbers, and they are {held}.",
+            hint=f"Correct {CONFIG}, or fetch the model again: patchcert zoo pull NAME.",
+        )
 
 
 def weights_for(defense: Defense, folder: Path) -> dict[str, Tensor]:
@@ -287,12 +287,9 @@ def weights_for(defense: Defense, folder: Path) -> dict[str, Tensor]:
     state = defense.state_dict()
     steps = [f"{name}.exponent" for name, layer in defense.named_modules() if isinstance(layer, Quantizer)]
     tensors = {name: state[name] for name in steps if name not in tensors} | tensors
-    _check_weights(defense, tensors, folder, names)
+    hint = "Train the network that has these weights: --recipe NAME, or its --network and --network-option."
+    check_fit(state, tensors, f"the weights of '{folder.name}' are not those of the network that is to be trained", hint=hint)
     return tensors
-
-
-def _check_weights(defense: Defense, tensors: Mapping[str, Tensor], folder: Path, names: Sequence[str]) -> None:
-    check_fit(defense.state_dict(), tensors, f"'{folder / names[0]}' does not fit its {CONFIG}")
 
 
 def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], otherwise: str, *, hint: str = "") -> None:

@@ -60,6 +60,7 @@ class Parsed:
 
 Count = Annotated[int, Must(lambda n: n >= 0, "0 or more")]
 Positive = Annotated[int, Must(lambda n: n >= 1, "1 or more")]
+Bits = Annotated[int, Must(lambda n: 1 <= n <= 16, "from 1 to 16")]
 Fraction = Annotated[float, Must(lambda p: 0 <= p < 1, "in [0, 1)")]
 NonNegative = Annotated[float, Must(lambda v: v >= 0, "0 or more")]
 Seed = Annotated[int, Must(lambda n: 0 <= n <= LARGEST_SEED, f"from 0 to {LARGEST_SEED}")]
@@ -182,7 +183,7 @@ def _limited(kind: Any, limits: Sequence[Any], value: Any, at: str, problems: li
     if result is MISSING:
         return MISSING
     refused = [limit for limit in limits if not limit.accepts(result)]
-    problems += [f"{at} is {_shown(value)}, not {limit.expected}" for limit in refused]
+    problems += [f"{at} is {shown(value)}, not {limit.expected}" for limit in refused]
     return MISSING if refused else result
 
 
@@ -190,12 +191,12 @@ def _parsed(kind: Any, parser: Parsed, value: Any, at: str, problems: list[str])
     if inspect.isclass(kind) and isinstance(value, kind):
         return value
     if not isinstance(value, str):
-        problems.append(f"{at} is {_shown(value)}, not text")
+        problems.append(f"{at} is {shown(value)}, not text")
         return MISSING
     try:
         return parser.parse(value)
     except (ValueError, PatchcertError) as problem:
-        problems.append(f"{at} is {_shown(value)}: {' '.join(str(problem).split()).rstrip('.')}")
+        problems.append(f"{at} is {shown(value)}: {' '.join(str(problem).split()).rstrip('.')}")
         return MISSING
 
 
@@ -209,14 +210,14 @@ def _choices(kind: Any) -> tuple[Any, ...]:
 def _chosen(kind: Any, choices: Sequence[Any], value: Any, at: str, problems: list[str]) -> Any:
     plain_value = value.value if isinstance(value, Enum) else value
     if not any(plain_value == choice and type(plain_value) is type(choice) for choice in choices):
-        problems.append(f"{at} is {_shown(value)}, not {_or([str(choice) for choice in choices])}")
+        problems.append(f"{at} is {shown(value)}, not {_or([str(choice) for choice in choices])}")
         return MISSING
     return value if get_origin(kind) is Literal else kind(plain_value)
 
 
 def _sequence(kinds: tuple[Any, ...], value: Any, at: str, problems: list[str]) -> Any:
     if not isinstance(value, list | tuple):
-        problems.append(f"{at} is {_shown(value)}, not a list")
+        problems.append(f"{at} is {shown(value)}, not a list")
         return MISSING
     if kinds[-1] is Ellipsis:
         kinds = kinds[:1] * len(value)
@@ -229,7 +230,7 @@ def _sequence(kinds: tuple[Any, ...], value: Any, at: str, problems: list[str]) 
 
 def _table(kind: Any, value: Any, at: str, problems: list[str]) -> Any:
     if not isinstance(value, Mapping):
-        problems.append(f"{at} is {_shown(value)}, not a table")
+        problems.append(f"{at} is {shown(value)}, not a table")
         return MISSING
     items = {str(key): _read(kind, item, f"{at}.{key}", problems) for key, item in value.items()}
     return MISSING if any(item is MISSING for item in items.values()) else items
@@ -239,7 +240,7 @@ def _record(kind: Any, value: Any, at: str, problems: list[str]) -> Any:
     if isinstance(value, kind):
         return value
     if not isinstance(value, Mapping):
-        problems.append(f"{at or 'the whole'} is {_shown(value)}, not a table")
+        problems.append(f"{at or 'the whole'} is {shown(value)}, not a table")
         return MISSING
     valid, wrong = read_fields(kind, value, at)
     problems += wrong
@@ -251,7 +252,7 @@ def _scalar(kind: type, value: Any, at: str, problems: list[str]) -> Any:
     if isinstance(value, bool) and kind is not bool:
         fits = False
     if not fits or (kind is float and not math.isfinite(value)):
-        problems.append(f"{at} is {_shown(value)}, not {WORDS[kind]}")
+        problems.append(f"{at} is {shown(value)}, not {WORDS[kind]}")
         return MISSING
     return float(value) if kind is float else value
 
@@ -271,6 +272,7 @@ def _or(words: Sequence[str]) -> str:
     return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """``repr`` of a value, shortened to ``LONGEST_SHOWN`` characters."""
     text = repr(value)
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."

@@ -85,6 +85,11 @@ class Threat(Protocol):
         ...
 
 
+def _positive(value: object) -> bool:
+    """Whether a value is a whole number of 1 or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 @dataclass(frozen=True)
 class Patch:
     """One rectangle of ``height`` x ``width`` pixels, anywhere inside the image, any content in [0, 1].
@@ -97,8 +102,10 @@ class Patch:
     kind: ClassVar[str] = "patch"
 
     def __post_init__(self) -> None:
-        if self.height < 1 or self.width < 1:
-            raise UsageError(f"invalid patch {self.height}x{self.width}.", hint="Both sides must be 1 or more.")
+        if not (_positive(self.height) and _positive(self.width)):
+            raise UsageError(
+                f"invalid patch {self.height!r}x{self.width!r}.", hint="Both sides must be whole numbers, 1 or more."
+            )
 
     @property
     def budget(self) -> int:
@@ -111,10 +118,8 @@ class Patch:
 
     def check(self, height: int, width: int, channels: int = 1) -> None:
         if self.height > height or self.width > width:
-            raise UsageError(
-                f"patch {self.height}x{self.width} does not fit a {height}x{width} image.",
-                hint=f"The largest patch is {height}x{width}.",
-            )
+            said = f"patch {self.height}x{self.width} does not fit a {height}x{width} image."
+            raise UsageError(said, hint=f"The largest patch is {height}x{width}.")
 
     def count(self, height: int, width: int) -> int:
         return (height - self.height + 1) * (width - self.width + 1)
@@ -144,6 +149,10 @@ class PatchPercent:
 
     percent: Fraction
     kind: ClassVar[str] = "patch"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.percent, Fraction | int) and 0 < self.percent <= 100):
+            raise UsageError(f"invalid share {self.percent!r}.", hint="Give a Fraction above 0, at most 100, in percent.")
 
     @property
     def budget(self) -> int:
@@ -185,8 +194,8 @@ class Sparse:
     kind: ClassVar[str] = "sparse"
 
     def __post_init__(self) -> None:
-        if self.k < 1 or self.unit not in UNITS:
-            raise UsageError(f"invalid sparse budget {self.k} {self.unit}.", hint=f"Use 1 or more of {' or '.join(UNITS)}.")
+        if not _positive(self.k) or self.unit not in UNITS:
+            raise UsageError(f"invalid sparse budget {self.k!r} {self.unit}.", hint=f"Use 1 or more of {' or '.join(UNITS)}.")
 
     @property
     def budget(self) -> int:
@@ -195,10 +204,8 @@ class Sparse:
     def check(self, height: int, width: int, channels: int = 1) -> None:
         most = height * width * (channels if self.unit == "value" else 1)
         if self.k > most:
-            raise UsageError(
-                f"--k {self.k} exceeds the {most} {self.unit}s of a {height}x{width} image.",
-                hint=f"Allowed: 1 to {most}.",
-            )
+            said = f"--k {self.k} exceeds the {most} {self.unit}s of a {height}x{width} image."
+            raise UsageError(said, hint=f"Allowed: 1 to {most}.")
 
     def count(self, height: int, width: int) -> int:
         return height * width
@@ -223,8 +230,10 @@ class Patches:
     kind: ClassVar[str] = "patches"
 
     def __post_init__(self) -> None:
-        if self.number < 2:
-            raise UsageError(f"invalid number of patches {self.number}.", hint="Use 2 or more; one patch is patch:5x5.")
+        if not (_positive(self.number) and self.number > 1 and isinstance(self.each, Patch | PatchPercent)):
+            raise UsageError(
+                f"invalid patches: {self.number!r} of {self.each!r}.", hint="Use 2 or more of a Patch; one patch is patch:5x5."
+            )
 
     @property
     def budget(self) -> int:
@@ -274,24 +283,21 @@ def _extent(line: Tensor) -> Tensor:
     """Length of the shortest interval that holds all True entries: bool [B, n] -> int64 [B], 0 if none."""
     import torch
 
-    n = line.shape[1]
-    position = torch.arange(n, device=line.device)
+    position = torch.arange(line.shape[1], device=line.device)
     last = torch.where(line, position, -1).amax(dim=1)
-    first = torch.where(line, position, n).amin(dim=1)
+    first = torch.where(line, position, len(position)).amin(dim=1)
     return (last - first + 1).clamp(min=0)
 
 
 def parse_patch(text: str) -> Patch | PatchPercent:
     """Read ``5``, ``3x7`` or ``2%``."""
-    square = re.fullmatch(r"(\d{1,5})", text)
-    rectangle = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text)
+    sides = re.fullmatch(r"(\d{1,5})(?:[xX](\d{1,5}))?", text)
     percent = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?)%", text)
     if percent and 0 < Fraction(percent[1]) <= 100:
         return PatchPercent(Fraction(percent[1]))
-    sides = (square[1], square[1]) if square else (rectangle[1], rectangle[2]) if rectangle else None
-    if sides and int(sides[0]) > 0 and int(sides[1]) > 0:
-        return Patch(int(sides[0]), int(sides[1]))
-    raise UsageError(f"invalid patch '{text}'.", hint="Use N, HxW or P%, for example 5, 3x7 or 2%.")
+    if sides and int(sides[1]) and int(sides[2] or sides[1]):
+        return Patch(int(sides[1]), int(sides[2] or sides[1]))
+    raise UsageError(f"invalid patch '{text}'.", hint="Use N, HxW or P%, for example 5, 3x7 or 2%; more than 0, at most 100%.")
 
 
 def parse_patches(text: str) -> list[Patch | PatchPercent]:
@@ -308,9 +314,7 @@ def parse_budgets(text: str, unit: str) -> list[Sparse]:
     found: list[Sparse] = []
     for part in text.split(","):
         budgets = _range(part)
-        if budgets is None and not re.fullmatch(r"0*[1-9]\d{0,8}", part):
-            raise UsageError(f"invalid sparse budget '{part}'.", hint="Use a whole number k of 1 or more, for example 10.")
-        found += [Sparse(k, unit) for k in budgets or [int(part)]]
+        found += [parse_sparse(f"{part}:{unit}")] if budgets is None else [Sparse(k, unit) for k in budgets]
     return found
 
 
@@ -331,7 +335,7 @@ def patches_of_area(area: int, height: int, width: int) -> list[Patch]:
     A shape that fits inside another one of them is left out: what it can change, the other can change too.
     """
     if area < 1:
-        raise UsageError(f"--patch-area {area} must be 1 or more.")
+        raise UsageError(f"--patch-area is {area}.", hint="Allowed: 1 or more.")
     shapes = [Patch(side, min(area // side, width)) for side in range(1, min(area, height) + 1)]
     return [one for one in shapes if not any(one.width <= other.width and one.height < other.height for other in shapes)]
 
@@ -348,11 +352,10 @@ def parse_sparse(text: str) -> Sparse:
     """Read ``10``, ``10:pixel`` or ``10:value``."""
     match = re.fullmatch(r"(\d{1,9})(?::([a-z]+))?", text)
     if not match or int(match[1]) < 1:
-        raise UsageError(f"invalid sparse budget '{text}'.", hint="Use a whole number k of 1 or more, for example 10.")
-    unit = match[2] or "pixel"
-    if unit not in UNITS:
-        raise UsageError(f"invalid unit '{unit}'.", hint=f"Use one of {', '.join(UNITS)}.")
-    return Sparse(int(match[1]), unit)
+        raise UsageError(f"invalid sparse budget '{text.partition(':')[0]}'.", hint="Use a whole number k from 1 to 999999999.")
+    if match[2] not in (None, *UNITS):
+        raise UsageError(f"invalid unit '{match[2]}'.", hint=f"Use one of {', '.join(UNITS)}.")
+    return Sparse(int(match[1]), match[2] or "pixel")
 
 
 UNITS = ("pixel", "value")
@@ -363,10 +366,8 @@ def parse_threat(text: str) -> Threat:
     """Read a threat model: ``patch:5x5``, ``patch:5``, ``patch:3x7``, ``patch:2%``, ``patches:2:5x5``, ``sparse:10:value``."""
     kind, _, rest = text.strip().partition(":")
     if kind not in KINDS:
-        raise UsageError(
-            f"invalid threat '{text}'.",
-            hint="Use patch:HxW, patch:P%, patches:N:HxW, sparse:K or sparse:K:value, for example patch:5x5.",
-        )
+        hint = "Use patch:HxW, patch:P%, patches:N:HxW, sparse:K or sparse:K:value, for example patch:5x5."
+        raise UsageError(f"invalid threat '{text}'.", hint=hint)
     return KINDS[kind](rest)
 
 

@@ -132,7 +132,7 @@ def combined(
     made = {name: for_threat(threat, name, seed=seed) for name in chosen}
     strange = sorted(set(options) - set().union(*(_options(type(one)) for one in made.values())))
     if strange:
-        raise UsageError(f"none of {', '.join(made)} has an option {', '.join(strange)}.")
+        raise UsageError(f"none of {', '.join(made)} has an option {', '.join(strange)}.", hint="See patchcert attack -h.")
     for name, one in made.items():
         own = {key: value for key, value in options.items() if key in _options(type(one))}
         made[name] = for_threat(threat, name, seed=seed, **own)

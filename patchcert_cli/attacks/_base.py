@@ -155,7 +155,7 @@ class Attack(ABC):
         threat.check(int(x.shape[2]), int(x.shape[3]), int(x.shape[1]))
         index = torch.arange(len(x)) if index is None else index
         if tuple(index.shape) != (len(x),):
-            raise UsageError(f"{tuple(index.shape)} image numbers do not fit {len(x)} images.")
+            raise UsageError(f"{tuple(index.shape)} image numbers do not fit {len(x)} images.", hint="Give one number per image.")
         target = Target(defense, x, None if start is None else start.checked(x, threat, len(defense.classes)))
         found = self.run(target, x, threat, index.to(x.device, torch.int64)) if len(x) else x
         candidate = self._checked(found, x, threat)

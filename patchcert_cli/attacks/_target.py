@@ -54,15 +54,22 @@ class Start:
         """The same on the images' device, [B, C, H, W]; raises :class:`UsageError` unless it fits them."""
         shapes = tuple(self.location.shape), tuple(self.rival.shape)
         if shapes != ((len(x), 4), (len(x),)):
-            raise UsageError(f"a start of shapes {shapes[0]} and {shapes[1]} does not fit {len(x)} images.")
+            raise UsageError(
+                f"a start of shapes {shapes[0]} and {shapes[1]} does not fit {len(x)} images.",
+                hint="Give locations [B, 4] and rivals [B].",
+            )
         further = self.further
         if further is not None and (further.ndim != 3 or (len(further), further.shape[2]) != (len(x), 4)):
-            raise UsageError(f"further locations of shape {tuple(further.shape)} do not fit {len(x)} images.")
+            raise UsageError(
+                f"further locations of shape {tuple(further.shape)} do not fit {len(x)} images.", hint="Give int64 [B, N, 4]."
+            )
         location, rival = self.location.to(x.device, torch.int64), self.rival.to(x.device, torch.int64)
         start = Start(location, rival, None if further is None else further.to(x.device, torch.int64))
         locations = threat.locations(int(x.shape[2]), int(x.shape[3])).to(x.device)
         if not bool((start.places[:, :, None] == locations).all(dim=3).any(dim=2).all()):
-            raise UsageError(f"a start at a location that {threat} does not have.")
+            raise UsageError(
+                f"a start at a location that {threat} does not have.", hint="Take one of threat.locations(height, width)."
+            )
         if not bool(((rival >= 0) & (rival < classes)).all()):
             raise UsageError("a start with a target class that does not exist.", hint=f"Allowed: 0 to {classes - 1}.")
         return start

@@ -117,7 +117,9 @@ class SavedPatches(Attack):
                     hint=f"Allow for its size: --patch {height}x{width}.",
                 )
             if depth != channels:
-                raise UsageError(f"{picture.name} has {depth} channels, the images have {channels}.")
+                raise UsageError(
+                    f"{picture.name} has {depth} channels, the images have {channels}.", hint=f"Save it with {channels} channels."
+                )
 
     def _pasted(self, image: Tensor, picture: Tensor, most: Patch, lots: list[float]) -> Tensor:
         """An image [C, H, W] with the patch on it; location, angle and scale follow from four numbers in [0, 1)."""

@@ -106,9 +106,14 @@ class Card:
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError as problem:
-            raise IntegrityError(f"'{folder}' has no model card ({CARD}).") from problem
+            raise IntegrityError(
+                f"'{folder}' has no model card ({CARD}).",
+                hint="Give the folder of a finished training run, or add the card with patchcert zoo add.",
+            ) from problem
         except (OSError, UnicodeDecodeError) as problem:
-            raise IntegrityError(f"'{path}' is not readable: {problem}.") from problem
+            raise IntegrityError(
+                f"'{path}' is not readable: {problem}.", hint="Restore the card as patchcert wrote it."
+            ) from problem
         return cls.from_text(text, where=str(path))
 
     @classmethod
@@ -116,14 +121,23 @@ class Card:
         """Inverse of :meth:`render`; the prose is not read, and the Hub's own keys must follow from the card."""
         match = re.match(r"---\n(.*?\n)---\n", text, re.DOTALL)
         if match is None:
-            raise IntegrityError(f"'{where}' is not a model card: it does not begin with YAML between two lines of ---.")
+            raise IntegrityError(
+                f"'{where}' is not a model card: it does not begin with YAML between two lines of ---.",
+                hint="Restore the card as patchcert wrote it.",
+            )
         try:
             _check_yaml(match[1])
             front = yaml.load(match[1], _Loader)
         except (yaml.YAMLError, ValueError, RecursionError) as problem:  # ValueError: an impossible date or number
-            raise IntegrityError(f"'{where}' is not a model card: {' '.join(str(problem).split())}.") from problem
+            raise IntegrityError(
+                f"'{where}' is not a model card: {' '.join(str(problem).split())}.",
+                hint="Restore the card as patchcert wrote it.",
+            ) from problem
         if not isinstance(front, dict) or "patchcert" not in front:
-            raise IntegrityError(f"'{where}' is not a model card: its front matter has no patchcert table.")
+            raise IntegrityError(
+                f"'{where}' is not a model card: its front matter has no patchcert table.",
+                hint="Restore the card as patchcert wrote it.",
+            )
         card = cls.from_dict(front.pop("patchcert"), where=where)
         expected = page.hub_metadata(card)
         different = [key for key in {**expected, **front} if front.get(key) != expected.get(key)]
@@ -222,7 +236,9 @@ class _Dumper(yaml.SafeDumper):
 
 def _refuse(problems: Sequence[str], where: str) -> None:
     if problems:
-        raise IntegrityError(f"'{where}' is not a valid model card: {'; '.join(problems)}.")
+        raise IntegrityError(
+            f"'{where}' is not a valid model card: {'; '.join(problems)}.", hint="Restore the card as patchcert wrote it."
+        )
 
 
 def weights_of(folder: Path) -> list[str]:

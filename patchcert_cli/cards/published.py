@@ -137,9 +137,11 @@ class PublishedRecords:
                 raise ValueError(f"{len(lines)} lines about {len(rows)} images instead of {head.images}")
             return cls(head.model_sha256, head.dataset, head.split, head.claims, rows)
         except FileNotFoundError as problem:
-            raise IntegrityError(f"'{path}' is missing.") from problem
+            raise IntegrityError(f"'{path}' is missing.", hint="Fetch the model again: patchcert zoo pull NAME.") from problem
         except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zlib.error) as problem:
-            raise IntegrityError(f"'{path}' holds no published records: {problem}.") from problem
+            raise IntegrityError(
+                f"'{path}' holds no published records: {problem}.", hint="Fetch the model again: patchcert zoo pull NAME."
+            ) from problem
 
     @classmethod
     def from_runs(
@@ -192,10 +194,16 @@ def _of_run(where: Path, result: CertifyResult) -> PublishedRecords:
     try:
         rows = {int(line["index"]): _published(line) for line in lines}
     except (KeyError, TypeError, ValueError) as problem:
-        raise ClaimError(f"'{path}' holds no records of patchcert certify: {problem!r}.") from problem
+        raise ClaimError(
+            f"'{path}' holds no records of patchcert certify: {problem!r}.",
+            hint="Give the run folder as patchcert certify wrote it.",
+        ) from problem
     records = PublishedRecords(result.model_sha256, result.dataset, result.split, claims, rows)
     if len(rows) != result.images or any(len(row.certified) != len(claims) for row in rows.values()):
-        raise ClaimError(f"'{path}' has records of {len(rows)} images, but the result is about {result.images}.")
+        raise ClaimError(
+            f"'{path}' has records of {len(rows)} images, but the result is about {result.images}.",
+            hint="Give the run folder as patchcert certify wrote it.",
+        )
     for at, one in enumerate(result.claims):
         check_counts(records, at, result.images, one.counts.clean, one.counts.certified, str(path))
     return records
@@ -207,7 +215,8 @@ def check_counts(records: PublishedRecords, at: int, images: int, clean: int, ce
     if found != (images, clean, certified):
         raise ClaimError(
             f"'{where}': {records.claims[at]} is published with {clean} right and {certified} certified of {images} images,"
-            f" but its records have {found[1]} and {found[2]} of {found[0]}."
+            f" but its records have {found[1]} and {found[2]} of {found[0]}.",
+            hint="Fetch the model again: patchcert zoo pull NAME.",
         )
 
 
@@ -251,10 +260,14 @@ def check_card(records: PublishedRecords, results: Iterable[Measured], where: st
     for one in results:
         same = [at for at, claim in enumerate(records.claims) if claim.same_claim(one.threat, one.method, one.guarantee)]
         if not same or (one.dataset, one.split) != (records.dataset, records.split):
-            raise ClaimError(f"'{where}' has no records for {one.threat} ({one.method}) on {one.dataset} {one.split}.")
+            raise ClaimError(
+                f"'{where}' has no records for {one.threat} ({one.method}) on {one.dataset} {one.split}.",
+                hint="Fetch the model again: patchcert zoo pull NAME.",
+            )
         known = records.claims[same[0]].arithmetic or former(defense)
         if one.arithmetic and weakest((one.arithmetic, known)) != one.arithmetic:
             raise ClaimError(
-                f"'{where}': {one.threat} ({one.method}) claims to be {one.arithmetic}, but its records are {known}."
+                f"'{where}': {one.threat} ({one.method}) claims to be {one.arithmetic}, but its records are {known}.",
+                hint="Fetch the model again: patchcert zoo pull NAME.",
             )
         check_counts(records, same[0], one.images, one.clean, one.certified, f"{where}/{PUBLISHED_RECORDS}")

@@ -89,7 +89,7 @@ class CertifyResult:
         """
         result = current_result(values)
         if "attack" in result or not all("certified" in (claim.get("counts") or {}) for claim in result["claims"]):
-            raise IntegrityError(f"'{where}' is not a result of patchcert certify.")
+            raise IntegrityError(f"'{where}' is not a result of patchcert certify.", hint="Give the result.json of a run folder.")
         if any(claim.get("top", 1) != 1 for claim in result["claims"]):
             raise IntegrityError(
                 f"'{where}' is about the first {result['claims'][0]['top']} classes.",
@@ -99,7 +99,10 @@ class CertifyResult:
             claims = [_known(ClaimResult, claim) for claim in result["claims"]]
             return read(cls, {**_known(cls, result), "claims": claims})
         except Invalid as invalid:
-            raise IntegrityError(f"'{where}' is not a result of patchcert certify: {invalid}.") from invalid
+            raise IntegrityError(
+                f"'{where}' is not a result of patchcert certify: {invalid}.",
+                hint="Give the result.json of a run folder, as it was written.",
+            ) from invalid
 
 
 def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

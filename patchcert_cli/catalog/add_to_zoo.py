@@ -102,6 +102,8 @@ def _copy(run: Path, target: Path, card: Card, text: str, records: Mapping[str, 
             if path.name not in (*card.files, files.CARD) and path.suffix in (".gz", ".safetensors", ".json"):
                 path.unlink()
     except OSError as problem:
-        raise MachineError(f"cannot write '{target}': {problem.strerror or problem}.") from problem
+        raise MachineError(
+            f"cannot write '{target}': {problem.strerror or problem}.", hint="Check the folder and its permissions."
+        ) from problem
     files.write_atomically(target / files.CARD, text.encode())
     card.verify(target)

@@ -55,7 +55,7 @@ def card(name: str, zoo: Path | None = None) -> Card:
     except OSError:
         read = Card.read(place)  # raises what is wrong
     if read.name != name:
-        raise IntegrityError(f"the card in '{place}' is of {read.name}.")
+        raise IntegrityError(f"the card in '{place}' is of {read.name}.", hint="A folder of the zoo has the name of its model.")
     return read
 
 

@@ -152,7 +152,10 @@ def check_samples(card: Card, folder: Path) -> None:
     for one in card.samples:
         published = PublishedRecords.read(folder / one.records)
         if published.model_sha256 != weights_sha256(card.files):
-            raise ClaimError(f"'{folder / one.records}' is about other weights (sha256 {published.model_sha256[:12]}…).")
+            raise ClaimError(
+                f"'{folder / one.records}' is about other weights (sha256 {published.model_sha256[:12]}…).",
+                hint="Certify it again: patchcert certify, then patchcert zoo add with --result.",
+            )
         at = published.position(one.threat, one.method, one.guarantee)
         check_counts(published, at, one.images, one.clean, one.certified, str(folder / one.records))
 
@@ -163,10 +166,16 @@ def check_results(card: Card, folder: Path) -> None:
     if not card.results:
         raise ClaimError(f"{card.name} has no measurement on the full test split.", hint=_how(card, where))
     if files.PUBLISHED_RECORDS not in card.files or not (folder / files.PUBLISHED_RECORDS).is_file():
-        raise ClaimError(f"'{folder / files.PUBLISHED_RECORDS}' is missing: the measurements of {card.name} have no records.")
+        raise ClaimError(
+            f"'{folder / files.PUBLISHED_RECORDS}' is missing: the measurements of {card.name} have no records.",
+            hint="Certify it again: patchcert certify, then patchcert zoo add with --result.",
+        )
     published = PublishedRecords.read(folder / files.PUBLISHED_RECORDS)
     if published.model_sha256 != weights_sha256(card.files):
-        raise ClaimError(f"the records of {card.name} are about other weights (sha256 {published.model_sha256[:12]}…).")
+        raise ClaimError(
+            f"the records of {card.name} are about other weights (sha256 {published.model_sha256[:12]}…).",
+            hint="Certify it again: patchcert certify, then patchcert zoo add with --result.",
+        )
     check_card(published, card.results, where, card.defense)
 
 
@@ -214,7 +223,10 @@ def _read(values: Mapping[str, Any], where: str, model: ResolvedModel) -> Certif
             hint="Certify this run.",
         )
     if result.defense != model.card.defense:  # the same weights may serve several, with other guarantees
-        raise ClaimError(f"'{where}' is about {result.defense} with these weights, but the model is {model.card.defense}.")
+        raise ClaimError(
+            f"'{where}' is about {result.defense} with these weights, but the model is {model.card.defense}.",
+            hint="Give the result.json of this model.",
+        )
     return result
 
 
@@ -222,7 +234,9 @@ def _check_accuracies(result: CertifyResult, where: str) -> None:
     for claim in result.claims:
         for name in ("clean", "certified"):
             if getattr(claim, f"{name}_accuracy") != getattr(claim.counts, name) / result.images:
-                raise ClaimError(f"'{where}': {name}_accuracy is not its count over its images.")
+                raise ClaimError(
+                    f"'{where}': {name}_accuracy is not its count over its images.", hint="The file was changed: certify again."
+                )
 
 
 def _check_full_split(result: CertifyResult, where: str, card: Card) -> None:
@@ -232,4 +246,7 @@ def _check_full_split(result: CertifyResult, where: str, card: Card) -> None:
             hint="Certify it without --limit.",
         )
     if result.dataset != card.dataset:
-        raise ClaimError(f"'{where}' is about {result.dataset}, but the model was trained on {card.dataset}.")
+        raise ClaimError(
+            f"'{where}' is about {result.dataset}, but the model was trained on {card.dataset}.",
+            hint="Give the result.json of a run on these images.",
+        )

@@ -75,7 +75,10 @@ def prepare(found: ResolvedModel, repo: str | None, results: Results, places: Se
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo):
         raise UsageError(f"--to '{repo}' is not a repository.", hint="Use organization/name.")
     if card.status == "unreliable":
-        raise ClaimError(f"{card.name} is marked unreliable: {card.reason}.")
+        raise ClaimError(
+            f"{card.name} is marked unreliable: {card.reason}.",
+            hint="Train it again, or certify it again, before it is published.",
+        )
     contents: dict[str, bytes | Path] = {}
     if card.results and not results:
         check_results(card, found.folder)

@@ -240,7 +240,9 @@ def _digest_of(path: Path) -> str:
     try:
         return checksum_cache.sha256(path)
     except OSError as problem:
-        raise IntegrityError(f"'{path}' cannot be read: {problem.strerror or problem}.") from problem
+        raise IntegrityError(
+            f"'{path}' cannot be read: {problem.strerror or problem}.", hint="Check the path and its permissions."
+        ) from problem
 
 
 def _timm(address: str, weights: str | None) -> Classifier:
@@ -286,7 +288,7 @@ def _of_repository(address: str) -> tuple[str, str, timm.Facts]:
         return repo, revision, replace(timm.described(architecture, facts, said.get("model_args")), repo=repo)
     except (AttributeError, KeyError, TypeError, ValueError) as problem:
         said_ = f"{files.CONFIG} of {repo} does not describe a network of timm: {user_code.line(problem)}."
-        raise IntegrityError(said_) from problem
+        raise IntegrityError(said_, hint="Give weights of this architecture.") from problem
 
 
 def _fetch(repo: str, revision: str | None, names: list[str], otherwise: str = AS_FILE) -> tuple[str, Path]:
@@ -319,7 +321,10 @@ def _current(source: timm.Facts, network: WithPreprocessing, tensors: dict[str, 
     try:
         return timm.converted(source, tensors)
     except (RuntimeError, KeyError, ValueError, TypeError) as problem:
-        raise IntegrityError(f"{misfit}: {user_code.line(problem)}.") from problem
+        raise IntegrityError(
+            f"{misfit}: {user_code.line(problem)}.",
+            hint="It is to take images [B, C, H, W] in [0, 1] and to return logits [B, K].",
+        ) from problem
 
 
 def _given(address: str, source: timm.Facts, weights: str) -> Classifier:

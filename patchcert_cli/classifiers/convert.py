@@ -91,7 +91,10 @@ def load(path: Path, content: bytes | None = None) -> Any:
                 f"'{path}' holds {what}, not only tensors: no code of it was run.",
                 hint="Save model.state_dict() where that program is installed, then convert that file.",
             ) from problem
-        raise IntegrityError(f"'{path}' is not an intact file of torch.save ({type(problem).__name__}).") from problem
+        raise IntegrityError(
+            f"'{path}' is not an intact file of torch.save ({type(problem).__name__}).",
+            hint="Save the state dict again with torch.save.",
+        ) from problem
 
 
 def write(found: Found, to: Path, *, force: bool = False) -> None:
@@ -109,7 +112,7 @@ def write(found: Found, to: Path, *, force: bool = False) -> None:
 def check(to: Path, *, force: bool = False) -> None:
     """Raise, as :func:`write` would, before anything is read."""
     if to.suffix != ".safetensors":
-        raise UsageError(f"--out '{to}' must end in .safetensors.")
+        raise UsageError(f"--out '{to}' must end in .safetensors.", hint="Use a name such as model.safetensors.")
     if to.exists() and not (force and to.is_file()):
         raise DataError(f"'{to}' exists.", hint="Use another --out, or --force to replace it.")
 

@@ -93,7 +93,10 @@ class OnnxNetwork(nn.Module):
                 made = runtime.InferenceSession(self._content, options, providers=[(wanted, more)])
             except Exception as problem:  # onnxruntime's errors have no common class of their own
                 said = (str(problem).splitlines() or [""])[0][:200]
-                raise IntegrityError(f"'{self._path}' is not a network that onnxruntime can read: {said}.") from problem
+                raise IntegrityError(
+                    f"'{self._path}' is not a network that onnxruntime can read: {said}.",
+                    hint="Export the network again with torch.onnx.export.",
+                ) from problem
             self._sessions[device] = made
         return self._sessions[device]
 

@@ -148,4 +148,6 @@ def _misfit(name: str, where: str) -> Iterator[None]:
         yield
     except (RuntimeError, AttributeError, KeyError) as problem:
         said = " ".join(str(problem).split())[:200]
-        raise IntegrityError(f"'{where}' does not fit torchvision's {name}: {said}.") from problem
+        raise IntegrityError(
+            f"'{where}' does not fit torchvision's {name}: {said}.", hint="Give weights of this architecture."
+        ) from problem

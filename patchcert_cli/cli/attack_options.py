@@ -117,7 +117,7 @@ class JoinOptions:
     def check(self) -> None:
         """Refuse a time that is none."""
         if self.max_seconds is not None and not self.max_seconds > 0:
-            raise UsageError(f"--max-seconds {self.max_seconds:g} must be more than 0.")
+            raise UsageError(f"--max-seconds is {self.max_seconds:g}.", hint="Allowed: more than 0; leave it out for no limit.")
 
 
 @dataclass(frozen=True)

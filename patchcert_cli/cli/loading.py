@@ -144,7 +144,10 @@ def _open(model: str | None, claims: Claims, request: DefenseRequest | None, giv
     show.say("\n".join(evaluated.notes))
     if opened.shape != shape:
         if opened.in_folders:  # before an image is opened
-            raise DataError(f"{opened.name} images are {opened.shape}, but {candidate.name} takes {shape}.")
+            raise DataError(
+                f"{opened.name} images are {opened.shape}, but {candidate.name} takes {shape}.",
+                hint=f"Choose images with --data; those of a folder are resized with imagefolder:PATH@{shape[1]}x{shape[2]}.",
+            )
         return _Opened(opened, evaluated, meant, None)  # the task refuses it, if there are such images
     names = opened.class_names("test")
     outputs = candidate.matched(names, opened, evaluated)

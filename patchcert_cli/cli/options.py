@@ -219,8 +219,6 @@ class ThreatsOptions(ThreatOptions):
             return threats_from(threat=self.threat, patch=self.patch, k=self.k, unit=self.unit)
         if self.patch is not None or self.k is not None or self.threat not in (None, "patch"):
             raise UsageError("--patch-area describes every shape itself.", hint="Leave --patch, --threat and --k out.")
-        if self.patch_area < 1:
-            raise UsageError(f"--patch-area {self.patch_area} must be 1 or more.")
         return []
 
 
@@ -316,7 +314,7 @@ class ClassifierOptions:
             raise UsageError("--masks and --passes both choose how many masks there are.", hint="Give one of them.")
         for flag, value in (("--masks", self.masks), ("--passes", self.passes)):
             if value is not None and value < 1:
-                raise UsageError(f"{flag} {value} must be 1 or more.")
+                raise UsageError(f"{flag} is {value}.", hint="Allowed: 1 or more.")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise UsageError(f"--threshold {self.threshold:g} is not a confidence.", hint="Allowed: from 0 to 1.")
         if self.precision not in (None, *PRECISIONS):

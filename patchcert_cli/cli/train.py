@@ -62,7 +62,7 @@ class RecipeOptions:
             "--data",
             "--dataset",
             autocompletion=complete.datasets,
-            text="Data set, or imagefolder:PATH; mnist unless the recipe says otherwise.",
+            text="Data set, or imagefolder:PATH. Default: the recipe's; else mnist for ibp, cifar10 for other defenses.",
         ),
     ] = None
     defense: Annotated[str | None, _recipe_option("--defense", autocompletion=complete.defenses, text="Defense to train.")] = None

@@ -149,7 +149,9 @@ def skipped_text(skipped: Counter[str]) -> str:
 def _classes(folder: Path) -> tuple[tuple[str, ...], Mapping[str, str] | None]:
     """The names of the classes, and the class of each file where a text file has it instead of a folder."""
     if not folder.is_dir():
-        raise DataError(f"there is no folder '{folder}'.")
+        raise DataError(
+            f"there is no folder '{folder}'.", hint="Give a folder with a folder of images per class: imagefolder:PATH."
+        )
     with _readable(folder), os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
     for layout in LAYOUTS:
@@ -242,4 +244,7 @@ def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        raise DataError(f"'{problem.filename or folder}' cannot be read: {problem.strerror or problem}.") from problem
+        raise DataError(
+            f"'{problem.filename or folder}' cannot be read: {problem.strerror or problem}.",
+            hint="Check the path and its permissions.",
+        ) from problem

@@ -246,5 +246,5 @@ def _crop(image: Any, top: int, left: int, resize_crop: ResizeCrop) -> Any:
 
 def _unreadable(path: Path, problem: Exception) -> DataError:
     if isinstance(problem, FileNotFoundError):
-        return DataError(f"there is no image '{path}'.")
+        return DataError(f"there is no image '{path}'.", hint="Check the path.")
     return DataError(f"'{path}' is not an image that can be read ({type(problem).__name__}).", hint="Use PNG or JPEG.")

@@ -90,6 +90,8 @@ class Defense(nn.Module, ABC):
         """
         self.check_proves()
         self.check_input(x)
+        if strange := [claim for claim in claims if not isinstance(claim, Claim)]:
+            raise UsageError(f"{strange[0]!r} is not a claim.", hint="Give Claim(Patch(5, 5)), or call certify with one threat.")
         named = [replace(claim, method=self.check_method(claim.method)) for claim in claims]
         channels, height, width = self.input_shape
         for claim in named:
@@ -100,6 +102,9 @@ class Defense(nn.Module, ABC):
         self.test_once()
         proofs = self._certify(x, named)
         for proof in proofs:
+            if len(x) and int(proof.answer.max()) >= len(self.classes):
+                said = f"the network answers with class {int(proof.answer.max())}, but only {len(self.classes)} are named."
+                raise UsageError(said, hint="Name all classes of the network.")
             if proof.margin.dtype != torch.float64 or proof.margin.shape != proof.answer.shape or len(proof.answer) != len(x):
                 raise PatchcertError(
                     f"{type(self).__name__} returned a proof of shape {tuple(proof.margin.shape)}, {proof.margin.dtype}.",
@@ -267,7 +272,8 @@ class Defense(nn.Module, ABC):
         if x.ndim != 4 or tuple(x.shape[1:]) != self.input_shape:
             raise DataError(f"images of shape {tuple(x.shape[1:])} do not fit this model.", hint=f"It takes {self.input_shape}.")
         if len(x) and not bool(((x >= 0) & (x <= 1)).all()):  # also refuses NaN
-            raise DataError("pixels outside [0, 1].", hint="Divide 8-bit images by 255; normalization lives inside the model.")
+            what = "pixels that are not a number." if bool(x.isnan().any()) else "pixels outside [0, 1]."
+            raise DataError(what, hint="Divide 8-bit images by 255; normalization lives inside the model.")
 
 
 class MarginMaps(ABC):
@@ -329,7 +335,7 @@ def own_entries(kind: type[Kind], deployed: Mapping[str, Any]) -> Kind:
     try:
         return schema.read(kind, {name: value for name, value in deployed.items() if name not in COMMON_ENTRIES})
     except schema.Invalid as problem:
-        raise IntegrityError(f"{deployed['defense']} cannot be built: {problem}.") from problem
+        raise IntegrityError(f"{deployed['defense']} cannot be built: {problem}.", hint="Correct its config.json.") from problem
 
 
 def size_and_classes(deployed: Mapping[str, Any]) -> dict[str, Any]:

@@ -168,7 +168,10 @@ class MaskedClassifier(Trainable, MarginMaps, WrapsClassifier):
         self.register_buffer("masks", self.set.occluded, persistent=False)
         self.register_buffer("fill", torch.tensor(list(fill), dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
         if len(self.fill) != input_shape[0]:
-            raise UsageError(f"a colour of {len(self.fill)} channels does not fit images of {input_shape[0]}.")
+            raise UsageError(
+                f"a colour of {len(self.fill)} channels does not fit images of {input_shape[0]}.",
+                hint=f"Give {input_shape[0]} numbers.",
+            )
 
     @classmethod
     def wrap(cls, network: nn.Module, **given: Any) -> MaskedClassifier:

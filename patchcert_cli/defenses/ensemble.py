@@ -94,7 +94,7 @@ class Ensemble(MarginMaps, Defense):
         try:
             return cls([defenses.build(one) for one in own.members], own.rule, weights=own.weights)
         except UsageError as problem:
-            raise IntegrityError(f"ensemble cannot be built: {problem.message}") from problem
+            raise IntegrityError(f"ensemble cannot be built: {problem.message}", hint=problem.hint) from problem
 
     @staticmethod
     def deployed(members: Sequence[Mapping[str, Any]], rule: str = "majority", weights: Sequence[int] = ()) -> dict[str, Any]:

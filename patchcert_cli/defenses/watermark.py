@@ -109,7 +109,10 @@ class DigitalWatermarking(EmpiricalDefense):
             point = x.detach().requires_grad_()
             logits = logits_under_mask(network, point, self.nothing.expand(len(x), -1, -1), self.black.to(x))
             if not logits.requires_grad:
-                raise UsageError("this classifier has no gradients, from which the watermark defense finds a patch.")
+                raise UsageError(
+                    "this classifier has no gradients, from which the watermark defense finds a patch.",
+                    hint="Use a classifier of PyTorch.",
+                )
             (slope,) = torch.autograd.grad(logits.amax(dim=1).sum(), point)
         return slope.abs().sum(dim=1)
 

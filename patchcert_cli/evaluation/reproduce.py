@@ -98,15 +98,20 @@ def _check_subject(task: EvaluationTask, published: PublishedRecords) -> None:
     if published.model_sha256 != task.model.sha256:
         raise IntegrityError(
             f"the published records are about other weights (sha256 {published.model_sha256[:12]}…,"
-            f" not {task.model.sha256[:12]}…)."
+            f" not {task.model.sha256[:12]}…).",
+            hint="Fetch the model again: patchcert zoo pull NAME.",
         )
     if (published.dataset, published.split) != (task.images.name, task.images.split):
         raise DataError(
-            f"the published records are about {published.dataset} {published.split}, not {task.images.name} {task.images.split}."
+            f"the published records are about {published.dataset} {published.split}, not {task.images.name} {task.images.split}.",
+            hint="Leave --data out.",
         )
     missing = [index for index in task.images.index.tolist() if index not in published.rows]
     if missing:
-        raise DataError(f"the published records lack {len(missing)} of the images (indices {shown(missing)}).")
+        raise DataError(
+            f"the published records lack {len(missing)} of the images (indices {shown(missing)}).",
+            hint="Use --limit with fewer images.",
+        )
 
 
 def among(indices: Sequence[int], held: Sequence[int], limit: int | None) -> Tensor:

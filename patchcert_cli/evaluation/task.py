@@ -100,10 +100,13 @@ class EvaluationTask:
         shape = self.model.defense.input_shape
         if tuple(self.images.pixels.shape[1:]) != shape:
             raise DataError(
-                f"{self.images.name} images are {tuple(self.images.pixels.shape[1:])}, but {self.model.name} takes {shape}."
+                f"{self.images.name} images are {tuple(self.images.pixels.shape[1:])}, but {self.model.name} takes {shape}.",
+                hint=f"Choose images with --data; those of a folder are resized with imagefolder:PATH@{shape[1]}x{shape[2]}.",
             )
         if self.batch_size < 1:
-            raise UsageError(f"--batch-size {self.batch_size} must be 1 or more.")
+            raise UsageError(
+                f"--batch-size is {self.batch_size}.", hint="Allowed: 1 or more; leave it out for a size that fits the memory."
+            )
         for claim in self.claims:
             claim.threat.check(shape[1], shape[2], shape[0])
             self.model.defense.check_method(claim.method)

@@ -42,8 +42,11 @@ def translate_errors(repo: str) -> Iterator[None]:
                 ) from problem
             if isinstance(problem, OSError) and str(problem).startswith("Consistency check failed"):
                 message = f"the Hub sent a file of {repo} whose size is not the one that it lists; not kept."
-                raise IntegrityError(message) from problem
-            raise HubError(f"{reason(problem, repo)} ({constants.ENDPOINT}).") from problem
+                raise IntegrityError(message, hint="Type the command again.") from problem
+            raise HubError(
+                f"{reason(problem, repo)} ({constants.ENDPOINT}).",
+                hint="Check the network, then type the command again: what was fetched is kept.",
+            ) from problem
 
 
 @contextmanager

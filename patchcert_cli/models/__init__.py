@@ -13,6 +13,8 @@ from torch import nn
 from patchcert_cli import registry, schema
 from patchcert_cli.errors import IntegrityError, UsageError, first_line
 
+SIZES = ("input_shape", "classes")  # what build takes from the data set: no options
+
 
 def _module(name: str) -> ModuleType:
     """The module of network ``name``.
@@ -35,10 +37,16 @@ def names() -> list[str]:
 def build(name: str, options: Mapping[str, Any]) -> nn.Sequential:
     """Build network ``name`` with freshly initialized weights; every option is a keyword of its ``build``."""
     module = _module(name)
+    if wrong := problems(name, {key: value for key, value in options.items() if key not in SIZES}):
+        raise IntegrityError(
+            f"network '{name}' cannot be built from its options: {' '.join(wrong)}", hint="See --network-option."
+        )
     try:
         return cast(nn.Sequential, module.build(**listed(name, options)))
     except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as problem:
-        raise IntegrityError(f"network '{name}' cannot be built from its options: {first_line(problem)}") from problem
+        raise IntegrityError(
+            f"network '{name}' cannot be built from its options: {first_line(problem)}", hint="See --network-option."
+        ) from problem
 
 
 def listed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,9 +75,9 @@ def expanded(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def problems(name: str, options: Mapping[str, Any]) -> list[str]:
-    """What is wrong with options of network ``name``: those that it does not have, and values of another type."""
-    kinds = get_type_hints(_module(name).build)
-    known = {key: kind for key, kind in kinds.items() if key not in ("input_shape", "classes", "return")}
+    """What is wrong with options of network ``name``: unknown ones, and values of another type or beyond their limits."""
+    kinds = get_type_hints(_module(name).build, include_extras=True)
+    known = {key: kind for key, kind in kinds.items() if key not in (*SIZES, "return")}
     shown = ", ".join(sorted((known.keys() - {"mean", "std"}) | shorthands(name).keys()))  # these two come with the data set
     found = [f"network '{name}' has no option '{key}'; known: {shown}." for key in options if key not in known]
     wrong: list[str] = []
@@ -79,7 +87,7 @@ def problems(name: str, options: Mapping[str, Any]) -> list[str]:
             kind = types.GenericAlias(tuple, (*get_args(kind), ...))
         if get_origin(kind) not in (Union, types.UnionType):  # a table
             try:
-                schema.read(kind, value, f"{key} of network '{name}'")
+                schema.read(kind, value, f"network option {key}")
             except schema.Invalid as invalid:
                 wrong += invalid.problems
     return found + [f"{text}." for text in wrong]

@@ -8,15 +8,17 @@ import torch
 from torch import nn
 
 from patchcert_cli.layers.preprocessing import Normalize
+from patchcert_cli.models._stages import stages
+from patchcert_cli.schema import Positive
 
 
 def build(
     *,
     input_shape: Sequence[int],
     classes: int,
-    channels: Sequence[int] = (16, 16, 32, 32),
-    strides: Sequence[int] = (1, 2, 1, 2),
-    hidden: Sequence[int] = (128,),
+    channels: Sequence[Positive] = (16, 16, 32, 32),
+    strides: Sequence[Positive] = (1, 2, 1, 2),
+    hidden: Sequence[Positive] = (128,),
     mean: Sequence[float],
     std: Sequence[float],
     norm: bool = False,
@@ -27,7 +29,7 @@ def build(
     """
     layers: list[nn.Module] = [Normalize(mean, std)]
     before = input_shape[0]
-    for after, stride in zip(channels, strides, strict=True):
+    for after, stride in stages(channels=channels, strides=strides):
         layers += [nn.Conv2d(before, after, 3 if stride == 1 else 4, stride, 1)]
         layers += [*([nn.BatchNorm2d(after)] if norm else []), nn.ReLU()]
         before = after

@@ -24,6 +24,7 @@ from patchcert_cli.layers import fixed_point, levels
 from patchcert_cli.layers.fixed_point import Quantizer
 from patchcert_cli.layers.levels import Level
 from patchcert_cli.layers.preprocessing import Normalize
+from patchcert_cli.schema import Positive
 
 QUICK = 8.0  # a bias is this times its parameter, which squares in the step: 64 times the learning rate
 WHITE = 5e-4  # added to the variances that whitening divides by
@@ -228,9 +229,9 @@ def build(
     *,
     input_shape: Sequence[int],
     classes: int,
-    stem: int = 24,
-    kernel: int = 2,
-    widths: Sequence[int] = (64, 256, 256),
+    stem: Positive = 24,
+    kernel: Positive = 2,
+    widths: Sequence[Positive] = (64, 256, 256),
     takes_mask: bool = False,
     mirrored: bool = False,
     bits: int = 0,
@@ -245,8 +246,8 @@ def build(
     """
     if bits not in (0, 8):
         raise ValueError(f"bits is {bits}; allowed: 8 for whole numbers, 0 for floating point")
-    if not widths or min(stem, kernel, *widths) < 1:
-        raise ValueError("stem, kernel and every width must be 1 or more")
+    if not widths:
+        raise ValueError("there are no stages; give widths one entry per stage")
     if min(input_shape[1:]) >> len(widths) < 2:
         raise ValueError(f"{len(widths)} stages are too many for images of {input_shape[1]}x{input_shape[2]}")
     network = MaskedNetwork(Normalize(mean, std), input_shape, classes, stem, kernel, widths, takes_mask, mirrored, bits)

@@ -9,13 +9,14 @@ from itertools import pairwise
 from torch import nn
 
 from patchcert_cli.layers.preprocessing import Normalize
+from patchcert_cli.schema import Positive
 
 
 def build(
     *,
     input_shape: Sequence[int],
     classes: int,
-    hidden: Sequence[int] = (255,),
+    hidden: Sequence[Positive] = (255,),
     mean: Sequence[float],
     std: Sequence[float],
     norm: bool = False,

@@ -23,6 +23,8 @@ from patchcert_cli.layers import fixed_point
 from patchcert_cli.layers.fixed_point import Quantizer
 from patchcert_cli.layers.preprocessing import Normalize
 from patchcert_cli.models._region_layers import Framed, Placed, WholeStep, coordinates
+from patchcert_cli.models._stages import stages
+from patchcert_cli.schema import Bits, Count, Positive
 
 LEAST_BITS, MOST_BITS = 4, 16  # of limited weights; with 7 one plane of integers holds them (:mod:`patchcert_cli.layers.planes`)
 SHORTHANDS = {"rf": "kernels"}  # options that are not of `build`, and what follows from them
@@ -117,8 +119,6 @@ class RegionScorer(nn.Module):
                 f"weights of {weight_bits} bits are not for this network.", hint=f"Allowed: {LEAST_BITS} to {MOST_BITS}, or 0."
             )
         self.largest = 1 << (weight_bits - 1) if weight_bits else 0
-        if stride < 1:
-            raise UsageError(f"a stride of {stride} leaves no cells.", hint="Allowed: 1 or more.")
         self.normalize, self.padding = normalize, padding
         self.dilations = [dilation for _, _, dilation, _ in plan]
         self.receptive_field = 1 + sum((kernel - 1) * dilation for _, kernel, dilation, _ in plan)
@@ -319,17 +319,17 @@ def build(
     *,
     input_shape: Sequence[int],
     classes: int,
-    widths: Sequence[int] = (64, 128, 256),
-    kernels: Sequence[int] = (3, 3, 2),
-    dilations: Sequence[int] = (1, 1, 2),
-    mixes: Sequence[int] = (1, 1, 2),
+    widths: Sequence[Positive] = (64, 128, 256),
+    kernels: Sequence[Positive] = (3, 3, 2),
+    dilations: Sequence[Positive] = (1, 1, 2),
+    mixes: Sequence[Count] = (1, 1, 2),
     places: bool = False,
-    stride: int = 1,
+    stride: Positive = 1,
     whiten: bool = False,
-    bits: int = 8,
-    weight_bits: int = 0,
+    bits: Bits = 8,
+    weight_bits: Count = 0,
     mirrored: bool = False,
-    padding: int = 0,
+    padding: Count = 0,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Any:
@@ -343,7 +343,7 @@ def build(
     With ``mirrored`` the deployed network looks at each image twice, for twice the time. ``padding`` is the width of a constant
     frame around the image; half the receptive field gives one cell for each pixel.
     """
-    plan = list(zip(widths, kernels, dilations, mixes, strict=True))
+    plan = cast(list[tuple[int, int, int, int]], stages(widths=widths, kernels=kernels, dilations=dilations, mixes=mixes))
     return RegionScorer(
         input_shape,
         classes,

@@ -20,6 +20,8 @@ from patchcert_cli.errors import IntegrityError
 from patchcert_cli.layers import fixed_point, precision
 from patchcert_cli.layers.fixed_point import Quantizer, ValueRange
 from patchcert_cli.layers.programs import Program
+from patchcert_cli.models._stages import stages
+from patchcert_cli.schema import Bits, Positive
 
 
 def convolution(before: int, width: int, size: tuple[int, int], stride: int = 1) -> nn.Conv2d:
@@ -218,10 +220,10 @@ def build(
     *,
     input_shape: Sequence[int],
     classes: int,
-    widths: Sequence[int] = (64, 128, 256, 512),
-    blocks: Sequence[int] = (2, 2, 2, 2),
-    strides: Sequence[int] = (1, 2, 2, 2),
-    bits: int = 8,
+    widths: Sequence[Positive] = (64, 128, 256, 512),
+    blocks: Sequence[Positive] = (2, 2, 2, 2),
+    strides: Sequence[Positive] = (1, 2, 2, 2),
+    bits: Bits = 8,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Any:
@@ -231,7 +233,7 @@ def build(
     every network is offered, are not used: smoothing gives pixels as they are, x and 1 - x, as published, so that an absent
     pixel (0, 0) differs from a black one (0, 1). Activations of the deployed network have ``bits`` bits.
     """
-    plan = list(zip(widths, blocks, strides, strict=True))
-    if not plan or min(min(stage) for stage in plan) < 1:
-        raise ValueError("each stage needs a width, a number of blocks and a stride of 1 or more")
+    plan = cast(list[tuple[int, int, int]], stages(widths=widths, blocks=blocks, strides=strides))
+    if not plan:
+        raise ValueError("there are no stages; give each a width, a number of blocks and a stride")
     return ResNet(input_shape, classes, plan, bits)

@@ -21,6 +21,7 @@ from patchcert_cli.layers.preprocessing import Normalize
 from patchcert_cli.models._region_layers import Placed
 from patchcert_cli.models.region import normed
 from patchcert_cli.models.resnet import Block, ExactStem
+from patchcert_cli.schema import Bits, Positive
 
 GENTLE = 0.3  # a block's gain at the start, so that it begins near the identity
 SPREAD = 0.1  # standard deviation of fresh embeddings
@@ -105,9 +106,9 @@ def build(
     *,
     input_shape: Sequence[int],
     classes: int,
-    width: int = 384,
-    blocks: Sequence[int] = (768, 768),
-    bits: int = 8,
+    width: Positive = 384,
+    blocks: Sequence[Positive] = (768, 768),
+    bits: Bits = 8,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Any:

@@ -219,12 +219,21 @@ class Paper:
         try:
             values: Any = yaml.safe_load(text)
             if not isinstance(values, dict):
-                raise IntegrityError(f"'{where}' is not a paper: it holds no table of names and values.")
+                raise IntegrityError(
+                    f"'{where}' is not a paper: it holds no table of names and values.",
+                    hint="Correct the file; those of patchcert_cli/papers/ are examples.",
+                )
             return schema.read(cls, values)
         except yaml.YAMLError as problem:
-            raise IntegrityError(f"'{where}' is not a paper: {' '.join(str(problem).split())}.") from problem
+            raise IntegrityError(
+                f"'{where}' is not a paper: {' '.join(str(problem).split())}.",
+                hint="Correct the file; those of patchcert_cli/papers/ are examples.",
+            ) from problem
         except schema.Invalid as invalid:
-            raise IntegrityError(f"'{where}' is not a valid paper: {invalid}.") from invalid
+            raise IntegrityError(
+                f"'{where}' is not a valid paper: {invalid}.",
+                hint="Correct the file; those of patchcert_cli/papers/ are examples.",
+            ) from invalid
 
     def table(self, id_: str) -> Table:
         """One of its tables.
@@ -256,5 +265,5 @@ def load(name: str) -> Paper:
     path = Path(__file__).parent / f"{name}{ENDING}"
     paper = Paper.from_text(path.read_text(encoding="utf-8"), str(path))
     if paper.name != name:
-        raise IntegrityError(f"'{path}' is of the paper {paper.name}.")
+        raise IntegrityError(f"'{path}' is of the paper {paper.name}.", hint="A file of papers has the name of its paper.")
     return paper

@@ -93,7 +93,9 @@ def _read(path: Path, changed: int) -> tuple[TrainedRow, ...]:
     try:
         return schema.read(_File, json.loads(path.read_bytes())).rows
     except (ValueError, OSError) as problem:
-        raise IntegrityError(f"'{path}' has no rows of papers: {problem}.") from problem
+        raise IntegrityError(
+            f"'{path}' has no rows of papers: {problem}.", hint="Correct the file, or leave the option out."
+        ) from problem
 
 
 def write(rows: Iterable[TrainedRow], path: Path) -> None:

@@ -127,7 +127,11 @@ def _zoo() -> Iterator[Finding]:
                 recipes += 1
         except PatchcertError as problem:
             problems.append(str(problem))
-    broken = IntegrityError(f"{len(problems)} models of the bundled zoo are damaged: {problems[0]}") if problems else None
+    broken = (
+        IntegrityError(f"{len(problems)} models of the bundled zoo are damaged: {problems[0]}", hint="Install patchcert again.")
+        if problems
+        else None
+    )
     counts = f"{intact} models with the sha256 of their cards, {recipes} recipes, {len(problems)} damaged"
     yield Finding("zoo", f"{zoo}: {counts}", broken)
 

@@ -189,7 +189,7 @@ def model_curves(
 
 def _checked(rows: Rows) -> Rows:
     if not rows:
-        raise UsageError("there is no result to draw.")
+        raise UsageError("there is no result to draw.", hint="Give runs of patchcert certify with an image or more.")
     return rows
 
 

@@ -228,7 +228,9 @@ def read(path: Path) -> bytes:
     except FileNotFoundError as problem:
         raise IntegrityError(f"'{path}' is missing.", hint="Check the path.") from problem
     except OSError as problem:
-        raise IntegrityError(f"'{path}' is not readable: {problem.strerror or problem}.") from problem
+        raise IntegrityError(
+            f"'{path}' is not readable: {problem.strerror or problem}.", hint="Check the path and its permissions."
+        ) from problem
 
 
 def unpacked(path: Path) -> bytes:
@@ -241,7 +243,9 @@ def unpacked(path: Path) -> bytes:
         what = "a web page, not a gzip file" if page else f"not an intact gzip file ({problem})"
         raise DataError(f"'{path}' is {what}.", hint="Delete it and fetch the data again.") from problem
     except OSError as problem:
-        raise DataError(f"'{path}' cannot be read: {problem.strerror or problem}.") from problem
+        raise DataError(
+            f"'{path}' cannot be read: {problem.strerror or problem}.", hint="Check the path and its permissions."
+        ) from problem
 
 
 def parse_json(content: bytes, path: Path) -> dict[str, Any]:
@@ -249,11 +253,15 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(content.decode("utf-8"))
     except RecursionError as problem:
-        raise IntegrityError(f"'{path}' is not readable JSON: it is nested too deeply.") from problem
+        raise IntegrityError(
+            f"'{path}' is not readable JSON: it is nested too deeply.", hint="Restore the file as it was written."
+        ) from problem
     except ValueError as problem:
-        raise IntegrityError(f"'{path}' is not readable JSON: {problem}.") from problem
+        raise IntegrityError(
+            f"'{path}' is not readable JSON: {problem}.", hint="Restore the file as it was written."
+        ) from problem
     if not isinstance(value, dict):
-        raise IntegrityError(f"'{path}' does not hold a JSON object.")
+        raise IntegrityError(f"'{path}' does not hold a JSON object.", hint="Restore the file as it was written.")
     return value
 
 

@@ -22,6 +22,7 @@ from patchcert_cli.defenses import Trainable
 from patchcert_cli.errors import IntegrityError, Interrupted, MachineError, UsageError
 from patchcert_cli.parallel.workers import Workers
 from patchcert_cli.progress import Progress, Silent
+from patchcert_cli.schema import shown
 from patchcert_cli.storage import files, locks
 from patchcert_cli.training import ranks, recipe_files, steps
 from patchcert_cli.training.budget import PLAN, Budget
@@ -302,7 +303,7 @@ def _claim(folder: Path, config: dict[str, Any]) -> None:
     before, now = files.read_json(path).get("recipe", {}), config["recipe"]
     if before:  # what an older run does not mention has its default
         before = Recipe.from_dict(before).to_dict()
-    changed = [f"{key} {before.get(key)!r}, not {value!r}" for key, value in now.items() if before.get(key) != value]
+    changed = [f"{key} {shown(before.get(key))}, not {shown(value)}" for key, value in now.items() if before.get(key) != value]
     if changed:
         raise UsageError(
             f"'{folder}' was made with other settings ({'; '.join(changed)}).",

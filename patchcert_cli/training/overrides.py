@@ -74,7 +74,7 @@ def pairs(texts: list[str] | None, flag: str) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         name = name.replace("-", "_")
         if not equals or not name or not value:
-            raise UsageError(f"{flag} '{text}' cannot be read.", hint=f"Use NAME=VALUE, for example {flag} epochs=3.")
+            raise UsageError(f"{flag} '{text}' cannot be read.", hint=f"Use NAME=VALUE, for example {flag} {name or 'NAME'}=3.")
         if name in table:
             raise UsageError(f"{flag} {name} is given more than once.", hint="Give it once; a list has commas: 512,256.")
         table[name] = typed(value)

@@ -104,7 +104,7 @@ PLANS = [
     MaskSpec(("patch:2x2",), per_axis=3, shape="column"),
     MaskSpec(("patch:1x3", "patch:2x2"), stride=1, shape="row"),
     MaskSpec(("patch:2x2",), passes=10, shape="column"),
-    MaskSpec(("patches:2:1x2",), per_axis=3, shape="row"),
+    MaskSpec(("patches:2:1x2",), per_axis=4, shape="row"),
     MaskSpec(("patch:2x2",), passes=21, shape="any"),
 ]
 THREATS = (
@@ -236,6 +236,23 @@ def test_masks_that_cannot_be_are_refused() -> None:
         MaskSpec(("patch:5x8",), shape="column").masks(8, 8)
     with pytest.raises(UsageError, match="does not fit a 8x8 image"):
         MaskSpec(("patch:9x9",)).masks(8, 8)
+    with pytest.raises(UsageError, match="cover nothing"):
+        MaskSpec(()).masks(8, 8)
+
+
+@pytest.mark.parametrize("threat", ["sparse:4", "patches:4:1x1"])
+def test_masks_that_together_hide_the_whole_image_are_refused(threat: str) -> None:
+    """Two boxes along each axis are four in all, and a mask of four boxes is the whole image: no answer depends on it."""
+    with pytest.raises(UsageError, match=f"masks against {threat} hide all of a 8x8 image"):
+        MaskSpec((threat,), per_axis=2).masks(8, 8)
+    with pytest.raises(UsageError, match=f"masks against {threat} hide all of a 8x8 image"):
+        MaskSpec((threat,), passes=1).masks(8, 8)
+    found = MaskSpec((threat,), per_axis=3).masks(8, 8)
+    assert found.most_hidden < 64
+    found.cover(parse_threat(threat))
+
+
+def test_too_many_masks_are_refused() -> None:
     with pytest.raises(UsageError, match=f"more than {mask_sets.MAX_MASKS} masks are needed"):
         MaskSpec(("patches:3:5x5",), per_axis=6).masks(32, 32)
     MaskSpec(("patch:1x8",), per_axis=3).masks(8, 8).cover(parse_threat("patch:1x8"))

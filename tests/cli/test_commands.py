@@ -93,7 +93,7 @@ def test_a_dry_run_writes_nothing(patchcert, model: str) -> None:  # type: ignor
         ("certify M --patch 5 --unit value", 2, "--unit goes with --k only"),
         ("certify M --k 3 --unit byte", 2, "invalid unit 'byte'."),
         ("certify M --patch 5 --limit 0", 2, "--limit 0 leaves no image"),
-        ("certify M --patch 5 --batch-size 0", 2, "--batch-size 0 must be 1 or more"),
+        ("certify M --patch 5 --batch-size 0", 2, "--batch-size is 0."),
         ("certify M --patch 5 --device tpu", 2, "invalid device 'tpu'"),
         ("certify M --patch 5 --device mps", 2, "proofs need float64, which device 'mps' does not compute in"),
         ("certify M --patch 5 --device cuda:99", 7, "no device 'cuda:99'"),

@@ -194,7 +194,7 @@ def test_one_picture_and_an_attack(patchcert) -> None:  # type: ignore[no-untype
         ),
         ("mine:build --defense patchcleanser --patch 2 --masks 90 --data imagefolder:./val@224 C", 2, "more than 4096 masks"),
         ("mine:build D V C --passes 9", 2, "--masks and --passes both choose how many masks there are."),
-        ("mine:build --defense patchcleanser --patch 3 --masks 0 V C", 2, "--masks 0 must be 1 or more."),
+        ("mine:build --defense patchcleanser --patch 3 --masks 0 V C", 2, "--masks is 0."),
         ("mine:build D V C --mask-shape any --masks 3", 2, "--mask-shape any is chosen for a number of passes."),
         ("mine:build D V C --labels int8", 2, "invalid --precision 'int8'."),
         (

@@ -144,7 +144,7 @@ def test_a_picture_is_resized_on_request_only(patchcert, model: str, picture: st
     [
         ("--patch 5..2", 2, "invalid range '5..2'."),
         ("--patch 1..40", 2, "patch 33x33 does not fit a 32x32 image"),
-        ("--patch-area 0", 2, "--patch-area 0 must be 1 or more"),
+        ("--patch-area 0", 2, "--patch-area is 0."),
         ("--patch-area 25 --patch 5", 2, "--patch-area describes every shape itself"),
         ("--patch 5 --condition 4", 2, "no condition '4'."),
         ("--patch 5 --map m.png", 2, "--map draws one image."),

@@ -165,10 +165,11 @@ def test_a_seed_beyond_32_bits_is_refused(
     [
         ("hiden=3", "network 'mlp' has no option 'hiden'"),
         ("classes=3", "network 'mlp' has no option 'classes'"),
-        ("hidden=abc", "hidden of network 'mlp' is 'abc', not a list."),
-        ("hidden=3,x", "hidden of network 'mlp'[1] is 'x', not a whole number."),
-        ("norm=3", "norm of network 'mlp' is 3, not true or false."),
-        ("hidden=-3", "network 'mlp' cannot be built from its options: "),
+        ("hidden=abc", "network option hidden is 'abc', not a list."),
+        ("hidden=3,x", "network option hidden[1] is 'x', not a whole number."),
+        ("norm=3", "network option norm is 3, not true or false."),
+        ("hidden=-3", "network option hidden[0] is -3, not 1 or more."),
+        ("hidden=0", "network option hidden[0] is 0, not 1 or more."),
         ("hidden", "--network-option 'hidden' cannot be read"),
     ],
 )
@@ -179,6 +180,36 @@ def test_wrong_options_of_a_network_are_usage_errors(
     assert (code, out) == (2, "")
     check_refused(err, 2, said)
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("defense", "option", "said"),
+    [
+        ("bagcert", "bits=0", "network option bits is 0, not from 1 to 16."),
+        ("bagcert", "bits=40", "network option bits is 40, not from 1 to 16."),
+        ("bagcert", "dilations=0,1,1", "network option dilations[0] is 0, not 1 or more."),
+        ("bagcert", "widths=0", "network option widths[0] is 0, not 1 or more."),
+        ("bagcert", "widths=8,8", "each list needs one entry for each stage: widths has 2, kernels has 3"),
+        ("bagcert", "kernels=0,0,0", "network option kernels[0] is 0, not 1 or more"),
+        ("bagcert", "mixes=-1,0,0", "network option mixes[0] is -1, not 0 or more."),
+        ("bagcert", "padding=-1", "network option padding is -1, not 0 or more."),
+        ("smoothing", "bits=-4", "network option bits is -4, not from 1 to 16."),
+        ("smoothing", "strides=0", "network option strides[0] is 0, not 1 or more."),
+        ("partition", "bits=40", "network option bits is 40, not from 1 to 16."),
+        ("partition", "blocks=8,0", "network option blocks[1] is 0, not 1 or more."),
+        ("ibp", "channels=4,4", "network 'mlp' has no option 'channels'"),
+    ],
+)
+def test_options_of_a_network_beyond_their_limits_are_refused_before_training(
+    defense: str, option: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threat = ["--k", "4"] if defense == "partition" else ["--patch", "5"]
+    words = ["train", *threat, "--defense", defense, "--data", "mnist", "--network-option", option, "--out", "run"]
+    for more in ([], ["--dry-run"]):
+        code, out, err = run(capsys, monkeypatch, *words, *more)
+        assert (code, out) == (2, "")
+        check_refused(err, 2, said)
+        assert not Path("run").exists()
 
 
 def test_too_long_a_name_of_what_is_read_is_a_usage_error(

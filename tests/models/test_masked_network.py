@@ -135,9 +135,10 @@ def test_batch_norm_without_gains_and_with_quick_biases() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"widths": []}, "must be 1 or more"),
-        ({"widths": [4, 0]}, "must be 1 or more"),
-        ({"stem": 0}, "must be 1 or more"),
+        ({"widths": []}, "there are no stages"),
+        ({"widths": [4, 0]}, r"widths\[1\] is 0, not 1 or more"),
+        ({"stem": 0}, "stem is 0, not 1 or more"),
+        ({"bits": 4}, "bits is 4; allowed: 8"),
         ({"widths": [4, 4, 4, 4]}, "4 stages are too many for images of 16x16"),
     ],
 )

@@ -15,7 +15,7 @@ from patchcert_cli import defenses, models
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 from patchcert_cli.defenses import TrainingStep
 from patchcert_cli.defenses.bagcert import BagCert, BagCertOptions
-from patchcert_cli.errors import IntegrityError, UsageError
+from patchcert_cli.errors import IntegrityError
 from patchcert_cli.layers import fixed_point, precision
 from patchcert_cli.threats import Patch, Sparse
 from patchcert_cli.training.recipe import Recipe, typed, written
@@ -173,7 +173,7 @@ def test_a_stride_is_named_and_checked_and_costs_less() -> None:
     x = arena.draw_images(defense.input_shape, 2, 0)
     assert torch.equal(defense.deployed()(fixed_point.to_steps(x)), defense.scores(x))
     assert shapes == [(23, 20), (11, 9), (5, 4), (2, 1)]
-    with pytest.raises(UsageError, match=r"a stride of 0 leaves no cells. Allowed: 1 or more\."):
+    with pytest.raises(IntegrityError, match=r"network option stride is 0, not 1 or more\."):
         build("pyramid", 0)
 
 

@@ -31,7 +31,7 @@ from patchcert_cli.cli import main
 from patchcert_cli.reporting import site
 from patchcert_cli.reporting.site import page as site_page
 from patchcert_cli.reporting.site.charts import charts
-from patchcert_cli.reporting.site.leaderboards import Leaderboard, describe, leaderboards
+from patchcert_cli.reporting.site.leaderboards import Leaderboard, covers, describe, leaderboards
 from patchcert_cli.reporting.site.page import fragment, letters, prose
 from patchcert_cli.threats import parse_threat
 
@@ -75,6 +75,7 @@ def test_models_are_ranked_by_certified_accuracy_and_the_best_proof_counts(tree:
         ("1", "bounds", "70.00 700/1000 68.77 to 71.23"),
         ("2", "votes-a", "66.00 660/1000 64.77 to 67.23"),
         ("3", "votes-b", "60.00 600/1000 58.77 to 61.23"),
+        ("4", "pixels-10", "41.00 410/1000 39.77 to 42.23"),
         ("\N{EN DASH}", "doubtful unreliable", "94.90 949/1000 93.67 to 96.13"),
     ]
     assert table[0][4:] == [
@@ -88,6 +89,7 @@ def test_models_are_ranked_by_certified_accuracy_and_the_best_proof_counts(tree:
         "811.3 kB",
         "apache-2.0",
     ]
+    assert table[3][8] == "additive, proven for sparse:10"
     assert table[1][4:6] == ["\N{EN DASH}", "\N{EN DASH}"]
     shown = next(one for one in having(tree, "details", "card") if one.get("id") == "model/bounds")
     proofs = rows(next(having(shown, "table", "results")))
@@ -104,6 +106,25 @@ def test_equal_accuracies_share_a_rank_whatever_their_counts() -> None:
     models += [card("d", [result(3, 500, clean=960)])]
     (board,) = leaderboards(models)
     assert [(entry.rank, entry.card.name) for entry in board.entries] == [(1, "d"), (1, "a"), (1, "c"), (4, "b")]
+
+
+def test_what_holds_for_a_stronger_threat_is_ranked_but_no_point_of_a_chart() -> None:
+    models = [
+        card("a", [result(3, 500), result(4, 300)]),
+        card("b", [result(4, 600), result(5, 550)]),
+        card("c", [result(2, 900)]),
+    ]
+    boards = {str(board.threat): board for board in leaderboards(models)}
+    shown = [(entry.rank, entry.card.name, str(entry.result.threat)) for entry in boards["patch:3x3"].entries]
+    assert shown == [(1, "b", "patch:4x4"), (2, "a", "patch:3x3")]
+    assert [entry.card.name for entry in boards["patch:4x4"].entries] == ["b", "a"]
+    assert [entry.card.name for entry in boards["patch:2x2"].entries] == ["c"], "no model here was trained against 2x2"
+    (chart,) = charts(boards.values())
+    assert {line.card.name: [strength for strength, _ in line.points] for line in chart.lines} == {
+        "a": [3, 4],
+        "b": [4, 5],
+        "c": [2],
+    }
 
 
 def test_there_is_a_table_for_every_data_set_split_threat_and_guarantee() -> None:
@@ -125,7 +146,7 @@ def test_there_is_a_table_for_every_data_set_split_threat_and_guarantee() -> Non
     found = [(one.dataset, one.split, str(one.threat), one.guarantee, len(one.entries)) for one in leaderboards(models)]
     assert found == [
         ("cifar10", "test", "patch:3x3", "recovery", 1),
-        ("mnist", "test", "patch:3x3", "recovery", 1),
+        ("mnist", "test", "patch:3x3", "recovery", 2),  # what b has for 3x4 holds for 3x3
         ("mnist", "test", "patch:3x3", "detection", 1),
         ("mnist", "train", "patch:3x3", "recovery", 1),
         ("mnist", "test", "patch:3x4", "recovery", 1),
@@ -524,7 +545,6 @@ def test_the_plot_by_threat_shows_the_best_of_the_cards_beside_numbers_that_stan
 
 
 def test_a_threat_covers_another_if_it_allows_all_its_changes() -> None:
-    covers = runpy.run_path(str(MAKE_ZOO))["covers"]
     names = ["patch:1x1", "patch:2x2", "patch:2x3", "patch:3x2", "patch:2%", "sparse:1", "sparse:4", "sparse:4:value"]
     found = {name: parse_threat(name) for name in [*names, "sparse:12:value", "patches:2:1x1"]}
     random = torch.Generator().manual_seed(0)

@@ -150,7 +150,9 @@ def _contrasted(
     split = Split.of(network, x.shape[1])
     final = split.tail[-1] if split.tail else None
     if not isinstance(final, nn.Linear):
-        raise UnsupportedThreat("training on patches needs a network that ends in a linear layer after another layer.")
+        raise UnsupportedThreat(
+            "training on patches needs a network that ends in a linear layer after another layer.", hint="Use network mlp or cnn."
+        )
     locations = patch.count(x.shape[2], x.shape[3])
     image = torch.arange(len(x), device=x.device)[:, None].expand_as(chosen)
     pairs, back = (image * locations + chosen).unique(return_inverse=True)  # type: ignore[no-untyped-call]  # distinct (image, location)

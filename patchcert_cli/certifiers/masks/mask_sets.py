@@ -105,7 +105,7 @@ class MaskSpec:
         try:
             return schema.read(cls, values, "masks")
         except schema.Invalid as problem:
-            raise IntegrityError(f"invalid mask settings: {problem}.") from problem
+            raise IntegrityError(f"invalid mask settings: {problem}.", hint="Correct masks in config.json.") from problem
 
     def to_dict(self) -> dict[str, Any]:
         """Inverse of :meth:`read`: what differs from the defaults."""
@@ -119,10 +119,13 @@ class MaskSpec:
         Raises:
             UsageError: a patch does not fit, or the budget of passes or memory is too small for any masks that leave something.
         """
+        if not self.covers:
+            raise UsageError("masks that cover nothing.", hint="Give covers a threat or more: ('patch:5x5',).")
         if self.shape == ANY:
             return self.chosen(height, width)[0].masks(height, width)
         if not self.passes:
-            return self._set(height, width, self._unions(height, width, per_axis=self.per_axis or PER_AXIS, stride=self.stride))
+            unions = self._unions(height, width, per_axis=self.per_axis or PER_AXIS, stride=self.stride)
+            return self._leaving_something(self._set(height, width, unions))
         best = self._set(height, width, self._unions(height, width, per_axis=2))
         if best.passes > self.passes:
             raise UsageError(
@@ -134,7 +137,7 @@ class MaskSpec:
             if unions is None or pairs(len(unions)) > self.passes:
                 break
             best = MaskSet(height, width, unions)
-        return best
+        return self._leaving_something(best)
 
     def chosen(self, height: int, width: int) -> tuple[MaskSpec, str]:
         """These masks with a shape other than ``any``, and why it was taken; without text if it was given.
@@ -160,6 +163,12 @@ class MaskSpec:
         each = ", ".join(f"{spec.shape} {found.most_hidden} ({len(found)} masks)" for spec, found in fitting)
         return fitting[0][0], f"pixels that a mask hides with at most {self.passes} passes: {each}; the fewest are taken"
 
+    def _leaving_something(self, masks: MaskSet) -> MaskSet:
+        """The masks, of which none hides the whole image: its masked prediction would be the same for every image."""
+        if masks.most_hidden == masks.height * masks.width:
+            raise _nothing_left(", ".join(map(str, self.covers)), masks.height, masks.width)
+        return masks
+
     def _set(self, height: int, width: int, unions: tuple[tuple[Box, ...], ...] | None) -> MaskSet:
         if unions is None:
             raise UsageError(
@@ -182,10 +191,7 @@ class MaskSpec:
                 axes.append([(start, size) for start in starts])
             (_, rows), (_, columns) = axes[0][0], axes[1][0]
             if (rows, columns) == (height, width):
-                raise UsageError(
-                    f"masks against {threat} hide all of a {height}x{width} image.",
-                    hint="Cover a smaller patch, or use more masks along each axis.",
-                )
+                raise _nothing_left(str(threat), height, width)
             count = len(axes[0]) * len(axes[1])
             together = min(budget, count)
             if len(found) + math.comb(count, together) > MAX_MASKS:
@@ -273,9 +279,14 @@ class MaskSet:
         if not bool(found.by.any(dim=1).all()):
             raise UnsupportedThreat(
                 f"the {len(self)} masks of this model do not cover {threat}.",
-                hint=f"Choose masks that do: masks.covers in its config.json, for example ['{threat}'].",
+                hint=f"Choose masks that do: --masks {PER_AXIS}, or masks.covers in its config.json, for example ['{threat}'].",
             )
         return found
+
+
+def _nothing_left(covers: str, height: int, width: int) -> UsageError:
+    hint = "Cover a smaller patch or fewer pixels, or use more masks along each axis."
+    return UsageError(f"masks against {covers} hide all of a {height}x{width} image.", hint=hint)
 
 
 def _sides(threat: Threat, height: int, width: int) -> tuple[tuple[int, int], int]:

@@ -97,7 +97,7 @@ def charts(boards: Iterable[Leaderboard]) -> list[Chart]:
         place = strength(board.threat)
         if place is not None:
             models = groups.setdefault((board.dataset, board.split, board.guarantee, place[0]), {})
-            for entry in board.entries:
+            for entry in (one for one in board.entries if one.result.threat == board.threat):
                 models.setdefault(entry.card.name, []).append((place[1], entry))
     found, look = [], looks(cards.values())
     for key, models in groups.items():

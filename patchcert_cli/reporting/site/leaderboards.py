@@ -16,6 +16,7 @@ TITLES = {"cifar10": "CIFAR-10", "mnist": "MNIST"}
 class Entry:
     """A model in a leaderboard: its best measurement there, and the numbers that the paper reports for its own weights.
 
+    ``result`` may be about a stronger threat than the leaderboard's (:func:`covers`), if the model was not measured on that one.
     ``rank`` is None if the model was found unreliable. Equal certified accuracies share a rank.
     """
 
@@ -42,6 +43,20 @@ class Leaderboard:
     own: bool
 
 
+def covers(strong: Threat, weak: Threat) -> bool:
+    """Whether every change that ``weak`` allows is allowed by ``strong``, so that certificates against it hold for ``weak``.
+
+    A patch lies inside a larger one that is wholly inside the image; pixels are all values of these pixels.
+    """
+    if isinstance(strong, Patch) and isinstance(weak, Patch):
+        return strong.height >= weak.height and strong.width >= weak.width
+    if isinstance(strong, Sparse) and isinstance(weak, Patch):
+        return strong.unit == "pixel" and strong.k >= weak.height * weak.width
+    if isinstance(strong, Sparse) and isinstance(weak, Sparse):
+        return strong.k >= weak.k and strong.unit in ("pixel", weak.unit)
+    return strong == weak
+
+
 Key = tuple[str, str, Threat, Guarantee]  # data set, split, threat, guarantee
 
 
@@ -50,7 +65,7 @@ def leaderboards(cards: Iterable[Card]) -> list[Leaderboard]:
 
     What has no certificates is in none.
     """
-    found: dict[Key, list[Entry]] = {}
+    cards, found = list(cards), dict[Key, list[Entry]]()
     for card in cards:
         best: dict[Key, Measured] = {}
         for one in (result for result in card.results if result.guarantee.proves):
@@ -63,7 +78,20 @@ def leaderboards(cards: Iterable[Card]) -> list[Leaderboard]:
     owned = {key for key in keys if any(entry.card.threat == key[2] for entry in found[key])}
     for dataset in {key[0] for key in keys} - {key[0] for key in owned}:
         owned.add(max((key for key in keys if key[0] == dataset), key=lambda key: len(found[key])))
+    for key in owned:
+        found[key] += _of_stronger_threats(key, cards)
     return [Leaderboard(*key, entries=_ranked(found[key]), own=key in owned) for key in keys]
+
+
+def _of_stronger_threats(key: Key, cards: Iterable[Card]) -> list[Entry]:
+    """For each model that was not measured under a threat its best result about one that includes it."""
+    entries = []
+    for card in cards:
+        same = [one for one in card.results if (one.dataset, one.split, one.guarantee) == (key[0], key[1], key[3])]
+        stronger = [one for one in same if covers(one.threat, key[2])]
+        if stronger and not any(one.threat == key[2] for one in same):
+            entries.append(Entry(card, max(stronger, key=_share), None))
+    return entries
 
 
 def paper_for(card: Card, result: Measured) -> Published | None:

@@ -121,15 +121,23 @@ class _Source:
         """The drawing of an image, as the address of an embedded PNG; raises a PatchcertError if it is not that of the run."""
         places = (self.images.index == record["index"]).nonzero().flatten()
         if not len(places):
-            raise DataError(f"image {record['index']} is not among the {len(self.images)} images here.")
+            raise DataError(
+                f"image {record['index']} is not among the {len(self.images)} images here.",
+                hint="Use --data-dir with the images that were certified.",
+            )
         pixels = self.images.read(places[:1])  # uint8 [1, C, H, W]
         x = to_float(pixels).to(self.defense.device)
         (found,) = self.defense.certify_claims(x, [self.claim])
         again = int(found.prediction[0]), float(found.margin[0]), found.worst[0].tolist()
         if again != (record["prediction"], verdict["margin"], verdict["worst"]):
-            raise IntegrityError(f"image {record['index']} certified again differs from its record: other images or weights.")
+            raise IntegrityError(
+                f"image {record['index']} certified again differs from its record: other images or weights.",
+                hint="Use --data-dir with the images that were certified, and the model that was.",
+            )
         if pixels.shape[1] not in (1, 3):
-            raise DataError(f"images of {pixels.shape[1]} channels cannot be drawn.")
+            raise DataError(
+                f"images of {pixels.shape[1]} channels cannot be drawn.", hint="Images of 1 or 3 channels can be drawn."
+            )
         title = f"{self.defense.class_name(record['label'])}, {'certified' if verdict['certified'] else 'not certified'}"
         threat, box = self.claim.threat, verdict["worst"]
         defense = self.defense
