@@ -10,7 +10,6 @@ goes on. The weights stay in ``--runs``.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import re
 import shlex
@@ -66,7 +65,7 @@ def chosen(paper: str, table: str | None, pattern: str) -> list[Row]:
 
 def measure(row: Row, runs: Path, limit: int) -> trained.TrainedRow:
     """Train the row's model unless that is done, and certify it."""
-    run = runs / hashlib.sha256(row.command.encode()).hexdigest()[:12]
+    run = runs / trained.folder_name(row.command)
     if not (run / files.CARD).is_file():
         patchcert(*shlex.split(row.command)[1:], "--out", str(run))
     card = Card.read(run)

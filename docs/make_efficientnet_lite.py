@@ -38,7 +38,7 @@ NOTES = (
     "A small public network with 3x3 masks, bundled so that ImageNet images can be certified without a network and without"
     " any extra: `patchcert certify imagenet-patchcleanser-efficientnet-lite0 --data imagefolder:./val`, or `--image cat.jpg"
     " --resize`. Nothing was trained here. A 50,000-image figure is not known: the images of ImageNet's validation split are"
-    " not included (put them into `data/imagenet/val/<wnid>/`). It makes the package 51 MB instead of 43; it is bundled because"
+    " not included (put them into `data/imagenet/val/<wnid>/`). It takes 9 MB of the package; it is bundled because"
     " it is the only ImageNet model that needs no download. Without a mask the rounded weights give the same top class as the"
     " publisher's own code on all 1,050 images that the samples were taken from, with logits that differ by at most 0.044."
     " The same network as timm has it: `timm:tf_efficientnet_lite0.in1k`."

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 INTRODUCTION = """# Recipes
 
 A recipe is everything that decides a training run. It is a YAML file of the entries below; those that are left out have the
-defaults of these tables, for every defense. Every model of the zoo that is trained here has one, `zoo/NAME/recipe.yaml`, and every run folder gets one.
+defaults of these tables, for every defense. Every model of the zoo that is trained here has one, `zoo/NAME/recipe.yaml`, and
+every run folder gets one.
 
 ```
 patchcert train --patch 5 --dry-run                     # the default recipe for a threat model, and what it would cost

@@ -40,6 +40,16 @@ def test_messages_and_hints_are_sentences() -> None:
     assert (glued, small) == ([], [])
 
 
+def test_every_error_has_a_hint() -> None:
+    kinds = {kind.__name__ for kind in PatchcertError.__subclasses__()} - {"Interrupted"}
+    bare = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        made = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id in kinds]
+        bare += [f"{path.name}:{call.lineno}" for call in made if "hint" not in {each.arg for each in call.keywords}]
+    assert not bare
+
+
 def test_an_error_reads_well_with_and_without_its_hint() -> None:
     assert str(UsageError("no model is given.", hint="Name one.")) == "no model is given. Name one."
     bare = PatchcertError("no model is given.")

@@ -56,7 +56,7 @@ class Start:
         if shapes != ((len(x), 4), (len(x),)):
             raise UsageError(
                 f"a start of shapes {shapes[0]} and {shapes[1]} does not fit {len(x)} images.",
-                hint="Give locations [B, 4] and rivals [B].",
+                hint="Give locations [B, 4] and classes [B].",
             )
         further = self.further
         if further is not None and (further.ndim != 3 or (len(further), further.shape[2]) != (len(x), 4)):

@@ -114,7 +114,7 @@ class SavedPatches(Attack):
             if height > most.height or width > most.width:
                 raise UsageError(
                     f"{picture.name} is {height}x{width}, larger than {most}.",
-                    hint=f"Allow for its size: --patch {height}x{width}.",
+                    hint=f"Save it with at most {most.height}x{most.width} pixels, or allow a larger patch with --patch.",
                 )
             if depth != channels:
                 raise UsageError(

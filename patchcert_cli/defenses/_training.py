@@ -113,7 +113,7 @@ class Trainable(Defense):
 
     options: ClassVar[type[Options]] = Options
     default_network: ClassVar[str] = ""
-    validation_size: ClassVar[int] = 1000
+    validation_size: ClassVar[int] = 250
 
     @classmethod
     def deploy_config(cls, threat: Threat, options: Options) -> Mapping[str, Any]:

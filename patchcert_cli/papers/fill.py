@@ -17,7 +17,7 @@ from typing import Any
 from patchcert_cli.cards import Card, Measured, Sample, weights_sha256
 from patchcert_cli.cards.entries import Training
 from patchcert_cli.catalog import bundled, claims
-from patchcert_cli.papers import trained
+from patchcert_cli.papers import times, trained
 from patchcert_cli.papers.paper import Counted, Gap, Paper, Row, Table
 from patchcert_cli.papers.trained import TrainedRow
 from patchcert_cli.schema import plain
@@ -84,6 +84,13 @@ class FilledRow:
         known = self.card or self.without_zoo
         return known.trained if known else None
 
+    @property
+    def seconds(self) -> float | None:
+        """Of certifying 10,000 images on one core; None if that was not timed, or with other weights."""
+        known = weights_sha256(self.card.files) if self.card else self.without_zoo.model_sha256 if self.without_zoo else ""
+        key = (self.row.model or self.row.command, self.row.threat, known)
+        return next((one.per_split for one in times.read() if (one.of, one.threat, one.model_sha256) == key), None)
+
     @cached_property
     def difference(self) -> tuple[Fraction | None, Fraction | None]:
         """Measured minus published, clean and certified; None where one of both is not known."""
@@ -135,6 +142,7 @@ class FilledRow:
             "difference": {"clean": clean, "certified": certified},
             "verdict": str(self.verdict),
             "why": self.why,
+            "seconds": self.seconds,
             "trained": None if self.trained is None else plain(self.trained),
             "command": self.command,
         }

@@ -7,6 +7,7 @@ is counted from records here too. ``benchmarks/rows.py`` makes the file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -71,6 +72,11 @@ class TrainedRow:
     def clean(self) -> int:
         """How many answers are right."""
         return self.certified + self.verdicts.count(RIGHT)
+
+
+def folder_name(command: str) -> str:
+    """The run folder of a row's training, inside that of all such runs."""
+    return hashlib.sha256(command.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

@@ -17,3 +17,8 @@ def interval(ends: tuple[float, float] | list[float]) -> str:
     """Two fractions in percent: ``60.89 to 62.80``."""
     low, high = ends
     return f"{percent(low)} to {percent(high)}"
+
+
+def plural(count: int, thing: str) -> str:
+    """``1 pixel``, ``4 pixels``."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"

@@ -46,9 +46,12 @@ def cells(one: FilledRow, table: FilledTable) -> dict[str, str]:
         }
     if any(other.row.published and other.row.published.seconds for other in table.rows):
         found["published seconds"] = number(published.seconds)
-        if unit := next((other.row.published for other in table.rows if other.row.name == table.table.seconds_of), None):
-            share = published.seconds and unit.seconds and f"{published.seconds / unit.seconds:.2f}"
-            found[f"published seconds / {table.table.seconds_of}"] = share or NOT_KNOWN
+        found["seconds of one core"] = NONE if one.seconds is None else f"{one.seconds:.0f}"
+        for unit in (other for other in table.rows if other.row.name == table.table.seconds_of):
+            assert unit.row.published is not None
+            name = f"seconds / {table.table.seconds_of}"
+            found[f"published {name}"] = ratio(published.seconds, unit.row.published.seconds, NOT_KNOWN)
+            found[name] = ratio(one.seconds, unit.seconds, NONE)
     if table.table.training:
         found |= {"published training": published.training or NOT_KNOWN, "training": training(one)}
     return found
@@ -69,6 +72,11 @@ def pair(clean: float | None, certified: float | None) -> str:
 def number(value: float | None) -> str:
     """A number, or that it is not known."""
     return NOT_KNOWN if value is None else f"{value:g}"
+
+
+def ratio(seconds: float | None, unit: float | None, otherwise: str) -> str:
+    """One time in units of another: ``0.96``."""
+    return f"{seconds / unit:.2f}" if seconds is not None and unit else otherwise
 
 
 def images(measured: Measurement) -> str:

@@ -181,7 +181,7 @@ def test_a_budget_of_passes_buys_as_many_masks_as_it_can_pay() -> None:
             found for k in range(axis + 1, 33) if len(found := MaskSpec(("patch:5x5",), per_axis=k).masks(32, 32)) > len(made)
         )
         assert more.passes > passes
-    with pytest.raises(UsageError, match="9 passes are too few for masks against patch:5x5. Allow 10 or more"):
+    with pytest.raises(UsageError, match="passes 9 is too few for masks against patch:5x5. Allow 10 or more"):
         MaskSpec(("patch:5x5",), passes=9).masks(32, 32)
 
 
@@ -205,7 +205,7 @@ def test_any_is_the_shape_whose_masks_hide_the_fewest_pixels_within_the_budget()
 def test_any_needs_a_budget_that_some_shape_fits() -> None:
     one_axis = MaskSpec(("patch:5x5",), passes=3, shape="any")
     assert one_axis.chosen(32, 32)[0].shape == "column", "two squares along each axis are ten passes"
-    with pytest.raises(UsageError, match="2 passes are too few for masks against patch:5x5. Allow 10 or more"):
+    with pytest.raises(UsageError, match="passes 2 is too few for masks against patch:5x5. Allow 10 or more"):
         replace(one_axis, passes=2).masks(32, 32)
     with pytest.raises(IntegrityError, match="shape any is chosen for a budget, so it needs passes"):
         MaskSpec.read({"covers": ["patch:5x5"], "per_axis": 3, "shape": "any"})

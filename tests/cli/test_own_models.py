@@ -190,7 +190,7 @@ def test_one_picture_and_an_attack(patchcert) -> None:  # type: ignore[no-untype
         (
             "mine:build --defense patchcleanser --patch 9 --passes 5 V C",
             2,
-            "5 passes are too few for masks against patch:9x9.",
+            "passes 5 is too few for masks against patch:9x9.",
         ),
         ("mine:build --defense patchcleanser --patch 2 --masks 90 --data imagefolder:./val@224 C", 2, "more than 4096 masks"),
         ("mine:build D V C --passes 9", 2, "--masks and --passes both choose how many masks there are."),

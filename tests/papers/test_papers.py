@@ -15,10 +15,11 @@ import pytest
 import typer
 
 from patchcert_cli import papers, schema
+from patchcert_cli.cards import weights_sha256
 from patchcert_cli.catalog import bundled
 from patchcert_cli.cli import main
 from patchcert_cli.errors import ClaimError, IntegrityError, UnknownName
-from patchcert_cli.papers import fill, trained
+from patchcert_cli.papers import fill, times, trained
 from patchcert_cli.papers.paper import Paper
 from patchcert_cli.reporting import papers as texts
 from patchcert_cli.threats import parse_threat
@@ -34,7 +35,15 @@ PUBLISHED = {
     "metzen-2021": {COLUMN, (0.86, 0.6), (0.453, 0.227), (0.473, 0.224), (0.479, 0.201)},
     "xiang-2022": {(0.839, 0.621), (0.838, 0.616), (0.837, 0.598), (0.836, 0.594), (0.833, 0.561), (0.816, 0.53), (0.794, 0.538)},
 }
-SECONDS = {"RF 5": 39.0, "RF 7": 40.6, "RF 9": 43.2, "RF 11": 45.9, "RF 13": 48.5, "Column smoothing, band 4": 28.0}
+SECONDS = {
+    "RF 5": 39.0,
+    "RF 7": 40.6,
+    "RF 7, alike": 40.6,
+    "RF 9": 43.2,
+    "RF 11": 45.9,
+    "RF 13": 48.5,
+    "Column smoothing, band 4": 28.0,
+}
 SECONDS |= {"Block smoothing": 788.0}
 
 
@@ -248,7 +257,7 @@ def test_unknown_cells_stay_unknown(filled: dict[str, fill.FilledPaper]) -> None
     cells = {row.row.name: texts.cells(row, table) for row in table.rows}
     assert cells["RF 9"]["published"] == "not known" and cells["RF 9"]["published network"] == "57M parameters"
     assert cells["RF 7"]["published"] == "86.00 / 60.00" and cells["Block smoothing"]["network"] == texts.NONE
-    ratios = {name: row["published seconds / RF 7"] for name, row in cells.items()}
+    ratios = {name: row["published seconds / RF 7, alike"] for name, row in cells.items()}
     assert ratios["RF 5"] == "0.96" and ratios["RF 7"] == "1.00" and ratios["Block smoothing"] == "19.41"
     table = next(one for one in filled["chiang-2020"].tables if one.table.id == "best")
     cells = {row.row.name: texts.cells(row, table) for row in table.rows}
@@ -291,6 +300,31 @@ def test_a_record_that_contradicts_its_card_is_refused(tmp_path: Path) -> None:
         fill.fill(alone, zoo=tmp_path / "zoo")
 
 
+def test_times_are_of_the_weights_here_and_shown_as_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paper = papers.load("metzen-2021")
+    alone = replace(paper, tables=(paper.table("receptive-fields"),))
+    (table,) = fill.fill(alone).tables
+    by_name = {one.row.name: one for one in table.rows}
+    first, other, unit = by_name["RF 5"], by_name["RF 9"], by_name["RF 7, alike"]
+    assert first.card is not None and other.card is not None
+    made = [
+        times.TimedRow(first.row.model, first.row.threat, 500, 9.0, weights_sha256(first.card.files)),
+        times.TimedRow(other.row.model, other.row.threat, 500, 10.0, "0" * 64),
+    ]
+    if unit.without_zoo is not None:
+        made.append(times.TimedRow(unit.row.command, unit.row.threat, 500, 10.0, unit.without_zoo.model_sha256))
+    times.write("a machine", made, tmp_path / "times.json")
+    monkeypatch.setattr(times, "FILE", tmp_path / "times.json")
+    assert (first.seconds, other.seconds) == (180.0, None), "other weights were timed for the second"
+    cell = texts.cells(first, table)
+    assert cell["seconds of one core"] == "180" and cell["published seconds / RF 7, alike"] == "0.96"
+    assert cell["seconds / RF 7, alike"] == (texts.NONE if unit.without_zoo is None else "0.90")
+    assert first.to_dict()["seconds"] == 180.0
+    (tmp_path / "times.json").write_text('{"rows": [{"of": ""}]}')
+    with pytest.raises(IntegrityError, match="has no times"):
+        times.read()
+
+
 def test_a_wrong_file_lists_every_problem() -> None:
     text = (ROOT / "patchcert_cli/papers/levine-2020.yaml").read_text()
     wrong = text.replace("certified: 0.576", "certified: 57.6", 1).replace('threat: "patch:2x12"', 'threat: "patch:x"')
@@ -298,7 +332,7 @@ def test_a_wrong_file_lists_every_problem() -> None:
     with pytest.raises(IntegrityError) as refused:
         Paper.from_text(wrong, "levine.yaml")
     other = (ROOT / "patchcert_cli/papers/metzen-2021.yaml").read_text().replace("seconds_of: RF 7", "seconds_of: RF 1")
-    with pytest.raises(IntegrityError, match="seconds_of: there is no row RF 1 with published seconds"):
+    with pytest.raises(IntegrityError, match="seconds_of: there is no row RF 1, alike with published seconds"):
         Paper.from_text(other, "metzen.yaml")
     for part in (
         "certified is 57.6, not a fraction in [0, 1]",

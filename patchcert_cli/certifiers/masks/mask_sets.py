@@ -129,7 +129,7 @@ class MaskSpec:
         best = self._set(height, width, self._unions(height, width, per_axis=2))
         if best.passes > self.passes:
             raise UsageError(
-                f"{self.passes} passes are too few for masks against {', '.join(map(str, self.covers))}.",
+                f"passes {self.passes} is too few for masks against {', '.join(map(str, self.covers))}.",
                 hint=f"Allow {best.passes} or more.",
             )
         for per_axis in range(3, max(height, width) + 1):

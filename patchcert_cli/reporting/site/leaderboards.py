@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from patchcert_cli.cards import Card, Measured, Published
+from patchcert_cli.reporting.numbers import plural
 from patchcert_cli.threats import KINDS, UNITS, Guarantee, Patch, Patches, PatchPercent, Sparse, Threat
 
 TITLES = {"cifar10": "CIFAR-10", "mnist": "MNIST"}
@@ -138,8 +139,8 @@ def describe(threat: Threat) -> str:
         return f"one square patch of {str(threat).partition(':')[2][:-1]} % of the image, anywhere in it"
     if isinstance(threat, Patches):
         return f"{threat.number} at once, each {describe(threat.each)}"
-    things = "single channel values" if isinstance(threat, Sparse) and threat.unit == "value" else "pixels"
-    return f"any {threat.budget} {things}"
+    thing = "single channel value" if isinstance(threat, Sparse) and threat.unit == "value" else "pixel"
+    return f"any {plural(threat.budget, thing)}"
 
 
 def title(dataset: str) -> str:

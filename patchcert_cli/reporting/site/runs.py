@@ -21,7 +21,7 @@ from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.evaluation import results, run_folder
 from patchcert_cli.reporting import plots
 from patchcert_cli.reporting.figure_style import Look
-from patchcert_cli.reporting.numbers import interval, share
+from patchcert_cli.reporting.numbers import interval, plural, share
 from patchcert_cli.reporting.site.charts import AXES, strength
 from patchcert_cli.reporting.site.leaderboards import difficulty, title
 from patchcert_cli.reporting.site.page import UNSHOWABLE, filled
@@ -266,7 +266,7 @@ def nothing(threat: Threat) -> str:
     if isinstance(threat, PatchPercent):
         return f"no square sticker of {str(threat).partition(':')[2][:-1]} % of the image anywhere"
     if isinstance(threat, Sparse):
-        return f"no change of any {threat.budget} {'colour values' if threat.unit == 'value' else 'pixels'}"
+        return f"no change of any {plural(threat.budget, 'colour value' if threat.unit == 'value' else 'pixel')}"
     return f"no {str(threat).partition(':')[2]} sticker anywhere"
 
 
