@@ -24,7 +24,7 @@ from patchcert_cli.storage import files
 from patchcert_cli.storage.files import CONFIG, INDEX, WEIGHTS, parse_json, refuse_pickle, shard, write_atomically, write_json
 from patchcert_cli.threats import Threat
 
-RESTORE = "Restore the folder; one of the zoo is fetched again by patchcert zoo pull NAME."
+RESTORE = "Restore the file; for a model that comes with patchcert, install patchcert again."
 HALF = (torch.float16, torch.bfloat16)
 FORMAT = 2  # of a configuration
 TOP_ENTRIES_1 = ("masks", "fill", "labels", "threshold")  # of format 1: at the top, and deployed
@@ -203,7 +203,7 @@ def load_defense(
         defense = defenses.build(config["deployed"])
     except (KeyError, TypeError, ValueError, RuntimeError, MemoryError, OverflowError, RecursionError) as problem:
         raise IntegrityError(f"{where}: {' '.join(repr(problem).split())}.", hint=RESTORE) from problem
-    check_fit(defense.state_dict(), tensors, f"'{folder / names[0]}' does not fit its {CONFIG}")
+    check_fit(defense.state_dict(), tensors, f"'{folder / names[0]}' does not fit its {CONFIG}", hint=RESTORE)
     defense.load_state_dict(tensors, strict=True)  # half precision widens without a change
     defense = defense.to(torch.device(device)).eval()
     defense.test_once()
@@ -292,7 +292,7 @@ def weights_for(defense: Defense, folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], otherwise: str, *, hint: str = "") -> None:
+def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], otherwise: str, *, hint: str) -> None:
     """Raise :class:`IntegrityError`, which begins with ``otherwise``, unless names, shapes and kinds of tensors agree."""
     problems = [f"missing {name}" for name in expected if name not in given]
     problems += [f"unexpected {name}" for name in given if name not in expected]

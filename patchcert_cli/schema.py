@@ -140,6 +140,16 @@ def entries(kind: Any) -> list[Entry]:
     return listed
 
 
+def knows(kind: Any) -> bool:
+    """Whether :func:`read` can read a type that is no union and no table: numbers, text, choices, dataclasses, tuples of them."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return knows(arguments[0])
+    if origin is tuple:
+        return all(knows(one) for one in arguments if one is not ...)
+    return bool(_choices(kind)) or (origin is None and (is_dataclass(kind) or kind in WORDS))
+
+
 def allowed(kind: Any) -> str:
     """What a type takes, as text, such as ``a whole number, 1 or more``."""
     origin, arguments = get_origin(kind), get_args(kind)
@@ -182,7 +192,7 @@ def _limited(kind: Any, limits: Sequence[Any], value: Any, at: str, problems: li
     result = _read(kind, value, at, problems)
     if result is MISSING:
         return MISSING
-    refused = [limit for limit in limits if not limit.accepts(result)]
+    refused = [limit for limit in limits if isinstance(limit, Must) and not limit.accepts(result)]
     problems += [f"{at} is {shown(value)}, not {limit.expected}" for limit in refused]
     return MISSING if refused else result
 

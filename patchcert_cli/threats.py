@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from numbers import Integral
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from patchcert_cli.errors import UsageError
@@ -87,7 +88,7 @@ class Threat(Protocol):
 
 def _positive(value: object) -> bool:
     """Whether a value is a whole number of 1 or more."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
 @dataclass(frozen=True)
@@ -302,11 +303,8 @@ def parse_patch(text: str) -> Patch | PatchPercent:
 
 def parse_patches(text: str) -> list[Patch | PatchPercent]:
     """Read patches between commas, each as :func:`parse_patch` reads it or a range of squares: ``1..10``, ``2x5,5x2``."""
-    found: list[Patch | PatchPercent] = []
-    for part in text.split(","):
-        sides = _range(part)
-        found += [parse_patch(part)] if sides is None else [Patch(side, side) for side in sides]
-    return found
+    parts = [(part, _range(part)) for part in text.split(",")]
+    return [one for part, sides in parts for one in ([parse_patch(part)] if sides is None else [Patch(n, n) for n in sides])]
 
 
 def parse_budgets(text: str, unit: str) -> list[Sparse]:
@@ -314,7 +312,9 @@ def parse_budgets(text: str, unit: str) -> list[Sparse]:
     found: list[Sparse] = []
     for part in text.split(","):
         budgets = _range(part)
-        found += [parse_sparse(f"{part}:{unit}")] if budgets is None else [Sparse(k, unit) for k in budgets]
+        if ":" in part:
+            raise UsageError(f"invalid sparse budget '{part}'.", hint="Give the unit with --unit.")
+        found += [Sparse(k, unit) for k in budgets or [parse_sparse(part).k]]
     return found
 
 
@@ -352,7 +352,7 @@ def parse_sparse(text: str) -> Sparse:
     """Read ``10``, ``10:pixel`` or ``10:value``."""
     match = re.fullmatch(r"(\d{1,9})(?::([a-z]+))?", text)
     if not match or int(match[1]) < 1:
-        raise UsageError(f"invalid sparse budget '{text.partition(':')[0]}'.", hint="Use a whole number k from 1 to 999999999.")
+        raise UsageError(f"invalid sparse budget '{text}'.", hint="Use K, K:pixel or K:value, with K from 1 to 999999999.")
     if match[2] not in (None, *UNITS):
         raise UsageError(f"invalid unit '{match[2]}'.", hint=f"Use one of {', '.join(UNITS)}.")
     return Sparse(int(match[1]), match[2] or "pixel")

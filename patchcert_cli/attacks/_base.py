@@ -180,7 +180,8 @@ class Attack(ABC):
         """Project to [0, 1] and refuse what the threat forbids."""
         name = type(self).__name__
         if found.shape != x.shape or bool(found.isnan().any()):
-            raise PatchcertError(f"attack {name} did not return images: shape {tuple(found.shape)}, or not a number.")
+            said = f"attack {name} did not return images: shape {tuple(found.shape)}, or not a number."
+            raise PatchcertError(said, hint="This is a bug of the attack.")
         candidate = found.detach().to(x).clamp(0, 1)
         broken = (~threat.contains(candidate != x)).nonzero()[:, 0]
         if len(broken):

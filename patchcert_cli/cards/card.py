@@ -108,7 +108,7 @@ class Card:
         except FileNotFoundError as problem:
             raise IntegrityError(
                 f"'{folder}' has no model card ({CARD}).",
-                hint="Give the folder of a finished training run, or add the card with patchcert zoo add.",
+                hint="Give the folder of a finished training run.",
             ) from problem
         except (OSError, UnicodeDecodeError) as problem:
             raise IntegrityError(

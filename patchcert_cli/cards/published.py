@@ -28,6 +28,8 @@ from patchcert_cli.threats import Guarantee, Threat
 
 MAX_BYTES = 1 << 29  # after decompression: guards against decompression bombs
 
+MADE_AGAIN = "Certify again with --fresh; for a model that comes with patchcert, install patchcert again."
+
 
 @dataclass(frozen=True)
 class ClaimKey:
@@ -137,11 +139,9 @@ class PublishedRecords:
                 raise ValueError(f"{len(lines)} lines about {len(rows)} images instead of {head.images}")
             return cls(head.model_sha256, head.dataset, head.split, head.claims, rows)
         except FileNotFoundError as problem:
-            raise IntegrityError(f"'{path}' is missing.", hint="Fetch the model again: patchcert zoo pull NAME.") from problem
+            raise IntegrityError(f"'{path}' is missing.", hint=MADE_AGAIN) from problem
         except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, zlib.error) as problem:
-            raise IntegrityError(
-                f"'{path}' holds no published records: {problem}.", hint="Fetch the model again: patchcert zoo pull NAME."
-            ) from problem
+            raise IntegrityError(f"'{path}' holds no published records: {problem}.", hint=MADE_AGAIN) from problem
 
     @classmethod
     def from_runs(
@@ -216,7 +216,7 @@ def check_counts(records: PublishedRecords, at: int, images: int, clean: int, ce
         raise ClaimError(
             f"'{where}': {records.claims[at]} is published with {clean} right and {certified} certified of {images} images,"
             f" but its records have {found[1]} and {found[2]} of {found[0]}.",
-            hint="Fetch the model again: patchcert zoo pull NAME.",
+            hint=MADE_AGAIN,
         )
 
 
@@ -262,12 +262,12 @@ def check_card(records: PublishedRecords, results: Iterable[Measured], where: st
         if not same or (one.dataset, one.split) != (records.dataset, records.split):
             raise ClaimError(
                 f"'{where}' has no records for {one.threat} ({one.method}) on {one.dataset} {one.split}.",
-                hint="Fetch the model again: patchcert zoo pull NAME.",
+                hint=MADE_AGAIN,
             )
         known = records.claims[same[0]].arithmetic or former(defense)
         if one.arithmetic and weakest((one.arithmetic, known)) != one.arithmetic:
             raise ClaimError(
                 f"'{where}': {one.threat} ({one.method}) claims to be {one.arithmetic}, but its records are {known}.",
-                hint="Fetch the model again: patchcert zoo pull NAME.",
+                hint=MADE_AGAIN,
             )
         check_counts(records, same[0], one.images, one.clean, one.certified, f"{where}/{PUBLISHED_RECORDS}")

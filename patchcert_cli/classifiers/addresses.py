@@ -41,6 +41,7 @@ TIMM, HUB, TORCHVISION, ONNX = "timm:", "hf-hub:", "torchvision:", "onnx:"
 OWN = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<function>[A-Za-z_]\w*)")
 FORMS = "timm:NAME, torchvision:NAME, hf-hub:ORG/REPO@COMMIT, onnx:FILE or PACKAGE.MODULE:FUNCTION"
 RANDOM, RANDOM_SOURCE = "none", "random"  # what --weights says for random weights, and where they then come from
+OTHER_WEIGHTS = "Give weights of this architecture."
 AS_FILE = "Or give the weights as a file: --weights FILE.safetensors"
 
 
@@ -230,7 +231,7 @@ def begin_with(network: nn.Module, options: Mapping[str, Any]) -> None:
     def body(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value for name, value in values.items() if not name.startswith(heads)}
 
-    checkpoint.check_fit(body(wanted), body(tensors), misfit)
+    checkpoint.check_fit(body(wanted), body(tensors), misfit, hint=OTHER_WEIGHTS)
     network.model.load_state_dict({**wanted, **body(tensors)}, strict=True)
 
 
@@ -288,7 +289,7 @@ def _of_repository(address: str) -> tuple[str, str, timm.Facts]:
         return repo, revision, replace(timm.described(architecture, facts, said.get("model_args")), repo=repo)
     except (AttributeError, KeyError, TypeError, ValueError) as problem:
         said_ = f"{files.CONFIG} of {repo} does not describe a network of timm: {user_code.line(problem)}."
-        raise IntegrityError(said_, hint="Give weights of this architecture.") from problem
+        raise IntegrityError(said_, hint=f"Use another repository, or {FORMS}.") from problem
 
 
 def _fetch(repo: str, revision: str | None, names: list[str], otherwise: str = AS_FILE) -> tuple[str, Path]:
@@ -307,7 +308,7 @@ def _published(address: str, source: timm.Facts, commit: str, folder: Path, pin:
     tensors, _ = checkpoint.unpack(path, content)
     network, misfit = _built(source, source.outputs), f"the weights of {source.repo} do not fit {source.architecture}"
     tensors = _current(source, network, tensors, misfit)
-    checkpoint.check_fit(network.model.state_dict(), tensors, misfit)
+    checkpoint.check_fit(network.model.state_dict(), tensors, misfit, hint=OTHER_WEIGHTS)
     network.model.load_state_dict(tensors, strict=True)
     note = f"{address}: {source.repo} @ {commit[:7]}, sha256 as the Hub says{pin}"
     made = _described(address, source, network, files.sha256_of(content), "hub", note, source.labels)
@@ -323,7 +324,7 @@ def _current(source: timm.Facts, network: WithPreprocessing, tensors: dict[str, 
     except (RuntimeError, KeyError, ValueError, TypeError) as problem:
         raise IntegrityError(
             f"{misfit}: {user_code.line(problem)}.",
-            hint="It is to take images [B, C, H, W] in [0, 1] and to return logits [B, K].",
+            hint=OTHER_WEIGHTS,
         ) from problem
 
 
@@ -339,7 +340,9 @@ def _given(address: str, source: timm.Facts, weights: str) -> Classifier:
     heads = [tensors[name] for head in source.heads for name in (f"{head}.weight", f"{head}.bias") if name in tensors]
     count = len(heads[0]) if heads and heads[0].ndim else source.outputs
     network = _built(source, count)
-    checkpoint.check_fit(network.model.state_dict(), tensors, f"'{path}' does not fit timm's {source.architecture}")
+    checkpoint.check_fit(
+        network.model.state_dict(), tensors, f"'{path}' does not fit timm's {source.architecture}", hint=OTHER_WEIGHTS
+    )
     network.model.load_state_dict(tensors, strict=True)
     return _described(address, source, network, files.sha256_of(content), "file", f"{address}: weights in '{path}'", ())
 

@@ -34,7 +34,7 @@ def user(address: str, module: str, function: str, weights: str | None) -> Class
         tensors, _ = checkpoint.unpack(Path(str(weights)))
         expected = _state(address, made)
         tensors = checkpoint.renamed(expected, tensors)
-        checkpoint.check_fit(expected, tensors, f"'{weights}' does not fit {address}")
+        checkpoint.check_fit(expected, tensors, f"'{weights}' does not fit {address}", hint="Give weights of this network.")
         made.load_state_dict(tensors, strict=True)
     if said == user_code.NOTHING:
         said = user_code.stated(address, made)

@@ -118,7 +118,9 @@ def built(name: str, member: Any | None, tensors: Mapping[str, Tensor], where: s
     if hasattr(network, "transform_input"):
         raise UsageError(f"{name} changes its images as its weights want it.", hint=f"Name them: torchvision:{name}@WEIGHTS")
     given = checkpoint.renamed(network.state_dict(), tensors)
-    checkpoint.check_fit(network.state_dict(), given, f"'{where}' does not fit torchvision's {name}")
+    checkpoint.check_fit(
+        network.state_dict(), given, f"'{where}' does not fit torchvision's {name}", hint="Give weights of this architecture."
+    )
     network.load_state_dict(given, strict=True)
     return cast(nn.Module, network)
 

@@ -245,13 +245,13 @@ def _checked(pixels: Tensor, labels: Tensor, facts: Dataset, split: str, source:
     if tuple(pixels.shape[1:]) != facts.shape or labels.ndim != 1 or len(pixels) != len(labels) or not len(labels):
         raise DataError(
             f"{facts.name} {split} data in '{source}' has shape {tuple(pixels.shape)}, not n x {facts.shape}.",
-            hint="The files are not those of this data set: fetch them again with --download.",
+            hint=f"Put the files of {facts.name} there, or fetch them into another folder with --data-dir and --download.",
         )
     labels = labels.long()
     if int(labels.max()) >= len(facts.classes):
         raise DataError(
             f"{facts.name} {split} data in '{source}' has label {int(labels.max())}, not 0 to {len(facts.classes) - 1}.",
-            hint="The files are not those of this data set: fetch them again with --download.",
+            hint=f"Put the files of {facts.name} there, or fetch them into another folder with --data-dir and --download.",
         )
     return Images(pixels, labels, torch.arange(len(labels)), facts.name, split, source, classes=facts.classes)
 

@@ -10,7 +10,7 @@ Shapes: B images, C channels, H x W pixels, K classes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, ClassVar, TypeVar, final
@@ -90,6 +90,7 @@ class Defense(nn.Module, ABC):
         """
         self.check_proves()
         self.check_input(x)
+        claims = list(claims) if isinstance(claims, Iterable) else [claims]
         if strange := [claim for claim in claims if not isinstance(claim, Claim)]:
             raise UsageError(f"{strange[0]!r} is not a claim.", hint="Give Claim(Patch(5, 5)), or call certify with one threat.")
         named = [replace(claim, method=self.check_method(claim.method)) for claim in claims]
@@ -102,9 +103,6 @@ class Defense(nn.Module, ABC):
         self.test_once()
         proofs = self._certify(x, named)
         for proof in proofs:
-            if len(x) and int(proof.answer.max()) >= len(self.classes):
-                said = f"the network answers with class {int(proof.answer.max())}, but only {len(self.classes)} are named."
-                raise UsageError(said, hint="Name all classes of the network.")
             if proof.margin.dtype != torch.float64 or proof.margin.shape != proof.answer.shape or len(proof.answer) != len(x):
                 raise PatchcertError(
                     f"{type(self).__name__} returned a proof of shape {tuple(proof.margin.shape)}, {proof.margin.dtype}.",
@@ -121,6 +119,8 @@ class Defense(nn.Module, ABC):
         """Raise unless a proof has the sets and the ranking that its claim asks for, and its answer in each of them."""
         batch, classes = len(proof.answer), len(self.classes)
         problems = []
+        if batch and max(int(proof.answer.max()), int(proof.runner_up.max())) >= classes:
+            problems.append(f"a class that is not among {classes}")
         if claim.forced:
             shape, held = (batch, claim.threat.count(*self.input_shape[1:]), classes), proof.forced
             if held is None or held.dtype != torch.bool or held.shape != shape:
@@ -272,8 +272,9 @@ class Defense(nn.Module, ABC):
         if x.ndim != 4 or tuple(x.shape[1:]) != self.input_shape:
             raise DataError(f"images of shape {tuple(x.shape[1:])} do not fit this model.", hint=f"It takes {self.input_shape}.")
         if len(x) and not bool(((x >= 0) & (x <= 1)).all()):  # also refuses NaN
-            what = "pixels that are not a number." if bool(x.isnan().any()) else "pixels outside [0, 1]."
-            raise DataError(what, hint="Divide 8-bit images by 255; normalization lives inside the model.")
+            if bool(x.isnan().any()):
+                raise DataError("pixels that are not a number.", hint="Look for a division by 0 where the images are made.")
+            raise DataError("pixels outside [0, 1].", hint="Divide 8-bit images by 255; normalization lives inside the model.")
 
 
 class MarginMaps(ABC):

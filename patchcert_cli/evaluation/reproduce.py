@@ -99,7 +99,7 @@ def _check_subject(task: EvaluationTask, published: PublishedRecords) -> None:
         raise IntegrityError(
             f"the published records are about other weights (sha256 {published.model_sha256[:12]}…,"
             f" not {task.model.sha256[:12]}…).",
-            hint="Fetch the model again: patchcert zoo pull NAME.",
+            hint="Install patchcert again, or give --records the file of these weights.",
         )
     if (published.dataset, published.split) != (task.images.name, task.images.split):
         raise DataError(
@@ -110,7 +110,7 @@ def _check_subject(task: EvaluationTask, published: PublishedRecords) -> None:
     if missing:
         raise DataError(
             f"the published records lack {len(missing)} of the images (indices {shown(missing)}).",
-            hint="Use --limit with fewer images.",
+            hint="Use --limit, or the images that were certified.",
         )
 
 

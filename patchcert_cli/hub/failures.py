@@ -45,7 +45,7 @@ def translate_errors(repo: str) -> Iterator[None]:
                 raise IntegrityError(message, hint="Type the command again.") from problem
             raise HubError(
                 f"{reason(problem, repo)} ({constants.ENDPOINT}).",
-                hint="Check the network, then type the command again: what was fetched is kept.",
+                hint=_advice(problem, repo),
             ) from problem
 
 
@@ -161,6 +161,15 @@ def reason(problem: BaseException, repo: str) -> str:
         return "the server is not a Hub"
     message, kind = first_line(problem), type(problem).__name__
     return f"fetching {repo} failed: {kind}{'' if message == kind else ': ' + message}"
+
+
+def _advice(problem: BaseException, repo: str) -> str:
+    """What to do next."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(problem, errors.HfHubHTTPError | errors.HFValidationError):  # the Hub was reached, or the name is wrong
+        return f"Look at {constants.ENDPOINT}/{repo}."
+    return "Check the network, then type the command again: what was fetched is kept."
 
 
 def _refusal(repo: str, status: int) -> str:

@@ -6,7 +6,7 @@ import inspect
 import types
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -14,6 +14,8 @@ from patchcert_cli import registry, schema
 from patchcert_cli.errors import IntegrityError, UsageError, first_line
 
 SIZES = ("input_shape", "classes")  # what build takes from the data set: no options
+GIVEN = (*SIZES, "mean", "std")  # what it always gets
+CORRECT = "Correct network.options in its config.json."
 
 
 def _module(name: str) -> ModuleType:
@@ -37,15 +39,13 @@ def names() -> list[str]:
 def build(name: str, options: Mapping[str, Any]) -> nn.Sequential:
     """Build network ``name`` with freshly initialized weights; every option is a keyword of its ``build``."""
     module = _module(name)
-    if wrong := problems(name, {key: value for key, value in options.items() if key not in SIZES}):
-        raise IntegrityError(
-            f"network '{name}' cannot be built from its options: {' '.join(wrong)}", hint="See --network-option."
-        )
+    if wrong := problems(name, {key: value for key, value in options.items() if key not in GIVEN}):
+        raise IntegrityError(f"network '{name}' cannot be built from its options: {' '.join(wrong)}", hint=CORRECT)
     try:
         return cast(nn.Sequential, module.build(**listed(name, options)))
     except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as problem:
         raise IntegrityError(
-            f"network '{name}' cannot be built from its options: {first_line(problem)}", hint="See --network-option."
+            f"network '{name}' cannot be built from its options: {first_line(problem)}", hint=CORRECT
         ) from problem
 
 
@@ -76,21 +76,27 @@ def expanded(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def problems(name: str, options: Mapping[str, Any]) -> list[str]:
     """What is wrong with options of network ``name``: unknown ones, and values of another type or beyond their limits."""
-    kinds = get_type_hints(_module(name).build, include_extras=True)
-    known = {key: kind for key, kind in kinds.items() if key not in (*SIZES, "return")}
-    shown = ", ".join(sorted((known.keys() - {"mean", "std"}) | shorthands(name).keys()))  # these two come with the data set
-    found = [f"network '{name}' has no option '{key}'; known: {shown}." for key in options if key not in known]
-    wrong: list[str] = []
+    build_function = _module(name).build
+    parameters, kinds = inspect.signature(build_function).parameters, get_type_hints(build_function, include_extras=True)
+    named = {key: one for key, one in parameters.items() if key not in SIZES and one.kind is not one.VAR_KEYWORD}
+    shown = ", ".join(sorted((named.keys() - {"mean", "std"}) | shorthands(name).keys()))  # these two come with the data set
+    found: list[str] = []
+    if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        found = [f"network '{name}' has no option '{key}'; known: {shown}." for key in options if key not in named]
+    defaults_ = defaults(name)
     for key, value in listed(name, options).items():
-        kind = known.get(key, Any)
-        if get_origin(kind) is Sequence:
-            kind = types.GenericAlias(tuple, (*get_args(kind), ...))
-        if get_origin(kind) not in (Union, types.UnionType):  # a table
+        kind = _as_tuple(kinds.get(key, Any))
+        if key in named and schema.knows(kind) and not (key in defaults_ and value == defaults_[key]):
             try:
                 schema.read(kind, value, f"network option {key}")
             except schema.Invalid as invalid:
-                wrong += invalid.problems
-    return found + [f"{text}." for text in wrong]
+                found += [f"{text}." for text in invalid.problems]
+    return found
+
+
+def _as_tuple(kind: Any) -> Any:
+    """An annotated list as what a file's list is read as."""
+    return types.GenericAlias(tuple, (*get_args(kind), ...)) if get_origin(kind) is Sequence else kind
 
 
 def defaults(name: str) -> dict[str, Any]:

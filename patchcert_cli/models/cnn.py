@@ -29,7 +29,7 @@ def build(
     """
     layers: list[nn.Module] = [Normalize(mean, std)]
     before = input_shape[0]
-    for after, stride in stages(channels=channels, strides=strides):
+    for after, stride in stages(channels=channels, strides=strides) if channels or strides else ():
         layers += [nn.Conv2d(before, after, 3 if stride == 1 else 4, stride, 1)]
         layers += [*([nn.BatchNorm2d(after)] if norm else []), nn.ReLU()]
         before = after

@@ -234,6 +234,4 @@ def build(
     pixel (0, 0) differs from a black one (0, 1). Activations of the deployed network have ``bits`` bits.
     """
     plan = cast(list[tuple[int, int, int]], stages(widths=widths, blocks=blocks, strides=strides))
-    if not plan:
-        raise ValueError("there are no stages; give each a width, a number of blocks and a stride")
     return ResNet(input_shape, classes, plan, bits)

@@ -100,7 +100,7 @@ def _read(path: Path, changed: int) -> tuple[TrainedRow, ...]:
         return schema.read(_File, json.loads(path.read_bytes())).rows
     except (ValueError, OSError) as problem:
         raise IntegrityError(
-            f"'{path}' has no rows of papers: {problem}.", hint="Correct the file, or leave the option out."
+            f"'{path}' has no rows of papers: {problem}.", hint="Make it again: python benchmarks/rows.py."
         ) from problem
 
 

@@ -46,12 +46,15 @@ def cells(one: FilledRow, table: FilledTable) -> dict[str, str]:
         }
     if any(other.row.published and other.row.published.seconds for other in table.rows):
         found["published seconds"] = number(published.seconds)
-        found["seconds of one core"] = NONE if one.seconds is None else f"{one.seconds:.0f}"
+        timed = any(other.seconds is not None for other in table.rows)
+        if timed:
+            found["seconds of one core"] = NONE if one.seconds is None else f"{one.seconds:.0f}"
         for unit in (other for other in table.rows if other.row.name == table.table.seconds_of):
             assert unit.row.published is not None
             name = f"seconds / {table.table.seconds_of}"
             found[f"published {name}"] = ratio(published.seconds, unit.row.published.seconds, NOT_KNOWN)
-            found[name] = ratio(one.seconds, unit.seconds, NONE)
+            if timed:
+                found[name] = ratio(one.seconds, unit.seconds, NONE)
     if table.table.training:
         found |= {"published training": published.training or NOT_KNOWN, "training": training(one)}
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -303,12 +303,23 @@ def _claim(folder: Path, config: dict[str, Any]) -> None:
     before, now = files.read_json(path).get("recipe", {}), config["recipe"]
     if before:  # what an older run does not mention has its default
         before = Recipe.from_dict(before).to_dict()
-    changed = [f"{key} {shown(before.get(key))}, not {shown(value)}" for key, value in now.items() if before.get(key) != value]
+    changed = list(_differences(before, now))
     if changed:
         raise UsageError(
             f"'{folder}' was made with other settings ({'; '.join(changed)}).",
             hint="Use another --out, or --fresh to start over.",
         )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    """Each entry that differs, those of tables one by one."""
+    for key, value in now.items():
+        old = before.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            yield from _differences(old, value, f"{within}{key}.")
+        elif old != value:
+            yield f"{within}{key} {shown(old)}, not {shown(value)}"
+    yield from (f"{within}{key} {shown(before[key])}, not given" for key in before.keys() - now.keys() if within)
 
 
 def _kept_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:

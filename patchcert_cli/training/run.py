@@ -45,7 +45,9 @@ def begin(recipe: Recipe) -> Beginning:
     try:
         beginning = Beginning.of(recipe)
     except IntegrityError as problem:  # of a file it would be; here it is what the user typed
-        raise UsageError(problem.message, hint=problem.hint or "See --network-option.") from problem
+        raise UsageError(
+            problem.message, hint="See --network-option." if problem.hint in ("", models.CORRECT) else problem.hint
+        ) from problem
     initial = None
     if recipe.start:
         hash_of_start(recipe.start, recipe.start_sha256)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import combinations_with_replacement, product
 
 import pytest
 import torch
+from torch import nn
 
 from patchcert_cli.certifiers.masks import mask_sets
 from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage, MaskSet, MaskSpec, axis_masks
+from patchcert_cli.defenses.patchcleanser import PatchCleanser
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.threats import Threat, parse_threat
 
@@ -250,6 +253,27 @@ def test_masks_that_together_hide_the_whole_image_are_refused(threat: str) -> No
     found = MaskSpec((threat,), per_axis=3).masks(8, 8)
     assert found.most_hidden < 64
     found.cover(parse_threat(threat))
+
+
+@pytest.mark.parametrize(
+    ("plan", "together"),
+    [
+        (MaskSpec(("patch:2x2",), per_axis=2, shape="column"), True),
+        (MaskSpec(("patch:2x2",), per_axis=4, shape="column"), False),
+        (MaskSpec(("patch:2x2",), per_axis=2), False),
+        (MaskSpec(("patches:2:3x3",), per_axis=2), True),
+    ],
+)
+def test_pairs_of_masks_that_hide_the_whole_image(plan: MaskSpec, together: bool) -> None:
+    found = plan.masks(8, 8)
+    every = [bool((one | other).all()) for one in found.occluded for other in found.occluded]
+    assert found.pair_hides_all is any(every) is together
+    made = partial(PatchCleanser, nn.Flatten(), input_shape=(1, 8, 8), classes=("a", "b"), masks=plan, fill=(0.5,))
+    if together:
+        with pytest.raises(UsageError, match="two masks of .* together hide all of a 8x8 image. Cover a smaller patch"):
+            made()
+    else:
+        assert made().set.passes == found.passes
 
 
 def test_too_many_masks_are_refused() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import types
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchcert_cli import defenses, models
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
@@ -275,3 +277,53 @@ def test_whitened_windows_are_white_and_fusing_changes_nothing() -> None:
         scorer.fuse()
         assert torch.equal(scorer.stages[0].whitening, torch.eye(18))
         assert torch.allclose(scorer(x[:5]), before, atol=1e-5)
+
+
+def _plugin(monkeypatch: pytest.MonkeyPatch, build_function: Any) -> None:
+    module = types.SimpleNamespace(__name__="outside", build=build_function)
+    monkeypatch.setattr(models, "_module", lambda name: module)
+
+
+def test_networks_of_other_packages_need_no_annotations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in docs/extending/network.md: mean and std have none, and neither need options."""
+
+    def made(
+        *, input_shape, classes, width: int = 32, hidden: Sequence[int] = (255,), scale=None, sizes: list[int] = (), mean, std
+    ):  # type: ignore[no-untyped-def]
+        return nn.Sequential(nn.Flatten(), nn.Linear(width, classes))
+
+    _plugin(monkeypatch, made)
+    given = {"input_shape": (1, 2, 2), "classes": 3, "mean": [0.1], "std": [0.2], "sizes": [1, 2], "scale": "any"}
+    assert models.build("outside", given)[1].out_features == 3
+    assert models.problems("outside", {"width": 4, "hidden": 5, "scale": None, "sizes": [3]}) == []
+    assert models.problems("outside", {"width": "x"}) == ["network option width is 'x', not a whole number."]
+    with pytest.raises(IntegrityError, match="has no option 'depth'; known: hidden, scale, sizes, width"):
+        models.build("outside", {**given, "depth": 3})
+
+
+def test_networks_of_other_packages_may_take_any_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(*, input_shape: Sequence[int], classes: int, width: Annotated[int, "pixels"] = None, **options: Any) -> nn.Module:  # type: ignore[assignment]  # noqa: RUF013
+        return nn.Sequential(nn.Flatten(), nn.Linear(4, classes))
+
+    _plugin(monkeypatch, made)
+    assert models.problems("outside", {"width": None, "depth": [1, "x"]}) == [], "a default may be of another type"
+    assert models.problems("outside", {"width": 1.5}) == ["network option width is 1.5, not a whole number."]
+    models.build("outside", {"input_shape": (1, 2, 2), "classes": 3, "mean": [0.1], "std": [0.2], "depth": 2})
+
+
+@pytest.mark.parametrize(("name", "bits"), [("region", 1), ("region", 16), ("resnet", 1), ("resnet", 16)])
+def test_limits_of_bits_are_those_that_can_be_frozen(name: str, bits: int) -> None:
+    small = {
+        "region": {"widths": [4], "kernels": [3], "dilations": [1], "mixes": [1]},
+        "resnet": {"widths": [4], "blocks": [1], "strides": [1]},
+    }
+    options = {**small[name], "bits": bits, "input_shape": (3, 8, 8), "classes": 2, "mean": [0.5] * 3, "std": [0.25] * 3}
+    network = next(part for part in models.build(name, options).modules() if hasattr(part, "freeze"))
+    frozen, _ = network.eval().freeze(torch.float64)
+    assert isinstance(frozen, nn.Module)
+
+
+def test_a_network_of_stages_needs_a_stage() -> None:
+    options = {"widths": [], "kernels": [], "dilations": [], "mixes": [], "input_shape": (3, 8, 8), "classes": 2}
+    with pytest.raises(IntegrityError, match="there are no stages"):
+        models.build("region", {**options, "mean": [0.5] * 3, "std": [0.25] * 3})

@@ -276,6 +276,10 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="made with other settings .*seed 0, not 5.*--fresh"):
         loop.train(replace(TINY, epochs=1, seed=5), images(), tmp_path / "run")
     assert digest(tmp_path / "run") == before
+    options = {"natural_epochs": 0, "ramp_epochs": 2, "bounded_epochs": 1}
+    changed = replace(TINY, epochs=1, network_options={"hidden": [4]}, options=options)
+    with pytest.raises(UsageError, match=r"\(network_options.hidden \[12\], not \[4\]; options.ramp_epochs 1, not 2\)"):
+        loop.train(changed, images(), tmp_path / "run")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match="not empty"):

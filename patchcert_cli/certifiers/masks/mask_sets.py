@@ -248,6 +248,14 @@ class MaskSet:
         """The pixels that the largest mask hides."""
         return int(self.occluded.flatten(1).sum(dim=1).max())
 
+    @property
+    def pair_hides_all(self) -> bool:
+        """Whether some two masks together hide the whole image."""
+        if 2 * self.most_hidden < self.height * self.width:
+            return False
+        left = (~self.occluded).flatten(1).float()
+        return bool((left @ left.T == 0).any())  # sums of products of 0 and 1, exact in float32 up to 2^24 pixels
+
     @cached_property
     def occluded(self) -> Tensor:
         """bool [M, H, W], what each mask hides; shared, not to be written to."""
@@ -279,13 +287,13 @@ class MaskSet:
         if not bool(found.by.any(dim=1).all()):
             raise UnsupportedThreat(
                 f"the {len(self)} masks of this model do not cover {threat}.",
-                hint=f"Choose masks that do: --masks {PER_AXIS}, or masks.covers in its config.json, for example ['{threat}'].",
+                hint=f"Choose masks that do, with --masks, or with masks.covers in its config.json, for example ['{threat}'].",
             )
         return found
 
 
 def _nothing_left(covers: str, height: int, width: int) -> UsageError:
-    hint = "Cover a smaller patch or fewer pixels, or use more masks along each axis."
+    hint = "Cover a smaller patch or fewer pixels, or allow more masks: more along each axis, or more passes."
     return UsageError(f"masks against {covers} hide all of a {height}x{width} image.", hint=hint)
 
 

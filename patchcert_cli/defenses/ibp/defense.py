@@ -26,7 +26,7 @@ from patchcert_cli.defenses._training import Options, Trainable, TrainingStep
 from patchcert_cli.defenses.ibp import losses, regularizers
 from patchcert_cli.defenses.ibp.guide import Guide
 from patchcert_cli.defenses.ibp.options import IntervalOptions
-from patchcert_cli.errors import IntegrityError, MachineError, UnsupportedThreat
+from patchcert_cli.errors import IntegrityError, MachineError, UnsupportedThreat, UsageError
 from patchcert_cli.layers.precision import first_largest, plain_sums
 from patchcert_cli.layers.supported_layers import rebuilt
 from patchcert_cli.threats import Patch, PatchPercent, Sparse, Threat
@@ -75,14 +75,16 @@ class IntervalDefense(Trainable):
         self.check_input(x)
         return self._predict(rebuilt(self.network, torch.float64), x)
 
-    @staticmethod
-    def _predict(exact: nn.Module, x: Tensor) -> Tensor:
+    def _predict(self, exact: nn.Module, x: Tensor) -> Tensor:
         with plain_sums():
             logits: Tensor = exact(x.double())
         if logits.ndim != 2:
             raise UnsupportedThreat(
                 f"logits of shape {tuple(logits.shape)} are not [B, K].", hint="End the network with Flatten."
             )
+        if logits.shape[1] != len(self.classes):
+            said = f"the network has {logits.shape[1]} outputs, and {len(self.classes)} classes are named."
+            raise UsageError(said, hint="Name one class for each output.")
         return first_largest(logits)
 
     def group(self, claims: Sequence[Claim]) -> int:
