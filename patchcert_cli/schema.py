@@ -141,7 +141,7 @@ def entries(kind: Any) -> list[Entry]:
 
 
 def knows(kind: Any) -> bool:
-    """Whether :func:`read` can read a type that is no union and no table: numbers, text, choices, dataclasses, tuples of them."""
+    """Whether :func:`read` can read a type: numbers, text, choices, dataclasses and tuples of them; of unions and tables no."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return knows(arguments[0])

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from patchcert_cli.certifiers.masks.double_masking import Table
 from patchcert_cli.certifiers.masks.exact_predictions import ExactMaskedPredictor, Predictor
 from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage
 from patchcert_cli.defenses._masked import MaskedClassifier
-from patchcert_cli.errors import UsageError
+from patchcert_cli.threats import Threat
 
 TABLE_ENTRIES = 1 << 23  # of the tables of a group of images, at most
 MAP_BYTES = 1 << 28  # of the maps under single masks of a group of images, at most
@@ -38,18 +37,6 @@ class PatchCleanser(MaskedClassifier):
 
     source = "Xiang, Mahloujifar & Mittal, PatchCleanser, USENIX Security 2022"
     methods = double_masking.METHODS
-
-    def __init__(self, *given: Any, **named: Any) -> None:
-        """See :class:`MaskedClassifier`.
-
-        Raises:
-            UsageError: two masks together hide the whole image: their masked prediction would be the same for every image.
-        """
-        super().__init__(*given, **named)
-        if self.set.pair_hides_all:
-            height, width = self.input_shape[1:]
-            hint = "Cover a smaller patch, or allow more masks: more along each axis, or more passes."
-            raise UsageError(f"two masks of {self.plan.shape} shape together hide all of a {height}x{width} image.", hint=hint)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
@@ -109,6 +96,11 @@ class PatchCleanser(MaskedClassifier):
 
     def passes_per_image(self) -> tuple[int, int]:
         return len(self.set), self.set.passes
+
+    def note(self, threat: Threat) -> str:
+        """What it costs, and whether pairs of its masks leave nothing to see."""
+        nothing = ". Two of these masks hide the whole image, so answers of one class alone can be certified: use more masks"
+        return super().note(threat) + (nothing if self.set.pair_hides_all else "")
 
     def mask_margins(self, x: Tensor) -> Tensor:
         """From all pairs."""
