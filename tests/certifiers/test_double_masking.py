@@ -332,3 +332,18 @@ def test_passes_and_margins_of_an_image_do_not_depend_on_the_others() -> None:
     alone = [told(labels[at : at + 1], logit_margins[at : at + 1]) for at in range(count)]
     assert [list(column) for column in together] == [[one[0] for one in column] for column in zip(*alone, strict=True)]
     assert len(set(together[1])) > 5
+
+
+def test_many_rows_that_fail_one_after_the_other_come_to_an_end() -> None:
+    """The number of pairs doubled with each row once, overflowed after 60 of them, and then nothing was evaluated anymore."""
+    masks = 150
+    half, at = masks // 2 + 1, torch.arange(masks // 2 - 1)
+    labels = torch.ones(1, masks, masks, dtype=torch.int64)
+    labels[0, :half, :half] = 0  # the majority; each other row has its only fault under a mask of its own
+    labels[0, half + at, at] = labels[0, at, half + at] = 0
+    assert answer(table(labels), 3).tolist() == [slow_answer(labels[0].tolist())] == [0]
+    faulty, at = torch.zeros(1, masks, masks, dtype=torch.int64), torch.arange(masks // 2)
+    faulty[0, at, at + masks // 2] = faulty[0, at + masks // 2, at] = 1  # two rows at a time
+    known, by = table(faulty), torch.ones(1, masks, dtype=torch.bool)  # any whole row would do
+    proof = prove(known, answer(known, 3), by, TOLERANCE)
+    assert proof.certified.tolist() == [slow_condition((faulty[0] == 0).tolist(), [set(range(masks))])] == [False]

@@ -113,7 +113,7 @@ def answer(table: Table, classes: int) -> Tensor:
         score = table.towards(result.scatter(0, at, candidate))[at]  # masks that speak against the candidate come first
         number, column = _lowest(torch.where((entries < 0) & open_[:, None], score, torch.inf), size[at])
         table.fill(at[number], row[number], column)
-        size[at[open_]] *= 2
+        size[at[open_]] = (2 * size[at[open_]]).clamp(max=table.masks)  # without a limit it overflows after 60 rows
     return result
 
 
@@ -193,7 +193,7 @@ def prove(table: Table, label: Tensor, by: Tensor, tolerance: float, seen: Tenso
         image, first, second = at[number], pair // table.masks, pair % table.masks
         table.fill(image, first, second)
         seen[image, first, second] = seen[image, second, first] = True
-        size *= 2
+        size = min(2 * size, table.masks**2)
     return _told(table, label, by, certified, seen)
 
 
