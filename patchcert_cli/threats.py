@@ -298,7 +298,7 @@ def parse_patch(text: str) -> Patch | PatchPercent:
         return PatchPercent(Fraction(percent[1]))
     if sides and int(sides[1]) and int(sides[2] or sides[1]):
         return Patch(int(sides[1]), int(sides[2] or sides[1]))
-    raise UsageError(f"invalid patch '{text}'.", hint="Use N, HxW or P%, for example 5, 3x7 or 2%; more than 0, at most 100%.")
+    raise UsageError(f"invalid patch '{text}'.", hint="Use N, HxW or P% up to 100%, for example 5, 3x7 or 2%.")
 
 
 def parse_patches(text: str) -> list[Patch | PatchPercent]:
