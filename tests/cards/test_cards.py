@@ -120,7 +120,7 @@ def broken(card: Card, **changes: Any) -> list[str]:
     with pytest.raises(IntegrityError) as caught:
         Card.from_dict(values)
     assert caught.value.code == 5
-    return str(caught.value).split(" card: ", 1)[1].rstrip(".").split("; ")
+    return caught.value.message.split(" card: ", 1)[1].rstrip(".").split("; ")
 
 
 def test_every_problem_is_listed_at_once(card: Card) -> None:
