@@ -31,7 +31,7 @@ from patchcert_cli.threats import Patch, Threat, parse_threat
 MASKED, FIVE = "cifar-masked-cnn", Patch(5, 5)
 OTHERS = ("cifar-bagcert-rf7", "cifar-smoothing-column", "cifar-ibp-p5", "cifar-ibp-p2")  # timed with the threat of their card
 TEST_IMAGES, KEPT = 10_000, 100  # of the first, how many the file has, in the order of samples
-SQUARES, COLUMNS, ROWS = (2, 3, 4, 5, 6), (4, 7, 14, 28), (7, 14)  # masks along an axis
+SQUARES, COLUMNS, ROWS = (2, 3, 4, 5, 6), (4, 7, 14, 28), (4, 7, 14)  # masks along an axis
 THREE = ((14, "column"), (14, "row"), (4, "square"))  # members of a majority
 SIZES = (1, 2, 3, 4, 6, 7, 8, 9, 10)  # of patches besides 5, with the default number of masks
 

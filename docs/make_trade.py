@@ -85,6 +85,11 @@ class Setting:
         return f"{percent(self.certified / self.images)} ({ends(self.interval)})"
 
 
+def speed(images_per_second: float) -> str:
+    """Two digits, and whole numbers from 10: ``1.5``, ``95``, ``120``."""
+    return f"{images_per_second:.{0 if images_per_second >= 9.95 else 2}{'f' if images_per_second >= 9.95 else 'g'}}"
+
+
 def whole(name: str, threat: str) -> str:
     """What the card says of all test images."""
     found = cards()[name].result(parse_threat(threat))
@@ -135,7 +140,7 @@ def trade_table() -> str:
     ]
     for row in sorted(settings(), key=lambda row: (row.name, row.passes)):
         cells = (row.name, row.masks or "none", row.pairs, str(row.images), row.clean, row.text, row.whole)
-        lines.append(f"| {' | '.join(cells)} | {row.passes:.0f} | {row.speed:.2g} |")
+        lines.append(f"| {' | '.join(cells)} | {row.passes:.0f} | {speed(row.speed)} |")
     return "\n".join(lines)
 
 

@@ -119,7 +119,8 @@ class Defense(nn.Module, ABC):
         """Raise unless a proof has the sets and the ranking that its claim asks for, and its answer in each of them."""
         batch, classes = len(proof.answer), len(self.classes)
         problems = []
-        if batch and max(int(proof.answer.max()), int(proof.runner_up.max())) >= classes:
+        readable = proof.answer.device.type == "cpu"  # elsewhere, reading them would wait for the device
+        if batch and readable and max(int(proof.answer.max()), int(proof.runner_up.max())) >= classes:
             problems.append(f"a class that is not among {classes}")
         if claim.forced:
             shape, held = (batch, claim.threat.count(*self.input_shape[1:]), classes), proof.forced
@@ -273,7 +274,8 @@ class Defense(nn.Module, ABC):
             raise DataError(f"images of shape {tuple(x.shape[1:])} do not fit this model.", hint=f"It takes {self.input_shape}.")
         if len(x) and not bool(((x >= 0) & (x <= 1)).all()):  # also refuses NaN
             if bool(x.isnan().any()):
-                raise DataError("pixels that are not a number.", hint="Look for a division by 0 where the images are made.")
+                said = "pixels outside [0, 1]: some are not a number."
+                raise DataError(said, hint="Look for a division by 0 where the images are made.")
             raise DataError("pixels outside [0, 1].", hint="Divide 8-bit images by 255; normalization lives inside the model.")
 
 

@@ -127,9 +127,9 @@ class RegionScorer(nn.Module):
                 f"a receptive field of {self.receptive_field} is larger than the {shape[1]}x{shape[2]} image.",
                 hint=f"Allowed: up to {min(shape[1:])}.",
             )
-        if not 0 <= padding < self.receptive_field:
+        if padding >= self.receptive_field:
             raise UsageError(
-                f"padding {padding} leaves cells that see no pixel of the image, or is below 0.",
+                f"padding {padding} leaves cells that see no pixel of the image.",
                 hint=f"Allowed: 0 to {self.receptive_field - 1}; {self.receptive_field // 2} gives a cell for each pixel.",
             )
         height, width = (side + 2 * padding for side in shape[1:])

@@ -25,8 +25,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SINGLE: list[Threat] = [Patch(1, 1), Sparse(1)]
 
 
-def defense(layers: nn.Sequential, shape: Shape, classes: int = 3) -> IntervalDefense:
-    return IntervalDefense(layers.requires_grad_(False), input_shape=shape, classes=tuple("abcdefg"[:classes])).eval()
+def defense(layers: nn.Sequential, shape: Shape) -> IntervalDefense:
+    layers = layers.requires_grad_(False).eval()
+    names = tuple("abcdefg"[: layers(torch.zeros(1, *shape)).shape[1]])  # one for each output
+    return IntervalDefense(layers, input_shape=shape, classes=names).eval()
 
 
 def dense(first: list[list[float]], bias: list[float], last: list[list[float]], shift: list[float]) -> nn.Sequential:
@@ -56,7 +58,7 @@ def broken(judge: IntervalDefense, x: Tensor, certificate: Certificate) -> list[
 def test_the_certificate_is_about_the_deployed_answer(name: str) -> None:
     layout = LAYOUTS[name]
     for seed in range(2):
-        judge, x = defense(network(name, seed), layout.shape, 4), images(layout.shape, 9, seed)
+        judge, x = defense(network(name, seed), layout.shape), images(layout.shape, 9, seed)
         logits = precision.double(judge.network)(x.double())
         expected = torch.tensor([row.index(max(row)) for row in logits.tolist()])
         for threat in SINGLE if layout.sparse else SINGLE[:1]:
@@ -93,7 +95,7 @@ def test_nothing_is_certified_whose_exact_margin_is_not_positive(threat: Threat)
 def test_a_margin_within_rounding_is_not_certified_and_a_clear_one_is(exponent: int) -> None:
     """The margin is exactly 2**exponent: lost in float64 rounding for -60, and beyond float32 but clear in float64 for -20."""
     layers = dense([[1.0] * 9, [1.0] * 9], [3.0, 3.0], [[1.0, 1.0], [1.0, 1.0]], [2.0**exponent, 0.0])
-    judge, x = defense(layers, (1, 3, 3), 2), images((1, 3, 3), 5)
+    judge, x = defense(layers, (1, 3, 3)), images((1, 3, 3), 5)
     for threat in (Patch(2, 2), Sparse(3)):
         certificate = judge.certify(x, threat)
         assert certificate.prediction.tolist() == [0] * 5
@@ -126,7 +128,7 @@ def test_weights_that_are_no_numbers_never_certify(name: str, value: float) -> N
             layers = network(name)
             list(layers.parameters())[index].view(-1)[at] = value
             for threat in [Patch(2, 2), *([Sparse(2)] if layout.sparse else [])]:
-                judge = defense(layers, layout.shape, 4)
+                judge = defense(layers, layout.shape)
                 judge.trust()  # the self-test refuses them before any proof
                 certificate = judge.certify(x, threat)
                 assert not bool(certificate.certified.any()), (index, at, threat)
@@ -138,7 +140,7 @@ def test_overflow_of_a_hidden_neuron_is_not_certified() -> None:
     """Partial sums overflow float32 to minus infinity, which the ReLU turns into an innocent zero."""
     big = 3e38
     layers = dense([[-big, -big, big, big], [0, 0, 0, 0]], [big / 2, 1.0], [[0, 1.0], [1e-38, 0]], [0, 0])
-    judge = defense(layers, (1, 2, 2), 2)
+    judge = defense(layers, (1, 2, 2))
     x = torch.tensor([[1, 1, 1, 1], [1, 1, 0.9, 0.9], [1, 1, 1, 0.5], [1, 1, 1, 0], [1, 1, 0.5, 0.5]]).reshape(5, 1, 2, 2)
     for threat in SINGLE:
         assert broken(judge, x, judge.certify(x, threat)) == []
@@ -171,7 +173,7 @@ def test_cancelling_batch_norm_is_not_certified_wrongly() -> None:
         wide = intervals.lower_margins(precision.double(layers), x.double(), target, Patch(1, 1)).values[0, 1]
         gaps.append(float(narrow - wide))
         layers[-1].bias[1] = float(narrow + wide) / 2  # type: ignore[index, operator]
-        judge = defense(layers, (1, 1, 1), 2)
+        judge = defense(layers, (1, 1, 1))
         violations += broken(judge, x, judge.certify(x, Patch(1, 1)))
     assert max(gaps) > 1e-4, "no shift was rounded upwards"
     assert violations == []
@@ -233,7 +235,7 @@ def test_a_linear_layer_on_an_image_that_was_not_flattened() -> None:
     last.weight.zero_()
     last.weight[0, 3] = 1
     last.bias.copy_(torch.tensor([0.0, 1.0]))
-    judge, x = defense(layers, (1, 3, 3), 2), torch.zeros(1, 1, 3, 3)
+    judge, x = defense(layers, (1, 3, 3)), torch.zeros(1, 1, 3, 3)
     x[0, 0, 0] = 1
     for threat in SINGLE:
         try:

@@ -43,7 +43,7 @@ def test_a_threat_may_be_given_as_text(made: Defense) -> None:
         (torch.zeros(1, 4, 4), r"one image of shape \(1, 4, 4\) is not a batch. Give x\[None\]"),
         (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), "Give float32 in"),
         (torch.zeros(2, 3, 4, 4), "do not fit this model"),
-        (torch.full((2, 1, 4, 4), float("nan")), "pixels that are not a number"),
+        (torch.full((2, 1, 4, 4), float("nan")), "some are not a number"),
         (torch.full((2, 1, 4, 4), 1.5), "pixels outside"),
     ],
 )

@@ -187,7 +187,7 @@ def test_images_that_do_not_fit_are_refused() -> None:
     task = make_task()
     with pytest.raises(UsageError, match="does not fit a 28x28 image"):
         estimate.evaluation(replace(task, claims=(Claim(Patch(29, 3)),)), Path("x"))
-    with pytest.raises(UsageError, match="--batch-size 0"):
+    with pytest.raises(UsageError, match="--batch-size is 0"):
         replace(task, batch_size=0).check()
     wrong = replace(task.images, pixels=torch.zeros(40, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(DataError, match="takes"):

@@ -123,7 +123,7 @@ def test_no_fault_ever_serves_wrong_content_or_a_traceback(tmp_path: Path, count
         if code == 0:
             assert "sha256 ok" in out, (seed, fault)
         else:
-            assert (out, err.count("\n")) == ("", 1), (seed, fault, err)
+            assert (out, err.count("\n")) == ("", 2), (seed, fault, err)  # the error and its hint
         for path in (home / "hf").rglob("snapshots/*/*"):
             if path.name in card.files and path.is_file():
                 assert files.sha256(path) == card.files[path.name].sha256, (seed, fault)
