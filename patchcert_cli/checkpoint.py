@@ -270,7 +270,7 @@ def _check_size(config: Mapping[str, Any], held: int, where: str) -> None:
     if wanted > held + MODEST:  # fewer missing ones are reported by name later
         raise IntegrityError(
             f"{where} that fits its weights: its network has {wanted} numbers, and they are {held}.",
-            hint=f"Correct {CONFIG}, or fetch the model again: patchcert zoo pull NAME.",
+            hint=RESTORE,
         )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import math
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -265,6 +265,18 @@ def _scalar(kind: type, value: Any, at: str, problems: list[str]) -> Any:
         problems.append(f"{at} is {shown(value)}, not {WORDS[kind]}")
         return MISSING
     return float(value) if kind is float else value
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    """What differs in ``now``, as text; of mappings only the entries that differ."""
+    for key, value in now.items():
+        before = then.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            yield from differences(before, value, f"{within}{key}.")
+        elif before != value:
+            yield f"{within}{key} {shown(before)}, not {shown(value)}"
+    if within:
+        yield from (f"{within}{key} {shown(then[key])}, not None" for key in then if key not in now)
 
 
 @cache

@@ -45,6 +45,7 @@ from patchcert_cli.threats import Guarantee, Threat
 MAX_VALUES, MAX_DEPTH = 20_000, 32  # of the front matter, which may come from an unknown server
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 DEFAULT_LICENSE = "apache-2.0"
+RESTORE = "Restore the card as patchcert wrote it."
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,7 @@ class Card:
                 hint="Give the folder of a finished training run.",
             ) from problem
         except (OSError, UnicodeDecodeError) as problem:
-            raise IntegrityError(
-                f"'{path}' is not readable: {problem}.", hint="Restore the card as patchcert wrote it."
-            ) from problem
+            raise IntegrityError(f"'{path}' is not readable: {problem}.", hint=RESTORE) from problem
         return cls.from_text(text, where=str(path))
 
     @classmethod
@@ -123,7 +122,7 @@ class Card:
         if match is None:
             raise IntegrityError(
                 f"'{where}' is not a model card: it does not begin with YAML between two lines of ---.",
-                hint="Restore the card as patchcert wrote it.",
+                hint=RESTORE,
             )
         try:
             _check_yaml(match[1])
@@ -131,12 +130,12 @@ class Card:
         except (yaml.YAMLError, ValueError, RecursionError) as problem:  # ValueError: an impossible date or number
             raise IntegrityError(
                 f"'{where}' is not a model card: {' '.join(str(problem).split())}.",
-                hint="Restore the card as patchcert wrote it.",
+                hint=RESTORE,
             ) from problem
         if not isinstance(front, dict) or "patchcert" not in front:
             raise IntegrityError(
                 f"'{where}' is not a model card: its front matter has no patchcert table.",
-                hint="Restore the card as patchcert wrote it.",
+                hint=RESTORE,
             )
         card = cls.from_dict(front.pop("patchcert"), where=where)
         expected = page.hub_metadata(card)
@@ -236,9 +235,7 @@ class _Dumper(yaml.SafeDumper):
 
 def _refuse(problems: Sequence[str], where: str) -> None:
     if problems:
-        raise IntegrityError(
-            f"'{where}' is not a valid model card: {'; '.join(problems)}.", hint="Restore the card as patchcert wrote it."
-        )
+        raise IntegrityError(f"'{where}' is not a valid model card: {'; '.join(problems)}.", hint=RESTORE)
 
 
 def weights_of(folder: Path) -> list[str]:

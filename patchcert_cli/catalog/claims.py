@@ -19,6 +19,7 @@ from patchcert_cli.storage import files
 from patchcert_cli.threats import Guarantee, Threat, as_options
 
 MAX_SAMPLE_FILES = 999  # of one card
+MEASURE = "Certify it again: patchcert certify, then patchcert zoo add with --result."
 
 Results = Mapping[str, Mapping[str, Any]]  # results of certify, by the path of their result.json
 
@@ -154,7 +155,7 @@ def check_samples(card: Card, folder: Path) -> None:
         if published.model_sha256 != weights_sha256(card.files):
             raise ClaimError(
                 f"'{folder / one.records}' is about other weights (sha256 {published.model_sha256[:12]}…).",
-                hint="Certify it again: patchcert certify, then patchcert zoo add with --result.",
+                hint=MEASURE,
             )
         at = published.position(one.threat, one.method, one.guarantee)
         check_counts(published, at, one.images, one.clean, one.certified, str(folder / one.records))
@@ -168,13 +169,13 @@ def check_results(card: Card, folder: Path) -> None:
     if files.PUBLISHED_RECORDS not in card.files or not (folder / files.PUBLISHED_RECORDS).is_file():
         raise ClaimError(
             f"'{folder / files.PUBLISHED_RECORDS}' is missing: the measurements of {card.name} have no records.",
-            hint="Certify it again: patchcert certify, then patchcert zoo add with --result.",
+            hint=MEASURE,
         )
     published = PublishedRecords.read(folder / files.PUBLISHED_RECORDS)
     if published.model_sha256 != weights_sha256(card.files):
         raise ClaimError(
             f"the records of {card.name} are about other weights (sha256 {published.model_sha256[:12]}…).",
-            hint="Certify it again: patchcert certify, then patchcert zoo add with --result.",
+            hint=MEASURE,
         )
     check_card(published, card.results, where, card.defense)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from patchcert_cli.cli import show
 from patchcert_cli.cli.options import DataOptions, RunOptions
-from patchcert_cli.errors import DataError, UsageError, on_all_ranks
+from patchcert_cli.errors import UsageError, on_all_ranks
 from patchcert_cli.parallel import workers
 
 if TYPE_CHECKING:
@@ -144,10 +144,9 @@ def _open(model: str | None, claims: Claims, request: DefenseRequest | None, giv
     show.say("\n".join(evaluated.notes))
     if opened.shape != shape:
         if opened.in_folders:  # before an image is opened
-            raise DataError(
-                f"{opened.name} images are {opened.shape}, but {candidate.name} takes {shape}.",
-                hint=f"Choose images with --data; those of a folder are resized with imagefolder:PATH@{shape[1]}x{shape[2]}.",
-            )
+            from patchcert_cli.evaluation.task import other_size
+
+            raise other_size(opened.name, opened.shape, candidate.name, shape)
         return _Opened(opened, evaluated, meant, None)  # the task refuses it, if there are such images
     names = opened.class_names("test")
     outputs = candidate.matched(names, opened, evaluated)

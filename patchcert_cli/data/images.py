@@ -241,17 +241,18 @@ def pixels_of(file: Any) -> Tensor:
 
 
 def _checked(pixels: Tensor, labels: Tensor, facts: Dataset, split: str, source: str) -> Images:
+    hint = f"Put the files of {facts.name} there, or fetch them into another folder with --data-dir and --download."
     pixels = pixels.reshape(len(pixels), *pixels.shape[-3:]) if pixels.ndim == 4 else pixels[:, None]
     if tuple(pixels.shape[1:]) != facts.shape or labels.ndim != 1 or len(pixels) != len(labels) or not len(labels):
         raise DataError(
             f"{facts.name} {split} data in '{source}' has shape {tuple(pixels.shape)}, not n x {facts.shape}.",
-            hint=f"Put the files of {facts.name} there, or fetch them into another folder with --data-dir and --download.",
+            hint=hint,
         )
     labels = labels.long()
     if int(labels.max()) >= len(facts.classes):
         raise DataError(
             f"{facts.name} {split} data in '{source}' has label {int(labels.max())}, not 0 to {len(facts.classes) - 1}.",
-            hint=f"Put the files of {facts.name} there, or fetch them into another folder with --data-dir and --download.",
+            hint=hint,
         )
     return Images(pixels, labels, torch.arange(len(labels)), facts.name, split, source, classes=facts.classes)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from patchcert_cli.cards.results import FORMAT, current_record
 from patchcert_cli.errors import IntegrityError, MachineError, PatchcertError, UsageError
 from patchcert_cli.parallel.workers import Workers
+from patchcert_cli.schema import differences
 from patchcert_cli.storage import files, locks
 from patchcert_cli.storage.files import MANIFEST, RECORDS
 from patchcert_cli.version import __version__
@@ -131,7 +132,7 @@ class Run:
             self.merge()
 
     def _check_same(self, manifest: dict[str, Any]) -> None:
-        changed = list(_differences(manifest, self.identity))
+        changed = list(differences(manifest, self.identity))
         if changed:
             raise UsageError(
                 f"'{self.folder}' was made with other settings ({'; '.join(changed)}).",
@@ -220,15 +221,3 @@ def _parsed(path: Path, whole: bytes) -> dict[int, Record]:
         return {int(line["index"]): line for line in lines}
     except (ValueError, TypeError, LookupError) as problem:
         raise IntegrityError(f"'{path}' is damaged: {problem!r}.", hint="Use --fresh to start over.") from problem
-
-
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> Iterator[str]:
-    """What differs in ``now``, as text; of mappings only the entries that differ."""
-    for key, value in now.items():
-        before = then.get(key)
-        if isinstance(before, Mapping) and isinstance(value, Mapping):
-            yield from _differences(before, value, f"{within}{key}.")
-        elif before != value:
-            yield f"{within}{key} {before!r}, not {value!r}"
-    if within:
-        yield from (f"{within}{key} {then[key]!r}, not None" for key in then if key not in now)

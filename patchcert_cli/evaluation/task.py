@@ -59,6 +59,12 @@ class EvaluatedModel:
         return self.defense.fingerprint() if self.in_front and isinstance(self.defense, WrapsClassifier) else None
 
 
+def other_size(images: str, shape: tuple[int, ...], model: str, wanted: tuple[int, int, int]) -> DataError:
+    """What is raised where images of ``shape`` are given to a model that takes others."""
+    hint = f"Choose images with --data; those of a folder are resized with imagefolder:PATH@{wanted[1]}x{wanted[2]}."
+    return DataError(f"{images} images are {shape}, but {model} takes {wanted}.", hint=hint)
+
+
 @dataclass(frozen=True)
 class EvaluationTask:
     """One evaluation.
@@ -99,10 +105,7 @@ class EvaluationTask:
         """Raise unless images, model and threat fit together."""
         shape = self.model.defense.input_shape
         if tuple(self.images.pixels.shape[1:]) != shape:
-            raise DataError(
-                f"{self.images.name} images are {tuple(self.images.pixels.shape[1:])}, but {self.model.name} takes {shape}.",
-                hint=f"Choose images with --data; those of a folder are resized with imagefolder:PATH@{shape[1]}x{shape[2]}.",
-            )
+            raise other_size(self.images.name, tuple(self.images.pixels.shape[1:]), self.model.name, shape)
         if self.batch_size < 1:
             raise UsageError(
                 f"--batch-size is {self.batch_size}.", hint="Allowed: 1 or more; leave it out for a size that fits the memory."

@@ -79,7 +79,7 @@ def problems(name: str, options: Mapping[str, Any]) -> list[str]:
     build_function = _module(name).build
     parameters, kinds = inspect.signature(build_function).parameters, get_type_hints(build_function, include_extras=True)
     named = {key: one for key, one in parameters.items() if key not in SIZES and one.kind is not one.VAR_KEYWORD}
-    shown = ", ".join(sorted((named.keys() - {"mean", "std"}) | shorthands(name).keys()))  # these two come with the data set
+    shown = ", ".join(sorted((named.keys() - set(GIVEN)) | shorthands(name).keys()))
     found: list[str] = []
     if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
         found = [f"network '{name}' has no option '{key}'; known: {shown}." for key in options if key not in named]

@@ -23,6 +23,7 @@ from patchcert_cli.schema import Count, NonNegative, Positive, Rule
 from patchcert_cli.threats import Guarantee
 
 NOT_KNOWN = "not known"
+EXAMPLES = "Correct the file; those of patchcert_cli/papers/ are examples."
 ENDING = ".yaml"
 
 
@@ -221,18 +222,18 @@ class Paper:
             if not isinstance(values, dict):
                 raise IntegrityError(
                     f"'{where}' is not a paper: it holds no table of names and values.",
-                    hint="Correct the file; those of patchcert_cli/papers/ are examples.",
+                    hint=EXAMPLES,
                 )
             return schema.read(cls, values)
         except yaml.YAMLError as problem:
             raise IntegrityError(
                 f"'{where}' is not a paper: {' '.join(str(problem).split())}.",
-                hint="Correct the file; those of patchcert_cli/papers/ are examples.",
+                hint=EXAMPLES,
             ) from problem
         except schema.Invalid as invalid:
             raise IntegrityError(
                 f"'{where}' is not a valid paper: {invalid}.",
-                hint="Correct the file; those of patchcert_cli/papers/ are examples.",
+                hint=EXAMPLES,
             ) from invalid
 
     def table(self, id_: str) -> Table:

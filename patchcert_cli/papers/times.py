@@ -5,14 +5,12 @@ Seconds travel badly between machines, so tables show them as ratios to a row (`
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from patchcert_cli import schema
 from patchcert_cli.cards.entries import Sha256, Text, ThreatField
-from patchcert_cli.errors import IntegrityError
+from patchcert_cli.papers import kept
 from patchcert_cli.schema import NonNegative, Positive
 from patchcert_cli.storage import files
 
@@ -56,16 +54,8 @@ def read(path: Path | None = None) -> tuple[TimedRow, ...]:
     Raises:
         IntegrityError: the file is damaged.
     """
-    path = path or FILE
-    return _read(path, path.stat().st_mtime_ns) if path.is_file() else ()
-
-
-@lru_cache(maxsize=8)
-def _read(path: Path, changed: int) -> tuple[TimedRow, ...]:
-    try:
-        return schema.read(_File, json.loads(path.read_bytes())).rows
-    except (ValueError, OSError) as problem:
-        raise IntegrityError(f"'{path}' has no times: {problem}.", hint="Make it again: python benchmarks/times.py.") from problem
+    found = kept.read(_File, path or FILE, "python benchmarks/times.py")
+    return found.rows if found else ()
 
 
 def write(machine: str, rows: list[TimedRow], path: Path) -> None:

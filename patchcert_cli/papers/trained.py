@@ -11,14 +11,14 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 from patchcert_cli import schema
 from patchcert_cli.arithmetic import Arithmetic
 from patchcert_cli.cards.entries import Sha256, Text, ThreatField, Training
-from patchcert_cli.errors import IntegrityError
+from patchcert_cli.papers import kept
 from patchcert_cli.schema import Count, Rule
 from patchcert_cli.storage import files
 
@@ -90,18 +90,8 @@ def read(path: Path | None = None) -> tuple[TrainedRow, ...]:
     Raises:
         IntegrityError: the file is damaged.
     """
-    path = path or FILE
-    return _read(path, path.stat().st_mtime_ns) if path.is_file() else ()
-
-
-@lru_cache(maxsize=8)
-def _read(path: Path, changed: int) -> tuple[TrainedRow, ...]:
-    try:
-        return schema.read(_File, json.loads(path.read_bytes())).rows
-    except (ValueError, OSError) as problem:
-        raise IntegrityError(
-            f"'{path}' has no rows of papers: {problem}.", hint="Make it again: python benchmarks/rows.py."
-        ) from problem
+    found = kept.read(_File, path or FILE, "python benchmarks/rows.py")
+    return found.rows if found else ()
 
 
 def write(rows: Iterable[TrainedRow], path: Path) -> None:

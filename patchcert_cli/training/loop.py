@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from patchcert_cli.defenses import Trainable
 from patchcert_cli.errors import IntegrityError, Interrupted, MachineError, UsageError
 from patchcert_cli.parallel.workers import Workers
 from patchcert_cli.progress import Progress, Silent
-from patchcert_cli.schema import shown
+from patchcert_cli.schema import differences
 from patchcert_cli.storage import files, locks
 from patchcert_cli.training import ranks, recipe_files, steps
 from patchcert_cli.training.budget import PLAN, Budget
@@ -303,23 +303,12 @@ def _claim(folder: Path, config: dict[str, Any]) -> None:
     before, now = files.read_json(path).get("recipe", {}), config["recipe"]
     if before:  # what an older run does not mention has its default
         before = Recipe.from_dict(before).to_dict()
-    changed = list(_differences(before, now))
+    changed = list(differences(before, now))
     if changed:
         raise UsageError(
             f"'{folder}' was made with other settings ({'; '.join(changed)}).",
             hint="Use another --out, or --fresh to start over.",
         )
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> Iterator[str]:
-    """Each entry that differs, those of tables one by one."""
-    for key, value in now.items():
-        old = before.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
-            yield from _differences(old, value, f"{within}{key}.")
-        elif old != value:
-            yield f"{within}{key} {shown(old)}, not {shown(value)}"
-    yield from (f"{within}{key} {shown(before[key])}, not given" for key in before.keys() - now.keys() if within)
 
 
 def _kept_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:

@@ -325,7 +325,7 @@ def test_times_are_of_the_weights_here_and_shown_as_ratios(tmp_path: Path, monke
     assert all(one.seconds is not None for one in timed), "python benchmarks/times.py measures them again"
     monkeypatch.setattr(times, "FILE", tmp_path / "times.json")
     (tmp_path / "times.json").write_text('{"rows": [{"of": ""}]}')
-    with pytest.raises(IntegrityError, match="has no times"):
+    with pytest.raises(IntegrityError, match="has no rows of papers.*benchmarks/times.py"):
         times.read()
 
 
