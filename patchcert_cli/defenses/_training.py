@@ -8,21 +8,25 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from patchcert_cli.defenses._base import Defense
+from patchcert_cli.schema import Fraction, Must
 from patchcert_cli.threats import Threat
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes of training images: mirrored left to right with probability 1/2, and moved by up to ``shift`` pixels."""
+    """Random changes of training images; see :class:`AugmentedOptions`."""
 
     flip: bool = False
     shift: int = 0
+    zoom: float = 0.0
+    turn: float = 0.0
+    tint: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,19 +70,25 @@ class Options:
         return 0.0
 
 
+@dataclass(frozen=True)
 class AugmentedOptions(Options):
-    """Options of defenses whose images are changed alike in all epochs; a subclass has the fields ``flip`` and ``shift``.
+    """Options of defenses whose training images are changed at random, alike in all epochs.
+
+    A subclass has the fields ``flip`` (mirror images left to right with probability 1/2) and ``shift`` (move images by up to this
+    many pixels; what comes in from outside is 0), with defaults of its own.
 
     Attributes:
-        flip: mirror images at random.
-        shift: move images by up to this many pixels.
+        zoom: make images larger or smaller by up to this share.
+        turn: rotate images by up to this many degrees.
+        tint: multiply each channel by up to this share more or less, and add as much of the range of values or subtract it.
     """
 
-    flip: bool
-    shift: int
+    zoom: Fraction = 0.0
+    turn: Annotated[float, Must(lambda degrees: 0 <= degrees <= 180, "from 0 to 180")] = 0.0
+    tint: Fraction = 0.0
 
     def augment(self, progress: float, epochs: int) -> Augment:
-        return Augment(flip=self.flip, shift=self.shift)
+        return Augment(**{item.name: getattr(self, item.name) for item in fields(Augment)})
 
 
 @dataclass(frozen=True)

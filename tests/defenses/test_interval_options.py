@@ -75,4 +75,5 @@ def test_the_schedules_of_the_docs_are_recipes(monkeypatch: pytest.MonkeyPatch, 
             main.run()
         captured = capsys.readouterr()
         assert not stop.value.code, f"{command}: {captured.err}"
-    assert all(f"{item.name}:" in (IntervalOptions.__doc__ or "") for item in fields(IntervalOptions))
+    said = "".join(one.__doc__ or "" for one in IntervalOptions.__mro__)
+    assert all(f"{item.name}:" in said for item in fields(IntervalOptions))

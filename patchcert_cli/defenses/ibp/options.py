@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
-from patchcert_cli.defenses._training import Augment, Options
+from patchcert_cli.defenses._training import Augment, AugmentedOptions
 from patchcert_cli.schema import Count, Fraction, Must, NonNegative, Positive, Rule
 
 PICKS = ("auto", "worst", "random", "guided", "mined")
@@ -23,7 +23,7 @@ def _enough_locations(pick: str, locations: int, screened: int) -> Iterator[str]
 
 
 @dataclass(frozen=True)
-class IntervalOptions(Options):
+class IntervalOptions(AugmentedOptions):
     """The schedule of Chiang et al.: clean loss, growing attacker, full attacker, and at the end a bounded loss.
 
     Attributes:
@@ -101,7 +101,7 @@ class IntervalOptions(Options):
 
     def augment(self, progress: float, epochs: int) -> Augment:
         shift = max(self.shift, self.bounded_shift) if self.bounded(progress, epochs) else self.shift
-        return Augment(flip=self.flip, shift=shift)
+        return replace(super().augment(progress, epochs), shift=shift)
 
     def lr_multiplier(self, progress: float, epochs: int) -> float:
         """Constant until the ramp is over, then falling; again, from half, in the bounded phase."""
