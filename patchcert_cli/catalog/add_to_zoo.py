@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from patchcert_cli.catalog.claims import Results, card_with_results, card_with_s
 from patchcert_cli.catalog.resolve import resolve
 from patchcert_cli.errors import IntegrityError, MachineError, UsageError
 from patchcert_cli.storage import files
+
+PLACES = ("--out", "--plot", "--plot-thresholds", "--data-dir", "--json")  # options of certify that name places of one machine
 
 
 def add(
@@ -55,12 +58,27 @@ def add(
     card = replace(
         card,
         name=name,
+        results=tuple(replace(one, command=for_readers(one.command, run, name)) for one in card.results),
+        samples=tuple(replace(one, command=for_readers(one.command, run, name)) for one in card.samples),
         hub=_hub(zoo, name, card.files),
         published=tuple(published) or card.published,
         notes=card.notes if notes is None else notes,
     )
     _copy(found.folder, zoo / name, card, card.render(), records)
     return card
+
+
+def for_readers(command: str, run: Path, name: str) -> str:
+    """The certify command that measured the model in the folder ``run``, as anybody can type it: the model by its ``name``, and
+    no option that names a file or a folder of the machine that ran it."""
+    words, places = shlex.split(command), run.absolute()
+    kept: list[str] = []
+    for at, word in enumerate(words):
+        if word.split("=")[0] in PLACES or (at and words[at - 1] in PLACES):
+            continue
+        own = at > 1 and not word.startswith("-") and Path(word).absolute().name == places.name
+        kept.append(name if own else word)
+    return shlex.join(kept)
 
 
 def source_zoo() -> Path:

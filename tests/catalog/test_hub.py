@@ -233,6 +233,20 @@ def test_add_makes_a_measured_zoo_model(run: Path, tmp_path: Path) -> None:
     assert resolve.resolve("mnist-small", zoo=tmp_path / "new").sha256 == files.sha256(run / files.WEIGHTS)
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "patchcert certify runs/p5 --patch 1..10 --out runs/certify",
+        "patchcert certify --data-dir '/my data' --patch 1..10 ./runs/p5/ --plot=curve.png",
+        "patchcert certify p5 --patch 1..10",
+        "patchcert certify mnist-ibp-p5 --patch 1..10 --json -",
+    ],
+)
+def test_commands_of_a_card_name_the_model_and_no_place_of_the_machine(typed: str) -> None:
+    told = add_to_zoo.for_readers(typed, Path("runs/p5"), "mnist-ibp-p5").split()
+    assert sorted(told) == sorted("patchcert certify mnist-ibp-p5 --patch 1..10".split())
+
+
 def test_add_replaces_only_with_force_and_keeps_the_revision_of_the_same_files(run: Path, tmp_path: Path) -> None:
     zoo = tmp_path / "new"
     card = add_to_zoo.add(run, "x", given(tmp_path, run), to=zoo)
