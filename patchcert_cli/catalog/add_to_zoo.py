@@ -69,7 +69,7 @@ def add(
 
 
 def for_readers(command: str, run: Path, name: str) -> str:
-    """The certify command that measured the model in the folder ``run``, as anybody can type it: the model by its ``name``, and
+    """The certify command that measured the model in the folder ``run``, as a reader can type it: the model by its ``name``, and
     no option that names a file or a folder of the machine that ran it."""
     words, places = shlex.split(command), run.absolute()
     kept: list[str] = []

@@ -244,7 +244,7 @@ def test_add_makes_a_measured_zoo_model(run: Path, tmp_path: Path) -> None:
 )
 def test_commands_of_a_card_name_the_model_and_no_place_of_the_machine(typed: str) -> None:
     told = add_to_zoo.for_readers(typed, Path("runs/p5"), "mnist-ibp-p5").split()
-    assert sorted(told) == sorted("patchcert certify mnist-ibp-p5 --patch 1..10".split())
+    assert sorted(told) == sorted(["patchcert", "certify", "mnist-ibp-p5", "--patch", "1..10"])
 
 
 def test_add_replaces_only_with_force_and_keeps_the_revision_of_the_same_files(run: Path, tmp_path: Path) -> None:

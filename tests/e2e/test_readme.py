@@ -22,6 +22,7 @@ README = (ROOT / "README.md").read_text()
 COMPACT = (
     "cifar-bagcert-rf7",
     "cifar-bagcert-rf7-768",
+    "cifar-bagcert-rf7-balanced",
     "cifar-bagcert-rf7-framed",
     "cifar-bagcert-rf7-wide",
     "cifar-ibp-p2",

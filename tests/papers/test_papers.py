@@ -43,7 +43,7 @@ SECONDS = {
     "RF 9": 43.2,
     "RF 11": 45.9,
     "RF 13": 48.5,
-    "Column smoothing, band 4": 28.0,
+    "Column smoothing": 28.0,
 }
 SECONDS |= {"Block smoothing": 788.0}
 
