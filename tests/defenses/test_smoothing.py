@@ -415,7 +415,10 @@ def test_what_it_cannot_do_is_said_in_one_line() -> None:
     with pytest.raises(UsageError) as caught:
         Recipe("patch:5x5", "cifar10", "smoothing", options=wrong)
     said = str(caught.value)
-    assert "\n" not in said and "known options: ablation, band, stride, vote, threshold, view, flip, shift." in said
+    assert (
+        "\n" not in said
+        and "known options: zoom, turn, tint, ablation, band, stride, vote, threshold, view, flip, shift." in said
+    )
     for part in ("bend is not", "'diagonal', not one of column, row, block", "'all', not one of top-one, threshold"):
         assert part in said
     for part in ("'half', not one of crop, full", "threshold is 1.0, not between 0 and 1", "stride is 0, not 1 or more"):
