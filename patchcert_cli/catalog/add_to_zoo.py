@@ -71,12 +71,13 @@ def add(
 def for_readers(command: str, run: Path, name: str) -> str:
     """The certify command that measured the model in the folder ``run``, as a reader can type it: the model by its ``name``, and
     no option that names a file or a folder of the machine that ran it."""
-    words, places = shlex.split(command), run.absolute()
+    words, folder = shlex.split(command), run.absolute().name
     kept: list[str] = []
     for at, word in enumerate(words):
         if word.split("=")[0] in PLACES or (at and words[at - 1] in PLACES):
             continue
-        own = at > 1 and not word.startswith("-") and Path(word).absolute().name == places.name
+        value = words[at - 1].startswith("-") and os.sep not in word  # of an option: --patch 5 names no folder called 5
+        own = at > 1 and not word.startswith("-") and not value and Path(word).absolute().name == folder
         kept.append(name if own else word)
     return shlex.join(kept)
 

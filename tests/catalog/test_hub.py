@@ -247,6 +247,11 @@ def test_commands_of_a_card_name_the_model_and_no_place_of_the_machine(typed: st
     assert sorted(told) == sorted(["patchcert", "certify", "mnist-ibp-p5", "--patch", "1..10"])
 
 
+def test_the_value_of_an_option_is_not_taken_for_the_folder_of_the_model() -> None:
+    told = add_to_zoo.for_readers("patchcert certify runs/5 --patch 5", Path("runs/5"), "mnist-ibp-p5")
+    assert told == "patchcert certify mnist-ibp-p5 --patch 5"
+
+
 def test_add_replaces_only_with_force_and_keeps_the_revision_of_the_same_files(run: Path, tmp_path: Path) -> None:
     zoo = tmp_path / "new"
     card = add_to_zoo.add(run, "x", given(tmp_path, run), to=zoo)
