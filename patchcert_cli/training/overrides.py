@@ -107,6 +107,7 @@ def resolved(
         raise UsageError("no threat model given.", hint="Use --patch 5, or --threat sparse --k 10, or --recipe NAME.")
     _begin_with_published(values, given, changes, fetch=fetch)
     _hold_out_fewer(values, given)
+    _leave_other_networks_options(values, changes)
     _let_shorthands_decide(values, changes)
     for table in ("network_options", "options"):
         before = values.get(table) or {}
@@ -117,6 +118,16 @@ def resolved(
     if isinstance(values.get("start"), str) and values["start"]:
         values["start_sha256"] = hash_of_start(values["start"], str(values.get("start_sha256", "")))
     return Recipe.from_dict(values, where=f"the recipe of '{basis}'" if basis else "").fitted()
+
+
+def _leave_other_networks_options(values: dict[str, Any], changes: Overrides) -> None:
+    """Where the user names another network than the recipe's, keep the recipe's options of it that this one has too."""
+    options = values.get("network_options")
+    if changes.network in (None, values.get("network")) or not isinstance(options, Mapping):
+        return
+    values["network_options"] = {
+        key: value for key, value in options.items() if not models.problems(str(changes.network), {key: value})
+    }
 
 
 def _usual_defense(threat: Threat, changes: Overrides, say: Callable[[str], None]) -> str:

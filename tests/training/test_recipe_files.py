@@ -9,7 +9,7 @@ import pytest
 
 from patchcert_cli import data, defenses, models, schema
 from patchcert_cli.catalog import bundled
-from patchcert_cli.errors import UnknownName, UsageError
+from patchcert_cli.errors import UnknownName, UnsupportedThreat, UsageError
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch, Sparse
 from patchcert_cli.training import loop, recipe_files
@@ -147,6 +147,28 @@ def test_defaults_are_those_of_the_defense() -> None:
     for name in defenses.trained():
         recipe = default_recipe(Patch(2, 2), name)
         assert recipe.defense == name and recipe.network == defenses.trainable(name).default_network
+
+
+def test_another_network_takes_what_it_knows_of_the_recipes_options(tmp_path: Path) -> None:
+    """The default recipe's ``hidden`` is no reason to refuse a network that has no such option; a value that is typed is."""
+    assert resolved(None, Overrides(Patch(2, 2), defense="ibp", network="region")).network_options == {}
+    cnn = resolved(None, Overrides(Patch(2, 2), defense="ibp", network="cnn"))
+    assert cnn.network_options == {"hidden": [255]}
+    mixed = resolved("cifar-ibp-p2", Overrides(network="mlp", network_options={"hidden": 9}))
+    assert mixed.network_options == {"hidden": [9]}  # channels and strides are the convolutional network's
+    with pytest.raises(UsageError, match="network 'region' has no option 'hidden'"):
+        resolved(None, Overrides(Patch(2, 2), defense="ibp", network="region", network_options={"hidden": 9}))
+    with pytest.raises(UnknownName, match="no network 'nosuch'"):
+        resolved(None, Overrides(Patch(2, 2), network="nosuch"))
+
+
+@pytest.mark.parametrize("network", ["region", "resnet", "masked", "setwise"])
+def test_a_network_without_interval_bounds_is_refused_before_the_first_step(network: str) -> None:
+    recipe = resolved(None, Overrides(Patch(2, 2), defense="ibp", network=network))
+    options = models.defaults(network) | {"input_shape": [1, 28, 28], "classes": 10, "mean": [0.5], "std": [0.5]}
+    defense = defenses.trainable("ibp")(models.build(network, options), input_shape=(1, 28, 28), classes=tuple("0123456789"))
+    with pytest.raises(UnsupportedThreat, match="no interval rule for layer"):
+        defense.init_weights(recipe.options)
 
 
 def test_the_document_lists_every_entry_and_option() -> None:

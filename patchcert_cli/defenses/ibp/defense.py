@@ -28,7 +28,7 @@ from patchcert_cli.defenses.ibp.guide import Guide
 from patchcert_cli.defenses.ibp.options import IntervalOptions
 from patchcert_cli.errors import IntegrityError, MachineError, UnsupportedThreat, UsageError
 from patchcert_cli.layers.precision import first_largest, plain_sums
-from patchcert_cli.layers.supported_layers import rebuilt
+from patchcert_cli.layers.supported_layers import layers_of, rebuilt
 from patchcert_cli.threats import Patch, PatchPercent, Sparse, Threat
 
 
@@ -184,6 +184,7 @@ class IntervalDefense(Trainable):
 
     def init_weights(self, options: Options) -> nn.Module | None:
         assert isinstance(options, IntervalOptions)
+        layers_of(self.network)  # a network without bounds is refused before the first step
         if options.init == "ibp":
             regularizers.initialize(self.network)
         if options.linear:  # refused before the first epoch, not after the natural ones
