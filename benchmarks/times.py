@@ -32,7 +32,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--runs", type=Path, default=Path("runs/rows"))
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--machine", default=platform.machine(), help="what it is, as text")
+    described = f"{platform.machine()}, one thread, torch {torch.__version__}"
+    parser.add_argument("--machine", default=described, help="what it is, as text")
     parser.add_argument("--out", type=Path, default=times.FILE)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -43,7 +44,7 @@ def main() -> None:
         if row.model or (Path(place) / files.CARD).is_file():
             rows.append(timed(row, place, images))
             print(f"{row.name}: {rows[-1].per_split:.0f} s of one core for {times.IMAGES} images", flush=True)
-    times.write(f"{options.machine}, one thread, torch {torch.__version__}", rows, options.out)
+    times.write(options.machine, rows, options.out)
 
 
 def timed(row: Row, place: str, images: Images) -> times.TimedRow:

@@ -252,6 +252,14 @@ def test_verdicts(filled: dict[str, fill.FilledPaper]) -> None:
     assert replace(reached, measured=None).verdict is fill.Verdict.NOT_MEASURED
 
 
+def test_a_model_has_the_same_published_numbers_in_every_table_of_metzen() -> None:
+    found: dict[tuple[object, ...], set[object]] = {}
+    for row in (row for table in papers.load("metzen-2021").tables for row in table.rows if row.model and not row.method):
+        if not row.differs.startswith("Not of the paper"):
+            found.setdefault((row.model, row.threat), set()).add(row.published and (row.published.clean, row.published.certified))
+    assert all(len(numbers) == 1 for numbers in found.values()), found
+
+
 def test_unknown_cells_stay_unknown(filled: dict[str, fill.FilledPaper]) -> None:
     table = next(one for one in filled["metzen-2021"].tables if one.table.id == "receptive-fields")
     cells = {row.row.name: texts.cells(row, table) for row in table.rows}

@@ -144,7 +144,7 @@ class RunOnPage:
         common = {"run": str(self.folder), "model": self.manifest["model"], "images": len(self.records), "missing": self.missing}
         if self.attacks:
             return common | {"threat": self.manifest["threat"], **self.attacked}
-        return common | {"management": management(self.main), "claims": [_plain(one) for one in self.claims]}
+        return common | {"management": management(self.main, self.claims), "claims": [_plain(one) for one in self.claims]}
 
 
 def _plain(claim: Claimed) -> dict[str, Any]:
@@ -228,8 +228,12 @@ def _check_same_images(one: RunOnPage, other: RunOnPage) -> None:
     raise UsageError(f"{about[0]} and {about[1]} are about different images.", hint="Write a page for each of them.")
 
 
-def management(claim: Claimed) -> str:
-    """What a claim says, in one plain sentence. Of more than 100 images it counts to 100, the certified rounded down."""
+def management(claim: Claimed, every: Sequence[Claimed] = ()) -> str:
+    """What a claim says, in one plain sentence. Of more than 100 images it counts to 100, the certified rounded down.
+
+    With ``every`` claim of a run a second sentence counts the certified images under its other threats, so that the first is not
+    taken for the whole result.
+    """
     tally, exact = claim.tally, claim.tally.images <= 100
     certified, wrong = tally.certified, tally.images - tally.clean
     whole = tally.images if exact else 100
@@ -250,8 +254,19 @@ def management(claim: Claimed) -> str:
     return (
         f"Of {among} {is_right(certified)} and {nothing(claim.threat)} can change that{without}{_doubt(claim)};"
         f" {rest or others} more {is_right(rest or 1)}, without such a proof;"
-        f" {wrong} {is_wrong}{' or raise an alarm' if without else ''}."
+        f" {wrong} {is_wrong}{' or raise an alarm' if without else ''}.{_elsewhere(claim, every)}"
     )
+
+
+def _elsewhere(claim: Claimed, every: Sequence[Claimed]) -> str:
+    """`` Certified under other threats: 14 (2x2), 0 (10x10).``; empty if there are none."""
+    others = [one for one in every if one.method == claim.method and one.threat != claim.threat]
+    if not others:
+        return ""
+    exact = claim.tally.images <= 100
+    counts = (one.tally.certified if exact else 100 * one.tally.certified // one.tally.images for one in others)
+    listed = ", ".join(f"{count} ({str(one.threat).removeprefix('patch:')})" for one, count in zip(others, counts, strict=True))
+    return f" Certified under other threats{'' if exact else ', of every 100'}: {listed}."
 
 
 def _doubt(claim: Claimed) -> str:
