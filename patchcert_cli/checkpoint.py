@@ -17,7 +17,7 @@ from torch import Tensor
 from patchcert_cli import cards, defenses
 from patchcert_cli.data.datasets import Dataset
 from patchcert_cli.defenses import Defense, Options
-from patchcert_cli.errors import IntegrityError, first_line
+from patchcert_cli.errors import IntegrityError, UsageError, first_line
 from patchcert_cli.layers.fixed_point import Quantizer
 from patchcert_cli.schema import shown
 from patchcert_cli.storage import files
@@ -280,7 +280,8 @@ def weights_for(defense: Defense, folder: Path) -> dict[str, Tensor]:
     The steps of grids (:class:`patchcert_cli.layers.fixed_point.Quantizer`) are fitted when training ends: they may be missing.
 
     Raises:
-        IntegrityError: names, shapes or types are not those of the defense.
+        UsageError: names, shapes or types are not those of the defense.
+        IntegrityError: a file is missing or damaged.
     """
     names = cards.weights_of(folder)
     tensors = _weights(folder, names, {name: files.read(folder / name) for name in names})
@@ -288,7 +289,10 @@ def weights_for(defense: Defense, folder: Path) -> dict[str, Tensor]:
     steps = [f"{name}.exponent" for name, layer in defense.named_modules() if isinstance(layer, Quantizer)]
     tensors = {name: state[name] for name in steps if name not in tensors} | tensors
     hint = "Train the network that has these weights: --recipe NAME, or its --network and --network-option."
-    check_fit(state, tensors, f"the weights of '{folder.name}' are not those of the network that is to be trained", hint=hint)
+    try:
+        check_fit(state, tensors, f"the weights of '{folder.name}' are not those of the network that is to be trained", hint=hint)
+    except IntegrityError as problem:  # the weights are intact: what was typed does not go together
+        raise UsageError(problem.message, hint=hint) from problem
     return tensors
 
 

@@ -193,7 +193,9 @@ def train(*, threats: ThreatOptions, recipe: RecipeOptions, where: TrainingRunOp
     folder = where.out or Path("runs") / resolved.name
     if where.dry_run:
         device = devices.resolve(where.device)
-        cost = estimate.training(resolved, data_dir=where.data_dir, device=device, beginning=run.begin(resolved))
+        beginning = run.begin(resolved)
+        show.say("measuring a step of the first epoch and one of the last")
+        cost = estimate.training(resolved, data_dir=where.data_dir, device=device, beginning=beginning)
         listing = {**resolved.to_dict(), "network_options": resolved.all_network_options(), "defaults": resolved.defaults()}
         value = {**listing, **cost, "out": str(folder)}
         show.result(_dry_rows(value), value, output.json)

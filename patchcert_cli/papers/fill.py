@@ -85,6 +85,11 @@ class FilledRow:
         return known.trained if known else None
 
     @property
+    def began_with(self) -> str:
+        """The model whose weights the training began with; empty if it began with fresh ones."""
+        return str(self.card.recipe.get("start", "")) if self.card else ""
+
+    @property
     def seconds(self) -> float | None:
         """Of certifying 10,000 images on one core; None if that was not timed, or with other weights."""
         known = weights_sha256(self.card.files) if self.card else self.without_zoo.model_sha256 if self.without_zoo else ""

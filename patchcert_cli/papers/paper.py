@@ -23,6 +23,7 @@ from patchcert_cli.schema import Count, NonNegative, Positive, Rule
 from patchcert_cli.threats import Guarantee
 
 NOT_KNOWN = "not known"
+NOT_OF_THE_PAPER = "not of the paper"
 EXAMPLES = "Correct the file; those of patchcert_cli/papers/ are examples."
 ENDING = ".yaml"
 
@@ -168,7 +169,7 @@ class Table:
     Attributes:
         id: its name in addresses and file names.
         kind: what it is.
-        where: which table or figure of the paper it is, as far as it is known.
+        where: which table or figure of the paper it is, as far as it is known; or :data:`NOT_OF_THE_PAPER`.
         about: what it shows, a few sentences.
         axis: what its chart is drawn over; empty for no chart.
         guarantee: of all its rows; ``none`` for accuracy under attacks, which shares no table with certificates.
@@ -189,6 +190,11 @@ class Table:
     seconds_of: str = ""
     gaps: tuple[Gap, ...] = ()
     rules: ClassVar[tuple[Rule, ...]] = (_rows_differ, _gaps_exist, _unit_has_seconds, _attacks_have_no_certificates)
+
+    @property
+    def place(self) -> str:
+        """Where it is in the paper, as the beginning of a sentence."""
+        return self.where[:1].upper() + self.where[1:] if self.where == NOT_OF_THE_PAPER else f"In the paper: {self.where}"
 
 
 def _tables_differ(tables: tuple[Table, ...]) -> Iterable[str]:

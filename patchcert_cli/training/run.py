@@ -39,8 +39,8 @@ def begin(recipe: Recipe) -> Beginning:
     """The fresh defense that a run starts with, and what loads the weights that the recipe names into it.
 
     Raises:
-        UsageError: no network can be built from its options.
-        IntegrityError: the weights to begin with are not those of the recipe, or those of another network.
+        UsageError: no network can be built from its options, or the weights to begin with are those of another network.
+        IntegrityError: the weights to begin with are not those of the recipe.
     """
     try:
         beginning = Beginning.of(recipe)

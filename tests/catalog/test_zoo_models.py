@@ -53,7 +53,10 @@ def test_the_whole_split_gives_the_counts_of_the_card(name: str) -> None:
 
 
 # Another model of the same network and kind of threat is attacked.
-ALIKE = ("mnist-ibp-p5-linear", "cifar-ibp-k10-value", *(f"cifar-bagcert-rf{field}" for field in (5, 9, 11, 13)))
+ALIKE = (
+    *("mnist-ibp-p2-muon", "mnist-ibp-p5-muon", "mnist-ibp-p5-linear", "cifar-ibp-p2-muon", "cifar-ibp-k10-value"),
+    *(f"cifar-bagcert-rf{field}" for field in (5, 9, 11, 13)),
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in NAMES])

@@ -43,7 +43,7 @@ def offered(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     ("line", "wanted"),
     [
         ("patchcert cert", ["certify"]),
-        ("patchcert certify mnist-ibp-p5", ["mnist-ibp-p5", "mnist-ibp-p5-linear"]),
+        ("patchcert certify mnist-ibp-p5", ["mnist-ibp-p5", "mnist-ibp-p5-linear", "mnist-ibp-p5-muon"]),
         (
             "patchcert certify mnist-bagcert cifar-bagcert-rf7-",
             [f"cifar-bagcert-rf7-{end}" for end in ("768", "balanced", "balanced-base", "framed", "large", "wide")],

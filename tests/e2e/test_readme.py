@@ -26,6 +26,7 @@ COMPACT = (
     "cifar-bagcert-rf7-framed",
     "cifar-bagcert-rf7-wide",
     "cifar-ibp-p2",
+    "cifar-ibp-p2-muon",
     "cifar-ibp-p5",
     "cifar-smoothing-column",
 )

@@ -96,9 +96,12 @@ def test_one_line_for_management(made: Claimed, said: str) -> None:
 def test_the_line_of_a_run_of_several_threats_counts_all_of_them() -> None:
     """Read alone, the line about the smallest patch would be taken for the result."""
     first, middle, last = (claim(f"patch:{side}x{side}", 40, 32, count) for side, count in ((1, 30), (5, 13), (10, 0)))
-    assert management(first, [first, middle, last]) == management(first) + " Certified under other threats: 13 (5x5), 0 (10x10)."
+    assert (
+        management(first, [first, middle, last])
+        == management(first) + " Certified under other threats, of 40: 13 (5x5), 0 (10x10)."
+    )
     many = [claim("sparse:2", 1000, 900, 600), claim("sparse:4", 1000, 900, 349)]
-    assert management(many[0], many).endswith(" Certified under other threats, of every 100: 34 (sparse:4).")
+    assert management(many[0], many).endswith(" Certified under other threats, of 100: 34 (sparse:4).")
 
 
 @pytest.mark.parametrize(("images", "clean", "certified"), [(101, 101, 101), (999, 998, 997), (10_000, 9243, 6284), (3000, 1, 1)])

@@ -378,7 +378,7 @@ def test_weights_to_begin_with_must_be_the_recipes_and_fit(tmp_path: Path) -> No
     there = replace(TINY, start=str(tmp_path / "first"))
     with pytest.raises(IntegrityError, match="starts from 000000000000"):
         run.begin(replace(there, start_sha256="0" * 64))
-    with pytest.raises(IntegrityError, match="instead of"):
+    with pytest.raises(UsageError, match="instead of"):  # the weights are intact: what was typed does not go together
         run.begin(replace(there, network_options={"hidden": [13]}))
 
 
@@ -391,7 +391,7 @@ def test_a_network_of_whole_numbers_may_begin_with_weights_that_have_no_grids(tm
     assert taken.keys() == fresh.state_dict().keys() > saved.state_dict().keys()
     assert all(torch.equal(taken[name].to(value), value) for name, value in saved.state_dict().items())
     wider = replace(WHOLE_NUMBERS, network_options={**WHOLE_NUMBERS.network_options, "stem": 5})
-    with pytest.raises(IntegrityError, match="shape"):
+    with pytest.raises(UsageError, match="shape"):
         checkpoint.weights_for(defenses.build(wider.config()["deployed"]), tmp_path / "floats")
 
 

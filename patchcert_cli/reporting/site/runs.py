@@ -229,11 +229,9 @@ def _check_same_images(one: RunOnPage, other: RunOnPage) -> None:
 
 
 def management(claim: Claimed, every: Sequence[Claimed] = ()) -> str:
-    """What a claim says, in one plain sentence. Of more than 100 images it counts to 100, the certified rounded down.
+    """What a claim says, in one plain sentence; in a second, what ``every`` claim of its run counts under other threats.
 
-    With ``every`` claim of a run a second sentence counts the certified images under its other threats, so that the first is not
-    taken for the whole result.
-    """
+    Of more than 100 images it counts to 100, the certified rounded down."""
     tally, exact = claim.tally, claim.tally.images <= 100
     certified, wrong = tally.certified, tally.images - tally.clean
     whole = tally.images if exact else 100
@@ -261,12 +259,9 @@ def management(claim: Claimed, every: Sequence[Claimed] = ()) -> str:
 def _elsewhere(claim: Claimed, every: Sequence[Claimed]) -> str:
     """`` Certified under other threats: 14 (2x2), 0 (10x10).``; empty if there are none."""
     others = [one for one in every if one.method == claim.method and one.threat != claim.threat]
-    if not others:
-        return ""
-    exact = claim.tally.images <= 100
-    counts = (one.tally.certified if exact else 100 * one.tally.certified // one.tally.images for one in others)
-    listed = ", ".join(f"{count} ({str(one.threat).removeprefix('patch:')})" for one, count in zip(others, counts, strict=True))
-    return f" Certified under other threats{'' if exact else ', of every 100'}: {listed}."
+    whole = min(claim.tally.images, 100)
+    counts = (f"{whole * one.tally.certified // one.tally.images} ({str(one.threat).removeprefix('patch:')})" for one in others)
+    return f" Certified under other threats, of {whole}: {', '.join(counts)}." if others else ""
 
 
 def _doubt(claim: Claimed) -> str:
