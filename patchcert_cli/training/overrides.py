@@ -121,12 +121,19 @@ def resolved(
 
 
 def _leave_other_networks_options(values: dict[str, Any], changes: Overrides) -> None:
-    """Where the user names another network than the recipe's, keep the recipe's options of it that this one has too."""
-    options = values.get("network_options")
-    if changes.network in (None, values.get("network")) or not isinstance(options, Mapping):
+    """Where the user names another network than the recipe's, leave out the options that only the recipe's network has.
+
+    What neither has is kept, so that a slip in the user's file is refused.
+    """
+    options, former = values.get("network_options"), values.get("network")
+    if not former and values.get("defense") in defenses.trained():
+        former = defenses.trainable(values["defense"]).default_network
+    if changes.network in (None, former) or former not in models.names() or not isinstance(options, Mapping):
         return
     values["network_options"] = {
-        key: value for key, value in options.items() if not models.problems(str(changes.network), {key: value})
+        key: value
+        for key, value in options.items()
+        if not models.problems(str(changes.network), {key: value}) or models.problems(former, {key: value})
     }
 
 

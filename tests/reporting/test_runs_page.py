@@ -23,7 +23,7 @@ from patchcert_cli.certificate import Guarantee, Tally
 from patchcert_cli.cli import main
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.reporting.site import runs, weakest
-from patchcert_cli.reporting.site.runs import Claimed, management, nothing
+from patchcert_cli.reporting.site.claimed import Claimed, management, nothing
 from patchcert_cli.threats import parse_threat
 from patchcert_cli.training.recipe import Recipe
 from reporting.test_site import parsed, rows, text

@@ -156,6 +156,9 @@ def test_another_network_takes_what_it_knows_of_the_recipes_options(tmp_path: Pa
     assert cnn.network_options == {"hidden": [255]}
     mixed = resolved("cifar-ibp-p2", Overrides(network="mlp", network_options={"hidden": 9}))
     assert mixed.network_options == {"hidden": [9]}  # channels and strides are the convolutional network's
+    slip = file(tmp_path, "threat: patch:3x3\nnetwork_options: {hiden: 40}\n")
+    with pytest.raises(UsageError, match="no option 'hiden'"):
+        resolved(slip, Overrides(network="cnn"))
     with pytest.raises(UsageError, match="network 'region' has no option 'hidden'"):
         resolved(None, Overrides(Patch(2, 2), defense="ibp", network="region", network_options={"hidden": 9}))
     with pytest.raises(UnknownName, match="no network 'nosuch'"):

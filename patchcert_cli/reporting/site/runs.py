@@ -15,19 +15,20 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from patchcert_cli import defenses
-from patchcert_cli.arithmetic import Arithmetic, former, weakest
+from patchcert_cli.arithmetic import former, weakest
 from patchcert_cli.certificate import ALERT, Tally
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.evaluation import results, run_folder
 from patchcert_cli.reporting import plots
 from patchcert_cli.reporting.figure_style import Look
-from patchcert_cli.reporting.numbers import interval, plural, share
+from patchcert_cli.reporting.numbers import interval, share
 from patchcert_cli.reporting.site.charts import AXES, strength
+from patchcert_cli.reporting.site.claimed import Claimed, management
 from patchcert_cli.reporting.site.leaderboards import difficulty, title
 from patchcert_cli.reporting.site.page import UNSHOWABLE, filled
 from patchcert_cli.reporting.text import named
 from patchcert_cli.storage import files
-from patchcert_cli.threats import Guarantee, Patches, PatchPercent, Sparse, Threat, parse_threat
+from patchcert_cli.threats import Guarantee, PatchPercent, Threat, parse_threat
 
 if TYPE_CHECKING:
     from patchcert_cli.reporting.site.weakest import Weakest
@@ -37,28 +38,6 @@ GENERATOR = "patchcert report runs"
 CERTIFY, ATTACK = "certify", "attack"
 PERCENT = "percent"  # an axis besides those of the zoo
 LABELS = {axis: label for axis, (label, _) in AXES.items()} | {PERCENT: "area of a square patch, % of the image"}
-
-
-@dataclass(frozen=True)
-class Claimed:
-    """One claim over the images of a run.
-
-    Attributes:
-        at: its position in the records.
-        method: the proof in the records; ``asked`` is the one that was requested, None for the defense's best.
-        tally: counts over the images that are done.
-        alarms: of certified detection, images that raise an alarm without an attack; else None.
-    """
-
-    at: int
-    threat: Threat
-    method: str
-    asked: str | None
-    arithmetic: Arithmetic
-    guarantee: Guarantee
-    top: int
-    tally: Tally
-    alarms: int | None
 
 
 @dataclass(frozen=True)
@@ -226,58 +205,6 @@ def _check_same_images(one: RunOnPage, other: RunOnPage) -> None:
         return
     about = [f"'{run.folder}' ({named(str(run.manifest['dataset']))}, {run.images} images)" for run in (one, other)]
     raise UsageError(f"{about[0]} and {about[1]} are about different images.", hint="Write a page for each of them.")
-
-
-def management(claim: Claimed, every: Sequence[Claimed] = ()) -> str:
-    """What a claim says, in one plain sentence; in a second, what ``every`` claim of its run counts under other threats.
-
-    Of more than 100 images it counts to 100, the certified rounded down."""
-    tally, exact = claim.tally, claim.tally.images <= 100
-    certified, wrong = tally.certified, tally.images - tally.clean
-    whole = tally.images if exact else 100
-    if not exact:
-        certified, wrong = 100 * certified // tally.images, -(-100 * wrong // tally.images)
-    rest = max(whole - certified - wrong, 0)
-
-    def is_right(count: int) -> str:
-        if claim.top == 1:
-            return f"{'is' if count == 1 else 'are'} classified right"
-        return f"{'has' if count == 1 else 'have'} the right class among the first {claim.top}"
-
-    without = "" if claim.alarms is None else " without an alarm"
-    one = wrong == 1
-    is_wrong = f"{'is' if one else 'are'} classified wrong" if claim.top == 1 else f"{'does' if one else 'do'} not have it"
-    others = "not one" if exact else "fewer than one"
-    among = f"{whole} images, {certified}" if exact else f"every 100 images, about {certified}"
-    return (
-        f"Of {among} {is_right(certified)} and {nothing(claim.threat)} can change that{without}{_doubt(claim)};"
-        f" {rest or others} more {is_right(rest or 1)}, without such a proof;"
-        f" {wrong} {is_wrong}{' or raise an alarm' if without else ''}.{_elsewhere(claim, every)}"
-    )
-
-
-def _elsewhere(claim: Claimed, every: Sequence[Claimed]) -> str:
-    """`` Certified under other threats: 14 (2x2), 0 (10x10).``; empty if there are none."""
-    others = [one for one in every if one.method == claim.method and one.threat != claim.threat]
-    whole = min(claim.tally.images, 100)
-    counts = (f"{whole * one.tally.certified // one.tally.images} ({str(one.threat).removeprefix('patch:')})" for one in others)
-    return f" Certified under other threats, of {whole}: {', '.join(counts)}." if others else ""
-
-
-def _doubt(claim: Claimed) -> str:
-    measured = claim.arithmetic is Arithmetic.MEASURED
-    return " (that rounding in the computer cannot change it either was measured, not proven)" if measured else ""
-
-
-def nothing(threat: Threat) -> str:
-    """What is proven to do no harm, for readers who do not know the field: ``no 5x5 sticker anywhere``."""
-    if isinstance(threat, Patches):
-        return f"no {threat.number} stickers, each {nothing(threat.each).removeprefix('no ')},"
-    if isinstance(threat, PatchPercent):
-        return f"no square sticker of {str(threat).partition(':')[2][:-1]} % of the image anywhere"
-    if isinstance(threat, Sparse):
-        return f"no change of any {plural(threat.budget, 'colour value' if threat.unit == 'value' else 'pixel')}"
-    return f"no {str(threat).partition(':')[2]} sticker anywhere"
 
 
 def line_name(run: RunOnPage, method: str) -> str:

@@ -25,7 +25,8 @@ from patchcert_cli.evaluation import models, results
 from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.reporting import figure_style, margin_maps
 from patchcert_cli.reporting.figure_style import DPI, Heading, axes_at
-from patchcert_cli.reporting.site.runs import Claimed, Record, RunOnPage
+from patchcert_cli.reporting.site.claimed import Claimed
+from patchcert_cli.reporting.site.runs import Record, RunOnPage
 from patchcert_cli.threats import Patch, PatchPercent, Threat
 
 
