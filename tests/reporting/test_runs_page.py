@@ -149,6 +149,7 @@ def test_every_number_is_counted_from_the_records(tmp_path: Path) -> None:
     assert "a" * 64 in said and "patchcert certify" in said
     chosen = runs.read([tmp_path / "one"], parse_threat("patch:4x4"))
     assert "Of 4 images, 0 are classified right and no 4x4 sticker" in runs.render(chosen)
+    assert "Certified under other threats, of 4: " in runs.render(chosen)
 
 
 def test_an_unfinished_run_says_what_is_missing_and_stays_as_it_is(tmp_path: Path) -> None:

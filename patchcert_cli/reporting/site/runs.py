@@ -102,6 +102,11 @@ class RunOnPage:
         """The claim that management reads, and whose weakest images are drawn."""
         return next((claim for claim in self.claims if claim.threat == self.chosen), self.claims[0])
 
+    @property
+    def for_management(self) -> str:
+        """The run in plain sentences."""
+        return management(self.main, self.claims)
+
     @cached_property
     def guarantee(self) -> Guarantee:
         """What its certificates promise."""
@@ -123,7 +128,7 @@ class RunOnPage:
         common = {"run": str(self.folder), "model": self.manifest["model"], "images": len(self.records), "missing": self.missing}
         if self.attacks:
             return common | {"threat": self.manifest["threat"], **self.attacked}
-        return common | {"management": management(self.main, self.claims), "claims": [_plain(one) for one in self.claims]}
+        return common | {"management": self.for_management, "claims": [_plain(one) for one in self.claims]}
 
 
 def _plain(claim: Claimed) -> dict[str, Any]:
@@ -297,7 +302,7 @@ def render(runs: Sequence[RunOnPage], drawn: Sequence[tuple[RunOnPage, Weakest]]
         "runs.html",
         GENERATOR,
         images=True,
-        filters={"management": management, "line_name": line_name, "draw_curve": lambda curve: Markup(curve.draw())},
+        filters={"line_name": line_name, "draw_curve": lambda curve: Markup(curve.draw())},
         heading=f"{', '.join(dict.fromkeys(named(str(run.manifest['model'])) for run in runs))} on {runs[0].dataset}",
         runs=runs,
         looks=looks(certified),
