@@ -13,7 +13,7 @@ from typing import Any
 
 from patchcert_cli import defenses, models, schema
 from patchcert_cli.catalog import bundled
-from patchcert_cli.defenses import AugmentedOptions
+from patchcert_cli.defenses import TaughtOptions
 from patchcert_cli.training import recipe_files
 from patchcert_cli.training.recipe import Recipe, written
 
@@ -78,7 +78,7 @@ def shown(value: Any) -> str:
 
 def of_class(kind: type) -> str:
     """The table of a dataclass; what most defenses have comes last."""
-    said, shared = meanings(kind), [one.name for one in schema.entries(AugmentedOptions)]
+    said, shared = meanings(kind), [one.name for one in schema.entries(TaughtOptions)]
     rows = [
         (one.name, one.allowed, "required" if one.required else shown(one.default), said.get(one.name, ""))
         for one in sorted(schema.entries(kind), key=lambda entry: entry.name in shared)

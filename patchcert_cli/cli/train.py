@@ -110,6 +110,16 @@ class RecipeOptions:
         _recipe_option("--start", autocompletion=complete.models, metavar="NAME|PATH", text="Begin with this model's weights."),
     ] = None
 
+    teacher: Annotated[
+        str | None,
+        _recipe_option(
+            "--teacher",
+            autocompletion=complete.models,
+            metavar="NAME|PATH",
+            text="Also learn from this model's class probabilities.",
+        ),
+    ] = None
+
     def changes(self, threat: Threat | None) -> Overrides:
         """The entries of the recipe that the user changes, with the threat model that was given."""
         from patchcert_cli.training import overrides

@@ -29,6 +29,7 @@ from patchcert_cli.defenses._masked import MaskedOptions as MaskedOptions
 from patchcert_cli.defenses._training import Augment as Augment
 from patchcert_cli.defenses._training import AugmentedOptions as AugmentedOptions
 from patchcert_cli.defenses._training import Options as Options
+from patchcert_cli.defenses._training import TaughtOptions as TaughtOptions
 from patchcert_cli.defenses._training import Trainable as Trainable
 from patchcert_cli.defenses._training import TrainingStep as TrainingStep
 from patchcert_cli.errors import UsageError
@@ -56,6 +57,11 @@ def trainable(name: str) -> type[Trainable]:
 def trained() -> list[str]:
     """Defenses that ``patchcert train`` can train."""
     return _that_are(Trainable)
+
+
+def taught() -> list[str]:
+    """Defenses that can also learn from the answers of a teacher."""
+    return [name for name in trained() if issubclass(trainable(name).options, TaughtOptions)]
 
 
 def wrapping(name: str) -> type[WrapsClassifier]:

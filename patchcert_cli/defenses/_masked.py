@@ -26,7 +26,7 @@ from patchcert_cli.certifiers.masks.mask_sets import MaskCoverage, MaskSpec, Sha
 from patchcert_cli.certifiers.masks.masked_predictions import PRECISIONS, MaskedPredictor
 from patchcert_cli.defenses._attackable import Surrogate
 from patchcert_cli.defenses._base import MarginMaps, WrapsClassifier, build_network, own_entries, size_and_classes
-from patchcert_cli.defenses._training import AugmentedOptions, Options, Trainable, TrainingStep
+from patchcert_cli.defenses._training import Options, TaughtOptions, Trainable, TrainingStep, cross_entropy
 from patchcert_cli.errors import UsageError
 from patchcert_cli.layers import fixed_point, precision
 from patchcert_cli.layers.boxes import box_mask
@@ -41,7 +41,7 @@ Labels = Annotated[str, Must(PRECISIONS.__contains__, " or ".join(PRECISIONS))]
 
 
 @dataclass(frozen=True)
-class MaskedOptions(AugmentedOptions):
+class MaskedOptions(TaughtOptions):
     """Training under masks.
 
     Attributes:
@@ -211,6 +211,9 @@ class MaskedClassifier(Trainable, MarginMaps, WrapsClassifier):
         """Logits of the whole image."""
         return self.behind(x, torch.zeros(len(x), *x.shape[2:], dtype=torch.bool, device=x.device))
 
+    def class_probabilities(self, x: Tensor) -> Tensor:
+        return self.forward(x).float().softmax(dim=1)
+
     def behind(self, x: Tensor, occluded: Tensor) -> Tensor:
         """Logits [B, K] of images [B, C, H, W] in which hidden pixels, bool [B, H, W], have the colour of the masks."""
         return masked_predictions.logits_under_mask(self.network, x, occluded, self.fill)
@@ -331,7 +334,7 @@ class MaskedClassifier(Trainable, MarginMaps, WrapsClassifier):
         if step.progress >= options.greedy_from * step.epochs and options.greedy_share > 0:
             chosen = (torch.rand(len(x), generator=step.generator) < options.greedy_share).nonzero()[:, 0].to(x.device)
             occluded[chosen] = self._greedy(x[chosen], label[chosen], options, step.generator)
-        return F.cross_entropy(self.behind(x, occluded).float(), label, label_smoothing=options.smoothing)
+        return cross_entropy(self.behind(x, occluded).float(), label, step, options.smoothing)
 
     def _random(self, x: Tensor, options: MaskedOptions, generator: torch.Generator) -> Tensor:
         """Random masks wholly inside the images, bool [B, H, W]."""

@@ -11,9 +11,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchcert_cli.defenses._base import Defense
+from patchcert_cli.errors import UsageError
 from patchcert_cli.schema import Fraction, Must
 from patchcert_cli.threats import Threat
 
@@ -92,6 +94,18 @@ class AugmentedOptions(Options):
 
 
 @dataclass(frozen=True)
+class TaughtOptions(AugmentedOptions):
+    """Options of defenses that can also learn from the answers of a teacher, another model, where a recipe names one.
+
+    Attributes:
+        teacher_weight: with a teacher, the share of the loss that is cross-entropy with the teacher's class probabilities
+            instead of the labels.
+    """
+
+    teacher_weight: Annotated[float, Must(lambda share: 0 <= share <= 1, "in [0, 1]")] = 0.5
+
+
+@dataclass(frozen=True)
 class TrainingStep:
     """How far a training run has come, as far as a loss needs to know.
 
@@ -102,6 +116,7 @@ class TrainingStep:
         epochs: epochs of the whole run.
         generator: source of all randomness, on the CPU.
         auxiliary_network: what is trained along, as :meth:`Trainable.init_weights` made it; None if the loss needs nothing.
+        taught: class probabilities [B, K] that the teacher gives the same images; None without a teacher.
     """
 
     threat: Threat
@@ -110,6 +125,21 @@ class TrainingStep:
     epochs: int
     generator: torch.Generator
     auxiliary_network: nn.Module | None = None
+    taught: Tensor | None = None
+
+
+def cross_entropy(logits: Tensor, label: Tensor, step: TrainingStep, smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy of logits [B, K] with labels [B]; with a teacher, a share of it with the teacher's probabilities.
+
+    The share is ``teacher_weight`` of :class:`TaughtOptions`. Source: Hinton, Vinyals & Dean, Distilling the Knowledge in a
+    Neural Network, 2015, at temperature 1.
+    """
+    loss = F.cross_entropy(logits, label, label_smoothing=smoothing)
+    if step.taught is None:
+        return loss
+    options = step.options
+    assert isinstance(options, TaughtOptions)
+    return torch.lerp(loss, F.cross_entropy(logits, step.taught), options.teacher_weight)
 
 
 class Trainable(Defense):
@@ -152,6 +182,14 @@ class Trainable(Defense):
 
     def fit_start(self, x: Tensor) -> None:
         """The same for weights of another model that training starts with, once they are loaded; the function stays as it is."""
+
+    def class_probabilities(self, x: Tensor) -> Tensor:
+        """What this defense teaches another one: probabilities [B, K] of images [B, C, H, W], near its answers.
+
+        Raises:
+            UsageError: it has none.
+        """
+        raise UsageError(f"{type(self).__name__} has no class probabilities to teach.", hint="See --teacher in docs/recipes.md.")
 
     @abstractmethod
     def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:

@@ -22,7 +22,7 @@ from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.defenses._attackable import Surrogate
 from patchcert_cli.defenses._base import own_entries, size_and_classes
 from patchcert_cli.defenses._cells import CellSurrogate, RegionDefense, VotingDefense
-from patchcert_cli.defenses._training import AugmentedOptions, Options, TrainingStep
+from patchcert_cli.defenses._training import Options, TaughtOptions, TrainingStep
 from patchcert_cli.models.region import RegionScorer
 from patchcert_cli.schema import Count, Fraction, Must, NonNegative, Positive
 from patchcert_cli.threats import Threat
@@ -55,7 +55,7 @@ class Aggregation:
 
 
 @dataclass(frozen=True)
-class BagCertOptions(AugmentedOptions):
+class BagCertOptions(TaughtOptions):
     """Training of BagCert.
 
     Attributes:
@@ -67,6 +67,9 @@ class BagCertOptions(AugmentedOptions):
         warm_up_epochs: first epochs, with cross-entropy.
         warm_up: of what, ``mean``, the mean scores, or ``cells``, the scores of each cell.
         every: train on each ``every``-th cell along both axes, at a random phase; the deployed network uses all cells.
+        teacher_weight: with a teacher, the weight of what is added to the loss: the cross-entropy of the softmax of
+            ``teacher_sharpness`` times the mean votes with the teacher's class probabilities; not in the paper.
+        teacher_sharpness: what the mean votes, from 0 to 1, are multiplied by for that softmax.
         aggregate: ``sum``, every cell counts alike, or ``weighted``, each position has a learned weight; monotone either way.
         flip: mirror images at random.
         shift: move images by up to this many pixels.
@@ -79,6 +82,8 @@ class BagCertOptions(AugmentedOptions):
     warm_up_epochs: Count = 0
     warm_up: Annotated[str, Must(("mean", "cells").__contains__, "mean or cells")] = "mean"
     every: Positive = 2
+    teacher_weight: NonNegative = 0.05
+    teacher_sharpness: NonNegative = 25.0
     aggregate: Aggregate = "sum"
     flip: bool = True
     shift: Count = 4
@@ -181,6 +186,8 @@ class BagCert(RegionDefense[Votes], VotingDefense):
         soft = options.sharpness
         rival = torch.logsumexp(soft * others, dim=1) / soft if soft > 0 else others.amax(dim=1)
         loss = F.relu(options.margin - (own - rival)).mean()
+        if step.taught is not None:
+            loss = loss + options.teacher_weight * F.cross_entropy(options.teacher_sharpness * share, step.taught)
         if options.one_hot > 0:
             loss = loss + options.one_hot * (votes.sum(dim=1) - 1).square().mean()
         return loss

@@ -18,7 +18,6 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -26,7 +25,7 @@ from patchcert_cli.certifiers.cells.additive import Votes
 from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 from patchcert_cli.defenses._base import build_network, own_entries, size_and_classes
 from patchcert_cli.defenses._cells import VotingDefense
-from patchcert_cli.defenses._training import AugmentedOptions, Options, TrainingStep
+from patchcert_cli.defenses._training import Options, TaughtOptions, TrainingStep, cross_entropy
 from patchcert_cli.errors import IntegrityError, UsageError
 from patchcert_cli.layers import fixed_point, programs
 from patchcert_cli.layers.precision import first_largest
@@ -73,7 +72,7 @@ class Ablations:
 
 
 @dataclass(frozen=True)
-class SmoothingOptions(Ablations, AugmentedOptions):
+class SmoothingOptions(Ablations, TaughtOptions):
     """Ablations and votes, see :class:`Ablations`, the same in training and deployed; and changes of training images.
 
     Attributes:
@@ -164,6 +163,9 @@ class Smoothing(VotingDefense):
             parts = [checkpoint(self._likelihood, x, *piece, use_reentrant=False) for piece in pieces]
         return torch.cat(parts).reshape(len(x), self.cells, len(self.classes)).mean(dim=1)
 
+    def class_probabilities(self, x: Tensor) -> Tensor:
+        return self.forward(x).float()
+
     def _likelihood(self, x: Tensor, image: Tensor, cell: Tensor) -> Tensor:
         return cast(Tensor, self.network(self.views(x, image, cell)).softmax(dim=1))
 
@@ -204,7 +206,7 @@ class Smoothing(VotingDefense):
 
     def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:
         """Cross-entropy of one ablation of each image, of a cell drawn for each image on its own."""
-        return F.cross_entropy(self.network(self.drawn(x, step.generator)).float(), label)
+        return cross_entropy(self.network(self.drawn(x, step.generator)).float(), label, step)
 
     def drawn(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """One view of each image, of a random cell."""

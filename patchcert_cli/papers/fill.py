@@ -90,6 +90,11 @@ class FilledRow:
         return str(self.card.recipe.get("start", "")) if self.card else ""
 
     @property
+    def taught_by(self) -> str:
+        """The model whose answers the training also learned from; empty without one."""
+        return str(self.card.recipe.get("teacher", "")) if self.card else ""
+
+    @property
     def seconds(self) -> float | None:
         """Of certifying 10,000 images on one core; None if that was not timed, or with other weights."""
         known = weights_sha256(self.card.files) if self.card else self.without_zoo.model_sha256 if self.without_zoo else ""

@@ -98,7 +98,8 @@ def training(one: FilledRow) -> str:
         return NONE
     done = one.trained
     threads = f", {done.threads} thread{'s' * (done.threads != 1)}" if done.device == "cpu" else ""
-    return f"{done.seconds / 60:.0f} min, {done.device}{threads}" + (f", after {one.began_with}" if one.began_with else "")
+    others = "".join(f", {how} {name}" for how, name in (("after", one.began_with), ("taught by", one.taught_by)) if name)
+    return f"{done.seconds / 60:.0f} min, {done.device}{threads}{others}"
 
 
 def points(share: Fraction | None) -> str:

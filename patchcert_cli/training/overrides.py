@@ -52,6 +52,7 @@ class Overrides:
     limit: int | None = None
     seed: int | None = None
     start: str | None = None
+    teacher: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
     weights: str | None = None
@@ -113,10 +114,12 @@ def resolved(
         before = values.get(table) or {}
         values[table] = {**before, **getattr(changes, table)} if isinstance(before, Mapping) else before
     values |= given
-    if changes.start is not None:
-        values["start_sha256"] = ""
-    if isinstance(values.get("start"), str) and values["start"]:
-        values["start_sha256"] = hash_of_start(values["start"], str(values.get("start_sha256", "")))
+    for role in ("start", "teacher"):
+        digest = f"{role}_sha256"
+        if getattr(changes, role) is not None:
+            values[digest] = ""
+        if isinstance(values.get(role), str) and values[role]:
+            values[digest] = hash_of_model(values[role], str(values.get(digest, "")), role)
     return Recipe.from_dict(values, where=f"the recipe of '{basis}'" if basis else "").fitted()
 
 
@@ -150,19 +153,19 @@ def _usual_defense(threat: Threat, changes: Overrides, say: Callable[[str], None
     return usual
 
 
-def hash_of_start(start: str, expected: str = "") -> str:
-    """The hash of the weights of model ``start``.
+def hash_of_model(name: str, expected: str, role: str) -> str:
+    """The hash of the weights of a model that a recipe names as its ``start`` or ``teacher``; ``expected`` is empty if unknown.
 
     Raises:
-        IntegrityError: it is not the one that a recipe expects.
+        IntegrityError: it is not the one that the recipe expects.
         UnknownName: there is no such model.
     """
-    folder = resolve.resolve(start).folder
+    folder = resolve.resolve(name).folder
     actual = cards.weights_sha256({name: cards.File.of(folder / name) for name in cards.weights_of(folder)})
     if expected not in ("", actual):
         raise IntegrityError(
-            f"'{start}' has weights {actual[:12]}…, but the recipe starts from {expected[:12]}….",
-            hint="Name the model that it was started from with --start.",
+            f"'{name}' has weights {actual[:12]}…, but the recipe has {expected[:12]}… as its {role}.",
+            hint=f"Name the model that it was trained with by --{role}.",
         )
     return actual
 

@@ -9,12 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from patchcert_cli import checkpoint, data, defenses, models, schema
 from patchcert_cli.data import Dataset
-from patchcert_cli.defenses import Options
+from patchcert_cli.defenses import Options, TaughtOptions
 from patchcert_cli.errors import PatchcertError, UsageError
 from patchcert_cli.schema import Count, Must, NonNegative, Parsed, Positive, Rule, Seed
 from patchcert_cli.threats import Patch, Patches, Sparse, Threat, as_options, parse_threat
 
 Result = TypeVar("Result")
+OPTIONAL = ("steps", "teacher", "teacher_sha256")  # entries that are left out where they are empty
 
 
 def _one_or_all(steps: tuple[int, ...], epochs: int) -> Iterator[str]:
@@ -58,6 +59,9 @@ class Recipe:
         seed: of weights, held-out images, order of images and all else that is random.
         start: the model whose weights the run begins with, as ``--start`` names it; empty for fresh ones.
         start_sha256: the hash of those weights, so that equal recipes begin alike.
+        teacher: the model whose class probabilities the run also learns from, as ``--teacher`` names it; empty for none. The
+            defense's ``teacher_weight`` says how much.
+        teacher_sha256: the hash of its weights, so that equal recipes learn alike.
         options: the defense's own; those left out have the defense's defaults.
         images: what is known of the data set; follows from ``dataset``.
 
@@ -83,6 +87,8 @@ class Recipe:
     seed: Seed = 0
     start: str = ""
     start_sha256: str = ""
+    teacher: str = ""
+    teacher_sha256: str = ""
     options: Options = field(default_factory=Options)
     images: Dataset = field(init=False, repr=False, compare=False)
     rules: ClassVar[tuple[Rule, ...]] = (_more_than_validation, _one_or_all)
@@ -113,9 +119,9 @@ class Recipe:
             raise UsageError(problem.message.replace("this recipe", where or "this recipe", 1), hint=problem.hint) from problem
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON and YAML; ``steps`` only if there are any."""
+        """As plain values for JSON and YAML; ``steps`` and a teacher only if there are any."""
         plain: dict[str, Any] = schema.plain(self)
-        return {name: value for name, value in plain.items() if name != "steps" or value}
+        return {name: value for name, value in plain.items() if name not in OPTIONAL or value}
 
     def fitted(self) -> Recipe:
         """With phases shortened where the run is too short for them."""
@@ -174,7 +180,7 @@ class Recipe:
             if flag:
                 changed = {key: item for key, item in value.items() if default[name].get(key) != item}
                 words += [f"--{flag} {key}={shlex.quote(written(item))}" for key, item in changed.items()]
-            elif name not in ("threat", "defense", "start_sha256") and value != default.get(name):
+            elif name not in ("threat", "defense", "start_sha256", "teacher_sha256") and value != default.get(name):
                 words.append(f"--{name.replace('_', '-')} {shlex.quote(written(value))}")
         return " ".join(["patchcert train", *words])
 
@@ -250,6 +256,8 @@ def _read(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         options = _options(defense.options, values.get("options", {}), problems)
         if options is not None:
             entries["options"] = options
+        if entries.get("teacher") and not issubclass(defense.options, TaughtOptions):
+            problems.append(f"{entries['defense']} cannot learn from a teacher; those that can: {', '.join(defenses.taught())}")
     if entries.get("network") and "network_options" in entries:
         _read_network(entries, problems)
     return entries, problems

@@ -25,7 +25,7 @@ from patchcert_cli.storage import files, locks
 from patchcert_cli.training import budget as budgets
 from patchcert_cli.training import loop, steps
 from patchcert_cli.training.budget import Budget, Pace
-from patchcert_cli.training.overrides import hash_of_start
+from patchcert_cli.training.overrides import hash_of_model
 from patchcert_cli.training.recipe import Recipe
 from patchcert_cli.training.state import Beginning, reduced
 from patchcert_cli.training.trackers import Tracking
@@ -39,8 +39,9 @@ def begin(recipe: Recipe) -> Beginning:
     """The fresh defense that a run starts with, and what loads the weights that the recipe names into it.
 
     Raises:
-        UsageError: no network can be built from its options, or the weights to begin with are those of another network.
-        IntegrityError: the weights to begin with are not those of the recipe.
+        UsageError: no network can be built from its options, the weights to begin with are those of another network, or the
+            teacher does not fit.
+        IntegrityError: the weights to begin with, or the teacher's, are not those of the recipe.
     """
     try:
         beginning = Beginning.of(recipe)
@@ -50,7 +51,7 @@ def begin(recipe: Recipe) -> Beginning:
         ) from problem
     initial = None
     if recipe.start:
-        hash_of_start(recipe.start, recipe.start_sha256)
+        hash_of_model(recipe.start, recipe.start_sha256, "start")
         initial = checkpoint.weights_for(beginning.defense, resolve.resolve(recipe.start).folder)
 
     def load(defense: Trainable) -> None:
@@ -60,7 +61,31 @@ def begin(recipe: Recipe) -> Beginning:
         if initial is not None:
             defense.load_state_dict(initial, strict=True)
 
-    return replace(beginning, load=load)
+    return replace(beginning, load=load, teacher=_teacher(recipe) if recipe.teacher else None)
+
+
+def _teacher(recipe: Recipe) -> Trainable:
+    """The model whose class probabilities a run also learns from.
+
+    Raises:
+        UsageError: it has none, or takes other images or has other classes than the recipe's data set.
+        IntegrityError: its weights are not those of the recipe.
+    """
+    hash_of_model(recipe.teacher, recipe.teacher_sha256, "teacher")
+    teacher, _ = checkpoint.load_defense(resolve.resolve(recipe.teacher).folder)
+    allowed = "Use a model of patchcleanser, minority, hicert, smoothing or ibp of the same data set: patchcert zoo list."
+    if not isinstance(teacher, Trainable):
+        raise UsageError(f"'{recipe.teacher}' cannot teach: {type(teacher).__name__} has no class probabilities.", hint=allowed)
+    if (teacher.input_shape, teacher.classes) != (recipe.images.shape, recipe.images.classes):
+        shapes = ["x".join(map(str, shape)) for shape in (teacher.input_shape, recipe.images.shape)]
+        raise UsageError(
+            f"'{recipe.teacher}' cannot teach here: it has {len(teacher.classes)} classes of images of {shapes[0]},"
+            f" and {recipe.dataset} has {len(recipe.images.classes)} of {shapes[1]}.",
+            hint=allowed,
+        )
+    with torch.no_grad():
+        teacher.class_probabilities(torch.zeros(1, *teacher.input_shape))
+    return teacher.requires_grad_(False)
 
 
 def train(

@@ -29,11 +29,13 @@ class Beginning:
         defense: with fresh weights.
         auxiliary: what trains along without being deployed; has no weights if nothing does.
         load: puts the weights to begin with into the defense; None if it begins with the fresh ones.
+        teacher: the model whose class probabilities are also learned; None without one.
     """
 
     defense: Trainable
     auxiliary: nn.Module
     load: Callable[[Trainable], None] | None = None
+    teacher: Trainable | None = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> Beginning:
@@ -50,12 +52,17 @@ class Beginning:
 
 @dataclass
 class State:
-    """What steps change: a defense, what trains along with it, the average of its weights if there is one, the optimizer."""
+    """What steps change: a defense, what trains along with it, the average of its weights if there is one, the optimizer.
+
+    Attributes:
+        teacher: stays as it is, and is not kept; None without one.
+    """
 
     defense: Trainable
     auxiliary: nn.Module
     average: Average | None
     optimizer: torch.optim.Optimizer
+    teacher: Trainable | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, beginning: Beginning, device: str, images: Images | None = None) -> State:
@@ -69,7 +76,9 @@ class State:
                 beginning.load(defense)
                 defense.fit_start(some)
         average = Average(defense) if recipe.options.ema_decay > 0 else None
-        return cls(defense, auxiliary, average, _optimizer([*defense.parameters(), *auxiliary.parameters()], recipe))
+        optimizer = _optimizer([*defense.parameters(), *auxiliary.parameters()], recipe)
+        teacher = None if beginning.teacher is None else _laid_out(beginning.teacher.to(device), recipe)
+        return cls(defense, auxiliary, average, optimizer, teacher)
 
     @property
     def deployed(self) -> Trainable:

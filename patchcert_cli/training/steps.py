@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from patchcert_cli.certificate import Tally
 from patchcert_cli.data.images import Images, to_float
@@ -77,7 +78,8 @@ def epoch(
             group["lr"] = group.get("share", 1.0) * recipe.learning_rate * options.lr_multiplier(at, recipe.epochs)
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(defense.device.type, torch.bfloat16, enabled=lower):
-            loss = loss_of(x, label, TrainingStep(threat, options, at, recipe.epochs, generator, state.auxiliary))
+            taught = _taught(state.teacher, x)
+            loss = loss_of(x, label, TrainingStep(threat, options, at, recipe.epochs, generator, state.auxiliary, taught))
         loss = loss * together.weight(len(picked), len(batch))
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -93,6 +95,12 @@ def epoch(
     together.agree([defense, *([average.defense] if average else [])])
     defense.eval()
     return together.total(float(total) / steps)[0] / together.workers.size
+
+
+@torch.no_grad()
+def _taught(teacher: Trainable | None, x: Tensor) -> Tensor | None:
+    """The teacher's class probabilities [B, K] of images [B, C, H, W], which are changed as the defense gets them."""
+    return None if teacher is None else teacher.class_probabilities(x)
 
 
 @dataclass(frozen=True)

@@ -417,7 +417,7 @@ def test_what_it_cannot_do_is_said_in_one_line() -> None:
     said = str(caught.value)
     assert (
         "\n" not in said
-        and "known options: zoom, turn, tint, ablation, band, stride, vote, threshold, view, flip, shift." in said
+        and "known options: zoom, turn, tint, teacher_weight, ablation, band, stride, vote, threshold, view, flip, shift." in said
     )
     for part in ("bend is not", "'diagonal', not one of column, row, block", "'all', not one of top-one, threshold"):
         assert part in said

@@ -376,7 +376,7 @@ def test_a_run_can_begin_with_the_weights_of_another(tmp_path: Path) -> None:
 def test_weights_to_begin_with_must_be_the_recipes_and_fit(tmp_path: Path) -> None:
     loop.train(TINY, images(), tmp_path / "first")
     there = replace(TINY, start=str(tmp_path / "first"))
-    with pytest.raises(IntegrityError, match="starts from 000000000000"):
+    with pytest.raises(IntegrityError, match="000000000000… as its start"):
         run.begin(replace(there, start_sha256="0" * 64))
     with pytest.raises(UsageError, match="instead of"):  # the weights are intact: what was typed does not go together
         run.begin(replace(there, network_options={"hidden": [13]}))

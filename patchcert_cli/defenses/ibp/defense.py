@@ -66,6 +66,9 @@ class IntervalDefense(Trainable):
         logits: Tensor = self.network(x)
         return logits
 
+    def class_probabilities(self, x: Tensor) -> Tensor:
+        return self.forward(x).float().softmax(dim=1)
+
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Argmax of the logits evaluated in float64, lowest class index first.
