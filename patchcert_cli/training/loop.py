@@ -1,7 +1,8 @@
 """The one training loop: any defense's loss, resumable to the bit.
 
-Everything random in epoch e comes from a generator seeded with (seed, e), and the state after each epoch (weights, the
-optimizer's moments, what trains along) is on disk, so a run that was killed continues as if it had not been.
+Everything random in epoch e comes from a generator seeded with (seed, e), and the state after each epoch and each minute
+(weights, the optimizer's moments, what trains along, that generator) is on disk, so a run that was killed continues as if it had
+not been.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from patchcert_cli.training import ranks, recipe_files, steps
 from patchcert_cli.training.budget import PLAN, Budget
 from patchcert_cli.training.ranks import Ranks
 from patchcert_cli.training.recipe import Recipe
-from patchcert_cli.training.state import Beginning, State, restore, save
+from patchcert_cli.training.state import Beginning, Place, State, restore, save
 from patchcert_cli.training.trackers import Tracking
 
 MONITORED = 0.05  # share of a given time that may go into certifying on the way
@@ -95,7 +96,7 @@ def train(
     Raises:
         UsageError: the folder holds a run of another recipe.
         MachineError: out of memory.
-        Interrupted: stopped by Ctrl-C; whole epochs are kept.
+        Interrupted: stopped by Ctrl-C; whole epochs are kept, and steps up to a minute ago.
     """
     progress, workers, tracking = progress or Silent(), workers or Workers(), tracking or Tracking()
     images = images.limit(recipe.limit or None, recipe.seed)
@@ -105,12 +106,13 @@ def train(
     kept, held = images.hold_out(recipe.validation, recipe.seed)
     new = not (folder / files.STATE).exists()
     state = State.of(recipe, beginning or Beginning.of(recipe), device, kept if new else None)
-    start = restore(folder, state)
-    if 0 < start < recipe.epochs:
-        progress.note(f"resuming {folder}: {start} of {recipe.epochs} epochs done")
+    place = restore(folder, state)
+    start = place.epochs
+    if start < recipe.epochs and (start or place.steps):
+        progress.note(f"resuming {folder}: {start} of {recipe.epochs} epochs done{place.further}")
     tracked = tracking.of(recipe.to_dict(), folder, recipe.epochs)
     with ranks.joined(workers, device, recipe.batch_size) as together, tracked:
-        course = _Course(recipe, state, kept, held, folder, together, budget, progress, tracking)
+        course = _Course(recipe, state, kept, held, folder, together, budget, progress, tracking, place)
         course.rows = _kept_metrics(folder, start)
         try:
             for epoch in range(start, recipe.epochs):
@@ -122,8 +124,9 @@ def train(
             ) from problem
         except KeyboardInterrupt as problem:
             done = len([row for row in course.rows if row])
+            further = course.place.further if course.place.epochs == done else ""
             raise Interrupted(
-                f"interrupted after {done} of {recipe.epochs} epochs.", hint="Resume with the same command."
+                f"interrupted after {done} of {recipe.epochs} epochs{further}.", hint="Resume with the same command."
             ) from problem
     recipe = course.done()
     if workers.first:
@@ -154,6 +157,7 @@ class _Course:
     """A run on its way.
 
     Attributes:
+        place: of the state that was kept last.
         rows: the metrics of each epoch so far, as ``metrics.jsonl`` has them.
     """
 
@@ -166,11 +170,13 @@ class _Course:
     budget: Budget | None
     progress: Progress
     tracking: Tracking
+    place: Place
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, epoch: int) -> None:
         """Train an epoch, keep its state, and certify some held-out images now and then."""
         recipe, last = self.recipe, epoch + 1 == self.recipe.epochs
+        place = self.place if self.place.epochs == epoch else Place(epoch)
         self.rows.append({})
         began, count = time.perf_counter(), recipe.steps_of(epoch, len(self.kept))
 
@@ -184,8 +190,9 @@ class _Course:
         loss = self.rows[-2]["loss"] if len(self.rows) > 1 else 0.0
         if count:
             choose = None if self.budget is None else chosen
-            loss = steps.epoch(recipe, epoch, self.state, self.kept, self.progress, self.ranks, choose)
-        seconds = time.perf_counter() - began
+            keep = self._keep_state if self.budget is None and self.ranks.alone else None
+            loss = steps.epoch(recipe, epoch, self.state, self.kept, self.progress, self.ranks, choose, place=place, keep=keep)
+        seconds = place.seconds + time.perf_counter() - began
         rate = steps.rate_at(recipe, epoch + 1)
         self.rows[-1] |= {"epoch": epoch + 1, "loss": loss, "learning_rate": rate, "seconds": seconds, "steps": count}
         if not count and not last:
@@ -197,7 +204,7 @@ class _Course:
             steps.finish(recipe, self.state.deployed, self.kept, rounded=last)
         self._keep()
         if self.ranks.workers.first:
-            save(self.folder, recipe, self.state, epoch + 1)  # certifying may take longer than the epoch did
+            self._keep_state(Place(epoch + 1))  # certifying may take longer than the epoch did
         line = f"epoch {epoch + 1} of {recipe.epochs}: loss {loss:.4f} ({seconds:.0f} s)"
         if some:
             tally = self._monitor(self.held.limit(self.state.deployed.validation_size, recipe.seed))
@@ -269,6 +276,10 @@ class _Course:
         if self.budget is not None:
             self.budget.validated(len(images), time.perf_counter() - began, len(self.held))
         return tally
+
+    def _keep_state(self, place: Place) -> None:
+        save(self.folder, self.recipe, self.state, place)
+        self.place = place
 
     def _keep(self) -> None:
         """Write the metrics."""

@@ -100,21 +100,49 @@ class State:
         return parts | ({"average": self.average.defense} if self.average else {})
 
 
+@dataclass(frozen=True)
+class Place:
+    """How far a run is.
+
+    Attributes:
+        epochs: whole epochs that are done.
+        steps: steps of the next one that are done.
+        loss: the sum of their losses.
+        seconds: what they took.
+        drawn: the state of the generator that everything random in this epoch comes from; None before its first step.
+    """
+
+    epochs: int = 0
+    steps: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
+    drawn: Tensor | None = None
+
+    @property
+    def further(self) -> str:
+        """The steps in words, to follow the epochs; empty if there are none."""
+        return f", and {self.steps} steps of the next" if self.steps else ""
+
+
 def reduced(recipe: Recipe, device: torch.device) -> bool:
     """Whether the network computes in bfloat16: if the recipe says so, and it is not many times slower there than float32."""
     return recipe.precision == "bfloat16" and computes_in_bfloat16(device)
 
 
-def save(folder: Path, recipe: Recipe, state: State, epoch: int) -> None:
-    """Keep the state after ``epoch`` whole epochs."""
-    note = {"recipe": recipe.to_dict(), "epoch": epoch, "averaged": state.average.steps if state.average else 0}
-    files.write_atomically(folder / files.STATE, checkpoint.pack(state.tensors(), note))
+def save(folder: Path, recipe: Recipe, state: State, place: Place) -> None:
+    """Keep the state after ``place``."""
+    note = {"recipe": recipe.to_dict(), "epoch": place.epochs, "averaged": state.average.steps if state.average else 0}
+    tensors = state.tensors()
+    if place.drawn is not None:
+        note |= {"steps": place.steps, "loss": place.loss, "seconds": place.seconds}
+        tensors["drawn"] = place.drawn
+    files.write_atomically(folder / files.STATE, checkpoint.pack(tensors, note))
 
 
-def restore(folder: Path, state: State) -> int:
-    """Load the state of the last whole epoch, if there is one; returns how many epochs it has."""
+def restore(folder: Path, state: State) -> Place:
+    """Load the state that was kept last, if there is one; returns how far the run was."""
     if not (folder / files.STATE).exists():
-        return 0
+        return Place()
     tensors, note = checkpoint.unpack(folder / files.STATE)
     for prefix, part in state.parts().items():
         part.load_state_dict(_under(tensors, f"{prefix}."), strict=True)
@@ -127,7 +155,9 @@ def restore(folder: Path, state: State) -> int:
             moments.setdefault(int(index), {})[key] = value
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    return int(note["epoch"])
+    if "drawn" not in tensors:
+        return Place(int(note["epoch"]))
+    return Place(int(note["epoch"]), int(note["steps"]), float(note["loss"]), float(note["seconds"]), tensors["drawn"])
 
 
 def some_images(defense: Trainable, images: Images) -> Tensor:

@@ -18,8 +18,10 @@ from patchcert_cli.progress import Progress, Silent
 from patchcert_cli.training import augment
 from patchcert_cli.training.ranks import Ranks
 from patchcert_cli.training.recipe import Recipe
-from patchcert_cli.training.state import Beginning, State, reduced, some_images
+from patchcert_cli.training.state import Beginning, Place, State, reduced, some_images
 
+KEPT_EVERY = 60.0  # seconds between two states that are kept within an epoch, or more:
+SHARE_KEPT = 20.0  # this many times as long as keeping one takes
 LOOK = 10  # steps between two looks at the loss
 PROBED = 8  # held-out images that are certified to know what that takes
 DEAR = 6.0  # times as long: such proofs are not repeated
@@ -51,11 +53,19 @@ def epoch(
     progress: Progress,
     together: Ranks | None = None,
     choose: Callable[[float], int] | None = None,
+    *,
+    place: Place | None = None,
+    keep: Callable[[Place], None] | None = None,
 ) -> float:
     """The recipe's steps on random training images, or as many as ``choose`` says, given the seconds of the first one.
 
     Nothing that the first step does depends on how many follow. Returns the mean loss.
+
+    Args:
+        place: the steps of this epoch that are done; None for none.
+        keep: keeps the state after a step, every now and then (:data:`KEPT_EVERY`).
     """
+    place = place or Place(at_epoch)
     defense, optimizer, average = state.defense, state.optimizer, state.average
     together = together or Ranks(Workers(), defense.device)
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + at_epoch)
@@ -63,9 +73,12 @@ def epoch(
     if not together.alone:  # what is drawn for a rank's images
         generator.manual_seed((recipe.seed * 1_000_003 + at_epoch) * 4_099 + together.workers.rank)
     threat, options, steps = recipe.threat, recipe.options, recipe.steps_of(at_epoch, len(images))
-    lower, total = reduced(recipe, defense.device), torch.zeros((), dtype=torch.float64, device=defense.device)
+    if place.drawn is not None and together.alone:
+        generator.set_state(place.drawn)
+    lower, total = reduced(recipe, defense.device), torch.full((), place.loss, dtype=torch.float64, device=defense.device)
     defense.train()
-    loss_of, number, began = together.loss(defense, state.auxiliary), 0, time.perf_counter()
+    loss_of, number, began = together.loss(defense, state.auxiliary), place.steps, time.perf_counter()
+    due = began + KEPT_EVERY
     while number < steps:
         at = at_epoch + number / steps
         batch = order[number * recipe.batch_size : (number + 1) * recipe.batch_size]
@@ -86,12 +99,16 @@ def epoch(
         if average:
             average.follow(defense, options.ema_decay)
         total += loss.detach()
-        if number % LOOK == 0 or number + 1 == steps:  # reading a loss waits for the device
+        if number % LOOK == 0 or number == place.steps or number + 1 == steps:  # reading a loss waits for the device
             line = f"epoch {at_epoch + 1} of {recipe.epochs}: loss {float(total) / (number + 1):.4f}"
         number += 1
         progress.update(at_epoch * steps + number, recipe.epochs * steps, line)
-        if choose is not None and number == 1:
-            steps = choose(time.perf_counter() - began)
+        now = time.perf_counter()
+        if choose is not None and number == place.steps + 1:
+            steps = choose(now - began)
+        if keep is not None and now >= due and number < steps:
+            keep(Place(at_epoch, number, float(total), place.seconds + now - began, generator.get_state()))
+            due = time.perf_counter() + max(KEPT_EVERY, SHARE_KEPT * (time.perf_counter() - now))
     together.agree([defense, *([average.defense] if average else [])])
     defense.eval()
     return together.total(float(total) / steps)[0] / together.workers.size

@@ -250,6 +250,38 @@ CELLS = Recipe(
 )
 
 
+@pytest.mark.parametrize("recipe", [TINY, MASKED, CELLS], ids=["intervals", "masks, averaged", "cells, muon"])
+def test_a_run_stopped_within_an_epoch_loses_no_kept_step(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a state after each step, as after each minute of a long one: the steps before the stop are not made again."""
+    monkeypatch.setattr(steps, "KEPT_EVERY", 0.0)
+    monkeypatch.setattr(steps, "SHARE_KEPT", 0.0)
+    some = images(200)
+    whole = loop.train(recipe, some, tmp_path / "whole")
+    each = recipe.steps_of(0, 200 - recipe.validation)
+    made: list[int] = []
+
+    class Stop(Silent):
+        def update(self, done: int, total: int, text: str) -> None:
+            made.append(done)
+            if done in (2, each + 2) and made.count(done) == 1:
+                raise KeyboardInterrupt
+
+    for said in ("after 0 of . epochs, and 1 steps of the next", "after 1 of . epochs, and 1 steps of the next"):
+        with pytest.raises(Interrupted, match=said):
+            loop.train(recipe, some, tmp_path / "cut", progress=Stop())
+    again = loop.train(recipe, some, tmp_path / "cut", progress=Stop())
+    again_made = [2, each + 2]  # the step that was stopped is made again
+    assert sorted(made) == sorted([*range(1, recipe.epochs * each + 1), *again_made])
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole") and again.validation == whole.validation
+    first, second = (
+        [json.loads(line) for line in (tmp_path / name / files.METRICS).read_text().splitlines()] for name in ("cut", "whole")
+    )
+    assert [row["loss"] for row in first] == [row["loss"] for row in second]
+    assert [row["steps"] for row in first] == [each] * recipe.epochs
+
+
 def test_a_model_of_sampled_cells_is_stored_with_its_whitening_in_the_weights(tmp_path: Path) -> None:
     made = loop.train(CELLS, images(360), tmp_path / "run")
     saved, _ = checkpoint.load_defense(tmp_path / "run")
