@@ -120,7 +120,7 @@ class Place:
 
     @property
     def further(self) -> str:
-        """The steps in words, to follow the epochs; empty if there are none."""
+        """The steps as text, to follow the epochs; empty if there are none."""
         return f", and {self.steps} steps of the next" if self.steps else ""
 
 
