@@ -47,6 +47,27 @@ options of the two tables. `--dry-run` lists all of them, with the values of thi
 `rf` of the network `region` is the receptive field in pixels: `rf: 9` gives the most even kernels that see 9x9 pixels with the
 dilations of the recipe. Kernels that are given beside it must see as many.
 
+## Teachers
+
+`--teacher NAME|PATH` lets a model learn from the class probabilities of another one besides the labels:
+
+```
+patchcert train --recipe cifar-bagcert-rf7-balanced --start cifar-bagcert-rf7-balanced --teacher cifar-masked-cnn
+```
+
+- **Who teaches:** a model of `patchcleanser`, `minority`, `hicert`, `smoothing` or `ibp`, for the same images and classes. It
+  sees each training image as the student gets it, mirrored and shifted, and its network computes a pass for it in every step.
+- **Who learns:** `bagcert`, `roots`, `smoothing`, `patchcleanser`, `minority` and `hicert`. `teacher_weight` is the share of the
+  teacher in the cross-entropy, at temperature 1. For `bagcert` and `roots` it is the weight of what is added to the margin loss:
+  the cross-entropy of the softmax of `teacher_sharpness` times the mean votes (of `roots`: of roots of regional votes); nothing
+  is added in `warm_up_epochs`.
+- **Held-out images:** a teacher may have been trained on images that the student holds out. Then the student's validation is not
+  quite fair; test images are never used.
+- **Certificates** are about the student alone. What taught it does not matter for them.
+- **A teacher that has moved:** the recipe keeps its digest. Say where it is with `--teacher`; other weights are refused.
+
+Source: Hinton, Vinyals & Dean, Distilling the Knowledge in a Neural Network, 2015.
+
 This page is made by `docs/make_recipes.py`.
 """
 

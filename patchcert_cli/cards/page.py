@@ -213,6 +213,8 @@ def _making(card: Card) -> list[str]:
         held = card.validation
         text += f" On {held.images} held-out training images: clean {percent(held.clean, held.images)},"
         text += f" certified {percent(held.certified, held.images)}. No test image was used to choose anything."
+    if teacher := card.recipe.get("teacher"):
+        text += f" Taught by `{teacher}`, whose own training may have seen these held-out images."
     if card.trained:
         made = card.trained
         text += f" {made.date}, {made.seconds:.0f} s on {made.device} with {made.threads} threads;"

@@ -68,6 +68,17 @@ def add(
     return card
 
 
+def of_one_machine(card: Card, zoo: Path | None = None) -> list[str]:
+    """The other models that the card's command names and that nobody else has: folders, one sentence each."""
+    known = bundled.names(zoo)
+    return [
+        f"the {role} of this run, '{card.recipe[role]}', is a folder here: nobody else can train the model again."
+        f" Add it to the zoo first, and train with --{role} and its name there."
+        for role in ("start", "teacher")
+        if card.recipe.get(role) and card.recipe[role] not in known and "@" not in card.recipe[role]
+    ]
+
+
 def for_readers(command: str, run: Path, name: str) -> str:
     """The certify command that measured the model in the folder ``run``, as a reader can type it: the model by its ``name``, and
     no option that names a file or a folder of the machine that ran it."""

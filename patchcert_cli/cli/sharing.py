@@ -76,6 +76,8 @@ def add(
         to=out,
         force=force,
     )
+    for remark in add_to_zoo.of_one_machine(card, out):
+        show.say(remark)
     counts = f"{len(card.results)} results" + (f", {len(card.samples)} on other images" if card.samples else "")
     line = f"{card.name}: {card.status}, {counts}, sha256 {cards.weights_sha256(card.files)[:12]}…"
     show.printed(lambda: typer.echo(line), card.to_dict(), output.json)

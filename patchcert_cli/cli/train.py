@@ -116,7 +116,7 @@ class RecipeOptions:
             "--teacher",
             autocompletion=complete.models,
             metavar="NAME|PATH",
-            text="Also learn from this model's class probabilities.",
+            text="Also learn from this model's class probabilities (bagcert, smoothing, masks; see --option teacher_weight=W).",
         ),
     ] = None
 

@@ -189,7 +189,7 @@ class Trainable(Defense):
         Raises:
             UsageError: it has none.
         """
-        raise UsageError(f"{type(self).__name__} has no class probabilities to teach.", hint="See --teacher in docs/recipes.md.")
+        raise UsageError(f"{type(self).__name__} has no class probabilities to teach.", hint="See Teachers in docs/recipes.md.")
 
     @abstractmethod
     def training_loss(self, x: Tensor, label: Tensor, step: TrainingStep) -> Tensor:

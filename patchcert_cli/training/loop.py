@@ -28,7 +28,7 @@ from patchcert_cli.storage import files, locks
 from patchcert_cli.training import ranks, recipe_files, steps
 from patchcert_cli.training.budget import PLAN, Budget
 from patchcert_cli.training.ranks import Ranks
-from patchcert_cli.training.recipe import Recipe
+from patchcert_cli.training.recipe import OPTIONAL, ROLES, Recipe
 from patchcert_cli.training.state import Beginning, Place, State, restore, save
 from patchcert_cli.training.trackers import Tracking
 
@@ -94,15 +94,18 @@ def train(
         tracking: gets the metrics of each epoch.
 
     Raises:
-        UsageError: the folder holds a run of another recipe.
+        UsageError: the folder holds a run of another recipe, or ``beginning`` lacks a model that the recipe names.
         MachineError: out of memory.
         Interrupted: stopped by Ctrl-C; whole epochs are kept, and steps up to a minute ago.
     """
     progress, workers, tracking = progress or Silent(), workers or Workers(), tracking or Tracking()
+    if (recipe.teacher and (beginning is None or beginning.teacher is None)) or (recipe.start and beginning is None):
+        raise UsageError("this recipe names other models, and they are not given.", hint="Give beginning=run.begin(recipe).")
     images = images.limit(recipe.limit or None, recipe.seed)
     workers.agree({**{name: str(value) for name, value in recipe.to_dict().items()}, "images": images.digest()})
-    workers.lead("begun", lambda: _begin(recipe, folder, fresh=fresh))
+    workers.lead("begun", lambda: _begin(recipe, folder, fresh=fresh, budgeted=budget is not None))
     workers.check_shared(folder / files.CONFIG)
+    recipe = _as_begun(recipe, folder)
     kept, held = images.hold_out(recipe.validation, recipe.seed)
     new = not (folder / files.STATE).exists()
     state = State.of(recipe, beginning or Beginning.of(recipe), device, kept if new else None)
@@ -143,13 +146,20 @@ def clear(folder: Path) -> None:
         locks.clear(folder)
 
 
-def _begin(recipe: Recipe, folder: Path, *, fresh: bool) -> None:
+def _begin(recipe: Recipe, folder: Path, *, fresh: bool, budgeted: bool) -> None:
     """Claim the run folder, and write the recipe into it."""
     files.check_folder(folder, "--out")
     if fresh:
         clear(folder)
-    _claim(folder, recipe.config())
-    recipe_files.write(recipe, folder)
+    _claim(folder, recipe.config(), budgeted=budgeted)
+    recipe_files.write(_as_begun(recipe, folder), folder)
+
+
+def _as_begun(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the names that the run in a folder has for its other models: the same weights may be elsewhere by now."""
+    before = files.read_json(folder / files.CONFIG).get("recipe", {})
+    names = {role: str(before[role]) for role in ROLES if before.get(role)}
+    return replace(recipe, **names) if names else recipe  # type: ignore[arg-type]
 
 
 @dataclass
@@ -303,17 +313,26 @@ def _validated(row: Mapping[str, Any]) -> Tally:
     return Tally(images, round(row["clean"] * images), round(row["certified"] * images))
 
 
-def _claim(folder: Path, config: dict[str, Any]) -> None:
-    """Write the configuration into an empty folder, or check that the folder is this very run."""
+def _claim(folder: Path, config: dict[str, Any], *, budgeted: bool) -> None:
+    """Write the configuration into an empty folder, or check that the folder is this very run.
+
+    Other models are the same if their weights are. With a budget the steps are those that there was time for.
+    """
     path = folder / files.CONFIG
     if not path.exists():
         if not locks.empty(folder, PLAN):
             raise UsageError(f"'{folder}' is not empty and holds no training run.", hint="Use another --out.")
         files.write_json(path, config)
         return
-    before, now = files.read_json(path).get("recipe", {}), config["recipe"]
+    absent = dict.fromkeys(OPTIONAL)
+    before, now = files.read_json(path).get("recipe", {}), absent | config["recipe"]
     if before:  # what an older run does not mention has its default
-        before = Recipe.from_dict(before).to_dict()
+        before = absent | Recipe.from_dict(before).to_dict()
+    for role in ROLES:
+        if now.get(f"{role}_sha256") and before.get(f"{role}_sha256") == now[f"{role}_sha256"]:
+            now[role] = before[role]
+    if budgeted:
+        now["steps"] = before.get("steps")
     changed = list(differences(before, now))
     if changed:
         raise UsageError(

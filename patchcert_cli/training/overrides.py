@@ -10,10 +10,10 @@ from patchcert_cli import cards, data, defenses, models
 from patchcert_cli.catalog import resolve
 from patchcert_cli.classifiers import addresses
 from patchcert_cli.data import datasets
-from patchcert_cli.errors import IntegrityError, UsageError
+from patchcert_cli.errors import IntegrityError, UnknownName, UsageError
 from patchcert_cli.threats import Threat
 from patchcert_cli.training import recipe_files
-from patchcert_cli.training.recipe import Recipe, default_entries, typed, usual_defense
+from patchcert_cli.training.recipe import ROLES, Recipe, default_entries, typed, usual_defense
 
 FINE_TUNING: dict[str, Any] = {  # few steps at a low rate: the published course of networks that were trained before
     "epochs": 10,
@@ -114,7 +114,7 @@ def resolved(
         before = values.get(table) or {}
         values[table] = {**before, **getattr(changes, table)} if isinstance(before, Mapping) else before
     values |= given
-    for role in ("start", "teacher"):
+    for role in ROLES:
         digest = f"{role}_sha256"
         if getattr(changes, role) is not None:
             values[digest] = ""
@@ -160,7 +160,15 @@ def hash_of_model(name: str, expected: str, role: str) -> str:
         IntegrityError: it is not the one that the recipe expects.
         UnknownName: there is no such model.
     """
-    folder = resolve.resolve(name).folder
+    try:
+        folder = resolve.resolve(name).folder
+    except UnknownName as problem:
+        if not expected:  # it was typed
+            raise
+        raise UnknownName(
+            f"the recipe's {role}, '{name}' with weights {expected[:12]}…, is not here.",
+            hint=f"Say where it is with --{role} NAME|PATH.",
+        ) from problem
     actual = cards.weights_sha256({name: cards.File.of(folder / name) for name in cards.weights_of(folder)})
     if expected not in ("", actual):
         raise IntegrityError(

@@ -15,6 +15,7 @@ from patchcert_cli.schema import Count, Must, NonNegative, Parsed, Positive, Rul
 from patchcert_cli.threats import Patch, Patches, Sparse, Threat, as_options, parse_threat
 
 Result = TypeVar("Result")
+ROLES = ("start", "teacher")  # entries that name other models
 OPTIONAL = ("steps", "teacher", "teacher_sha256")  # entries that are left out where they are empty
 
 
@@ -28,6 +29,12 @@ def _one_or_all(steps: tuple[int, ...], epochs: int) -> Iterator[str]:
 def _more_than_validation(limit: int, validation: int) -> Iterator[str]:
     if 0 < limit <= validation:
         yield f"limit is {limit}, not more than the {validation} images of validation"
+
+
+def _hash_of_nothing(start: str, start_sha256: str, teacher: str, teacher_sha256: str) -> Iterator[str]:
+    for name, model, digest in (("start", start, start_sha256), ("teacher", teacher, teacher_sha256)):
+        if digest and not model:
+            yield f"{name}_sha256 is given without {name}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class Recipe:
     teacher_sha256: str = ""
     options: Options = field(default_factory=Options)
     images: Dataset = field(init=False, repr=False, compare=False)
-    rules: ClassVar[tuple[Rule, ...]] = (_more_than_validation, _one_or_all)
+    rules: ClassVar[tuple[Rule, ...]] = (_more_than_validation, _one_or_all, _hash_of_nothing)
 
     def __post_init__(self) -> None:
         entries, problems = _read({item.name: getattr(self, item.name) for item in fields(self) if item.init})

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from patchcert_cli import cards, checkpoint, data, models
+from patchcert_cli import cards, checkpoint, data, models, schema
 from patchcert_cli import device as devices
 from patchcert_cli.catalog import resolve
 from patchcert_cli.classifiers import addresses
@@ -26,11 +26,12 @@ from patchcert_cli.training import budget as budgets
 from patchcert_cli.training import loop, steps
 from patchcert_cli.training.budget import Budget, Pace
 from patchcert_cli.training.overrides import hash_of_model
-from patchcert_cli.training.recipe import Recipe
+from patchcert_cli.training.recipe import ROLES, Recipe
 from patchcert_cli.training.state import Beginning, reduced
 from patchcert_cli.training.trackers import Tracking
 from patchcert_cli.version import __version__
 
+TEACHERS = "Use a model of patchcleanser, minority, hicert, smoothing or ibp of the same data set: patchcert zoo list."
 PATIENCE = 3600.0  # seconds that ranks wait for the first one to measure
 SAVED_PER_SECOND = 1e8  # bytes, about
 
@@ -72,19 +73,26 @@ def _teacher(recipe: Recipe) -> Trainable:
         IntegrityError: its weights are not those of the recipe.
     """
     hash_of_model(recipe.teacher, recipe.teacher_sha256, "teacher")
-    teacher, _ = checkpoint.load_defense(resolve.resolve(recipe.teacher).folder)
-    allowed = "Use a model of patchcleanser, minority, hicert, smoothing or ibp of the same data set: patchcert zoo list."
-    if not isinstance(teacher, Trainable):
-        raise UsageError(f"'{recipe.teacher}' cannot teach: {type(teacher).__name__} has no class probabilities.", hint=allowed)
-    if (teacher.input_shape, teacher.classes) != (recipe.images.shape, recipe.images.classes):
-        shapes = ["x".join(map(str, shape)) for shape in (teacher.input_shape, recipe.images.shape)]
-        raise UsageError(
-            f"'{recipe.teacher}' cannot teach here: it has {len(teacher.classes)} classes of images of {shapes[0]},"
-            f" and {recipe.dataset} has {len(recipe.images.classes)} of {shapes[1]}.",
-            hint=allowed,
-        )
-    with torch.no_grad():
-        teacher.class_probabilities(torch.zeros(1, *teacher.input_shape))
+    found = resolve.resolve(recipe.teacher)
+    path = found.folder / files.CONFIG
+    config = files.read_json(path).get("deployed", {}) if path.is_file() else {}
+    theirs, ours = (config.get("input_shape"), config.get("classes")), (recipe.images.shape, recipe.images.classes)
+    for what, one, other in zip(("images", "classes"), theirs, ours, strict=True):
+        if one is not None and list(one) != list(other):
+            raise UsageError(
+                f"'{recipe.teacher}' cannot teach here: it has other {what} than {recipe.dataset},"
+                f" {schema.shown(list(one))} in place of {schema.shown(list(other))}.",
+                hint=TEACHERS,
+            )
+    teacher, _ = checkpoint.load_defense(found.folder)
+    try:
+        if not isinstance(teacher, Trainable):
+            raise UsageError("no class probabilities")
+        with torch.no_grad():
+            teacher.class_probabilities(torch.zeros(1, *teacher.input_shape))
+    except UsageError as problem:
+        kind = type(teacher).__name__
+        raise UsageError(f"'{recipe.teacher}' cannot teach: {kind} has no class probabilities.", hint=TEACHERS) from problem
     return teacher.requires_grad_(False)
 
 
@@ -116,6 +124,9 @@ def train(
         Interrupted: stopped by Ctrl-C; whole epochs are kept.
     """
     progress = progress or Silent()
+    for role in ROLES if fresh else ():
+        if getattr(recipe, role) and Path(getattr(recipe, role)).resolve() == folder.resolve():
+            raise UsageError(f"--fresh would delete '{folder}', which is the recipe's {role}.", hint="Use another --out.")
     began, place = time.perf_counter() if began is None else began, devices.resolve(device)
     workers = jobs.current().scope()
     tracking = Tracking(track if workers.first else (), progress)

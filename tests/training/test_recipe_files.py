@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from pathlib import Path
 
@@ -176,6 +177,7 @@ def test_a_network_without_interval_bounds_is_refused_before_the_first_step(netw
 
 def test_the_document_lists_every_entry_and_option() -> None:
     text = (ROOT / "docs" / "recipes.md").read_text()
+    assert text == runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))["page"](), "run docs/make_recipes.py"
     for kind in (Recipe, *(defenses.trainable(name).options for name in defenses.trained())):
         for entry in schema.entries(kind):
             assert f"| `{entry.name}` | " in text, f"run {Path(sys.executable).name} docs/make_recipes.py"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from patchcert_cli import checkpoint, defenses
+from patchcert_cli import cards, checkpoint, data, defenses
+from patchcert_cli.catalog.add_to_zoo import of_one_machine
 from patchcert_cli.cli.main import app
 from patchcert_cli.data.images import to_float
 from patchcert_cli.defenses import TrainingStep
@@ -19,6 +22,7 @@ from patchcert_cli.defenses._training import cross_entropy
 from patchcert_cli.defenses.bagcert import BagCert
 from patchcert_cli.errors import IntegrityError, Interrupted, UnknownName, UsageError
 from patchcert_cli.progress import Silent
+from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch
 from patchcert_cli.training import loop, overrides, run, steps
 from patchcert_cli.training.recipe import Recipe
@@ -162,11 +166,98 @@ def test_only_defenses_that_can_learn_so_take_a_teacher(teacher: Path) -> None:
 def test_a_teacher_must_be_the_recipes_and_fit(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="000000000000… as its teacher"):
         run.begin(replace(taught_by(teacher, VOTES), teacher_sha256="0" * 64))
-    with pytest.raises(UsageError, match="10 classes of images of 1x28x28, and cifar10 has 10 of 3x32x32"):
+    with pytest.raises(UsageError, match=r"other images than cifar10, \[1, 28, 28\] in place of \[3, 32, 32\]"):
         run.begin(taught_by(teacher, replace(VOTES, dataset="cifar10")))
     loop.train(replace(VOTES, epochs=1), images(), tmp_path / "votes")
-    with pytest.raises(UsageError, match="BagCert has no class probabilities"):
+    with pytest.raises(UsageError, match="votes' cannot teach: BagCert has no class probabilities") as caught:
         run.begin(taught_by(tmp_path / "votes", VOTES))
+    assert "smoothing or ibp" in caught.value.hint
+    with pytest.raises(UsageError, match="teacher_sha256 is given without teacher"):
+        replace(VOTES, teacher_sha256="0" * 64)
+
+
+def test_other_classes_of_the_same_images_are_named(teacher: Path, tmp_path: Path) -> None:
+    config = json.loads((teacher / files.CONFIG).read_text())
+    config["deployed"]["classes"] = [f"class {number}" for number in range(10)]
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    (other / files.CONFIG).write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="it has other classes than mnist, .*class 0.* in place of .*'0'"):
+        run.begin(taught_by(other, VOTES))
+
+
+@pytest.mark.parametrize("epochs", [1, 2], ids=["finished", "stopped"])
+def test_a_run_is_not_resumed_without_its_teacher_or_its_steps(epochs: int, teacher: Path, tmp_path: Path) -> None:
+    recipe = replace(taught_by(teacher, VOTES), epochs=2, steps=(2,))
+    folder = tmp_path / "run"
+
+    class Stop(Silent):
+        def note(self, text: str) -> None:
+            if text.startswith(f"epoch {epochs} of 2") and epochs == 1:
+                raise KeyboardInterrupt
+
+    try:
+        loop.train(recipe, images(), folder, beginning=run.begin(recipe), progress=Stop())
+    except Interrupted:
+        assert epochs == 1
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for less, said in (
+        (replace(recipe, teacher="", teacher_sha256=""), "teacher '.*', not None"),
+        (replace(recipe, steps=()), r"steps \[2\], not None"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            loop.train(less, images(), folder, beginning=run.begin(less))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_teacher_of_a_run_may_move(teacher: Path, tmp_path: Path) -> None:
+    """The weights decide. The run keeps the name that it began with, and so its configuration."""
+    recipe, folder = taught_by(teacher, VOTES), tmp_path / "run"
+    loop.train(recipe, images(), folder, beginning=run.begin(recipe))
+    before = (folder / files.CONFIG).read_bytes(), (folder / "recipe.yaml").read_bytes()
+    shutil.copytree(teacher, tmp_path / "moved")
+    moved = taught_by(tmp_path / "moved", VOTES)
+    again = loop.train(moved, images(), folder, beginning=run.begin(moved))
+    assert again.epochs_run == 0 and again.recipe.teacher == str(teacher)
+    assert ((folder / files.CONFIG).read_bytes(), (folder / "recipe.yaml").read_bytes()) == before
+
+
+def test_a_recipe_whose_teacher_is_gone_says_how_to_go_on(teacher: Path, tmp_path: Path) -> None:
+    recipe = taught_by(teacher, VOTES)
+    entries = {**recipe.to_dict(), "teacher": str(tmp_path / "gone")}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(entries))
+    with pytest.raises(UnknownName, match=f"the recipe's teacher, '.*gone' with weights {recipe.teacher_sha256[:12]}") as caught:
+        overrides.resolved(str(tmp_path / "recipe.yaml"), overrides.Overrides())
+    assert "--teacher NAME|PATH" in caught.value.hint
+    found = overrides.resolved(str(tmp_path / "recipe.yaml"), overrides.Overrides(teacher=str(teacher)))
+    assert found == recipe
+    without = overrides.resolved(str(tmp_path / "recipe.yaml"), overrides.Overrides(teacher=""))
+    assert without.teacher == without.teacher_sha256 == ""
+
+
+def test_a_run_needs_the_models_that_its_recipe_names(teacher: Path, tmp_path: Path) -> None:
+    for recipe in (taught_by(teacher, VOTES), replace(TINY, start=str(teacher))):
+        with pytest.raises(UsageError, match="names other models"):
+            loop.train(recipe, images(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fresh_run_does_not_delete_its_own_teacher(teacher: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(teacher, mine)
+    with pytest.raises(UsageError, match="which is the recipe's teacher"):
+        run.train(taught_by(mine, VOTES), mine, fresh=True)
+    assert (mine / files.WEIGHTS).exists()
+
+
+def test_the_card_names_the_teacher(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = images()
+    monkeypatch.setattr(data.Dataset, "load", lambda *args, **options: some)
+    run.train(taught_by(teacher, replace(VOTES, epochs=1)), tmp_path / "run")
+    card = cards.Card.read(tmp_path / "run")
+    assert f"Taught by `{teacher}`" in card.render() and card.recipe["teacher"] == str(teacher)
+    assert [f"the teacher of this run, '{teacher}', is a folder here" in one for one in of_one_machine(card)] == [True]
+    assert of_one_machine(replace(card, recipe={**card.recipe, "teacher": "mnist-ibp-p5"})) == []
 
 
 def test_the_command_line_refuses_a_teacher_that_does_not_exist(tmp_path: Path) -> None:
