@@ -69,10 +69,10 @@ def add(
 
 
 def of_one_machine(card: Card, zoo: Path | None = None) -> list[str]:
-    """The other models that the card's command names and that nobody else has: folders, one sentence each."""
+    """The other models that the card's command names and that are folders of this machine, one sentence each."""
     known = bundled.names(zoo)
     return [
-        f"the {role} of this run, '{card.recipe[role]}', is a folder here: nobody else can train the model again."
+        f"the {role} of this run, '{card.recipe[role]}', is a folder of this machine: others cannot train the model again."
         f" Add it to the zoo first, and train with --{role} and its name there."
         for role in ("start", "teacher")
         if card.recipe.get(role) and card.recipe[role] not in known and "@" not in card.recipe[role]

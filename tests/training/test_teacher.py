@@ -256,7 +256,7 @@ def test_the_card_names_the_teacher(teacher: Path, tmp_path: Path, monkeypatch: 
     run.train(taught_by(teacher, replace(VOTES, epochs=1)), tmp_path / "run")
     card = cards.Card.read(tmp_path / "run")
     assert f"Taught by `{teacher}`" in card.render() and card.recipe["teacher"] == str(teacher)
-    assert [f"the teacher of this run, '{teacher}', is a folder here" in one for one in of_one_machine(card)] == [True]
+    assert [f"the teacher of this run, '{teacher}', is a folder of this machine" in one for one in of_one_machine(card)] == [True]
     assert of_one_machine(replace(card, recipe={**card.recipe, "teacher": "mnist-ibp-p5"})) == []
 
 
