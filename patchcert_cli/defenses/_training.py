@@ -19,6 +19,8 @@ from patchcert_cli.errors import UsageError
 from patchcert_cli.schema import Fraction, Must
 from patchcert_cli.threats import Threat
 
+DIGITS = {"flip": False, "shift": 2}  # changes of training images of digits: a mirrored digit is not a digit
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -171,7 +173,9 @@ class Trainable(Defense):
             dataset: the data set that the user chose; empty for the defense's default.
         """
         low_precision = {"precision": "bfloat16", "stored": "float16"}
-        return {"dataset": "cifar10", **low_precision, "optimizer": "adamw", "weight_decay": 1e-4}
+        changed = {"flip", "shift"} <= {item.name for item in fields(cls.options)}
+        digits = {"options": dict(DIGITS)} if dataset == "mnist" and changed else {}
+        return {"dataset": "cifar10", **low_precision, "optimizer": "adamw", "weight_decay": 1e-4, **digits}
 
     def init_weights(self, options: Options) -> nn.Module | None:
         """Start a training run: set fresh weights as ``options`` say, and return what is trained along but not deployed."""

@@ -42,7 +42,7 @@ from patchcert_cli.certifiers.geometry import Axis, CellCoverage
 from patchcert_cli.defenses._attackable import Surrogate
 from patchcert_cli.defenses._base import build_network, own_entries, size_and_classes
 from patchcert_cli.defenses._cells import VotingDefense
-from patchcert_cli.defenses._training import AugmentedOptions, Options, TrainingStep
+from patchcert_cli.defenses._training import DIGITS, AugmentedOptions, Options, TrainingStep
 from patchcert_cli.defenses.bagcert import Step
 from patchcert_cli.errors import IntegrityError, UnsupportedThreat, UsageError
 from patchcert_cli.layers import fixed_point, programs
@@ -152,7 +152,7 @@ class Partition(VotingDefense):
 
     @classmethod
     def default_recipe(cls, threat: Threat, dataset: str) -> dict[str, Any]:
-        augmented = {"flip": False, "shift": 2} if dataset == "mnist" else {}  # a mirrored digit is not a digit
+        augmented = DIGITS if dataset == "mnist" else {}
         return {
             "dataset": "cifar10",
             "epochs": 56,

@@ -24,6 +24,7 @@ COMPACT = (
     "cifar-bagcert-rf7-768",
     "cifar-bagcert-rf7-balanced",
     "cifar-bagcert-rf7-framed",
+    "cifar-bagcert-rf7-taught",
     "cifar-bagcert-rf7-wide",
     "cifar-ibp-p2",
     "cifar-ibp-p2-muon",

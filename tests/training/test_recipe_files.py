@@ -183,3 +183,11 @@ def test_the_document_lists_every_entry_and_option() -> None:
             assert f"| `{entry.name}` | " in text, f"run {Path(sys.executable).name} docs/make_recipes.py"
     for name in models.names():
         assert f"## Options of network `{name}`" in text
+
+
+@pytest.mark.parametrize("name", defenses.trained())
+def test_digits_are_not_mirrored_unless_the_user_says_so(name: str) -> None:
+    """A mirrored digit is not a digit; pictures of CIFAR-10 may be mirrored."""
+    recipe = resolved(None, Overrides(Patch(5, 5), dataset="mnist", defense=name))
+    assert not vars(recipe.options).get("flip")
+    assert vars(resolved(None, Overrides(Patch(5, 5), dataset="mnist", defense=name, options={"flip": True})).options)["flip"]
