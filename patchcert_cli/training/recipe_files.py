@@ -22,6 +22,8 @@ SUFFIXES = (".yaml", ".yml")
 LARGEST_FILE = 1 << 20  # bytes that a recipe may have
 HEADER = "# The recipe of this model, with every default. Train it again: patchcert train --recipe {source}\n"
 
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z")  # the whole text: a digest may begin like a number
+
 
 class _Loader(yaml.SafeLoader):
     """Plain YAML in which ``1e-3`` is a number, as in YAML 1.2, and a name that occurs twice in a table is refused."""
@@ -34,12 +36,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789"))
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that :class:`_Loader` would read as a number, such as a digest of digits with one e."""
+
+
+for _one in (_Loader, _Dumper):
+    _one.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
 
 
 def text(recipe: Recipe, source: str = RECIPE) -> str:
     """A recipe as YAML; ``source`` is what ``--recipe`` takes to read it again."""
-    return HEADER.format(source=source) + yaml.safe_dump(recipe.to_dict(), sort_keys=False, default_flow_style=None, width=120)
+    return HEADER.format(source=source) + yaml.dump(
+        recipe.to_dict(), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120
+    )
 
 
 def write(recipe: Recipe, folder: Path) -> None:

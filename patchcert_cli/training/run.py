@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -85,15 +85,12 @@ def _teacher(recipe: Recipe) -> Trainable:
                 hint=TEACHERS,
             )
     teacher, _ = checkpoint.load_defense(found.folder)
-    try:
-        if not isinstance(teacher, Trainable):
-            raise UsageError("no class probabilities")
-        with torch.no_grad():
+    if isinstance(teacher, Trainable):
+        with suppress(UsageError), torch.no_grad():
             teacher.class_probabilities(torch.zeros(1, *teacher.input_shape))
-    except UsageError as problem:
-        kind = type(teacher).__name__
-        raise UsageError(f"'{recipe.teacher}' cannot teach: {kind} has no class probabilities.", hint=TEACHERS) from problem
-    return teacher.requires_grad_(False)
+            return teacher.requires_grad_(False)
+    kind = type(teacher).__name__
+    raise UsageError(f"'{recipe.teacher}' cannot teach: {kind} has no class probabilities.", hint=TEACHERS)
 
 
 def train(

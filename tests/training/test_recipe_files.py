@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,14 @@ def test_digits_are_not_mirrored_unless_the_user_says_so(name: str) -> None:
     recipe = resolved(None, Overrides(Patch(5, 5), dataset="mnist", defense=name))
     assert not vars(recipe.options).get("flip")
     assert vars(resolved(None, Overrides(Patch(5, 5), dataset="mnist", defense=name, options={"flip": True})).options)["flip"]
+
+
+@pytest.mark.parametrize("digest", ["2e90d6" + "0" * 58, "1" * 30 + "e" + "2" * 33, "1" * 64, "0x" + "1" * 62, "12e5"])
+def test_a_digest_that_looks_like_a_number_stays_text(digest: str, tmp_path: Path) -> None:
+    recipe = replace(Recipe("patch:5x5"), start="mnist-ibp-p5", start_sha256=digest)
+    recipe_files.write(recipe, tmp_path)
+    assert recipe_files.recipe_of(str(tmp_path / "recipe.yaml")) == recipe
+    (tmp_path / "typed.yaml").write_text(
+        f"threat: patch:5x5\nlearning_rate: 1e-3\nstart: mnist-ibp-p5\nstart_sha256: {'2e90d6' + '0' * 58}\n"
+    )
+    assert recipe_files.read(tmp_path / "typed.yaml")["start_sha256"] == "2e90d6" + "0" * 58
