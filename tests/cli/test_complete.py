@@ -46,7 +46,10 @@ def offered(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
         ("patchcert certify mnist-ibp-p5", ["mnist-ibp-p5", "mnist-ibp-p5-linear", "mnist-ibp-p5-muon"]),
         (
             "patchcert certify mnist-bagcert cifar-bagcert-rf7-",
-            [f"cifar-bagcert-rf7-{end}" for end in ("768", "balanced", "balanced-base", "framed", "large", "taught", "wide")],
+            [
+                f"cifar-bagcert-rf7-{end}"
+                for end in ("768", "balanced", "balanced-base", "framed", "large", "taught", "taught-long", "wide")
+            ],
         ),
         ("patchcert attack mnist-ibp-k", ["mnist-ibp-k10", "mnist-ibp-k4"]),
         ("patchcert attack mnist-bagcert --attack patch_p", ["patch_pgd"]),

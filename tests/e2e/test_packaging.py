@@ -14,7 +14,7 @@ import pytest
 from patchcert_cli.catalog import bundled
 
 ROOT = Path(__file__).parents[2]
-MOST = 90_000_000  # bytes of a wheel; PyPI takes files of 100 MB (docs/packaging.md)
+MOST = 95_000_000  # bytes of a wheel; PyPI takes files of 100 MB (docs/packaging.md)
 
 
 def test_what_a_wheel_holds_is_not_too_large() -> None:

@@ -25,6 +25,7 @@ COMPACT = (
     "cifar-bagcert-rf7-balanced",
     "cifar-bagcert-rf7-framed",
     "cifar-bagcert-rf7-taught",
+    "cifar-bagcert-rf7-taught-long",
     "cifar-bagcert-rf7-wide",
     "cifar-ibp-p2",
     "cifar-ibp-p2-muon",
