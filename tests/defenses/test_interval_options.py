@@ -56,6 +56,11 @@ def test_images_are_moved_further_in_the_bounded_phase_if_asked() -> None:
     assert [further.augment(at, 60).shift for at in (0, 54, 55, 59)] == [2, 2, 4, 4]
 
 
+def test_a_running_average_is_off_unless_asked_for() -> None:
+    assert IntervalOptions().ema_decay == 0.0 and IntervalOptions(average=0.9).ema_decay == 0.9
+    assert IntervalOptions(average=0.9).scaled(1.0, 0.5).ema_decay == 0.8, "half the steps: it looks back over the same share"
+
+
 def test_steps_of_the_learning_rate() -> None:
     """Chiang et al.: 10 natural epochs, 121 of the ramp, then half of it every 10."""
     options = IntervalOptions(natural_epochs=10, ramp_epochs=121, bounded_epochs=0, decay="step")

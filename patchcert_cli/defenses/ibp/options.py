@@ -51,6 +51,7 @@ class IntervalOptions(AugmentedOptions):
         balance: weight, while the attacker grows, of a penalty for ReLUs that are nearly all on, or nearly all off.
         linear: share of the loss that takes the better of the interval bound and a linear one, at the same locations; for fully
             connected networks.
+        average: what a step keeps of the running average of weights that becomes the model; 0 for none.
     """
 
     natural_epochs: Count = 1
@@ -72,6 +73,7 @@ class IntervalOptions(AugmentedOptions):
     tightness: NonNegative = 0.0
     balance: NonNegative = 0.0
     linear: Fraction = 0.0
+    average: Fraction = 0.0
 
     rules: ClassVar[tuple[Rule, ...]] = (_enough_locations,)
 
@@ -81,6 +83,10 @@ class IntervalOptions(AugmentedOptions):
             return self
         third = epochs // 3
         return replace(self, natural_epochs=0, ramp_epochs=third, bounded_epochs=min(self.bounded_epochs, third))
+
+    @property
+    def ema_decay(self) -> float:
+        return self.average
 
     @property
     def picked(self) -> str:
