@@ -8,7 +8,7 @@ from typing import Any
 
 from patchcert_cli.arithmetic import Arithmetic, former
 from patchcert_cli.data.datasets import is_custom
-from patchcert_cli.reporting.numbers import interval, percent, share
+from patchcert_cli.reporting.numbers import interval, percent, plural, share
 from patchcert_cli.threats import Guarantee
 
 Rows = list[tuple[str, str]]
@@ -298,7 +298,7 @@ def plain_rows(values: dict[str, Any]) -> Rows:
 def train_rows(result: dict[str, Any]) -> Rows:
     """The result of a training run."""
     counts, images = result["validation"]["counts"], result["validation"]["images"]
-    spent = f"{result['epochs']} epochs in {result['seconds']:.0f} s on {result['device']}"
+    spent = f"{plural(result['epochs'], 'epoch')} in {result['seconds']:.0f} s on {result['device']}"
     alarm = OR_ALARM[result.get("guarantee", "recovery")]
     return [
         ("model", f"{result['out']} ({result['defense']}, sha256 {result['model_sha256'][:12]})"),

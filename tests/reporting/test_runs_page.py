@@ -339,3 +339,25 @@ def test_of_a_folder_of_weights_the_runs_about_most_images_are_shown(patchcert: 
     code, out, err = patchcert("report", "runs/m", "--weakest", "0", "--json", "-")
     assert code == 0 and [one["run"] for one in json.loads(out)["runs"]] == ["runs/c4"]
     assert err == "left out, as they are about other images: runs/c3\n"
+
+
+def test_margins_that_were_rounded_in_another_batch_are_those_of_the_run(patchcert: Call) -> None:
+    """Margins of interval models depend in their last digits on how many images are computed at a time; pages compute one."""
+    assert patchcert("certify", "mnist-ibp-p5", "--patch", "1,5", "--limit", "40", "--out", "runs/c", "-q")[0] == 0
+    (run,) = runs.read([Path("runs/c")])
+    found = weakest.weakest(run, 4)
+    assert not found.why and all(one.png for one in found.images)
+    at = found.claim.at
+
+    def altered(change: Callable[[dict[str, Any]], dict[str, Any]]) -> weakest.Weakest:
+        records = [
+            {**one, "claims": [{**own, **change(own)} if place == at else own for place, own in enumerate(one["claims"])]}
+            for one in run.records
+        ]
+        return weakest.weakest(replace(run, records=records), 3)
+
+    assert all(one.png for one in altered(lambda own: {"margin": own["margin"] + 1e-6}).images), "a rounding error"
+    moved = altered(lambda own: {"margin": own["margin"] - 0.5})
+    assert moved.why.endswith("differs from its record: other images or weights; 2 more likewise")
+    assert not any(one.png for one in moved.images)
+    assert not any(one.png for one in altered(lambda own: {"certified": not own["certified"]}).images)

@@ -82,5 +82,6 @@ def nothing(threat: Threat) -> str:
     if isinstance(threat, PatchPercent):
         return f"no square sticker of {str(threat).partition(':')[2][:-1]} % of the image anywhere"
     if isinstance(threat, Sparse):
-        return f"no change of any {plural(threat.budget, 'colour value' if threat.unit == 'value' else 'pixel')}"
+        changed = plural(threat.budget, "colour value" if threat.unit == "value" else "pixel")
+        return f"no change of {'any ' if threat.budget > 1 else ''}{changed}"
     return f"no {str(threat).partition(':')[2]} sticker anywhere"

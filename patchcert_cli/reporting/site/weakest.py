@@ -1,6 +1,8 @@
 """The weakest images of a run: those that are right with the smallest margin, drawn beside their margins at every location.
 
-An image and a model are used only if certifying it again gives the run's own record: the same answer, margin and location.
+An image and a model are used only if certifying it again gives the run's own record: the same answer and verdict, and the same
+margin and location. Where margins are rounded, their last digits and which of two equal locations is worst may differ, since
+rounding depends on how many images are computed at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from pathlib import Path
 from torch import Tensor
 
 from patchcert_cli import device as devices
+from patchcert_cli.arithmetic import Arithmetic
+from patchcert_cli.certificate import Certificate
 from patchcert_cli.classifiers import addresses
 from patchcert_cli.data import datasets
 from patchcert_cli.data.images import Images, to_float
@@ -77,7 +81,7 @@ def weakest(
     right = [(one, verdict) for one, verdict in verdicts if results.counted(one, verdict)[0]]
     chosen = sorted(right, key=lambda pair: (_margin(pair[1]), pair[0]["index"]))[:count]
     source, why = _source(run, claim, data_dir, device) if chosen else (None, "")
-    found = []
+    found, failed = [], list[str]()
     for at, (record, verdict) in enumerate(chosen):
         png = ""
         if source is not None:
@@ -85,8 +89,10 @@ def weakest(
             try:
                 png = source.draw(record, verdict)
             except PatchcertError as problem:
-                why = problem.message.rstrip(".")
+                failed.append(problem.message.rstrip("."))
         found.append(_weak(record, verdict, source, png))
+    if failed:
+        why = failed[0] + (f"; {len(failed) - 1} more likewise" if len(failed) > 1 else "")
     return Weakest(claim, tuple(found), why)
 
 
@@ -129,8 +135,7 @@ class _Source:
         pixels = self.images.read(places[:1])  # uint8 [1, C, H, W]
         x = to_float(pixels).to(self.defense.device)
         (found,) = self.defense.certify_claims(x, [self.claim])
-        again = int(found.prediction[0]), float(found.margin[0]), found.worst[0].tolist()
-        if again != (record["prediction"], verdict["margin"], verdict["worst"]):
+        if not _same(found, record, verdict):
             raise IntegrityError(
                 f"image {record['index']} certified again differs from its record: other images or weights.",
                 hint="Use --data-dir with the images that were certified, and the model that was.",
@@ -148,6 +153,18 @@ class _Source:
             drawn = partial(margin_maps.margin_map, title=title, box=tuple(box), patch=patch, unit=unit)
             return _embedded(lambda path: drawn(pixels[0], margins, path))
         return _embedded(lambda path: _alone(pixels[0], title, box, threat, path))
+
+
+def _same(found: Certificate, record: Record, verdict: Record) -> bool:
+    """Whether the certificate of one image is that of its record."""
+    answers = int(found.prediction[0]), bool(found.certified[0])
+    if answers != (record["prediction"], verdict["certified"]):
+        return False
+    margin = float(found.margin[0])
+    if found.arithmetic is Arithmetic.EXACT:
+        return (margin, found.worst[0].tolist()) == (verdict["margin"], verdict["worst"])
+    rounded = 4 * float(found.tolerance[0])  # each of the two is within about its tolerance of what it bounds
+    return math.isclose(margin, verdict["margin"], rel_tol=0.0, abs_tol=rounded)
 
 
 def _source(run: RunOnPage, claim: Claimed, data_dir: Path | None, device: str) -> tuple[_Source | None, str]:
