@@ -162,8 +162,9 @@ def load_split(dataset: Dataset, split: str, *, download: bool, fetch: str) -> I
         found = _torchvision(dataset.name, root, split, download=False) if there else None
     if found is not None:
         return _checked(*found, dataset, split, str(root))
-    complete = dataset.bundled == dataset.test_images
-    if dataset.bundled and split == "test" and (complete or dataset.data_dir is None):  # a part never replaces a named folder
+    # A part never replaces a folder that was named, and nothing replaces one that does not exist.
+    replaces = dataset.data_dir is None or (dataset.bundled == dataset.test_images and root.is_dir())
+    if dataset.bundled and split == "test" and replaces:
         return _bundled(dataset.name)
     raise DataError(
         f"no {dataset.name} {split} data in '{root}' (set --data-dir or {ENVIRONMENT} to a folder in torchvision's layout).",

@@ -86,6 +86,12 @@ def test_every_data_set_is_described_whole(name: str) -> None:
     assert bool(facts.folder_pattern) == bool(facts.page)
 
 
+def test_a_named_folder_that_does_not_exist_is_not_replaced_by_the_bundle(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"no mnist test data in '{tmp_path / 'nowhere'}'"):
+        data.load("mnist", "test", data_dir=tmp_path / "nowhere")
+    assert data.load("mnist", "test", data_dir=tmp_path).source == "bundled", "a folder with other data sets"
+
+
 def test_missing_damaged_and_unknown_data_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match=r"no data set 'mnits'\. Did you mean mnist\?"):
         data.load("mnits", "test")
