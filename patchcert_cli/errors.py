@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-LISTED = 40  # names that an error lists in full
+LISTED = 24  # names that an error lists in full
 FOREIGN = (Exception, SystemExit)  # what code of users and other packages may raise; a script may end with sys.exit
 
 
