@@ -34,6 +34,7 @@ class Verdict(enum.StrEnum):
     CLOSE = "below, published is inside the interval"
     BELOW = "below"
     NOTHING_PUBLISHED = "published is not known"
+    NOT_OF_THE_PAPER = "not of the paper"
     NOT_MEASURED = "not measured"
 
 
@@ -64,6 +65,7 @@ class FilledRow:
         card: of the row's model; None if it has none or the zoo does not have it.
         missing: why there is no measurement; empty if there is one.
         without_zoo: what was measured of a model that the row's command trained, whose weights were not kept.
+        of_the_paper: whether the paper has such a row, so that a number could have been published.
     """
 
     row: Row
@@ -71,6 +73,7 @@ class FilledRow:
     measured: Measurement | None
     missing: str = ""
     without_zoo: TrainedRow | None = None
+    of_the_paper: bool = True
 
     @property
     def network(self) -> str:
@@ -121,7 +124,7 @@ class FilledRow:
         if self.measured is None:
             return Verdict.NOT_MEASURED
         if certified is None:
-            return Verdict.NOTHING_PUBLISHED
+            return Verdict.NOTHING_PUBLISHED if self.row.published or self.of_the_paper else Verdict.NOT_OF_THE_PAPER
         if certified >= 0:
             return Verdict.REACHED if clean is None or clean >= 0 else Verdict.CLEAN_BELOW
         assert self.row.published is not None and self.row.published.certified is not None
@@ -224,7 +227,10 @@ def fill(paper: Paper, *, table: str | None = None, zoo: Path | None = None) -> 
     """
     place = zoo or bundled.folder()
     wanted = paper.tables if table is None else (paper.table(table),)
-    tables = tuple(FilledTable(one, tuple(_filled(row, one, place) for row in one.rows)) for one in wanted)
+    tables = tuple(
+        FilledTable(one, tuple(replace(_filled(row, one, place), of_the_paper=one.is_of_the_paper(row)) for row in one.rows))
+        for one in wanted
+    )
     return FilledPaper(paper, tables)
 
 

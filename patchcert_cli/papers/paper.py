@@ -196,6 +196,10 @@ class Table:
         """Where it is in the paper, as the beginning of a sentence."""
         return self.where[:1].upper() + self.where[1:] if self.where == NOT_OF_THE_PAPER else f"In the paper: {self.where}"
 
+    def is_of_the_paper(self, row: Row) -> bool:
+        """Whether the paper has such a row, so that a number could have been published."""
+        return NOT_OF_THE_PAPER not in (self.where, row.differs[: len(NOT_OF_THE_PAPER)].lower())
+
 
 def _tables_differ(tables: tuple[Table, ...]) -> Iterable[str]:
     yield from (f"tables: {id_} occurs more than once" for id_, number in Counter(one.id for one in tables).items() if number > 1)

@@ -84,7 +84,8 @@ def ratio(seconds: float | None, unit: float | None, otherwise: str) -> str:
 
 def images(measured: Measurement) -> str:
     """How many images, and which, where they are not a whole test split: ``150, one of each of 150 classes``."""
-    return f"{measured.images}, {measured.about}" if measured.about else str(measured.images)
+    about = measured.about.removeprefix(f"{measured.images} images ")
+    return f"{measured.images}, {about}" if about else str(measured.images)
 
 
 def size(parameters: int | None) -> str:

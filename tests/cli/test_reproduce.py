@@ -108,7 +108,7 @@ def test_a_folder_gets_pages_with_published_and_measured_points_in_one_chart(pat
     tree = ElementTree.fromstring(re.sub(r"<(meta\b[^>]*)>", r"<\1/>", bare))
     drawn = {one.get("data-name") for one in tree.iter() if one.get("class") == "model"}
     models = {"cifar-bagcert-rf7", "cifar-smoothing-column"}
-    assert drawn == models | {f"{name}, published" for name in models}
+    assert drawn == models | {f"published, beside {name}" for name in models}
     assert (
         "77.80 / 34.07" in page
         and "86.00 / 60.00" in page

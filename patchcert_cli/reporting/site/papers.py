@@ -117,7 +117,7 @@ def lines(table: FilledTable) -> list[Line]:
 
 def _line(name: str, look: Look, found: list[tuple[Point, str]], hollow: bool) -> Line:
     ordered = sorted(found, key=lambda pair: pair[0].x)
-    label = f"{name}, {PUBLISHED}" if hollow else name
+    label = f"{PUBLISHED}, beside {name}" if hollow else name  # not the model's own number
     return Line(Series(label, look, tuple(point for point, _ in ordered), hollow), tuple(tip for _, tip in ordered))
 
 
