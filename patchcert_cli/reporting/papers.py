@@ -27,7 +27,7 @@ def cells(one: FilledRow, table: FilledTable) -> dict[str, str]:
         "row": row.name,
         "threat": str(row.threat),
         "model": row.model or NONE,
-        "published": pair(published.clean, published.certified),
+        "published": pair(published.clean, published.certified) if row.published or one.of_the_paper else NONE,
     }
     numbers = measured_column(table)
     if measured is None:

@@ -302,6 +302,7 @@ def test_rows_that_the_paper_cannot_have_are_called_so(filled: dict[str, fill.Fi
     ):
         (found,) = [one for one in filled[name].tables if one.table.id == table]
         assert found.rows[row].verdict is fill.Verdict.NOT_OF_THE_PAPER
+        assert texts.cells(found.rows[row], found)["published"] == texts.NONE
     assert row_of(filled, "metzen-2021", "receptive-fields", "RF 9").verdict is fill.Verdict.NOTHING_PUBLISHED
 
 
