@@ -70,9 +70,9 @@ def measure(row: Row, runs: Path, limit: int) -> trained.TrainedRow:
         patchcert(*shlex.split(row.command)[1:], "--out", str(run))
     card = Card.read(run)
     out = runs / f"{run.name}-{slug(str(row.threat))}-{limit or 'all'}"
-    patchcert(
-        "certify", str(run), *shlex.split(as_options(row.threat)), *(["--limit", str(limit)] if limit else []), "--out", str(out)
-    )
+    bounds = ["--bounds", row.method] if row.method else []  # only interval models have more than one method
+    limited = ["--limit", str(limit)] if limit else []
+    patchcert("certify", str(run), *shlex.split(as_options(row.threat)), *bounds, *limited, "--out", str(out))
     result = CertifyResult.from_dict(files.read_json(out / files.RESULT), str(out / files.RESULT))
     at = max(range(len(result.claims)), key=lambda at: result.claims[at].counts.certified)
     claim = result.claims[at]
