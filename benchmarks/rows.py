@@ -23,7 +23,7 @@ from patchcert_cli import papers
 from patchcert_cli.arithmetic import former
 from patchcert_cli.cards import Card, slug
 from patchcert_cli.cards.results import CertifyResult, read_records
-from patchcert_cli.papers import trained
+from patchcert_cli.papers import fill, trained
 from patchcert_cli.papers.paper import Row
 from patchcert_cli.storage import files
 from patchcert_cli.threats import as_options
@@ -70,9 +70,8 @@ def measure(row: Row, runs: Path, limit: int) -> trained.TrainedRow:
         patchcert(*shlex.split(row.command)[1:], "--out", str(run))
     card = Card.read(run)
     out = runs / f"{run.name}-{slug(str(row.threat))}-{limit or 'all'}"
-    bounds = ["--bounds", row.method] if row.method else []  # only interval models have more than one method
-    limited = ["--limit", str(limit)] if limit else []
-    patchcert("certify", str(run), *shlex.split(as_options(row.threat)), *bounds, *limited, "--out", str(out))
+    words = as_options(row.threat) + fill.method_option(row.method) + (f" --limit {limit}" if limit else "")
+    patchcert("certify", str(run), *shlex.split(words), "--out", str(out))
     result = CertifyResult.from_dict(files.read_json(out / files.RESULT), str(out / files.RESULT))
     at = max(range(len(result.claims)), key=lambda at: result.claims[at].counts.certified)
     claim = result.claims[at]

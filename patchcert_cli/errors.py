@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-LISTED = 24  # names that an error lists in full
+LISTED = 24  # names that an error lists
 FOREIGN = (Exception, SystemExit)  # what code of users and other packages may raise; a script may end with sys.exit
 
 
@@ -90,8 +90,9 @@ def unknown(kind: str, given: str, known: Iterable[str], *, see: str = "") -> Un
     near = [name for name in names if folded and (folded in _folded(name) or _folded(name) in folded)][:3]
     near = near or [alike[one] for one in get_close_matches(folded, alike, 3, 0.6)]
     hint = f"Did you mean {', '.join(near)}?" if near else ""
-    if not near and len(names) <= LISTED:
-        hint = f"Known: {', '.join(names) or 'none'}."
+    if not near and (len(names) <= LISTED or not see):
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        hint = f"Known: {', '.join(names[:LISTED]) or 'none'}{more}."
     if see:
         hint += f" See: {see}" if hint else f"See: {see}"
     return UnknownName(f"no {kind} '{given}'.", hint=hint)

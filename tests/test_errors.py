@@ -73,6 +73,12 @@ def test_unknown_names_come_with_suggestions(given: str, hint: str) -> None:
     assert (problem.message, problem.hint, problem.code) == (f"no model '{given}'.", hint, 3)
 
 
+def test_many_names_are_not_all_listed_but_a_hint_is_never_empty() -> None:
+    many = [f"name-{at:02d}" for at in range(30)]
+    assert unknown("model", "zzzz", many, see="patchcert zoo list").hint == "See: patchcert zoo list"
+    assert unknown("model", "zzzz", many).hint == f"Known: {', '.join(many[:24])} and 6 more."
+
+
 def test_the_first_line_of_an_exception() -> None:
     assert first_line(ValueError("bad shape.\nmore")) == "bad shape"
     assert first_line(KeyError()) == "KeyError"

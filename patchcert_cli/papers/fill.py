@@ -18,7 +18,7 @@ from patchcert_cli.cards import Card, Measured, Sample, weights_sha256
 from patchcert_cli.cards.entries import Training
 from patchcert_cli.catalog import bundled, claims
 from patchcert_cli.papers import times, trained
-from patchcert_cli.papers.paper import Counted, Gap, Paper, Row, Table
+from patchcert_cli.papers.paper import NOT_OF_THE_PAPER, Counted, Gap, Paper, Row, Table
 from patchcert_cli.papers.trained import TrainedRow
 from patchcert_cli.schema import plain
 from patchcert_cli.threats import Threat, as_options
@@ -34,7 +34,7 @@ class Verdict(enum.StrEnum):
     CLOSE = "below, published is inside the interval"
     BELOW = "below"
     NOTHING_PUBLISHED = "published is not known"
-    NOT_OF_THE_PAPER = "not of the paper"
+    NOT_OF_THE_PAPER = NOT_OF_THE_PAPER
     NOT_MEASURED = "not measured"
 
 
@@ -241,11 +241,15 @@ def command_for(row: Row, card: Card | None) -> str:
     words = f"patchcert certify {row.model} {as_options(row.threat)}"
     words += f" --masks {row.masks}" if row.masks else ""
     words += f" --mask-shape {row.mask_shape}" if row.mask_shape else ""
-    if row.method in ("3.1", "3.2", "3.3", "exact"):
-        words += f" --condition {row.method}"
-    elif row.method in ("interval", "linear"):
-        words += f" --bounds {row.method}"
+    words += method_option(row.method)
     return words + (" --data imagefolder:./val" if row.dataset == FOLDERS else "")
+
+
+def method_option(method: str) -> str:
+    """What makes certify prove with a row's method, `` --bounds interval``; empty where the method has no option."""
+    if method in ("3.1", "3.2", "3.3", "exact"):
+        return f" --condition {method}"
+    return f" --bounds {method}" if method in ("interval", "linear") else ""
 
 
 def requests(paper: FilledPaper) -> list[RunRequest]:

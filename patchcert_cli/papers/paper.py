@@ -198,7 +198,7 @@ class Table:
 
     def is_of_the_paper(self, row: Row) -> bool:
         """Whether the paper has such a row, so that a number could have been published."""
-        return NOT_OF_THE_PAPER not in (self.where, row.differs[: len(NOT_OF_THE_PAPER)].lower())
+        return self.where != NOT_OF_THE_PAPER and not row.differs.lower().startswith(NOT_OF_THE_PAPER)
 
 
 def _tables_differ(tables: tuple[Table, ...]) -> Iterable[str]:
