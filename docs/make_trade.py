@@ -27,6 +27,7 @@ from patchcert_cli.reporting import figure_style
 from patchcert_cli.reporting.figure_style import GRID, SOFT, Heading, Look
 from patchcert_cli.reporting.numbers import interval as ends
 from patchcert_cli.reporting.numbers import percent
+from patchcert_cli.reporting.site.charts import looks
 from patchcert_cli.storage import files
 from patchcert_cli.threats import Patch, parse_threat
 
@@ -205,9 +206,11 @@ def _side(threat: str) -> int:
     return parsed.height
 
 
-def _draw(axes: Axes, rows: Mapping[str, Sequence[Setting]], x: Callable[[Setting], float]) -> None:
+def _draw(
+    axes: Axes, rows: Mapping[str, Sequence[Setting]], x: Callable[[Setting], float], of: Mapping[str, Look] | None = None
+) -> None:
     for index, (name, points) in enumerate(rows.items()):
-        ordered, look = sorted(points, key=x), Look(index)
+        ordered, look = sorted(points, key=x), Look(index) if of is None else of[name]
         at = [x(one) for one in ordered]
         ends = [[100 * one.interval[end] for one in ordered] for end in (0, 1)]
         axes.vlines(at, *ends, colors=look.color, linewidth=1)
@@ -261,7 +264,7 @@ def draw_sizes(path: Path) -> None:
     with figure_style.figure(path, 7.6, 3.5 + heading.height, digest=digest()) as figure:
         heading.write(figure)
         axes = figure_style.axes_at(figure, 0.6, 0.55, 6.8, 2.8)
-        _draw(axes, rows, lambda row: _side(row.threat))
+        _draw(axes, rows, lambda row: _side(row.threat), of=looks(bundled.cards().values()))
         axes.set_xticks(range(1, 11))
         axes.set_xlabel("patch side, pixels", color=SOFT)
         figure_style.add_legend(axes)
@@ -269,7 +272,7 @@ def draw_sizes(path: Path) -> None:
 
 def digest() -> str:
     """What the plots show, as a sha256."""
-    return files.sha256_of((trade_table() + sizes_table()).encode())
+    return files.sha256_of(f"{trade_table()}{sizes_table()}{looks(bundled.cards().values())}".encode())
 
 
 def filled(text: str) -> str:
